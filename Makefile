@@ -1,0 +1,46 @@
+# Each target does its own set-up: an own .venv with the pinned versions of constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+OUT ?= out/demo
+LABELS ?= red disc; blue square; green star; lawn, grass; sky; brick wall
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    cut the shipped pictures into words: LABELS='red disc; lawn, grass' OUT=out/demo"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff: lint and format check"
+	@echo "make format  ruff: fix and format"
+	@echo "make clean   remove .venv and caches"
+
+$(VENV)/.inference: setup.cfg pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.inference
+	$(PIP) -e ".[test]"
+	touch $@
+
+demo: $(VENV)/.inference
+	$(BIN)/gkc segment examples --labels "$(LABELS)" --out $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
