@@ -1,0 +1,295 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet image tower (`CLIPResNetConfig`)."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+CLASS_FEATURES = ("query", "pooled", "query+pooled")
+PROMPT_REDUCTIONS = ("mean", "max", "embedding_mean")
+NUM_FEATURE_LEVELS = 3
+GROUP_NORM_GROUPS = 32
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"`{name}` must be positive, got {value}.")
+
+
+@strict
+class CLIPResNetConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of CLIP's ResNet image tower, as backbone and as full image model.
+
+    The defaults are those of RN50 (Radford et al., *Learning Transferable Visual Models From Natural Language
+    Supervision*, 2021, table 19). The other published towers are
+    RN101 `depths=[3, 4, 23, 3], projection_dim=512`;
+    RN50x4 `width=80, depths=[4, 6, 10, 6], num_attention_heads=40, image_size=288, projection_dim=640`;
+    RN50x16 `width=96, depths=[6, 8, 18, 8], num_attention_heads=48, image_size=384, projection_dim=768`;
+    RN50x64 `width=128, depths=[3, 15, 36, 10], num_attention_heads=64, image_size=448, projection_dim=1024`.
+
+    Args:
+        width: Channels of the stem's output; stage i (0..3) has `4 * width * 2**i`.
+        depths: Bottleneck blocks of the four stages.
+        num_attention_heads: Heads of the attention pooling, which works on `32 * width` channels.
+        image_size: Side in pixels of the square training images; sets the attention pooling's positional table of
+            `(image_size // 32) ** 2 + 1` rows. Other input sizes resize the table.
+        projection_dim: Width D of the image-text space.
+        num_channels: Channels of the input image.
+        out_features, out_indices: Stages that the backbone returns, of `stem`, `stage1` .. `stage4` (strides 4, 4, 8,
+            16, 32). All four stages by default.
+
+    Raises:
+        ValueError: if the values cannot make a model; the message says what to change.
+    """
+
+    model_type = "clip_resnet"
+
+    width: int = 64
+    depths: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    num_attention_heads: int = 32
+    image_size: int = 224
+    projection_dim: int = 1024
+    num_channels: int = 3
+
+    def __post_init__(self, **kwargs):
+        self.depths = list(self.depths)
+        self._check()
+        self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
+        out_features = kwargs.pop("out_features", None)
+        out_indices = kwargs.pop("out_indices", None)
+        if out_features is None and out_indices is None:
+            out_features = self.stage_names[1:]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+
+    def _check(self):
+        _require_positive(self, ("width", "num_attention_heads", "image_size", "projection_dim", "num_channels"))
+        _require(
+            len(self.depths) == 4 and all(depth > 0 for depth in self.depths),
+            f"`depths` needs four positive numbers of blocks, one per stage, got {self.depths}.",
+        )
+        _require(self.width % 2 == 0, f"`width` must be even (the stem starts with half of it), got {self.width}.")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"the pooled width 32 * `width` = {self.hidden_size} must be divisible by "
+            f"`num_attention_heads` = {self.num_attention_heads}.",
+        )
+        _require(
+            self.image_size >= 32, f"`image_size` must be at least 32, the tower's stride, got {self.image_size}."
+        )
+
+    @property
+    def hidden_sizes(self) -> list[int]:
+        """Channels of the stem and of the four stages."""
+        return [self.width] + [4 * self.width * 2**stage for stage in range(4)]
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last stage, which the attention pooling works on."""
+        return 32 * self.width
+
+
+@strict
+class GKCConfig(PreTrainedConfig):
+    r"""
+    Configuration of `GKCForOpenVocabSegmentation`.
+
+    The defaults are the R-50 row of *Global Knowledge Calibration for Fast Open-Vocabulary Segmentation* (Han, Liu et
+    al., ICCV 2023): CLIP's RN50 image tower as backbone, RN50's text tower, and the decoders of Mask2Former (Cheng et
+    al., *Masked-attention Mask Transformer for Universal Image Segmentation*, CVPR 2022), whose published values the
+    fields of decoder, matcher and losses carry.
+
+    Args:
+        backbone_config: Configuration of any transformers `AutoBackbone` that returns four feature maps of strides 4,
+            8, 16 and 32, as object or dict with `model_type`. Default: `CLIPResNetConfig()`, CLIP RN50.
+        text_config: `CLIPTextConfig` or dict of the frozen text tower. Default: RN50's text tower (hidden 512,
+            8 heads, 12 layers, context 77, D = 1024).
+        hidden_size: Width C of both decoders.
+        mask_feature_size: Channels of the mask features.
+        encoder_layers, encoder_ffn_dim, encoder_num_points: Deformable layers of the pixel decoder, their
+            feed-forward width, and sampling points per head and level (Zhu et al., *Deformable DETR*, ICLR 2021).
+        decoder_layers, decoder_ffn_dim: Layers of the mask decoder and their feed-forward width.
+        num_attention_heads: Heads of every attention in both decoders.
+        num_queries: Segment queries Q.
+        dropout: Dropout in both decoders.
+        class_feature: What is classified: the `query` (the paper's main setting), backbone features `pooled` under
+            the predicted mask, or `query+pooled`.
+        prompt_reduction: How several prompts of one class become one logit: `mean` or `max` of their logits, or
+            `embedding_mean`, the logit of their averaged embedding.
+        logit_scale_init_value: Initial log of the temperature, ln(1 / 0.07) as in CLIP; the temperature is clamped
+            at 100.
+        class_weight, mask_weight, dice_weight: Weights of the losses and of the matching costs.
+        no_object_weight: Weight of the no-object class in the cross-entropy.
+        train_num_points, oversample_ratio, importance_sample_ratio: Point sampling of the mask losses (Kirillov et
+            al., *PointRend*, CVPR 2020).
+        freeze_backbone_batch_norm: Keep the backbone's BatchNorm statistics as loaded while training, as Mask2Former's
+            ResNet recipes do.
+        vocabulary: Words stored with the checkpoint, one list of names (first name, then synonyms) per class; written
+            by `set_vocabulary`.
+        vocabulary_is_thing: For each stored class, whether it is countable (thing), not (stuff), or unknown (None).
+        vocabulary_num_prompts: Rows of the stored class embeddings; written by `set_vocabulary`.
+
+    Raises:
+        ValueError: if the values cannot make a model; the message says what to change.
+    """
+
+    model_type = "gkc"
+    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    hidden_size: int = 256
+    mask_feature_size: int = 256
+    encoder_layers: int = 6
+    encoder_ffn_dim: int = 1024
+    encoder_num_points: int = 4
+    decoder_layers: int = 9
+    decoder_ffn_dim: int = 2048
+    num_attention_heads: int = 8
+    num_queries: int = 100
+    dropout: float | int = 0.0
+    class_feature: str = "query"
+    prompt_reduction: str = "mean"
+    logit_scale_init_value: float | int = 2.6592
+    class_weight: float | int = 2.0
+    mask_weight: float | int = 5.0
+    dice_weight: float | int = 5.0
+    no_object_weight: float | int = 0.1
+    train_num_points: int = 12544
+    oversample_ratio: float | int = 3.0
+    importance_sample_ratio: float | int = 0.75
+    freeze_backbone_batch_norm: bool = True
+    vocabulary: list[list[str]] | None = None
+    vocabulary_is_thing: list[bool | None] | None = None
+    vocabulary_num_prompts: int = 0
+
+    def __post_init__(self, **kwargs):
+        self.backbone_config = _resolve_backbone_config(self.backbone_config)
+        self.text_config = _resolve_text_config(self.text_config)
+        if self.vocabulary is not None and self.id2label is None:
+            self.id2label = {index: names[0] for index, names in enumerate(self.vocabulary)}
+            self.label2id = {name: index for index, name in self.id2label.items()}
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @property
+    def projection_dim(self) -> int:
+        """Width D of the image-text space: that of the text tower."""
+        return self.text_config.projection_dim
+
+    def _check(self):
+        self._check_sizes()
+        self._check_backbone()
+        self._check_losses()
+        _require(
+            self.class_feature in CLASS_FEATURES,
+            f"`class_feature` must be one of {', '.join(CLASS_FEATURES)}, got {self.class_feature!r}.",
+        )
+        _require(
+            self.prompt_reduction in PROMPT_REDUCTIONS,
+            f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.prompt_reduction!r}.",
+        )
+        stored = self.vocabulary or []
+        _require(
+            self.vocabulary_num_prompts >= len(stored),
+            f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts} cannot be less than the {len(stored)} stored "
+            "classes; use `model.set_vocabulary(...)` instead of writing `vocabulary` by hand.",
+        )
+
+    def _check_sizes(self):
+        sizes = ("hidden_size", "mask_feature_size", "encoder_layers", "encoder_ffn_dim", "encoder_num_points")
+        _require_positive(self, (*sizes, "decoder_layers", "decoder_ffn_dim", "num_attention_heads", "num_queries"))
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"`hidden_size` = {self.hidden_size} must be divisible by `num_attention_heads` = "
+            f"{self.num_attention_heads}.",
+        )
+        _require(
+            self.hidden_size % GROUP_NORM_GROUPS == 0,
+            f"`hidden_size` = {self.hidden_size} must be a multiple of {GROUP_NORM_GROUPS}, the groups of the pixel "
+            "decoder's normalisation.",
+        )
+        _require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
+
+    def _check_backbone(self):
+        stages = getattr(self.backbone_config, "out_features", None)
+        _require(
+            stages is not None,
+            f"`backbone_config` of type {self.backbone_config.model_type!r} is no backbone: it has no `out_features`.",
+        )
+        _require(
+            len(stages) == 4,
+            f"the backbone must return four feature maps (strides 4, 8, 16, 32), but `out_features` is {stages}; set "
+            f"`out_features` to four of {self.backbone_config.stage_names}.",
+        )
+
+    def _check_losses(self):
+        _require_positive(self, ("train_num_points",))
+        weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
+        for name in weights:
+            _require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
+        _require(self.oversample_ratio >= 1, f"`oversample_ratio` must be at least 1, got {self.oversample_ratio}.")
+        _require(
+            0 <= self.importance_sample_ratio <= 1,
+            f"`importance_sample_ratio` must lie between 0 and 1, got {self.importance_sample_ratio}.",
+        )
+
+
+def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if config is None:
+        return CLIPResNetConfig()
+    if isinstance(config, PreTrainedConfig):
+        return config
+    values = dict(config)
+    model_type = values.pop("model_type", CLIPResNetConfig.model_type)
+    if model_type == CLIPResNetConfig.model_type:
+        return CLIPResNetConfig(**values)
+    _require(
+        model_type in CONFIG_MAPPING,
+        f"`backbone_config` has the unknown model_type {model_type!r}; use one that transformers' AutoBackbone knows, "
+        "such as 'clip_resnet', 'resnet', 'swin' or 'convnext'.",
+    )
+    if not {"out_features", "out_indices"} & values.keys():
+        values["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConfig:
+    if config is None:
+        return CLIPTextConfig(projection_dim=1024)
+    if isinstance(config, CLIPTextConfig):
+        return config
+    _require(
+        isinstance(config, dict),
+        f"`text_config` must be a CLIPTextConfig or a dict of its fields, got {type(config).__name__}; for a CLIP "
+        "model's config pass its `text_config`.",
+    )
+    return CLIPTextConfig(**{key: value for key, value in config.items() if key != "model_type"})
+
+
+AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig, exist_ok=True)
+AutoConfig.register(GKCConfig.model_type, GKCConfig, exist_ok=True)
+
+__all__ = ["CLIPResNetConfig", "GKCConfig"]

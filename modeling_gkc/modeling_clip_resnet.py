@@ -1,0 +1,270 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""CLIP's ResNet image tower (Radford et al., 2021, section 2.4), as backbone and as full image model.
+
+It differs from a plain ResNet in three ways: a stem of three convolutions with average pooling, strides realised by
+average pooling before the last convolution of a block and of its shortcut ("anti-aliased" strides), and attention
+instead of average pooling at the end.
+
+Letters in the comments: B images, C channels, (H, W) input size, (h, w) size of the last feature map, D projection.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_gkc import CLIPResNetConfig
+
+
+@dataclass
+class CLIPResNetVisionOutput(ModelOutput):
+    """Output of `CLIPResNetVisionModel`.
+
+    Attributes:
+        image_embeds: (B, D) image embeddings in CLIP's image-text space, not normalised.
+        last_hidden_state: (B, C, h, w) feature map of the last stage, stride 32.
+        dense_embeds: (B, D, h, w) the attention pooling asked at every position instead of at the mean; given with
+            `output_dense_embeds=True`.
+        hidden_states: stem and stage feature maps; given with `output_hidden_states=True`.
+    """
+
+    image_embeds: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    dense_embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class CLIPResNetConvLayer(nn.Module):
+    """Convolution, BatchNorm, and ReLU if `activation`."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, activation: bool = True
+    ):
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+        )
+        self.normalization = nn.BatchNorm2d(out_channels)
+        self.activation = nn.ReLU() if activation else nn.Identity()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.activation(self.normalization(self.convolution(hidden_states)))
+
+
+class CLIPResNetStem(nn.Module):
+    """Three convolutions and an average pooling: (B, 3, H, W) -> (B, width, H/4, W/4)."""
+
+    def __init__(self, config: CLIPResNetConfig):
+        super().__init__()
+        half = config.width // 2
+        self.layers = nn.Sequential(
+            CLIPResNetConvLayer(config.num_channels, half, 3, stride=2),
+            CLIPResNetConvLayer(half, half, 3),
+            CLIPResNetConvLayer(half, config.width, 3),
+        )
+        self.pooler = nn.AvgPool2d(2)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.pooler(self.layers(pixel_values))
+
+
+class CLIPResNetBottleneck(nn.Module):
+    """Bottleneck block whose stride is an average pooling in the branch and in the shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.reduce = CLIPResNetConvLayer(in_channels, channels, 1)
+        self.spatial = CLIPResNetConvLayer(channels, channels, 3)
+        self.pooler = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.expand = CLIPResNetConvLayer(channels, out_channels, 1, activation=False)
+        self.shortcut = None
+        if stride > 1 or in_channels != out_channels:
+            self.shortcut = CLIPResNetConvLayer(in_channels, out_channels, 1, activation=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        residual = hidden_states
+        if self.shortcut is not None:
+            residual = self.shortcut(self.pooler(residual))
+        hidden_states = self.expand(self.pooler(self.spatial(self.reduce(hidden_states))))
+        return F.relu(hidden_states + residual)
+
+
+class CLIPResNetEncoder(nn.Module):
+    """Stem and four stages; returns all five feature maps."""
+
+    def __init__(self, config: CLIPResNetConfig):
+        super().__init__()
+        self.stem = CLIPResNetStem(config)
+        self.stages = nn.ModuleList()
+        in_channels = config.width
+        for index, depth in enumerate(config.depths):
+            channels = config.width * 2**index
+            blocks = []
+            for block in range(depth):
+                stride = 2 if index > 0 and block == 0 else 1
+                blocks.append(CLIPResNetBottleneck(in_channels, channels, stride))
+                in_channels = channels * CLIPResNetBottleneck.expansion
+            self.stages.append(nn.Sequential(*blocks))
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        hidden_states = (self.stem(pixel_values),)
+        for stage in self.stages:
+            hidden_states += (stage(hidden_states[-1]),)
+        return hidden_states
+
+
+class CLIPResNetAttentionPooling(nn.Module):
+    """Multi-head attention of the mean feature (or of every position) over all positions and the mean."""
+
+    def __init__(self, config: CLIPResNetConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.grid_size = config.image_size // 32
+        width = config.hidden_size
+        self.position_embedding = nn.Parameter(torch.empty(self.grid_size**2 + 1, width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, config.projection_dim)
+
+    def forward(self, hidden_states: Tensor, dense: bool = False) -> Tensor:
+        """Pools (B, C, h, w) to (B, 1, D), or to (B, 1 + h*w, D) if `dense`; the first row is the image embedding."""
+        height, width = hidden_states.shape[-2:]
+        tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self._positions(height, width)
+        queries = tokens if dense else tokens[:, :1]
+        attended = F.scaled_dot_product_attention(
+            self._split_heads(self.q_proj(queries)),
+            self._split_heads(self.k_proj(tokens)),
+            self._split_heads(self.v_proj(tokens)),
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Positional table for a map of another size: the mean's row is kept, the grid's rows are resized."""
+        if (height, width) == (self.grid_size, self.grid_size):
+            return self.position_embedding
+        mean, grid = self.position_embedding[:1], self.position_embedding[1:]
+        grid = grid.T.unflatten(1, (self.grid_size, self.grid_size))[None]  # (1, C, grid, grid)
+        grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=False)
+        return torch.cat([mean, grid[0].flatten(1).T])
+
+
+class CLIPResNetPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading."""
+
+    config_class = CLIPResNetConfig
+    config: CLIPResNetConfig
+    base_model_prefix = "clip_resnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, CLIPResNetAttentionPooling):
+            std = module.q_proj.in_features**-0.5
+            init.normal_(module.position_embedding, std=std)
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+                init.normal_(projection.weight, std=std)
+        elif isinstance(module, CLIPResNetBottleneck):
+            # As in CLIP, every block starts as its shortcut alone.
+            init.zeros_(module.expand.normalization.weight)
+
+
+class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):
+    """CLIP's ResNet without its attention pooling; feature maps of strides 4, 8, 16, 32."""
+
+    has_attentions = False
+
+    def __init__(self, config: CLIPResNetConfig):
+        super().__init__(config)
+        self.num_features = config.hidden_sizes
+        self.encoder = CLIPResNetEncoder(config)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False, **kwargs) -> BackboneOutput:
+        """Computes the feature maps named in `config.out_features`.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images of any size of at least 32 x 32.
+            output_hidden_states: Also return the stem's and all stages' feature maps.
+        """
+        hidden_states = self.encoder(pixel_values)
+        return BackboneOutput(
+            feature_maps=tuple(hidden_states[index] for index in self.out_indices),
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+
+
+class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
+    """CLIP's full ResNet image model: image -> embedding in the image-text space."""
+
+    def __init__(self, config: CLIPResNetConfig):
+        super().__init__(config)
+        self.encoder = CLIPResNetEncoder(config)
+        self.attention_pooling = CLIPResNetAttentionPooling(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_dense_embeds: bool = False,
+        output_hidden_states: bool = False,
+        **kwargs,
+    ) -> CLIPResNetVisionOutput:
+        """Embeds images.
+
+        Args:
+            pixel_values: (B, 3, H, W) images normalised with CLIP's mean and deviation, of any size of at least
+                32 x 32.
+            output_dense_embeds: Also return the embedding at every position of the last feature map.
+            output_hidden_states: Also return the stem's and all stages' feature maps.
+        """
+        hidden_states = self.encoder(pixel_values)
+        last_hidden_state = hidden_states[-1]
+        embeds = self.attention_pooling(last_hidden_state, dense=output_dense_embeds)
+        dense_embeds = None
+        if output_dense_embeds:
+            dense_embeds = embeds[:, 1:].transpose(1, 2).unflatten(2, last_hidden_state.shape[-2:])
+        return CLIPResNetVisionOutput(
+            image_embeds=embeds[:, 0],
+            last_hidden_state=last_hidden_state,
+            dense_embeds=dense_embeds,
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+
+
+AutoBackbone.register(CLIPResNetConfig, CLIPResNetBackbone, exist_ok=True)
+AutoModel.register(CLIPResNetConfig, CLIPResNetVisionModel, exist_ok=True)
+
+__all__ = ["CLIPResNetBackbone", "CLIPResNetPreTrainedModel", "CLIPResNetVisionModel", "CLIPResNetVisionOutput"]

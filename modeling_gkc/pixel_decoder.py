@@ -1,0 +1,193 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Multi-scale deformable pixel decoder of Mask2Former (Cheng et al., CVPR 2022, section 3.3).
+
+Backbone feature maps of strides 4, 8, 16, 32 become three feature maps of strides 32, 16, 8 for the mask decoder, and
+the mask features of stride 4.
+
+Letters in the comments: B images, C hidden, T positions of the three levels together, M heads, R sampling points.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .configuration_gkc import GROUP_NORM_GROUPS, NUM_FEATURE_LEVELS, GKCConfig
+from .deformable_attention import multi_scale_deformable_attention
+
+
+@dataclass
+class GKCPixelDecoderOutput(ModelOutput):
+    """Output of `GKCPixelDecoder`.
+
+    Attributes:
+        mask_features: (B, mask_feature_size, H/4, W/4) features whose product with a mask embedding is a mask.
+        multi_scale_features: feature maps (B, C, h, w) of strides 32, 16 and 8, in this order.
+    """
+
+    mask_features: Tensor | None = None
+    multi_scale_features: tuple[Tensor, ...] | None = None
+
+
+def sine_position_embedding(
+    height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Two-dimensional sine embedding of normalised positions (Carion et al., *DETR*, ECCV 2020), (H*W, channels).
+
+    The first half of the channels encodes y, the second x; within a half sine and cosine alternate.
+    """
+    half = channels // 2
+    exponents = torch.arange(half, device=device, dtype=torch.float32).div(2, rounding_mode="floor") * 2 / half
+    wavelengths = 10000.0**exponents
+    embeddings = []
+    for length in (height, width):
+        positions = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+        angles = (positions / (length + 1e-6) * 2 * math.pi)[:, None] / wavelengths
+        embeddings.append(torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=-1).flatten(1))
+    y_embedding = embeddings[0][:, None].expand(height, width, half)
+    x_embedding = embeddings[1][None].expand(height, width, half)
+    return torch.cat([y_embedding, x_embedding], dim=-1).flatten(0, 1).to(dtype)
+
+
+def reference_points(spatial_shapes: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Centre (x, y) of every position of every level, relative to its map, (T, 2)."""
+    points = []
+    for height, width in spatial_shapes:
+        y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        points.append(torch.stack([x, y], dim=-1).flatten(0, 1))
+    return torch.cat(points)
+
+
+class GKCDeformableAttention(nn.Module):
+    """Self-attention of all positions of all levels, each to a few learned locations per head and level."""
+
+    def __init__(self, config: GKCConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_points = config.encoder_num_points
+        width = config.hidden_size
+        samples = self.num_heads * NUM_FEATURE_LEVELS * self.num_points
+        self.sampling_offsets = nn.Linear(width, samples * 2)
+        self.attention_weights = nn.Linear(width, samples)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+
+    def forward(
+        self, hidden_states: Tensor, positions: Tensor, points: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Attends (B, T, C) states with position embeddings (T, C) around the reference points (T, 2)."""
+        queries = hidden_states + positions
+        value = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+        offsets = self.sampling_offsets(queries).unflatten(
+            -1, (self.num_heads, NUM_FEATURE_LEVELS, self.num_points, 2)
+        )  # (B, T, M, levels, R, 2), in cells of the sampled level
+        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, (NUM_FEATURE_LEVELS, self.num_points))
+        sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes])
+        locations = points[None, :, None, None, None] + offsets / sizes[None, None, None, :, None]
+        return self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights))
+
+
+class GKCPixelDecoderLayer(GradientCheckpointingLayer):
+    """Deformable self-attention and feed-forward network, each followed by normalisation."""
+
+    def __init__(self, config: GKCConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = GKCDeformableAttention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, config.encoder_ffn_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_dim, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden_states: Tensor, positions: Tensor, points: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        attended = self.self_attn(hidden_states, positions, points, spatial_shapes)
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
+        transformed = self.fc2(self.dropout(F.relu(self.fc1(hidden_states))))
+        return self.final_layer_norm(hidden_states + self.dropout(transformed))
+
+
+def _normalized_convolution(in_channels: int, out_channels: int, kernel_size: int, bias: bool) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
+        nn.GroupNorm(GROUP_NORM_GROUPS, out_channels),
+    )
+
+
+class GKCPixelDecoder(nn.Module):
+    """Projection, deformable layers over strides 32, 16, 8, and one feature-pyramid step to stride 4.
+
+    Args:
+        config: The segmenter's configuration.
+        backbone_channels: Channels of the backbone's maps of strides 4, 8, 16, 32.
+    """
+
+    def __init__(self, config: GKCConfig, backbone_channels: list[int]):
+        super().__init__()
+        width = config.hidden_size
+        self.input_projections = nn.ModuleList(
+            _normalized_convolution(channels, width, 1, bias=True) for channels in backbone_channels[:0:-1]
+        )
+        self.level_embedding = nn.Parameter(torch.empty(NUM_FEATURE_LEVELS, width))
+        self.layers = nn.ModuleList(GKCPixelDecoderLayer(config) for _ in range(config.encoder_layers))
+        self.lateral_projection = _normalized_convolution(backbone_channels[0], width, 1, bias=False)
+        self.output_projection = _normalized_convolution(width, width, 3, bias=False)
+        self.mask_projection = nn.Conv2d(width, config.mask_feature_size, 1)
+
+    def forward(self, feature_maps: tuple[Tensor, ...]) -> GKCPixelDecoderOutput:
+        """Decodes backbone maps of strides 4, 8, 16, 32."""
+        finest, *coarser = feature_maps
+        multi_scale_features = self._attend(coarser[::-1])
+        mask_features = self._merge(finest, multi_scale_features[-1])
+        return GKCPixelDecoderOutput(mask_features=mask_features, multi_scale_features=multi_scale_features)
+
+    def _attend(self, feature_maps: list[Tensor]) -> tuple[Tensor, ...]:
+        """Runs the deformable layers over maps of strides 32, 16, 8."""
+        levels = [project(level) for project, level in zip(self.input_projections, feature_maps, strict=True)]
+        spatial_shapes = [tuple(level.shape[-2:]) for level in levels]
+        hidden_states = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, T, C)
+        positions = self._positions(spatial_shapes, hidden_states)
+        points = reference_points(spatial_shapes, hidden_states.device, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, positions, points, spatial_shapes)
+        split = hidden_states.split([height * width for height, width in spatial_shapes], dim=1)
+        return tuple(
+            level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(split, spatial_shapes, strict=True)
+        )
+
+    def _positions(self, spatial_shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+        embeddings = [
+            sine_position_embedding(*shape, like.shape[-1], like.device, like.dtype) + level
+            for shape, level in zip(spatial_shapes, self.level_embedding, strict=True)
+        ]
+        return torch.cat(embeddings)  # (T, C)
+
+    def _merge(self, finest: Tensor, coarser: Tensor) -> Tensor:
+        """Adds the stride-8 map to the stride-4 map and makes mask features of the sum."""
+        lateral = self.lateral_projection(finest)
+        merged = lateral + F.interpolate(coarser, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_projection(F.relu(self.output_projection(merged)))
+
+
+__all__ = ["GKCPixelDecoder", "GKCPixelDecoderOutput", "reference_points", "sine_position_embedding"]

@@ -1,0 +1,53 @@
+"""Fixtures shared by the tests: small random models, one thread, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import CLIPTextConfig
+
+from modeling_gkc.configuration_gkc import CLIPResNetConfig, GKCConfig
+
+
+def small_config(**overrides) -> GKCConfig:
+    """A configuration with every part, small enough for a test."""
+    values = {
+        "backbone_config": CLIPResNetConfig(
+            width=8, depths=[1, 1, 1, 1], num_attention_heads=4, image_size=64, projection_dim=16
+        ),
+        "text_config": CLIPTextConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            projection_dim=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=3,
+        ),
+        "hidden_size": 32,
+        "mask_feature_size": 32,
+        "encoder_layers": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_layers": 4,
+        "decoder_ffn_dim": 64,
+        "num_attention_heads": 4,
+        "num_queries": 10,
+        "train_num_points": 64,
+    }
+    return GKCConfig(**(values | overrides))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def config() -> GKCConfig:
+    return small_config()

@@ -1,0 +1,104 @@
+"""CLIP's ResNet against recorded outputs of the published tower."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoBackbone, AutoModel
+
+from modeling_gkc.configuration_gkc import CLIPResNetConfig
+from modeling_gkc.conversion import clip_resnet_from_openai
+from modeling_gkc.modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
+
+GOLDEN = Path(__file__).parent / "golden" / "clip_resnet.npz"
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+@pytest.fixture(scope="module")
+def model(golden) -> CLIPResNetVisionModel:
+    return clip_resnet_from_openai({name: value for name, value in golden.items() if name.startswith("visual.")})
+
+
+def assert_golden(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_configuration_is_read_off_the_weights(model, golden):
+    width, *depths, image_size, projection_dim = golden["meta"].tolist()
+    config = model.config
+    assert (config.width, config.depths, config.image_size, config.projection_dim) == (
+        width,
+        depths,
+        image_size,
+        projection_dim,
+    )
+
+
+@torch.no_grad()
+def test_stages_and_embeddings(model, golden):
+    outputs = model(golden["input"], output_dense_embeds=True, output_hidden_states=True)
+    for stage in range(1, 5):
+        assert_golden(outputs.hidden_states[stage], golden[f"stage{stage}"])
+    assert_golden(outputs.image_embeds, golden["out_attn_g"])
+    assert_golden(outputs.dense_embeds, golden["out_attn_l"])
+
+
+@torch.no_grad()
+def test_other_size_resizes_positions(model, golden):
+    outputs = model(golden["input_large"], output_dense_embeds=True)
+    assert_golden(outputs.last_hidden_state, golden["large_res5"])
+    assert_golden(outputs.image_embeds, golden["large_attn_g"])
+    assert_golden(outputs.dense_embeds, golden["large_attn_l"])
+
+
+@torch.no_grad()
+def test_image_embedding_without_dense_is_the_same(model, golden):
+    assert_golden(model(golden["input"]).image_embeds, golden["out_attn_g"])
+
+
+@torch.no_grad()
+def test_backbone_gives_the_stages(model, golden):
+    backbone = AutoBackbone.from_config(model.config).eval()
+    assert isinstance(backbone, CLIPResNetBackbone)
+    backbone.encoder.load_state_dict(model.encoder.state_dict())
+    feature_maps = backbone(golden["input"]).feature_maps
+    strides = [64 // feature_map.shape[-1] for feature_map in feature_maps]
+    assert strides == [4, 8, 16, 32]
+    assert backbone.channels == [feature_map.shape[1] for feature_map in feature_maps]
+    for stage, feature_map in enumerate(feature_maps, start=1):
+        assert_golden(feature_map, golden[f"stage{stage}"])
+
+
+def test_save_and_load(model, tmp_path, golden):
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(golden["input"]).image_embeds, model(golden["input"]).image_embeds, rtol=0, atol=0
+        )
+
+
+def test_published_parameter_counts():
+    """Image towers of OpenAI's archives: RN50 38.3 M, RN101 56.3 M parameters (without BatchNorm statistics)."""
+    published = {(3, 4, 6, 3, 1024): 38_316_896, (3, 4, 23, 3, 512): 56_259_936}
+    for (*depths, projection_dim), count in published.items():
+        with torch.device("meta"):
+            tower = CLIPResNetVisionModel(CLIPResNetConfig(depths=depths, projection_dim=projection_dim))
+        assert sum(parameter.numel() for parameter in tower.parameters()) == count
+
+
+def test_weights_of_something_else_are_refused(golden):
+    with pytest.raises(ValueError, match="no weights of a CLIP ResNet"):
+        clip_resnet_from_openai({"visual.conv1.weight": golden["visual.conv1.weight"]})
+    weights = {name: value for name, value in golden.items() if name.startswith("visual.")}
+    weights.pop("visual.layer2.0.conv2.weight")
+    weights["visual.layer2.0.extra"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"spatial\.convolution\.weight.*extra"):
+        clip_resnet_from_openai(weights)
