@@ -14,8 +14,8 @@
 """Losses of the segmenter: pure functions -> matcher -> criterion.
 
 Masks are compared at sampled points (Kirillov et al., *PointRend*, CVPR 2020) and queries are matched to segments one
-to one (Carion et al., *DETR*, ECCV 2020), as in Mask2Former (Cheng et al., CVPR 2022). Losses are sums over matched pairs
-divided by the number of segments of all processes, so that their gradient does not depend on how a batch is split.
+to one (Carion et al., *DETR*, ECCV 2020), as in Mask2Former (Cheng et al., CVPR 2022). Losses are sums over matched
+pairs divided by the number of segments of all processes, so that no gradient depends on how a batch is split.
 
 Letters: B images, Q queries, K classes, S stages, N segments of an image, M matched pairs of a batch, R points.
 """
@@ -66,7 +66,7 @@ def classification_loss(
     Returns:
         Scalar: sum of weighted losses over the sum of weights, the latter averaged over processes.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
     for image, (queries, segments) in enumerate(matches):
         targets[image, queries.to(logits.device)] = class_labels[image].to(logits.device)[segments.to(logits.device)]

@@ -425,10 +425,15 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         return self.logit_scale.exp().clamp(max=MAX_TEMPERATURE)
 
     def class_logits(self, query_embeds: Tensor, class_embeds: Tensor) -> Tensor:
-        """(B, Q, P + 1) logits of normalised queries (B, Q, D) for normalised prompts (P, D) and for no-object."""
-        no_object = F.normalize(self.no_object_embedding, dim=-1)
-        targets = torch.cat([class_embeds.to(no_object), no_object[None]])
-        return self.temperature * query_embeds @ targets.T
+        """(B, Q, P + 1) logits of normalised queries (B, Q, D) for normalised prompts (P, D) and for no-object.
+
+        They are computed in fp32 at least: a temperature up to 100 would show the rounding of half precision.
+        """
+        dtype = torch.promote_types(query_embeds.dtype, torch.float32)
+        with torch.autocast(query_embeds.device.type, enabled=False):
+            no_object = F.normalize(self.no_object_embedding.to(dtype), dim=-1)
+            targets = torch.cat([class_embeds.to(no_object), no_object[None]])
+            return self.temperature.to(dtype) * query_embeds.to(dtype) @ targets.T
 
     @can_return_tuple
     def forward(

@@ -6,7 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import CLIPTextConfig
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTextConfig, PreTrainedTokenizerFast
 
 from modeling_gkc.configuration_gkc import CLIPResNetConfig, GKCConfig
 
@@ -51,3 +52,24 @@ def seeded():
 @pytest.fixture
 def config() -> GKCConfig:
     return small_config()
+
+
+def word_tokenizer(words: str = "red blue disc square box lawn grass star sky air dog sofa couch lamp"):
+    """A word-level tokenizer that fits `small_config`."""
+    special = ["<pad>", "<start>", "<unknown>", "<end>"]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate([*special, *words.split()])}, unk_token="<unknown>")
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=16,
+        pad_token="<pad>",
+        bos_token="<start>",
+        unk_token="<unknown>",
+        eos_token="<end>",
+    )

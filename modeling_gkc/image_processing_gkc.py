@@ -1,0 +1,319 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Images of any kind to padded, normalised `pixel_values`. All sizes are (height, width)."""
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    load_image,
+)
+
+# From its module: the top level of transformers 5.17 hides it where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .configuration_gkc import GKCConfig
+from .post_processing import PostProcessingMixin
+
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"}, {"height", "width"})
+
+
+class GKCImagesKwargs(TypedDict, total=False):
+    """Settings of `GKCImageProcessor`, each of which a call may override."""
+
+    do_resize: bool
+    size: Any
+    resample: Any
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Any
+    image_std: Any
+    do_pad: bool
+    size_divisor: int
+    input_data_format: Any
+    return_tensors: Any
+
+
+class GKCImageProcessor(PostProcessingMixin, PilBackend):
+    """
+    Turns images into the model's input, and the model's output into segmentations.
+
+    An image is a path, URL, bytes of a file, PIL image, array or tensor; several are a list, or an array with a batch
+    axis. It is shown as its EXIF orientation says; grey, palette, CMYK and other kinds become RGB, transparency is
+    laid on white, and 16-bit values are scaled to 8 bits. Arrays and tensors have 1, 3, 4 channels or no channel axis;
+    booleans, 8-bit integers (also wider types with values 0..255), 16-bit unsigned integers 0..65535 and floats 0..1.
+    The channel axis is found by its length; where both ends fit, arrays are read channels last and tensors channels
+    first, unless `input_data_format` ("channels_first" or "channels_last") says otherwise.
+
+    Args:
+        do_resize: Resize to `size`.
+        size: `{"shortest_edge", "longest_edge"}` keeps the aspect, the short side reaching `shortest_edge` unless the
+            long one would exceed `longest_edge` (either may stand alone); `{"height", "width"}` does not. Default 800
+            and 1333, those of detectron2, at which the method's published numbers were measured.
+        resample: Filter of the resizing, of `PIL.Image.Resampling`; bilinear by default.
+        do_rescale: Multiply 8-bit values by `rescale_factor`. (Floats 0..1 stay in that range without it.)
+        rescale_factor: 1 / 255 by default.
+        do_normalize: Subtract `image_mean`, then divide by `image_std`.
+        image_mean: Per channel, for values 0..1; that of ImageNet by default.
+        image_std: Per channel, for values 0..1; that of ImageNet by default.
+        do_pad: Pad with zeros at the right and bottom, after the normalisation.
+        size_divisor: Both padded sides become multiples of it; 32 is the stride of the backbone.
+
+    Raises:
+        ValueError: an image cannot be read, is empty, or has values outside its range; the message names the file or
+            the position in the batch.
+        FileNotFoundError: a path does not exist.
+    """
+
+    valid_kwargs = GKCImagesKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+
+    do_resize = True
+    size = {"shortest_edge": 800, "longest_edge": 1333}
+    default_to_square = False
+    resample = PILImageResampling.BILINEAR
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_pad = True
+    size_divisor = 32
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        _check_size(dict(self.size))
+
+    def _preprocess_image_like_inputs(self, images: ImageLike | Sequence[ImageLike], *args, **kwargs) -> BatchFeature:
+        images = _as_list(images)
+        if not images:
+            raise ValueError("no images were given.")
+        pixels = [self._pixels(image, index, **kwargs) for index, image in enumerate(images)]
+        if kwargs["do_pad"]:
+            divisor = max(kwargs["size_divisor"] or 1, 1)
+            height, width = (-(-max(image.shape[axis] for image in pixels) // divisor) * divisor for axis in (1, 2))
+        elif len({image.shape for image in pixels}) == 1:
+            height, width = pixels[0].shape[1:]
+        else:
+            raise ValueError("images of different sizes make no batch without padding: leave `do_pad` on.")
+        pixel_values = torch.zeros(len(pixels), 3, height, width)
+        pixel_mask = torch.zeros(len(pixels), height, width, dtype=torch.int64)
+        for index, image in enumerate(pixels):
+            pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
+            pixel_mask[index, : image.shape[1], : image.shape[2]] = 1
+        return _batch({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, kwargs["return_tensors"])
+
+    def _pixels(self, image: ImageLike, index: int, **settings) -> torch.Tensor:
+        """One image, resized and normalised, fp32 (3, H, W)."""
+        holds_unit_range = isinstance(image, np.ndarray | torch.Tensor) and "float" in str(image.dtype)
+        image = read_image(image, settings["input_data_format"], name=f"image {index + 1} (index {index})")
+        if settings["do_resize"]:
+            height, width = resized_size((image.height, image.width), dict(settings["size"]))
+            if (height, width) != (image.height, image.width):
+                image = image.resize((width, height), settings["resample"])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+        if settings["do_rescale"]:
+            pixels *= settings["rescale_factor"]
+        elif holds_unit_range:
+            pixels /= 255
+        if settings["do_normalize"]:
+            mean, std = (torch.tensor(settings[name]).expand(3)[:, None, None] for name in ("image_mean", "image_std"))
+            pixels = pixels.sub_(mean).div_(std)
+        return pixels
+
+
+def read_image(
+    image: ImageLike, input_data_format: str | ChannelDimension | None = None, name: str = "image"
+) -> Image.Image:
+    """
+    Any image as an upright 8-bit RGB picture; the kinds are those of `GKCImageProcessor`.
+
+    Args:
+        image: Path, URL, bytes of a file, PIL image, array or tensor.
+        input_data_format: "channels_first" or "channels_last" of an array or tensor; None finds it out.
+        name: What to call the image in errors, if it has no file name.
+
+    Raises:
+        ValueError: the image cannot be read, is empty, or has values outside its range; the file or `name` is named.
+        FileNotFoundError: the path does not exist.
+    """
+    if isinstance(image, str | os.PathLike):
+        name = str(image)
+    elif getattr(image, "filename", None):
+        name = f"{image.filename}"
+    try:
+        return _to_rgb(_decode(image, input_data_format))
+    except FileNotFoundError:
+        raise
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+
+
+def resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
+    """
+    Height and width that an image of `image_size` is resized to.
+
+    Args:
+        image_size: Height and width in pixels.
+        size: As in `GKCImageProcessor`.
+
+    Returns:
+        Sides of at least 1 pixel. With `shortest_edge` they are those of transformers' image processors.
+    """
+    _check_size(size)
+    if "height" in size:
+        return size["height"], size["width"]
+    if "shortest_edge" in size:
+        resized = get_size_with_aspect_ratio(image_size, size["shortest_edge"], size.get("longest_edge"))
+    else:
+        scale = size["longest_edge"] / max(image_size)
+        resized = tuple(round(side * scale) for side in image_size)
+    return max(resized[0], 1), max(resized[1], 1)
+
+
+def _check_size(size: dict[str, int]) -> None:
+    if set(size) not in _SIZE_KEYS:
+        raise ValueError(
+            "`size` needs 'shortest_edge' and/or 'longest_edge', or 'height' and 'width'; got " + ", ".join(size) + "."
+        )
+    if min(size.values()) < 1:
+        raise ValueError(f"`size` must be positive, got {size}.")
+
+
+def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    if isinstance(images, np.ndarray | torch.Tensor):
+        return list(images) if images.ndim == 4 else [images]
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _batch(data: dict[str, torch.Tensor], return_tensors: str | None) -> BatchFeature:
+    if return_tensors in (None, "pt"):
+        return BatchFeature(data)
+    if return_tensors == "np":
+        return BatchFeature({key: value.numpy() for key, value in data.items()})
+    raise ValueError(f"`return_tensors` must be 'pt' (also the default) or 'np', got {return_tensors!r}.")
+
+
+def _decode(image: ImageLike, input_data_format: str | ChannelDimension | None) -> Image.Image:
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return _from_array(image, input_data_format)
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
+        return load_image(image)
+    if isinstance(image, str | os.PathLike):
+        with Image.open(image) as opened:
+            return ImageOps.exif_transpose(opened)
+    if isinstance(image, bytes):
+        with Image.open(io.BytesIO(image)) as opened:
+            return ImageOps.exif_transpose(opened)
+    if isinstance(image, Image.Image):
+        _refuse_empty(image.size[::-1])
+        return ImageOps.exif_transpose(image)
+    raise TypeError(f"an image is a path, URL, bytes, PIL image, array or tensor, not {type(image).__name__}.")
+
+
+def _from_array(image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None) -> Image.Image:
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        values = (image.float() if image.is_floating_point() else image).numpy()
+        preferred = ChannelDimension.FIRST
+    else:
+        values, preferred = image, ChannelDimension.LAST
+    if values.ndim not in (2, 3):
+        raise ValueError(f"an array needs 2 or 3 axes, got the shape {values.shape}.")
+    if values.ndim == 3:
+        data_format = ChannelDimension(input_data_format or _channel_axis(values.shape, preferred))
+        values = np.moveaxis(values, 0, -1) if data_format is ChannelDimension.FIRST else values
+        if values.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"an image needs 1, 3 or 4 channels, got {values.shape[-1]} ({data_format.value}).")
+    _refuse_empty(values.shape[:2])
+    values = np.ascontiguousarray(_to_8_bits(values))
+    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+
+
+def _channel_axis(shape: tuple[int, ...], preferred: ChannelDimension) -> ChannelDimension:
+    """Where the channels are: an end of length 3 or 4, else one of length 1; `preferred` if both ends qualify."""
+    for lengths in ((3, 4), (1,)):
+        fits_first, fits_last = shape[0] in lengths, shape[-1] in lengths
+        if fits_first and fits_last:
+            return preferred
+        if fits_first or fits_last:
+            return ChannelDimension.FIRST if fits_first else ChannelDimension.LAST
+    raise ValueError(f"no axis of the shape {shape} can be the channels, of which there must be 1, 3 or 4.")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return _rescale(values, 65535)
+    if values.dtype.kind == "f":
+        return _rescale(values, 1)
+    if values.dtype.kind in "iu":
+        return _rescale(values, 255)
+    raise TypeError(f"images have boolean, integer or float values, not {values.dtype}.")
+
+
+def _rescale(values: np.ndarray, limit: int) -> np.ndarray:
+    lowest, highest = values.min(), values.max()
+    if not (lowest >= 0 and highest <= limit):
+        raise ValueError(
+            f"values of type {values.dtype} must lie in 0..{limit}, got {lowest}..{highest}; use 8-bit integers "
+            "0..255 or floats 0..1."
+        )
+    return np.rint(values * (255 / limit)).astype(np.uint8)
+
+
+def _refuse_empty(size: tuple[int, ...]) -> None:
+    if 0 in size:
+        raise ValueError(f"it has no pixels, its height and width are {tuple(size)}.")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        image = Image.fromarray(_rescale(np.asarray(image), 65535))
+    elif image.mode == "F":
+        image = Image.fromarray(_rescale(np.asarray(image), 1))
+    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+        opaque = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+        image = image.convert(opaque).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+AutoImageProcessor.register(
+    GKCConfig, image_processor_classes={"pil": GKCImageProcessor, "torchvision": GKCImageProcessor}, exist_ok=True
+)
+
+__all__ = ["GKCImageProcessor", "ImageLike", "read_image", "resized_size"]

@@ -1,0 +1,145 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`GKCProcessor`: images and words to tensors, tensors to segmentations."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from transformers import BatchFeature
+from transformers.models.auto.processing_auto import AutoProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from .configuration_gkc import GKCConfig
+from .image_processing_gkc import ImageLike
+from .post_processing import PostProcessingMixin
+from .vocabulary import Vocabulary, VocabularyLike
+
+
+class GKCProcessor(PostProcessingMixin, ProcessorMixin):
+    """
+    A `GKCImageProcessor` and the tokenizer of the text tower in one.
+
+    Args:
+        image_processor: A `GKCImageProcessor`.
+        tokenizer: Tokenizer of the text tower.
+        prompt_templates: Sentences with one `{}` each; every name is put into every one. Default `["{}"]`, the plain
+            name, as in the method's published evaluation.
+
+    Raises:
+        ValueError: there is no template, or one of them has not exactly one `{}`.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, prompt_templates: Sequence[str] | None = None):
+        super().__init__(image_processor, tokenizer)
+        self.prompt_templates = ["{}"] if prompt_templates is None else list(prompt_templates)
+        if not self.prompt_templates:
+            raise ValueError("`prompt_templates` is empty; the plain name is the template '{}'.")
+        for template in self.prompt_templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"a prompt template needs exactly one '{{}}' for the name, got {template!r}.")
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        text: VocabularyLike | None = None,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Prepare images, words, or both.
+
+        Args:
+            images: One image or B images, see `GKCImageProcessor`.
+            text: The K classes: "dog; sofa, couch; lamp", ["dog", ["sofa", "couch"], "lamp"] or a `Vocabulary`.
+            return_tensors: "pt" (also the default) or "np".
+            kwargs: Settings of the image processor to override.
+
+        Returns:
+            For images `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W), 1 where the image is. For text the P
+            prompts, class by class, name by name, template by template: `input_ids` and `attention_mask` (P, L),
+            padded at the right, and `class_ids` (P,) in 0..K-1.
+
+        Raises:
+            ValueError: neither images nor text; labels that `Vocabulary` refuses; a label with more tokens than the
+                tokenizer's `model_max_length` (nothing is truncated); images that `GKCImageProcessor` refuses.
+
+        Warns:
+            UserWarning: the tokenizer does not know a word, or a name belongs to several classes.
+        """
+        if images is None and text is None:
+            raise ValueError("give images, text, or both.")
+        if images is None and kwargs:
+            raise TypeError(f"without images there is no use for {', '.join(kwargs)}.")
+        data = {}
+        if images is not None:
+            data.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+        if text is not None:
+            prompts = self._encode(Vocabulary.parse(text))
+            data.update({key: value.numpy() for key, value in prompts.items()} if return_tensors == "np" else prompts)
+        return BatchFeature(data)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that a call may return."""
+        return ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids"]
+
+    def _encode(self, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
+        names, templates = vocabulary.flat_names, self.prompt_templates
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        class_ids = [index for index in vocabulary.class_ids for _ in templates]
+        tokens = self.tokenizer(prompts, verbose=False)["input_ids"]
+        self._refuse_long(prompts, tokens)
+        self._warn_unknown(prompts, tokens)
+        return self._pad(tokens) | {"class_ids": torch.tensor(class_ids)}
+
+    def _pad(self, tokens: list[list[int]]) -> dict[str, torch.Tensor]:
+        lengths = torch.tensor([len(prompt) for prompt in tokens])
+        if self.tokenizer.pad_token_id is None and lengths.unique().numel() > 1:
+            raise ValueError("labels differ in length and the tokenizer cannot pad them: give it a `pad_token`.")
+        input_ids = torch.full((len(tokens), int(lengths.max())), self.tokenizer.pad_token_id or 0)
+        for row, prompt in zip(input_ids, tokens, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _refuse_long(self, prompts: list[str], tokens: list[list[int]]) -> None:
+        limit = self.tokenizer.model_max_length
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            if len(ids) > limit:
+                raise ValueError(
+                    f"the label {prompt!r} has {len(ids)} tokens with its start and end, but the text encoder "
+                    f"reads at most {limit}: shorten it."
+                )
+
+    def _warn_unknown(self, prompts: list[str], tokens: list[list[int]]) -> None:
+        unknown_id = self.tokenizer.unk_token_id
+        if unknown_id is None or unknown_id == self.tokenizer.eos_token_id:
+            return
+        suspects = dict.fromkeys(
+            word for prompt, ids in zip(prompts, tokens, strict=True) if unknown_id in ids for word in prompt.split()
+        )
+        unknown = [
+            word
+            for word in suspects
+            if unknown_id in self.tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+        if unknown:
+            listed = ", ".join(map(repr, unknown))
+            warnings.warn(f"the text encoder does not know these words: {listed}.", UserWarning, stacklevel=4)
+
+
+AutoProcessor.register(GKCConfig, GKCProcessor, exist_ok=True)
+
+__all__ = ["GKCProcessor"]

@@ -1,0 +1,77 @@
+"""Who may import whom, held by reading the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT / "modeling_gkc").glob("*.py"))
+OURS = ("modeling_gkc", "configuration", "train", "hub_card", "tests")
+# Third-party packages that inference may need; scipy only inside the matcher.
+INFERENCE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tqdm"}
+ALLOWED = {
+    "train": {"modeling_gkc", "configuration", "train"},
+    "hub_card": {"modeling_gkc", "hub_card"},
+    "configuration": {"configuration"},
+}
+PROCESSORS = ("image_processing_gkc", "processing_gkc", "post_processing", "vocabulary", "visualization")
+MODELS = ("modeling_gkc", "modeling_clip_resnet", "mask_decoder", "pixel_decoder", "loss_gkc", "conversion")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import; level counts leading dots."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+    return found
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_library_imports_itself_only_with_single_dots(path):
+    for level, module in imports(path):
+        if level:
+            assert level == 1 and module and "." not in module, f"{path.name}: 'from {'.' * level}{module}'"
+        else:
+            assert top(module) not in OURS, f"{path.name} imports {module} by its full name"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_inference_needs_no_training_package(path):
+    outside = {top(module) for level, module in imports(path) if not level} - set(sys.stdlib_module_names) - INFERENCE
+    assert outside <= ({"scipy"} if path.stem == "loss_gkc" else set()), f"{path.name} imports {outside}"
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_import_no_model(name):
+    within = {module for level, module in imports(ROOT / "modeling_gkc" / f"{name}.py") if level}
+    assert not within & set(MODELS)
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_other_folders(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for level, module in imports(path):
+            name = folder if level else top(module)
+            assert name not in OURS or name in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_library_is_flat():
+    assert [path for path in (ROOT / "modeling_gkc").rglob("*.py") if path.parent != ROOT / "modeling_gkc"] == []
+
+
+def test_importing_the_library_works_without_training_packages():
+    code = "import sys; [sys.modules.__setitem__(n, None) for n in {absent}]; import modeling_gkc".format(
+        absent=["scipy", "datasets", "accelerate", "evaluate", "nltk", "torchvision", "timm"]
+    )
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
