@@ -1,0 +1,399 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from configuration import Recipe
+from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
+from modeling_gkc.processing_gkc import GKCProcessor
+from train import trainer as trainer_module
+from train.optimization import learning_rate_factor, parameter_groups
+from train.teacher import RegionTeacher
+from train.trainer import HEADS_NAME, GKCTrainer, Regions, last_complete_checkpoint
+
+from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
+
+ROOT = Path(__file__).parent.parent
+RECIPE = Recipe(
+    steps=8,
+    batch_size=2,
+    crop_size=64,
+    learning_rate=3e-3,
+    backbone_factor=0.3,
+    max_grad_norm=1.0,
+    train_num_points=64,
+    distillation_embedding="query",
+)
+LOSSES = ["cross_entropy", "mask", "dice", "synonym"]
+LOSSES += ["distillation_feature", "distillation_relation", "distillation_joint"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A sum split among threads is not the same from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_trainer(output_dir, recipe: Recipe = RECIPE, model=None, images: int = 8, callbacks=None, **overrides):
+    dataset = toy_dataset(images)
+    settings = {"save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    return GKCTrainer(
+        model=toy_model(**recipe.model_settings()) if model is None else model,
+        recipe=recipe,
+        args=recipe.to_training_arguments(output_dir, **{**settings, **overrides}),
+        train_dataset=dataset,
+        vocabulary=VOCABULARY,
+        processor=toy_processor(),
+        teacher_embeddings=RegionTeacher(toy_vision_model()).embed_dataset(dataset, progress=False),
+        eval_dataset=dataset,
+        callbacks=callbacks,
+    )
+
+
+def a_batch(trainer: GKCTrainer) -> dict:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 30 steps on six images, with its checkpoint."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    recipe = replace(RECIPE, steps=30, batch_size=3)
+    overrides = {"logging_steps": 5, "save_strategy": "steps", "save_steps": 30}
+    trainer = make_trainer(tmp_path_factory.mktemp("run"), recipe, images=6, **overrides)
+    trainer.train()
+    return trainer
+
+
+def test_every_loss_is_logged_by_name_and_finite(trained):
+    logs = [log for log in trained.state.log_history if "loss" in log]
+    assert len(logs) == 6
+    for log in logs:
+        for name in LOSSES:
+            for key in (f"loss_{name}", f"loss_{name}_auxiliary"):
+                assert 0 <= log[key] < float("inf")
+        assert log["temperature"] > 0 and log["regions"] > 3 and log["distillation_scale"] != 1
+
+
+def test_losses_fall(trained):
+    logs = [log for log in trained.state.log_history if "loss" in log]
+    for name in ["loss", *(f"loss_{name}" for name in LOSSES)]:
+        assert logs[-1][name] < 0.95 * logs[0][name], name
+
+
+def test_every_epoch_is_augmented_anew(trained):
+    assert trained.state.epoch == 15 and trained.train_dataset._epoch == 14
+
+
+def test_saved_model_holds_nothing_of_training(trained, tmp_path):
+    trained.save_model(str(tmp_path))
+    assert not (tmp_path / HEADS_NAME).exists()
+    loaded, report = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for (name, saved), (_, trained_value) in zip(
+        loaded.state_dict().items(), trained.student.state_dict().items(), strict=True
+    ):
+        assert torch.equal(saved, trained_value), name
+    processor = GKCProcessor.from_pretrained(tmp_path)
+    assert processor.tokenizer("disc")["input_ids"] == toy_processor().tokenizer("disc")["input_ids"]
+
+
+def test_checkpoint_has_the_heads_beside_the_model(trained):
+    checkpoint = last_complete_checkpoint(trained.args.output_dir)
+    heads = load_file(checkpoint / HEADS_NAME)
+    assert sorted(heads) == ["projection.bias", "projection.weight", "scale"]
+    assert not [key for key in load_file(checkpoint / "model.safetensors") if "distillation" in key or "head" in key]
+    assert json.loads((checkpoint / "recipe.json").read_text())["distillation_embedding"] == "query"
+    assert heads["scale"] != 1 and torch.equal(heads["scale"], trained.model.distillation_head.scale)
+
+
+def test_the_frozen_text_tower_does_not_move(trained):
+    before = toy_model(**RECIPE.model_settings()).text_model.state_dict()
+    after = trained.student.text_model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert trained.student.training and not trained.student.text_model.training
+
+
+def test_no_step_runs_clip(tmp_path):
+    trainer = make_trainer(tmp_path, replace(RECIPE, steps=1, synonym_probabilities="teacher"))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("CLIP ran in a step")
+
+    trainer.student.text_model.forward = refuse
+    trainer.student.get_text_features = refuse
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "embedding"),
+    [
+        *[(mode, "shared") for mode in ("none", "average", "max", "sample")],
+        *[("sample", embedding) for embedding in ("query", "projected", None)],
+        ("none", None),
+    ],
+)
+def test_every_arm_back_propagates(tmp_path, mode, embedding):
+    changes = {"distillation_weight": 0.0} if embedding is None else {"distillation_embedding": embedding}
+    trainer = make_trainer(tmp_path, replace(RECIPE, synonym_mode=mode, **changes))
+    trainer.model.train()
+    loss, outputs = trainer.compute_loss(trainer.model, a_batch(trainer), return_outputs=True)
+    loss.backward()
+    assert (outputs.prompt_logits is None) == (mode == "none")
+    assert (outputs.distillation_embeds is None) == (embedding is None)
+    without = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    if mode == "none" and embedding is None:
+        torch.testing.assert_close(loss, outputs.student.loss)
+
+
+@pytest.mark.parametrize("terms", ["joint", "split", "feature", "relation"])
+def test_the_loss_is_the_weighted_sum_over_stages(tmp_path, terms):
+    recipe = replace(RECIPE, distillation_terms=terms, distillation_weight=7.0, synonym_weight=3.0)
+    trainer = make_trainer(tmp_path, recipe)
+    trainer.model.train()
+    loss, outputs = trainer.compute_loss(trainer.model, a_batch(trainer), return_outputs=True)
+    log = trainer._averages.take()
+    auxiliary = len(outputs.student.stages) - 1
+    total = {name: log[f"loss_{name}"] + auxiliary * log[f"loss_{name}_auxiliary"] for name in LOSSES}
+    used = {"split": ("feature", "relation")}.get(terms, (terms,))
+    expected = outputs.student.loss.item() + 3 * total["synonym"]
+    expected += 7 * sum(total[f"distillation_{term}"] for term in used)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert (trainer.model.distillation_head.scale.grad is None) == (terms == "feature")
+
+
+def test_a_batch_without_regions_trains(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model.train()
+    batch = a_batch(trainer)
+    for key in ("mask_labels", "class_labels", "segment_ids"):
+        batch[key] = [values[:0] for values in batch[key]]
+    loss, _ = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    loss.backward()
+    head = trainer.model.distillation_head
+    assert loss.isfinite() and head.scale.grad == 0 and not head.projection.weight.grad.any()
+
+
+def test_pairs_follow_the_matches_of_the_distilled_regions():
+    regions = Regions(
+        counts=[2, 0, 3],
+        classes=torch.zeros(5, dtype=torch.long),
+        prompts=torch.zeros(5, dtype=torch.long),
+        teacher=None,
+        distilled=torch.tensor([True, True, True, False, True]),
+    )
+    nothing = torch.zeros(0, dtype=torch.long)
+    matches = [(torch.tensor([4, 7]), torch.tensor([1, 0])), (nothing, nothing)]
+    matches.append((torch.tensor([1, 2, 3]), torch.tensor([2, 0, 1])))
+    image, query, region = regions.pairs(matches)
+    assert (image.tolist(), query.tolist(), region.tolist()) == ([0, 0, 2, 2], [4, 7, 1, 2], [1, 0, 4, 2])
+
+
+def test_at_most_so_many_regions_are_distilled(tmp_path):
+    trainer = make_trainer(tmp_path, replace(RECIPE, distillation_max_regions=3))
+    batch = a_batch(trainer)
+    regions = trainer._regions(batch)
+    assert len(regions.distilled) == sum(map(len, batch["class_labels"])) > 3 and regions.distilled.sum() == 3
+    others = [trainer._regions(batch).distilled for _ in range(5)]
+    assert any(not torch.equal(regions.distilled, other) for other in others)
+
+
+def test_sampled_words_are_those_of_the_slots_and_of_distillation(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = a_batch(trainer)
+    regions = trainer._regions(batch)
+    held = [prompts[labels] for prompts, labels in zip(regions.slot_prompts, regions.slot_labels, strict=True)]
+    assert torch.equal(torch.cat(held), regions.prompts)
+    assert torch.equal(trainer.text_bank.class_ids[regions.prompts], regions.classes)
+
+
+def test_evaluation_reports_the_loss(tmp_path):
+    metrics = make_trainer(tmp_path).evaluate()
+    assert 0 < metrics["eval_loss"] < float("inf")
+
+
+def test_gradient_accumulation_and_mixed_precision(tmp_path):
+    recipe = replace(RECIPE, steps=2, batch_size=4, precision="bf16")
+    trainer = make_trainer(tmp_path, recipe, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.student.parameters())
+
+
+class StopAt(TrainerCallback):
+    """Ends the process, or the training, before a checkpoint of this step could be written."""
+
+    def __init__(self, step: int, kill: bool = False):
+        self.step, self.kill = step, kill
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+
+
+def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors") | load_file(folder / HEADS_NAME)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Eight steps, four an epoch, checkpoints after 3, 6 and 8."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(tmp_path_factory.mktemp("undisturbed"), **SAVING)
+    trainer.train()
+    return Path(trainer.args.output_dir)
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+
+
+def assert_same_run(folder: Path, undisturbed: Path) -> None:
+    weights, expected = (checkpoint_weights(path / "checkpoint-8") for path in (folder, undisturbed))
+    assert weights.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(weights[name], expected[name])]
+    assert different == []
+    optimizers = [
+        torch.load(path / "checkpoint-8" / "optimizer.pt", weights_only=True)["state"]
+        for path in (folder, undisturbed)
+    ]
+    for index, state in optimizers[1].items():
+        assert all(torch.equal(value, optimizers[0][index][name]) for name, value in state.items())
+
+
+def test_killed_and_resumed_equals_undisturbed(tmp_path, undisturbed):
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from tests.test_trainer import *; "
+        "make_trainer(sys.argv[1], callbacks=[StopAt(5, kill=True)], **SAVING).train()"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    torch.manual_seed(99)
+    make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(("save_steps", "stop", "workers"), [(4, 5, 0), (3, 7, 1)], ids=["between epochs", "workers"])
+def test_interrupted_and_resumed_equals_undisturbed(tmp_path, undisturbed, save_steps, stop, workers):
+    overrides = {**SAVING, "save_steps": save_steps, "dataloader_num_workers": workers}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[StopAt(stop)], **overrides).train()
+    make_trainer(tmp_path, **overrides).train(resume_from_checkpoint=True)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path, undisturbed):
+    shutil.copytree(undisturbed / "checkpoint-3", tmp_path / "checkpoint-3")
+    shutil.copytree(undisturbed / "checkpoint-6", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"best')
+    (tmp_path / "checkpoint-8").mkdir()
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        last_complete_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_its_keys(tmp_path, undisturbed):
+    recipe = replace(RECIPE, distillation_embedding="shared")
+    with pytest.raises(RuntimeError, match=r"projection\.weight"):
+        make_trainer(tmp_path, recipe).train(resume_from_checkpoint=str(undisturbed / "checkpoint-3"))
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **{**SAVING, "save_steps": 2})
+    original = trainer_module.text_guided_distillation_loss
+
+    def broken(*args, **kwargs):
+        terms = original(*args, **kwargs)
+        return tuple(term * float("nan") for term in terms) if trainer.state.global_step == 2 else terms
+
+    monkeypatch.setattr(trainer_module, "text_guided_distillation_loss", broken)
+    with pytest.raises(RuntimeError, match=r"step 3, images \['toy-\d', 'toy-\d'\].*loss_distillation_feature"):
+        trainer.train()
+    intact = checkpoint_weights(last_complete_checkpoint(tmp_path))
+    assert all(values.isfinite().all() for values in intact.values())
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_labels_or_outputs_that_cannot_be_matched_name_step_and_images(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = a_batch(trainer)
+    batch["pixel_values"][:] = float("nan")
+    with pytest.raises(RuntimeError, match=r"step 1, images \['toy-\d', 'toy-\d'\]: Non-finite"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_model_and_recipe_must_agree(tmp_path):
+    with pytest.raises(ValueError, match="train_num_points 32 and 64"):
+        make_trainer(tmp_path, model=toy_model(train_num_points=32))
+
+
+@pytest.mark.parametrize("changes", [{}, {"distillation_weight": 0.0, "synonym_probabilities": "teacher"}])
+def test_teacher_embeddings_must_be_there_if_needed(tmp_path, changes):
+    recipe = replace(RECIPE, **changes)
+    with pytest.raises(ValueError, match="needs `teacher_embeddings`"):
+        GKCTrainer(
+            toy_model(**recipe.model_settings()),
+            recipe,
+            recipe.to_training_arguments(tmp_path),
+            toy_dataset(2),
+            VOCABULARY,
+            toy_processor(),
+        )
+
+
+def test_a_dataset_smaller_than_a_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 images, fewer than one batch"):
+        make_trainer(tmp_path, replace(RECIPE, batch_size=4), images=2)
+
+
+def test_parameter_groups(tmp_path):
+    trainer = make_trainer(tmp_path)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = {}
+    for group in parameter_groups(trainer.model, trainer.args, RECIPE):
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            assert name not in groups
+            groups[name] = (group["lr"], group["weight_decay"])
+    assert all("text_model" in name for name in names.values())
+    fast, slow = RECIPE.learning_rate, RECIPE.learning_rate * RECIPE.backbone_factor
+    expected = {
+        "student.model.backbone.encoder.stem.layers.0.convolution.weight": (slow, 0.05),
+        "student.model.backbone.encoder.stem.layers.0.normalization.weight": (slow, 0.0),
+        "student.model.mask_decoder.layers.0.self_attn.q_proj.weight": (fast, 0.05),
+        "student.model.mask_decoder.layers.0.self_attn.q_proj.bias": (fast, 0.05),
+        "student.model.mask_decoder.layers.0.final_layer_norm.weight": (fast, 0.0),
+        "student.model.mask_decoder.query_features.weight": (fast, 0.0),
+        "student.model.pixel_decoder.level_embedding": (fast, 0.0),
+        "student.no_object_embedding": (fast, 0.0),
+        "student.logit_scale": (fast, 0.0),
+        "distillation_head.scale": (fast, 0.0),
+        "distillation_head.projection.weight": (fast, 0.05),
+    }
+    assert {name: groups[name] for name in expected} == expected
+
+
+def test_learning_rate_schedule():
+    recipe = Recipe(steps=100, milestones=(0.8, 0.9), warmup_share=0.04)
+    factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1]) and factors[79] == 1
+    assert factors[80:90] == [0.1] * 10 and factors[90:] == pytest.approx([0.01] * 10)

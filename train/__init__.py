@@ -1,0 +1,1 @@
+"""The workshop: data, losses, trainer and evaluation of GKC, run from a clone (`python -m train ...`)."""
