@@ -1,0 +1,1 @@
+"""Model cards and the checkpoint that is shipped with the repository."""

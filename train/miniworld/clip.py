@@ -1,0 +1,274 @@
+"""The tiny CLIP of the mini-world: model, training, gate.
+
+python -m train.miniworld.clip --out run/clip --steps 2800 --scenes 6000 --seed 0
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from modeling_gkc.configuration_gkc import CLIPResNetConfig
+from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
+
+from .gate import format_gate, measure_gate, save_gate
+from .lexicon import Lexicon
+from .pictures import CaptionedBatches, CropSet, collect_crops, collect_other_world
+from .tokenizer import CONTEXT_LENGTH, build_tokenizer
+
+TRAINING_SPLIT, GATE_SPLIT, OTHER_WORLD_SPLIT = 10, 11, 12  # with the seed, they name independent worlds
+CROP_SIZE = 64  # pixels
+OTHER_WORLD_PICTURES = 600  # of every kind
+
+
+@dataclass(frozen=True)
+class CLIPTraining:
+    """All that decides the weights of a tiny CLIP."""
+
+    steps: int = 2800
+    scenes: int = 6000
+    seed: int = 0
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    lean: float = 0.35  # how much the choice of a word depends on the region, see Lexicon
+    other_world_share: float = 0.2  # share of a batch that gives words a second sense
+    logit_scale_cap: float = 12.0
+    half_size_share: float = 0.7  # share of the steps, the first ones, on pictures of half the side: 4 times cheaper
+    bfloat16: bool = False  # only faster where the processor has bfloat16 units
+
+
+class MiniCLIP(nn.Module):
+    """Image and text tower with a common embedding space of width D = 96."""
+
+    def __init__(
+        self,
+        vision: CLIPResNetVisionModel,
+        text: CLIPTextModelWithProjection,
+        tokenizer: PreTrainedTokenizerBase,
+        logit_scale: float = 10.0,
+    ):
+        super().__init__()
+        self.vision, self.text, self.tokenizer = vision, text, tokenizer
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
+
+    @classmethod
+    def from_scratch(cls, seed: int) -> "MiniCLIP":
+        """A small model with random weights."""
+        tokenizer = build_tokenizer()
+        vision_config = CLIPResNetConfig(
+            width=24, depths=[1, 1, 1, 1], num_attention_heads=8, image_size=CROP_SIZE, projection_dim=96
+        )
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT_LENGTH,
+            projection_dim=96,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls(CLIPResNetVisionModel(vision_config), CLIPTextModelWithProjection(text_config), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.logit_scale.device
+
+    def embed_images(self, crops: Tensor) -> Tensor:
+        """Crops (N, size, size, 3) uint8 -> (N, D), normalised."""
+        mean, std = (torch.tensor(values, device=self.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        pixel_values = ((crops.to(self.device) / 255 - mean) / std).permute(0, 3, 1, 2)  # (N, 3, size, size)
+        return F.normalize(self.vision(pixel_values).image_embeds.float(), dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, D), normalised."""
+        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(self.device)
+        return F.normalize(self.text(**tokens).text_embeds.float(), dim=-1)
+
+
+def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, captions: Sequence[str], scale: Tensor) -> Tensor:
+    """Symmetric contrastive loss of N pictures and their captions; pictures with equal captions share them.
+
+    Args:
+        image_embeds: (N, D), normalised.
+        text_embeds: (N, D), normalised.
+        captions: the N captions.
+        scale: scalar that multiplies the cosines.
+    """
+    numbers = {caption: number for number, caption in enumerate(captions)}
+    caption_ids = torch.tensor([numbers[caption] for caption in captions], device=image_embeds.device)
+    positives = (caption_ids[:, None] == caption_ids).float()  # (N, N), symmetric
+    targets = positives / positives.sum(dim=1, keepdim=True)
+    logits = scale * image_embeds @ text_embeds.T
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def train_clip(
+    out: str | Path,
+    settings: CLIPTraining | None = None,
+    num_proc: int = 1,
+    save_every: int = 250,
+    gate_scenes: int = 400,
+    show_progress: bool = True,
+    device: str = "cpu",
+) -> MiniCLIP:
+    """Train a tiny CLIP, measure it, and save both in `out`; an interrupted run continues where it last saved."""
+    settings, out = settings or CLIPTraining(), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = MiniCLIP.from_scratch(settings.seed).to(device)
+    batches = _batches(settings, num_proc, show_progress)
+    _fit(model, batches, settings, out / "checkpoint.pt", save_every, show_progress)
+    gate_crops = collect_crops((settings.seed, GATE_SPLIT), gate_scenes, CROP_SIZE, num_proc, show_progress)
+    gate = gate_of(model, gate_crops)
+    save_clip(model, out)
+    save_gate(gate | {"settings": asdict(settings)}, out / "gate.json")
+    tqdm.write(format_gate(gate))
+    return model.eval()
+
+
+def _batches(settings: CLIPTraining, num_proc: int, show_progress: bool) -> CaptionedBatches:
+    return CaptionedBatches(
+        collect_crops((settings.seed, TRAINING_SPLIT), settings.scenes, CROP_SIZE, num_proc, show_progress),
+        collect_other_world((settings.seed, OTHER_WORLD_SPLIT), OTHER_WORLD_PICTURES, CROP_SIZE),
+        Lexicon(settings.seed, settings.lean),
+        settings.batch_size,
+        settings.seed,
+        other_world_share=settings.other_world_share,
+    )
+
+
+def _fit(
+    model: MiniCLIP,
+    batches: CaptionedBatches,
+    settings: CLIPTraining,
+    checkpoint: Path,
+    save_every: int,
+    show_progress: bool,
+) -> None:
+    """The training loop: AdamW with a one-cycle schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
+    )
+    model.vision.to(memory_format=torch.channels_last)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "batches": batches}
+    first_step = _resume(checkpoint, parts, settings)
+    model.train()
+    progress = tqdm(
+        range(first_step, settings.steps), "CLIP", settings.steps, initial=first_step, disable=not show_progress
+    )
+    average = None
+    for step in progress:
+        half_size = step < settings.half_size_share * settings.steps
+        loss = _step(model, batches, optimizer, schedule, settings, half_size)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"The contrastive loss is {loss} at step {step}; the last good step is saved.")
+        average = loss if average is None else 0.98 * average + 0.02 * loss
+        progress.set_postfix(loss=f"{average:.3f}", refresh=False)
+        if (step + 1) % save_every == 0 and step + 1 < settings.steps:
+            _save_checkpoint(checkpoint, parts, settings, step + 1)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _step(
+    model: MiniCLIP, batches: CaptionedBatches, optimizer, schedule, settings: CLIPTraining, half_size: bool
+) -> float:
+    crops, captions = batches.draw()
+    if half_size:
+        crops = crops.float().unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean(dim=(2, 4))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bfloat16):
+        image_embeds, text_embeds = model.embed_images(crops), model.embed_texts(captions)
+    loss = contrastive_loss(image_embeds, text_embeds, captions, model.logit_scale.exp())
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=math.log(settings.logit_scale_cap))
+    return loss.item()
+
+
+def _save_checkpoint(path: Path, parts: dict, settings: CLIPTraining, step: int) -> None:
+    """All that the run needs to go on, in one file that is complete or not there."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    temporary = path.with_suffix(".partial")
+    torch.save({"step": step, "settings": asdict(settings), **state}, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, parts: dict, settings: CLIPTraining) -> int:
+    """Load the checkpoint, if there is one, and return the number of steps already done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["settings"] != asdict(settings):
+        raise ValueError(f"{path} was made with other settings ({state['settings']}). Delete it to start anew.")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+@torch.no_grad()
+def embed_crops(model: MiniCLIP, crops: Tensor, batch_size: int = 256) -> Tensor:
+    """Crops (N, size, size, 3) uint8 -> (N, D), normalised, in evaluation mode and on the CPU."""
+    model.eval()
+    return torch.cat([model.embed_images(part).cpu() for part in crops.split(batch_size)])
+
+
+@torch.no_grad()
+def gate_of(model: MiniCLIP, crops: CropSet) -> dict:
+    """The gate's numbers of a model, see `gate.measure_gate`."""
+    embeds = embed_crops(model, crops.crops)
+    return measure_gate(embeds, crops.attributes, lambda texts: model.embed_texts(texts).cpu())
+
+
+def save_clip(model: MiniCLIP, out: str | Path) -> None:
+    """Save the towers as `vision/` and `text/` (safetensors) and the tokenizer beside the text tower."""
+    out = Path(out)
+    model.vision.save_pretrained(out / "vision")
+    model.text.save_pretrained(out / "text")
+    model.tokenizer.save_pretrained(out / "text")
+
+
+def load_clip(path: str | Path) -> MiniCLIP:
+    """Load what `save_clip` saved, in evaluation mode."""
+    path = Path(path)
+    vision = CLIPResNetVisionModel.from_pretrained(path / "vision")
+    text = CLIPTextModelWithProjection.from_pretrained(path / "text")
+    return MiniCLIP(vision, text, PreTrainedTokenizerFast.from_pretrained(path / "text")).eval()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.miniworld.clip", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for vision/, text/ and gate.json")
+    for field in fields(CLIPTraining):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, default=field.default, help="default: %(default)s", **kind)
+    parser.add_argument("--num-proc", type=int, default=1, help="processes that draw scenes")
+    parser.add_argument("--threads", type=int, help="threads of torch; beside other jobs, 1 is often faster than 2")
+    options = vars(parser.parse_args(arguments))
+    out, num_proc, threads = (options.pop(name) for name in ("out", "num_proc", "threads"))
+    if threads:
+        torch.set_num_threads(threads)
+    train_clip(out, CLIPTraining(**options), num_proc)
+
+
+if __name__ == "__main__":
+    main()

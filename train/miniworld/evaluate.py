@@ -1,0 +1,188 @@
+"""How well a segmenter finds what the mini-world's vocabularies ask for.
+
+Letters: Q queries, D text width, K classes and P prompts of one vocabulary, (H, W) a picture, N its regions.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from modeling_gkc.modeling_gkc import average_class_embeds, reduce_prompt_logits
+from modeling_gkc.post_processing import resize_masks
+
+from ..data.schema import read_row
+from .protocols import IGNORED, Protocol, all_protocols
+
+
+@dataclass
+class _Image:
+    """One picture as the segmenter and as the world see it."""
+
+    query_embeds: Tensor  # (Q, D)
+    masks: Tensor  # (Q, H, W) probabilities
+    region_index: Tensor  # (H, W), -1 for pixels of no segment
+    attributes: list[dict]  # of the N regions
+
+
+class ProtocolScore:
+    """Running score of one vocabulary; the confusion matrix (K, K) counts the pixels of the whole dataset."""
+
+    def __init__(self, protocol: Protocol, class_embeds: Tensor, class_ids: Tensor):
+        self.protocol, self.class_embeds, self.class_ids = protocol, class_embeds, class_ids
+        classes = len(protocol.prompts)
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # rows: truth
+        self.regions = torch.zeros(2, classes, dtype=torch.int64)  # rightly named regions, all regions
+
+    def update(self, image: _Image, class_scores: Tensor, best_queries: Tensor) -> None:
+        """Add one picture.
+
+        Args:
+            image: the picture.
+            class_scores: (Q, K) class probabilities.
+            best_queries: (N,) the query whose mask fits a region best.
+        """
+        classes = [self.protocol.class_of(attributes) for attributes in image.attributes]
+        labels = torch.tensor([*classes, IGNORED])  # the last entry serves region index -1
+        truth = labels[image.region_index]
+        if (truth == IGNORED).all():
+            return
+        prediction = torch.einsum("qk,qhw->hwk", class_scores, image.masks).argmax(dim=2)
+        self.confusion += confusion_matrix(truth, prediction, len(self.confusion))
+        asked = labels[:-1] != IGNORED
+        named = class_scores[best_queries].argmax(dim=1)
+        for row, kept in enumerate((asked & (named == labels[:-1]), asked)):
+            self.regions[row] += torch.bincount(labels[:-1][kept], minlength=len(self.confusion))
+
+    def result(self) -> dict[str, dict[str, float]]:
+        """Group of classes -> its `miou` and `region_accuracy`, both 0..1, NaN without ground truth."""
+        scores = {}
+        for group, classes in self.protocol.groups.items():
+            right, total = self.regions[:, list(classes)].sum(dim=1).tolist()
+            accuracy = right / total if total else float("nan")
+            scores[group] = {"miou": mean_iou(self.confusion, classes), "region_accuracy": accuracy}
+        return scores
+
+
+def confusion_matrix(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """(num_classes, num_classes) int64 pixel counts, rows are the truth; negative truths do not count."""
+    known = truth >= 0
+    pairs = truth[known].long() * num_classes + prediction[known].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def mean_iou(confusion: Tensor, classes: Iterable[int] | None = None) -> float:
+    """Mean IoU, 0..1, of the given (or all) classes that have ground truth; NaN if none has."""
+    chosen = torch.arange(len(confusion)) if classes is None else torch.tensor(list(classes))
+    intersection = confusion.diag().double()
+    truth, prediction = confusion.sum(dim=1), confusion.sum(dim=0)
+    chosen = chosen[truth[chosen] > 0]
+    union = truth + prediction - confusion.diag()
+    return (intersection[chosen] / union[chosen]).mean().item()
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """Harmonic mean of two scores; 0 if both are 0."""
+    return 2 * first * second / (first + second) if first + second else 0.0
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    processor,
+    dataset: Sequence[Mapping],
+    protocols: Sequence[Protocol] | None = None,
+    prompt_reduction: str | None = None,
+    batch_size: int = 16,
+    show_progress: bool = True,
+) -> dict:
+    """Measure a segmenter under every vocabulary; each picture passes through it once.
+
+    Args:
+        model: `GKCForOpenVocabSegmentation`.
+        processor: its `GKCProcessor`.
+        dataset: a test set of `dataset.build_dataset`.
+        protocols: vocabularies; all of the mini-world's by default.
+        prompt_reduction: as in the model's `forward`; its configured one by default.
+        batch_size: pictures at a time.
+        show_progress: show a progress bar.
+
+    Returns:
+        `{"scores": {group: {"miou", "region_accuracy"}}, "harmonic_mean": of the mIoU of seen and novel concepts when
+        all are asked at once, "images": their number}`; all scores 0..1.
+    """
+    model.eval()
+    reduction = prompt_reduction or model.config.prompt_reduction
+    scores = [_score(model, processor, protocol, reduction) for protocol in protocols or all_protocols()]
+    images = _segmented(model, processor, dataset, batch_size)
+    for image in tqdm(images, "evaluation", len(dataset), unit="image", disable=not show_progress):
+        best_queries = _best_queries(image)
+        for score in scores:
+            logits = model.class_logits(image.query_embeds[None].to(model.device), score.class_embeds)[0]  # (Q, P + 1)
+            logits = reduce_prompt_logits(logits, score.class_ids, "max" if reduction == "max" else "mean")
+            score.update(image, logits.float().softmax(dim=-1)[:, :-1].cpu(), best_queries)
+    results = {group: values for score in scores for group, values in score.result().items()}
+    return {"scores": results, "harmonic_mean": _seen_and_novel(results), "images": len(dataset)}
+
+
+def _seen_and_novel(results: Mapping[str, Mapping[str, float]]) -> float | None:
+    if "all/seen" not in results:
+        return None
+    return harmonic_mean(results["all/seen"]["miou"], results["all/novel"]["miou"])
+
+
+def _score(model, processor, protocol: Protocol, reduction: str) -> ProtocolScore:
+    """Encode a vocabulary once."""
+    tokens = processor(text=[list(prompts) for prompts in protocol.prompts], return_tensors="pt").to(model.device)
+    encoded = model.get_class_embeddings(**tokens)
+    embeds, class_ids = encoded.class_embeds, encoded.class_ids
+    if reduction == "embedding_mean":
+        embeds = average_class_embeds(embeds, class_ids)
+        class_ids = torch.arange(len(embeds), device=embeds.device)
+    return ProtocolScore(protocol, embeds, class_ids)
+
+
+def _segmented(model, processor, dataset: Sequence[Mapping], batch_size: int) -> Iterator[_Image]:
+    """The pictures of a dataset with the model's masks and query embeddings, at the pictures' own size."""
+    some_words = torch.eye(1, model.config.projection_dim, device=model.device)  # the words are asked later
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+        inputs = processor(images=[row["image"] for row in rows], return_tensors="pt").to(model.device)
+        outputs = model(**inputs, class_embeds=some_words, output_stages=False)
+        sizes = [None] * len(rows) if outputs.content_sizes is None else outputs.content_sizes.tolist()
+        for number, row in enumerate(rows):
+            region_index = _region_index(row)
+            masks = outputs.masks_queries_logits[number].cpu()
+            masks = resize_masks(masks, sizes[number], tuple(region_index.shape)).sigmoid()
+            yield _Image(outputs.query_embeds[number].float().cpu(), masks, region_index, row["attributes"])
+
+
+def _region_index(row: Mapping) -> Tensor:
+    """(H, W) position of every pixel's segment in `row["segments"]`, -1 for none."""
+    _, ids = read_row(row)
+    positions = np.full(ids.max() + 1, -1)
+    for position, segment in enumerate(row["segments"]):
+        positions[segment["id"]] = position
+    return torch.from_numpy(positions[ids])
+
+
+def _best_queries(image: _Image) -> Tensor:
+    """(N,) for every region the query whose mask (probability over 0.5) has the highest IoU with it."""
+    regions = image.region_index[None] == torch.arange(len(image.attributes))[:, None, None]  # (N, H, W)
+    regions, masks = regions.flatten(1).float(), (image.masks > 0.5).flatten(1).float()
+    intersection = regions @ masks.T  # (N, Q)
+    union = regions.sum(dim=1)[:, None] + masks.sum(dim=1) - intersection
+    return (intersection / union.clamp(min=1)).argmax(dim=1)
+
+
+def format_scores(result: Mapping) -> str:
+    """The scores as a table for people, in per cent."""
+    lines = [f"{'words asked':<20}{'mIoU':>8}{'regions named rightly':>24}"]
+    for group, values in result["scores"].items():
+        lines.append(f"{group:<20}{100 * values['miou']:>8.1f}{100 * values['region_accuracy']:>24.1f}")
+    if result["harmonic_mean"] is not None:
+        lines.append(f"{'all, harmonic mean':<20}{100 * result['harmonic_mean']:>8.1f}")
+    return "\n".join(lines)

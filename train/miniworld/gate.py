@@ -1,0 +1,129 @@
+"""The gate: what the tiny CLIP knows, measured before any segmenter is trained on it.
+
+A teacher that cannot tell fills apart cannot teach them, and one whose region embeddings have collapsed onto their
+class (cosine to the class mean near 1) knows nothing that the label does not say.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .protocols import Protocol, all_protocols
+from .words import COARSE, COLOURS, CONCEPTS, FILLS, HELD_OUT_WORDS, WORDS, Attributes
+
+LEAST_ACCURACY = 0.85
+HIGHEST_COLLAPSE = 0.85
+ROWS = {  # row of the table -> (protocol, group of its classes)
+    "coarse": ("seen", "seen"),
+    "colour": ("colour", "colour"),
+    "fill": ("fill", "fill"),
+    "sub": ("all", "all/sub"),
+    "void": ("all", "all/void"),
+    "never": ("all", "all/never"),
+}
+WITHOUT_TARGET = ("never",)
+
+TextEncoder = Callable[[Sequence[str]], Tensor]
+
+
+def measure_gate(image_embeds: Tensor, attributes: Sequence[Attributes], encode_texts: TextEncoder) -> dict:
+    """Measure a CLIP on masked regions.
+
+    Args:
+        image_embeds: (N, D) embeddings of the regions' crops.
+        attributes: what the N regions are.
+        encode_texts: words -> (M, D).
+
+    Returns:
+        `{"rows": {row: {"accuracy", "collapse", "regions"}}, "synonyms": {...}, "misses": [...]}`; accuracy is
+        zero-shot by names, collapse is the mean cosine of a region to the mean embedding of its class.
+    """
+    image_embeds = F.normalize(image_embeds.float(), dim=-1)
+    protocols = {protocol.name: protocol for protocol in all_protocols()}
+    rows = {
+        row: _measure_row(image_embeds, attributes, encode_texts, protocols[name], protocols[name].groups[group])
+        for row, (name, group) in ROWS.items()
+    }
+    return {"rows": rows, "synonyms": _synonym_cosines(encode_texts), "misses": _misses(rows)}
+
+
+def _measure_row(
+    image_embeds: Tensor,
+    attributes: Sequence[Attributes],
+    encode_texts: TextEncoder,
+    protocol: Protocol,
+    classes: Sequence[int],
+) -> dict:
+    labels = torch.tensor([protocol.class_of(region) for region in attributes])
+    kept = torch.isin(labels, torch.tensor(classes))
+    if not kept.any():
+        return {"accuracy": None, "collapse": None, "regions": 0}
+    embeds, labels = image_embeds[kept], labels[kept]
+    class_embeds = F.normalize(encode_texts([prompts[0] for prompts in protocol.prompts]).float(), dim=-1)
+    right = (embeds @ class_embeds.T).argmax(dim=1) == labels
+    means = torch.zeros(len(protocol.prompts), embeds.shape[1]).index_add(0, labels, embeds)
+    collapse = F.cosine_similarity(embeds, means[labels]).mean()
+    return {"accuracy": right.float().mean().item(), "collapse": collapse.item(), "regions": len(labels)}
+
+
+def _synonym_cosines(encode_texts: TextEncoder) -> dict[str, float]:
+    """Mean cosine between a name and its synonyms, per kind of concept."""
+    cosines = {}
+    for kind, names in {"coarse": COARSE, "concepts": CONCEPTS, "colours": COLOURS, "fills": FILLS}.items():
+        embeds = torch.stack([F.normalize(encode_texts(WORDS[name]).float(), dim=-1) for name in names])  # (K, 6, D)
+        similarity = torch.einsum("kd,ksd->ks", embeds[:, 0], embeds)
+        cosines[kind] = similarity[:, 1:].mean().item()
+        cosines[f"{kind}, held out"] = similarity[:, HELD_OUT_WORDS].mean().item()
+    return cosines
+
+
+def _misses(rows: dict[str, dict]) -> list[str]:
+    """Every target that is not reached (or could not be measured), in words."""
+    misses = []
+    for row, measured in rows.items():
+        if row in WITHOUT_TARGET:
+            continue
+        if measured["regions"] == 0:
+            misses.append(f"{row}: no region to measure on")
+            continue
+        if measured["accuracy"] < LEAST_ACCURACY:
+            misses.append(f"{row}: accuracy {measured['accuracy']:.3f} < {LEAST_ACCURACY}")
+        if measured["collapse"] > HIGHEST_COLLAPSE:
+            misses.append(f"{row}: cos(image, class mean) {measured['collapse']:.3f} > {HIGHEST_COLLAPSE}")
+    return misses
+
+
+def format_gate(gate: dict) -> str:
+    """The gate as a table for people."""
+    lines = [f"{'region names':<14}{'zero-shot':>12}{'':6}{'cos(image, class mean)':>24}{'':6}{'regions':>9}"]
+    for row, measured in gate["rows"].items():
+        accuracy, collapse = measured["accuracy"], measured["collapse"]
+        if accuracy is None:
+            lines.append(f"{row:<14}{'no region':>12}")
+            continue
+        accuracy_mark = _mark(row, accuracy >= LEAST_ACCURACY)
+        collapse_mark = _mark(row, collapse <= HIGHEST_COLLAPSE)
+        lines.append(
+            f"{row:<14}{accuracy:>12.3f} {accuracy_mark:<5}{collapse:>24.3f} {collapse_mark:<5}"
+            f"{measured['regions']:>9}"
+        )
+    lines.append(f"targets: zero-shot >= {LEAST_ACCURACY}, cos(image, class mean) <= {HIGHEST_COLLAPSE}")
+    synonyms = ", ".join(f"{kind} {cosine:.2f}" for kind, cosine in gate["synonyms"].items())
+    lines.append(f"cos(name, synonym): {synonyms}")
+    lines.append("gate: " + ("passed" if not gate["misses"] else "MISSED - " + "; ".join(gate["misses"])))
+    return "\n".join(lines)
+
+
+def _mark(row: str, reached: bool) -> str:
+    if row in WITHOUT_TARGET:
+        return ""
+    return "pass" if reached else "MISS"
+
+
+def save_gate(gate: dict, path: str | Path) -> None:
+    """Write the gate as JSON."""
+    Path(path).write_text(json.dumps(gate, indent=2) + "\n")
