@@ -188,7 +188,8 @@ def resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int
         size: As in `GKCImageProcessor`.
 
     Returns:
-        Sides of at least 1 pixel. With `shortest_edge` they are those of transformers' image processors.
+        Sides of at least 1 pixel. With `shortest_edge` they are those of transformers' image processors, which may
+        round down, but never above `longest_edge`.
     """
     _check_size(size)
     if "height" in size:
@@ -198,7 +199,8 @@ def resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int
     else:
         scale = size["longest_edge"] / max(image_size)
         resized = tuple(round(side * scale) for side in image_size)
-    return max(resized[0], 1), max(resized[1], 1)
+    limit = size.get("longest_edge", max(resized))
+    return min(max(resized[0], 1), limit), min(max(resized[1], 1), limit)
 
 
 def _check_size(size: dict[str, int]) -> None:

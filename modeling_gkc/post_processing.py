@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MASK_STRIDE = 4
@@ -48,8 +49,9 @@ class MaskResampler:
     """
     Bilinear resampling of mask logits to the pixels of an image, any rows at a time.
 
-    Each axis has a matrix with at most two weights per row, and masks are `rows @ mask @ columns.T`; for content that
-    fills the whole input this equals `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`.
+    The two axes are resampled apart, the columns of the few grid rows that a tile needs and then, by a matrix with two
+    weights per row, the rows. For content that fills the whole input the result is that of
+    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, for less work.
 
     Args:
         mask_logits: (Q, h, w); cell (i, j) covers the input pixels 4 i .. 4 i + 3, 4 j .. 4 j + 3.
@@ -71,12 +73,11 @@ class MaskResampler:
         self.mask_logits = mask_logits[:, : cut[0], : cut[1]]
         self.size = cut if target_size is None else target_size
         self._keeps_grid = target_size is None
+        self._width_in_cells = content[1] / MASK_STRIDE
         if not self._keeps_grid:
-            self._rows, self._columns = (
-                _interpolation_matrix(content[axis] / MASK_STRIDE, cut[axis], self.size[axis]).to(mask_logits.device)
-                for axis in (0, 1)
-            )
-            self._nearest_row = self._rows.argmax(dim=1).tolist()
+            weights = _interpolation_matrix(content[0] / MASK_STRIDE, cut[0], self.size[0])
+            self._row_weights = weights.to(mask_logits.device)
+            self._nearest_row = weights.argmax(dim=1).tolist()
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Mask logits (Q, stop - start, W) of the target's rows `start` .. `stop - 1`, in fp32."""
@@ -84,8 +85,18 @@ class MaskResampler:
             return self.mask_logits[:, start:stop].float()
         first = max(self._nearest_row[start] - 1, 0)
         last = self._nearest_row[stop - 1] + 2
-        band = self.mask_logits[:, first:last].float() @ self._columns.T
-        return self._rows[start:stop, first:last] @ band
+        band = self._resample_columns(self.mask_logits[:, first:last].float())
+        return self._row_weights[start:stop, first:last] @ band
+
+    def _resample_columns(self, band: Tensor) -> Tensor:
+        extent, cells, width = self._width_in_cells, band.shape[-1], self.size[1]
+        if extent == cells:
+            return F.interpolate(band, size=width, mode="linear")
+        if width == cells:  # interpolate would return its input, whatever the scale
+            return band @ _interpolation_matrix(extent, cells, width).to(band.device).T
+        # The content ends inside the last cell: its scale, not that of whole cells, decides where pixels lie.
+        resampled = F.interpolate(band, scale_factor=width / extent, mode="linear", recompute_scale_factor=False)
+        return resampled[..., :width]
 
     def tiles(self, planes: int) -> Iterator[tuple[slice, Tensor]]:
         """
@@ -223,7 +234,7 @@ def panoptic_segmentation(
     scores, labels = scores[kept], labels[kept]
     resampler = MaskResampler(mask_logits[kept], content_size, target_size)
     winner, won, shown, area = _compete(resampler, scores, mask_threshold)
-    valid = (shown > 0) & (won >= overlap_mask_area_threshold * area.double())
+    valid = (shown > 0) & (won >= overlap_mask_area_threshold * area)
 
     segment_ids = torch.zeros(len(scores) + 1, dtype=torch.int32)
     segments: list[dict[str, Any]] = []
@@ -255,17 +266,15 @@ def _compete(resampler: MaskResampler, scores: Tensor, mask_threshold: float) ->
     count = len(scores)
     winner = torch.zeros(resampler.size, dtype=torch.int64, device=scores.device)
     won, shown, area = torch.zeros(3, count, dtype=torch.int64, device=scores.device)
-    if count == 0:
-        return winner, won, shown, area
-    for rows, logits in resampler.tiles(planes=3 * count + 4):
+    for rows, logits in resampler.tiles(planes=3 * count + 4) if count else ():
         masks = logits.sigmoid()
-        best = (scores[:, None, None] * masks).argmax(dim=0)
+        best = (scores[:, None, None] * masks).max(dim=0).indices
         shows = masks.gather(0, best[None])[0] >= mask_threshold
         won += torch.bincount(best.flatten(), minlength=count)
         shown += torch.bincount(best[shows], minlength=count)
-        area += (masks >= mask_threshold).sum(dim=(1, 2))
+        area += (masks >= mask_threshold).count_nonzero(dim=(1, 2))
         winner[rows] = torch.where(shows, best + 1, 0)
-    return winner, won, shown, area
+    return winner, won.cpu(), shown.cpu(), area.cpu().double()
 
 
 def instance_segmentation(
@@ -354,13 +363,12 @@ def _rank_instances(
 def _mask_quality(resampler: MaskResampler, mask_threshold: float) -> Tensor:
     """Mean probability (Q,) inside each mask, 0 for an empty one."""
     count = len(resampler.mask_logits)
-    total, area = torch.zeros(2, count, dtype=torch.float64, device=resampler.mask_logits.device)
+    total, area = torch.zeros(2, count, device=resampler.mask_logits.device)
     for _, logits in resampler.tiles(planes=3 * count + 1):
-        masks = logits.sigmoid()
-        inside = masks > mask_threshold
-        total += (masks * inside).sum(dim=(1, 2))
-        area += inside.sum(dim=(1, 2))
-    return (total / area.clamp(min=1)).float()
+        inside = F.threshold(logits.sigmoid(), mask_threshold, 0.0)
+        total += inside.sum(dim=(1, 2))
+        area += inside.count_nonzero(dim=(1, 2))
+    return total / area.clamp(min=1)
 
 
 def _binary_masks(resampler: MaskResampler, mask_threshold: float) -> Tensor:
@@ -380,12 +388,12 @@ def _paint(resampler: MaskResampler, mask_threshold: float, overlap_threshold: f
     precedence = torch.arange(count, 0, -1, dtype=torch.int32, device=device)[:, None, None]
     for rows, logits in resampler.tiles(planes=3 * count + 1):
         inside = logits.sigmoid() > mask_threshold
-        area += inside.sum(dim=(1, 2))
+        area += inside.count_nonzero(dim=(1, 2))
         if count:
             front = (inside * precedence).amax(dim=0)
             owner[rows] = torch.where(front > 0, count + 1 - front, 0)
     shown = torch.bincount(owner.flatten(), minlength=count + 1)[1:]
-    kept = (shown > 0) & (shown >= overlap_threshold * area.double())
+    kept = (shown > 0) & (shown.cpu() >= overlap_threshold * area.cpu().double()).to(device)
     ids = torch.cat([kept.new_zeros(1), kept]).int()
     return (ids.cumsum(0, dtype=torch.int32) * ids)[owner], kept
 

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: small random models, one thread, no network."""
+"""What the tests share: small random models, one thread, no network, a table of measured errors."""
 
 import os
 
@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import CLIPTextConfig, PreTrainedTokenizerFast
 
 from modeling_gkc.configuration_gkc import CLIPResNetConfig, GKCConfig
+
+torch.set_num_threads(1)
+
+ERRORS: pytest.StashKey[dict[str, tuple[float, float]]] = pytest.StashKey()
 
 
 def small_config(**overrides) -> GKCConfig:
@@ -41,6 +45,28 @@ def small_config(**overrides) -> GKCConfig:
         "train_num_points": 64,
     }
     return GKCConfig(**(values | overrides))
+
+
+@pytest.fixture
+def within(request):
+    """Asserts that an error lies within its bound; the largest of each name is listed at the end of the run."""
+
+    def check(what: str, error: torch.Tensor | float, bound: float) -> None:
+        errors = request.config.stash.setdefault(ERRORS, {})
+        largest, _ = errors.get(what, (0.0, bound))
+        errors[what] = (max(largest, float(error)), bound)
+        assert float(error) <= bound, f"{what}: {float(error):.3g} is more than {bound:g}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the errors that `within` measured."""
+    errors = config.stash.get(ERRORS, {})
+    if errors:
+        terminalreporter.section("measured errors")
+    for what, (error, bound) in errors.items():
+        terminalreporter.line(f"{what:<75} {error:9.2g}   (bound {bound:g})")
 
 
 @pytest.fixture(autouse=True)

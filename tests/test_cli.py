@@ -1,0 +1,374 @@
+"""The `gkc` command as a user meets it: files, lines, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, cli
+from modeling_gkc.cli import UserError, default_model_path, find_images, main, output_names
+from modeling_gkc.post_processing import decode_rle
+from modeling_gkc.visualization import DrawnSegment, draw_overlay, label_map
+
+from .conftest import small_config, word_tokenizer
+
+ROOT = Path(__file__).parent.parent
+LABELS = "red disc; blue square, box; lawn, grass; sky"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random model that stores three words; its queries prefer real classes to "no object"."""
+    torch.manual_seed(0)
+    processor = GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
+    model = GKCForOpenVocabSegmentation(small_config()).eval()
+    with torch.no_grad():
+        model.no_object_embedding.copy_(-model.class_embedder.stage_projections[-1].weight.mean(dim=1))
+    model.set_vocabulary(Vocabulary([["disc"], ["box"], ["lawn", "grass"]], is_thing=[True, True, False]), processor)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bare_checkpoint(checkpoint, tmp_path_factory) -> Path:
+    """The same without stored words."""
+    folder = tmp_path_factory.mktemp("bare")
+    torch.manual_seed(0)
+    GKCForOpenVocabSegmentation(small_config()).save_pretrained(folder)
+    GKCProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed, name in enumerate(["a.png", "b.jpg", "c.PNG"]):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40 + 9 * seed, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def stripes(monkeypatch):
+    """Let the model find ten upright stripes, of the classes in turn."""
+    original = GKCForOpenVocabSegmentation.forward
+
+    def forward(self, *args, **kwargs):
+        outputs = original(self, *args, **kwargs)
+        masks = outputs.masks_queries_logits
+        stripe = torch.arange(masks.shape[-1]) * 10 // masks.shape[-1]
+        outputs.masks_queries_logits = (16.0 * (stripe == torch.arange(10)[:, None]) - 8)[None, :, None].expand_as(
+            masks
+        )
+        classes = torch.arange(10) % (outputs.class_queries_logits.shape[-1] - 1)
+        outputs.class_queries_logits = 9.0 * torch.eye(outputs.class_queries_logits.shape[-1])[classes][None]
+        return outputs
+
+    monkeypatch.setattr(GKCForOpenVocabSegmentation, "forward", forward)
+
+
+def read_result(folder: Path, name: str) -> tuple[dict, np.ndarray, Image.Image]:
+    result = json.loads((folder / f"{name}.json").read_text())
+    return result, np.asarray(Image.open(folder / f"{name}.labels.png")), Image.open(folder / f"{name}.overlay.png")
+
+
+class TestSegment:
+    @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+    def test_results_agree_with_each_other(self, checkpoint, pictures, tmp_path, capsys, stripes, task):
+        out = tmp_path / "out"
+        arguments = ["segment", str(pictures), "--labels", LABELS, "--model", str(checkpoint), "--task", task]
+        assert main([*arguments, "--out", str(out)]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.splitlines() == [str(out / f"{name}.overlay.png") for name in "abc"]
+        assert printed.err == ""
+        assert len(list(out.iterdir())) == 9
+        for name, size in (("a", [40, 70]), ("b", [49, 70]), ("c", [58, 70])):
+            result, ids, overlay = read_result(out, name)
+            assert result["size"] == size == list(ids.shape)
+            assert result["task"] == task and result["model"] == str(checkpoint)
+            assert result["labels"] == ["red disc", "blue square", "lawn", "sky"]
+            assert overlay.mode == "RGB" and min(overlay.size) >= 480
+            void = result["void_id"]
+            assert void == (255 if task == "semantic" else 0)
+            assert {segment["id"] for segment in result["segments"]} == set(np.unique(ids).tolist()) - {void}
+            assert len(result["segments"]) == 4 if task == "semantic" else len(result["segments"]) >= 6
+            for segment in result["segments"]:
+                inside = ids == segment["id"]
+                rows, columns = np.nonzero(inside)
+                assert segment["label"] == result["labels"][segment["label_id"]]
+                assert segment["area"] == inside.sum()
+                left, top, width, height = segment["bbox"]
+                assert (left, top) == (columns.min(), rows.min())
+                assert (left + width - 1, top + height - 1) == (columns.max(), rows.max())
+                np.testing.assert_array_equal(decode_rle(segment["segmentation"]), inside)
+                assert 0.9 < segment["score"] < 1.1
+
+    def test_result_is_that_of_the_library(self, checkpoint, pictures, tmp_path):
+        assert main(["segment", str(pictures / "a.png"), "--labels", LABELS, "--model", str(checkpoint),
+                     "--out", str(tmp_path)]) == 0  # fmt: skip
+        processor = GKCProcessor.from_pretrained(checkpoint)
+        model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint).eval()
+        image = Image.open(pictures / "a.png")
+        with torch.no_grad():
+            outputs = model(**processor(images=image, text=LABELS, return_tensors="pt"))
+        expected = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
+        np.testing.assert_array_equal(read_result(tmp_path, "a")[1], expected)
+
+    def test_words_of_the_checkpoint(self, checkpoint, pictures, tmp_path, stripes):
+        image = str(pictures / "a.png")
+        command = ["segment", image, "--model", str(checkpoint), "--out", str(tmp_path), "--task", "panoptic"]
+        assert main(command) == 0
+        result, _, _ = read_result(tmp_path, "a")
+        assert result["labels"] == ["disc", "box", "lawn"]
+        labels = [segment["label"] for segment in result["segments"]]
+        assert [labels.count(label) for label in result["labels"]] == [4, 3, 1]  # stuff is one segment
+
+    def test_typed_words_take_the_kind_of_the_stored_ones(self, checkpoint, pictures, tmp_path, monkeypatch):
+        seen = []
+        original = GKCProcessor.post_process_panoptic_segmentation
+
+        def spy(self, *args, **kwargs):
+            seen.append(kwargs["label_ids_to_fuse"])
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(GKCProcessor, "post_process_panoptic_segmentation", spy)
+        command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
+        main([*command, "--task", "panoptic", "--labels", "sky; Grass; disc"])
+        main([*command, "--task", "panoptic"])
+        assert seen == [{1}, {2}]
+
+    def test_void_threshold(self, checkpoint, pictures, tmp_path):
+        command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
+        assert main([*command, "--void-threshold", "1000"]) == 0
+        result, ids, _ = read_result(tmp_path, "a")
+        assert result["segments"] == [] and (ids == 255).all()
+
+    def test_text_is_encoded_once(self, checkpoint, pictures, tmp_path, monkeypatch):
+        calls = []
+        original = GKCForOpenVocabSegmentation.get_text_features
+        monkeypatch.setattr(
+            GKCForOpenVocabSegmentation,
+            "get_text_features",
+            lambda self, *args, **kwargs: calls.append(1) or original(self, *args, **kwargs),
+        )
+        main(["segment", str(pictures), "--labels", LABELS, "--model", str(checkpoint), "--out", str(tmp_path)])
+        assert calls == [1]
+
+    def test_bad_files_do_not_stop_the_others(self, checkpoint, pictures, tmp_path, capsys):
+        (pictures / "b.jpg").write_bytes((pictures / "b.jpg").read_bytes()[:300])
+        images = [str(pictures), str(pictures / "gone.png"), str(pictures / "notes.txt")]
+        out = tmp_path / "out"
+        assert main(["segment", *images, "--model", str(checkpoint), "--out", str(out)]) == 1
+        printed = capsys.readouterr()
+        assert [Path(line).name for line in printed.out.splitlines()] == ["a.overlay.png", "c.overlay.png"]
+        errors = printed.err.splitlines()
+        assert len(errors) == 4 and errors[-1] == "gkc: 3 of 5 images could not be done"
+        for line, name in zip(errors, ["b.jpg", "gone.png", "notes.txt"], strict=False):
+            assert line.startswith("gkc: skipped: ") and name in line
+
+    def test_as_a_program_with_the_model_of_the_environment(self, checkpoint, pictures, tmp_path):
+        (pictures / "broken.png").write_bytes(b"hello")
+        environment = os.environ | {"GKC_MODEL": str(checkpoint)}
+        command = [
+            sys.executable,
+            "-m",
+            "modeling_gkc",
+            "segment",
+            str(pictures),
+            "--labels",
+            "lawn, zebra; sky, lawn",
+        ]
+        finished = subprocess.run(
+            [*command, "--out", str(tmp_path / "out"), "--threads", "1", "--device", "cpu"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 1
+        assert len(finished.stdout.splitlines()) == 3
+        lines = finished.stderr.splitlines()
+        assert lines[0] == "gkc: warning: one name is shared by several classes: 'lawn' belongs to 'lawn' and 'sky'."
+        assert lines[1] == "gkc: warning: the text encoder does not know these words: 'zebra'."
+        assert lines[2].startswith("gkc: skipped: ") and "broken.png" in lines[2]
+        assert lines[3:] == ["gkc: 1 of 4 images could not be done"]
+
+
+class TestUserErrors:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--labels", "dog;;cat"], "--labels: label 2 (index 1) is empty"),
+            (["--labels", "dog;dog"], "--labels: labels 1 and 2"),
+            (["--labels", "dog " * 15], "--labels: the label 'dog dog"),
+            (["--labels", ""], "--labels: label 1 (index 0) is empty"),
+            (["--device", "toaster"], "--device: "),
+            (["--device", "cuda:99"], "--device: there is no device cuda:99 here"),
+            (["--threshold", "0.3"], "--threshold is for --task instance and panoptic"),
+            (["--task", "panoptic", "--void-threshold", "1"], "--void-threshold is for --task semantic"),
+            (["--model", "./nowhere"], "--model: there is no folder ./nowhere"),
+        ],
+    )
+    def test_one_line_and_exit_code_2(self, checkpoint, pictures, tmp_path, capsys, options, message):
+        command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(tmp_path / "out"), *options]
+        assert main(command) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and len(printed.err.splitlines()) == 1
+        assert printed.err.startswith(f"gkc: error: {message}")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_checkpoint_without_words_needs_labels(self, bare_checkpoint, pictures, capsys):
+        assert main(["segment", str(pictures), "--model", str(bare_checkpoint)]) == 2
+        assert capsys.readouterr().err == ("gkc: error: the checkpoint stores no words: name them with --labels\n")
+
+    def test_a_folder_that_is_no_checkpoint(self, pictures, capsys):
+        assert main(["segment", str(pictures), "--model", str(pictures)]) == 2
+        assert f"--model: {pictures} is no checkpoint of gkc" in capsys.readouterr().err
+
+    def test_a_folder_without_pictures(self, checkpoint, tmp_path, capsys):
+        assert main(["segment", str(tmp_path), "--model", str(checkpoint)]) == 2
+        assert f"no pictures in the folder {tmp_path}" in capsys.readouterr().err
+
+    def test_an_output_folder_that_cannot_be(self, checkpoint, pictures, capsys):
+        command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(pictures / "notes.txt")]
+        assert main(command) == 2
+        assert "cannot make the folder" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "command",
+        [[], ["segment"], ["segment", "a.png", "--task", "other"], ["segment", "a.png", "--threshold", "2"],
+         ["segment", "a.png", "--threads", "0"], ["unknown"]],
+    )  # fmt: skip
+    def test_usage(self, command, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert "usage: gkc" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("command", [["--help"], ["segment", "--help"]])
+    def test_help_teaches_with_examples(self, command, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 0
+        assert 'gkc segment cat.jpg --labels "cat; sofa, couch; lamp"' in capsys.readouterr().out
+
+
+class TestDefaultModel:
+    @pytest.fixture
+    def package(self, tmp_path, monkeypatch) -> Path:
+        package = tmp_path / "site" / "modeling_gkc"
+        package.mkdir(parents=True)
+        monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+        monkeypatch.delenv("GKC_MODEL", raising=False)
+        return package
+
+    def make(self, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        return folder
+
+    def test_order(self, package, tmp_path, monkeypatch):
+        with pytest.raises(UserError, match="no model was found"):
+            default_model_path()
+        inside = self.make(package / "checkpoints" / "gkc-mini")
+        assert default_model_path() == inside
+        beside = self.make(package.parent / "hub_card" / "gkc-mini")
+        assert default_model_path() == beside
+        named = self.make(tmp_path / "named")
+        monkeypatch.setenv("GKC_MODEL", str(named))
+        assert default_model_path() == named
+        monkeypatch.setenv("GKC_MODEL", str(tmp_path / "gone"))
+        with pytest.raises(UserError, match="GKC_MODEL names no folder"):
+            default_model_path()
+
+    def test_none_found_is_one_line(self, package, pictures, capsys):
+        assert main(["segment", str(pictures), "--labels", "dog"]) == 2
+        assert capsys.readouterr().err.startswith("gkc: error: no model was found beside this package")
+
+
+class TestNames:
+    def test_images_come_once_and_in_order(self, pictures):
+        (pictures / "a.overlay.png").write_bytes(b"")
+        (pictures / "a.labels.png").write_bytes(b"")
+        (pictures / "deeper.png").mkdir()
+        found = find_images([str(pictures / "c.PNG"), str(pictures), str(pictures / ".." / "pictures" / "a.png")])
+        assert [path.name for path in found] == ["c.PNG", "a.png", "b.jpg"]
+
+    @pytest.mark.parametrize(
+        ("paths", "names"),
+        [
+            (["x/a.png", "x/b.png"], ["a", "b"]),
+            (["x/a.png", "y/a.png", "y/b.png"], ["x-a.png", "y-a.png", "b"]),
+            (["x/a.png", "x/a.jpg"], ["x-a.png", "x-a.jpg"]),
+            (["x/a.png", "x/A.png"], ["x-a.png", "x-A.png-2"]),
+            (["1/x/a.png", "2/x/a.png"], ["x-a.png", "x-a.png-2"]),
+            (["x/a.png", "y/a.png", "z/x-a.png.png"], ["x-a.png-2", "y-a.png", "x-a.png"]),
+        ],
+    )
+    def test_results_never_share_a_name(self, paths, names):
+        assert output_names([Path(path) for path in paths]) == names
+
+    def test_equal_stems_are_both_written(self, checkpoint, pictures, tmp_path):
+        other = tmp_path / "other"
+        other.mkdir()
+        Image.new("RGB", (9, 5)).save(other / "a.png")
+        out = tmp_path / "out"
+        images = [str(pictures / "a.png"), str(other / "a.png")]
+        assert main(["segment", *images, "--model", str(checkpoint), "--out", str(out)]) == 0
+        assert read_result(out, "pictures-a.png")[0]["size"] == [40, 70]
+        assert read_result(out, "other-a.png")[0]["size"] == [5, 9]
+
+
+class TestPictures:
+    @pytest.mark.parametrize("size", [(1, 1), (3, 200), (96, 96), (300, 900), (2500, 40)])
+    def test_overlay_of_any_size(self, size):
+        segmentation = np.zeros(size, dtype=np.int64)
+        segmentation[size[0] // 2 :] = 300
+        segments = [
+            DrawnSegment(0, "sky", (0, 0, 255)),
+            DrawnSegment(300, "lawn 😀 草", (0, 255, 0), 0.5),
+            DrawnSegment(7, "absent", (255, 0, 0)),
+        ]
+        overlay = draw_overlay(Image.new("L", size[::-1], 128), segmentation, segments)
+        assert overlay.mode == "RGB" and max(overlay.size) <= 4096
+
+    def test_colours_are_those_of_the_legend(self):
+        segmentation = np.zeros((100, 100), dtype=np.uint8)
+        segmentation[:, 50:] = 1
+        segmentation[90:] = 9
+        segments = [DrawnSegment(0, "a", (255, 0, 0)), DrawnSegment(1, "b", (0, 0, 255))]
+        overlay = np.asarray(draw_overlay(Image.new("RGB", (100, 100), (0, 255, 0)), segmentation, segments)).astype(
+            int
+        )
+        left, right, void = overlay[60, 60], overlay[60, 400], overlay[460, 240]
+        assert left[0] - left[2] > 100 and right[2] - right[0] > 100
+        assert void[1] > 100 and void[0] == void[2] == 0
+        assert (overlay[:, 480:].reshape(-1, 3) == [255, 0, 0]).all(axis=1).any()  # the legend's swatch
+
+    def test_overlay_needs_the_picture_s_size(self):
+        with pytest.raises(ValueError, match=r"\(4, 5\).*\(5, 4\)"):
+            draw_overlay(Image.new("RGB", (4, 5)), np.zeros((4, 5), dtype=int), [])
+
+    def test_label_maps(self, tmp_path):
+        ids = np.array([[0, 1, 255]])
+        label_map(ids, {0: (10, 20, 30), 300: (1, 1, 1)}).save(tmp_path / "small.png")
+        small = Image.open(tmp_path / "small.png")
+        assert np.array_equal(np.asarray(small), ids)
+        assert np.asarray(small.convert("RGB")).tolist() == [[[10, 20, 30], [0, 0, 0], [0, 0, 0]]]
+        for values, max_id in ((ids * 257, 255), (ids, 65535)):
+            label_map(values, {}, max_id).save(tmp_path / "large.png")
+            large = Image.open(tmp_path / "large.png")
+            assert large.mode.startswith("I") and np.array_equal(np.asarray(large), values)
+        with pytest.raises(ValueError, match=r"0\.\.65535"):
+            label_map(np.array([[-1]]), {})

@@ -1,0 +1,367 @@
+"""Every kind of image becomes the same pixels."""
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_strategies
+from PIL import Image
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+
+from modeling_gkc.image_processing_gkc import GKCImageProcessor, read_image, resized_size
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])
+STD = torch.tensor([0.229, 0.224, 0.225])
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """What transformers logs, which does not reach pytest by itself."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def as_array(image, **kwargs) -> np.ndarray:
+    rgb = read_image(image, **kwargs)
+    assert rgb.mode == "RGB"
+    return np.asarray(rgb)
+
+
+def encoded(image: Image.Image, kind: str = "png", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return buffer.getvalue()
+
+
+class TestReading:
+    def test_paths_bytes_pictures_arrays_and_tensors_agree(self, picture, tmp_path):
+        path = tmp_path / "picture.png"
+        Image.fromarray(picture).save(path)
+        first = picture.transpose(2, 0, 1)
+        for image in (
+            path,
+            str(path),
+            path.read_bytes(),
+            Image.open(path),
+            Image.fromarray(picture),
+            picture,
+            first,
+            torch.tensor(picture),
+            torch.tensor(first),
+            picture.astype(np.int64),
+            picture.astype(np.float32) / 255,
+            torch.tensor(first).double() / 255,
+        ):
+            np.testing.assert_array_equal(as_array(image), picture)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_exif_orientation(self, picture, orientation, tmp_path):
+        """Undo of each orientation, from the EXIF standard's table: the first row and column of the stored picture."""
+        upright = picture
+        stored = {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.transpose(1, 0, 2),
+            6: upright.transpose(1, 0, 2)[::-1],
+            7: upright[::-1, ::-1].transpose(1, 0, 2),
+            8: upright.transpose(1, 0, 2)[:, ::-1],
+        }[orientation]
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / "rotated.png"
+        Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+        np.testing.assert_array_equal(as_array(path), upright)
+        np.testing.assert_array_equal(as_array(Image.open(path)), upright)
+        np.testing.assert_array_equal(as_array(path.read_bytes()), upright)
+
+    @pytest.mark.parametrize(
+        "mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"]
+    )
+    def test_every_mode_becomes_rgb(self, mode):
+        grey = Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8))
+        source = grey.convert("RGB")
+        if mode == "RGBa":
+            image = source.convert("RGBA").convert("RGBa")
+        elif mode in ("P", "PA"):
+            image = grey.convert("P").convert(mode)
+        elif mode == "LAB":
+            image = Image.merge("LAB", [grey, Image.new("L", (8, 8)), Image.new("L", (8, 8))])
+        else:
+            image = source.convert(mode)
+        got = as_array(image)
+        assert got.shape == (8, 8, 3)
+        if mode not in ("1", "LAB"):
+            assert np.abs(got.astype(int) - np.asarray(source)).max() <= 3
+
+    def test_cmyk_colours(self):
+        assert as_array(Image.new("CMYK", (2, 1), (0, 255, 255, 0))).tolist() == [[[255, 0, 0]] * 2]
+
+    def test_palette_colours_and_transparency(self):
+        image = Image.new("P", (2, 1))
+        image.putpalette([10, 20, 30, 200, 100, 50])
+        image.putdata([0, 1])
+        assert as_array(image).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+        seen = Image.open(io.BytesIO(encoded(image, transparency=1)))
+        assert as_array(seen).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+    @pytest.mark.parametrize("channels_first", [False, True])
+    def test_transparency_lies_on_white(self, channels_first):
+        array = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], dtype=np.uint8)
+        expected = [[[10, 20, 30], [255, 255, 255], [204, 204, 204]]]
+        assert as_array(Image.fromarray(array, "RGBA")).tolist() == expected
+        given = array.transpose(2, 0, 1) if channels_first else array
+        assert as_array(given, input_data_format="channels_first" if channels_first else None).tolist() == expected
+
+    @pytest.mark.parametrize("kind", ["png", "tiff"])
+    def test_sixteen_bits_are_scaled_not_clipped(self, kind):
+        values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+        expected = [0, 1, 128, 255]
+        file = Image.open(io.BytesIO(encoded(Image.fromarray(values), kind)))
+        big_endian = Image.frombytes("I;16B", (4, 1), values.astype(">u2").tobytes())
+        for image in (file, big_endian, Image.fromarray(values.astype(np.int32)), values, values[..., None]):
+            assert as_array(image)[0, :, 0].tolist() == expected
+        np.testing.assert_array_equal(as_array(np.repeat(values[..., None], 3, axis=-1)), as_array(values))
+
+    def test_booleans_and_half_floats(self):
+        assert as_array(np.array([[False, True]])).tolist() == [[[0] * 3, [255] * 3]]
+        assert as_array(torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16)).tolist() == [[[0] * 3, [255] * 3]]
+
+    @pytest.mark.parametrize(
+        ("shape", "kind", "size"),
+        [
+            ((3, 5, 7), np.array, (7, 5)),
+            ((5, 7, 3), np.array, (7, 5)),
+            ((1, 1, 3), np.array, (1, 1)),
+            ((3, 1, 1), np.array, (1, 1)),
+            ((1, 7, 3), np.array, (7, 1)),
+            ((1, 5, 7), np.array, (7, 5)),
+            ((5, 7), np.array, (7, 5)),
+            ((3, 5, 3), np.array, (5, 3)),
+            ((3, 5, 3), torch.tensor, (3, 5)),
+            ((4, 5, 3), torch.tensor, (3, 5)),
+            ((1, 1), np.array, (1, 1)),
+        ],
+    )
+    def test_the_channel_axis_is_found(self, shape, kind, size):
+        assert read_image(kind(np.zeros(shape, dtype=np.uint8))).size == size
+
+    def test_the_channel_axis_can_be_told(self):
+        array = np.zeros((3, 5, 3), dtype=np.uint8)
+        assert read_image(array, "channels_first").size == (3, 5)
+        assert read_image(torch.tensor(array), "channels_last").size == (5, 3)
+
+    @settings(deadline=None)
+    @given(
+        numpy_strategies.arrays(np.uint8, st.tuples(st.integers(5, 12), st.integers(5, 12), st.sampled_from([1, 3])))
+    )
+    def test_integers_floats_and_layouts_agree(self, array):
+        expected = np.broadcast_to(array, (*array.shape[:2], 3))
+        for image in (array, array.astype(np.float64) / 255, torch.tensor(array.transpose(2, 0, 1))):
+            np.testing.assert_array_equal(as_array(image), expected)
+
+
+class TestRefusing:
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+            read_image(tmp_path / "gone.png")
+
+    @pytest.mark.parametrize("content", [b"", b"hello", "truncated"])
+    @pytest.mark.parametrize("kind", ["png", "jpeg"])
+    def test_an_unreadable_file_is_named(self, tmp_path, picture, content, kind):
+        path = tmp_path / f"broken.{kind}"
+        whole = encoded(Image.fromarray(picture), kind)
+        path.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
+        for image in (path, str(path)):
+            with pytest.raises(ValueError, match=rf"broken\.{kind}"):
+                read_image(image)
+        if content == "truncated":
+            with pytest.raises(ValueError, match=rf"broken\.{kind}"):
+                read_image(Image.open(path))
+
+    def test_a_broken_image_of_a_batch_is_named(self, picture):
+        with pytest.raises(ValueError, match=r"image 2 \(index 1\)"):
+            GKCImageProcessor()([picture, b"hello"])
+
+    @pytest.mark.parametrize(
+        "image",
+        [
+            Image.new("RGB", (0, 5)),
+            np.zeros((0, 5, 3), np.uint8),
+            np.zeros((3, 5, 0), np.uint8),
+            torch.zeros(3, 0, 5),
+            np.zeros((4,), np.uint8),
+            np.zeros((5, 6, 7), np.uint8),
+            np.zeros((5, 6, 2), np.uint8),
+            np.full((5, 5), 256),
+            np.full((5, 5), -1),
+            np.full((5, 5), 1.5),
+            np.full((5, 5), -0.5),
+            np.full((5, 5), np.nan),
+            Image.fromarray(np.full((5, 5), 70000, np.int32)),
+        ],
+    )
+    def test_empty_images_and_values_out_of_range(self, image):
+        with pytest.raises(ValueError, match="the scan: cannot be read"):
+            read_image(image, name="the scan")
+
+    @pytest.mark.parametrize("image", [None, 5, object(), np.array([["a"]])])
+    def test_what_is_no_image(self, image):
+        with pytest.raises(TypeError):
+            read_image(image)
+
+    def test_no_images(self):
+        with pytest.raises(ValueError, match="no images"):
+            GKCImageProcessor()([])
+
+    @pytest.mark.parametrize("size", [{"height": 5}, {"max_height": 5, "max_width": 5}, {"shortest_edge": 0}])
+    def test_a_size_that_says_nothing(self, size):
+        with pytest.raises(ValueError, match="size"):
+            GKCImageProcessor(size=size)
+
+    def test_unknown_settings(self, picture):
+        with pytest.raises(TypeError, match="do_center_crop"):
+            GKCImageProcessor()(picture, do_center_crop=True)
+
+
+class TestSizes:
+    @settings(deadline=None)
+    @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(16, 900), st.integers(900, 1500))
+    def test_sizes_are_those_of_transformers_and_of_the_aspect(self, height, width, short, long):
+        size = resized_size((height, width), {"shortest_edge": short, "longest_edge": long})
+        theirs = get_size_with_aspect_ratio((height, width), short, long)
+        assert size == tuple(min(max(side, 1), long) for side in theirs)
+        assert min(size) <= short and max(size) <= long
+        if theirs == (height, width):  # their rule: a short side that would not change keeps the whole image
+            return
+        scale = min(short / min(height, width), long / max(height, width))
+        assert abs(size[0] - height * scale) <= 2 and abs(size[1] - width * scale) <= 2
+
+    def test_published_test_size(self):
+        """Detectron2's default, 800 x 1333 at most; the paper quotes its cost at 800 x 1216, this case padded."""
+        size = GKCImageProcessor().size
+        assert resized_size((480, 720), dict(size)) == (800, 1200)
+        assert resized_size((400, 4000), dict(size)) == (133, 1333)
+
+    @pytest.mark.parametrize(
+        ("size", "expected"),
+        [
+            ({"height": 30, "width": 50}, (30, 50)),
+            ({"shortest_edge": 90}, (90, 140)),
+            ({"longest_edge": 35}, (22, 35)),
+            (90, (90, 140)),
+        ],
+    )
+    def test_other_forms_of_size(self, picture, size, expected):
+        mask = GKCImageProcessor(size=size)(picture).pixel_mask[0]
+        assert (int(mask[:, 0].sum()), int(mask[0].sum())) == expected
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (3000, 2)])
+    def test_tiny_and_narrow_images(self, shape):
+        batch = GKCImageProcessor()(np.zeros((*shape, 3), np.uint8), input_data_format="channels_last")
+        assert batch.pixel_values.isfinite().all()
+        assert batch.pixel_mask.sum() >= 1
+        assert all(side % 32 == 0 and side <= 1344 for side in batch.pixel_values.shape[-2:])
+
+
+class TestPixels:
+    def test_values_are_normalised_then_padded_with_zeros(self, picture):
+        batch = GKCImageProcessor(do_resize=False)(picture)
+        assert batch.pixel_values.shape == (1, 3, 64, 96) and batch.pixel_values.dtype == torch.float32
+        expected = (torch.tensor(picture) / 255 - MEAN) / STD
+        torch.testing.assert_close(batch.pixel_values[0, :, :45, :70], expected.permute(2, 0, 1), rtol=0, atol=1e-6)
+        mask = torch.zeros(1, 64, 96, dtype=torch.int64)
+        mask[:, :45, :70] = 1
+        assert torch.equal(batch.pixel_mask, mask)
+        assert not (batch.pixel_values * (1 - mask[:, None])).any()
+
+    def test_a_batch_holds_its_singles(self, picture):
+        processor = GKCImageProcessor(size={"shortest_edge": 40, "longest_edge": 90})
+        images = [picture, picture[:20], picture[:, :9], picture[:1, :1]]
+        batch = processor(images)
+        for index, image in enumerate(images):
+            single = processor(image, input_data_format="channels_last")
+            height, width = single.pixel_values.shape[-2:]
+            assert torch.equal(batch.pixel_values[index, :, :height, :width], single.pixel_values[0])
+            assert torch.equal(batch.pixel_mask[index, :height, :width], single.pixel_mask[0])
+            assert batch.pixel_mask[index].sum() == single.pixel_mask.sum()
+
+    def test_an_array_of_images_is_a_batch(self, picture):
+        processor = GKCImageProcessor()
+        batch = processor(np.stack([picture, picture[::-1]]))
+        assert torch.equal(batch.pixel_values, processor([picture, picture[::-1]]).pixel_values)
+
+    @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+    @pytest.mark.parametrize("shape", [(45, 70), (70, 45), (300, 400), (64, 64)])
+    def test_pixels_are_those_of_transformers_mask2former_processor(self, shape, resample):
+        image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        settings = {"size": {"shortest_edge": 100, "longest_edge": 160}, "resample": resample}
+        theirs = Mask2FormerImageProcessorPil(**settings, size_divisor=0)(image, return_tensors="pt").pixel_values[0]
+        ours = GKCImageProcessor(**settings, size_divisor=1)(image).pixel_values[0]
+        assert ours.shape == theirs.shape
+        assert ((ours - theirs).abs() * STD[:, None, None]).max() <= 1 / 255 + 1e-6
+
+    def test_settings_can_be_given_at_the_call(self, picture):
+        processor = GKCImageProcessor()
+        plain = processor(picture, do_resize=False, do_normalize=False, do_rescale=False, size_divisor=1)
+        np.testing.assert_array_equal(plain.pixel_values[0].permute(1, 2, 0).numpy(), picture)
+        as_floats = {"do_resize": False, "do_normalize": False, "size_divisor": 1}
+        torch.testing.assert_close(
+            processor(picture / 255, do_rescale=False, **as_floats).pixel_values,
+            processor(picture, **as_floats).pixel_values,
+        )
+        assert processor(picture, return_tensors="np").pixel_values.dtype == np.float32
+        assert processor(picture, return_tensors="pt").pixel_mask.dtype == torch.int64
+        with pytest.raises(ValueError, match="return_tensors"):
+            processor(picture, return_tensors="mlx")
+
+    def test_without_padding_sizes_must_agree(self, picture):
+        processor = GKCImageProcessor(do_resize=False, do_pad=False)
+        assert processor([picture, picture]).pixel_values.shape == (2, 3, 45, 70)
+        with pytest.raises(ValueError, match="do_pad"):
+            processor([picture, picture[1:]])
+
+
+class TestSaving:
+    def test_round_trip_through_auto_class(self, picture, tmp_path, transformers_log):
+        processor = GKCImageProcessor(size={"shortest_edge": 48, "longest_edge": 64}, image_mean=[0.1, 0.2, 0.3])
+        processor.save_pretrained(tmp_path)
+        with transformers_log.at_level(logging.WARNING):
+            loaded = AutoImageProcessor.from_pretrained(tmp_path)
+        assert transformers_log.records == []
+        assert type(loaded) is GKCImageProcessor and loaded.to_dict() == processor.to_dict()
+        assert torch.equal(loaded(picture).pixel_values, processor(picture).pixel_values)
+        stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        assert stored["size"] == {"shortest_edge": 48, "longest_edge": 64} and stored["size_divisor"] == 32
+        changed = AutoImageProcessor.from_pretrained(tmp_path, size={"height": 64, "width": 32}, do_normalize=False)
+        assert changed(picture).pixel_values.shape == (1, 3, 64, 32) and not changed.do_normalize
+
+    def test_loading_without_torchvision_prints_nothing(self, tmp_path):
+        GKCImageProcessor().save_pretrained(tmp_path)
+        code = (
+            "import sys; sys.modules['torchvision'] = None\n"
+            "import modeling_gkc.image_processing_gkc\n"
+            "from transformers.models.auto.image_processing_auto import AutoImageProcessor\n"
+            f"print(type(AutoImageProcessor.from_pretrained({str(tmp_path)!r})).__name__)"
+        )
+        root = Path(__file__).parent.parent
+        finished = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+        assert (finished.stdout, finished.stderr) == ("GKCImageProcessor\n", "")

@@ -1,0 +1,422 @@
+"""Results against golden numbers, direct formulas and pycocotools."""
+
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_strategies
+from pycocotools import mask as coco
+from transformers.utils import ModelOutput
+
+from modeling_gkc import post_processing
+from modeling_gkc.image_processing_gkc import GKCImageProcessor
+from modeling_gkc.post_processing import (
+    MaskResampler,
+    decode_rle,
+    encode_rle,
+    instance_segmentation,
+    panoptic_segmentation,
+    resize_masks,
+    semantic_scores,
+    semantic_segmentation,
+    void_label,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "reference_losses.npz"
+
+
+@pytest.fixture(scope="module")
+def golden() -> SimpleNamespace:
+    arrays = np.load(GOLDEN)
+    names = {"class_logits": "inf_cls", "mask_logits": "inf_mask", "sem": "sem", "pan": "pan", "pan_info": "pan_info"}
+    return SimpleNamespace(**{key: torch.from_numpy(arrays[name]) for key, name in names.items()})
+
+
+@pytest.fixture(params=[1, 5000, 32 * 2**20], ids=["row by row", "few rows", "one tile"])
+def tile_bytes(request, monkeypatch) -> int:
+    """The height of the tiles must not change anything."""
+    monkeypatch.setattr(post_processing, "TILE_BYTES", request.param)
+    return request.param
+
+
+def random_logits(queries=7, classes=5, height=9, width=12, spread=4.0) -> tuple[torch.Tensor, torch.Tensor]:
+    return spread * torch.randn(queries, classes + 1), spread * torch.randn(queries, height, width)
+
+
+def logits_of(rows: list[list[float]]) -> torch.Tensor:
+    """Class logits with the given probabilities."""
+    return torch.tensor(rows).log()
+
+
+def mask_of(mask: list[str], inside: float = 8.0) -> torch.Tensor:
+    return torch.tensor([[inside if cell == "#" else -inside for cell in row] for row in mask])
+
+
+class TestGolden:
+    def test_semantic_scores(self, golden, tile_bytes, within):
+        scores = semantic_scores(golden.class_logits, golden.mask_logits)
+        within("semantic scores against recorded values, max abs", (scores - golden.sem).abs().max(), 1e-5)
+
+    def test_semantic_map(self, golden, tile_bytes):
+        labels, scores = semantic_segmentation(golden.class_logits, golden.mask_logits)
+        assert torch.equal(labels, golden.sem.argmax(dim=0))
+        torch.testing.assert_close(scores, golden.sem.amax(dim=0), rtol=0, atol=1e-5)
+
+    def test_panoptic(self, golden, tile_bytes):
+        result = panoptic_segmentation(
+            golden.class_logits,
+            golden.mask_logits,
+            threshold=0.3,
+            overlap_mask_area_threshold=0.3,
+            label_ids_to_fuse={2, 3, 4},
+        )
+        assert torch.equal(result["segmentation"], golden.pan)
+        info = [[s["id"], s["label_id"], int(not s["was_fused"])] for s in result["segments_info"]]
+        assert info == golden.pan_info.tolist()
+
+
+class TestResizing:
+    @pytest.mark.parametrize("target", [(36, 48), (9, 12), (100, 31), (5, 7), (1, 1), (200, 3)])
+    @pytest.mark.parametrize("content", [None, (36, 48)])
+    def test_equals_interpolate_when_the_content_fills_the_input(self, target, content, tile_bytes):
+        _, masks = random_logits()
+        expected = F.interpolate(masks[None].double(), size=target, mode="bilinear", align_corners=False)[0]
+        resampler = MaskResampler(masks, content, target)
+        got = torch.cat([tile for _, tile in resampler.tiles(planes=3)], dim=1)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(resize_masks(masks, content, target), got, rtol=0, atol=2e-5)
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.tuples(st.integers(1, 20), st.integers(1, 20)),
+        st.tuples(st.integers(0, 9), st.integers(0, 9)),
+        st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    )
+    def test_content_of_any_size_is_stretched_over_the_target(self, grid, padding, target):
+        """Each pixel samples the plane at its own place in the content, whatever the padding."""
+        content = tuple(max(1, 4 * side - cut) for side, cut in zip(grid, padding, strict=True))
+        cells = [
+            ((torch.arange(target[axis]) + 0.5) * content[axis] / target[axis] / 4 - 0.5).clamp(
+                0, -(-content[axis] // 4) - 1
+            )
+            for axis in (0, 1)
+        ]
+        plane = torch.arange(grid[0])[:, None] + 100.0 * torch.arange(grid[1])
+        padded = F.pad(plane[None], (0, 2, 0, 3), value=1e6)
+        expected = cells[0][:, None] + 100 * cells[1]
+        torch.testing.assert_close(resize_masks(padded, content, target)[0], expected, rtol=1e-6, atol=2e-3)
+
+    def test_without_a_target_the_grid_is_cut(self, tile_bytes):
+        _, masks = random_logits()
+        assert torch.equal(resize_masks(masks, (29, 48)), masks[:, :8])
+        labels, _ = semantic_segmentation(*random_logits(), content_size=(29, 41))
+        assert labels.shape == (8, 11)
+
+    def test_padding_does_not_matter(self):
+        logits, masks = random_logits()
+        for content in ((30, 40), (32, 40)):
+            results = [
+                semantic_scores(logits, F.pad(masks[:, :8, :10], (0, 4, 0, 3), value=fill), content, (60, 77))
+                for fill in (-50.0, 50.0)
+            ]
+            assert torch.equal(*results)
+
+    @pytest.mark.parametrize(("content", "target"), [((0, 4), (3, 3)), ((40, 52), None), ((4, 4), (0, 3))])
+    def test_impossible_sizes(self, content, target):
+        with pytest.raises(ValueError, match=r"does not fit|at least 1"):
+            MaskResampler(torch.zeros(2, 10, 12), content, target)
+
+
+class TestSemantic:
+    @pytest.mark.parametrize("target", [None, (21, 17), (70, 90)])
+    def test_equals_the_direct_formula(self, target, tile_bytes):
+        logits, masks = random_logits(queries=20, classes=11)
+        resized = resize_masks(masks, (30, 45), target)
+        direct = torch.einsum("qk,qhw->khw", logits.softmax(-1)[:, :-1], resized.sigmoid())
+        torch.testing.assert_close(semantic_scores(logits, masks, (30, 45), target), direct, rtol=0, atol=1e-5)
+        labels, scores = semantic_segmentation(logits, masks, (30, 45), target)
+        torch.testing.assert_close(scores, direct.amax(0), rtol=0, atol=1e-5)
+        clear = direct.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-5
+        assert torch.equal(labels[clear], direct.argmax(0)[clear]) and clear.float().mean() > 0.99
+        assert labels.dtype == torch.int64
+
+    @pytest.mark.parametrize(("classes", "void"), [(1, 255), (255, 255), (256, 65535), (847, 65535)])
+    def test_void_is_never_a_class(self, classes, void):
+        assert void_label(classes) == void
+        logits, masks = random_logits(classes=classes)
+        plain, scores = semantic_segmentation(logits, masks)
+        threshold = scores.median().item()
+        labels, _ = semantic_segmentation(logits, masks, void_threshold=threshold)
+        assert torch.equal(labels == void, scores < threshold)
+        assert torch.equal(labels[labels != void], plain[labels != void])
+        assert plain.max() < classes <= void
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_other_precisions(self, dtype):
+        logits, masks = (tensor.to(dtype) for tensor in random_logits())
+        labels, scores = semantic_segmentation(logits, masks, target_size=(20, 30))
+        expected, _ = semantic_segmentation(logits.float(), masks.float(), target_size=(20, 30))
+        assert torch.equal(labels, expected) and scores.dtype == torch.float32
+
+    def test_memory_stays_bounded_at_847_classes(self):
+        """Class scores of one such image are 7 GB; issue B asks for less than 300 MB above the inputs."""
+        code = (
+            "import resource, torch\n"
+            "from modeling_gkc.post_processing import semantic_segmentation\n"
+            "torch.set_num_threads(1)\n"
+            "logits, masks = torch.randn(100, 848), torch.randn(100, 256, 512)\n"
+            "semantic_segmentation(logits[:, :9], masks[:, :8, :8])\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            # The first tiles show the peak; a whole image would take half a minute.
+            "semantic_segmentation(logits, masks[:, :32], target_size=(128, 2048))\n"
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+        )
+        root = Path(__file__).parent.parent
+        finished = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+        assert float(finished.stdout) < 300, resource.RUSAGE_SELF
+
+
+def direct_panoptic(class_logits, masks, threshold, mask_threshold, overlap, fuse):
+    """Mask2Former's panoptic inference, pixel by pixel, on masks of the final size."""
+    probabilities = class_logits.softmax(-1)
+    kept = [
+        (float(row.max()), int(row.argmax()), mask.sigmoid())
+        for row, mask in zip(probabilities, masks, strict=True)
+        if row.argmax() < len(row) - 1 and row.max() > threshold
+    ]
+    segmentation = torch.zeros(masks.shape[-2:], dtype=torch.int32)
+    if not kept:
+        return segmentation, []
+    winner = torch.stack([score * mask for score, _, mask in kept]).argmax(dim=0)
+    info, stuff = [], {}
+    for index, (score, label, mask) in enumerate(kept):
+        own = mask >= mask_threshold
+        won, shown = winner == index, (winner == index) & own
+        if not shown.any() or won.sum() / own.sum() < overlap:
+            continue
+        if label in stuff:
+            segmentation[shown] = stuff[label]["id"]
+            stuff[label]["score"] = max(stuff[label]["score"], score)
+            continue
+        info.append({"id": len(info) + 1, "label_id": label, "was_fused": label in fuse, "score": score})
+        segmentation[shown] = info[-1]["id"]
+        if label in fuse:
+            stuff[label] = info[-1]
+    return segmentation, info
+
+
+class TestPanoptic:
+    @pytest.mark.parametrize("seed", range(12))
+    def test_equals_the_direct_formula(self, seed, tile_bytes):
+        torch.manual_seed(seed)
+        logits, masks = random_logits(queries=12, classes=4, spread=2.0)
+        masks = F.interpolate(masks[None], size=(14, 18), mode="bilinear")[0]
+        thresholds = [(0.5, 0.5, 0.8), (0.2, 0.5, 0.4), (0.0, 0.3, 0.0), (0.3, 0.7, 0.5)][seed % 4]
+        fuse = [set(), {0, 2}, {0, 1, 2, 3}][seed % 3]
+        result = panoptic_segmentation(logits, masks, None, (31, 40), *thresholds, label_ids_to_fuse=fuse)
+        segmentation, info = direct_panoptic(logits, resize_masks(masks, None, (31, 40)), *thresholds, fuse)
+        assert torch.equal(result["segmentation"], segmentation)
+        assert result["segments_info"] == info
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.sets(st.integers(0, 3)))
+    def test_ids_are_unique_consecutive_and_all_seen(self, seed, threshold, overlap, fuse):
+        torch.manual_seed(seed)
+        logits, masks = random_logits(queries=10, classes=4, height=5, width=6)
+        result = panoptic_segmentation(
+            logits, masks, threshold=threshold, overlap_mask_area_threshold=overlap, label_ids_to_fuse=fuse
+        )
+        ids = [segment["id"] for segment in result["segments_info"]]
+        assert ids == list(range(1, len(ids) + 1))
+        assert set(result["segmentation"].unique().tolist()) - {0} == set(ids)
+        stuff = [segment["label_id"] for segment in result["segments_info"] if segment["was_fused"]]
+        assert len(stuff) == len(set(stuff)) and set(stuff) <= fuse
+        assert all(threshold < segment["score"] <= 1 for segment in result["segments_info"])
+
+    def test_areas_are_measured_without_the_class_score(self):
+        """A sure class would not help a mask that loses most of its area; a weighted area would hide the loss."""
+        logits = logits_of([[0.9, 0.05, 0.05], [0.05, 0.55, 0.4]])
+        masks = torch.stack([mask_of(["####....", "####...."]), mask_of(["..######", "..######"])])
+        result = panoptic_segmentation(logits, masks, threshold=0.3, overlap_mask_area_threshold=0.7)
+        # The second mask wins 8 of its 12 pixels; times its class score all 12 would still count as 6.6 or less.
+        assert [segment["label_id"] for segment in result["segments_info"]] == [0]
+        assert result["segmentation"].tolist() == [[1] * 4 + [0] * 4] * 2
+        result = panoptic_segmentation(logits, masks, threshold=0.3, overlap_mask_area_threshold=0.6)
+        assert result["segmentation"].tolist() == [[1] * 4 + [2] * 4] * 2
+
+    def test_stuff_merges_and_the_best_score_stays(self):
+        logits = logits_of([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.8, 0.1, 0.1]])
+        masks = torch.stack([mask_of(["##......"]), mask_of(["..##...."]), mask_of([".....###"])])
+        fused = panoptic_segmentation(logits, masks, label_ids_to_fuse={0})
+        assert fused["segmentation"].tolist() == [[1, 1, 2, 2, 0, 1, 1, 1]]
+        assert [s["was_fused"] for s in fused["segments_info"]] == [True, False]
+        assert fused["segments_info"][0]["score"] == pytest.approx(0.8)
+        apart = panoptic_segmentation(logits, masks)
+        assert apart["segmentation"].tolist() == [[1, 1, 2, 2, 0, 3, 3, 3]]
+
+    def test_nothing_found(self):
+        logits = logits_of([[0.2, 0.8], [0.4, 0.6]])
+        result = panoptic_segmentation(logits, torch.zeros(2, 4, 5), target_size=(3, 2))
+        assert result["segments_info"] == []
+        assert torch.equal(result["segmentation"], torch.zeros(3, 2, dtype=torch.int32))
+
+
+def direct_instances(class_logits, masks, threshold, mask_threshold, top_k):
+    """Mask2Former's instance inference on masks of the final size: (score, class, mask), best first."""
+    scores = class_logits.softmax(-1)[:, :-1]
+    found = []
+    for pair in scores.flatten().argsort(descending=True, stable=True)[:top_k].tolist():
+        query, label = divmod(pair, scores.shape[1])
+        probability = masks[query].sigmoid()
+        inside = probability > mask_threshold
+        if inside.any():
+            found.append((float(scores[query, label] * probability[inside].mean()), label, inside))
+    return sorted((item for item in found if item[0] >= threshold), key=lambda item: -item[0])
+
+
+class TestInstance:
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("top_k", [1, 9, 1000])
+    def test_equals_the_direct_formula(self, seed, top_k, tile_bytes):
+        torch.manual_seed(seed)
+        logits, masks = random_logits(queries=8, classes=4)
+        threshold, mask_threshold = [(0.0, 0.5), (0.3, 0.5), (0.2, 0.8)][seed % 3]
+        arguments = (logits, masks, (33, 47), (20, 30), threshold, mask_threshold)
+        expected = direct_instances(logits, resize_masks(masks, (33, 47), (20, 30)), threshold, mask_threshold, top_k)
+        result = instance_segmentation(*arguments, top_k=top_k, return_binary_maps=True)
+        assert [s["label_id"] for s in result["segments_info"]] == [label for _, label, _ in expected]
+        assert [s["score"] for s in result["segments_info"]] == pytest.approx([item[0] for item in expected], abs=1e-6)
+        assert torch.equal(result["segmentation"], torch.stack([item[2] for item in expected]))
+        assert [s["id"] for s in result["segments_info"]] == list(range(1, len(expected) + 1))
+
+        encoded = instance_segmentation(*arguments, top_k=top_k, return_coco_annotation=True)["segmentation"]
+        np.testing.assert_array_equal(np.stack([decode_rle(rle) for rle in encoded]), result["segmentation"].numpy())
+
+    def test_in_the_map_the_best_covers_the_others(self, tile_bytes):
+        logits = logits_of([[0.7, 0.1, 0.2], [0.1, 0.9, 0.0], [0.5, 0.3, 0.2], [0.6, 0.1, 0.3]])
+        masks = torch.stack(
+            [mask_of(["####...."]), mask_of(["..####.."]), mask_of(["...##..."]), mask_of([".....###"])]
+        )
+        result = instance_segmentation(logits, masks, threshold=0.4)
+        assert [s["label_id"] for s in result["segments_info"]] == [1, 0, 0]  # the third query shows nowhere
+        assert result["segmentation"].tolist() == [[2, 2, 1, 1, 1, 1, 3, 3]]
+        assert result["segmentation"].dtype == torch.int32
+        stricter = instance_segmentation(logits, masks, threshold=0.4, overlap_mask_area_threshold=0.6)
+        assert stricter["segmentation"].tolist() == [[0, 0, 1, 1, 1, 1, 2, 2]]
+        assert [s["id"] for s in stricter["segments_info"]] == [1, 2]
+
+    def test_a_query_may_have_two_classes(self):
+        logits = logits_of([[0.45, 0.45, 0.1]])
+        masks = mask_of(["##.."])[None]
+        whole = instance_segmentation(logits, masks, threshold=0.3, return_binary_maps=True)
+        assert {s["label_id"] for s in whole["segments_info"]} == {0, 1} and len(whole["segmentation"]) == 2
+        assert len(instance_segmentation(logits, masks, threshold=0.3)["segments_info"]) == 1
+
+    @pytest.mark.parametrize(
+        ("flag", "empty"), [("return_binary_maps", (0, 4, 5)), ("return_coco_annotation", []), (None, (4, 5))]
+    )
+    def test_nothing_found(self, flag, empty):
+        for masks in (torch.full((2, 4, 5), -9.0), torch.full((2, 4, 5), 9.0)):
+            logits = torch.zeros(2, 6)
+            result = instance_segmentation(logits, masks, threshold=0.5, **({flag: True} if flag else {}))
+            found = result["segmentation"]
+            assert result["segments_info"] == []
+            assert (found if isinstance(found, list) else tuple(found.shape)) == empty
+
+    def test_one_form_of_masks(self):
+        with pytest.raises(ValueError, match="choose one"):
+            instance_segmentation(*random_logits(), return_binary_maps=True, return_coco_annotation=True)
+
+
+class TestRunLengths:
+    @settings(deadline=None, max_examples=300)
+    @given(numpy_strategies.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40))))
+    def test_equals_pycocotools(self, mask):
+        theirs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+        ours = encode_rle(mask)
+        assert ours == {"size": list(mask.shape), "counts": theirs["counts"].decode()}
+        np.testing.assert_array_equal(decode_rle(ours), mask)
+        np.testing.assert_array_equal(decode_rle(theirs), mask)
+
+    @pytest.mark.parametrize("shape", [(1, 1), (2000, 1500), (1, 70000), (70000, 1)])
+    @pytest.mark.parametrize("density", [0.0, 0.0005, 0.5, 1.0])
+    def test_long_runs(self, shape, density):
+        mask = np.random.default_rng(0).random(shape) < density
+        theirs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
+        assert encode_rle(torch.from_numpy(mask))["counts"] == theirs
+        np.testing.assert_array_equal(decode_rle(encode_rle(mask)), mask)
+
+
+@dataclass
+class Outputs:
+    class_queries_logits: torch.Tensor
+    masks_queries_logits: torch.Tensor
+    content_sizes: torch.Tensor | None = None
+
+
+class TestMethods:
+    @pytest.fixture
+    def outputs(self) -> Outputs:
+        logits, masks = zip(*(random_logits() for _ in range(3)), strict=True)
+        sizes = torch.tensor([[36, 48], [30, 41], [20, 48]])
+        return Outputs(torch.stack(logits).requires_grad_(), torch.stack(masks).requires_grad_(), sizes)
+
+    def test_every_image_is_cut_and_resized_by_itself(self, outputs):
+        processor = GKCImageProcessor()
+        targets = [(50, 60), (31, 41), (7, 9)]
+        for given_targets in (targets, torch.tensor(targets), None):
+            semantic = processor.post_process_semantic_segmentation(outputs, target_sizes=given_targets)
+            panoptic = processor.post_process_panoptic_segmentation(outputs, given_targets, 0.3, label_ids_to_fuse={1})
+            instance = processor.post_process_instance_segmentation(outputs, given_targets, 0.3, 5)
+            for index in range(3):
+                one = (
+                    outputs.class_queries_logits[index].detach(),
+                    outputs.masks_queries_logits[index].detach(),
+                    tuple(outputs.content_sizes[index].tolist()),
+                    None if given_targets is None else targets[index],
+                )
+                assert torch.equal(semantic[index], semantic_segmentation(*one)[0])
+                expected = panoptic_segmentation(*one, 0.3, label_ids_to_fuse={1})
+                assert torch.equal(panoptic[index]["segmentation"], expected["segmentation"])
+                assert panoptic[index]["segments_info"] == expected["segments_info"]
+                assert instance[index]["segments_info"] == instance_segmentation(*one, 0.3, top_k=5)["segments_info"]
+                assert not semantic[index].requires_grad
+
+    def test_outputs_may_be_any_container(self, outputs):
+        processor = GKCImageProcessor()
+        expected = processor.post_process_semantic_segmentation(outputs)
+        for container in (vars(outputs), ModelOutput(vars(outputs)), SimpleNamespace(**vars(outputs))):
+            got = processor.post_process_semantic_segmentation(container)
+            assert all(map(torch.equal, got, expected))
+
+    def test_without_content_sizes_all_is_image(self, outputs):
+        outputs.content_sizes = None
+        maps = GKCImageProcessor().post_process_semantic_segmentation(outputs)
+        assert [tuple(labels.shape) for labels in maps] == [(9, 12)] * 3
+
+    def test_void_threshold(self, outputs):
+        maps = GKCImageProcessor().post_process_semantic_segmentation(outputs, void_threshold=100.0)
+        assert all((labels == 255).all() for labels in maps)
+
+    def test_one_target_size_per_image(self, outputs):
+        with pytest.raises(ValueError, match="got 2 for 3 images"):
+            GKCImageProcessor().post_process_panoptic_segmentation(outputs, target_sizes=[(3, 4), (5, 6)])
+
+    def test_outputs_without_logits(self):
+        with pytest.raises(ValueError, match="class_queries_logits"):
+            GKCImageProcessor().post_process_semantic_segmentation({"logits": torch.zeros(1)})
+
+    def test_arguments_of_the_stock_pipeline(self, outputs):
+        processor = GKCImageProcessor()
+        stock = {"threshold": 0.9, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.5, "target_sizes": None}
+        for method in (processor.post_process_panoptic_segmentation, processor.post_process_instance_segmentation):
+            assert len(method(outputs, **stock)) == 3

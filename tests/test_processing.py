@@ -1,0 +1,202 @@
+"""Words and images to tensors, and back from a folder."""
+
+import json
+import logging
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.processing_auto import AutoProcessor
+
+from modeling_gkc.image_processing_gkc import GKCImageProcessor
+from modeling_gkc.processing_gkc import GKCProcessor
+from modeling_gkc.vocabulary import Vocabulary
+
+from .conftest import word_tokenizer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def processor() -> GKCProcessor:
+    return GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """What transformers logs, which does not reach pytest by itself."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def clip_tokenizer(folder) -> CLIPTokenizer:
+    """CLIP's tokenizer class on a vocabulary of letters and of the word "dog"."""
+    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=12)
+
+
+def prompts_of(processor: GKCProcessor, inputs) -> list[str]:
+    return processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+
+
+class TestWords:
+    @pytest.mark.parametrize("text", ["dog; sofa, couch; lamp", ["dog", ["sofa", "couch"], "lamp"]])
+    def test_names_class_by_class(self, processor, text):
+        inputs = processor(text=text, return_tensors="pt")
+        assert set(inputs) == {"input_ids", "attention_mask", "class_ids"}
+        assert prompts_of(processor, inputs) == ["dog", "sofa", "couch", "lamp"]
+        assert inputs["class_ids"].tolist() == [0, 1, 1, 2]
+        assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (4, 3)
+        assert all(value.dtype == torch.int64 for value in inputs.values())
+
+    def test_padding_is_at_the_right_and_masked(self, processor):
+        inputs = processor(text="dog; red dog sofa")
+        tokenizer = processor.tokenizer
+        alone = tokenizer("dog")["input_ids"]
+        assert inputs["input_ids"][0].tolist() == [*alone, tokenizer.pad_token_id, tokenizer.pad_token_id]
+        assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+        assert inputs["input_ids"][1].tolist() == tokenizer("red dog sofa")["input_ids"]
+
+    def test_templates_stand_together_by_name(self, image):
+        processor = GKCProcessor(GKCImageProcessor(), word_tokenizer("a red dog sofa couch"), ["{}", "a red {}"])
+        inputs = processor(text="dog; sofa, couch")
+        assert prompts_of(processor, inputs) == ["dog", "a red dog", "sofa", "a red sofa", "couch", "a red couch"]
+        assert inputs["class_ids"].tolist() == [0, 0, 1, 1, 1, 1]
+
+    def test_braces_in_a_name_are_no_template(self, processor):
+        processor.prompt_templates = ["red {}"]
+        with pytest.warns(UserWarning, match=r"\{0\}"):
+            processor(text=["{0}"])
+
+    @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"]])
+    def test_templates_that_cannot_be(self, templates):
+        with pytest.raises(ValueError, match="template"):
+            GKCProcessor(GKCImageProcessor(), word_tokenizer(), templates)
+
+    @pytest.mark.parametrize(
+        ("text", "match"), [([], "no labels"), ("dog;;", "label 2"), ("dog;dog", "labels 1 and 2")]
+    )
+    def test_the_checks_of_the_vocabulary(self, processor, text, match):
+        with pytest.raises(ValueError, match=match):
+            processor(text=text)
+
+    def test_a_long_label_is_refused_with_its_count_and_never_cut(self, processor, recwarn, transformers_log):
+        longest = "dog " * 14
+        assert processor(text=longest)["input_ids"].shape == (1, 16)
+        with pytest.raises(ValueError, match=r"'red dog dog .*17 tokens.* at most 16"):
+            processor(text=["dog", "red " + longest])
+        assert transformers_log.records == [] and list(recwarn) == []
+
+    def test_the_template_counts_too(self, processor):
+        processor.prompt_templates = ["red {}"]
+        with pytest.raises(ValueError, match="17 tokens"):
+            processor(text="dog " * 14)
+
+    def test_unknown_words_give_one_warning_that_names_them(self, processor):
+        with pytest.warns(UserWarning) as caught:
+            inputs = processor(text="red zebra; dog; okapi, zebra lamp")
+        assert len(caught) == 1
+        assert str(caught[0].message) == "the text encoder does not know these words: 'zebra', 'okapi'."
+        assert inputs["input_ids"].shape[0] == 4
+
+    def test_known_words_do_not_warn(self, processor):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            processor(text=Vocabulary([["Red Dog"], ["lawn", "grass"]]))
+
+    def test_a_tokenizer_that_cannot_pad(self, processor):
+        processor.tokenizer.pad_token = None
+        assert processor(text="dog; lamp")["input_ids"].shape == (2, 3)
+        with pytest.raises(ValueError, match="pad_token"):
+            processor(text="dog; red lamp")
+
+    def test_clip_tokenizer(self, tmp_path):
+        """CLIP pads and ends with one token, which is its unknown token too: that is no unknown word."""
+        processor = GKCProcessor(GKCImageProcessor(), clip_tokenizer(tmp_path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            inputs = processor(text="Dog; cat")
+        start, end = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+        dog, letters = 53, [2, 0, 26 + 19]
+        assert inputs["input_ids"].tolist() == [[start, dog, end, end, end], [start, *letters, end]]
+        assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+        with pytest.raises(ValueError, match=r"'abcdefghijkl' has 14 tokens"):
+            processor(text="abcdefghijkl")
+
+
+class TestCalls:
+    def test_images_and_words_together(self, processor, image):
+        inputs = processor(images=[image, image], text="dog; lamp", return_tensors="pt")
+        assert list(inputs) == processor.model_input_names
+        assert torch.equal(inputs["pixel_values"], processor.image_processor([image, image])["pixel_values"])
+        assert set(processor(image)) == {"pixel_values", "pixel_mask"}
+
+    def test_numpy(self, processor, image):
+        inputs = processor(image, "dog", "np")
+        assert all(isinstance(value, np.ndarray) for value in inputs.values())
+
+    def test_image_settings_at_the_call(self, processor, image):
+        assert processor(image, size={"height": 32, "width": 64})["pixel_values"].shape == (1, 3, 32, 64)
+        with pytest.raises(TypeError, match="sise"):
+            processor(image, sise=5)
+        with pytest.raises(TypeError, match="size"):
+            processor(text="dog", size=5)
+
+    def test_nothing_given(self, processor):
+        with pytest.raises(ValueError, match="images, text, or both"):
+            processor()
+
+    def test_inputs_move(self, processor, image):
+        inputs = processor(image, "dog").to(torch.float16)
+        assert inputs["pixel_values"].dtype == torch.float16 and inputs["input_ids"].dtype == torch.int64
+
+    def test_post_processing_is_that_of_the_image_processor(self, processor):
+        outputs = {"class_queries_logits": torch.randn(1, 4, 6), "masks_queries_logits": torch.randn(1, 4, 8, 8)}
+        for task in ("semantic", "instance", "panoptic"):
+            name = f"post_process_{task}_segmentation"
+            ours, theirs = (
+                getattr(owner, name)(outputs, [(9, 7)])[0] for owner in (processor, processor.image_processor)
+            )
+            assert torch.equal(*(r if task == "semantic" else r["segmentation"] for r in (ours, theirs)))
+
+
+class TestSaving:
+    @pytest.mark.parametrize("kind", ["words", "clip"])
+    @pytest.mark.parametrize("auto", [True, False])
+    def test_round_trip(self, kind, auto, tmp_path, image, transformers_log, recwarn):
+        tokenizer = word_tokenizer() if kind == "words" else clip_tokenizer(tmp_path)
+        image_processor = GKCImageProcessor(size={"shortest_edge": 48, "longest_edge": 64}, size_divisor=16)
+        processor = GKCProcessor(image_processor, tokenizer, ["{}", "dog {}"])
+        folder = tmp_path / "saved"
+        with transformers_log.at_level(logging.WARNING):
+            processor.save_pretrained(folder)
+            loaded = (AutoProcessor if auto else GKCProcessor).from_pretrained(folder)
+        assert transformers_log.records == [] and list(recwarn) == []
+        assert type(loaded) is GKCProcessor and loaded.prompt_templates == ["{}", "dog {}"]
+        assert loaded.tokenizer.model_max_length == tokenizer.model_max_length
+        inputs, expected = loaded(image, "dog; sofa, lamp"), processor(image, "dog; sofa, lamp")
+        assert all(torch.equal(inputs[key], expected[key]) for key in processor.model_input_names)
+        alone = AutoImageProcessor.from_pretrained(folder)
+        assert type(alone) is GKCImageProcessor and alone.to_dict() == image_processor.to_dict()
+
+    def test_templates_can_be_changed_while_loading(self, processor, tmp_path):
+        processor.save_pretrained(tmp_path)
+        assert GKCProcessor.from_pretrained(tmp_path).prompt_templates == ["{}"]
+        assert GKCProcessor.from_pretrained(tmp_path, prompt_templates=["red {}"]).prompt_templates == ["red {}"]
+
+    def test_a_swapped_order_is_refused(self):
+        with pytest.raises(TypeError):
+            GKCProcessor(word_tokenizer(), GKCImageProcessor())
