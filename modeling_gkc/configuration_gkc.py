@@ -13,6 +13,7 @@
 # limitations under the License.
 """Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet image tower (`CLIPResNetConfig`)."""
 
+import copy
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -213,6 +214,10 @@ class GKCConfig(PreTrainedConfig):
         )
         stored = self.vocabulary or []
         _require(
+            self.vocabulary_is_thing is None or len(self.vocabulary_is_thing) == len(stored),
+            f"`vocabulary_is_thing` needs one entry for each of the {len(stored)} stored classes.",
+        )
+        _require(
             self.vocabulary_num_prompts >= len(stored),
             f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts} cannot be less than the {len(stored)} stored "
             "classes; use `model.set_vocabulary(...)` instead of writing `vocabulary` by hand.",
@@ -240,9 +245,9 @@ class GKCConfig(PreTrainedConfig):
             f"`backbone_config` of type {self.backbone_config.model_type!r} is no backbone: it has no `out_features`.",
         )
         _require(
-            len(stages) == 4,
+            len(stages) == 4 and "stem" not in stages,
             f"the backbone must return four feature maps (strides 4, 8, 16, 32), but `out_features` is {stages}; set "
-            f"`out_features` to four of {self.backbone_config.stage_names}.",
+            f"`out_features` to the four stages of {self.backbone_config.stage_names}.",
         )
 
     def _check_losses(self):
@@ -261,7 +266,8 @@ def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrain
     if config is None:
         return CLIPResNetConfig()
     if isinstance(config, PreTrainedConfig):
-        return config
+        # A copy, so that what one model sets in it reaches no other model.
+        return copy.deepcopy(config)
     values = dict(config)
     model_type = values.pop("model_type", CLIPResNetConfig.model_type)
     if model_type == CLIPResNetConfig.model_type:
@@ -280,7 +286,7 @@ def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConf
     if config is None:
         return CLIPTextConfig(projection_dim=1024)
     if isinstance(config, CLIPTextConfig):
-        return config
+        return copy.deepcopy(config)
     _require(
         isinstance(config, dict),
         f"`text_config` must be a CLIPTextConfig or a dict of its fields, got {type(config).__name__}; for a CLIP "

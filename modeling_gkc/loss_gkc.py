@@ -15,12 +15,12 @@
 
 Masks are compared at sampled points (Kirillov et al., *PointRend*, CVPR 2020) and queries are matched to segments one
 to one (Carion et al., *DETR*, ECCV 2020), as in Mask2Former (Cheng et al., CVPR 2022). Losses are sums over matched
-pairs divided by the number of segments of all processes, so that no gradient depends on how a batch is split.
+pairs divided by the number of segments of all processes, so that no gradient depends on how processes share a batch.
 
 Letters: B images, Q queries, K classes, S stages, N segments of an image, M matched pairs of a batch, R points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed
@@ -136,8 +136,7 @@ class GKCMatcher:
     def _match(
         self, image: int, probabilities: Tensor, point_logits: Tensor, classes: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # Imported here so that inference does not need scipy.
-        from scipy.optimize import linear_sum_assignment
+        linear_sum_assignment = _linear_sum_assignment()
 
         cross_entropy, dice = mask_costs(point_logits, masks)
         costs = self.mask_weight * cross_entropy + self.dice_weight * dice
@@ -256,6 +255,15 @@ class GKCCriterion:
         return torch.cat([uncertain, uniform], dim=1)
 
 
+def _linear_sum_assignment() -> Callable:
+    """Scipy's solver, imported where it is used: inference, also from remote code, needs no scipy."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("Training needs scipy: pip install 'gkc[train]', or pip install scipy.") from error
+    return linear_sum_assignment
+
+
 def _sample_labels(masks: Tensor, points: Tensor) -> Tensor:
     """Masks (N, H, W) at points (N, R, 2) or (1, R, 2): (N, R); also when there is no mask."""
     if len(masks) == 0:
@@ -281,10 +289,11 @@ def check_labels(class_logits: Tensor, mask_labels: Sequence[Tensor], class_labe
                 f"Sample {image}: `mask_labels` must be (N, height, width) with N = {len(classes)} as in "
                 f"`class_labels`, got {tuple(masks.shape)}."
             )
-        outside = [int(label) for label in classes if not 0 <= label < num_columns - 1]
-        if outside:
+        outside = classes[(classes < 0) | (classes >= num_columns - 1)]
+        if len(outside):
             raise ValueError(
-                f"Sample {image}: class ids {outside} are outside of the vocabulary of {num_columns - 1} classes."
+                f"Sample {image}: class ids {outside.tolist()} are outside of the vocabulary of {num_columns - 1} "
+                "classes."
             )
 
 

@@ -186,6 +186,11 @@ class CLIPResNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem"]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: `_init_weights` leaves loaded weights alone, so transformers need not skip modules on its behalf."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -196,9 +201,6 @@ class CLIPResNetPreTrainedModel(PreTrainedModel):
             init.normal_(module.position_embedding, std=std)
             for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
                 init.normal_(projection.weight, std=std)
-        elif isinstance(module, CLIPResNetBottleneck):
-            # As in CLIP, every block starts as its shortcut alone.
-            init.zeros_(module.expand.normalization.weight)
 
 
 class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):

@@ -17,9 +17,11 @@ Letters: B images, Q queries, C hidden, D text-embedding width, K classes, P pro
 S decoder stages = decoder_layers + 1, N segments of an image, (H, W) padded input size.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +41,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_gkc import PROMPT_REDUCTIONS, GKCConfig
 from .loss_gkc import GKCCriterion, Matches
-from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderLayer, GKCMaskDecoderStage, predict_masks
-from .modeling_clip_resnet import CLIPResNetBackbone
+from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, predict_masks
+from .modeling_clip_resnet import CLIPResNetBackbone  # registers it with AutoBackbone, which builds backbones
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 from .vocabulary import Vocabulary
 
@@ -69,7 +71,7 @@ class GKCModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: (B, Q, C) normalised queries of the last stage.
         masks_queries_logits: (B, Q, H/4, W/4) mask logits of the last stage.
-        pooled_features: (B, Q, F) backbone or pixel-decoder features pooled under the last stage's masks; only if
+        pooled_features: (B, Q, F) backbone features pooled under the last stage's masks; only if
             `config.class_feature` asks for them.
         mask_is_empty: (B, Q) whether the last stage's mask holds no pixel; only with `pooled_features`.
         stages: for each of the S stages the same four values, if asked for.
@@ -125,28 +127,51 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
     matches: list[Matches] | None = None
 
 
-def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str) -> Tensor:
+class GKCWords(NamedTuple):
+    """A checked vocabulary: prompts (P, D), their classes (P,) or None if each is its own, and the reduction to K."""
+
+    embeds: Tensor
+    class_ids: Tensor | None
+    num_classes: int
+    reduction: str
+
+
+def count_classes(class_ids: Tensor, num_prompts: int) -> int:
+    """The number K of classes that (P,) class ids name.
+
+    Raises:
+        ValueError: the ids are not P numbers from 0 that leave none out.
+    """
+    if class_ids.shape != (num_prompts,):
+        raise ValueError(f"`class_ids` must have shape ({num_prompts},), got {tuple(class_ids.shape)}.")
+    present = class_ids.unique().tolist()
+    missing = sorted(set(range(max(present) + 1)) - set(present))
+    if present[0] < 0 or missing:
+        raise ValueError(
+            f"`class_ids` must count from 0 and leave none out: smallest {present[0]}, missing {missing}."
+        )
+    return len(present)
+
+
+def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str, num_classes: int | None = None) -> Tensor:
     """Reduces the logits of several prompts of a class to one.
 
     Args:
         logits: (..., P + 1) logits of P prompts and of no-object.
         class_ids: (P,) class of each prompt; every class 0..K-1 has at least one.
         reduction: `mean` or `max`.
+        num_classes: K, if it is known and `class_ids` have been checked.
 
     Returns:
         (..., K + 1) logits of K classes and of no-object.
 
     Raises:
-        ValueError: for another reduction, or if `class_ids` does not fit the logits.
+        ValueError: for another reduction, or if `class_ids` do not fit the logits or leave a class out.
     """
     if reduction not in ("mean", "max"):
         raise ValueError(f"Logits are reduced by 'mean' or 'max', got {reduction!r}.")
-    num_prompts = logits.shape[-1] - 1
-    if class_ids.shape != (num_prompts,):
-        raise ValueError(f"`class_ids` must have shape ({num_prompts},), got {tuple(class_ids.shape)}.")
-    num_classes = int(class_ids.max()) + 1
-    if num_classes == num_prompts and torch.equal(class_ids, torch.arange(num_prompts, device=class_ids.device)):
-        return logits
+    if num_classes is None:
+        num_classes = count_classes(class_ids, logits.shape[-1] - 1)
     prompts, no_object = logits[..., :-1], logits[..., -1:]
     index = class_ids.to(logits.device).expand_as(prompts)
     reduced = prompts.new_zeros(*prompts.shape[:-1], num_classes)
@@ -156,7 +181,7 @@ def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str) -> T
 
 def average_class_embeds(class_embeds: Tensor, class_ids: Tensor) -> Tensor:
     """Averages (P, D) prompt embeddings of each class and normalises them: (K, D)."""
-    sums = class_embeds.new_zeros(int(class_ids.max()) + 1, class_embeds.shape[-1])
+    sums = class_embeds.new_zeros(count_classes(class_ids, len(class_embeds)), class_embeds.shape[-1])
     return F.normalize(sums.index_add(0, class_ids.to(class_embeds.device), class_embeds), dim=-1)
 
 
@@ -164,6 +189,39 @@ def content_sizes_of(pixel_mask: Tensor) -> Tensor:
     """(B, 2) height and width of the images that fill the upper left of (B, H, W) masks, 1 where there is image."""
     mask = pixel_mask.bool()
     return torch.stack([mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)], dim=1)
+
+
+def pad_to_stride(
+    pixel_values: Tensor, pixel_mask: Tensor | None, mask_labels: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
+    """Pads images and masks with zeros, right and below, to multiples of the coarsest stride.
+
+    Args:
+        pixel_values: (B, 3, H, W).
+        pixel_mask: (B, H, W) or None.
+        mask_labels: For each image (N, H, W), or None.
+
+    Returns:
+        Padded images, content sizes (B, 2) or None if all of the padded input is image, padded masks.
+
+    Raises:
+        ValueError: naming a sample whose masks have another size than the images.
+    """
+    height, width = pixel_values.shape[-2:]
+    for sample, masks in enumerate(mask_labels or ()):
+        if masks.shape[-2:] != (height, width):
+            raise ValueError(
+                f"Sample {sample}: `mask_labels` are {tuple(masks.shape[-2:])}, but `pixel_values` are "
+                f"{(height, width)} (height, width): resize and pad masks as the images."
+            )
+    content_sizes = None if pixel_mask is None else content_sizes_of(pixel_mask)
+    padding = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
+    if not any(padding):
+        return pixel_values, content_sizes, mask_labels
+    if content_sizes is None:
+        content_sizes = torch.tensor([[height, width]], device=pixel_values.device).repeat(len(pixel_values), 1)
+    mask_labels = None if mask_labels is None else [F.pad(masks, padding) for masks in mask_labels]
+    return F.pad(pixel_values, padding), content_sizes, mask_labels
 
 
 class GKCClassEmbedder(nn.Module):
@@ -213,14 +271,15 @@ class GKCPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["CLIPResNetBottleneck", "GKCPixelDecoderLayer", "GKCMaskDecoderLayer", "CLIPEncoderLayer"]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: `_init_weights` leaves loaded weights alone, so transformers need not skip modules on its behalf."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, GKCDeformableAttention):
             _init_deformable_attention(module)
-        elif isinstance(module, GKCMaskDecoderLayer):
-            for parameter in module.parameters():
-                if parameter.dim() > 1:
-                    init.xavier_uniform_(parameter)
         elif isinstance(module, GKCPixelDecoder):
             init.normal_(module.level_embedding)
         elif isinstance(module, GKCMaskDecoder):
@@ -282,7 +341,7 @@ class GKCModel(GKCPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, output_stages: bool | None = None, pixel_mask: Tensor | None = None, **kwargs
+        self, pixel_values: Tensor, output_stages: bool | None = None, pixel_mask: Tensor | None = None
     ) -> GKCModelOutput:
         """Segments images.
 
@@ -292,6 +351,7 @@ class GKCModel(GKCPreTrainedModel):
             pixel_mask: Accepted for the common call `model(**inputs)`; all of the input is looked at.
         """
         feature_maps = self.backbone(pixel_values).feature_maps
+        _check_strides(pixel_values.shape, feature_maps)
         decoded = self.pixel_decoder(feature_maps)
         levels = decoded.multi_scale_features
         resized = [
@@ -324,6 +384,18 @@ class GKCModel(GKCPreTrainedModel):
             pooled_features=pooled,
             mask_is_empty=is_empty,
         )
+
+
+def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> None:
+    """Refuses a backbone whose maps are not of strides 4, 8, 16, 32; sizes may be rounded either way."""
+    for stride, feature_map in zip((4, 8, 16, 32), feature_maps, strict=True):
+        sides = zip(feature_map.shape[2:], image_shape[2:], strict=True)
+        if any(abs(cells * stride - side) >= stride for cells, side in sides):
+            sizes = [tuple(other.shape[2:]) for other in feature_maps]
+            raise ValueError(
+                f"The backbone must give maps of strides 4, 8, 16 and 32, but images of {tuple(image_shape[2:])} give "
+                f"maps of {sizes}: use a hierarchical backbone and its four stages as `out_features`."
+            )
 
 
 def pool_under_masks(mask_logits: Tensor, feature_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -411,6 +483,8 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         vocabulary = Vocabulary.parse(vocabulary)
         inputs = processor(text=vocabulary, return_tensors="pt").to(self.device)
         encoded = self.get_class_embeddings(**inputs)
+        # A configuration of its own, so that no other model made from the same one claims these words.
+        self.config = copy.deepcopy(self.config)
         self.vocabulary_embeds = encoded.class_embeds
         self.vocabulary_class_ids = encoded.class_ids
         self.config.vocabulary = [list(names) for names in vocabulary.names]
@@ -448,7 +522,6 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         class_labels: Sequence[Tensor] | None = None,
         prompt_reduction: str | None = None,
         output_stages: bool | None = None,
-        **kwargs,
     ) -> GKCForOpenVocabSegmentationOutput:
         """Segments images into words.
 
@@ -456,13 +529,14 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         checkpoint is used.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images, padded to the right and below.
-            pixel_mask: (B, H, W), 1 where there is image. Images of different padded size are computed apart, so that
-                no result depends on its neighbours.
+            pixel_values: (B, 3, H, W) normalised images; padded here to multiples of 32 where they are not.
+            pixel_mask: (B, H, W), 1 where there is image, 0 in padding to the right and below. In evaluation mode
+                images of different padded size are computed apart, so that no result depends on its neighbours.
             input_ids, attention_mask: (P, L) tokenised prompts.
             class_ids: (P,) class of each prompt; default: each prompt its own class.
             class_embeds: (P, D) cached prompt embeddings of `get_class_embeddings`.
-            mask_labels: For each image (N, H, W) masks of 0 and 1; gives the loss together with `class_labels`.
+            mask_labels: For each image (N, H, W) masks of 0 and 1, of the size of `pixel_values`; gives the loss
+                together with `class_labels`.
             class_labels: For each image (N,) classes.
             prompt_reduction: `mean`, `max` or `embedding_mean`; default: `config.prompt_reduction`.
             output_stages: Give all decoder stages; default: in training and with labels.
@@ -474,18 +548,14 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             raise ValueError("`mask_labels` and `class_labels` must be given together.")
         has_labels = mask_labels is not None
         words = self._words(input_ids, attention_mask, class_ids, class_embeds, prompt_reduction)
-        content_sizes = None if pixel_mask is None else content_sizes_of(pixel_mask)
+        pixel_values, content_sizes, mask_labels = pad_to_stride(pixel_values, pixel_mask, mask_labels)
         wants_stages = has_labels or (self.training if output_stages is None else output_stages)
+        segments = self._segment(pixel_values, content_sizes, wants_stages)
 
+        stages = None
         if wants_stages:
-            stages = tuple(
-                self._classify(stage, index, *words)
-                for index, stage in enumerate(self.model(pixel_values, output_stages=True).stages)
-            )
-            last = stages[-1]
-        else:
-            stages = None
-            last = self._classify(self._segment(pixel_values, content_sizes), -1, *words)
+            stages = tuple(self._classify(stage, index, words) for index, stage in enumerate(segments.stages))
+        last = stages[-1] if wants_stages else self._classify(segments, -1, words)
         loss, loss_dict, matches = self._losses(stages, mask_labels, class_labels) if has_labels else (None,) * 3
         return GKCForOpenVocabSegmentationOutput(
             loss=loss,
@@ -498,6 +568,24 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             matches=matches,
         )
 
+    def classify(
+        self,
+        query_embeds: Tensor,
+        class_embeds: Tensor,
+        class_ids: Tensor | None = None,
+        prompt_reduction: str | None = None,
+    ) -> Tensor:
+        """Names segments that are already there by other words, without looking at the image again.
+
+        Args:
+            query_embeds: (B, Q, D) of an earlier output.
+            class_embeds, class_ids, prompt_reduction: As in `forward`.
+
+        Returns:
+            (B, Q, K + 1) class logits, the last column no-object.
+        """
+        return self._name(query_embeds, self._words(None, None, class_ids, class_embeds, prompt_reduction))
+
     def _words(
         self,
         input_ids: Tensor | None,
@@ -505,74 +593,93 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         class_ids: Tensor | None,
         class_embeds: Tensor | None,
         prompt_reduction: str | None,
-    ) -> tuple[Tensor, Tensor, str]:
-        """Prompt embeddings (P, D), their classes (P,), and how logits of one class are reduced."""
+    ) -> GKCWords:
+        """The vocabulary that is asked for, checked once."""
         reduction = prompt_reduction or self.config.prompt_reduction
         if reduction not in PROMPT_REDUCTIONS:
             raise ValueError(f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {reduction!r}.")
-        embeds, class_ids = self._prompt_embeds(input_ids, attention_mask, class_ids, class_embeds)
-        if reduction == "embedding_mean":
-            embeds = average_class_embeds(embeds, class_ids)
-            return embeds, torch.arange(len(embeds), device=embeds.device), "mean"
-        return embeds, class_ids, reduction
+        embeds, class_ids, num_classes = self._prompts(input_ids, attention_mask, class_ids, class_embeds)
+        if class_ids is not None and reduction == "embedding_mean":
+            embeds, class_ids = average_class_embeds(embeds, class_ids), None
+        return GKCWords(embeds, class_ids, num_classes, reduction)
 
-    def _prompt_embeds(
+    def _prompts(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         class_ids: Tensor | None,
         class_embeds: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Prompt embeddings (P, D), their classes (P,) or None if each is its own, and the number of classes."""
         if input_ids is not None and class_embeds is not None:
             raise ValueError("Give the words as `input_ids` or as `class_embeds`, not both.")
+        if input_ids is None and class_embeds is None:
+            if class_ids is not None or attention_mask is not None:
+                raise ValueError("`class_ids` and `attention_mask` need `input_ids` or `class_embeds` beside them.")
+            return self._stored_prompts()
         if input_ids is not None:
-            class_embeds, class_ids = self.get_class_embeddings(input_ids, attention_mask, class_ids).to_tuple()
-        elif class_embeds is None:
-            if self.vocabulary_embeds is None:
-                raise ValueError(
-                    "No words to segment into: give `input_ids` or `class_embeds` (GKCProcessor(text=...) makes "
-                    "them), or store a vocabulary with `model.set_vocabulary(...)`."
-                )
-            class_embeds, class_ids = self.vocabulary_embeds, self.vocabulary_class_ids
-        elif class_ids is None:
-            class_ids = torch.arange(len(class_embeds), device=class_embeds.device)
+            class_embeds = self.get_text_features(input_ids, attention_mask)
         if class_embeds.ndim != 2 or class_embeds.shape[-1] != self.config.projection_dim:
             raise ValueError(
                 f"`class_embeds` must be (prompts, {self.config.projection_dim}), got {tuple(class_embeds.shape)}."
             )
-        return class_embeds, class_ids
+        if class_ids is None:
+            return class_embeds, None, len(class_embeds)
+        num_classes = count_classes(class_ids, len(class_embeds))
+        is_identity = class_ids.tolist() == list(range(len(class_embeds)))
+        return class_embeds, None if is_identity else class_ids, num_classes
 
-    def _segment(self, pixel_values: Tensor, content_sizes: Tensor | None) -> GKCModelOutput:
-        """Runs the image path once per padded size, so that no image sees padding made for its neighbours."""
-        if content_sizes is None:
-            return self.model(pixel_values, output_stages=False)
-        padded = (content_sizes + SIZE_DIVISOR - 1) // SIZE_DIVISOR * SIZE_DIVISOR
-        padded = padded.clamp(max=padded.new_tensor(pixel_values.shape[-2:]))
-        sizes = [tuple(size) for size in padded.tolist()]
-        if set(sizes) == {tuple(pixel_values.shape[-2:])}:
-            return self.model(pixel_values, output_stages=False)
-        grid = tuple(math.ceil(length / 4) for length in pixel_values.shape[-2:])
-        parts, order = [], []
-        for height, width in dict.fromkeys(sizes):
-            indices = [index for index, size in enumerate(sizes) if size == (height, width)]
-            part = self.model(pixel_values[indices, :, :height, :width], output_stages=False)
-            part.masks_queries_logits = _extend(part.masks_queries_logits, grid)
-            parts.append(part)
-            order += indices
-        inverse = torch.tensor(order, device=pixel_values.device).argsort()
-        return GKCModelOutput(**{key: torch.cat([part[key] for part in parts])[inverse] for key in parts[0]})
+    def _stored_prompts(self) -> tuple[Tensor, Tensor | None, int]:
+        if self.vocabulary_embeds is None:
+            raise ValueError(
+                "No words to segment into: give `input_ids` or `class_embeds` (GKCProcessor(text=...) makes them), "
+                "or store a vocabulary with `model.set_vocabulary(...)`."
+            )
+        num_classes = len(self.config.vocabulary)
+        is_identity = num_classes == self.config.vocabulary_num_prompts
+        return self.vocabulary_embeds, None if is_identity else self.vocabulary_class_ids, num_classes
 
-    def _classify(
-        self, stage: GKCModelOutput, index: int, class_embeds: Tensor, class_ids: Tensor, reduction: str
-    ) -> GKCStageOutput:
+    def _segment(self, pixel_values: Tensor, content_sizes: Tensor | None, output_stages: bool) -> GKCModelOutput:
+        """Runs the image path once per padded size, so that no image sees padding made for its neighbours.
+
+        In training the padding is looked at, as in Mask2Former: the losses see all of it.
+        """
+        if content_sizes is None or self.training:
+            return self.model(pixel_values, output_stages=output_stages)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (height, width) in enumerate(content_sizes.tolist()):
+            if not (height and width):
+                raise ValueError(f"`pixel_mask` of image {index} is empty: every image needs a pixel.")
+            groups.setdefault((_round_up(height), _round_up(width)), []).append(index)
+        if list(groups) == [tuple(pixel_values.shape[-2:])]:
+            return self.model(pixel_values, output_stages=output_stages)
+        parts = [
+            self.model(pixel_values[indices, :, :height, :width], output_stages=output_stages)
+            for (height, width), indices in groups.items()
+        ]
+        order = torch.tensor([index for indices in groups.values() for index in indices], device=pixel_values.device)
+        grid = tuple(length // 4 for length in pixel_values.shape[-2:])
+        if not output_stages:
+            return _merge(parts, order.argsort(), grid)
+        stages = tuple(
+            _merge(stage, order.argsort(), grid) for stage in zip(*(part.stages for part in parts), strict=True)
+        )
+        return GKCModelOutput(**stages[-1], stages=stages)
+
+    def _classify(self, stage: GKCModelOutput, index: int, words: GKCWords) -> GKCStageOutput:
         query_embeds = self.class_embedder(stage, index)
-        logits = self.class_logits(query_embeds, class_embeds)
         return GKCStageOutput(
-            class_queries_logits=reduce_prompt_logits(logits, class_ids, reduction),
+            class_queries_logits=self._name(query_embeds, words),
             masks_queries_logits=stage.masks_queries_logits,
             query_embeds=query_embeds,
             query_features=stage.last_hidden_state,
         )
+
+    def _name(self, query_embeds: Tensor, words: GKCWords) -> Tensor:
+        logits = self.class_logits(query_embeds, words.embeds)
+        if words.class_ids is None:
+            return logits
+        return reduce_prompt_logits(logits, words.class_ids, words.reduction, words.num_classes)
 
     def _losses(
         self, stages: tuple[GKCStageOutput, ...], mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor]
@@ -584,6 +691,17 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             class_labels,
         )
         return self.criterion.total(losses), losses, matches
+
+
+def _round_up(length: int) -> int:
+    return math.ceil(length / SIZE_DIVISOR) * SIZE_DIVISOR
+
+
+def _merge(parts: Sequence[GKCModelOutput], order: Tensor, grid: tuple[int, int]) -> GKCModelOutput:
+    """Puts outputs for images of different sizes together, in the images' order, on one grid of masks."""
+    for part in parts:
+        part.masks_queries_logits = _extend(part.masks_queries_logits, grid)
+    return GKCModelOutput(**{key: torch.cat([part[key] for part in parts])[order] for key in parts[0]})
 
 
 def _extend(masks: Tensor, size: tuple[int, int]) -> Tensor:

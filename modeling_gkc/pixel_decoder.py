@@ -101,8 +101,8 @@ class GKCDeformableAttention(nn.Module):
         )  # (B, T, M, levels, R, 2), in cells of the sampled level
         weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (NUM_FEATURE_LEVELS, self.num_points))
-        sizes = offsets.new_tensor([(width, height) for height, width in spatial_shapes])
-        locations = points[None, :, None, None, None] + offsets / sizes[None, None, None, :, None]
+        sizes = points.new_tensor([(width, height) for height, width in spatial_shapes])
+        locations = points[None, :, None, None, None] + offsets.to(points.dtype) / sizes[None, None, None, :, None]
         return self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights))
 
 
@@ -168,7 +168,9 @@ class GKCPixelDecoder(nn.Module):
         spatial_shapes = [tuple(level.shape[-2:]) for level in levels]
         hidden_states = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, T, C)
         positions = self._positions(spatial_shapes, hidden_states)
-        points = reference_points(spatial_shapes, hidden_states.device, hidden_states.dtype)
+        # In fp32 at least: bf16 would be off by up to a cell on a map of 100 x 168.
+        precision = torch.promote_types(hidden_states.dtype, torch.float32)
+        points = reference_points(spatial_shapes, hidden_states.device, precision)
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, points, spatial_shapes)
         split = hidden_states.split([height * width for height, width in spatial_shapes], dim=1)

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageSegmentation,
     AutoModelForUniversalSegmentation,
+    ResNetConfig,
     SwinConfig,
 )
 
-from modeling_gkc.configuration_gkc import CLIPResNetConfig, GKCConfig
+from modeling_gkc import CLIPResNetConfig, GKCConfig, GKCImageProcessor, GKCProcessor
 from modeling_gkc.modeling_gkc import (
     GKCForOpenVocabSegmentation,
     average_class_embeds,
@@ -22,7 +24,7 @@ from modeling_gkc.modeling_gkc import (
     reduce_prompt_logits,
 )
 
-from .conftest import small_config
+from .conftest import small_config, word_tokenizer
 
 NUM_PROMPTS = 5
 CLASS_IDS = torch.tensor([0, 0, 1, 2, 2])
@@ -98,11 +100,88 @@ def test_reduction_of_unordered_and_single_prompts():
     torch.testing.assert_close(swapped, logits[:, [1, 2, 0, 3]])
 
 
-def test_reduction_errors():
+def test_reduction_errors(model, pixel_values):
     with pytest.raises(ValueError, match="'sum'"):
         reduce_prompt_logits(torch.zeros(1, 4), torch.arange(3), "sum")
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         reduce_prompt_logits(torch.zeros(1, 4), torch.arange(4), "mean")
+    with pytest.raises(ValueError, match=r"missing \[1\]"):
+        reduce_prompt_logits(torch.zeros(1, 4), torch.tensor([0, 2, 0]), "mean")
+    for class_ids in ([0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="leave none out"):
+            model(pixel_values, class_embeds=torch.randn(2, 16), class_ids=torch.tensor(class_ids))
+
+
+def test_cached_queries_can_be_asked_for_other_words(model, tokens, pixel_values):
+    embeds = model.get_class_embeddings(**tokens)
+    with torch.no_grad():
+        outputs = model(pixel_values, **tokens)
+        for reduction in ("mean", "max", "embedding_mean"):
+            again = model.classify(outputs.query_embeds, **embeds, prompt_reduction=reduction)
+            direct = model(pixel_values, **tokens, prompt_reduction=reduction).class_queries_logits
+            torch.testing.assert_close(again, direct, rtol=0, atol=1e-5)
+
+
+def test_useless_and_misspelt_arguments_are_refused(model, tokens, pixel_values):
+    with pytest.raises(ValueError, match="beside them"):
+        model(pixel_values, class_ids=CLASS_IDS)
+    with pytest.raises(TypeError, match="class_embed"):
+        model(pixel_values, class_embed=torch.randn(2, 16))
+    labels = {"mask_labels": [torch.ones(1, 17, 5)] * 2, "class_labels": [torch.tensor([0])] * 2}
+    with pytest.raises(ValueError, match=r"Sample 0.*\(17, 5\)"):
+        model(pixel_values, **tokens, **labels)
+
+
+def test_initial_weights(config):
+    """The published starts: offsets in rings, no attention preferred, embeddings of unit deviation."""
+    model = GKCForOpenVocabSegmentation(config)
+    attention = model.model.pixel_decoder.layers[0].self_attn
+    assert (attention.sampling_offsets.weight == 0).all() and (attention.attention_weights.weight == 0).all()
+    offsets = attention.sampling_offsets.bias.view(config.num_attention_heads, 3, config.encoder_num_points, 2)
+    torch.testing.assert_close(offsets[0, 0], torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(offsets[2, 1, :2], torch.tensor([[-1.0, 0], [-2, 0]]), atol=1e-6, rtol=0)
+    for embedding in (model.model.mask_decoder.query_features.weight, model.no_object_embedding):
+        assert 0.6 < embedding.std() < 1.4
+
+
+def test_weights_that_a_checkpoint_lacks_are_initialised(config, tmp_path):
+    GKCForOpenVocabSegmentation(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "mask_decoder" not in name and "text" not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    model = GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert 0.6 < model.model.mask_decoder.query_features.weight.std() < 1.4
+    for name, weight in kept.items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
+
+
+def test_models_of_one_configuration_do_not_share_words(config, tmp_path):
+    processor = GKCProcessor(GKCImageProcessor(), word_tokenizer())
+    first, second = GKCForOpenVocabSegmentation(config), GKCForOpenVocabSegmentation(config)
+    first.set_vocabulary("red disc; lawn, grass", processor)
+    assert second.config.vocabulary is None and config.vocabulary is None
+    second.save_pretrained(tmp_path)
+    assert GKCForOpenVocabSegmentation.from_pretrained(tmp_path).vocabulary_embeds is None
+
+
+def test_reference_points_keep_their_precision_in_bf16(tokens):
+    model = GKCForOpenVocabSegmentation(small_config()).eval()
+    seen = []
+    layer = model.model.pixel_decoder.layers[0]
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    with torch.no_grad():
+        model.bfloat16()(torch.randn(1, 3, 64, 96, dtype=torch.bfloat16), class_embeds=torch.randn(2, 16))
+    assert seen[0].dtype == torch.float32
+
+
+def test_backbone_of_other_strides_is_refused(tokens, pixel_values):
+    flat = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], layer_type="basic")
+    flat.downsample_in_first_stage = True
+    flat.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    model = GKCForOpenVocabSegmentation(small_config(backbone_config=flat)).eval()
+    with pytest.raises(ValueError, match="strides 4, 8, 16 and 32"):
+        model(pixel_values, **tokens)
 
 
 def test_embedding_mean_averages_embeddings(model, tokens, pixel_values):
@@ -189,37 +268,85 @@ def test_last_stage_equals_inference(model, tokens, pixel_values):
     torch.testing.assert_close(stages[-1].masks_queries_logits, outputs.masks_queries_logits, rtol=0, atol=0)
 
 
-def test_padding_and_neighbours_do_not_change_a_result(model, tokens):
-    sizes = [(64, 96), (50, 90), (96, 64), (33, 20)]
-    images = [torch.randn(3, *size) for size in sizes]
-    pixel_values, pixel_mask = torch.zeros(4, 3, 96, 96), torch.zeros(4, 96, 96, dtype=torch.long)
-    for index, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
-        pixel_values[index, :, :height, :width] = image
+def padded_batch(sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images of these sizes in one batch of 96 x 96, and its pixel mask; in double precision."""
+    pixel_values = torch.zeros(len(sizes), 3, 96, 96, dtype=torch.float64)
+    pixel_mask = torch.zeros(len(sizes), 96, 96, dtype=torch.long)
+    for index, (height, width) in enumerate(sizes):
+        pixel_values[index, :, :height, :width] = torch.randn(3, height, width)
         pixel_mask[index, :height, :width] = 1
-    with torch.no_grad():
-        together = model(pixel_values, pixel_mask=pixel_mask, **tokens)
-        for index, (height, width) in enumerate(sizes):
-            padded = [-(-length // 32) * 32 for length in (height, width)]
-            alone = model(
-                pixel_values[index : index + 1, :, : padded[0], : padded[1]],
-                pixel_mask=pixel_mask[index : index + 1, : padded[0], : padded[1]],
-                **tokens,
-            )
-            assert together.content_sizes[index].tolist() == alone.content_sizes[0].tolist() == [height, width]
-            masks = together.masks_queries_logits[index, :, : padded[0] // 4, : padded[1] // 4]
-            for actual, expected in (
-                (together.class_queries_logits[index], alone.class_queries_logits[0]),
-                (masks, alone.masks_queries_logits[0]),
-            ):
-                torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    return pixel_values, pixel_mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("output_stages", [False, True])
+def test_padding_and_neighbours_do_not_change_a_result(model, tokens, output_stages, within):
+    """In double precision: different batch sizes round differently, which is not what this test is about."""
+    model.double()
+    sizes = [(64, 96), (50, 90), (96, 64), (33, 20)]
+    pixel_values, pixel_mask = padded_batch(sizes)
+    together = model(pixel_values, pixel_mask=pixel_mask, output_stages=output_stages, **tokens)
+    for index, (height, width) in enumerate(sizes):
+        padded = slice(-(-height // 32) * 32), slice(-(-width // 32) * 32)
+        one = pixel_values[index : index + 1, :, padded[0], padded[1]], pixel_mask[index : index + 1, *padded]
+        alone = model(one[0], pixel_mask=one[1], output_stages=output_stages, **tokens)
+        assert together.content_sizes[index].tolist() == alone.content_sizes[0].tolist() == [height, width]
+        pairs = [(together, alone), *zip(together.stages or (), alone.stages or (), strict=True)]
+        for batch, single in pairs:
+            rows, columns = single.masks_queries_logits.shape[-2:]
+            error = (batch.class_queries_logits[index] - single.class_queries_logits[0]).abs().max()
+            within("a batch against its single images, double precision, max abs", error, 1e-9)
+            masks = batch.masks_queries_logits[index, :, :rows, :columns]
+            error = (masks - single.masks_queries_logits[0]).abs().max()
+            within("a batch against its single images, double precision, max abs", error, 1e-9)
+
+
+def test_image_without_a_pixel_is_refused(model, tokens):
+    pixel_values, pixel_mask = padded_batch([(64, 96), (32, 32)])
+    pixel_mask[1] = 0
+    with pytest.raises(ValueError, match="image 1 is empty"):
+        model(pixel_values.float(), pixel_mask=pixel_mask, **tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(70, 70), (65, 97), (31, 33)])
+def test_inputs_of_any_size_are_padded_and_post_processed_at_their_size(model, tokens, size):
+    outputs = model(torch.randn(1, 3, *size), **tokens)
+    assert outputs.content_sizes.tolist() == [list(size)]
+    assert [4 * side for side in outputs.masks_queries_logits.shape[-2:]] == [-(-side // 32) * 32 for side in size]
+    for target_size in (size, (40, 50)):
+        (labels,) = GKCImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=[target_size])
+        assert labels.shape == target_size
+
+
+@torch.no_grad()
+def test_padding_here_equals_padding_by_the_processor(model, tokens):
+    image = torch.randn(1, 3, 70, 50)
+    padded = F.pad(image, (0, 14, 0, 26))
+    mask = F.pad(torch.ones(1, 70, 50), (0, 14, 0, 26))
+    here, there = model(image, **tokens), model(padded, pixel_mask=mask, **tokens)
+    torch.testing.assert_close(here.masks_queries_logits, there.masks_queries_logits, rtol=0, atol=0)
+    assert here.content_sizes.tolist() == there.content_sizes.tolist()
 
 
 @pytest.mark.parametrize("class_feature", ["query", "pooled", "query+pooled"])
-def test_class_features(class_feature, tokens, pixel_values):
+def test_class_features(class_feature, pixel_values):
+    """What is classified depends on the query, on the pooled features, or on both."""
     model = GKCForOpenVocabSegmentation(small_config(class_feature=class_feature)).eval()
-    with torch.no_grad():
-        outputs = model(pixel_values, **tokens)
-    assert outputs.query_embeds.isfinite().all()
+    stage = model.model(pixel_values, output_stages=False)
+    if class_feature != "query":
+        stage.mask_is_empty = torch.zeros_like(stage.mask_is_empty)
+    assert (stage.pooled_features is None) == (class_feature == "query")
+    parts = {"query": "last_hidden_state", "pooled": "pooled_features"}
+    before = model.class_embedder(stage)
+    for part, name in parts.items():
+        value = getattr(stage, name)
+        if value is None:
+            continue
+        stage[name] = value + torch.randn_like(value)
+        changed = not torch.allclose(model.class_embedder(stage), before, atol=1e-4)
+        stage[name] = value
+        assert changed == (part in class_feature.split("+"))
 
 
 def test_pooling_averages_under_the_mask_and_reports_empty_masks():
@@ -253,7 +380,9 @@ def test_eager_and_sdpa_attention_agree(config, tokens, pixel_values, tmp_path):
     torch.testing.assert_close(outputs[0].masks_queries_logits, outputs[1].masks_queries_logits, rtol=0, atol=1e-5)
 
 
-def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, caplog):
+def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, caplog, monkeypatch):
+    # This logger keeps its records from the root, where caplog listens.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     with torch.no_grad():
@@ -308,7 +437,12 @@ def test_default_configuration_is_the_papers_r50_row():
         ({"prompt_reduction": "sum"}, "mean, max, embedding_mean"),
         ({"importance_sample_ratio": 1.5}, "between 0 and 1"),
         ({"backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}}, "four feature maps"),
+        (
+            {"backbone_config": {"model_type": "resnet", "out_features": ["stem", "stage1", "stage2", "stage3"]}},
+            "stem",
+        ),
         ({"backbone_config": {"model_type": "resnot"}}, "unknown model_type 'resnot'"),
+        ({"vocabulary_is_thing": [True]}, "vocabulary_is_thing"),
         ({"text_config": GKCConfig()}, "CLIPTextConfig"),
         ({"vocabulary": [["dog"]]}, "set_vocabulary"),
     ],
