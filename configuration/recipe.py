@@ -20,7 +20,11 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training run. The defaults are the settings of the paper's R-50 row.
+    """A training run.
+
+    The defaults are the settings of the paper's R-50 row but for three, which its recipe `coco_clip_r50` sets:
+    `precision` (published: mixed), `synonym_probabilities` (published: those of the teacher) and
+    `distillation_embedding` (published: `query`).
 
     Attributes:
         vocabulary: Name of the training vocabulary, or None where the caller gives one.
@@ -51,7 +55,8 @@ class Recipe:
             feature (`query`, as published) or of the class embedding (`projected`) that only training has.
         distillation_terms: All residuals averaged together (`joint`), the two terms added (`split`), or one alone.
         distillation_relation: `cosine` or `euclidean`.
-        distillation_max_regions: Regions of a step that are distilled at most.
+        distillation_max_regions: Regions that are distilled at most, in each process and micro-batch: with 8 processes
+            that accumulate 2 batches, a step distils up to 16 times as many.
     """
 
     vocabulary: str | None = None
@@ -138,6 +143,8 @@ class Recipe:
 
     def to_training_arguments(self, output_dir: str | os.PathLike, **overrides: Any) -> TrainingArguments:
         """Arguments for `GKCTrainer`.
+
+        Processes share a batch exactly; accumulated batches do so only nearly, see `GKCTrainer`.
 
         Args:
             output_dir: Where checkpoints go.

@@ -63,7 +63,7 @@ def card(results: dict, settings: dict, arm: str, config: dict) -> str:
         "arm": ARM_NAMES[arm].removeprefix("+ "),
         "arms": " ".join(results["arms"]),
         "gate": _gate_table(results["gate"]),
-        "harmonic_mean": f"{100 * results['arms'][arm]['harmonic_mean']:.1f}",
+        "harmonic_mean": _per_cent(results["arms"][arm]["harmonic_mean"]),
         "images": str(results["arms"][arm]["images"]),
         "minutes": ", ".join(f"{name} {minutes}" for name, minutes in results["minutes"].items()),
         "scores": _score_table(results["arms"]),
@@ -82,16 +82,23 @@ def card(results: dict, settings: dict, arm: str, config: dict) -> str:
 def _score_table(arms: dict) -> str:
     rows = [["words asked", *(ARM_NAMES[arm] for arm in arms)], ["---", *["---:"] * len(arms)]]
     for group, name in GROUP_NAMES.items():
-        rows.append([name, *(f"{100 * scores['scores'][group]['miou']:.1f}" for scores in arms.values())])
-    rows.append(
-        ["harmonic mean of the last two", *(f"{100 * scores['harmonic_mean']:.1f}" for scores in arms.values())]
-    )
+        rows.append([name, *(_per_cent(scores["scores"][group]["miou"]) for scores in arms.values())])
+    rows.append(["harmonic mean of the last two", *(_per_cent(scores["harmonic_mean"]) for scores in arms.values())])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _per_cent(score: float | None) -> str:
+    """`-` for what the test pictures do not hold."""
+    return "-" if score is None else f"{100 * score:.1f}"
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _gate_table(gate: dict) -> str:
     rows = [["regions", "zero-shot accuracy", "cos(image, class mean)"], ["---", "---:", "---:"]]
-    rows += [[name, f"{row['accuracy']:.2f}", f"{row['collapse']:.2f}"] for name, row in gate["rows"].items()]
+    rows += [[name, _decimals(row["accuracy"]), _decimals(row["collapse"])] for name, row in gate["rows"].items()]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     cosines = ", ".join(f"{kind} {cosine:.2f}" for kind, cosine in gate["synonyms"].items())
     missed = "Every target is reached." if not gate["misses"] else "Missed: " + "; ".join(gate["misses"]) + "."

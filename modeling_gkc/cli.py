@@ -140,7 +140,7 @@ def default_model_path() -> Path:
     Folder of the checkpoint to use when none is named, found without network.
 
     It is the one named by the environment variable GKC_MODEL; else `hub_card/gkc-mini` beside this package, as in a
-    clone; else `checkpoints/gkc-mini` inside this package.
+    clone; else `share/gkc/gkc-mini` of the Python environment, where the wheel puts it.
 
     Raises:
         UserError: GKC_MODEL names no folder, or nothing was found.
@@ -151,7 +151,7 @@ def default_model_path() -> Path:
             raise UserError(f"the environment variable {MODEL_VARIABLE} names no folder: {named}")
         return Path(named)
     package = Path(__file__).resolve().parent
-    for folder in (package.parent / "hub_card" / SHIPPED_MODEL, package / "checkpoints" / SHIPPED_MODEL):
+    for folder in (package.parent / "hub_card" / SHIPPED_MODEL, Path(sys.prefix) / "share" / "gkc" / SHIPPED_MODEL):
         if (folder / "config.json").is_file():
             return folder
     raise UserError(f"no model was found beside this package: name one with --model or {MODEL_VARIABLE}")

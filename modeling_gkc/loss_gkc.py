@@ -77,12 +77,21 @@ def classification_loss(
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Mean of a scalar over all processes of the training run; itself when there is one."""
+    """Mean of a tensor over all processes of the training run; itself when there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         value = value.detach().clone()
         torch.distributed.all_reduce(value)
         value = value / torch.distributed.get_world_size()
     return value
+
+
+def divisor_over_processes(count: Tensor) -> Tensor:
+    """Divisor of a sum over `count` things, so that the processes' gradients average to that of the whole batch.
+
+    It is the mean count of all processes, which may be less than one; 1 where no process has anything.
+    """
+    mean = mean_over_processes(count)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def mask_costs(mask_logits: Tensor, mask_labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +222,7 @@ class GKCCriterion:
 
     def _num_masks(self, class_labels: Sequence[Tensor]) -> Tensor:
         count = torch.tensor(float(sum(len(classes) for classes in class_labels)), device=class_labels[0].device)
-        return mean_over_processes(count).clamp(min=1)
+        return divisor_over_processes(count)
 
     def _stage_losses(
         self,
@@ -302,6 +311,7 @@ __all__ = [
     "GKCMatcher",
     "classification_loss",
     "dice_loss",
+    "divisor_over_processes",
     "mask_costs",
     "mask_loss",
     "mean_over_processes",

@@ -270,6 +270,7 @@ class TestDefaultModel:
         package = tmp_path / "site" / "modeling_gkc"
         package.mkdir(parents=True)
         monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+        monkeypatch.setattr("sys.prefix", str(tmp_path / "environment"))
         monkeypatch.delenv("GKC_MODEL", raising=False)
         return package
 
@@ -281,8 +282,8 @@ class TestDefaultModel:
     def test_order(self, package, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no model was found"):
             default_model_path()
-        inside = self.make(package / "checkpoints" / "gkc-mini")
-        assert default_model_path() == inside
+        installed = self.make(tmp_path / "environment" / "share" / "gkc" / "gkc-mini")
+        assert default_model_path() == installed
         beside = self.make(package.parent / "hub_card" / "gkc-mini")
         assert default_model_path() == beside
         named = self.make(tmp_path / "named")

@@ -38,6 +38,18 @@ def test_published_settings():
     assert (r50.distillation_weight, r50.synonym_weight, r50.no_object_weight) == (10, 10, 0.1)
     assert (r50.train_num_points, r50.oversample_ratio, r50.importance_sample_ratio) == (12544, 3, 0.75)
     assert r50.distillation_max_regions == 200
+    for row in (r50, r101):
+        assert row.precision == "bf16"
+        assert (row.synonym_mode, row.synonym_probabilities) == ("sample", "teacher")
+        assert (row.synonym_threshold, row.synonym_logit_scale) == (0.1, 100)
+        assert (row.distillation_embedding, row.distillation_terms) == ("query", "joint")
+
+
+def test_the_defaults_differ_from_the_published_settings_only_where_the_recipe_says_so():
+    default, published = asdict(Recipe()), asdict(load_recipe("coco_clip_r50"))
+    differing = {name for name in default if default[name] != published[name]}
+    assert differing == {"vocabulary", "precision", "synonym_probabilities", "distillation_embedding"}
+    assert all(f"`{name}` (published" in Recipe.__doc__ for name in differing - {"vocabulary"})
 
 
 def test_a_recipe_is_changed_by_replacing_fields():

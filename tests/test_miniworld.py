@@ -23,6 +23,7 @@ from train.miniworld.evaluate import (
     format_scores,
     harmonic_mean,
     mean_iou,
+    per_cent,
 )
 from train.miniworld.gate import format_gate, measure_gate, save_gate
 from train.miniworld.lexicon import Lexicon
@@ -395,7 +396,7 @@ def test_mean_iou_by_hand_and_against_scikit_learn():
     assert confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0] * 4, [0] * 4]
     assert mean_iou(confusion) == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert mean_iou(confusion, [1, 3]) == pytest.approx(1 / 3)
-    assert math.isnan(mean_iou(confusion, [2]))
+    assert mean_iou(confusion, [2]) is None
 
     generator = torch.Generator().manual_seed(0)
     truth, prediction = torch.randint(0, 5, (2, 1000), generator=generator)
@@ -406,6 +407,8 @@ def test_mean_iou_by_hand_and_against_scikit_learn():
 def test_harmonic_mean():
     assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
     assert harmonic_mean(0.0, 0.0) == 0.0
+    assert harmonic_mean(None, 0.5) is None and harmonic_mean(0.5, None) is None
+    assert (per_cent(0.1234), per_cent(0.0), per_cent(None)) == ("12.3", "0.0", "-")
 
 
 class _Inputs(dict):
@@ -496,3 +499,15 @@ def test_evaluation_of_a_constant_model(test_rows):
     )
     assert result["scores"]["void"]["miou"] == pytest.approx(hearts / voids / 3)
     assert result["harmonic_mean"] is None
+
+
+def test_scores_without_ground_truth_are_null(test_rows):
+    """A picture that holds no void concept: strict JSON, and a dash for people."""
+    rows = [row for row in test_rows if not {CONCEPTS[s["category_id"]] for s in row["segments"]} & set(VOID)][:1]
+    protocols = [seen(), concepts("void", VOID)]
+    result = evaluate(OracleModel(), OracleProcessor(rows), rows, protocols, show_progress=False)
+    assert result["scores"]["void"] == {"miou": None, "region_accuracy": None}
+    assert result["scores"]["seen"]["miou"] > 0
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    (line,) = [line for line in format_scores(result).splitlines() if line.startswith("void")]
+    assert line.split() == ["void", "-", "-"]

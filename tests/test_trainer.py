@@ -228,11 +228,27 @@ def test_evaluation_reports_the_loss(tmp_path):
     assert 0 < metrics["eval_loss"] < float("inf")
 
 
-def test_gradient_accumulation_and_mixed_precision(tmp_path):
+def test_gradient_accumulation_and_mixed_precision(tmp_path, monkeypatch):
     recipe = replace(RECIPE, steps=2, batch_size=4, precision="bf16")
     trainer = make_trainer(tmp_path, recipe, gradient_accumulation_steps=2)
+    micro_batches, layer_dtypes, logits_dtypes = [], set(), set()
+    original = trainer.compute_loss
+
+    def counted(model, inputs, *args, **kwargs):
+        micro_batches.append((trainer.state.global_step, len(inputs["image_ids"])))
+        return original(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", counted)
+    # Hooks sit below the wrapper of accelerate, which turns every output of the whole model into fp32.
+    layer = trainer.student.model.mask_decoder.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda module, inputs, output: layer_dtypes.add(output.dtype))
+    trainer.student.register_forward_hook(
+        lambda module, inputs, output: logits_dtypes.add(output.class_queries_logits.dtype)
+    )
     trainer.train()
     assert trainer.state.global_step == 2
+    assert micro_batches == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert layer_dtypes == {torch.bfloat16} and logits_dtypes == {torch.float32}
     assert all(parameter.dtype == torch.float32 for parameter in trainer.student.parameters())
 
 

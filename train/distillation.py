@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_gkc.loss_gkc import mean_over_processes
+from modeling_gkc.loss_gkc import divisor_over_processes
 from modeling_gkc.modeling_gkc import GKCStageOutput
 
 DISTILLATION_EMBEDDINGS = ("shared", "query", "projected")
@@ -50,13 +50,9 @@ def text_guided_distillation_loss(
     same_image = image_index[:, None] == image_index[None, :]
     relation_residuals = _relation_residuals(student, teacher, text, scale, relation)[same_image]
     feature_sum, relation_sum = feature_residuals.sum(), relation_residuals.sum()
-    counts = student.new_tensor([len(feature_residuals), len(relation_residuals)])
-    regions, pairs = mean_over_processes(counts)
-    return (
-        feature_sum / _at_least_one_in_all(regions),
-        relation_sum / _at_least_one_in_all(pairs),
-        (feature_sum + relation_sum) / _at_least_one_in_all(regions + pairs),
-    )
+    regions, pairs = len(feature_residuals), len(relation_residuals)
+    divisors = divisor_over_processes(student.new_tensor([regions, pairs, regions + pairs]))
+    return tuple(torch.stack([feature_sum, relation_sum, feature_sum + relation_sum]) / divisors)
 
 
 def _relation_residuals(
@@ -71,11 +67,6 @@ def _relation_residuals(
 def _distances(first: Tensor, second: Tensor) -> Tensor:
     # The matrix-product form loses the small distances to rounding.
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _at_least_one_in_all(average_count: Tensor) -> Tensor:
-    """Divisor that stays finite where no process has anything to average."""
-    return torch.where(average_count > 0, average_count, 1)
 
 
 class DistillationHead(nn.Module):

@@ -124,6 +124,12 @@ class Regions:
 class GKCTrainer(Trainer):
     """Trains a `GKCForOpenVocabSegmentation` by a recipe.
 
+    Losses are averages over the micro-batch of all processes together: how a batch is split over processes does not
+    change its gradient. They are not averages over accumulated micro-batches: each of these has its own divisors
+    (segments, weights of the cross-entropies, distilled regions and pairs) and all count the same in the sum. With
+    `gradient_accumulation_steps`, batches of unequal numbers of segments therefore come close to one large batch, but
+    do not equal it. `distillation_max_regions` holds in each process and micro-batch, not for the whole step.
+
     Args:
         model: the student; its config must have the recipe's `loss_settings`.
         recipe: what is trained and how.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_gkc.modeling_gkc import average_class_embeds, reduce_prompt_logits
 from modeling_gkc.post_processing import resize_masks
 
 from ..data.schema import read_row
@@ -57,12 +56,12 @@ class ProtocolScore:
         for row, kept in enumerate((asked & (named == labels[:-1]), asked)):
             self.regions[row] += torch.bincount(labels[:-1][kept], minlength=len(self.confusion))
 
-    def result(self) -> dict[str, dict[str, float]]:
-        """Group of classes -> its `miou` and `region_accuracy`, both 0..1, NaN without ground truth."""
+    def result(self) -> dict[str, dict[str, float | None]]:
+        """Group of classes -> its `miou` and `region_accuracy`, both 0..1, None without ground truth."""
         scores = {}
         for group, classes in self.protocol.groups.items():
             right, total = self.regions[:, list(classes)].sum(dim=1).tolist()
-            accuracy = right / total if total else float("nan")
+            accuracy = right / total if total else None
             scores[group] = {"miou": mean_iou(self.confusion, classes), "region_accuracy": accuracy}
         return scores
 
@@ -74,18 +73,22 @@ def confusion_matrix(truth: Tensor, prediction: Tensor, num_classes: int) -> Ten
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def mean_iou(confusion: Tensor, classes: Iterable[int] | None = None) -> float:
-    """Mean IoU, 0..1, of the given (or all) classes that have ground truth; NaN if none has."""
+def mean_iou(confusion: Tensor, classes: Iterable[int] | None = None) -> float | None:
+    """Mean IoU, 0..1, of the given (or all) classes that have ground truth; None if none has."""
     chosen = torch.arange(len(confusion)) if classes is None else torch.tensor(list(classes))
     intersection = confusion.diag().double()
     truth, prediction = confusion.sum(dim=1), confusion.sum(dim=0)
     chosen = chosen[truth[chosen] > 0]
+    if len(chosen) == 0:
+        return None
     union = truth + prediction - confusion.diag()
     return (intersection[chosen] / union[chosen]).mean().item()
 
 
-def harmonic_mean(first: float, second: float) -> float:
-    """Harmonic mean of two scores; 0 if both are 0."""
+def harmonic_mean(first: float | None, second: float | None) -> float | None:
+    """Harmonic mean of two scores; 0 if both are 0, None if one is."""
+    if first is None or second is None:
+        return None
     return 2 * first * second / (first + second) if first + second else 0.0
 
 
@@ -112,37 +115,32 @@ def evaluate(
 
     Returns:
         `{"scores": {group: {"miou", "region_accuracy"}}, "harmonic_mean": of the mIoU of seen and novel concepts when
-        all are asked at once, "images": their number}`; all scores 0..1.
+        all are asked at once, "images": their number}`; all scores 0..1, None where there is no ground truth.
     """
     model.eval()
-    reduction = prompt_reduction or model.config.prompt_reduction
-    scores = [_score(model, processor, protocol, reduction) for protocol in protocols or all_protocols()]
+    scores = [_score(model, processor, protocol) for protocol in protocols or all_protocols()]
     images = _segmented(model, processor, dataset, batch_size)
     for image in tqdm(images, "evaluation", len(dataset), unit="image", disable=not show_progress):
         best_queries = _best_queries(image)
         for score in scores:
-            logits = model.class_logits(image.query_embeds[None].to(model.device), score.class_embeds)[0]  # (Q, P + 1)
-            logits = reduce_prompt_logits(logits, score.class_ids, "max" if reduction == "max" else "mean")
-            score.update(image, logits.float().softmax(dim=-1)[:, :-1].cpu(), best_queries)
+            words = score.class_embeds, score.class_ids, prompt_reduction
+            logits = model.classify(image.query_embeds[None].to(model.device), *words)[0]  # (Q, K + 1)
+            score.update(image, logits.softmax(dim=-1)[:, :-1].cpu(), best_queries)
     results = {group: values for score in scores for group, values in score.result().items()}
     return {"scores": results, "harmonic_mean": _seen_and_novel(results), "images": len(dataset)}
 
 
-def _seen_and_novel(results: Mapping[str, Mapping[str, float]]) -> float | None:
+def _seen_and_novel(results: Mapping[str, Mapping[str, float | None]]) -> float | None:
     if "all/seen" not in results:
         return None
     return harmonic_mean(results["all/seen"]["miou"], results["all/novel"]["miou"])
 
 
-def _score(model, processor, protocol: Protocol, reduction: str) -> ProtocolScore:
+def _score(model, processor, protocol: Protocol) -> ProtocolScore:
     """Encode a vocabulary once."""
     tokens = processor(text=[list(prompts) for prompts in protocol.prompts], return_tensors="pt").to(model.device)
     encoded = model.get_class_embeddings(**tokens)
-    embeds, class_ids = encoded.class_embeds, encoded.class_ids
-    if reduction == "embedding_mean":
-        embeds = average_class_embeds(embeds, class_ids)
-        class_ids = torch.arange(len(embeds), device=embeds.device)
-    return ProtocolScore(protocol, embeds, class_ids)
+    return ProtocolScore(protocol, encoded.class_embeds, encoded.class_ids)
 
 
 def _segmented(model, processor, dataset: Sequence[Mapping], batch_size: int) -> Iterator[_Image]:
@@ -182,7 +180,12 @@ def format_scores(result: Mapping) -> str:
     """The scores as a table for people, in per cent."""
     lines = [f"{'words asked':<20}{'mIoU':>8}{'regions named rightly':>24}"]
     for group, values in result["scores"].items():
-        lines.append(f"{group:<20}{100 * values['miou']:>8.1f}{100 * values['region_accuracy']:>24.1f}")
+        lines.append(f"{group:<20}{per_cent(values['miou']):>8}{per_cent(values['region_accuracy']):>24}")
     if result["harmonic_mean"] is not None:
-        lines.append(f"{'all, harmonic mean':<20}{100 * result['harmonic_mean']:>8.1f}")
+        lines.append(f"{'all, harmonic mean':<20}{per_cent(result['harmonic_mean']):>8}")
     return "\n".join(lines)
+
+
+def per_cent(score: float | None) -> str:
+    """A score of 0..1 in per cent, `-` without ground truth."""
+    return "-" if score is None else f"{100 * score:.1f}"

@@ -22,7 +22,7 @@ from ..teacher import RegionTeacher, TeacherEmbeddings
 from ..trainer import GKCTrainer, last_complete_checkpoint
 from .clip import CLIPTraining, MiniCLIP, load_clip, train_clip
 from .dataset import build_dataset, training_vocabulary
-from .evaluate import evaluate
+from .evaluate import evaluate, per_cent
 from .words import CONCEPTS, SHAPES, WORDS
 
 SCENE_SIZE = 96  # side in pixels of the pictures
@@ -217,17 +217,17 @@ def _read(path: Path) -> dict:
 
 def _write(path: Path, values: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def format_results(results: dict) -> str:
-    """Markdown table of the mIoU of every vocabulary (rows) by arm (columns), in per cent."""
+    """Markdown table of the mIoU of every vocabulary (rows) by arm (columns), in per cent; `-` where there is none."""
     arms = results["arms"]
     rows = [["words asked", *arms], ["---", *["---:"] * len(arms)]]
     groups: Sequence[str] = list(next(iter(arms.values()))["scores"])
     for group in groups:
-        rows.append([group, *(f"{100 * scores['scores'][group]['miou']:.1f}" for scores in arms.values())])
-    rows.append(["all, harmonic mean of seen and novel", *(f"{100 * s['harmonic_mean']:.1f}" for s in arms.values())])
+        rows.append([group, *(per_cent(scores["scores"][group]["miou"]) for scores in arms.values())])
+    rows.append(["all, harmonic mean of seen and novel", *(per_cent(s["harmonic_mean"]) for s in arms.values())])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
