@@ -60,7 +60,7 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both") -> None:
 def card(results: dict, settings: dict, arm: str, config: dict) -> str:
     """The model card as Markdown."""
     values = {
-        "arm": ARM_NAMES[arm].removeprefix("+ "),
+        "arm": ARM_NAMES[arm],
         "arms": " ".join(results["arms"]),
         "gate": _gate_table(results["gate"]),
         "harmonic_mean": _per_cent(results["arms"][arm]["harmonic_mean"]),

@@ -440,7 +440,7 @@ class OracleModel:
     def get_class_embeddings(self, words):
         return SimpleNamespace(class_embeds=one_hot_texts(words), class_ids=torch.arange(len(words)))
 
-    def class_logits(self, query_embeds, class_embeds):
+    def classify(self, query_embeds, class_embeds, class_ids, prompt_reduction):
         no_object = torch.zeros(1, len(WORDS))
         return 100 * query_embeds @ torch.cat([class_embeds, no_object]).T
 
@@ -477,7 +477,7 @@ def test_evaluation_of_an_oracle(test_rows):
 
 def test_evaluation_of_a_constant_model(test_rows):
     class Constant(OracleModel):
-        def class_logits(self, query_embeds, class_embeds):
+        def classify(self, query_embeds, class_embeds, class_ids, prompt_reduction):
             logits = torch.zeros(*query_embeds.shape[:2], len(class_embeds) + 1)
             logits[..., 0] = 10.0
             return logits

@@ -1,6 +1,6 @@
 """Draw pictures to try a checkpoint on; those in `examples/` come from here.
 
-python -m train.miniworld.examples --out examples --scenes 10 11 15
+python -m train.miniworld.examples --out examples --scenes 2 10 11
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
-    parser.add_argument("--scenes", type=int, nargs="+", default=[10, 11, 15], help="their numbers (%(default)s)")
+    parser.add_argument("--scenes", type=int, nargs="+", default=[2, 10, 11], help="their numbers (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the world (%(default)s)")
     parser.add_argument("--size", type=int, default=288, help="side in pixels (%(default)s)")
     options = parser.parse_args(arguments)
