@@ -20,16 +20,19 @@ help:
 
 $(VENV)/.inference: setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes)"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.inference
-	$(PIP) -e ".[test]"
-	touch $@
+	@echo "Adding what the tests need"
+	@$(PIP) -e ".[test]"
+	@touch $@
 
 demo: $(VENV)/.inference
-	$(BIN)/gkc segment examples --labels "$(LABELS)" --out $(OUT)
+	@echo "Cutting the pictures in examples/ into: $(LABELS)"
+	@$(BIN)/gkc segment examples --labels "$(LABELS)" --out "$(OUT)"
+	@echo "Look at the overlays above, and change the words: make demo LABELS='striped square; meadow; sky'"
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

@@ -266,9 +266,8 @@ def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrain
     if config is None:
         return CLIPResNetConfig()
     if isinstance(config, PreTrainedConfig):
-        # A copy, so that what one model sets in it reaches no other model.
-        return copy.deepcopy(config)
-    values = dict(config)
+        return _own_copy(config)
+    values = _without_origin(config)
     model_type = values.pop("model_type", CLIPResNetConfig.model_type)
     if model_type == CLIPResNetConfig.model_type:
         return CLIPResNetConfig(**values)
@@ -286,13 +285,25 @@ def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConf
     if config is None:
         return CLIPTextConfig(projection_dim=1024)
     if isinstance(config, CLIPTextConfig):
-        return copy.deepcopy(config)
+        return _own_copy(config)
     _require(
         isinstance(config, dict),
         f"`text_config` must be a CLIPTextConfig or a dict of its fields, got {type(config).__name__}; for a CLIP "
         "model's config pass its `text_config`.",
     )
-    return CLIPTextConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    return CLIPTextConfig(**{key: value for key, value in _without_origin(config).items() if key != "model_type"})
+
+
+def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy, so that what one model sets in it reaches no other; without the path that it was loaded from."""
+    config = copy.deepcopy(config)
+    config.name_or_path = ""
+    return config
+
+
+def _without_origin(values: dict) -> dict:
+    """The fields without the path that they were loaded from: a published checkpoint must not tell it."""
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
 
 
 AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig, exist_ok=True)

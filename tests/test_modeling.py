@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageSegmentation,
     AutoModelForUniversalSegmentation,
+    CLIPTextConfig,
     ResNetConfig,
     SwinConfig,
 )
@@ -459,6 +460,15 @@ def test_configuration_that_cannot_work_is_refused(values, message):
 def test_clip_resnet_configuration_that_cannot_work_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         CLIPResNetConfig(**values)
+
+
+def test_saved_configuration_tells_no_path(tmp_path):
+    CLIPResNetConfig(width=8, depths=[1, 1, 1, 1], num_attention_heads=4).save_pretrained(tmp_path / "vision")
+    CLIPTextConfig(projection_dim=16, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "text")
+    vision, text = AutoConfig.from_pretrained(tmp_path / "vision"), CLIPTextConfig.from_pretrained(tmp_path / "text")
+    for backbone_config, text_config in ((vision, text), (vision.to_dict(), text.to_dict())):
+        small_config(backbone_config=backbone_config, text_config=text_config).save_pretrained(tmp_path / "model")
+        assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
 
 
 def test_configuration_round_trip(config, tmp_path):

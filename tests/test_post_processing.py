@@ -168,7 +168,7 @@ class TestSemantic:
         assert torch.equal(labels, expected) and scores.dtype == torch.float32
 
     def test_memory_stays_bounded_at_847_classes(self):
-        """Class scores of one such image are 7 GB; issue B asks for less than 300 MB above the inputs."""
+        """Class scores of one such image are 7 GB; less than 300 MB above the inputs is the goal."""
         code = (
             "import resource, torch\n"
             "from modeling_gkc.post_processing import semantic_segmentation\n"
