@@ -187,6 +187,11 @@ class CLIPResNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem"]
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Loads a checkpoint; pickled weights can run code, so they are read only with `use_safetensors=False`."""
+        return super().from_pretrained(*args, **({"use_safetensors": True} | kwargs))
+
+    @classmethod
     def is_custom_code(cls) -> bool:
         """False: `_init_weights` leaves loaded weights alone, so transformers need not skip modules on its behalf."""
         return False

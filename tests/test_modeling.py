@@ -145,6 +145,15 @@ def test_initial_weights(config):
         assert 0.6 < embedding.std() < 1.4
 
 
+def test_pickled_weights_are_refused_unless_asked_for(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
+    loaded = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, use_safetensors=False)
+    torch.testing.assert_close(loaded.no_object_embedding, model.no_object_embedding, rtol=0, atol=0)
+
+
 def test_weights_that_a_checkpoint_lacks_are_initialised(config, tmp_path):
     GKCForOpenVocabSegmentation(config).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,18 @@ def processor():
 
 def recorded() -> dict:
     return json.loads((SHIPPED / "results.json").read_text())
+
+
+@pytest.mark.parametrize("document", ["README.md", "hub_card/gkc-mini/README.md"])
+def test_documented_python_runs(document, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names = {}
+        exec(block, names)
+        result = names["label_map"] if "label_map" in names else names["labels"]
+        assert tuple(result.shape) == names["image"].size[::-1]
 
 
 def test_size_and_files():
