@@ -176,15 +176,8 @@ class CLIPResNetAttentionPooling(nn.Module):
         return torch.cat([mean, grid[0].flatten(1).T])
 
 
-class CLIPResNetPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading."""
-
-    config_class = CLIPResNetConfig
-    config: CLIPResNetConfig
-    base_model_prefix = "clip_resnet"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem"]
+class GKCLoadingMixin:
+    """How all models here are loaded and initialised."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -195,6 +188,17 @@ class CLIPResNetPreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """False: `_init_weights` leaves loaded weights alone, so transformers need not skip modules on its behalf."""
         return False
+
+
+class CLIPResNetPreTrainedModel(GKCLoadingMixin, PreTrainedModel):
+    """Weight initialisation and loading."""
+
+    config_class = CLIPResNetConfig
+    config: CLIPResNetConfig
+    base_model_prefix = "clip_resnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -274,4 +278,10 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
 AutoBackbone.register(CLIPResNetConfig, CLIPResNetBackbone, exist_ok=True)
 AutoModel.register(CLIPResNetConfig, CLIPResNetVisionModel, exist_ok=True)
 
-__all__ = ["CLIPResNetBackbone", "CLIPResNetPreTrainedModel", "CLIPResNetVisionModel", "CLIPResNetVisionOutput"]
+__all__ = [
+    "CLIPResNetBackbone",
+    "CLIPResNetPreTrainedModel",
+    "CLIPResNetVisionModel",
+    "CLIPResNetVisionOutput",
+    "GKCLoadingMixin",
+]

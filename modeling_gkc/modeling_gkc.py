@@ -42,7 +42,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_gkc import PROMPT_REDUCTIONS, GKCConfig
 from .loss_gkc import GKCCriterion, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, predict_masks
-from .modeling_clip_resnet import CLIPResNetBackbone  # registers it with AutoBackbone, which builds backbones
+from .modeling_clip_resnet import GKCLoadingMixin
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 from .vocabulary import Vocabulary
 
@@ -259,7 +259,7 @@ class GKCClassEmbedder(nn.Module):
         return torch.where(stage.mask_is_empty[..., None], query, pooled)
 
 
-class GKCPreTrainedModel(PreTrainedModel):
+class GKCPreTrainedModel(GKCLoadingMixin, PreTrainedModel):
     """Weight initialisation and loading."""
 
     config_class = GKCConfig
@@ -270,16 +270,6 @@ class GKCPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["CLIPResNetBottleneck", "GKCPixelDecoderLayer", "GKCMaskDecoderLayer", "CLIPEncoderLayer"]
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """Loads a checkpoint; pickled weights can run code, so they are read only with `use_safetensors=False`."""
-        return super().from_pretrained(*args, **({"use_safetensors": True} | kwargs))
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: `_init_weights` leaves loaded weights alone, so transformers need not skip modules on its behalf."""
-        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -722,7 +712,6 @@ AutoModelForImageSegmentation.register(GKCConfig, GKCForOpenVocabSegmentation, e
 MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[GKCConfig.model_type] = GKCForOpenVocabSegmentation.__name__
 
 __all__ = [
-    "CLIPResNetBackbone",
     "GKCClassEmbeddings",
     "GKCForOpenVocabSegmentation",
     "GKCForOpenVocabSegmentationOutput",
