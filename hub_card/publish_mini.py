@@ -84,6 +84,10 @@ def _score_table(arms: dict) -> str:
     for group, name in GROUP_NAMES.items():
         rows.append([name, *(_per_cent(scores["scores"][group]["miou"]) for scores in arms.values())])
     rows.append(["harmonic mean of the last two", *(_per_cent(scores["harmonic_mean"]) for scores in arms.values())])
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -99,10 +103,9 @@ def _decimals(value: float | None) -> str:
 def _gate_table(gate: dict) -> str:
     rows = [["regions", "zero-shot accuracy", "cos(image, class mean)"], ["---", "---:", "---:"]]
     rows += [[name, _decimals(row["accuracy"]), _decimals(row["collapse"])] for name, row in gate["rows"].items()]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     cosines = ", ".join(f"{kind} {cosine:.2f}" for kind, cosine in gate["synonyms"].items())
     missed = "Every target is reached." if not gate["misses"] else "Missed: " + "; ".join(gate["misses"]) + "."
-    return f"{table}\n\nMean cosine of a name and its synonyms: {cosines}. {missed}"
+    return f"{_markdown(rows)}\n\nMean cosine of a name and its synonyms: {cosines}. {missed}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 CLASS_FEATURES = ("query", "pooled", "query+pooled")
 PROMPT_REDUCTIONS = ("mean", "max", "embedding_mean")
+BACKBONE_STRIDES = (4, 8, 16, 32)
 NUM_FEATURE_LEVELS = 3
 GROUP_NORM_GROUPS = 32
 

@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTAT
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_gkc import PROMPT_REDUCTIONS, GKCConfig
+from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
 from .loss_gkc import GKCCriterion, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, predict_masks
 from .modeling_clip_resnet import GKCLoadingMixin
@@ -47,7 +47,7 @@ from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 from .vocabulary import Vocabulary
 
 MAX_TEMPERATURE = 100.0
-SIZE_DIVISOR = 32
+SIZE_DIVISOR = BACKBONE_STRIDES[-1]
 PROMPTS_PER_PASS = 256
 
 
@@ -383,7 +383,7 @@ class GKCModel(GKCPreTrainedModel):
 
 def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> None:
     """Refuses a backbone whose maps are not of strides 4, 8, 16, 32; sizes may be rounded either way."""
-    for stride, feature_map in zip((4, 8, 16, 32), feature_maps, strict=True):
+    for stride, feature_map in zip(BACKBONE_STRIDES, feature_maps, strict=True):
         sides = zip(feature_map.shape[2:], image_shape[2:], strict=True)
         if any(abs(cells * stride - side) >= stride for cells, side in sides):
             sizes = [tuple(other.shape[2:]) for other in feature_maps]
@@ -653,7 +653,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             for (height, width), indices in groups.items()
         ]
         order = torch.tensor([index for indices in groups.values() for index in indices], device=pixel_values.device)
-        grid = tuple(length // 4 for length in pixel_values.shape[-2:])
+        grid = tuple(length // BACKBONE_STRIDES[0] for length in pixel_values.shape[-2:])
         if not output_stages:
             return _merge(parts, order.argsort(), grid)
         stages = tuple(

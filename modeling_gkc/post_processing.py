@@ -33,7 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASK_STRIDE = 4
+from .configuration_gkc import BACKBONE_STRIDES
+
+MASK_STRIDE = BACKBONE_STRIDES[0]
 TILE_BYTES = 32 * 2**20
 VOID_SEGMENT = 0
 

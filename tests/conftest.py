@@ -1,5 +1,6 @@
 """What the tests share: small random models, one thread, no network, a table of measured errors."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,6 +68,15 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("measured errors")
     for what, (error, bound) in errors.items():
         terminalreporter.line(f"{what:<75} {error:9.2g}   (bound {bound:g})")
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """What transformers logs, which does not reach pytest by itself."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(autouse=True)

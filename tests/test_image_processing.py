@@ -29,15 +29,6 @@ def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
 
 
-@pytest.fixture
-def transformers_log(caplog):
-    """What transformers logs, which does not reach pytest by itself."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def as_array(image, **kwargs) -> np.ndarray:
     rgb = read_image(image, **kwargs)
     assert rgb.mode == "RGB"

@@ -390,16 +390,14 @@ def test_eager_and_sdpa_attention_agree(config, tokens, pixel_values, tmp_path):
     torch.testing.assert_close(outputs[0].masks_queries_logits, outputs[1].masks_queries_logits, rtol=0, atol=1e-5)
 
 
-def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, caplog, monkeypatch):
-    # This logger keeps its records from the root, where caplog listens.
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, transformers_log):
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     with torch.no_grad():
         expected = model(pixel_values, **tokens)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), GKCConfig)
     doors = (GKCForOpenVocabSegmentation, AutoModel, AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)
-    with caplog.at_level(logging.WARNING):
+    with transformers_log.at_level(logging.WARNING):
         for door in doors:
             loaded = door.from_pretrained(tmp_path)
             assert isinstance(loaded, GKCForOpenVocabSegmentation) and not loaded.training
@@ -408,7 +406,7 @@ def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, caplog,
                 outputs = loaded(pixel_values, **tokens)
             torch.testing.assert_close(outputs.class_queries_logits, expected.class_queries_logits, rtol=0, atol=0)
             torch.testing.assert_close(outputs.masks_queries_logits, expected.masks_queries_logits, rtol=0, atol=0)
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert [record for record in transformers_log.records if record.levelno >= logging.WARNING] == []
 
 
 def test_loading_reports_every_weight_that_does_not_fit(model, tmp_path, caplog):

@@ -98,11 +98,9 @@ def test_stock_pipeline_prints_no_warning_and_no_error(folder, image, tmp_path):
     assert [line for line in lines if line and "Loading weights" not in line] == []
 
 
-def test_loading_logs_nothing(folder, caplog, monkeypatch):
-    # This logger keeps its records from the root, where caplog listens.
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
+def test_loading_logs_nothing(folder, transformers_log):
+    with transformers_log.at_level(logging.WARNING):
         logging.getLogger("transformers").warning("heard")
         pipeline("image-segmentation", model=str(folder))
         AutoProcessor.from_pretrained(folder)
-    assert {record.getMessage() for record in caplog.records} == {"heard"}
+    assert {record.getMessage() for record in transformers_log.records} == {"heard"}

@@ -31,15 +31,6 @@ def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8))
 
 
-@pytest.fixture
-def transformers_log(caplog):
-    """What transformers logs, which does not reach pytest by itself."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def clip_tokenizer(folder) -> CLIPTokenizer:
     """CLIP's tokenizer class on a vocabulary of letters and of the word "dog"."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]

@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configuration.recipe import DISTILLATION_EMBEDDINGS, RELATIONS
 from modeling_gkc.loss_gkc import divisor_over_processes
 from modeling_gkc.modeling_gkc import GKCStageOutput
-
-DISTILLATION_EMBEDDINGS = ("shared", "query", "projected")
-RELATIONS = ("cosine", "euclidean")
 
 
 def text_guided_distillation_loss(

@@ -2,6 +2,8 @@
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 GREY = 128
 
@@ -42,3 +44,9 @@ def _pad_to_square(crop: np.ndarray) -> np.ndarray:
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = crop
     return square
+
+
+def normalize_crops(crops: Tensor, like: Tensor) -> Tensor:
+    """Crops (N, size, size, 3) in 0..255 -> CLIP's input (N, 3, size, size), of the device and type of `like`."""
+    mean, std = (like.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (crops.to(like.device).permute(0, 3, 1, 2).to(like.dtype) / 255 - mean) / std

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation, average_class_embeds
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
 from .data.schema import annotated_segments, read_row
-from .regions import GREY, crop_region
+from .regions import GREY, crop_region, normalize_crops
 
 _HASHED_PICTURES = 64
 _WORDS_PER_PASS = 256
@@ -163,9 +163,7 @@ class RegionTeacher:
     def embed_crops(self, crops: Tensor) -> Tensor:
         """Crops (N, image_size, image_size, 3) uint8 -> unit embeddings (N, D) in fp32."""
         parameter = next(self.vision_model.parameters())
-        mean, std = (parameter.new_tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-        pixel_values = crops.to(parameter.device).permute(0, 3, 1, 2).to(parameter.dtype) / 255
-        embeds = self.vision_model(pixel_values=(pixel_values - mean) / std).image_embeds
+        embeds = self.vision_model(pixel_values=normalize_crops(crops, parameter)).image_embeds
         return F.normalize(embeds.float(), dim=-1)
 
     def fingerprint(self, dataset: Dataset) -> str:
@@ -264,12 +262,12 @@ class TextBank:
         rows = [position[word.casefold()] for word in vocabulary.flat_names]
         return cls(tuple(vocabulary.flat_names), torch.tensor(vocabulary.class_ids), embeds[rows])
 
-    @property
+    @cached_property
     def name_prompts(self) -> Tensor:
         """(K,) positions of the classes' names, their first words."""
         return torch.searchsorted(self.class_ids, torch.arange(self.num_classes, device=self.class_ids.device))
 
-    @property
+    @cached_property
     def num_classes(self) -> int:
         """K."""
         return int(self.class_ids[-1]) + 1

@@ -21,6 +21,7 @@ def clustered_synonym_loss(
     matches: Matches,
     no_object_weight: float,
     mode: str,
+    num_classes: int | None = None,
 ) -> Tensor:
     """Cross-entropy over the per-class mean (`average`) or maximum (`max`) of the logits of a class's words.
 
@@ -31,10 +32,11 @@ def clustered_synonym_loss(
         matches: per image the matched queries and regions.
         no_object_weight: weight of the no-object class.
         mode: `average` or `max`.
+        num_classes: K, if it is known: a training step then need not count and check `class_ids` at every stage.
     """
     if mode not in CLUSTER_REDUCTIONS:
         raise ValueError(f"`mode` must be one of {', '.join(CLUSTER_REDUCTIONS)}, got {mode!r}.")
-    logits = reduce_prompt_logits(prompt_logits, class_ids, CLUSTER_REDUCTIONS[mode])
+    logits = reduce_prompt_logits(prompt_logits, class_ids, CLUSTER_REDUCTIONS[mode], num_classes)
     return classification_loss(logits, class_labels, matches, no_object_weight)
 
 

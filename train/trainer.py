@@ -261,7 +261,11 @@ class GKCTrainer(Trainer):
                 losses.append(sampled_synonym_loss(logits, *slots, matches, no_object_weight))
             else:
                 targets = self.text_bank.class_ids, inputs["class_labels"]
-                losses.append(clustered_synonym_loss(logits, *targets, matches, no_object_weight, mode))
+                losses.append(
+                    clustered_synonym_loss(
+                        logits, *targets, matches, no_object_weight, mode, self.text_bank.num_classes
+                    )
+                )
         return {"loss_synonym": torch.stack(losses)}
 
     def _distillation_losses(self, outputs: TrainingOutput, regions: Regions) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
+from ..regions import normalize_crops
 from .gate import format_gate, measure_gate, save_gate
 from .lexicon import Lexicon
 from .pictures import CaptionedBatches, CropSet, collect_crops, collect_other_world
@@ -90,9 +90,7 @@ class MiniCLIP(nn.Module):
 
     def embed_images(self, crops: Tensor) -> Tensor:
         """Crops (N, size, size, 3) uint8 -> (N, D), normalised."""
-        mean, std = (torch.tensor(values, device=self.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-        pixel_values = ((crops.to(self.device) / 255 - mean) / std).permute(0, 3, 1, 2)  # (N, 3, size, size)
-        return F.normalize(self.vision(pixel_values).image_embeds.float(), dim=-1)
+        return F.normalize(self.vision(normalize_crops(crops, self.logit_scale)).image_embeds.float(), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> (N, D), normalised."""
