@@ -24,37 +24,40 @@ from transformers.processing_utils import ProcessorMixin
 from .configuration_gkc import GKCConfig
 from .image_processing_gkc import ImageLike
 from .post_processing import PostProcessingMixin
+from .prompt_templates import TemplatesLike, fill_template, resolve_templates
+from .remote_code import CodeSavingMixin
 from .vocabulary import Vocabulary, VocabularyLike
 
+MAX_LISTED_WORDS = 20
 
-class GKCProcessor(PostProcessingMixin, ProcessorMixin):
+
+class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
     """
     A `GKCImageProcessor` and the tokenizer of the text tower in one.
 
     Args:
         image_processor: A `GKCImageProcessor`.
         tokenizer: Tokenizer of the text tower.
-        prompt_templates: Sentences with one `{}` each; every name is put into every one. Default `["{}"]`, the plain
-            name, as in the method's published evaluation.
+        prompt_templates: A set of `modeling_gkc.prompt_templates` ("plain", "photo", "vild14"), or sentences with one
+            `{}` each; every name is put into every one, and "a" before the `{}` becomes "an" where it should. Default
+            "plain", the name alone, as in the method's published evaluation.
 
     Raises:
-        ValueError: there is no template, or one of them has not exactly one `{}`.
+        ValueError: there is no template, no such set, or a template has not exactly one `{}`.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, prompt_templates: Sequence[str] | None = None):
+    def __init__(self, image_processor=None, tokenizer=None, prompt_templates: TemplatesLike | None = None):
         super().__init__(image_processor, tokenizer)
-        self.prompt_templates = ["{}"] if prompt_templates is None else list(prompt_templates)
-        if not self.prompt_templates:
-            raise ValueError("`prompt_templates` is empty; the plain name is the template '{}'.")
-        for template in self.prompt_templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"a prompt template needs exactly one '{{}}' for the name, got {template!r}.")
+        self.prompt_templates = resolve_templates("plain" if prompt_templates is None else prompt_templates)
 
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike] | None = None,
         text: VocabularyLike | None = None,
         return_tensors: str | None = None,
+        *,
+        void_labels: VocabularyLike | None = None,
+        prompt_templates: TemplatesLike | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
@@ -62,14 +65,20 @@ class GKCProcessor(PostProcessingMixin, ProcessorMixin):
 
         Args:
             images: One image or B images, see `GKCImageProcessor`.
-            text: The K classes: "dog; sofa, couch; lamp", ["dog", ["sofa", "couch"], "lamp"] or a `Vocabulary`.
+            text: The K classes in any form that `Vocabulary.parse` takes: "dog; sofa, couch; lamp", ["dog", ["sofa",
+                "couch"], "lamp"], "ade20k_150", a file, or a `Vocabulary`, whose classes may have templates of their
+                own.
             return_tensors: "pt" (also the default) or "np".
+            void_labels: V more classes, in the same forms, for what is none of the K. They get the ids K..K+V-1; give
+                these to `post_process_*` as `void_label_ids`.
+            prompt_templates: Templates for this call instead of the processor's, in the same forms.
             kwargs: Settings of the image processor to override.
 
         Returns:
             For images `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W), 1 where the image is. For text the P
             prompts, class by class, name by name, template by template: `input_ids` and `attention_mask` (P, L),
-            padded at the right, and `class_ids` (P,) in 0..K-1.
+            padded at the right, and `class_ids` (P,) in 0..K+V-1; if a name has several templates also `name_ids`
+            (P,) in 0..N-1, the name that each prompt stands for.
 
         Raises:
             ValueError: neither images nor text; labels that `Vocabulary` refuses; a label with more tokens than the
@@ -82,27 +91,38 @@ class GKCProcessor(PostProcessingMixin, ProcessorMixin):
             raise ValueError("give images, text, or both.")
         if images is None and kwargs:
             raise TypeError(f"without images there is no use for {', '.join(kwargs)}.")
+        if text is None and (void_labels is not None or prompt_templates is not None):
+            raise ValueError("`void_labels` and `prompt_templates` go with `text`: give it too.")
         data = {}
         if images is not None:
             data.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
         if text is not None:
-            prompts = self._encode(Vocabulary.parse(text))
+            vocabulary, _ = Vocabulary.parse(text).with_void(void_labels)
+            templates = self.prompt_templates if prompt_templates is None else prompt_templates
+            prompts = self._encode(vocabulary, resolve_templates(templates))
             data.update({key: value.numpy() for key, value in prompts.items()} if return_tensors == "np" else prompts)
         return BatchFeature(data)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that a call may return."""
-        return ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids"]
+        return ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids", "name_ids"]
 
-    def _encode(self, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
-        names, templates = vocabulary.flat_names, self.prompt_templates
-        prompts = [template.replace("{}", name) for name in names for template in templates]
-        class_ids = [index for index in vocabulary.class_ids for _ in templates]
+    def _encode(self, vocabulary: Vocabulary, templates: list[str]) -> dict[str, torch.Tensor]:
+        own_templates = vocabulary.templates or [None] * len(vocabulary)
+        names = list(zip(vocabulary.class_ids, vocabulary.flat_names, strict=True))
+        prompts, name_ids = [], []
+        for name_id, (class_id, name) in enumerate(names):
+            for template in own_templates[class_id] or templates:
+                prompts.append(fill_template(template, name))
+                name_ids.append(name_id)
         tokens = self.tokenizer(prompts, verbose=False)["input_ids"]
         self._refuse_long(prompts, tokens)
         self._warn_unknown(prompts, tokens)
-        return self._pad(tokens) | {"class_ids": torch.tensor(class_ids)}
+        encoded = self._pad(tokens) | {"class_ids": torch.tensor([names[name_id][0] for name_id in name_ids])}
+        if len(prompts) > len(names):
+            encoded["name_ids"] = torch.tensor(name_ids)
+        return encoded
 
     def _pad(self, tokens: list[list[int]]) -> dict[str, torch.Tensor]:
         lengths = torch.tensor([len(prompt) for prompt in tokens])
@@ -128,7 +148,10 @@ class GKCProcessor(PostProcessingMixin, ProcessorMixin):
         if unknown_id is None or unknown_id == self.tokenizer.eos_token_id:
             return
         suspects = dict.fromkeys(
-            word for prompt, ids in zip(prompts, tokens, strict=True) if unknown_id in ids for word in prompt.split()
+            word.strip(".,")
+            for prompt, ids in zip(prompts, tokens, strict=True)
+            if unknown_id in ids
+            for word in prompt.split()
         )
         unknown = [
             word
@@ -136,8 +159,9 @@ class GKCProcessor(PostProcessingMixin, ProcessorMixin):
             if unknown_id in self.tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
         ]
         if unknown:
-            listed = ", ".join(map(repr, unknown))
-            warnings.warn(f"the text encoder does not know these words: {listed}.", UserWarning, stacklevel=4)
+            listed = ", ".join(map(repr, unknown[:MAX_LISTED_WORDS]))
+            more = f" and {len(unknown) - MAX_LISTED_WORDS} more" if len(unknown) > MAX_LISTED_WORDS else ""
+            warnings.warn(f"the text encoder does not know these words: {listed}{more}.", UserWarning, stacklevel=4)
 
 
 AutoProcessor.register(GKCConfig, GKCProcessor, exist_ok=True)

@@ -13,12 +13,25 @@
 # limitations under the License.
 """Vocabularies: the words that an image is cut into, with synonyms, thing/stuff and colours."""
 
+import copy
 import functools
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from .prompt_templates import resolve_templates
+from .vocabulary_files import (
+    PACKAGED_NAMES,
+    VocabularyEntry,
+    is_file_name,
+    packaged_entries,
+    read_vocabulary_file,
+    refuse_misspelt_name,
+)
 
 
 @dataclass
@@ -30,11 +43,13 @@ class Vocabulary:
         names: K lists of names; the first name of a class is its label, the others are synonyms. Spaces at the ends
             are dropped and runs of spaces become one; a name given twice to one class counts once.
         is_thing: For each class whether it is countable (thing), not (stuff), or unknown (None).
-        colors: For each class an (red, green, blue) triple, 0..255; None chooses well-spread ones.
+        colors: For each class an (red, green, blue) triple, 0..255, or None; None chooses well-spread ones.
+        templates: For each class its own prompt templates, as `resolve_templates` takes them, or None for those of
+            the processor.
 
     Raises:
-        ValueError: no class, an empty name, two classes with the same label, or lists that differ in length. The
-            message names the positions.
+        ValueError: no class, an empty name, two classes with the same label, a kind, colour or template that is none,
+            or lists that differ in length. The message names the positions.
 
     Warns:
         UserWarning: one name belongs to several classes.
@@ -42,18 +57,14 @@ class Vocabulary:
 
     names: list[list[str]]
     is_thing: list[bool | None] | None = None
-    colors: list[tuple[int, int, int]] | None = None
+    colors: list[tuple[int, int, int] | None] | None = None
+    templates: list[list[str] | None] | None = None
 
     def __post_init__(self):
-        self.names = [_clean_names(names, index) for index, names in enumerate(self.names)]
-        if not self.names:
-            raise ValueError("no labels were given: name at least one class, for example 'dog; sofa, couch; lamp'.")
-        _refuse_repeated_labels(self.labels)
+        self.names, self.is_thing, self.colors, self.templates = _check_classes(
+            self.names, self.is_thing, self.colors, self.templates, _Places()
+        )
         _warn_shared_names(self.names)
-        for field in ("is_thing", "colors"):
-            values = getattr(self, field)
-            if values is not None and len(values) != len(self.names):
-                raise ValueError(f"`{field}` has {len(values)} entries for {len(self.names)} classes.")
 
     @classmethod
     def parse(cls, text: "VocabularyLike") -> "Vocabulary":
@@ -61,21 +72,76 @@ class Vocabulary:
         Read a vocabulary in any of the forms that users type.
 
         Args:
-            text: A string, classes separated by `;` and synonyms by `,` ("dog; sofa, couch; lamp"); a sequence whose
-                items are a name, taken as it stands, or a sequence of synonyms (["dog", ["sofa", "couch"]]); or a
-                Vocabulary, returned as it is.
+            text: A string, classes separated by `;` and synonyms by `,` ("dog; sofa, couch; lamp"); the name of a
+                packaged vocabulary ("ade20k_150"); a file, as a path object or a string without `;` that ends in
+                .json, .csv or .txt; a sequence whose items are a name, taken as it stands, or a sequence of synonyms
+                (["dog", ["sofa", "couch"]]); or a Vocabulary, returned as it is.
 
         Raises:
-            ValueError: as for `Vocabulary`.
+            ValueError: as for `Vocabulary`, `named` and `from_file`; a word that is a packaged name misspelt.
             TypeError: an item is neither a string nor a sequence of strings.
         """
         if isinstance(text, cls):
             return text
+        if type(text).__name__ == cls.__name__:  # of another copy of this library: installed, or from a folder's code
+            return cls(text.names, text.is_thing, text.colors, text.templates)
+        if isinstance(text, os.PathLike):
+            return cls.from_file(text)
         if isinstance(text, str):
-            return cls([label.split(",") for label in text.split(";")])
+            return cls._typed(text)
         if not isinstance(text, Sequence):
             raise TypeError(f"labels must be a string, a sequence or a Vocabulary, got {type(text).__name__}.")
         return cls([[label] if isinstance(label, str) else label for label in text])
+
+    @classmethod
+    def named(cls, name: str) -> "Vocabulary":
+        """
+        A packaged vocabulary, one of `names_of_packaged`, with its synonyms, kinds and colours.
+
+        Raises:
+            ValueError: there is no such vocabulary, or this code was loaded from a checkpoint and the package that has
+                the vocabularies is not installed.
+        """
+        return cls(*_columns(packaged_entries(name)))
+
+    @staticmethod
+    def names_of_packaged() -> list[str]:
+        """Names that `named` and `parse` know: label sets of the field's benchmarks."""
+        return list(PACKAGED_NAMES)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "Vocabulary":
+        """
+        Read a vocabulary from a file.
+
+        Args:
+            path: JSON, CSV or text, UTF-8; `modeling_gkc.vocabulary_files` describes the three.
+
+        Raises:
+            ValueError: the file cannot be read, or what stands in it is refused; the message names file and line.
+        """
+        entries = read_vocabulary_file(path)
+        columns = _columns(entries)
+        try:
+            _check_classes(*columns, _FilePlaces(str(path), [entry.line for entry in entries]))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return cls(*columns)
+
+    @classmethod
+    def _typed(cls, text: str) -> "Vocabulary":
+        if text.strip() in PACKAGED_NAMES:
+            return cls.named(text.strip())
+        if is_file_name(text.strip()):
+            return cls.from_file(text.strip())
+        refuse_misspelt_name(text)
+        labels = text.split(";")
+        for label in labels:
+            if label.strip() in PACKAGED_NAMES:
+                raise ValueError(
+                    f"{label.strip()!r} is a packaged vocabulary and cannot stand among other labels: give it alone."
+                )
+        return cls([label.split(",") for label in labels])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,10 +168,49 @@ class Vocabulary:
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """K colours, (red, green, blue) in 0..255: the given ones, else `color_palette`."""
-        if self.colors is not None:
-            return [tuple(int(channel) for channel in color) for color in self.colors]
-        return color_palette(len(self))
+        """K colours, (red, green, blue) in 0..255: the given ones, and for the rest those of `color_palette`."""
+        given = self.colors or [None] * len(self)
+        taken = set(given)
+        spare = (color for color in color_palette(2 * len(self)) if color not in taken)
+        return [next(spare) if color is None else color for color in given]
+
+    def without_synonyms(self) -> "Vocabulary":
+        """The same classes with their labels only, as in the field's published evaluations."""
+        return Vocabulary([[label] for label in self.labels], self.is_thing, self.colors, self.templates)
+
+    def with_void(self, void_labels: "VocabularyLike | None") -> "tuple[Vocabulary, list[int]]":
+        """
+        Add words for what is none of the classes; `post_process_*` make void of what they win.
+
+        Args:
+            void_labels: V classes in any form that `parse` takes, for example "pascal_voc_background_39"; None adds
+                none.
+
+        Returns:
+            The K + V classes, and the ids K..K+V-1 of the added ones.
+
+        Raises:
+            ValueError: as `parse`, or a word stands for a class and for void.
+        """
+        if void_labels is None:
+            return self, []
+        try:
+            void = Vocabulary.parse(void_labels)
+        except ValueError as error:
+            raise ValueError(f"void labels: {error}") from error
+        owners = {_key(name): names[0] for names in self.names for name in names}
+        for name in void.flat_names:
+            if _key(name) in owners:
+                raise ValueError(
+                    f"{name!r} is a void label and a name of the class {owners[_key(name)]!r}: take it out of one."
+                )
+        joined = copy.copy(self)
+        joined.names = self.names + void.names
+        for field in ("is_thing", "colors", "templates"):
+            first, second = getattr(self, field), getattr(void, field)
+            if first is not None or second is not None:
+                setattr(joined, field, (first or [None] * len(self)) + (second or [None] * len(void)))
+        return joined, list(range(len(self), len(joined)))
 
 
 def color_palette(num_colors: int) -> list[tuple[int, int, int]]:
@@ -159,18 +264,95 @@ def _oklab(colors: np.ndarray) -> np.ndarray:
     return np.cbrt(linear @ to_cone.T) @ to_lab.T
 
 
-def _clean_names(names: Sequence[str], index: int) -> list[str]:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{_place(index)} must be a name or a sequence of names, got {names!r}.")
+class _Places:
+    """How messages call the classes of typed words."""
+
+    def one(self, index: int) -> str:
+        return f"label {index + 1} (index {index})"
+
+    def two(self, first: int, second: int) -> str:
+        return f"labels {first + 1} and {second + 1} (indexes {first} and {second})"
+
+
+@dataclass
+class _FilePlaces(_Places):
+    """How messages call the classes of a file."""
+
+    file: str
+    lines: list[int]
+
+    def one(self, index: int) -> str:
+        return f"entry {index + 1} (line {self.lines[index]}) of {self.file}"
+
+    def two(self, first: int, second: int) -> str:
+        lines = f"lines {self.lines[first]} and {self.lines[second]}"
+        return f"entries {first + 1} and {second + 1} ({lines}) of {self.file}"
+
+
+def _columns(entries: Sequence[VocabularyEntry]) -> tuple[list, list | None, list | None, list | None]:
+    """The fields of `Vocabulary`; one that no entry has is None."""
+    fields = [[getattr(entry, field) for entry in entries] for field in ("is_thing", "color", "templates")]
+    return [entry.names for entry in entries], *(None if not any(v is not None for v in f) else f for f in fields)
+
+
+def _check_classes(
+    names: Sequence, is_thing: Sequence | None, colors: Sequence | None, templates: Sequence | None, places: _Places
+) -> tuple[list[list[str]], list[bool | None] | None, list[tuple] | None, list[list[str] | None] | None]:
+    """The fields of `Vocabulary` in one form, or an error that says which class is wrong."""
+    names = [_clean_names(class_names, places.one(index)) for index, class_names in enumerate(names)]
     if not names:
-        raise ValueError(f"{_place(index)} is empty: give every class a name.")
+        raise ValueError("no labels were given: name at least one class, for example 'dog; sofa, couch; lamp'.")
+    _refuse_repeated_labels([class_names[0] for class_names in names], places)
+    checks = {
+        "is_thing": (is_thing, _checked_kind),
+        "colors": (colors, _checked_color),
+        "templates": (templates, resolve_templates),
+    }
+    for field, (values, _) in checks.items():
+        if values is not None and len(values) != len(names):
+            raise ValueError(f"`{field}` has {len(values)} entries for {len(names)} classes.")
+    return names, *(_checked_values(values, check, places) for values, check in checks.values())
+
+
+def _checked_values(values: Sequence | None, check: Callable[[Any], Any], places: _Places) -> list | None:
+    if values is None:
+        return None
+    checked = []
+    for index, value in enumerate(values):
+        try:
+            checked.append(None if value is None else check(value))
+        except ValueError as error:
+            raise ValueError(f"{places.one(index)}: {error}") from error
+    return checked
+
+
+def _checked_kind(value: bool) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"is_thing must be true (thing), false (stuff) or null, got {value!r}.")
+    return bool(value)
+
+
+def _checked_color(value: Sequence[int]) -> tuple[int, ...]:
+    is_triple = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) and len(value) == 3
+    if not is_triple or not all(type(v) is int or isinstance(v, np.integer) for v in value):
+        raise ValueError(f"a color must be three whole numbers, red, green and blue, got {value!r}.")
+    if not all(0 <= channel <= 255 for channel in value):
+        raise ValueError(f"a color must lie in 0..255, got {value!r}.")
+    return tuple(int(channel) for channel in value)
+
+
+def _clean_names(names: Sequence[str], place: str) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{place} must be a name or a sequence of names, got {names!r}.")
+    if not names:
+        raise ValueError(f"{place} is empty: give every class a name.")
     cleaned: dict[str, str] = {}
     for position, name in enumerate(names):
         if not isinstance(name, str):
-            raise TypeError(f"name {position + 1} of {_place(index)} must be a string, got {name!r}.")
+            raise TypeError(f"name {position + 1} of {place} must be a string, got {name!r}.")
         name = " ".join(name.split())
         if not name:
-            what = _place(index) if len(names) == 1 else f"name {position + 1} of {_place(index)}"
+            what = place if len(names) == 1 else f"name {position + 1} of {place}"
             raise ValueError(f"{what} is empty: give every class a name.")
         cleaned.setdefault(_key(name), name)
     return list(cleaned.values())
@@ -180,18 +362,14 @@ def _key(name: str) -> str:
     return name.casefold()
 
 
-def _place(index: int) -> str:
-    return f"label {index + 1} (index {index})"
-
-
-def _refuse_repeated_labels(labels: list[str]) -> None:
+def _refuse_repeated_labels(labels: list[str], places: _Places) -> None:
     first = {}
     for index, label in enumerate(labels):
         earlier = first.setdefault(_key(label), index)
         if earlier != index:
             raise ValueError(
-                f"labels {earlier + 1} and {index + 1} (indexes {earlier} and {index}) are both {label!r}: make one "
-                "class of them, or give them names that differ."
+                f"{places.two(earlier, index)} are both {label!r}: make one class of them, or give them names that "
+                "differ."
             )
 
 
@@ -209,6 +387,6 @@ def _warn_shared_names(names: list[list[str]]) -> None:
         warnings.warn(f"one name is shared by several classes: {listed}.", UserWarning, stacklevel=4)
 
 
-VocabularyLike = str | Sequence[str | Sequence[str]] | Vocabulary
+VocabularyLike = str | os.PathLike | Sequence[str | Sequence[str]] | Vocabulary
 
 __all__ = ["Vocabulary", "VocabularyLike", "color_palette"]

@@ -13,10 +13,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import AutoProcessor
 
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
+from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
+from modeling_gkc.prompt_templates import PROMPT_TEMPLATES
 from modeling_gkc.vocabulary import Vocabulary
 
-from .conftest import word_tokenizer
+from .conftest import small_config, word_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -67,15 +69,75 @@ class TestWords:
         assert prompts_of(processor, inputs) == ["dog", "a red dog", "sofa", "a red sofa", "couch", "a red couch"]
         assert inputs["class_ids"].tolist() == [0, 0, 1, 1, 1, 1]
 
+    def test_names_are_numbered_only_where_templates_share_them(self, processor):
+        inputs = processor(text="dog; sofa, couch", prompt_templates=["{}", "red {}"])
+        assert list(inputs) == ["input_ids", "attention_mask", "class_ids", "name_ids"]
+        assert inputs["name_ids"].tolist() == [0, 0, 1, 1, 2, 2] and inputs["name_ids"].dtype == torch.int64
+        assert "name_ids" not in processor(text="dog; sofa, couch", prompt_templates=["red {}"])
+        processor.prompt_templates = ["{}", "red {}"]
+        assert "name_ids" not in processor(text="dog; sofa, couch", prompt_templates="plain")
+        assert processor(text="dog", return_tensors="np")["name_ids"].tolist() == [0, 0]
+
+    def test_name_ids_let_the_model_average_the_templates(self, within):
+        """A class with three templates weighs as its average, beside one with a single name."""
+        tokenizer = word_tokenizer("a red dog sofa couch lamp")
+        model = GKCForOpenVocabSegmentation(small_config()).eval()
+        plain = GKCProcessor(GKCImageProcessor(), tokenizer)
+        inputs = plain(text="dog; sofa, couch", prompt_templates=["{}", "red {}", "a {}"])
+        embeds = model.get_class_embeddings(**inputs)
+        assert embeds.class_ids.tolist() == [0, 1, 1]
+        prompts = [f"{start}{name}" for name in ("dog", "sofa", "couch") for start in ("", "red ", "a ")]
+        separate = model.get_class_embeddings(**plain(text=prompts)).class_embeds
+        expected = torch.nn.functional.normalize(separate.reshape(3, 3, -1).mean(dim=1), dim=-1)
+        within("class embeddings: average of templates", (embeds.class_embeds - expected).abs().max(), 1e-6)
+
+    def test_templates_of_a_class_replace_the_processors(self, processor):
+        vocabulary = Vocabulary(
+            [["dog"], ["sofa", "couch"], ["lamp"]], templates=[["red {}"], None, ["{}", "blue {}", "red {}"]]
+        )
+        inputs = processor(text=vocabulary)
+        assert prompts_of(processor, inputs) == ["red dog", "sofa", "couch", "lamp", "blue lamp", "red lamp"]
+        assert inputs["class_ids"].tolist() == [0, 1, 1, 2, 2, 2]
+        assert inputs["name_ids"].tolist() == [0, 1, 2, 3, 3, 3]
+        inputs = processor(text=vocabulary, prompt_templates=["blue {}"], void_labels="sky")
+        assert prompts_of(processor, inputs)[:3] == ["red dog", "blue sofa", "blue couch"]
+        assert prompts_of(processor, inputs)[-1] == "blue sky"
+
+    @pytest.mark.parametrize("where", ["init", "call", "attribute"])
+    def test_templates_by_the_name_of_their_set(self, where):
+        tokenizer = word_tokenizer("a an photo of . red air dog")
+        processor = GKCProcessor(GKCImageProcessor(), tokenizer, "photo" if where == "init" else None)
+        if where == "attribute":
+            processor.prompt_templates = "photo"
+        inputs = processor(text="dog; air", **({"prompt_templates": "photo"} if where == "call" else {}))
+        assert prompts_of(processor, inputs) == ["a photo of a dog .", "a photo of an air ."]
+
     def test_braces_in_a_name_are_no_template(self, processor):
         processor.prompt_templates = ["red {}"]
         with pytest.warns(UserWarning, match=r"\{0\}"):
             processor(text=["{0}"])
 
-    @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"]])
-    def test_templates_that_cannot_be(self, templates):
+    @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"], "fotos"])
+    def test_templates_that_cannot_be(self, templates, processor):
         with pytest.raises(ValueError, match="template"):
             GKCProcessor(GKCImageProcessor(), word_tokenizer(), templates)
+        with pytest.raises(ValueError, match="template"):
+            processor(text="dog", prompt_templates=templates)
+
+    def test_void_words_are_the_last_classes(self, processor):
+        inputs = processor(text="dog; sofa, couch", void_labels=["sky", ["lawn", "grass"]])
+        assert prompts_of(processor, inputs) == ["dog", "sofa", "couch", "sky", "lawn", "grass"]
+        assert inputs["class_ids"].tolist() == [0, 1, 1, 2, 3, 3]
+        with pytest.raises(ValueError, match="'couch' is a void label and a name of the class 'sofa'"):
+            processor(text="dog; sofa, couch", void_labels="couch")
+
+    def test_packaged_and_stored_vocabularies(self, processor, tmp_path):
+        (tmp_path / "words.txt").write_text("dog\nsofa, couch\n")
+        for text in (tmp_path / "words.txt", str(tmp_path / "words.txt")):
+            assert prompts_of(processor, processor(text=text)) == ["dog", "sofa", "couch"]
+        with pytest.warns(UserWarning, match="does not know these words: 'road'"):
+            inputs = processor(text="cityscapes_19")
+        assert inputs["class_ids"].max() == 18 and len(inputs["class_ids"]) == 35
 
     @pytest.mark.parametrize(
         ("text", "match"), [([], "no labels"), ("dog;;", "label 2"), ("dog;dog", "labels 1 and 2")]
@@ -102,6 +164,12 @@ class TestWords:
         assert len(caught) == 1
         assert str(caught[0].message) == "the text encoder does not know these words: 'zebra', 'okapi'."
         assert inputs["input_ids"].shape[0] == 4
+
+    def test_unknown_words_of_sentences_and_of_long_lists(self, processor):
+        with pytest.warns(UserWarning) as caught:
+            processor(text=["dog", *(f"beast{index}" for index in range(25))], prompt_templates=["a red {}."])
+        listed = ", ".join(repr(word) for word in ["a", *(f"beast{index}" for index in range(19))])
+        assert str(caught[0].message) == f"the text encoder does not know these words: {listed} and 6 more."
 
     def test_known_words_do_not_warn(self, processor):
         with warnings.catch_warnings():
@@ -131,7 +199,9 @@ class TestWords:
 class TestCalls:
     def test_images_and_words_together(self, processor, image):
         inputs = processor(images=[image, image], text="dog; lamp", return_tensors="pt")
-        assert list(inputs) == processor.model_input_names
+        assert list(inputs) == ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids"]
+        with_names = processor(images=image, text="dog; lamp", prompt_templates=["{}", "red {}"])
+        assert list(with_names) == processor.model_input_names
         assert torch.equal(inputs["pixel_values"], processor.image_processor([image, image])["pixel_values"])
         assert set(processor(image)) == {"pixel_values", "pixel_mask"}
 
@@ -149,6 +219,11 @@ class TestCalls:
     def test_nothing_given(self, processor):
         with pytest.raises(ValueError, match="images, text, or both"):
             processor()
+
+    @pytest.mark.parametrize("words", [{"void_labels": "sky"}, {"prompt_templates": "photo"}])
+    def test_settings_of_words_without_words(self, processor, image, words):
+        with pytest.raises(ValueError, match="go with `text`"):
+            processor(image, **words)
 
     def test_inputs_move(self, processor, image):
         inputs = processor(image, "dog").to(torch.float16)
@@ -187,6 +262,16 @@ class TestSaving:
         processor.save_pretrained(tmp_path)
         assert GKCProcessor.from_pretrained(tmp_path).prompt_templates == ["{}"]
         assert GKCProcessor.from_pretrained(tmp_path, prompt_templates=["red {}"]).prompt_templates == ["red {}"]
+
+    def test_a_set_of_templates_is_saved_in_full(self, tmp_path):
+        """So that a later version of the library cannot change what a checkpoint means."""
+        GKCProcessor(GKCImageProcessor(), word_tokenizer(), "vild14").save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "processor_config.json").read_text())["prompt_templates"]
+        assert stored == list(PROMPT_TEMPLATES["vild14"])
+        assert GKCProcessor.from_pretrained(tmp_path).prompt_templates == stored
+        assert GKCProcessor.from_pretrained(tmp_path, prompt_templates="photo").prompt_templates == [
+            "a photo of a {}."
+        ]
 
     def test_a_swapped_order_is_refused(self):
         with pytest.raises(TypeError):

@@ -1,13 +1,16 @@
 """Words in every form, refused with their position when they cannot be."""
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_gkc.vocabulary import Vocabulary, _oklab, color_palette
+from modeling_gkc.vocabulary_files import packaged_path
 
 NAMES = [["dog"], ["sofa", "couch"], ["lamp"]]
 
@@ -35,6 +38,11 @@ def test_all_forms_say_the_same(text):
 def test_a_vocabulary_is_parsed_to_itself():
     vocabulary = Vocabulary(NAMES)
     assert Vocabulary.parse(vocabulary) is vocabulary
+
+
+def test_a_vocabulary_of_another_copy_of_the_library_is_one():
+    twin = type("Vocabulary", (), {"names": [["dog"]], "is_thing": [True], "colors": None, "templates": [["a {}"]]})()
+    assert Vocabulary.parse(twin) == Vocabulary([["dog"]], is_thing=[True], templates=[["a {}"]])
 
 
 def test_items_of_a_list_are_taken_as_they_stand():
@@ -105,10 +113,303 @@ def test_kinds_and_colours():
     assert Vocabulary([["dog"]], colors=[[1, 2, 3]]).palette == [(1, 2, 3)]
 
 
-@pytest.mark.parametrize("field", ["is_thing", "colors"])
+@pytest.mark.parametrize("field", ["is_thing", "colors", "templates"])
 def test_lists_of_another_length_are_refused(field):
     with pytest.raises(ValueError, match=f"`{field}` has 1 entries for 2 classes"):
         Vocabulary([["dog"], ["cat"]], **{field: [None]})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "is_thing",
+            "yes",
+            r"label 2 \(index 1\): is_thing must be true \(thing\), false \(stuff\) or null, got 'yes'",
+        ),
+        ("is_thing", 1, r"label 2 \(index 1\): is_thing .* got 1"),
+        ("colors", (1, 2), r"label 2 \(index 1\): a color must be three whole numbers.*\(1, 2\)"),
+        ("colors", "red", r"label 2 \(index 1\): a color must be three"),
+        ("colors", (1, 2, 0.5), r"label 2 \(index 1\): a color must be three"),
+        ("colors", (1, 2, True), r"label 2 \(index 1\): a color must be three"),
+        ("colors", (1, 2, 256), r"label 2 \(index 1\): a color must lie in 0\.\.255"),
+        ("colors", (-1, 2, 3), r"label 2 \(index 1\): a color must lie in 0\.\.255"),
+        ("templates", ["a photo"], r"label 2 \(index 1\): a prompt template needs exactly one '{}'"),
+        ("templates", [], r"label 2 \(index 1\): no prompt template"),
+        ("templates", "vild15", r"label 2 \(index 1\): 'vild15' is neither"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_position(field, value, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Vocabulary([["dog"], ["cat"]], **{field: [None, value]})
+
+
+def test_values_come_in_one_form():
+    vocabulary = Vocabulary(
+        [["dog"], ["cat"], ["sky"]],
+        is_thing=[np.True_, None, False],
+        colors=[np.array([1, 2, 3], dtype=np.uint8), None, [4, 5, 6]],
+        templates=["photo", None, ("the {}",)],
+    )
+    assert vocabulary.is_thing == [True, None, False]
+    assert json.dumps(vocabulary.colors) == "[[1, 2, 3], null, [4, 5, 6]]"
+    assert vocabulary.templates == [["a photo of a {}."], None, ["the {}"]]
+
+
+def test_classes_without_a_colour_get_one_that_is_free():
+    first, second, third = color_palette(3)
+    vocabulary = Vocabulary([["a"], ["b"], ["c"], ["d"]], colors=[None, first, None, (1, 2, 3)])
+    assert vocabulary.palette == [second, first, third, (1, 2, 3)]
+    everything = color_palette(3000)
+    assert (
+        len(Vocabulary([[f"n{i}"] for i in range(3000)], colors=[*everything[:1500], *[None] * 1500]).palette) == 3000
+    )
+
+
+class TestVoid:
+    def test_void_words_come_last_and_all_fields_stay_aligned(self):
+        vocabulary = Vocabulary([["dog"], ["sky", "air"]], is_thing=[True, False], templates=[["my {}"], None])
+        void = Vocabulary([["wall"], ["floor", "ground"]], colors=[None, (1, 2, 3)], is_thing=[False, False])
+        joined, void_ids = vocabulary.with_void(void)
+        assert void_ids == [2, 3]
+        assert joined.names == [["dog"], ["sky", "air"], ["wall"], ["floor", "ground"]]
+        assert joined.is_thing == [True, False, False, False]
+        assert joined.colors == [None, None, None, (1, 2, 3)]
+        assert joined.templates == [["my {}"], None, None, None]
+        assert vocabulary.names == [["dog"], ["sky", "air"]] and vocabulary.colors is None
+
+    def test_void_templates_stay_with_void(self):
+        joined, _ = Vocabulary([["dog"]]).with_void(Vocabulary([["wall"]], templates=["photo"]))
+        assert joined.templates == [None, ["a photo of a {}."]]
+        assert joined.is_thing is None and joined.colors is None
+
+    @pytest.mark.parametrize("form", ["wall; floor", ["wall", "floor"], Vocabulary([["wall"], ["floor"]])])
+    def test_forms(self, form):
+        joined, void_ids = Vocabulary.parse("dog").with_void(form)
+        assert joined.labels == ["dog", "wall", "floor"] and void_ids == [1, 2]
+
+    def test_none_adds_nothing(self):
+        vocabulary = Vocabulary.parse("dog; cat")
+        assert vocabulary.with_void(None) == (vocabulary, [])
+
+    @pytest.mark.parametrize(
+        ("text", "void", "message"),
+        [
+            ("dog; sofa, couch", "wall; Sofa", "'Sofa' is a void label and a name of the class 'sofa'"),
+            ("dog; sofa, couch", "wall; bench, couch", "'couch' is a void label and a name of the class 'sofa'"),
+            ("dog", "", r"^void labels: label 1 \(index 0\) is empty"),
+            ("dog", "wall; wall", r"^void labels: labels 1 and 2"),
+            ("dog", "ade20k_151", "^void labels: .*'ade20k_150'"),
+        ],
+    )
+    def test_what_cannot_be(self, text, void, message):
+        with pytest.raises(ValueError, match=message):
+            Vocabulary.parse(text).with_void(void)
+
+    def test_a_shared_name_is_warned_of_once(self):
+        with pytest.warns(UserWarning, match="'seat'") as caught:
+            Vocabulary.parse("stool, seat; chair, seat").with_void("wall")
+        assert len(caught) == 1
+
+
+def test_without_synonyms():
+    vocabulary = Vocabulary(
+        [["dog"], ["sofa", "couch"]], is_thing=[True, None], colors=[None, (1, 2, 3)], templates=[None, ["my {}"]]
+    )
+    plain = vocabulary.without_synonyms()
+    assert plain.names == [["dog"], ["sofa"]] and vocabulary.names[1] == ["sofa", "couch"]
+    for field in ("is_thing", "colors", "templates"):
+        assert getattr(plain, field) == getattr(vocabulary, field)
+
+
+SAME_FILES = {
+    "list.json": '["dog", ["sofa", "couch"], "lamp"]',
+    "lists.json": '[["dog"], ["sofa", "couch"], ["lamp"]]',
+    "object.json": '{"dog": [], "sofa": ["couch"], "lamp": []}',
+    "classes.json": '{"name": "mine", "classes": ["dog", ["sofa", "couch"], {"name": "lamp"}]}',
+    "classes-object.json": '{"classes": {"dog": [], "sofa": ["couch"], "lamp": []}}',
+    "layout.json": '[{"name": "dog", "synonyms": null}, {"name": "sofa", "synonyms": ["couch"]}, {"name": "lamp"}]',
+    "indented.JSON": '\n[\n  "dog",\n\n  [ "sofa" , "couch" ] ,\n  "lamp"\n]\n\n',
+    "commas.csv": "name,synonyms\ndog,\nsofa,couch\nlamp,\n",
+    "semicolons.csv": "Name; Synonyms\ndog;\n\nsofa; couch\n;\nlamp\n",
+    "tabs.csv": "synonyms\tname\n\tdog\ncouch\tsofa\n\tlamp",
+    "quotes.csv": 'name,synonyms\n"dog",""\n"sofa","couch"\n"lamp"\n',
+    "lines.txt": "dog\nsofa, couch\nlamp",
+    "comments.txt": "# my words\n\n  dog  # the best\nsofa,couch\n\t# not this: cat\nlamp\n\n",
+}
+
+
+def write(folder: Path, name: str, text: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", SAME_FILES)
+    @pytest.mark.parametrize("encode", [str.encode, lambda text: b"\xef\xbb\xbf" + text.encode()], ids=["utf8", "bom"])
+    @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"], ids=["unix", "windows", "old"])
+    def test_all_forms_say_the_same(self, tmp_path, name, encode, ends):
+        path = write(tmp_path, name, encode(SAME_FILES[name].replace("\n", ends)))
+        for text in (path, str(path), f" {path}\n"):
+            assert Vocabulary.parse(text).names == NAMES
+        assert Vocabulary.from_file(str(path)).names == NAMES
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            (
+                "all.json",
+                '[{"name": "dog", "is_thing": true, "color": "#010aFF", "templates": "photo"},\n'
+                '{"name": "sky", "is_thing": false, "color": [4, 5, 6], "templates": ["{}", "the {}"]}, "rock"]',
+            ),
+            (
+                "all.csv",
+                "name,is_thing,color,templates,synonyms\n"
+                "dog,Thing,#010aFF,photo\nsky,stuff,#040506,{}|the {}\nrock,,,,",
+            ),
+            ("true.csv", "name,is_thing,color,templates\ndog,TRUE,#010aff,photo\nsky,false,#040506,{}|the {}\nrock"),
+        ],
+    )
+    def test_kinds_colours_and_templates(self, tmp_path, name, text):
+        vocabulary = Vocabulary.from_file(write(tmp_path, name, text))
+        assert vocabulary.names == [["dog"], ["sky"], ["rock"]]
+        assert vocabulary.is_thing == [True, False, None]
+        assert vocabulary.colors == [(1, 10, 255), (4, 5, 6), None]
+        assert vocabulary.templates == [["a photo of a {}."], ["{}", "the {}"], None]
+
+    def test_what_no_class_has_is_none(self, tmp_path):
+        vocabulary = Vocabulary.from_file(write(tmp_path, "x.csv", "name,is_thing,color,templates\ndog,,,\n"))
+        assert vocabulary.is_thing is vocabulary.colors is vocabulary.templates is None
+
+    def test_names_are_taken_as_they_stand(self, tmp_path):
+        names = [["building, edifice; house"], ['5" nail', "Größe 草 😀"]]
+        assert Vocabulary.from_file(write(tmp_path, "x.json", json.dumps(names))).names == names
+        text = 'name,synonyms\n"building, edifice; house",\n"5"" nail",Größe 草 😀\n'
+        assert Vocabulary.from_file(write(tmp_path, "x.csv", text)).names == names
+        lines = write(tmp_path, "x.txt", "C#\njersey\u2028shirt\n")
+        assert Vocabulary.from_file(lines).names == [["C#"], ["jersey shirt"]]
+
+    def test_a_name_over_two_lines_of_csv(self, tmp_path):
+        text = 'name,synonyms\n"fire\nhydrant",\ndog,\n"Dog",\n'
+        with pytest.raises(ValueError, match=r"entries 2 and 3 \(lines 4 and 5\)"):
+            Vocabulary.from_file(write(tmp_path, "x.csv", text))
+        assert Vocabulary.from_file(write(tmp_path, "x.csv", text[:-7])).labels == ["fire hydrant", "dog"]
+
+    def test_a_packaged_file_that_someone_copied(self, tmp_path):
+        copy = write(tmp_path, "mine.json", packaged_path("ade20k_150").read_bytes())
+        assert Vocabulary.parse(copy) == Vocabulary.named("ade20k_150")
+
+    def test_a_shared_name_warns(self, tmp_path):
+        with pytest.warns(UserWarning, match="'seat' belongs to 'stool' and 'chair'"):
+            Vocabulary.from_file(write(tmp_path, "x.txt", "stool, seat\nchair, seat"))
+
+
+BAD_FILES = [
+    # Names, in every form, at the line where they stand.
+    ("x.txt", "dog\n\nsofa,, couch", r"name 2 of entry 2 \(line 3\) of .*x\.txt is empty"),
+    ("x.txt", "dog\n,\n", r"name 1 of entry 2 \(line 2\) of .*x\.txt is empty"),
+    ("x.txt", "dog\n# no\ncat\nDog, hound", r"entries 1 and 3 \(lines 1 and 4\) of .*x\.txt are both 'Dog'"),
+    ("x.txt", "dog; cat", r"x\.txt, line 1: a ';' separates classes in typed words"),
+    ("x.txt", "", r"x\.txt names no class"),
+    ("x.txt", "# nothing\n\n", r"x\.txt names no class"),
+    ("x.csv", "name,synonyms\ndog,\n,couch", r"name 1 of entry 2 \(line 3\) of .*x\.csv is empty"),
+    ("x.csv", "name\ndog\n\n\ndog", r"entries 1 and 2 \(lines 2 and 5\) of .*x\.csv are both 'dog'"),
+    ("x.csv", "name,synonyms\nsofa,couch|\n", r"name 3 of entry 1 \(line 2\) of .* is empty"),
+    ("x.csv", "name,synonyms\n", r"x\.csv names no class"),
+    ("x.csv", "", r"x\.csv names no class"),
+    ("x.csv", "dog,hound\ncat,\n", r"x\.csv, line 1: the columns must be named, name and some of synonyms.*'hound'"),
+    ("x.csv", "name,sinonyms\ndog,\n", r"x\.csv, line 1: the columns .* got \['name', 'sinonyms'\]"),
+    ("x.csv", "name,name\ndog,\n", r"x\.csv, line 1: the columns"),
+    ("x.csv", "synonyms\ndog\n", r"x\.csv, line 1: the columns"),
+    ("x.csv", "name,synonyms\ndog\nbuilding, edifice, house\n", r"x\.csv, line 3: 3 cells for 2 columns.*quotes"),
+    ("x.csv", "name,synonyms\nsofa,couch;settee\n", r"x\.csv, line 2: several synonyms are separated by '\|'"),
+    ("x.csv", "name,is_thing\ndog,yes\n", r"x\.csv, line 2: is_thing must be thing, stuff or empty, got 'yes'"),
+    ("x.csv", "name,color\ndog,\ncat,red\n", r"x\.csv, line 3: a color must be written as #rrggbb, got 'red'"),
+    ("x.csv", "name,templates\ndog,a photo\n", r"entry 1 \(line 2\) of .*x\.csv: 'a photo' is neither a set"),
+    ("x.csv", 'name\ndog\n"cat\n', r"x\.csv, line 3: this is no CSV: unexpected end of data"),
+    ("x.json", '[\n"dog",\n"cat"\n"cow"]', r"x\.json, line 4: this is no JSON: Expecting ',' delimiter \(column 1\)"),
+    ("x.json", "", r"x\.json, line 1: this is no JSON"),
+    ("x.json", "[]", r"x\.json names no class"),
+    ("x.json", "{}", r"x\.json names no class"),
+    ("x.json", '{"classes": []}', r"x\.json names no class"),
+    ("x.json", '\n"dog"', r"x\.json, line 2: classes must be a list"),
+    ("x.json", '{\n"classes":\n 3}', r"x\.json, line 3: classes must be a list"),
+    ("x.json", '["dog",\n""]', r"entry 2 \(line 2\) of .*x\.json is empty"),
+    ("x.json", '["dog",\n[]]', r"entry 2 \(line 2\) of .*x\.json is empty"),
+    ("x.json", '["dog",\n["cat",\n 5]]', r"name 2 of entry 2 \(line 2\) of .*x\.json must be a string, got 5"),
+    ("x.json", '["dog", null]', r"name 1 of entry 2 \(line 1\) of .*x\.json must be a string, got None"),
+    ("x.json", '["dog",\n\n"Dog"]', r"entries 1 and 2 \(lines 1 and 3\) of .*x\.json are both 'Dog'"),
+    ("x.json", '{"dog": [],\n"dog":\n ["hound"]}', r"entries 1 and 2 \(lines 1 and 2\) of .*x\.json are both 'dog'"),
+    ("x.json", '{"dog": [],\n"cat": "kitty"}', r"x\.json, line 2: the synonyms of 'cat' must be a list of names"),
+    ("x.json", '{"dog": [],\n"cat": {"a": 1}}', r"x\.json, line 2: the synonyms of 'cat' must be a list of names"),
+    ("x.json", '[{"name": "dog", "synonyms": "hound"}]', r"x\.json, line 1: the synonyms of 'dog' must be a list"),
+    ("x.json", '[\n{"label": "dog"}]', r"x\.json, line 2: the key 'label' is unknown; there are name, synonyms"),
+    (
+        "x.json",
+        '[\n{"name": "dog",\n"isthing": true}]',
+        r"x\.json, line 2: the key 'isthing' .*did you mean 'is_thing'",
+    ),
+    ("x.json", '[{"synonyms": ["dog"]}]', r"x\.json, line 1: this class has no 'name'"),
+    ("x.json", '[{"name": "dog", "name": "cat"}]', r"x\.json, line 1: the key 'name' is given twice"),
+    ("x.json", '{"classes": ["dog"],\n"clases": []}', r"x\.json, line 2: the key 'clases' .*did you mean 'classes'"),
+    ("x.json", '{"classes": ["dog"],\n"classes": []}', r"x\.json, line 2: the key 'classes' is given twice"),
+    ("x.json", '{"labels": ["dog", "cat"]}', r"x\.json, line 1: call the list of names 'classes', not 'labels'"),
+    ("x.json", '["cat",\n{"name": "dog", "color": "red"}]', r"x\.json, line 2: a color must be written as #rrggbb"),
+    (
+        "x.json",
+        '["cat",\n{"name": "dog", "color": [1, 2]}]',
+        r"entry 2 \(line 2\) of .*x\.json: a color must be three",
+    ),
+    ("x.json", '["cat",\n{"name": "dog", "is_thing": 1}]', r"entry 2 \(line 2\) of .*x\.json: is_thing must be true"),
+    ("x.json", '[{"name": "dog", "templates": ["{} {}"]}]', r"entry 1 \(line 1\) of .*x\.json: a prompt template"),
+    ("x.json", "[" * 100_000, r"x\.json is nested too deeply|no JSON"),
+    # Files that are no text.
+    ("x.txt", "dog\nK\xe4se".encode("latin-1"), r"x\.txt, line 2: byte 0xe4 is not UTF-8; save the file"),
+    ("x.json", '["dog"]'.encode("utf-16"), r"x\.json, line 1: byte 0xff is not UTF-8"),
+    ("x.csv", "name\ndog".encode("utf-16-le"), r"x\.csv is not UTF-8 text, it has zero bytes"),
+    ("x.yaml", "- dog", r"x\.yaml is no vocabulary file: its name must end in \.json, \.csv or \.txt"),
+]
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize(("name", "text", "message"), BAD_FILES)
+    def test_errors_name_file_and_line(self, tmp_path, name, text, message):
+        path = write(tmp_path, name, text)
+        with pytest.raises(ValueError, match=message) as caught:
+            Vocabulary.parse(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("form", [str, Path])
+    def test_no_such_file(self, tmp_path, form):
+        with pytest.raises(ValueError, match=r"file .*gone\.txt cannot be read: No such file"):
+            Vocabulary.parse(form(tmp_path / "gone.txt"))
+        (tmp_path / "folder.csv").mkdir()
+        with pytest.raises(ValueError, match=r"folder\.csv cannot be read: Is a directory"):
+            Vocabulary.parse(form(tmp_path / "folder.csv"))
+
+    def test_words_with_a_semicolon_are_no_file(self):
+        assert Vocabulary.parse("dog; notes.txt").labels == ["dog", "notes.txt"]
+
+
+JSON_NAME = st.text(min_size=1, max_size=6).filter(lambda text: text.split() and text.isprintable())
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(JSON_NAME, min_size=1, max_size=3), min_size=1, max_size=5), st.sampled_from([None, 1, 3]))
+def test_json_in_any_layout_says_what_the_list_says(tmp_path_factory, names, indent):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(names, indent=indent, ensure_ascii=bool(indent)), encoding="utf-8")
+
+    def result(text):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return Vocabulary.parse(text).names
+            except ValueError:
+                return "refused"
+
+    assert result(path) == result(names)
 
 
 NAME = st.text("abcdefghij ", min_size=1, max_size=8).filter(str.strip)

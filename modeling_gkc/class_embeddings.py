@@ -1,0 +1,296 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Text embeddings of words: cached by content, reduced from prompts to classes, stored in files.
+
+Letters: P prompts, N names (a prompt is a name put into a template), K classes, D text-embedding width; P >= N >= K.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .vocabulary import Vocabulary, VocabularyLike
+
+MAX_CACHED_PROMPTS = 32_768
+FILE_FORMAT = "gkc-class-embeddings-1"
+SAME_TOWER_COSINE = 0.99
+
+
+@dataclass
+class GKCClassEmbeddings(ModelOutput):
+    """Encoded vocabulary, to be kept and passed to `forward`.
+
+    Attributes:
+        class_embeds: (N, D) L2-normalised text embeddings of the names.
+        class_ids: (N,) class of each name, 0..K-1.
+    """
+
+    class_embeds: Tensor | None = None
+    class_ids: Tensor | None = None
+
+
+class TextEmbeddingCache:
+    """Text embeddings by the tokens that they were made of; the least recently used are forgotten first.
+
+    Several threads may use it at once. A copy or a pickle of it starts empty.
+
+    Args:
+        max_prompts: Embeddings to keep.
+    """
+
+    def __init__(self, max_prompts: int = MAX_CACHED_PROMPTS):
+        self.max_prompts = max_prompts
+        self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._state: Hashable = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __reduce__(self):
+        return type(self), (self.max_prompts,)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._entries.clear()
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        encode: Callable[[Tensor, Tensor | None], Tensor],
+        state: Hashable,
+    ) -> Tensor:
+        """Embeddings (P, D) of tokenised prompts (P, L), of which only unknown ones are encoded, each once.
+
+        Args:
+            input_ids: (P, L) tokens.
+            attention_mask: (P, L), 0 at padding, which does not count as content; None takes all tokens.
+            encode: Gives embeddings (p, D) for some rows of `input_ids` and `attention_mask`.
+            state: What else the embeddings depend on; with another state than before, everything is forgotten.
+        """
+        keys = _prompt_keys(input_ids, attention_mask)
+        known = self._recall(keys, state)
+        first_rows: dict[bytes, int] = {}
+        for row, key in enumerate(keys):
+            if key not in known:
+                first_rows.setdefault(key, row)
+        if first_rows:
+            rows = torch.tensor(list(first_rows.values()), device=input_ids.device)
+            encoded = encode(input_ids[rows], None if attention_mask is None else attention_mask[rows])
+            # Clones, so that one remembered row does not hold the memory of all rows of its pass.
+            new = {key: row.clone() for key, row in zip(first_rows, encoded, strict=True)}
+            self._remember(new, state)
+            known |= new
+        return torch.stack([known[key] for key in keys])
+
+    def _recall(self, keys: list[bytes], state: Hashable) -> dict[bytes, Tensor]:
+        with self._lock:
+            if state != self._state:
+                self._entries.clear()
+                self._state = state
+            known = {key: self._entries[key] for key in keys if key in self._entries}
+            for key in known:
+                self._entries.move_to_end(key)
+            return known
+
+    def _remember(self, new: dict[bytes, Tensor], state: Hashable) -> None:
+        with self._lock:
+            if state != self._state:  # another thread has changed the model meanwhile
+                return
+            self._entries.update(new)
+            while len(self._entries) > self.max_prompts:
+                self._entries.popitem(last=False)
+
+
+def _prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[bytes]:
+    """The tokens of each prompt without its padding."""
+    ids = input_ids.cpu().numpy()
+    if attention_mask is None:
+        return [row.tobytes() for row in ids]
+    mask = attention_mask.cpu().numpy().astype(bool)
+    return [row[seen].tobytes() for row, seen in zip(ids, mask, strict=True)]
+
+
+def count_classes(class_ids: Tensor, num_prompts: int, name: str = "class_ids") -> int:
+    """The number K of classes that (P,) class ids name.
+
+    Raises:
+        ValueError: the ids are not P numbers from 0 that leave none out.
+    """
+    if class_ids.shape != (num_prompts,):
+        raise ValueError(f"`{name}` must have shape ({num_prompts},), got {tuple(class_ids.shape)}.")
+    present = class_ids.unique().tolist()
+    missing = sorted(set(range(max(present) + 1)) - set(present))
+    if present[0] < 0 or missing:
+        raise ValueError(f"`{name}` must count from 0 and leave none out: smallest {present[0]}, missing {missing}.")
+    return len(present)
+
+
+def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str, num_classes: int | None = None) -> Tensor:
+    """Reduces the logits of several prompts of a class to one.
+
+    Args:
+        logits: (..., P + 1) logits of P prompts and of no-object.
+        class_ids: (P,) class of each prompt; every class 0..K-1 has at least one.
+        reduction: `mean` or `max`.
+        num_classes: K, if it is known and `class_ids` have been checked.
+
+    Returns:
+        (..., K + 1) logits of K classes and of no-object.
+
+    Raises:
+        ValueError: for another reduction, or if `class_ids` do not fit the logits or leave a class out.
+    """
+    if reduction not in ("mean", "max"):
+        raise ValueError(f"Logits are reduced by 'mean' or 'max', got {reduction!r}.")
+    if num_classes is None:
+        num_classes = count_classes(class_ids, logits.shape[-1] - 1)
+    prompts, no_object = logits[..., :-1], logits[..., -1:]
+    index = class_ids.to(logits.device).expand_as(prompts)
+    reduced = prompts.new_zeros(*prompts.shape[:-1], num_classes)
+    reduced = reduced.scatter_reduce(-1, index, prompts, "mean" if reduction == "mean" else "amax", include_self=False)
+    return torch.cat([reduced, no_object], dim=-1)
+
+
+def average_class_embeds(class_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """Averages (P, D) prompt embeddings of each class and normalises them: (K, D)."""
+    sums = class_embeds.new_zeros(count_classes(class_ids, len(class_embeds)), class_embeds.shape[-1])
+    return F.normalize(sums.index_add(0, class_ids.to(class_embeds.device), class_embeds), dim=-1)
+
+
+def average_templates(
+    prompt_embeds: Tensor, class_ids: Tensor | None, name_ids: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Averages the prompts of each name, one per template.
+
+    Args:
+        prompt_embeds: (P, D).
+        class_ids: (P,) class of each prompt, or None if each name is a class of its own.
+        name_ids: (P,) name of each prompt, 0..N-1.
+
+    Returns:
+        (N, D) normalised embeddings of the names, and the class of each (N,) or None.
+
+    Raises:
+        ValueError: ids that leave one out, or a name with prompts of several classes.
+    """
+    num_names = count_classes(name_ids, len(prompt_embeds), "name_ids")
+    embeds = average_class_embeds(prompt_embeds, name_ids)
+    if class_ids is None:
+        return embeds, None
+    classes = class_ids.new_zeros(num_names).scatter_(0, name_ids, class_ids)
+    if not torch.equal(classes[name_ids], class_ids):
+        raise ValueError("`name_ids` gives one name to prompts of several classes; number names class by class.")
+    return embeds, classes
+
+
+def encode_vocabulary(vocabulary: VocabularyLike, model: Any, processor: Any) -> GKCClassEmbeddings:
+    """Encodes words of any form with a `GKCForOpenVocabSegmentation` and its `GKCProcessor`."""
+    return model.get_class_embeddings(**processor(text=vocabulary, return_tensors="pt").to(_input_device(model)))
+
+
+def join_class_embeddings(first: GKCClassEmbeddings, second: GKCClassEmbeddings) -> GKCClassEmbeddings:
+    """The classes of the first vocabulary, then those of the second."""
+    offset = first.class_ids.max() + 1
+    return GKCClassEmbeddings(
+        class_embeds=torch.cat([first.class_embeds, second.class_embeds]),
+        class_ids=torch.cat([first.class_ids, second.class_ids + offset]),
+    )
+
+
+def save_class_embeddings(
+    path: str | Path, model: Any, embeddings: GKCClassEmbeddings, vocabulary: Vocabulary
+) -> None:
+    """Stores an encoded vocabulary as safetensors, its names, kinds and colours in the header.
+
+    Args:
+        path: File to write.
+        model: The `GKCForOpenVocabSegmentation` that encoded it, of which a probe is stored beside.
+        embeddings: What `model.get_class_embeddings` gave.
+        vocabulary: The words.
+    """
+    tensors = {"probe": _probe(model), "class_embeds": embeddings.class_embeds, "class_ids": embeddings.class_ids}
+    words = {"names": vocabulary.names, "is_thing": vocabulary.is_thing, "colors": vocabulary.colors}
+    metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(words, ensure_ascii=False)}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddings, Vocabulary]:
+    """Reads what `save_class_embeddings` wrote, onto the model's device.
+
+    Args:
+        path: The file.
+        model: The `GKCForOpenVocabSegmentation` that is to use it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else, or words encoded by another text tower than the model's.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(_input_device(model))) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no file of class embeddings: {error}") from error
+    if metadata.get("format") != FILE_FORMAT:
+        raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
+    probe = _probe(model)
+    same_width = tensors["probe"].shape == probe.shape
+    cosine = float(F.cosine_similarity(tensors["probe"].float(), probe.float(), dim=0)) if same_width else 0.0
+    if cosine < SAME_TOWER_COSINE:
+        raise ValueError(
+            f"{path} was written with another text tower than this model's: write it anew with `gkc embed --model`."
+        )
+    embeddings = GKCClassEmbeddings(class_embeds=tensors["class_embeds"], class_ids=tensors["class_ids"])
+    return embeddings, Vocabulary(**json.loads(metadata["vocabulary"]))
+
+
+def _probe(model: Any) -> Tensor:
+    """(D,) embedding of some fixed tokens, by which a text tower is known in any precision."""
+    config = model.config.text_config
+    length = min(8, config.max_position_embeddings)
+    tokens = [index % config.vocab_size for index in range(1, length)] + [config.eos_token_id]
+    return model.get_text_features(torch.tensor([tokens], device=_input_device(model)))[0]
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where the model takes its input: on the CPU if it is offloaded, for accelerate to move."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+__all__ = [
+    "GKCClassEmbeddings",
+    "TextEmbeddingCache",
+    "average_class_embeds",
+    "average_templates",
+    "count_classes",
+    "encode_vocabulary",
+    "join_class_embeddings",
+    "load_class_embeddings",
+    "reduce_prompt_logits",
+    "save_class_embeddings",
+]

@@ -1,0 +1,137 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Prompt templates: the sentences that names are put into before the text tower reads them."""
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Sequence
+
+TemplatesLike = str | Sequence[str]
+
+# "vild14" is the set that open-vocabulary segmentation took over from ViLD (Gu et al., 2022) and that ODISE, SAN and
+# FC-CLIP print their numbers with; there "a" stands before every name.
+PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "plain": ("{}",),
+    "photo": ("a photo of a {}.",),
+    "vild14": (
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "There is a {} in the scene",
+        "There is the {} in the scene",
+        "a photo of a {} in the scene",
+        "a photo of a small {}.",
+        "a photo of a medium {}.",
+        "a photo of a large {}.",
+        "This is a photo of a small {}.",
+        "This is a photo of a medium {}.",
+        "This is a photo of a large {}.",
+        "There is a small {} in the scene.",
+        "There is a medium {} in the scene.",
+        "There is a large {} in the scene.",
+    ),
+}
+
+_ARTICLE = re.compile(r"\b([Aa])n? \{\}")
+_LETTERS_SPELLED_WITH_A_VOWEL = set("aefhilmnorsx")
+_CONSONANT_SOUND = re.compile(
+    r"""
+    (?:one|ones|once|onesie|ouija)$
+    | (?:mr|mrs|ms|mt|st|uav|ufo|ups|us|usb)s?$
+    | eu | ewe
+    | unidirectional | uni(?![dmn])
+    | ubi | uk | ur[aeiou] | us[aeu] | ut[aeio] | uv
+    """,
+    re.VERBOSE,
+)
+_VOWEL_SOUND = re.compile(
+    r"""
+    heir | honest | honou?r | hour
+    | hors$
+    | (?:faq|fbi|hdmi|led|mri|nba|sos|suv|xbox|xray)s?$
+    """,
+    re.VERBOSE,
+)
+
+
+def resolve_templates(value: TemplatesLike) -> list[str]:
+    """
+    The templates that a setting means.
+
+    Args:
+        value: The name of a set in `PROMPT_TEMPLATES`, one template, or a sequence of templates; each has one `{}`
+            where the name goes.
+
+    Raises:
+        ValueError: there is no such set, there is no template, or one of them has not exactly one `{}`.
+    """
+    if isinstance(value, str):
+        value = [value] if "{}" in value else _named_set(value)
+    if not isinstance(value, Sequence) or not value:
+        raise ValueError(
+            "no prompt template was given: name a set "
+            f"({', '.join(PROMPT_TEMPLATES)}) or list templates; the plain name is the template '{{}}'."
+        )
+    for template in value:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(f"a prompt template needs exactly one '{{}}' for the name, got {template!r}.")
+    return list(value)
+
+
+def fill_template(template: str, name: str) -> str:
+    """
+    Put a name into a template.
+
+    "a" or "an" right before the `{}` becomes whichever the sound of the name asks for: "a photo of a {}." gives
+    "a photo of an umbrella." and "a photo of a unicorn.".
+    """
+    article = _ARTICLE.search(template)
+    if article:
+        sound = "n" if starts_with_vowel_sound(name) else ""
+        template = f"{template[: article.start()]}{article[1]}{sound} {{}}{template[article.end() :]}"
+    return template.replace("{}", name)
+
+
+def starts_with_vowel_sound(name: str) -> bool:
+    """
+    Whether English says "an" before a name.
+
+    The first letter decides, except where the sound is another: hour, honest and heir; university, European, one-way
+    and utensil; letters and abbreviations that are spelled out (X-ray, T-shirt, SUV, LCD); 8, 11 and 18. "Herb" is
+    taken as the British say it; other scripts count as consonants.
+    """
+    plain = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    start = re.search(r"[^\W\d_]+|\d+", plain.casefold())
+    if start is None:
+        return False
+    word = start[0]
+    if word.isdigit():
+        return word.startswith("8") or word in ("11", "18")
+    if _VOWEL_SOUND.match(word):
+        return True
+    if _CONSONANT_SOUND.match(word):
+        return False
+    spelled = len(word) == 1 or not set(word) & set("aeiouy")
+    return word[0] in (_LETTERS_SPELLED_WITH_A_VOWEL if spelled else "aeiou")
+
+
+def _named_set(name: str) -> tuple[str, ...]:
+    if name not in PROMPT_TEMPLATES:
+        close = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PROMPT_TEMPLATES)}."
+        raise ValueError(f"{name!r} is neither a set of prompt templates nor a template with '{{}}'; {hint}")
+    return PROMPT_TEMPLATES[name]
+
+
+__all__ = ["PROMPT_TEMPLATES", "TemplatesLike", "fill_template", "resolve_templates", "starts_with_vowel_sound"]

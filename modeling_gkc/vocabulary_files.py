@@ -1,0 +1,403 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Vocabularies in files: the packaged ones, and users' own as JSON, CSV or plain text.
+
+A packaged vocabulary is `vocabularies/NAME.json`, an object with
+
+* `name`, `description` (one line), `source` of the facts, `synonyms_source`;
+* `ids`: what the `id` of a class is, and `ignore_index`: what void pixels become when ids become class indices;
+* `classes`, in the order of the benchmark's training labels. A class has a `name`, its label, which no other class of
+  the file has; `synonyms`; `is_thing` (true, false, or null where the benchmark does not say); `color` as [red, green,
+  blue] or null; `id`, its value in the benchmark's annotation files; `official_name` where it differs from the label.
+  Official words that would stand for two classes are in `official_name`, not in `synonyms`;
+* where the benchmark has them: `novel_ids` of the classes that the method's zero-shot experiments hold out,
+  `background`, the vocabulary whose words stand for the background; per class `gkc_name` and `detectron2_name` (other
+  spellings in use), `supercategory`, `category`, `stuff35` (stuff in the first ADE20K split) and `labels59_txt_id`.
+
+Users' files are UTF-8 and say the same with less:
+
+* JSON: a list whose items are names, lists of synonyms or objects as above; an object {"name": ["synonym", ...]}; or
+  an object with `classes`, one of the two. A `color` may also be "#rrggbb"; `templates` are prompt templates.
+* CSV: a first line that names some of the columns name, synonyms, is_thing, color, templates, with commas, semicolons
+  or tabs between them. Several synonyms or templates of a cell are separated by `|`; is_thing is "thing" or "stuff",
+  "true" or "false", or empty; color is "#rrggbb" or empty.
+* Text: one class per line, its synonyms after commas; `#` at the start of a line or after a blank begins a comment.
+"""
+
+import csv
+import difflib
+import functools
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGED_NAMES = (
+    "ade20k_150",
+    "ade20k_847",
+    "cityscapes_19",
+    "coco_panoptic_133",
+    "coco_stuff_171",
+    "pascal_context_459",
+    "pascal_context_59",
+    "pascal_voc_20",
+    "pascal_voc_21",
+    "pascal_voc_background_39",
+    "vipseg_124",
+    "vspw_124",
+)
+VOCABULARY_SUFFIXES = (".json", ".csv", ".txt")
+PACKAGED_FOLDER = "vocabularies"
+
+_COLUMNS = ("name", "synonyms", "is_thing", "color", "templates")
+_FACTS = (
+    "id",
+    "official_name",
+    "gkc_name",
+    "detectron2_name",
+    "supercategory",
+    "category",
+    "stuff35",
+    "labels59_txt_id",
+)
+_HEAD = (
+    "name",
+    "description",
+    "source",
+    "synonyms_source",
+    "ids",
+    "ignore_index",
+    "novel_ids",
+    "background",
+    "classes",
+)
+_KINDS = {"": None, "thing": True, "true": True, "stuff": False, "false": False}
+_LISTS_OF_NAMES = {"categories", "class_names", "labels", "names", "vocabulary", "words"}
+
+
+@dataclass
+class VocabularyEntry:
+    """One class as it stands in a file, names unchecked, and the line it begins in."""
+
+    names: list[Any]
+    line: int
+    is_thing: Any = None
+    color: Any = None
+    templates: Any = None
+
+
+@dataclass
+class _Source:
+    """The text of a file, for messages that name file and line."""
+
+    name: str
+    text: str
+
+    def error(self, line: int, message: str) -> ValueError:
+        return ValueError(f"{self.name}, line {line}: {message}")
+
+    def line_at(self, position: int) -> int:
+        return self.text.count("\n", 0, position) + 1
+
+
+def is_file_name(text: str) -> bool:
+    """Whether typed words are meant as the path of a vocabulary file: they end as one and have no `;`."""
+    return ";" not in text and text.casefold().endswith(VOCABULARY_SUFFIXES)
+
+
+def read_vocabulary_file(path: str | Path) -> list[VocabularyEntry]:
+    """
+    Read the classes of a vocabulary file, see the module for its forms.
+
+    Args:
+        path: A .json, .csv or .txt file, UTF-8 with or without byte order mark.
+
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8, or does not have its form; the message names file and line.
+            Names are left for `Vocabulary` to check.
+    """
+    readers = {".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
+    suffix = Path(path).suffix.casefold()
+    if suffix not in readers:
+        raise ValueError(f"{path} is no vocabulary file: its name must end in .json, .csv or .txt.")
+    source = _Source(str(path), _decode(path))
+    entries = readers[suffix](source)
+    if not entries:
+        raise ValueError(f"{path} names no class.")
+    return entries
+
+
+def packaged_facts(name: str) -> dict[str, Any]:
+    """
+    All that is stored about a packaged vocabulary, see the module for its layout.
+
+    Raises:
+        ValueError: there is no such vocabulary, or this copy of the code came without them.
+    """
+    return json.loads(packaged_path(name).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def packaged_entries(name: str) -> tuple[VocabularyEntry, ...]:
+    """The classes of a packaged vocabulary, read once; raises as `packaged_facts`."""
+    return tuple(read_vocabulary_file(packaged_path(name)))
+
+
+def packaged_path(name: str) -> Path:
+    """
+    The file of a packaged vocabulary.
+
+    The Hub copies this module beside a checkpoint without its data; then the installed package has it.
+
+    Raises:
+        ValueError: there is no such vocabulary, or neither place has it.
+    """
+    if name not in PACKAGED_NAMES:
+        raise ValueError(f"there is no packaged vocabulary {name!r}; {_suggestion(_meant_names(name, 0.6))}")
+    for package in (Path(__file__).parent, _installed_package()):
+        path = package and package / PACKAGED_FOLDER / f"{name}.json"
+        if path and path.is_file():
+            return path
+    raise ValueError(
+        f"the vocabulary {name!r} comes with the package, not with a checkpoint's code: install GKC (pip install), or "
+        "give the words themselves."
+    )
+
+
+def refuse_misspelt_name(text: str) -> None:
+    """
+    Refuse a single label that is no packaged name but was surely meant as one, such as "ade20k_151" or "cityscapes".
+
+    Raises:
+        ValueError: with the name that was probably meant.
+    """
+    # Ordinary words are labels, however like a name; those with digits or underscores hardly ever are.
+    cutoff = 0.6 if re.search(r"_\d+$", text) else 0.75 if re.search(r"[\d_]", text) else 1.0
+    meant = _meant_names(text, cutoff)
+    if meant and not re.search("[;,]", text):
+        raise ValueError(
+            f"there is no packaged vocabulary {text!r}; {_suggestion(meant)} (If {text!r} is a label, give it in a "
+            f"list: [{text!r}].)"
+        )
+
+
+def _meant_names(text: str, cutoff: float) -> list[str]:
+    """Packaged names that differ from a text only by their number, else those that are as like it as `cutoff`."""
+    word = re.sub(r"[\s-]+", "_", text.strip().casefold())
+    families = [name for name in PACKAGED_NAMES if re.sub(r"_\d+$", "", name) == word]
+    return families or difflib.get_close_matches(word, PACKAGED_NAMES, n=2, cutoff=cutoff)
+
+
+def _suggestion(meant: list[str]) -> str:
+    if meant:
+        return f"did you mean {' or '.join(repr(name) for name in meant)}?"
+    return f"there are {', '.join(PACKAGED_NAMES)}."
+
+
+def _installed_package() -> Path | None:
+    spec = importlib.util.find_spec("modeling_gkc")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def _decode(path: str | Path) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"the vocabulary file {path} cannot be read: {error.strerror}.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file with the encoding UTF-8."
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 text, it has zero bytes; save the file with the encoding UTF-8.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_text(source: _Source) -> list[VocabularyEntry]:
+    entries = []
+    for number, line in enumerate(source.text.split("\n"), start=1):
+        words = re.sub(r"(^|\s)#.*", "", line).strip()
+        if ";" in words:
+            raise source.error(number, "a ';' separates classes in typed words; in a file each has a line of its own.")
+        if words:
+            entries.append(VocabularyEntry(words.split(","), number))
+    return entries
+
+
+def _read_csv(source: _Source) -> list[VocabularyEntry]:
+    header = source.text.partition("\n")[0]
+    delimiter = next((mark for mark in ",;\t" if mark in header), ",")
+    rows = csv.reader(io.StringIO(source.text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    entries, columns, line = [], None, 1
+    try:
+        for row in rows:
+            if columns is None:
+                columns = _csv_columns(row, source)
+            elif any(cell.strip() for cell in row):
+                entries.append(_csv_entry(row, columns, line, source))
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise source.error(line, f"this is no CSV: {error}.") from error
+    return entries
+
+
+def _csv_columns(row: list[str], source: _Source) -> list[str]:
+    columns = [cell.strip().casefold() for cell in row]
+    if "name" not in columns or not set(columns) <= set(_COLUMNS) or len(set(columns)) < len(columns):
+        raise source.error(1, f"the columns must be named, name and some of {', '.join(_COLUMNS[1:])}; got {columns}.")
+    return columns
+
+
+def _csv_entry(row: list[str], columns: list[str], line: int, source: _Source) -> VocabularyEntry:
+    if len(row) > len(columns):
+        raise source.error(line, f"{len(row)} cells for {len(columns)} columns; put a name with a comma in quotes.")
+    cells = dict.fromkeys(_COLUMNS, "") | {column: cell.strip() for column, cell in zip(columns, row, strict=False)}
+    if ";" in cells["synonyms"]:
+        raise source.error(line, f"several synonyms are separated by '|', not by ';': {cells['synonyms']!r}.")
+    kind = cells["is_thing"].casefold()
+    if kind not in _KINDS:
+        raise source.error(line, f"is_thing must be thing, stuff or empty, got {cells['is_thing']!r}.")
+    synonyms = cells["synonyms"].split("|") if cells["synonyms"] else []
+    color = _hex_color(cells["color"], line, source) if cells["color"] else None
+    templates = cells["templates"].split("|") if "|" in cells["templates"] else cells["templates"] or None
+    return VocabularyEntry([cells["name"], *synonyms], line, _KINDS[kind], color, templates)
+
+
+def _hex_color(text: str, line: int, source: _Source) -> tuple[int, ...]:
+    if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):
+        raise source.error(line, f"a color must be written as #rrggbb, got {text!r}.")
+    return tuple(bytes.fromhex(text[1:]))
+
+
+class _Pairs(list):
+    """Keys and values of a JSON object, repeated keys too."""
+
+
+def _read_json(source: _Source) -> list[VocabularyEntry]:
+    try:
+        json.loads(source.text)
+    except json.JSONDecodeError as error:
+        raise source.error(error.lineno, f"this is no JSON: {error.msg} (column {error.colno}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{source.name} is nested too deeply.") from error
+    start = len(source.text) - len(source.text.lstrip())
+    if source.text[start] == "{":
+        start = _classes_position(start, source)
+    if source.text[start] not in "[{":
+        raise source.error(source.line_at(start), "classes must be a list, or an object of names and synonyms.")
+    items = list(_json_items(start, source))
+    if len(items) == 1 and items[0].key in _LISTS_OF_NAMES:
+        raise source.error(items[0].line, f"call the list of names 'classes', not {items[0].key!r}.")
+    return [_json_entry(item, source) for item in items]
+
+
+@dataclass
+class _JsonItem:
+    """An item of a JSON list, or of an object with its key; the line it begins in, and where its value does."""
+
+    key: str | None
+    value: Any
+    line: int
+    position: int
+
+
+def _json_items(start: int, source: _Source) -> Iterator[_JsonItem]:
+    """Items of the list or object that opens at `start` in valid JSON."""
+    text, has_keys = source.text, source.text[start] == "{"
+    decode = json.JSONDecoder(object_pairs_hook=_Pairs).raw_decode
+    position = _skip(r"[\[{]", text, start)
+    while text[position] not in "]}":
+        key, line = None, source.line_at(position)
+        if has_keys:
+            key, position = decode(text, position)
+            position = _skip(r"\s*:", text, position)
+        value, end = decode(text, position)
+        yield _JsonItem(key, value, line, position)
+        position = _skip(r"\s*,?", text, end)
+
+
+def _skip(pattern: str, text: str, position: int) -> int:
+    return re.compile(pattern + r"\s*").match(text, position).end()
+
+
+def _classes_position(start: int, source: _Source) -> int:
+    """Where the value of `classes` begins in the object that opens at `start`; `start` if there is none."""
+    items = list(_json_items(start, source))
+    found = [item.position for item in items if item.key == "classes"]
+    if not found:
+        return start
+    for index, item in enumerate(items):
+        _refuse_key(item.key, _HEAD, [earlier.key for earlier in items[:index]], item.line, source)
+    return found[0]
+
+
+def _json_entry(item: _JsonItem, source: _Source) -> VocabularyEntry:
+    value, line = item.value, item.line
+    if isinstance(value, _Pairs) and item.key is None:
+        return _json_class(value, line, source)
+    if item.key is not None:
+        return VocabularyEntry([item.key, *_synonyms(item.key, value, line, source)], line)
+    return VocabularyEntry(value if isinstance(value, list) else [value], line)
+
+
+def _json_class(pairs: _Pairs, line: int, source: _Source) -> VocabularyEntry:
+    keys = [key for key, _ in pairs]
+    for index, key in enumerate(keys):
+        _refuse_key(key, _COLUMNS + _FACTS, keys[:index], line, source)
+    fields = dict(pairs)
+    if "name" not in fields:
+        raise source.error(line, "this class has no 'name'.")
+    synonyms, color = fields.get("synonyms"), fields.get("color")
+    return VocabularyEntry(
+        [fields["name"], *([] if synonyms is None else _synonyms(fields["name"], synonyms, line, source))],
+        line,
+        fields.get("is_thing"),
+        _hex_color(color, line, source) if isinstance(color, str) else color,
+        fields.get("templates"),
+    )
+
+
+def _synonyms(name: Any, value: Any, line: int, source: _Source) -> list[Any]:
+    if not isinstance(value, list) or isinstance(value, _Pairs):
+        raise source.error(line, f"the synonyms of {name!r} must be a list of names.")
+    return value
+
+
+def _refuse_key(key: str, known: tuple[str, ...], earlier: list[str], line: int, source: _Source) -> None:
+    if key in earlier:
+        raise source.error(line, f"the key {key!r} is given twice.")
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+        raise source.error(line, f"the key {key!r} is unknown; {hint}")
+
+
+__all__ = [
+    "PACKAGED_NAMES",
+    "VocabularyEntry",
+    "is_file_name",
+    "packaged_entries",
+    "packaged_facts",
+    "packaged_path",
+    "read_vocabulary_file",
+    "refuse_misspelt_name",
+]

@@ -1,0 +1,264 @@
+"""Text embeddings: cached by content, averaged over templates, stored in files."""
+
+import copy
+import gc
+import pickle
+import threading
+
+import pytest
+import torch
+
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
+from modeling_gkc.class_embeddings import (
+    TextEmbeddingCache,
+    average_templates,
+    load_class_embeddings,
+    save_class_embeddings,
+)
+
+from .conftest import small_config, word_tokenizer
+
+NUMBERED = [f"word{index}" for index in range(847)]
+
+
+@pytest.fixture
+def model():
+    return GKCForOpenVocabSegmentation(small_config()).eval()
+
+
+@pytest.fixture
+def processor():
+    return GKCProcessor(GKCImageProcessor(size={"height": 64, "width": 64}), word_tokenizer())
+
+
+@pytest.fixture
+def encoded(model, monkeypatch):
+    """Numbers of prompts that the text tower was asked to encode, call by call."""
+    calls = []
+    original = type(model)._encode_prompts
+
+    def counted(self, input_ids, attention_mask):
+        calls.append(len(input_ids))
+        return original(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(type(model), "_encode_prompts", counted)
+    return calls
+
+
+def large_vocabulary() -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+    config = small_config()
+    config.text_config.vocab_size = 1000
+    processor = GKCProcessor(GKCImageProcessor(), word_tokenizer(" ".join([*NUMBERED, "other"])))
+    return GKCForOpenVocabSegmentation(config).eval(), processor
+
+
+class TestCache:
+    def test_changing_one_word_of_847_encodes_one_word(self, monkeypatch):
+        model, processor = large_vocabulary()
+        calls = []
+        original = type(model)._encode_prompts
+        monkeypatch.setattr(
+            type(model), "_encode_prompts", lambda self, ids, mask: calls.append(len(ids)) or original(self, ids, mask)
+        )
+        first = model.get_class_embeddings(**processor(text=NUMBERED)).class_embeds
+        changed = [*NUMBERED[:400], "other", *NUMBERED[401:]]
+        second = model.get_class_embeddings(**processor(text=changed)).class_embeds
+        assert calls == [847, 1]
+        assert [index for index in range(847) if not torch.equal(first[index], second[index])] == [400]
+        model.get_class_embeddings(**processor(text=changed[::-1]))
+        assert calls == [847, 1]
+
+    def test_equals_encoding_afresh_in_any_order_and_company(self, model, processor, within):
+        model.get_text_features(**tokens(processor, "red; blue disc"))
+        mixed = model.get_text_features(**tokens(processor, "blue disc; lawn grass star; red"))
+        afresh = model._encode_prompts(**tokens(processor, "blue disc; lawn grass star; red"))
+        within("cached text embeddings against fresh ones, max abs", (mixed - afresh).abs().max(), 1e-6)
+
+    def test_padding_is_no_content(self, model, processor, encoded):
+        model.get_text_features(**tokens(processor, "red"))
+        model.get_text_features(**tokens(processor, "lawn grass star sky; red"))
+        assert encoded == [1, 1]
+
+    def test_a_repeated_prompt_is_encoded_once(self, model, processor, encoded):
+        ids = tokens(processor, "red")["input_ids"].repeat(5, 1)
+        features = model.get_text_features(ids)
+        assert encoded == [1]
+        assert features.unique(dim=0).shape[0] == 1
+
+    def test_forward_and_set_vocabulary_use_it(self, model, processor, encoded):
+        words = tokens(processor, "red; lawn, grass", class_ids=True)
+        pixel_values = torch.zeros(1, 3, 64, 64)
+        with torch.no_grad():
+            first = model(pixel_values, **words).class_queries_logits
+            again = model(pixel_values, **words).class_queries_logits
+        model.set_vocabulary("grass; red", processor)
+        assert encoded == [3]
+        assert torch.equal(first, again)
+
+    def test_other_weights_types_and_autocast_are_other_embeddings(self, model, processor, encoded):
+        words = tokens(processor, "red; blue")
+        before = model.get_text_features(**words)
+        with torch.no_grad():
+            model.text_model.text_projection.weight.mul_(-1)
+        torch.testing.assert_close(model.get_text_features(**words), -before)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.get_text_features(**words)
+        assert model.to(torch.bfloat16).get_text_features(**words).dtype == torch.bfloat16
+        assert model.float().get_text_features(**words).dtype == torch.float32
+        assert encoded == [2] * 5
+
+    def test_embeddings_of_inference_mode_serve_training(self, model, processor):
+        words = tokens(processor, "red; blue", class_ids=True)
+        with torch.inference_mode():
+            model.get_class_embeddings(**words)
+        model.train()(torch.rand(1, 3, 64, 64), **words).class_queries_logits.sum().backward()
+        assert model.no_object_embedding.grad is not None
+
+    def test_it_is_bounded_and_forgets_the_least_recently_used(self):
+        cache = TextEmbeddingCache(max_prompts=3)
+        calls = []
+
+        def encode(ids, mask):
+            calls.append(ids[:, 0].tolist())
+            return ids.float()
+
+        for asked in ([1, 2, 3], [1], [4], [2], [1]):
+            rows = torch.tensor(asked)[:, None]
+            assert torch.equal(cache.embed(rows, None, encode, state=0), rows.float())
+            assert len(cache) <= 3
+        assert calls == [[1, 2, 3], [4], [2]]
+        many = torch.arange(10)[:, None]
+        assert torch.equal(cache.embed(many, None, encode, state=0), many.float())
+        assert len(cache) == 3
+        cache.clear()
+        assert len(cache) == 0
+
+    def test_one_kept_row_does_not_keep_the_others_in_memory(self, model, processor):
+        features = model.get_text_features(**tokens(processor, "red; blue; disc"))
+        (entry, *_) = model.text_cache._entries.values()
+        assert entry.untyped_storage().nbytes() == entry.numel() * entry.element_size()
+        assert entry.untyped_storage().data_ptr() != features.untyped_storage().data_ptr()
+
+    def test_many_threads_get_what_one_gets(self, model):
+        cache = TextEmbeddingCache(max_prompts=50)
+        wrong = []
+
+        def ask(seed):
+            generator = torch.Generator().manual_seed(seed)
+            for step in range(150):
+                ids = torch.randint(0, 120, (20, 1), generator=generator)
+                state = step // 50
+                embeds = cache.embed(ids, None, lambda ids, mask, state=state: ids.float() + 1000 * state, state)
+                if not torch.equal(embeds, ids.float() + 1000 * state):
+                    wrong.append((seed, step))
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert len(cache) <= 50
+
+    def test_a_text_tower_on_disk_encodes_the_same(self, model, processor, tmp_path):
+        model.save_pretrained(tmp_path)
+        offloaded = GKCForOpenVocabSegmentation.from_pretrained(
+            tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+        )
+        assert offloaded.device.type == "meta"
+        for twin in (model, offloaded):
+            twin.set_vocabulary("red; lawn, grass", processor)
+        assert torch.equal(offloaded.vocabulary_embeds, model.vocabulary_embeds)
+
+    def test_copies_and_pickles_start_empty(self, model, processor):
+        model.get_text_features(**tokens(processor, "red; blue"))
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert len(twin.text_cache) == 0
+            assert twin.text_cache.max_prompts == model.text_cache.max_prompts
+            assert twin.text_cache is not model.text_cache
+        gc.collect()
+        assert len(model.text_cache) == 2
+
+
+class TestTemplates:
+    def test_templates_are_averaged_and_names_stay_apart(self, model, processor):
+        ids = tokens(processor, "red disc; blue disc; lawn square; grass square; sky")["input_ids"]
+        name_ids, class_ids = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 1])
+        embeddings = model.get_class_embeddings(ids, class_ids=class_ids, name_ids=name_ids)
+        rows = model.get_text_features(ids)
+        expected = [rows[:2].mean(0), rows[2:4].mean(0), rows[4]]
+        torch.testing.assert_close(
+            embeddings.class_embeds, torch.stack([row / row.norm() for row in expected]), rtol=0, atol=1e-6
+        )
+        assert embeddings.class_ids.tolist() == [0, 1, 1]
+
+    def test_forward_averages_the_same(self, model, processor):
+        words = tokens(processor, "red disc; blue disc; lawn square; grass square; sky")
+        words |= {"class_ids": torch.tensor([0, 0, 1, 1, 1]), "name_ids": torch.tensor([0, 0, 1, 1, 2])}
+        pixel_values = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            at_once = model(pixel_values, **words).class_queries_logits
+            cached = model(pixel_values, **model.get_class_embeddings(**words)).class_queries_logits
+        assert torch.equal(at_once, cached)
+        assert at_once.shape[-1] == 3
+
+    def test_names_that_are_classes_of_their_own(self):
+        embeds, classes = average_templates(torch.eye(4), None, torch.tensor([0, 0, 1, 1]))
+        assert classes is None
+        assert embeds.shape == (2, 4)
+
+    @pytest.mark.parametrize(
+        ("name_ids", "class_ids", "message"),
+        [
+            ([0, 0, 2], [0, 0, 1], "`name_ids` must count from 0 and leave none out: smallest 0, missing \\[1\\]"),
+            ([0, 0, 1], [0, 1, 1], "one name to prompts of several classes"),
+            ([0, 1], [0, 1, 1], "`name_ids` must have shape"),
+        ],
+    )
+    def test_ids_that_do_not_fit_are_refused(self, name_ids, class_ids, message):
+        with pytest.raises(ValueError, match=message):
+            average_templates(torch.eye(3), torch.tensor(class_ids), torch.tensor(name_ids))
+
+    def test_name_ids_without_tokens_are_refused(self, model):
+        with pytest.raises(ValueError, match="`name_ids` need `input_ids`"):
+            model(torch.zeros(1, 3, 64, 64), class_embeds=torch.eye(2, 16), name_ids=torch.tensor([0, 1]))
+
+
+class TestFiles:
+    VOCABULARY = Vocabulary([["red"], ["lawn", "grass"]], is_thing=[True, None], colors=[(1, 2, 3), (4, 5, 6)])
+
+    def test_what_is_stored_comes_back(self, model, processor, tmp_path):
+        embeddings = model.get_class_embeddings(**processor(text=self.VOCABULARY))
+        save_class_embeddings(tmp_path / "words.safetensors", model, embeddings, self.VOCABULARY)
+        read, vocabulary = load_class_embeddings(tmp_path / "words.safetensors", model)
+        assert torch.equal(read.class_embeds, embeddings.class_embeds)
+        assert torch.equal(read.class_ids, embeddings.class_ids)
+        assert vocabulary.names == self.VOCABULARY.names
+        assert vocabulary.is_thing == self.VOCABULARY.is_thing
+        assert vocabulary.palette == self.VOCABULARY.palette
+
+    def test_precision_does_not_matter_but_another_tower_does(self, model, processor, tmp_path):
+        path = tmp_path / "words.safetensors"
+        save_class_embeddings(
+            path, model, model.get_class_embeddings(**processor(text="red; blue")), Vocabulary.parse("red; blue")
+        )
+        load_class_embeddings(path, copy.deepcopy(model).to(torch.bfloat16))
+        torch.manual_seed(1)
+        with pytest.raises(ValueError, match=r"words\.safetensors was written with another text tower"):
+            load_class_embeddings(path, GKCForOpenVocabSegmentation(small_config()))
+
+    def test_other_files_are_refused(self, model, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            load_class_embeddings(tmp_path / "none.safetensors", model)
+        (tmp_path / "text").write_text("no safetensors")
+        with pytest.raises(ValueError, match="text is no file of class embeddings"):
+            load_class_embeddings(tmp_path / "text", model)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="write one with `gkc embed`"):
+            load_class_embeddings(tmp_path / "model.safetensors", model)
+
+
+def tokens(processor, text, class_ids=False):
+    keys = ("input_ids", "attention_mask", *(["class_ids"] if class_ids else []))
+    encoded = processor(text=text)
+    return {key: encoded[key] for key in keys}
