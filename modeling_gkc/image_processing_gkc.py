@@ -16,11 +16,12 @@
 import io
 import os
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -29,7 +30,6 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     PILImageResampling,
-    load_image,
 )
 
 # From its module: the top level of transformers 5.17 hides it where torchvision is missing.
@@ -37,11 +37,15 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_gkc import GKCConfig
 from .post_processing import PostProcessingMixin
+from .remote_code import CodeSavingMixin
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_URL_SCHEMES = ("http://", "https://", "data:")
+URL_TIMEOUT_S = 30
+_VALUES_AT_ONCE = 2**20
 _SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"}, {"height", "width"})
 
 
@@ -62,16 +66,17 @@ class GKCImagesKwargs(TypedDict, total=False):
     return_tensors: Any
 
 
-class GKCImageProcessor(PostProcessingMixin, PilBackend):
+class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
     """
     Turns images into the model's input, and the model's output into segmentations.
 
-    An image is a path, URL, bytes of a file, PIL image, array or tensor; several are a list, or an array with a batch
-    axis. It is shown as its EXIF orientation says; grey, palette, CMYK and other kinds become RGB, transparency is
-    laid on white, and 16-bit values are scaled to 8 bits. Arrays and tensors have 1, 3, 4 channels or no channel axis;
-    booleans, 8-bit integers (also wider types with values 0..255), 16-bit unsigned integers 0..65535 and floats 0..1.
-    The channel axis is found by its length; where both ends fit, arrays are read channels last and tensors channels
-    first, unless `input_data_format` ("channels_first" or "channels_last") says otherwise.
+    An image is a path, URL (http, https or data), bytes of a file, PIL image, array or tensor; several are a list, or
+    an array with a batch axis. It is shown as its EXIF orientation says; of an animation the first frame is taken;
+    grey, palette, CMYK and other kinds become RGB, transparency is laid on white, 16-bit values are scaled to 8 bits,
+    floats are 0..1. Arrays and tensors have 1, 3 (RGB), 4 (RGBA) channels or no channel axis; booleans, 8-bit integers
+    (also wider types with values 0..255), 16-bit unsigned integers 0..65535 and floats 0..1. The channel axis is found
+    by its length; where both ends fit, arrays are read channels last and tensors channels first, unless
+    `input_data_format` ("channels_first" or "channels_last") says otherwise.
 
     Args:
         do_resize: Resize to `size`.
@@ -151,7 +156,10 @@ class GKCImageProcessor(PostProcessingMixin, PilBackend):
 
 
 def read_image(
-    image: ImageLike, input_data_format: str | ChannelDimension | None = None, name: str = "image"
+    image: ImageLike,
+    input_data_format: str | ChannelDimension | None = None,
+    name: str = "image",
+    timeout: float = URL_TIMEOUT_S,
 ) -> Image.Image:
     """
     Any image as an upright 8-bit RGB picture; the kinds are those of `GKCImageProcessor`.
@@ -160,17 +168,18 @@ def read_image(
         image: Path, URL, bytes of a file, PIL image, array or tensor.
         input_data_format: "channels_first" or "channels_last" of an array or tensor; None finds it out.
         name: What to call the image in errors, if it has no file name.
+        timeout: Seconds to wait for a URL.
 
     Raises:
         ValueError: the image cannot be read, is empty, or has values outside its range; the file or `name` is named.
         FileNotFoundError: the path does not exist.
     """
     if isinstance(image, str | os.PathLike):
-        name = str(image)
+        name = str(image) if len(str(image)) < 500 else f"{str(image)[:60]}..."
     elif getattr(image, "filename", None):
         name = f"{image.filename}"
     try:
-        return _to_rgb(_decode(image, input_data_format))
+        return _decode(image, input_data_format, timeout)
     except FileNotFoundError:
         raise
     except TypeError as error:
@@ -226,21 +235,32 @@ def _batch(data: dict[str, torch.Tensor], return_tensors: str | None) -> BatchFe
     raise ValueError(f"`return_tensors` must be 'pt' (also the default) or 'np', got {return_tensors!r}.")
 
 
-def _decode(image: ImageLike, input_data_format: str | ChannelDimension | None) -> Image.Image:
+def _decode(image: ImageLike, input_data_format: str | ChannelDimension | None, timeout: float) -> Image.Image:
     if isinstance(image, np.ndarray | torch.Tensor):
-        return _from_array(image, input_data_format)
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
-        return load_image(image)
-    if isinstance(image, str | os.PathLike):
-        with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened)
-    if isinstance(image, bytes):
-        with Image.open(io.BytesIO(image)) as opened:
-            return ImageOps.exif_transpose(opened)
+        return _to_rgb(_from_array(image, input_data_format))
     if isinstance(image, Image.Image):
         _refuse_empty(image.size[::-1])
-        return ImageOps.exif_transpose(image)
+        return _to_rgb(_upright(image))
+    if isinstance(image, str | os.PathLike | bytes):
+        with _file_of(image, timeout) as file, Image.open(file) as opened:
+            return _to_rgb(_upright(opened))
     raise TypeError(f"an image is a path, URL, bytes, PIL image, array or tensor, not {type(image).__name__}.")
+
+
+def _file_of(image: str | os.PathLike | bytes, timeout: float) -> BinaryIO:
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if isinstance(image, str) and image.startswith(_URL_SCHEMES):
+        # Some servers refuse a client without a name.
+        with urlopen(Request(image, headers={"User-Agent": "gkc"}), timeout=timeout) as response:
+            return io.BytesIO(response.read())
+    # Opened here: Pillow maps files it opens by name into memory, which garbles a TIFF that is stored on its side.
+    return open(image, "rb")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    is_stored_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image if is_stored_upright else ImageOps.exif_transpose(image)
 
 
 def _from_array(image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None) -> Image.Image:
@@ -294,7 +314,12 @@ def _rescale(values: np.ndarray, limit: int) -> np.ndarray:
             f"values of type {values.dtype} must lie in 0..{limit}, got {lowest}..{highest}; use 8-bit integers "
             "0..255 or floats 0..1."
         )
-    return np.rint(values * (255 / limit)).astype(np.uint8)
+    scale = np.float32(255 / limit)
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    step = max(1, _VALUES_AT_ONCE // values[0].size)
+    for start in range(0, len(values), step):  # a large image in wider numbers would be many times its own size
+        np.rint(values[start : start + step] * scale, out=scaled[start : start + step], casting="unsafe")
+    return scaled
 
 
 def _refuse_empty(size: tuple[int, ...]) -> None:
@@ -304,7 +329,11 @@ def _refuse_empty(size: tuple[int, ...]) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
-        image = Image.fromarray(_rescale(np.asarray(image), 65535))
+        values = np.asarray(image)
+        grey = _rescale(values, 65535)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        image = Image.fromarray(grey)
     elif image.mode == "F":
         image = Image.fromarray(_rescale(np.asarray(image), 1))
     elif image.mode in _ALPHA_MODES or "transparency" in image.info:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Logits to results: semantic, instance and panoptic segmentation at any size, and COCO run-length encoding.
+Logits to results: semantic, instance and panoptic segmentation at any size.
 
 Letters: B images, Q queries, K classes (class K of the logits is "no object"), h x w the grid of the mask logits,
 H x W the target pixels, N segments. All sizes are (height, width).
@@ -20,118 +20,64 @@ H x W the target pixels, N segments. All sizes are (height, width).
 Masks are resampled once, straight from the grid to the target pixels of the true image content, before the sigmoid.
 The work goes in row tiles, so that memory is bounded by the result and never reaches Q x H x W or K x H x W.
 
-Void pixels: in a semantic map `void_label(K)`, which is 255, or 65535 where 255 is a class; in instance and panoptic
-maps 0, since segment ids count from 1.
+"None of these": pixels become void whose shown score is below `void_threshold`, and those which a class of
+`void_label_ids` wins. Such classes compete for pixels as all others do, but are never shown. The shown score of a
+pixel is its class score in a semantic map, and class score times mask probability at the pixel elsewhere. Void pixels
+have the value `void_id`, which is never a class or a segment: by default `void_label(K)` in a semantic map (255, or
+65535 where 255 is a class), 0 in a panoptic and -1 in an instance map; segment ids count from 1.
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_gkc import BACKBONE_STRIDES
+from .mask_resampling import MaskResampler, Size, resize_masks, rows_per_tile
+from .run_length import decode_rle, encode_rle
 
-MASK_STRIDE = BACKBONE_STRIDES[0]
-TILE_BYTES = 32 * 2**20
-VOID_SEGMENT = 0
-
-Size = tuple[int, int]
+MASKS_PER_PASS = 8
+VOID_LABELS = (255, 65535, 2**31 - 1)
+PANOPTIC_VOID = 0
+INSTANCE_VOID = -1
 
 
 def void_label(num_classes: int) -> int:
-    """Value of a void pixel in a semantic map: 255, or 65535 when 255 is one of the classes."""
-    return 255 if num_classes <= 255 else 65535
+    """Value of a void pixel in a semantic map: 255, or where that is a class 65535, or where that is one 2^31 - 1."""
+    return next(value for value in VOID_LABELS if value >= num_classes)
 
 
-class MaskResampler:
-    """
-    Bilinear resampling of mask logits to the pixels of an image, any rows at a time.
-
-    The two axes are resampled apart, the columns of the few grid rows that a tile needs and then, by a matrix with two
-    weights per row, the rows. For content that fills the whole input the result is that of
-    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, for less work.
-
-    Args:
-        mask_logits: (Q, h, w); cell (i, j) covers the input pixels 4 i .. 4 i + 3, 4 j .. 4 j + 3.
-        content_size: Pixels of the input that show the image, from the top left; None means all of them.
-        target_size: Pixels H, W to resample the content to; None keeps the grid and only cuts the padding off.
-
-    Raises:
-        ValueError: the content is empty or larger than the grid, or the target is empty.
-    """
-
-    def __init__(self, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None):
-        grid = tuple(mask_logits.shape[-2:])
-        content = tuple(MASK_STRIDE * side for side in grid) if content_size is None else content_size
-        cut = tuple(math.ceil(side / MASK_STRIDE) for side in content)
-        if not all(0 < side <= limit for side, limit in zip(cut, grid, strict=True)):
-            raise ValueError(f"content of {content} pixels does not fit masks of {grid} cells of 4 x 4 pixels.")
-        if target_size is not None and min(target_size) < 1:
-            raise ValueError(f"target sizes (height, width) must be at least 1 x 1, got {target_size}.")
-        self.mask_logits = mask_logits[:, : cut[0], : cut[1]]
-        self.size = cut if target_size is None else target_size
-        self._keeps_grid = target_size is None
-        self._width_in_cells = content[1] / MASK_STRIDE
-        if not self._keeps_grid:
-            weights = _interpolation_matrix(content[0] / MASK_STRIDE, cut[0], self.size[0])
-            self._row_weights = weights.to(mask_logits.device)
-            self._nearest_row = weights.argmax(dim=1).tolist()
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Mask logits (Q, stop - start, W) of the target's rows `start` .. `stop - 1`, in fp32."""
-        if self._keeps_grid:
-            return self.mask_logits[:, start:stop].float()
-        first = max(self._nearest_row[start] - 1, 0)
-        last = self._nearest_row[stop - 1] + 2
-        band = self._resample_columns(self.mask_logits[:, first:last].float())
-        return self._row_weights[start:stop, first:last] @ band
-
-    def _resample_columns(self, band: Tensor) -> Tensor:
-        extent, cells, width = self._width_in_cells, band.shape[-1], self.size[1]
-        if extent == cells:
-            return F.interpolate(band, size=width, mode="linear")
-        if width == cells:  # interpolate would return its input, whatever the scale
-            return band @ _interpolation_matrix(extent, cells, width).to(band.device).T
-        # The content ends inside the last cell: its scale, not that of whole cells, decides where pixels lie.
-        resampled = F.interpolate(band, scale_factor=width / extent, mode="linear", recompute_scale_factor=False)
-        return resampled[..., :width]
-
-    def tiles(self, planes: int) -> Iterator[tuple[slice, Tensor]]:
-        """
-        Walk over all rows in order.
-
-        Args:
-            planes: fp32 numbers per pixel that the caller holds at once; sets the height of the tiles to 32 MiB.
-
-        Yields:
-            The rows of the target and their mask logits (Q, rows, W).
-        """
-        height, width = self.size
-        step = max(1, TILE_BYTES // (4 * width * planes))
-        for start in range(0, height, step):
-            stop = min(start + step, height)
-            yield slice(start, stop), self.rows(start, stop)
+def _void_classes(void_label_ids: Collection[int], num_classes: int) -> Tensor:
+    """Which classes (K,) become void."""
+    ids = sorted({int(label) for label in void_label_ids})
+    if ids and not 0 <= ids[0] <= ids[-1] < num_classes:
+        raise ValueError(f"`void_label_ids` must be classes in 0..{num_classes - 1}, got {ids}.")
+    is_void = torch.zeros(num_classes, dtype=torch.bool)
+    is_void[ids] = True
+    return is_void
 
 
-def _interpolation_matrix(extent: float, source: int, target: int) -> Tensor:
-    """Weights (target, source) that spread the first `extent` of `source` cells over `target` pixels, half-centred."""
-    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * (extent / target) - 0.5
-    distance = (centre.clamp(0, source - 1)[:, None] - torch.arange(source)).abs()
-    return (1 - distance).clamp(min=0).float()
+def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
+    """The checked value of void pixels, given which classes (K,) are never shown."""
+    shown = (~is_void).nonzero().flatten().tolist()
+    if void_id is None:
+        return void_label(shown[-1] + 1 if shown else 0)
+    if void_id in shown:
+        raise ValueError(
+            f"`void_id` {void_id} is a class: choose a number that is none, such as {void_label(len(is_void))}."
+        )
+    return void_id
 
 
-def resize_masks(mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None) -> Tensor:
-    """
-    Mask logits (Q, H, W) at full size, in fp32; arguments and errors as for `MaskResampler`.
-
-    The result holds Q x H x W numbers, which the segmentation functions below avoid.
-    """
-    resampler = MaskResampler(mask_logits, content_size, target_size)
-    return resampler.rows(0, resampler.size[0])
+def _segment_void_id(void_id: int, most_segments: int) -> int:
+    """The checked value of void pixels in a map of at most so many segments, in int32."""
+    if not (-(2**31) <= void_id < 1 or most_segments < void_id < 2**31):
+        raise ValueError(
+            f"`void_id` {void_id} may be the id of a segment, which count from 1 to at most {most_segments}: choose "
+            "0, a negative number or a larger one, of 32 bits."
+        )
+    return void_id
 
 
 def semantic_scores(
@@ -164,6 +110,8 @@ def semantic_segmentation(
     content_size: Size | None = None,
     target_size: Size | None = None,
     void_threshold: float | None = None,
+    void_label_ids: Collection[int] = (),
+    void_id: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
     Best class of every pixel by `semantic_scores`, of which only one row tile exists at a time.
@@ -173,19 +121,66 @@ def semantic_segmentation(
         mask_logits: (Q, h, w).
         content_size: As for `MaskResampler`.
         target_size: As for `MaskResampler`.
-        void_threshold: Pixels whose best score is below become void; None keeps all.
+        void_threshold: Pixels whose best score, between 0 and Q, is below become void; None keeps all.
+        void_label_ids: Classes whose pixels become void.
+        void_id: Value of void pixels, no class that is shown; None means `void_label` of the classes that are shown.
 
     Returns:
-        Class map (H, W) int64 with void as `void_label(K)`, and the best scores (H, W) fp32.
+        Class map (H, W) int64, and the best scores (H, W) fp32, at void pixels too.
+
+    Raises:
+        ValueError: `void_label_ids` holds what is no class, `void_id` is a class, or a size is impossible.
     """
     resampler = MaskResampler(mask_logits, content_size, target_size)
-    labels = mask_logits.new_empty(resampler.size, dtype=torch.int64)
     scores = mask_logits.new_empty(resampler.size, dtype=torch.float32)
-    for rows, tile in _semantic_tiles(resampler, class_logits):
-        scores[rows], labels[rows] = tile.max(dim=0)
-    if void_threshold is not None:
-        labels[scores < void_threshold] = void_label(class_logits.shape[1] - 1)
+    labels = _best_classes(resampler, class_logits, void_threshold, void_label_ids, void_id, scores)
     return labels, scores
+
+
+def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> list[dict[str, Any]]:
+    """
+    The classes that a result of `semantic_segmentation` shows, as segments.
+
+    Args:
+        class_map: (H, W) classes and void.
+        scores: (H, W) scores of the classes shown.
+        num_classes: K, void classes included.
+
+    Returns:
+        For each class that has a pixel `id` and `label_id`, both the class, and `score`, the mean over its pixels.
+    """
+    labels = class_map.flatten()
+    areas = labels.bincount(minlength=num_classes)[:num_classes].tolist()
+    totals = labels.bincount(scores.flatten().double(), minlength=num_classes)[:num_classes].tolist()
+    return [
+        {"id": index, "label_id": index, "score": total / area}
+        for index, (area, total) in enumerate(zip(areas, totals, strict=True))
+        if area
+    ]
+
+
+def _best_classes(
+    resampler: MaskResampler,
+    class_logits: Tensor,
+    void_threshold: float | None,
+    void_label_ids: Collection[int],
+    void_id: int | None,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """Class map (H, W) of `semantic_segmentation`; the best scores are written into `scores` (H, W), if given."""
+    is_void = _void_classes(void_label_ids, class_logits.shape[1] - 1)
+    void_id = _semantic_void_id(void_id, is_void)
+    is_void = is_void.to(class_logits.device)
+    labels = torch.empty(resampler.size, dtype=torch.int64, device=class_logits.device)
+    for rows, tile in _semantic_tiles(resampler, class_logits):
+        best, winners = tile.max(dim=0)
+        void = is_void[winners]
+        if void_threshold is not None:
+            void |= best < void_threshold
+        labels[rows] = winners.masked_fill_(void, void_id)
+        if scores is not None:
+            scores[rows] = best
+    return labels
 
 
 def _semantic_tiles(resampler: MaskResampler, class_logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -205,14 +200,19 @@ def panoptic_segmentation(
     mask_threshold: float = 0.5,
     overlap_mask_area_threshold: float = 0.8,
     label_ids_to_fuse: Collection[int] = (),
+    void_threshold: float | None = None,
+    void_label_ids: Collection[int] = (),
+    void_id: int | None = None,
 ) -> dict[str, Any]:
     """
     Cut an image into segments that do not overlap.
 
     Queries whose best class is a real one with a score above `threshold` compete for every pixel with class score *
-    sigmoid(mask). A segment shows where it wins and its own mask is at least `mask_threshold`. It is dropped when it
-    shows nowhere, or when it wins fewer pixels than `overlap_mask_area_threshold` times the area of its own mask, an
-    area that does not depend on the class score.
+    sigmoid(mask), which is the score of the pixel they win. A segment shows where it wins, its own mask is at least
+    `mask_threshold` and the pixel's score at least `void_threshold`. It is dropped when it shows nowhere, or when it
+    wins fewer pixels than `overlap_mask_area_threshold` times the area of its own mask; neither that area nor the
+    pixels won depend on `void_threshold`, nor the area on the class score. Queries of void classes compete as all
+    others, but are no segments.
 
     Source: Cheng et al., *Masked-attention Mask Transformer for Universal Image Segmentation* (2022), and MaskFormer.
 
@@ -225,23 +225,38 @@ def panoptic_segmentation(
         mask_threshold: Lowest mask probability of a pixel inside.
         overlap_mask_area_threshold: Lowest share of a mask that has to win.
         label_ids_to_fuse: Stuff classes; all segments of such a class become one.
+        void_threshold: Lowest score of a pixel, between 0 and 1; None keeps all.
+        void_label_ids: Classes whose pixels become void.
+        void_id: Value of void pixels, below 1 or above Q; None means 0.
 
     Returns:
-        `segmentation` (H, W) int32 with 0 as void, and `segments_info`, a list of `id` (1, 2, .. N without gaps),
-        `label_id`, `was_fused` (the class is in `label_ids_to_fuse`) and `score` (class score; of fused segments the
-        highest).
-    """
-    scores, labels = class_logits.float().softmax(dim=-1).max(dim=-1)
-    kept = (labels < class_logits.shape[1] - 1) & (scores > threshold)
-    scores, labels = scores[kept], labels[kept]
-    resampler = MaskResampler(mask_logits[kept], content_size, target_size)
-    winner, won, shown, area = _compete(resampler, scores, mask_threshold)
-    valid = (shown > 0) & (won >= overlap_mask_area_threshold * area)
+        `segmentation` (H, W) int32, and `segments_info`, a list of `id` (1, 2, .. N without gaps), `label_id`,
+        `was_fused` (the class is in `label_ids_to_fuse`) and `score` (class score; of fused segments the highest).
 
-    segment_ids = torch.zeros(len(scores) + 1, dtype=torch.int32)
+    Raises:
+        ValueError: `void_label_ids` holds what is no class, `void_id` may be a segment, or a size is impossible.
+    """
+    num_queries, num_classes = class_logits.shape[0], class_logits.shape[1] - 1
+    void_id = _segment_void_id(PANOPTIC_VOID if void_id is None else void_id, num_queries)
+    is_void = _void_classes(void_label_ids, num_classes)
+    scores, labels = class_logits.float().softmax(dim=-1).max(dim=-1)
+    kept = (labels < num_classes) & (scores > threshold)
+    scores, labels = scores[kept], labels[kept].cpu()
+    resampler = MaskResampler(mask_logits, content_size, target_size).of(kept.nonzero().flatten())
+    owner, won, shown, area = _compete(resampler, scores, mask_threshold, void_threshold)
+    valid = (shown > 0) & (won >= overlap_mask_area_threshold * area) & ~is_void[labels]
+    ids, segments = _number_segments(valid, labels.tolist(), scores.tolist(), label_ids_to_fuse)
+    ids = torch.cat([ids.new_zeros(1), ids])
+    return {"segmentation": _relabel(owner, ids.where(ids > 0, void_id)), "segments_info": segments}
+
+
+def _number_segments(
+    valid: Tensor, labels: list[int], scores: list[float], label_ids_to_fuse: Collection[int]
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The id (N,) int32 of each mask, 0 of those that are not `valid`, and the segments that the ids mean."""
+    ids = torch.zeros(len(valid), dtype=torch.int32)
     segments: list[dict[str, Any]] = []
     fused: dict[int, dict[str, Any]] = {}
-    labels, scores = labels.tolist(), scores.tolist()
     for index in valid.nonzero().flatten().tolist():
         label, score = labels[index], scores[index]
         if label in fused:
@@ -253,30 +268,59 @@ def panoptic_segmentation(
             segments.append(segment)
             if was_fused:
                 fused[label] = segment
-        segment_ids[index + 1] = segment["id"]
-    return {"segmentation": segment_ids.to(winner.device)[winner], "segments_info": segments}
+        ids[index] = segment["id"]
+    return ids, segments
 
 
-def _compete(resampler: MaskResampler, scores: Tensor, mask_threshold: float) -> tuple[Tensor, ...]:
+def _compete(
+    resampler: MaskResampler, scores: Tensor, mask_threshold: float, void_threshold: float | None
+) -> tuple[Tensor, ...]:
     """
     Let N masks compete for every pixel.
 
     Returns:
-        The winner that shows at each pixel (H, W), counted from 1, 0 where none does; and for each mask (N,) the
+        The mask that shows at each pixel (H, W) int32, counted from 1, 0 where none does; and for each mask (N,) the
         numbers of pixels that it wins, where it shows, and of its own area.
     """
     count = len(scores)
-    winner = torch.zeros(resampler.size, dtype=torch.int64, device=scores.device)
+    owner = torch.zeros(resampler.size, dtype=torch.int32, device=scores.device)
     won, shown, area = torch.zeros(3, count, dtype=torch.int64, device=scores.device)
     for rows, logits in resampler.tiles(planes=3 * count + 4) if count else ():
         masks = logits.sigmoid()
-        best = (scores[:, None, None] * masks).max(dim=0).indices
-        shows = masks.gather(0, best[None])[0] >= mask_threshold
-        won += torch.bincount(best.flatten(), minlength=count)
-        shown += torch.bincount(best[shows], minlength=count)
-        area += (masks >= mask_threshold).count_nonzero(dim=(1, 2))
-        winner[rows] = torch.where(shows, best + 1, 0)
-    return winner, won.cpu(), shown.cpu(), area.cpu().double()
+        best, winner = (scores[:, None, None] * masks).max(dim=0)
+        shows = masks.gather(0, winner[None])[0] >= mask_threshold
+        if void_threshold is not None:
+            shows &= best >= void_threshold
+        won += torch.bincount(winner.flatten(), minlength=count)
+        shown += torch.bincount(winner[shows], minlength=count)
+        area += _areas(masks >= mask_threshold)
+        owner[rows] = torch.where(shows, winner + 1, 0)
+    return owner, won.cpu(), shown.cpu(), area.cpu().double()
+
+
+def _areas(masks: Tensor) -> Tensor:
+    """Pixels (N,) int32 in each of the masks (N, H, W) bool."""
+    return masks.flatten(1).sum(dim=1, dtype=torch.int32)  # much faster than count_nonzero
+
+
+def _relabel(owner: Tensor, ids: Tensor) -> Tensor:
+    """Replaces each number n of a map (H, W) by `ids[n]`, in place, a few rows at a time."""
+    ids = ids.to(owner.device, owner.dtype)
+    for rows in owner.split(rows_per_tile(owner.shape[1], planes=4)):
+        rows.copy_(ids[rows.long()])
+    return owner
+
+
+class _Pairs(NamedTuple):
+    """Pairs (N,) of query and class, best score first: `class_scores`, and `scores` that weigh the masks too."""
+
+    queries: Tensor
+    labels: Tensor
+    class_scores: Tensor
+    scores: Tensor
+
+    def take(self, which: Tensor) -> "_Pairs":
+        return _Pairs(*(values[which] for values in self))
 
 
 def instance_segmentation(
@@ -290,12 +334,17 @@ def instance_segmentation(
     top_k: int = 100,
     return_binary_maps: bool = False,
     return_coco_annotation: bool = False,
+    void_threshold: float | None = None,
+    void_label_ids: Collection[int] = (),
+    void_id: int | None = None,
 ) -> dict[str, Any]:
     """
     Find single objects, each with a score of its own.
 
     The `top_k` best pairs of query and class are taken, so one query may appear under several classes. The score of a
-    pair is its class score times the mean mask probability inside its mask; empty masks are dropped.
+    pair is its class score times the mean mask probability inside its mask; empty masks are dropped. Pairs of void
+    classes are ranked with the others and take their pixels from every pair of a lower score, in whole masks as in
+    the map, but are no instances. An instance left without a pixel is dropped; what is left of one keeps its score.
 
     Source: Cheng et al., *Masked-attention Mask Transformer for Universal Image Segmentation* (2022).
 
@@ -306,48 +355,53 @@ def instance_segmentation(
         target_size: As for `MaskResampler`.
         threshold: Lowest score.
         mask_threshold: A pixel is inside where the mask probability is above.
-        overlap_mask_area_threshold: In the map, a segment that shows less than this share of its mask is dropped.
+        overlap_mask_area_threshold: In the map, a segment that covers less than this share of its mask is dropped.
+            (`void_threshold` changes neither.)
         top_k: Pairs of query and class to consider.
         return_binary_maps: Give the whole masks, which may overlap, instead of a map.
         return_coco_annotation: Give the whole masks in COCO's run-length encoding instead of a map.
+        void_threshold: Lowest class score * mask probability of a pixel, between 0 and 1: in the map of the segment
+            that covers it, in whole masks of each by itself; None keeps all.
+        void_label_ids: Classes whose pixels become void.
+        void_id: Value of void pixels in the map, below 1 or above `top_k`; None means -1.
 
     Returns:
         `segments_info`, best score first: `id` (1, 2, .. N), `label_id`, `was_fused` (False) and `score`; and
-        `segmentation`: a map (H, W) int32 where the best segment covers the others and 0 is void (segments that show
-        nowhere are left out), or N masks (N, H, W) bool, or a list of N encodings; masks are in the order of the ids.
+        `segmentation`: a map (H, W) int32 where the best segment covers the others (segments that show nowhere are
+        left out), or N masks (N, H, W) bool, or a list of N encodings; masks are in the order of the ids.
 
     Raises:
-        ValueError: both `return_binary_maps` and `return_coco_annotation` are asked for.
+        ValueError: both `return_binary_maps` and `return_coco_annotation` are asked for, `void_label_ids` holds what
+            is no class, `void_id` may be a segment, or a size is impossible.
     """
     if return_binary_maps and return_coco_annotation:
         raise ValueError("choose one of `return_binary_maps` and `return_coco_annotation`.")
-    queries, labels, scores = _rank_instances(
-        class_logits, mask_logits, content_size, target_size, threshold, mask_threshold, top_k
-    )
-    resampler = MaskResampler(mask_logits[queries], content_size, target_size)
-    if return_binary_maps or return_coco_annotation:
-        masks = _binary_masks(resampler, mask_threshold)
-        segmentation = [encode_rle(mask) for mask in masks] if return_coco_annotation else masks
+    void_id = _segment_void_id(INSTANCE_VOID if void_id is None else void_id, top_k)
+    is_void_class = _void_classes(void_label_ids, class_logits.shape[1] - 1).to(class_logits.device)
+    resampler = MaskResampler(mask_logits, content_size, target_size)
+    pairs = _rank_pairs(class_logits, resampler, threshold, mask_threshold, top_k)
+    is_void = is_void_class[pairs.labels]
+    if return_binary_maps:
+        segmentation, kept = _whole_masks(resampler, pairs, is_void, mask_threshold, void_threshold)
+    elif return_coco_annotation:
+        segmentation, kept = _encoded_masks(resampler, pairs, is_void, mask_threshold, void_threshold)
     else:
-        segmentation, kept = _paint(resampler, mask_threshold, overlap_mask_area_threshold)
-        labels, scores = labels[kept], scores[kept]
+        owner, kept = _paint(resampler, pairs, is_void, mask_threshold, overlap_mask_area_threshold, void_threshold)
+        ids = torch.cat([kept.new_zeros(1), kept]).int()
+        segmentation = _relabel(owner, torch.where(ids > 0, ids.cumsum(0), void_id))
     segments = [
         {"id": index + 1, "label_id": label, "was_fused": False, "score": score}
-        for index, (label, score) in enumerate(zip(labels.tolist(), scores.tolist(), strict=True))
+        for index, (label, score) in enumerate(
+            zip(pairs.labels[kept].tolist(), pairs.scores[kept].tolist(), strict=True)
+        )
     ]
     return {"segmentation": segmentation, "segments_info": segments}
 
 
-def _rank_instances(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    content_size: Size | None,
-    target_size: Size | None,
-    threshold: float,
-    mask_threshold: float,
-    top_k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, classes and scores (N,) of the instances, best first."""
+def _rank_pairs(
+    class_logits: Tensor, resampler: MaskResampler, threshold: float, mask_threshold: float, top_k: int
+) -> _Pairs:
+    """The pairs with a mask and a score of at least `threshold`, best first."""
     class_scores = class_logits.float().softmax(dim=-1)[:, :-1]
     class_scores, pairs = class_scores.flatten().topk(min(top_k, class_scores.numel()))
     possible = class_scores >= threshold
@@ -355,99 +409,113 @@ def _rank_instances(
     queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)
 
     asked, position = queries.unique(return_inverse=True)
-    quality = _mask_quality(MaskResampler(mask_logits[asked], content_size, target_size), mask_threshold)[position]
+    quality = _mask_quality(resampler.of(asked), mask_threshold)[position]
     scores = class_scores * quality
     kept = (quality > 0) & (scores >= threshold)
-    scores, order = scores[kept].sort(descending=True, stable=True)
-    return queries[kept][order], labels[kept][order], scores
+    ranked = _Pairs(queries, labels, class_scores, scores).take(kept)
+    return ranked.take(ranked.scores.argsort(descending=True, stable=True))
 
 
 def _mask_quality(resampler: MaskResampler, mask_threshold: float) -> Tensor:
     """Mean probability (Q,) inside each mask, 0 for an empty one."""
-    count = len(resampler.mask_logits)
-    total, area = torch.zeros(2, count, device=resampler.mask_logits.device)
+    count = resampler.num_masks
+    total, area = torch.zeros(2, count, device=resampler.device)
     for _, logits in resampler.tiles(planes=3 * count + 1):
-        inside = F.threshold(logits.sigmoid(), mask_threshold, 0.0)
-        total += inside.sum(dim=(1, 2))
-        area += inside.count_nonzero(dim=(1, 2))
+        masks = logits.sigmoid()
+        area += _areas(masks > mask_threshold)
+        total += F.threshold(masks, mask_threshold, 0.0).sum(dim=(1, 2))
     return total / area.clamp(min=1)
 
 
-def _binary_masks(resampler: MaskResampler, mask_threshold: float) -> Tensor:
-    count = len(resampler.mask_logits)
-    masks = torch.zeros(count, *resampler.size, dtype=torch.bool, device=resampler.mask_logits.device)
-    for rows, logits in resampler.tiles(planes=2 * count + 1):
-        masks[:, rows] = logits.sigmoid() > mask_threshold
+def _whole_masks(
+    resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, mask_threshold: float, void_threshold: float | None
+) -> tuple[Tensor, Tensor]:
+    """Masks (N, H, W) bool of the pairs that are left, and their numbers (N,)."""
+    first_void = _first_void_pair(resampler, pairs, is_void, mask_threshold)
+    ranks = (~is_void).nonzero().flatten()
+    masks = _binary_masks(resampler, pairs, ranks, first_void, mask_threshold, void_threshold)
+    seen = masks.flatten(1).any(dim=1)
+    return (masks if seen.all() else masks[seen]), ranks[seen]
+
+
+def _encoded_masks(
+    resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, mask_threshold: float, void_threshold: float | None
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """As `_whole_masks`, with encodings, of which only the masks of a few exist at a time."""
+    first_void = _first_void_pair(resampler, pairs, is_void, mask_threshold)
+    encodings, seen = [], []
+    for ranks in (~is_void).nonzero().flatten().split(MASKS_PER_PASS):
+        masks = _binary_masks(resampler, pairs, ranks, first_void, mask_threshold, void_threshold)
+        left = masks.flatten(1).any(dim=1)
+        encodings += [encode_rle(mask) for mask in masks[left]]
+        seen.append(ranks[left])
+    return encodings, torch.cat(seen)
+
+
+def _binary_masks(
+    resampler: MaskResampler,
+    pairs: _Pairs,
+    ranks: Tensor,
+    first_void: Tensor | None,
+    mask_threshold: float,
+    void_threshold: float | None,
+) -> Tensor:
+    """Masks (N, H, W) bool of the pairs `ranks` (N,), without their void pixels."""
+    resampler, class_scores = resampler.of(pairs.queries[ranks]), pairs.class_scores[ranks]
+    masks = torch.zeros(len(ranks), *resampler.size, dtype=torch.bool, device=ranks.device)
+    for rows, logits in resampler.tiles(planes=3 * len(ranks) + 1):
+        probabilities = logits.sigmoid()
+        inside = probabilities > mask_threshold
+        if void_threshold is not None:
+            inside &= class_scores[:, None, None] * probabilities >= void_threshold
+        if first_void is not None:
+            inside &= ranks[:, None, None] < first_void[rows]
+        masks[:, rows] = inside
     return masks
 
 
-def _paint(resampler: MaskResampler, mask_threshold: float, overlap_threshold: float) -> tuple[Tensor, Tensor]:
-    """Map (H, W) of ids from 1 where earlier masks cover later ones, and which masks (N,) are in it."""
-    count = len(resampler.mask_logits)
-    device = resampler.mask_logits.device
-    owner = torch.zeros(resampler.size, dtype=torch.int64, device=device)
-    area = torch.zeros(count, dtype=torch.int64, device=device)
-    precedence = torch.arange(count, 0, -1, dtype=torch.int32, device=device)[:, None, None]
-    for rows, logits in resampler.tiles(planes=3 * count + 1):
+def _first_void_pair(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, mask_threshold: float) -> Tensor | None:
+    """The best pair of a void class that covers each pixel (H, W), where none does N; None without such pairs."""
+    ranks, count = is_void.nonzero().flatten().int(), len(is_void)
+    if not len(ranks):
+        return None
+    resampler = resampler.of(pairs.queries[ranks])
+    first = torch.empty(resampler.size, dtype=torch.int32, device=ranks.device)
+    for rows, logits in resampler.tiles(planes=3 * len(ranks) + 1):
         inside = logits.sigmoid() > mask_threshold
-        area += inside.count_nonzero(dim=(1, 2))
-        if count:
-            front = (inside * precedence).amax(dim=0)
-            owner[rows] = torch.where(front > 0, count + 1 - front, 0)
-    shown = torch.bincount(owner.flatten(), minlength=count + 1)[1:]
-    kept = (shown > 0) & (shown.cpu() >= overlap_threshold * area.cpu().double()).to(device)
-    ids = torch.cat([kept.new_zeros(1), kept]).int()
-    return (ids.cumsum(0, dtype=torch.int32) * ids)[owner], kept
+        first[rows] = torch.where(inside, ranks[:, None, None], count).amin(dim=0)
+    return first
 
 
-def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
-    """
-    COCO's compressed run-length encoding of one mask.
-
-    Runs go down the columns and start with zeros. From the fourth on, a run is given as its difference from the run
-    two before. A number is a string of 5-bit groups, lowest first, in characters from code 48, bit 5 meaning "more".
-
-    Args:
-        mask: (H, W), true inside.
-
-    Returns:
-        `size` [H, W] and `counts`, a string, as `pycocotools.mask.encode` gives it.
-    """
-    mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask).astype(bool)
-    flat = mask.flatten(order="F")
-    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    starts = np.concatenate([[0] if flat.size and flat[0] else [], [0], edges, [flat.size]]).astype(np.int64)
-    runs = np.diff(starts)
-    numbers = runs.copy()
-    numbers[3:] -= runs[1:-2]
-
-    rests = [numbers]
-    while (rests[-1] >> 4 != rests[-1] >> 5).any():
-        rests.append(rests[-1] >> 5)
-    rest = np.stack(rests, axis=1)
-    has_more = rest >> 4 != rest >> 5
-    written = np.cumprod(np.pad(has_more[:, :-1], ((0, 0), (1, 0)), constant_values=True), axis=1).astype(bool)
-    codes = (rest & 31) + 32 * has_more + 48
-    return {"size": list(mask.shape), "counts": codes[written].astype(np.uint8).tobytes().decode("ascii")}
-
-
-def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
-    """Mask (H, W) bool of an encoding by `encode_rle` or pycocotools."""
-    counts = rle["counts"]
-    codes = counts.encode("ascii") if isinstance(counts, str) else counts
-    runs: list[int] = []
-    number = shift = 0
-    for code in codes:
-        group = code - 48
-        number |= (group & 31) << shift
-        shift += 5
-        if not group & 32:
-            if group & 16:
-                number -= 1 << shift
-            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
-            number = shift = 0
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(rle["size"], order="F")
+def _paint(
+    resampler: MaskResampler,
+    pairs: _Pairs,
+    is_void: Tensor,
+    mask_threshold: float,
+    overlap_threshold: float,
+    void_threshold: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Map (H, W) int32 of pairs, from 1, where earlier ones cover later ones and 0 is none; which (N,) are kept."""
+    count, device = len(is_void), is_void.device
+    owner = torch.zeros(resampler.size, dtype=torch.int32, device=device)
+    area, covered, shown = torch.zeros(3, count, dtype=torch.int64, device=device)
+    precedence = torch.arange(count, 0, -1, dtype=torch.int32, device=device)[:, None, None]
+    for rows, logits in resampler.of(pairs.queries).tiles(planes=3 * count + 4) if count else ():
+        masks = logits.sigmoid()
+        inside = masks > mask_threshold
+        front = count - (inside * precedence).amax(dim=0).long()  # `count` where there is none
+        shows = front < count
+        area += _areas(inside)
+        covered += torch.bincount(front[shows], minlength=count)
+        if void_threshold is not None:
+            front = front.clamp(max=count - 1)
+            shows &= pairs.class_scores[front] * masks.gather(0, front[None])[0] >= void_threshold
+            shown += torch.bincount(front[shows], minlength=count)
+        owner[rows] = torch.where(shows, front + 1, 0)
+    if void_threshold is None:
+        shown = covered
+    has_share = (covered.cpu() >= overlap_threshold * area.cpu().double()).to(device)
+    return owner, (shown > 0) & has_share & ~is_void
 
 
 class PostProcessingMixin:
@@ -458,6 +526,8 @@ class PostProcessingMixin:
         outputs: Any,
         target_sizes: Sequence[Size] | Tensor | None = None,
         void_threshold: float | None = None,
+        void_label_ids: Collection[int] = (),
+        void_id: int | None = None,
     ) -> list[Tensor]:
         """
         Best class of every pixel, see `semantic_segmentation`.
@@ -466,14 +536,16 @@ class PostProcessingMixin:
             outputs: Output of the model: `class_queries_logits` (B, Q, K + 1), `masks_queries_logits` (B, Q, h, w) and
                 `content_sizes` (B, 2).
             target_sizes: For each image the (height, width) to return; None returns the masks' resolution.
-            void_threshold: Pixels whose best score is below become void.
+            void_threshold: Pixels whose best class score is below become void.
+            void_label_ids: Classes that compete for pixels, but whose pixels become void.
+            void_id: Value of void pixels; 255 by default, or 65535 with more than 255 classes.
 
         Returns:
-            B class maps (H, W) int64; void is 255, or 65535 with more than 255 classes.
+            B class maps (H, W) int64.
         """
         return [
-            semantic_segmentation(**image, void_threshold=void_threshold)[0]
-            for image in _split_batch(outputs, target_sizes)
+            _best_classes(MaskResampler(*masks), class_logits, void_threshold, void_label_ids, void_id)
+            for class_logits, *masks in _split_batch(outputs, target_sizes)
         ]
 
     def post_process_instance_segmentation(
@@ -486,6 +558,9 @@ class PostProcessingMixin:
         overlap_mask_area_threshold: float = 0.0,
         return_binary_maps: bool = False,
         return_coco_annotation: bool = False,
+        void_threshold: float | None = None,
+        void_label_ids: Collection[int] = (),
+        void_id: int | None = None,
     ) -> list[dict[str, Any]]:
         """
         Single objects of every image; arguments and results as for `instance_segmentation`.
@@ -496,22 +571,28 @@ class PostProcessingMixin:
             threshold: Lowest score.
             top_k: Pairs of query and class to consider.
             mask_threshold: A pixel is inside where the mask probability is above.
-            overlap_mask_area_threshold: In the map, a segment that shows less than this share of its mask is dropped.
+            overlap_mask_area_threshold: In the map, a segment that covers less than this share of its mask is dropped.
             return_binary_maps: Give whole masks (N, H, W) instead of a map.
             return_coco_annotation: Give whole masks in COCO's run-length encoding instead of a map.
+            void_threshold: Pixels where class score * mask probability is below become void.
+            void_label_ids: Classes that compete for pixels, but whose pixels become void.
+            void_id: Value of void pixels in the map; -1 by default. (Ids count from 1.)
 
         Returns:
             B dicts of `segmentation` and `segments_info`.
         """
         return [
             instance_segmentation(
-                **image,
+                *image,
                 threshold=threshold,
                 mask_threshold=mask_threshold,
                 overlap_mask_area_threshold=overlap_mask_area_threshold,
                 top_k=top_k,
                 return_binary_maps=return_binary_maps,
                 return_coco_annotation=return_coco_annotation,
+                void_threshold=void_threshold,
+                void_label_ids=void_label_ids,
+                void_id=void_id,
             )
             for image in _split_batch(outputs, target_sizes)
         ]
@@ -524,6 +605,9 @@ class PostProcessingMixin:
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.8,
         label_ids_to_fuse: Collection[int] | None = None,
+        void_threshold: float | None = None,
+        void_label_ids: Collection[int] = (),
+        void_id: int | None = None,
     ) -> list[dict[str, Any]]:
         """
         Segments of every image that do not overlap; arguments and results as for `panoptic_segmentation`.
@@ -535,24 +619,32 @@ class PostProcessingMixin:
             mask_threshold: Lowest mask probability of a pixel inside.
             overlap_mask_area_threshold: Lowest share of a mask that has to win against the others.
             label_ids_to_fuse: Stuff classes, whose segments become one; none by default.
+            void_threshold: Pixels where class score * mask probability is below become void.
+            void_label_ids: Classes that compete for pixels, but whose pixels become void.
+            void_id: Value of void pixels; 0 by default. (Ids count from 1.)
 
         Returns:
-            B dicts of `segmentation`, (H, W) int32 with 0 as void, and `segments_info`.
+            B dicts of `segmentation`, (H, W) int32, and `segments_info`.
         """
         return [
             panoptic_segmentation(
-                **image,
+                *image,
                 threshold=threshold,
                 mask_threshold=mask_threshold,
                 overlap_mask_area_threshold=overlap_mask_area_threshold,
                 label_ids_to_fuse=label_ids_to_fuse or (),
+                void_threshold=void_threshold,
+                void_label_ids=void_label_ids,
+                void_id=void_id,
             )
             for image in _split_batch(outputs, target_sizes)
         ]
 
 
-def _split_batch(outputs: Any, target_sizes: Sequence[Size] | Tensor | None) -> Iterator[dict[str, Any]]:
-    """Logits, content size and target size of one image after the other."""
+def _split_batch(
+    outputs: Any, target_sizes: Sequence[Size] | Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Size | None, Size | None]]:
+    """Class logits, mask logits, content size and target size of one image after the other."""
     class_logits = _field(outputs, "class_queries_logits")
     mask_logits = _field(outputs, "masks_queries_logits")
     if class_logits is None or mask_logits is None:
@@ -561,12 +653,7 @@ def _split_batch(outputs: Any, target_sizes: Sequence[Size] | Tensor | None) -> 
     contents = _sizes(_field(outputs, "content_sizes"), batch, "content_sizes")
     targets = _sizes(target_sizes, batch, "target_sizes")
     for image in range(batch):
-        yield {
-            "class_logits": class_logits[image].detach(),
-            "mask_logits": mask_logits[image].detach(),
-            "content_size": contents[image],
-            "target_size": targets[image],
-        }
+        yield class_logits[image].detach(), mask_logits[image].detach(), contents[image], targets[image]
 
 
 def _field(outputs: Any, name: str) -> Any:
@@ -592,5 +679,6 @@ __all__ = [
     "resize_masks",
     "semantic_scores",
     "semantic_segmentation",
+    "semantic_segments",
     "void_label",
 ]

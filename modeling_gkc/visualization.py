@@ -52,8 +52,8 @@ def draw_overlay(image: Image.Image, segmentation: np.ndarray, segments: Sequenc
 
     Args:
         image: The picture.
-        segmentation: (H, W) integers from 0, of the picture's size, each the id of a segment or of none (void).
-        segments: What the ids mean. Ids without a pixel are left out of the legend.
+        segmentation: (H, W) integers of the picture's size, each the id of a segment, or another one for none (void).
+        segments: What the ids from 0 mean. Ids without a pixel are left out of the legend.
 
     Returns:
         An RGB picture, the legend at its right, or below a picture wider than 1.6 times its height.
@@ -66,7 +66,9 @@ def draw_overlay(image: Image.Image, segmentation: np.ndarray, segments: Sequenc
             f"the segmentation is {segmentation.shape}, but the picture {(image.height, image.width)} (height, width)."
         )
     width, height = _canvas_size(image)
-    areas = np.bincount(segmentation.ravel(), minlength=max((segment.id for segment in segments), default=0) + 1)
+    void = max((segment.id for segment in segments), default=-1) + 1
+    segmentation = np.where((segmentation < 0) | (segmentation > void), void, segmentation)
+    areas = np.bincount(segmentation.ravel(), minlength=void + 1)
     segments = sorted((segment for segment in segments if areas[segment.id]), key=lambda segment: -areas[segment.id])
     small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     shown = _resize_nearest(segmentation, height, width)
@@ -90,10 +92,13 @@ def label_map(segmentation: np.ndarray, colors: dict[int, Color], max_id: int = 
         An 8-bit palette picture, or a 16-bit grey one for ids above 255.
 
     Raises:
-        ValueError: an id is outside 0..65535.
+        ValueError: an id is outside 0..65535, as the void of an instance map is unless another `void_id` is chosen.
     """
     if not (segmentation.min() >= 0 and segmentation.max() <= 65535):
-        raise ValueError(f"ids must lie in 0..65535, got {segmentation.min()}..{segmentation.max()}.")
+        raise ValueError(
+            f"ids must lie in 0..65535, got {segmentation.min()}..{segmentation.max()}: choose such a `void_id` when "
+            "the segmentation is made."
+        )
     if max(max_id, segmentation.max()) > 255:
         return Image.fromarray(segmentation.astype(np.uint16))
     palette = np.zeros((256, 3), dtype=np.uint8)

@@ -1,0 +1,303 @@
+"""An image's result is the same alone and in any batch: through processor, model and post-processing.
+
+In fp32 a batch is computed with other roundings than a single image, by a few parts in a million. That shows in two
+places only, and the tests show that it is these: a decision may fall otherwise where two numbers are within 1e-5 of
+each other; and a bit of an attention mask may flip where its logit is within rounding of zero, which changes all of
+the image's logits. Such a flip is looked up, and must be gone in fp64.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, mask_decoder
+from modeling_gkc.post_processing import resize_masks, semantic_scores
+
+from .conftest import small_config
+
+SIZES = [(1, 1), (5, 31), (32, 32), (30, 41), (33, 64), (64, 33), (64, 64), (57, 64), (1, 150), (150, 1), (96, 50)]
+BOUND = 1e-5
+ROUNDING = 1e-4
+GARBAGE = 9.0
+MASK_THRESHOLD = 0.5
+THRESHOLD = 0.3
+VOID_THRESHOLD = {"semantic": 1.2, "panoptic": 0.35, "instance": 0.35}
+
+
+@pytest.fixture(scope="module")
+def model() -> GKCForOpenVocabSegmentation:
+    """A random model whose queries differ, as trained ones do."""
+    torch.manual_seed(0)
+    model = GKCForOpenVocabSegmentation(small_config(hidden_size=64, mask_feature_size=64)).eval()
+    decoder = model.model.mask_decoder
+    with torch.no_grad():
+        for layer in decoder.layers:
+            for last in (layer.cross_attn.out_proj, layer.self_attn.out_proj, layer.fc2):
+                last.weight *= 0.3
+        # Random masks have logits up to 20, where fp32 itself is only good to 1e-5.
+        decoder.mask_embedder.layers[-1].weight *= 0.25
+    return model
+
+
+@pytest.fixture(scope="module")
+def class_embeds(model) -> torch.Tensor:
+    """Classes that lie between the queries."""
+    outputs = forward(model, batch_of(images_of([(64, 64)], 100)), torch.eye(5, 16))
+    queries = outputs.query_embeds[0]
+    return F.normalize(queries[:5] - queries.mean(dim=0), dim=-1)
+
+
+@dataclass
+class Batch:
+    pixel_values: torch.Tensor
+    pixel_mask: torch.Tensor
+
+    def take(self, images: list[int]) -> "Batch":
+        return Batch(self.pixel_values[images], self.pixel_mask[images])
+
+
+def images_of(sizes: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def rounded(size: tuple[int, int]) -> tuple[int, int]:
+    return tuple(math.ceil(side / 32) * 32 for side in size)
+
+
+def batch_of(images: list[np.ndarray], extra: tuple[int, int] = (0, 0)) -> Batch:
+    """Processed images, the batch made larger at the bottom and right; beyond an image's own padding lies garbage."""
+    inputs = GKCImageProcessor(do_resize=False)(images, input_data_format="channels_last")
+    padding = (0, extra[1], 0, extra[0])
+    pixel_values, pixel_mask = F.pad(inputs.pixel_values, padding), F.pad(inputs.pixel_mask, padding)
+    for image, values in zip(images, pixel_values, strict=True):
+        height, width = rounded(image.shape[:2])
+        values[:, height:] = GARBAGE
+        values[:, :, width:] = GARBAGE
+    return Batch(pixel_values, pixel_mask)
+
+
+@torch.no_grad()
+def forward(model, batch: Batch, class_embeds: torch.Tensor):
+    dtype = model.dtype
+    return model(batch.pixel_values.to(dtype), pixel_mask=batch.pixel_mask, class_embeds=class_embeds.to(dtype))
+
+
+def difference(outputs, index: int, single) -> float:
+    """Largest difference of the logits of an image of a batch from those of the image alone."""
+    rows, columns = single.masks_queries_logits.shape[-2:]
+    pairs = [
+        (outputs.class_queries_logits[index], single.class_queries_logits[0]),
+        (outputs.masks_queries_logits[index, :, :rows, :columns], single.masks_queries_logits[0]),
+        (outputs.query_embeds[index], single.query_embeds[0]),
+    ]
+    assert torch.equal(outputs.content_sizes[index], single.content_sizes[0])
+    return max(float((first - second).abs().max()) for first, second in pairs)
+
+
+def record_attention_logits(model, batch: Batch, class_embeds: torch.Tensor) -> list[torch.Tensor]:
+    """Logits (B, Q, h, w) of the attention masks of every layer, and of the final masks, of images of one shape."""
+    recorded = []
+    original = mask_decoder.predict_masks
+
+    def recording(*arguments):
+        recorded.append(original(*arguments))
+        return recorded[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_decoder, "predict_masks", recording)
+        forward(model, batch, class_embeds)
+    return recorded
+
+
+def is_a_flipped_bit(model, class_embeds: torch.Tensor, images: list[np.ndarray], index: int) -> bool:
+    """Whether this image differs alone and among those of its shape because of bits within rounding of zero.
+
+    The first layer whose attention masks differ must do so only where the logit is next to zero, and all logits up to
+    there must agree; in fp64 the results must agree altogether.
+    """
+    shape = rounded(images[index].shape[:2])
+    same = [other for other, image in enumerate(images) if rounded(image.shape[:2]) == shape]
+    group, single = batch_of([images[other] for other in same]), batch_of([images[index]])
+    row = same.index(index)
+    precise = copy.deepcopy(model).double()
+    if difference(forward(precise, group, class_embeds), row, forward(precise, single, class_embeds)) > 1e-9:
+        return False
+    pairs = zip(
+        record_attention_logits(model, group, class_embeds),
+        record_attention_logits(model, single, class_embeds),
+        strict=True,
+    )
+    for logits, alone in pairs:
+        if (logits[row] - alone[0]).abs().max() > ROUNDING:
+            return False
+        flipped = (logits[row] >= 0) != (alone[0] >= 0)
+        if flipped.any():
+            return bool(alone[0][flipped].abs().max() <= ROUNDING)
+    return False
+
+
+def part_of(outputs, index: int) -> dict[str, torch.Tensor]:
+    """One image of a batch, as post-processing takes it."""
+    names = ("class_queries_logits", "masks_queries_logits", "content_sizes")
+    return {name: getattr(outputs, name)[index : index + 1] for name in names}
+
+
+def results_of(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> dict[str, tuple[torch.Tensor, list]]:
+    """Map, and (label, score) of its segments, for every task."""
+    processor = GKCImageProcessor()
+    arguments = {"threshold": THRESHOLD, "mask_threshold": MASK_THRESHOLD, "overlap_mask_area_threshold": 0.2}
+    given = {"semantic": {}, "panoptic": arguments | {"label_ids_to_fuse": [0, 2]}, "instance": arguments}
+    found = {}
+    for task, threshold in VOID_THRESHOLD.items():
+        method = getattr(processor, f"post_process_{task}_segmentation")
+        (result,) = method(outputs, [target], void_threshold=threshold, void_label_ids=[1], **given[task])
+        segments = [] if task == "semantic" else result["segments_info"]
+        pairs = [(segment["label_id"], segment["score"]) for segment in segments]
+        found[task] = (result if task == "semantic" else result["segmentation"], pairs)
+    return found
+
+
+def doubtful_pixels(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Pixels (H, W) where some decision is within 1e-5 of falling otherwise."""
+    arguments = (
+        outputs["class_queries_logits"][0],
+        outputs["masks_queries_logits"][0],
+        tuple(outputs["content_sizes"][0].tolist()),
+        target,
+    )
+    best, second = semantic_scores(*arguments).topk(2, dim=0).values
+    semantic = (best - second <= BOUND) | ((best - VOID_THRESHOLD["semantic"]).abs() <= BOUND)
+    masks = resize_masks(*arguments[1:]).sigmoid()
+    class_scores = arguments[0].softmax(dim=-1)[:, :-1]
+    shown = torch.einsum("qk,qhw->qkhw", class_scores, masks).flatten(0, 1)
+    in_doubt = ((masks - MASK_THRESHOLD).abs() <= BOUND).any(dim=0)
+    in_doubt |= ((shown - VOID_THRESHOLD["instance"]).abs() <= BOUND).any(dim=0)
+    best, second = (class_scores.amax(dim=1)[:, None, None] * masks).topk(2, dim=0).values
+    return {"semantic": semantic, "panoptic": in_doubt | (best - second <= BOUND), "instance": in_doubt}
+
+
+def has_doubtful_segments(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> bool:
+    """Whether a query's class, a score's threshold or the order of two scores is within 1e-5 of another decision."""
+    class_scores = outputs["class_queries_logits"][0].softmax(dim=-1)
+    best, second = class_scores.topk(2, dim=-1).values.unbind(dim=-1)
+    processor = GKCImageProcessor()
+    (found,) = processor.post_process_instance_segmentation(outputs, [target], 0.0, 1000, return_binary_maps=True)
+    scores = torch.tensor([1.0, THRESHOLD, 0.0] + [segment["score"] for segment in found["segments_info"]])
+    margins = torch.cat([best - second, (best - THRESHOLD).abs(), scores.sort().values.diff()])
+    return bool(margins.min() <= BOUND)
+
+
+def assert_same_results(
+    batch: dict[str, torch.Tensor], single: dict[str, torch.Tensor], target: tuple[int, int]
+) -> int:
+    """Compares the maps and segments of all tasks; gives the number of pixels in doubt that did fall otherwise."""
+    ties = 0
+    got, expected = results_of(batch, target), results_of(single, target)
+    doubtful = doubtful_pixels(single, target)
+    for task, (segmentation, segments) in expected.items():
+        labels = [label for label, _ in segments]
+        if [label for label, _ in got[task][1]] != labels:
+            assert has_doubtful_segments(single, target), f"{task}: other segments, and no score is close to another"
+            continue
+        scores = [score for _, score in segments]
+        assert [score for _, score in got[task][1]] == pytest.approx(scores, abs=BOUND), task
+        differs = got[task][0] != segmentation
+        assert not (differs & ~doubtful[task]).any(), f"{task}: pixels differ where nothing is close"
+        ties += int(differs.sum())
+    return ties
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shuffled_split_and_padded_batches_equal_single_images(model, class_embeds, seed, within):
+    generator = np.random.default_rng(seed)
+    chosen = SIZES[seed::4] + [SIZES[index] for index in generator.integers(0, len(SIZES), 4)]
+    images = images_of(chosen, seed)
+    singles = [forward(model, batch_of([image]), class_embeds) for image in images]
+    targets = [tuple(generator.integers(1, 80, 2).tolist()) for _ in images]
+    order = generator.permutation(len(images)).tolist()
+    cut = int(generator.integers(1, len(images)))
+    equal = 0
+    compared = order + order[cut:]
+    for part in (order, order[cut:]):
+        batch = batch_of([images[index] for index in part], extra=tuple(generator.integers(0, 70, 2).tolist()))
+        outputs = forward(model, batch, class_embeds)
+        for position, index in enumerate(part):
+            error = difference(outputs, position, singles[index])
+            if error > BOUND:
+                assert is_a_flipped_bit(model, class_embeds, [images[other] for other in part], position), error
+                continue
+            equal += 1
+            within("batch against single images, max abs", error, BOUND)
+            ties = assert_same_results(part_of(outputs, position), part_of(singles[index], 0), targets[index])
+            within("batch against single images, pixels that tie within 1e-5 and differ, of one image", ties, 3)
+    within("batch against single images, share that a flipped bit changes", 1 - equal / len(compared), 0.2)
+
+
+def test_the_results_that_are_compared_are_rich(model, class_embeds):
+    """Equal maps would prove little if they were empty."""
+    single = part_of(forward(model, batch_of(images_of([(33, 64)], 0)), class_embeds), 0)
+    results = results_of(single, (70, 60))
+    for task, void in (("semantic", 255), ("panoptic", 0), ("instance", -1)):
+        assert 0.2 < (results[task][0] == void).float().mean() < 0.8, task
+        assert task == "semantic" or len(results[task][1]) >= 2, task
+    assert all(pixels.float().mean() < 0.01 for pixels in doubtful_pixels(single, (70, 60)).values())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "calls"),
+    [
+        ([(64, 64)] * 5, 1),
+        ([(64, 64), (57, 40), (33, 64)], 1),
+        ([(64, 64), (32, 64), (64, 64), (10, 60), (64, 50)], 2),
+        ([(1, 1), (1, 150), (32, 32), (150, 1)], 3),
+    ],
+)
+def test_images_of_one_padded_shape_are_computed_together(model, class_embeds, sizes, calls):
+    shapes = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, arguments, named: shapes.append((*arguments, *named.values())[0].shape), with_kwargs=True
+    )
+    try:
+        forward(model, batch_of(images_of(sizes, 0), extra=(32, 64)), class_embeds)
+    finally:
+        hook.remove()
+    assert len(shapes) == calls == len({rounded(size) for size in sizes})
+    assert sum(shape[0] for shape in shapes) == len(sizes)
+
+
+def test_double_precision_leaves_no_difference(model, class_embeds, within):
+    precise = copy.deepcopy(model).double()
+    images = images_of([*SIZES, (64, 64)], 11)
+    outputs = forward(precise, batch_of(images, extra=(40, 0)), class_embeds)
+    for index, image in enumerate(images):
+        single = forward(precise, batch_of([image]), class_embeds)
+        within("batch against single images in fp64, max abs", difference(outputs, index, single), 1e-9)
+
+
+def test_a_bit_within_rounding_of_zero_is_recognised_if_it_flips(model, class_embeds):
+    """Masks are moved until a chosen logit of the first attention mask is zero but for rounding."""
+    images = images_of([(64, 64)] * 4, 5)
+    moved = copy.deepcopy(model)
+    bias = moved.model.mask_decoder.mask_embedder.layers[-1].bias
+    features = []
+    original = mask_decoder.predict_masks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_decoder, "predict_masks", lambda *given: features.append(given) or original(*given))
+        forward(model, batch_of(images[:1]), class_embeds)
+    embeds, first = features[0][0][0], features[0][1][0].flatten(1)  # (Q, C) and (C, h * w)
+    start = bias.detach().clone()
+    for query, position in [(query, position) for query in range(len(embeds)) for position in range(first.shape[1])]:
+        feature = first[:, position]
+        with torch.no_grad():
+            bias.copy_(start - (embeds[query] @ feature) * feature / (feature @ feature))
+        single = forward(moved, batch_of(images[:1]), class_embeds)
+        if difference(forward(moved, batch_of(images), class_embeds), 0, single) > ROUNDING:
+            assert is_a_flipped_bit(moved, class_embeds, images, 0)
+            break
+    assert not is_a_flipped_bit(model, class_embeds, images, 0)

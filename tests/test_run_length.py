@@ -1,0 +1,39 @@
+"""Run-length encoding against pycocotools."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_strategies
+from pycocotools import mask as coco
+
+from modeling_gkc.run_length import decode_rle, encode_rle
+
+
+@settings(deadline=None, max_examples=300)
+@given(numpy_strategies.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40))))
+def test_equals_pycocotools(mask):
+    theirs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    ours = encode_rle(mask)
+    assert ours == {"size": list(mask.shape), "counts": theirs["counts"].decode()}
+    np.testing.assert_array_equal(decode_rle(ours), mask)
+    np.testing.assert_array_equal(decode_rle(theirs), mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2000, 1500), (1, 70000), (70000, 1)])
+@pytest.mark.parametrize("density", [0.0, 0.0005, 0.5, 1.0])
+def test_long_runs(shape, density):
+    mask = np.random.default_rng(0).random(shape) < density
+    theirs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
+    assert encode_rle(torch.from_numpy(mask))["counts"] == theirs
+    np.testing.assert_array_equal(decode_rle(encode_rle(mask)), mask)
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "message"),
+    [("", [1, 1], "break off"), ("52P", [2, 2], "break off"), ("52", [2, 4], "cover 7 pixels")],
+)
+def test_encodings_that_make_no_mask_are_refused(counts, size, message):
+    with pytest.raises(ValueError, match=message):
+        decode_rle({"size": size, "counts": counts})

@@ -1,0 +1,59 @@
+"""Overlays and label maps of segmentations with any value for void."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_gkc.visualization import DrawnSegment, draw_overlay, label_map
+
+SEGMENTS = [
+    DrawnSegment(1, "lamp", (200, 30, 40), 0.9),
+    DrawnSegment(2, "sofa", (30, 200, 40)),
+    DrawnSegment(7, "x", (0, 0, 0)),
+]
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def segmentation() -> np.ndarray:
+    segmentation = np.zeros((40, 50), dtype=np.int32)
+    segmentation[5:20, 5:30], segmentation[25:, 30:] = 1, 2
+    return segmentation
+
+
+@pytest.mark.parametrize("void", [-1, 3, 255, 65535, 2**31 - 1])
+def test_an_overlay_does_not_depend_on_the_value_of_void(picture, segmentation, void):
+    expected = draw_overlay(picture, segmentation, SEGMENTS)
+    assert len(expected.getcolors(2**24)) > 100
+    changed = np.where(segmentation == 0, void, segmentation)
+    np.testing.assert_array_equal(np.asarray(draw_overlay(picture, changed, SEGMENTS)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("void", [-1, 0, 2**31 - 1])
+def test_an_overlay_without_segments_is_all_void(picture, void):
+    overlay = draw_overlay(picture, np.full((40, 50), void), [])
+    first = draw_overlay(picture, np.zeros((40, 50), dtype=int), SEGMENTS)
+    np.testing.assert_array_equal(np.asarray(overlay), np.asarray(first))
+
+
+def test_an_overlay_of_another_size_is_refused(picture, segmentation):
+    with pytest.raises(ValueError, match=r"\(40, 49\).*\(40, 50\)"):
+        draw_overlay(picture, segmentation[:, 1:], SEGMENTS)
+
+
+def test_label_maps_hold_the_ids(segmentation):
+    small = label_map(segmentation, {1: (200, 30, 40)})
+    assert small.mode == "P" and small.getpalette()[3:6] == [200, 30, 40]
+    np.testing.assert_array_equal(np.asarray(small), segmentation)
+    large = label_map(np.where(segmentation == 0, 65535, segmentation), {})
+    assert large.mode == "I;16" and np.asarray(large).max() == 65535
+    assert label_map(segmentation, {}, max_id=65535).mode == "I;16"
+
+
+def test_label_maps_have_no_sign(segmentation):
+    with pytest.raises(ValueError, match=r"got -1\.\.1: choose such a `void_id`"):
+        label_map(segmentation.clip(max=1) - (segmentation == 0), {})
