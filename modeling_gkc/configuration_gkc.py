@@ -21,6 +21,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .remote_code import CodeSavingMixin
+
+CLASSIFIERS = ("projection", "convex_combination")
 CLASS_FEATURES = ("query", "pooled", "query+pooled")
 PROMPT_REDUCTIONS = ("mean", "max", "embedding_mean")
 BACKBONE_STRIDES = (4, 8, 16, 32)
@@ -40,7 +43,7 @@ def _require_positive(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
 
 
 @strict
-class CLIPResNetConfig(BackboneConfigMixin, PreTrainedConfig):
+class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of CLIP's ResNet image tower, as backbone and as full image model.
 
@@ -114,7 +117,7 @@ class CLIPResNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 @strict
-class GKCConfig(PreTrainedConfig):
+class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     r"""
     Configuration of `GKCForOpenVocabSegmentation`.
 
@@ -136,6 +139,12 @@ class GKCConfig(PreTrainedConfig):
         num_attention_heads: Heads of every attention in both decoders.
         num_queries: Segment queries Q.
         dropout: Dropout in both decoders.
+        classifier: How a query gets its words: by a learned `projection` into the text space and cosines there, or by
+            a `convex_combination` of the text embeddings of the classes of a closed-vocabulary head (Norouzi et al.,
+            ICLR 2014; see `GKCConvexClassEmbedder`), as `from_mask2former` makes it. The latter needs
+            `class_feature="query"`, and compares classes by their nearest names, whether `prompt_reduction` is
+            `mean` or `max`.
+        source_vocabulary: The classes of that head, one list of names per class; at most D - 1 classes.
         class_feature: What is classified: the `query` (the paper's main setting), backbone features `pooled` under
             the predicted mask, or `query+pooled`.
         prompt_reduction: How several prompts of one class become one logit: `mean` or `max` of their logits, or
@@ -151,6 +160,8 @@ class GKCConfig(PreTrainedConfig):
         vocabulary: Words stored with the checkpoint, one list of names (first name, then synonyms) per class; written
             by `set_vocabulary`.
         vocabulary_is_thing: For each stored class, whether it is countable (thing), not (stuff), or unknown (None).
+        vocabulary_colors: For each stored class its colour in overlays, (red, green, blue) in 0..255; written by
+            `set_vocabulary`.
         vocabulary_num_prompts: Rows of the stored class embeddings; written by `set_vocabulary`.
 
     Raises:
@@ -172,6 +183,8 @@ class GKCConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     num_queries: int = 100
     dropout: float | int = 0.0
+    classifier: str = "projection"
+    source_vocabulary: list[list[str]] | None = None
     class_feature: str = "query"
     prompt_reduction: str = "mean"
     logit_scale_init_value: float | int = 2.6592
@@ -185,6 +198,7 @@ class GKCConfig(PreTrainedConfig):
     freeze_backbone_batch_norm: bool = True
     vocabulary: list[list[str]] | None = None
     vocabulary_is_thing: list[bool | None] | None = None
+    vocabulary_colors: list[list[int] | None] | None = None
     vocabulary_num_prompts: int = 0
 
     def __post_init__(self, **kwargs):
@@ -205,6 +219,7 @@ class GKCConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_backbone()
         self._check_losses()
+        self._check_classifier()
         _require(
             self.class_feature in CLASS_FEATURES,
             f"`class_feature` must be one of {', '.join(CLASS_FEATURES)}, got {self.class_feature!r}.",
@@ -214,10 +229,11 @@ class GKCConfig(PreTrainedConfig):
             f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.prompt_reduction!r}.",
         )
         stored = self.vocabulary or []
-        _require(
-            self.vocabulary_is_thing is None or len(self.vocabulary_is_thing) == len(stored),
-            f"`vocabulary_is_thing` needs one entry for each of the {len(stored)} stored classes.",
-        )
+        for name in ("vocabulary_is_thing", "vocabulary_colors"):
+            _require(
+                getattr(self, name) is None or len(getattr(self, name)) == len(stored),
+                f"`{name}` needs one entry for each of the {len(stored)} stored classes.",
+            )
         _require(
             self.vocabulary_num_prompts >= len(stored),
             f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts} cannot be less than the {len(stored)} stored "
@@ -238,6 +254,29 @@ class GKCConfig(PreTrainedConfig):
             "decoder's normalisation.",
         )
         _require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
+
+    def _check_classifier(self):
+        _require(
+            self.classifier in CLASSIFIERS,
+            f"`classifier` must be one of {', '.join(CLASSIFIERS)}, got {self.classifier!r}.",
+        )
+        if self.classifier == "projection":
+            _require(self.source_vocabulary is None, "`source_vocabulary` needs `classifier='convex_combination'`.")
+            return
+        _require(
+            self.class_feature == "query",
+            f"`classifier='convex_combination'` needs `class_feature='query'`, got {self.class_feature!r}.",
+        )
+        _require(
+            bool(self.source_vocabulary) and all(self.source_vocabulary),
+            "`classifier='convex_combination'` needs the names of the head's classes as `source_vocabulary`; "
+            "`modeling_gkc.conversion.from_mask2former` writes them.",
+        )
+        _require(
+            len(self.source_vocabulary) < self.projection_dim,
+            f"A text space of width {self.projection_dim} holds at most {self.projection_dim - 1} source classes, got "
+            f"{len(self.source_vocabulary)}: use a text tower with a larger `projection_dim`.",
+        )
 
     def _check_backbone(self):
         stages = getattr(self.backbone_config, "out_features", None)

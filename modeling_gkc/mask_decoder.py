@@ -20,13 +20,16 @@ only that mask's inside. A mask at the size of level l is the product of the mas
 Letters in the comments: B images, Q queries, C hidden, (h, w) size of a level, S stages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import eager_attention
 from .configuration_gkc import NUM_FEATURE_LEVELS, GKCConfig
 from .pixel_decoder import sine_position_embedding
 
@@ -36,21 +39,48 @@ class GKCMaskDecoderStage:
     """What one stage of the decoder predicts.
 
     Attributes:
+        queries: (B, Q, C) queries, as the next layer takes them.
         query_features: (B, Q, C) normalised queries.
         mask_embeds: (B, Q, mask_feature_size) embeddings whose product with the mask features are the masks.
+        self_attention: (B, heads, Q, Q) weights of the layer before this stage; if asked for, after the first stage.
+        cross_attention: (B, heads, Q, h*w) weights of that layer over one level's map; likewise.
     """
 
+    queries: Tensor
     query_features: Tensor
     mask_embeds: Tensor
+    self_attention: Tensor | None = None
+    cross_attention: Tensor | None = None
 
 
 def predict_masks(mask_embeds: Tensor, mask_features: Tensor) -> Tensor:
     """Mask logits (B, Q, h, w) of mask embeddings (B, Q, C) on mask features (B, C, h, w)."""
-    return torch.einsum("bqc,bchw->bqhw", mask_embeds, mask_features)
+    return torch.einsum("bqc,bchw->bqhw", mask_embeds, mask_features.to(mask_embeds.device))
+
+
+def pool_under_masks(mask_logits: Tensor, feature_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Averages feature maps under soft masks.
+
+    Args:
+        mask_logits: (B, Q, h, w) at the size of the first map.
+        feature_maps: maps (B, C_i, h_i, w_i), not larger than the first.
+
+    Returns:
+        (B, Q, sum of C_i) pooled features, and (B, Q) whether a mask holds no pixel.
+    """
+    weights = mask_logits.sigmoid()
+    pooled = []
+    for feature_map in feature_maps:
+        shares = F.adaptive_avg_pool2d(weights, feature_map.shape[-2:])
+        shares = shares / shares.sum(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+        pooled.append(torch.einsum("bqhw,bchw->bqc", shares, feature_map.to(shares.device)))
+    return torch.cat(pooled, dim=-1), (mask_logits < 0).flatten(2).all(dim=-1)
 
 
 class GKCAttention(nn.Module):
     """Multi-head attention with separate position embeddings for queries and keys."""
+
+    is_causal = False
 
     def __init__(self, config: GKCConfig):
         super().__init__()
@@ -63,24 +93,28 @@ class GKCAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Attends (B, N, C) queries to (B, T, C) keys and values; `attention_mask` (B, 1, N, T) is True where seen."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends queries to keys and values.
+
+        Args:
+            query: (B, N, C).
+            key, value: (B, T, C).
+            attention_mask: (B, 1, N, T), True where seen.
+
+        Returns:
+            (B, N, C) attended values, and (B, heads, N, T) weights where the attention implementation has them.
+        """
         query, key, value = (
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )  # (B, heads, N or T, C / heads)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.dropout if self.training else 0.0
-        attend = _eager_attention if self.config._attn_implementation == "eager" else F.scaled_dot_product_attention
-        attended = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-
-def _eager_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
-    scores = torch.einsum("bhnd,bhtd->bhnt", query, key) * query.shape[-1] ** -0.5
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), p=dropout_p)
-    return torch.einsum("bhnt,bhtd->bhnd", weights, value)
+        scaling = query.shape[-1] ** -0.5
+        attended, weights = attend(self, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
+        return self.out_proj(attended.flatten(2)), weights
 
 
 class GKCMaskDecoderLayer(GradientCheckpointingLayer):
@@ -100,15 +134,20 @@ class GKCMaskDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, queries: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor
-    ) -> Tensor:
-        """Updates (B, Q, C) queries from one level's keys and values (B, h*w, C)."""
-        attended = self.cross_attn(queries + query_positions, keys, values, attention_mask)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Updates (B, Q, C) queries from one level's keys and values (B, h*w, C).
+
+        Returns:
+            (B, Q, C) queries, and where the attention implementation has them the weights of self-attention
+            (B, heads, Q, Q) and of cross-attention (B, heads, Q, h*w).
+        """
+        attended, cross_attention = self.cross_attn(queries + query_positions, keys, values, attention_mask)
         queries = self.cross_attn_layer_norm(queries + self.dropout(attended))
         positioned = queries + query_positions
-        attended = self.self_attn(positioned, positioned, queries)
+        attended, self_attention = self.self_attn(positioned, positioned, queries)
         queries = self.self_attn_layer_norm(queries + self.dropout(attended))
         transformed = self.fc2(self.dropout(F.relu(self.fc1(queries))))
-        return self.final_layer_norm(queries + self.dropout(transformed))
+        return self.final_layer_norm(queries + self.dropout(transformed)), self_attention, cross_attention
 
 
 class GKCMaskEmbedder(nn.Module):
@@ -140,38 +179,42 @@ class GKCMaskDecoder(nn.Module):
         self.mask_embedder = GKCMaskEmbedder(config)
 
     def forward(
-        self, multi_scale_features: tuple[Tensor, ...], resized_mask_features: list[Tensor]
+        self,
+        multi_scale_features: tuple[Tensor, ...],
+        resized_mask_features: list[Tensor],
+        output_attentions: bool = False,
     ) -> list[GKCMaskDecoderStage]:
         """Decodes segments.
 
         Args:
             multi_scale_features: Three maps (B, C, h, w) of strides 32, 16, 8.
             resized_mask_features: The mask features resized to each of the three maps.
+            output_attentions: Keep the attention weights of every layer.
 
         Returns:
             The S = decoder_layers + 1 stages, the last one the prediction.
         """
-        levels = [self._keys_and_values(index, level) for index, level in enumerate(multi_scale_features)]
-        batch_size = multi_scale_features[0].shape[0]
-        query_positions = self.query_positions.weight[None]
-        queries = self.query_features.weight[None].expand(batch_size, -1, -1)
+        # Embeddings are called, not read, so that their weights are there when they are kept elsewhere (offloading).
+        device = multi_scale_features[0].device
+        level_embeddings = self.level_embedding(torch.arange(NUM_FEATURE_LEVELS, device=device))
+        levels = [
+            _keys_and_values(level, embedding)
+            for level, embedding in zip(multi_scale_features, level_embeddings, strict=True)
+        ]
+        index = torch.arange(self.query_features.num_embeddings, device=device)
+        query_positions = self.query_positions(index)[None]
+        queries = self.query_features(index).expand(len(multi_scale_features[0]), -1, -1)
         stages = [self._predict(queries)]
-        for index, layer in enumerate(self.layers):
-            level = index % NUM_FEATURE_LEVELS
+        for number, layer in enumerate(self.layers):
+            level = number % NUM_FEATURE_LEVELS
             attention_mask = self._attention_mask(stages[-1].mask_embeds, resized_mask_features[level])
-            queries = layer(queries, query_positions, *levels[level], attention_mask)
-            stages.append(self._predict(queries))
+            queries, *attentions = layer(queries, query_positions, *levels[level], attention_mask)
+            stages.append(self._predict(queries, *(attentions if output_attentions else ())))
         return stages
 
-    def _keys_and_values(self, index: int, level: Tensor) -> tuple[Tensor, Tensor]:
-        height, width = level.shape[-2:]
-        values = level.flatten(2).transpose(1, 2) + self.level_embedding.weight[index]  # (B, h*w, C)
-        positions = sine_position_embedding(height, width, values.shape[-1], values.device, values.dtype)
-        return values + positions, values
-
-    def _predict(self, queries: Tensor) -> GKCMaskDecoderStage:
+    def _predict(self, queries: Tensor, *attentions: Tensor | None) -> GKCMaskDecoderStage:
         query_features = self.layer_norm(queries)
-        return GKCMaskDecoderStage(query_features, self.mask_embedder(query_features))
+        return GKCMaskDecoderStage(queries, query_features, self.mask_embedder(query_features), *attentions)
 
     @staticmethod
     @torch.no_grad()
@@ -181,4 +224,11 @@ class GKCMaskDecoder(nn.Module):
         return (inside | ~inside.any(dim=-1, keepdim=True))[:, None]
 
 
-__all__ = ["GKCMaskDecoder", "GKCMaskDecoderStage", "predict_masks"]
+def _keys_and_values(level: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    height, width = level.shape[-2:]
+    values = level.flatten(2).transpose(1, 2) + embedding  # (B, h*w, C)
+    positions = sine_position_embedding(height, width, values.shape[-1], values.device, values.dtype)
+    return values + positions, values
+
+
+__all__ = ["GKCMaskDecoder", "GKCMaskDecoderStage", "pool_under_masks", "predict_masks"]

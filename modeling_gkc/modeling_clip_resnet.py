@@ -28,11 +28,15 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
+from .attention import eager_attention
 from .configuration_gkc import CLIPResNetConfig
+from .remote_code import CodeRegistrationMixin
 
 
 @dataclass
@@ -44,13 +48,17 @@ class CLIPResNetVisionOutput(ModelOutput):
         last_hidden_state: (B, C, h, w) feature map of the last stage, stride 32.
         dense_embeds: (B, D, h, w) the attention pooling asked at every position instead of at the mean; given with
             `output_dense_embeds=True`.
-        hidden_states: stem and stage feature maps; given with `output_hidden_states=True`.
+        hidden_states: stem and stage feature maps, (B, C_i, h_i, w_i) of strides 4, 4, 8, 16, 32; given with
+            `output_hidden_states=True`.
+        attentions: one tensor, (B, heads, 1 + h*w, 1 + h*w) weights of the attention pooling with dense embeddings,
+            else (B, heads, 1, 1 + h*w); the first row and column are the mean's. Given with `output_attentions=True`.
     """
 
     image_embeds: Tensor | None = None
     last_hidden_state: Tensor | None = None
     dense_embeds: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class CLIPResNetConvLayer(nn.Module):
@@ -87,10 +95,11 @@ class CLIPResNetStem(nn.Module):
         return self.pooler(self.layers(pixel_values))
 
 
-class CLIPResNetBottleneck(nn.Module):
+class CLIPResNetBottleneck(GradientCheckpointingLayer):
     """Bottleneck block whose stride is an average pooling in the branch and in the shortcut."""
 
     expansion = 4
+    _recompute = False
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -102,6 +111,18 @@ class CLIPResNetBottleneck(nn.Module):
         self.shortcut = None
         if stride > 1 or in_channels != out_channels:
             self.shortcut = CLIPResNetConvLayer(in_channels, out_channels, 1, activation=False)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes this block again.
+
+        Never while BatchNorm learns its statistics: a second forward pass would count the batch twice.
+        """
+        return self._recompute and not self.reduce.normalization.training
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self._recompute = enable
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         residual = hidden_states
@@ -138,8 +159,11 @@ class CLIPResNetEncoder(nn.Module):
 class CLIPResNetAttentionPooling(nn.Module):
     """Multi-head attention of the mean feature (or of every position) over all positions and the mean."""
 
+    is_causal = False
+
     def __init__(self, config: CLIPResNetConfig):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
         self.grid_size = config.image_size // 32
         width = config.hidden_size
@@ -149,22 +173,25 @@ class CLIPResNetAttentionPooling(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, config.projection_dim)
 
-    def forward(self, hidden_states: Tensor, dense: bool = False) -> Tensor:
-        """Pools (B, C, h, w) to (B, 1, D), or to (B, 1 + h*w, D) if `dense`; the first row is the image embedding."""
+    def forward(self, hidden_states: Tensor, dense: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Pools (B, C, h, w) to (B, 1, D), or to (B, 1 + h*w, D) if `dense`; the first row is the image embedding.
+
+        Returns:
+            The embeddings, and their weights (B, heads, 1 or 1 + h*w, 1 + h*w) where the attention implementation has
+            them.
+        """
         height, width = hidden_states.shape[-2:]
         tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, h*w, C)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
         tokens = tokens + self._positions(height, width)
         queries = tokens if dense else tokens[:, :1]
-        attended = F.scaled_dot_product_attention(
-            self._split_heads(self.q_proj(queries)),
-            self._split_heads(self.k_proj(tokens)),
-            self._split_heads(self.v_proj(tokens)),
-        )
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, states in ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
+        )  # (B, heads, tokens, C / heads)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attended, weights = attend(self, query, key, value, None, scaling=query.shape[-1] ** -0.5)
+        return self.out_proj(attended.flatten(2)), weights
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Positional table for a map of another size: the mean's row is kept, the grid's rows are resized."""
@@ -176,8 +203,8 @@ class CLIPResNetAttentionPooling(nn.Module):
         return torch.cat([mean, grid[0].flatten(1).T])
 
 
-class GKCLoadingMixin:
-    """How all models here are loaded and initialised."""
+class GKCModelMixin(CodeRegistrationMixin):
+    """What all models here share: how they are loaded and initialised, and what a call may ask for."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -189,8 +216,31 @@ class GKCLoadingMixin:
         """False: `_init_weights` leaves loaded weights alone, so transformers need not skip modules on its behalf."""
         return False
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Not possible: words are text to be encoded, not rows of a table."""
+        raise ValueError(
+            f"{type(self).__name__} has no token table that could be resized: any words can be given as text, and the "
+            "frozen text tower reads CLIP's own tokens."
+        )
 
-class CLIPResNetPreTrainedModel(GKCLoadingMixin, PreTrainedModel):
+    def requested_outputs(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
+        """What a call asks for; where it says nothing, what the configuration says.
+
+        Raises:
+            ValueError: if attention weights are asked of an implementation that does not have them.
+        """
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"Attention weights exist only in eager attention, not in {config._attn_implementation!r}: call "
+                "`model.set_attn_implementation('eager')`, or load with `attn_implementation='eager'`."
+            )
+        return {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+
+
+class CLIPResNetPreTrainedModel(GKCModelMixin, PreTrainedModel):
     """Weight initialisation and loading."""
 
     config_class = CLIPResNetConfig
@@ -198,7 +248,17 @@ class CLIPResNetPreTrainedModel(GKCLoadingMixin, PreTrainedModel):
     base_model_prefix = "clip_resnet"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem", "CLIPResNetAttentionPooling"]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stem: what first turns pixels into features."""
+        return self.encoder.stem
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the stem by a module that maps (B, 3, H, W) to (B, width, H/4, W/4)."""
+        self.encoder.stem = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -223,13 +283,19 @@ class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):
         self.encoder = CLIPResNetEncoder(config)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False, **kwargs) -> BackboneOutput:
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
+    ) -> BackboneOutput:
         """Computes the feature maps named in `config.out_features`.
 
         Args:
             pixel_values: (B, 3, H, W) normalised images of any size of at least 32 x 32.
-            output_hidden_states: Also return the stem's and all stages' feature maps.
+            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
+            output_attentions: Accepted for the common call of backbones; there is no attention here.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         hidden_states = self.encoder(pixel_values)
         return BackboneOutput(
             feature_maps=tuple(hidden_states[index] for index in self.out_indices),
@@ -246,12 +312,13 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
         self.attention_pooling = CLIPResNetAttentionPooling(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         output_dense_embeds: bool = False,
-        output_hidden_states: bool = False,
-        **kwargs,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> CLIPResNetVisionOutput:
         """Embeds images.
 
@@ -259,11 +326,16 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
             pixel_values: (B, 3, H, W) images normalised with CLIP's mean and deviation, of any size of at least
                 32 x 32.
             output_dense_embeds: Also return the embedding at every position of the last feature map.
-            output_hidden_states: Also return the stem's and all stages' feature maps.
+            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
+            output_attentions: Also return the weights of the attention pooling; default: as configured.
+
+        Raises:
+            ValueError: if attention weights are asked for and the attention is not eager.
         """
+        requested = self.requested_outputs(output_hidden_states, output_attentions)
         hidden_states = self.encoder(pixel_values)
         last_hidden_state = hidden_states[-1]
-        embeds = self.attention_pooling(last_hidden_state, dense=output_dense_embeds)
+        embeds, attention = self.attention_pooling(last_hidden_state, dense=output_dense_embeds)
         dense_embeds = None
         if output_dense_embeds:
             dense_embeds = embeds[:, 1:].transpose(1, 2).unflatten(2, last_hidden_state.shape[-2:])
@@ -271,7 +343,8 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
             image_embeds=embeds[:, 0],
             last_hidden_state=last_hidden_state,
             dense_embeds=dense_embeds,
-            hidden_states=hidden_states if output_hidden_states else None,
+            hidden_states=hidden_states if requested["output_hidden_states"] else None,
+            attentions=(attention,) if requested["output_attentions"] else None,
         )
 
 
@@ -283,5 +356,5 @@ __all__ = [
     "CLIPResNetPreTrainedModel",
     "CLIPResNetVisionModel",
     "CLIPResNetVisionOutput",
-    "GKCLoadingMixin",
+    "GKCModelMixin",
 ]

@@ -19,8 +19,10 @@ S decoder stages = decoder_layers + 1, N segments of an image, (H, W) padded inp
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,34 +36,35 @@ from transformers import (
     CLIPTextModelWithProjection,
 )
 from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_BACKBONE_MAPPING,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+)
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .class_embedder import GKCClassEmbedder, GKCConvexClassEmbedder
+from .class_embeddings import (
+    GKCClassEmbeddings,
+    TextEmbeddingCache,
+    average_class_embeds,
+    average_templates,
+    count_classes,
+    encode_vocabulary,
+    reduce_prompt_logits,
+)
 from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
 from .loss_gkc import GKCCriterion, Matches
-from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, predict_masks
-from .modeling_clip_resnet import GKCLoadingMixin
+from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
+from .modeling_clip_resnet import GKCModelMixin
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, VocabularyLike
 
 MAX_TEMPERATURE = 100.0
 SIZE_DIVISOR = BACKBONE_STRIDES[-1]
 PROMPTS_PER_PASS = 256
-
-
-@dataclass
-class GKCClassEmbeddings(ModelOutput):
-    """Encoded vocabulary, to be cached and passed to `forward`.
-
-    Attributes:
-        class_embeds: (P, D) L2-normalised text embeddings of the prompts.
-        class_ids: (P,) class of each prompt, 0..K-1.
-    """
-
-    class_embeds: Tensor | None = None
-    class_ids: Tensor | None = None
 
 
 @dataclass
@@ -75,6 +78,13 @@ class GKCModelOutput(ModelOutput):
             `config.class_feature` asks for them.
         mask_is_empty: (B, Q) whether the last stage's mask holds no pixel; only with `pooled_features`.
         stages: for each of the S stages the same four values, if asked for.
+        encoder_hidden_states: four maps (B, C_i, h_i, w_i) of the backbone, of strides 4, 8, 16, 32; this and the next
+            two with `output_hidden_states=True`.
+        pixel_decoder_hidden_states: three maps (B, C, h, w) of strides 32, 16, 8.
+        transformer_decoder_hidden_states: S times (B, Q, C), the queries before the first layer and after each.
+        attentions: for each layer of the mask decoder (B, heads, Q, Q) weights of its self-attention; this and the
+            next with `output_attentions=True`.
+        cross_attentions: for each layer (B, heads, Q, h*w) weights over the map of stride 32, 16 or 8, in turn.
     """
 
     last_hidden_state: Tensor | None = None
@@ -82,6 +92,11 @@ class GKCModelOutput(ModelOutput):
     pooled_features: Tensor | None = None
     mask_is_empty: Tensor | None = None
     stages: tuple["GKCModelOutput", ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -115,6 +130,8 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
             input is image. Post-processing cuts the padding off with it.
         stages: the S stages' predictions, in training or with `output_stages=True`.
         matches: for each stage and image the matched (queries, segments); given with labels.
+        encoder_hidden_states, pixel_decoder_hidden_states, transformer_decoder_hidden_states, attentions,
+            cross_attentions: as in `GKCModelOutput`, if asked for.
     """
 
     loss: Tensor | None = None
@@ -125,6 +142,11 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
     content_sizes: Tensor | None = None
     stages: tuple[GKCStageOutput, ...] | None = None
     matches: list[Matches] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 class GKCWords(NamedTuple):
@@ -134,55 +156,6 @@ class GKCWords(NamedTuple):
     class_ids: Tensor | None
     num_classes: int
     reduction: str
-
-
-def count_classes(class_ids: Tensor, num_prompts: int) -> int:
-    """The number K of classes that (P,) class ids name.
-
-    Raises:
-        ValueError: the ids are not P numbers from 0 that leave none out.
-    """
-    if class_ids.shape != (num_prompts,):
-        raise ValueError(f"`class_ids` must have shape ({num_prompts},), got {tuple(class_ids.shape)}.")
-    present = class_ids.unique().tolist()
-    missing = sorted(set(range(max(present) + 1)) - set(present))
-    if present[0] < 0 or missing:
-        raise ValueError(
-            f"`class_ids` must count from 0 and leave none out: smallest {present[0]}, missing {missing}."
-        )
-    return len(present)
-
-
-def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str, num_classes: int | None = None) -> Tensor:
-    """Reduces the logits of several prompts of a class to one.
-
-    Args:
-        logits: (..., P + 1) logits of P prompts and of no-object.
-        class_ids: (P,) class of each prompt; every class 0..K-1 has at least one.
-        reduction: `mean` or `max`.
-        num_classes: K, if it is known and `class_ids` have been checked.
-
-    Returns:
-        (..., K + 1) logits of K classes and of no-object.
-
-    Raises:
-        ValueError: for another reduction, or if `class_ids` do not fit the logits or leave a class out.
-    """
-    if reduction not in ("mean", "max"):
-        raise ValueError(f"Logits are reduced by 'mean' or 'max', got {reduction!r}.")
-    if num_classes is None:
-        num_classes = count_classes(class_ids, logits.shape[-1] - 1)
-    prompts, no_object = logits[..., :-1], logits[..., -1:]
-    index = class_ids.to(logits.device).expand_as(prompts)
-    reduced = prompts.new_zeros(*prompts.shape[:-1], num_classes)
-    reduced = reduced.scatter_reduce(-1, index, prompts, "mean" if reduction == "mean" else "amax", include_self=False)
-    return torch.cat([reduced, no_object], dim=-1)
-
-
-def average_class_embeds(class_embeds: Tensor, class_ids: Tensor) -> Tensor:
-    """Averages (P, D) prompt embeddings of each class and normalises them: (K, D)."""
-    sums = class_embeds.new_zeros(count_classes(class_ids, len(class_embeds)), class_embeds.shape[-1])
-    return F.normalize(sums.index_add(0, class_ids.to(class_embeds.device), class_embeds), dim=-1)
 
 
 def content_sizes_of(pixel_mask: Tensor) -> Tensor:
@@ -224,42 +197,7 @@ def pad_to_stride(
     return F.pad(pixel_values, padding), content_sizes, mask_labels
 
 
-class GKCClassEmbedder(nn.Module):
-    """Queries -> embeddings in the text space: one map C -> C for all stages, one map C -> D per stage."""
-
-    def __init__(self, config: GKCConfig, num_pooled_features: int):
-        super().__init__()
-        width = config.hidden_size
-        self.class_feature = config.class_feature
-        self.pooled_projection = None
-        if config.class_feature != "query":
-            self.pooled_projection = nn.Sequential(
-                nn.LayerNorm(num_pooled_features),
-                nn.Linear(num_pooled_features, width),
-                nn.ReLU(),
-                nn.Linear(width, width),
-            )
-        self.dense = nn.Linear(width, width)
-        self.stage_projections = nn.ModuleList(
-            nn.Linear(width, config.projection_dim) for _ in range(config.decoder_layers + 1)
-        )
-
-    def forward(self, stage: GKCModelOutput, index: int = -1) -> Tensor:
-        """(B, Q, D) L2-normalised embeddings of the stage `index`, counted as in a list."""
-        hidden_states = F.relu(self.dense(self._feature(stage)))
-        return F.normalize(self.stage_projections[index](hidden_states), dim=-1)
-
-    def _feature(self, stage: GKCModelOutput) -> Tensor:
-        query = stage.last_hidden_state
-        if self.pooled_projection is None:
-            return query
-        pooled = self.pooled_projection(stage.pooled_features)
-        if self.class_feature == "query+pooled":
-            pooled = query + pooled
-        return torch.where(stage.mask_is_empty[..., None], query, pooled)
-
-
-class GKCPreTrainedModel(GKCLoadingMixin, PreTrainedModel):
+class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
     """Weight initialisation and loading."""
 
     config_class = GKCConfig
@@ -269,7 +207,23 @@ class GKCPreTrainedModel(GKCLoadingMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["CLIPResNetBottleneck", "GKCPixelDecoderLayer", "GKCMaskDecoderLayer", "CLIPEncoderLayer"]
+    _supports_attention_backend = True
+    _no_split_modules = ["GKCPixelDecoder", "GKCMaskDecoder", "CLIPEncoderLayer"]
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Sets how attention is computed, as in transformers; a backbone that has no SDPA keeps what it has."""
+        if isinstance(attn_implementation, str):
+            parts = {"backbone_config": self.base_model.backbone, "text_config": getattr(self, "text_model", None)}
+            able = [
+                name for name, part in parts.items() if part and (part._supports_sdpa or attn_implementation != "sdpa")
+            ]
+            attn_implementation = {"": attn_implementation} | dict.fromkeys(able, attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        """Lets gradients start at the images, which adapters need in re-entrant checkpointing, for any backbone."""
+        self._require_grads_hook = self.base_model.backbone.register_forward_pre_hook(_require_gradients)
+        self._require_grads_hooks = [self._require_grads_hook]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -281,17 +235,26 @@ class GKCPreTrainedModel(GKCLoadingMixin, PreTrainedModel):
             for embedding in (module.query_features, module.query_positions, module.level_embedding):
                 init.normal_(embedding.weight)
         elif isinstance(module, GKCForOpenVocabSegmentation):
-            init.normal_(module.no_object_embedding)
+            if module.no_object_embedding is not None:
+                init.normal_(module.no_object_embedding)
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.vocabulary_embeds is not None:
                 init.zeros_(module.vocabulary_embeds)
                 init.zeros_(module.vocabulary_class_ids)
+        elif isinstance(module, GKCConvexClassEmbedder):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
+            init.ones_(module.typical_distance)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif not isinstance(module, nn.Embedding):
             super()._init_weights(module)
+
+
+def _require_gradients(module: nn.Module, args: tuple) -> tuple:
+    return args[0].detach().requires_grad_(True), *args[1:]
 
 
 def _init_deformable_attention(module: GKCDeformableAttention) -> None:
@@ -313,9 +276,7 @@ class GKCModel(GKCPreTrainedModel):
 
     def __init__(self, config: GKCConfig):
         super().__init__(config)
-        # The attention implementation asked of the decoders is not the backbone's: it may have none of that name.
-        config.backbone_config._attn_implementation = None
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = _make_backbone(config.backbone_config)
         self.pixel_decoder = GKCPixelDecoder(config, self.backbone.channels)
         self.mask_decoder = GKCMaskDecoder(config)
         self.post_init()
@@ -334,9 +295,22 @@ class GKCModel(GKCPreTrainedModel):
                     module.eval()
         return self
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What first turns pixels into features: the backbone's."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the backbone's input embeddings."""
+        self.backbone.set_input_embeddings(value)
+
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, output_stages: bool | None = None, pixel_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        output_stages: bool | None = None,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> GKCModelOutput:
         """Segments images.
 
@@ -344,8 +318,15 @@ class GKCModel(GKCPreTrainedModel):
             pixel_values: (B, 3, H, W) normalised images.
             output_stages: Give all S stages, not only the last; default: in training.
             pixel_mask: Accepted for the common call `model(**inputs)`; all of the input is looked at.
+            output_hidden_states: Give what backbone and decoders compute; default: as configured.
+            output_attentions: Give the mask decoder's attention weights; default: as configured.
+
+        Raises:
+            ValueError: if attention weights are asked for and the attention is not eager, or if the backbone's maps
+                have other strides than 4, 8, 16 and 32.
         """
-        feature_maps = self.backbone(pixel_values).feature_maps
+        requested = self.requested_outputs(output_hidden_states, output_attentions)
+        feature_maps = self.backbone(pixel_values, return_dict=True).feature_maps
         _check_strides(pixel_values.shape, feature_maps)
         decoded = self.pixel_decoder(feature_maps)
         levels = decoded.multi_scale_features
@@ -353,14 +334,21 @@ class GKCModel(GKCPreTrainedModel):
             F.interpolate(decoded.mask_features, size=level.shape[-2:], mode="bilinear", align_corners=False)
             for level in levels
         ]
-        stages = self.mask_decoder(levels, resized)
+        stages = self.mask_decoder(levels, resized, requested["output_attentions"])
         output_stages = self.training if output_stages is None else output_stages
-        if not output_stages:
-            return self._stage_output(stages[-1], decoded.mask_features, resized[-1], feature_maps)
         outputs = tuple(
-            self._stage_output(stage, decoded.mask_features, resized[-1], feature_maps) for stage in stages
+            self._stage_output(stage, decoded.mask_features, resized[-1], feature_maps)
+            for stage in (stages if output_stages else stages[-1:])
         )
-        return GKCModelOutput(**outputs[-1], stages=outputs)
+        output = GKCModelOutput(**outputs[-1], stages=outputs if output_stages else None)
+        if requested["output_hidden_states"]:
+            output.encoder_hidden_states = tuple(feature_maps)
+            output.pixel_decoder_hidden_states = tuple(levels)
+            output.transformer_decoder_hidden_states = tuple(stage.queries for stage in stages)
+        if requested["output_attentions"]:
+            output.attentions = tuple(stage.self_attention for stage in stages[1:])
+            output.cross_attentions = tuple(stage.cross_attention for stage in stages[1:])
+        return output
 
     def _stage_output(
         self,
@@ -381,6 +369,14 @@ class GKCModel(GKCPreTrainedModel):
         )
 
 
+def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """The backbone; the attention implementation asked of the whole model is asked of it only if it has that one."""
+    supported = getattr(MODEL_FOR_BACKBONE_MAPPING.get(type(config), None), "_supports_sdpa", True)
+    if config._attn_implementation == "sdpa" and not supported:
+        config._attn_implementation = None
+    return AutoBackbone.from_config(config)
+
+
 def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> None:
     """Refuses a backbone whose maps are not of strides 4, 8, 16, 32; sizes may be rounded either way."""
     for stride, feature_map in zip(BACKBONE_STRIDES, feature_maps, strict=True):
@@ -393,40 +389,31 @@ def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> N
             )
 
 
-def pool_under_masks(mask_logits: Tensor, feature_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Averages feature maps under soft masks.
-
-    Args:
-        mask_logits: (B, Q, h, w) at the size of the first map.
-        feature_maps: maps (B, C_i, h_i, w_i), not larger than the first.
-
-    Returns:
-        (B, Q, sum of C_i) pooled features, and (B, Q) whether a mask holds no pixel.
-    """
-    weights = mask_logits.sigmoid()
-    pooled = []
-    for feature_map in feature_maps:
-        shares = F.adaptive_avg_pool2d(weights, feature_map.shape[-2:])
-        shares = shares / shares.sum(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
-        pooled.append(torch.einsum("bqhw,bchw->bqc", shares, feature_map))
-    return torch.cat(pooled, dim=-1), (mask_logits < 0).flatten(2).all(dim=-1)
-
-
 class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
-    """Image path, frozen CLIP text tower, and the cosine classifier between queries and words."""
+    r"""Image path, frozen CLIP text tower, and the cosine classifier between queries and words.
+
+    Give adapters (PEFT's LoRA) a pattern, such as `target_modules=r".*\.mask_decoder\..*\.(q_proj|v_proj)"`: bare
+    names would also match projections of the text tower, whose adapters never learn, since it runs without gradients.
+    """
 
     def __init__(self, config: GKCConfig):
         super().__init__(config)
         self.model = GKCModel(config)
-        self.class_embedder = GKCClassEmbedder(config, self.model.num_pooled_features)
+        self.is_convex = config.classifier == "convex_combination"
+        if self.is_convex:
+            self.class_embedder = GKCConvexClassEmbedder(config)
+        else:
+            self.class_embedder = GKCClassEmbedder(config, self.model.num_pooled_features)
         self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
         self.text_model.requires_grad_(False)
-        self.no_object_embedding = nn.Parameter(torch.empty(config.projection_dim))
+        no_object_embedding = None if self.is_convex else nn.Parameter(torch.empty(config.projection_dim))
+        self.register_parameter("no_object_embedding", no_object_embedding)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         stored = config.vocabulary_num_prompts
         self.register_buffer("vocabulary_embeds", torch.zeros(stored, config.projection_dim) if stored else None)
         self.register_buffer("vocabulary_class_ids", torch.zeros(stored, dtype=torch.long) if stored else None)
         self.criterion = GKCCriterion(config)
+        self.text_cache = TextEmbeddingCache()
         self.post_init()
 
     @classmethod
@@ -443,9 +430,16 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         self.text_model.eval()
         return self
 
-    @torch.no_grad()
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(P, D) L2-normalised embeddings of tokenised prompts (P, L); the text tower is frozen."""
+        """(P, D) L2-normalised embeddings of tokenised prompts (P, L); the text tower is frozen.
+
+        Prompts that were asked for before come from `self.text_cache`, whichever vocabulary they stood in.
+        """
+        # Tensors made in inference mode could not be used in training later; those that are kept must be plain ones.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.text_cache.embed(input_ids, attention_mask, self._encode_prompts, self._text_state(input_ids.device.type))
+
+    def _encode_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(PROMPTS_PER_PASS)
         embeds = [
             self.text_model(input_ids=ids, attention_mask=mask).text_embeds
@@ -453,40 +447,65 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         ]
         return F.normalize(torch.cat(embeds), dim=-1)
 
+    def _text_state(self, device: str) -> tuple:
+        """What text embeddings depend on beside the prompt: weights, where and in which type, and autocast."""
+        weights = tuple(
+            (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            for weight in self.text_model.parameters()
+        )
+        return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), weights
+
     def get_class_embeddings(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, class_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        class_ids: Tensor | None = None,
+        name_ids: Tensor | None = None,
     ) -> GKCClassEmbeddings:
         """Encodes a vocabulary once, for many calls of `forward`.
 
         Args:
             input_ids, attention_mask: (P, L) tokenised prompts.
-            class_ids: (P,) class of each prompt; default: each prompt its own class.
+            class_ids: (P,) class of each prompt; default: each name its own class.
+            name_ids: (P,) name of each prompt, 0..N-1, whose prompts (templates) are averaged; default: each prompt is
+                a name of its own.
         """
         embeds = self.get_text_features(input_ids, attention_mask)
+        if name_ids is not None:
+            embeds, class_ids = average_templates(embeds, class_ids, name_ids)
         if class_ids is None:
             class_ids = torch.arange(len(embeds), device=embeds.device)
         return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids)
 
-    def set_vocabulary(self, vocabulary, processor) -> None:
+    def set_vocabulary(self, vocabulary: VocabularyLike, processor) -> None:
         """Stores a vocabulary with the checkpoint; `config.id2label` follows.
 
         Args:
-            vocabulary: Words in any form `GKCProcessor` takes: list, nested list of synonyms, "dog; sofa, couch", or
-                `Vocabulary`.
+            vocabulary: Words in any form `GKCProcessor` takes: list, nested list of synonyms, "dog; sofa, couch", the
+                name of a packaged vocabulary ("ade20k_150"), a file, or `Vocabulary`.
             processor: `GKCProcessor` of this checkpoint.
         """
         vocabulary = Vocabulary.parse(vocabulary)
-        inputs = processor(text=vocabulary, return_tensors="pt").to(self.device)
-        encoded = self.get_class_embeddings(**inputs)
+        encoded = encode_vocabulary(vocabulary, self, processor)
         # A configuration of its own, so that no other model made from the same one claims these words.
         self.config = copy.deepcopy(self.config)
         self.vocabulary_embeds = encoded.class_embeds
         self.vocabulary_class_ids = encoded.class_ids
         self.config.vocabulary = [list(names) for names in vocabulary.names]
-        self.config.vocabulary_is_thing = None if vocabulary.is_thing is None else list(vocabulary.is_thing)
+        self.config.vocabulary_is_thing = vocabulary.is_thing and list(vocabulary.is_thing)
+        self.config.vocabulary_colors = vocabulary.colors and [color and list(color) for color in vocabulary.colors]
         self.config.vocabulary_num_prompts = len(encoded.class_ids)
         self.config.id2label = {index: names[0] for index, names in enumerate(vocabulary.names)}
         self.config.label2id = {name: index for index, name in self.config.id2label.items()}
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words stored in the checkpoint, None if there are none."""
+        config = self.config
+        if config.vocabulary is None:
+            return None
+        with warnings.catch_warnings(action="ignore"):  # whoever stored them has been warned
+            return Vocabulary(config.vocabulary, config.vocabulary_is_thing, config.vocabulary_colors)
 
     @property
     def temperature(self) -> Tensor:
@@ -498,11 +517,13 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
 
         They are computed in fp32 at least: a temperature up to 100 would show the rounding of half precision.
         """
+        if self.is_convex:
+            return self._name(query_embeds, GKCWords(class_embeds, None, len(class_embeds), "max"))
         dtype = torch.promote_types(query_embeds.dtype, torch.float32)
         with torch.autocast(query_embeds.device.type, enabled=False):
-            no_object = F.normalize(self.no_object_embedding.to(dtype), dim=-1)
+            no_object = F.normalize(self.no_object_embedding.to(query_embeds.device, dtype), dim=-1)
             targets = torch.cat([class_embeds.to(no_object), no_object[None]])
-            return self.temperature.to(dtype) * query_embeds.to(dtype) @ targets.T
+            return self.temperature.to(no_object) * query_embeds.to(dtype) @ targets.T
 
     @can_return_tuple
     def forward(
@@ -512,11 +533,14 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         class_ids: Tensor | None = None,
+        name_ids: Tensor | None = None,
         class_embeds: Tensor | None = None,
         mask_labels: Sequence[Tensor] | None = None,
         class_labels: Sequence[Tensor] | None = None,
         prompt_reduction: str | None = None,
         output_stages: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> GKCForOpenVocabSegmentationOutput:
         """Segments images into words.
 
@@ -528,24 +552,29 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             pixel_mask: (B, H, W), 1 where there is image, 0 in padding to the right and below. In evaluation mode
                 images of different padded size are computed apart, so that no result depends on its neighbours.
             input_ids, attention_mask: (P, L) tokenised prompts.
-            class_ids: (P,) class of each prompt; default: each prompt its own class.
+            class_ids: (P,) class of each prompt; default: each its own class.
+            name_ids: (P,) name of each prompt of `input_ids`; the prompts of a name (templates) are averaged.
             class_embeds: (P, D) cached prompt embeddings of `get_class_embeddings`.
             mask_labels: For each image (N, H, W) masks of 0 and 1, of the size of `pixel_values`; gives the loss
                 together with `class_labels`.
             class_labels: For each image (N,) classes.
             prompt_reduction: `mean`, `max` or `embedding_mean`; default: `config.prompt_reduction`.
             output_stages: Give all decoder stages; default: in training and with labels.
+            output_hidden_states, output_attentions: As in `GKCModel`. In evaluation mode only for images of one padded
+                size, which the states then have.
 
         Raises:
-            ValueError: if both or none of the forms of text are there, or labels do not fit.
+            ValueError: if both or none of the forms of text are there, labels do not fit, or the states asked for do
+                not exist.
         """
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("`mask_labels` and `class_labels` must be given together.")
         has_labels = mask_labels is not None
-        words = self._words(input_ids, attention_mask, class_ids, class_embeds, prompt_reduction)
+        words = self._words(input_ids, attention_mask, class_ids, name_ids, class_embeds, prompt_reduction)
         pixel_values, content_sizes, mask_labels = pad_to_stride(pixel_values, pixel_mask, mask_labels)
         wants_stages = has_labels or (self.training if output_stages is None else output_stages)
-        segments = self._segment(pixel_values, content_sizes, wants_stages)
+        requested = self.requested_outputs(output_hidden_states, output_attentions)
+        segments = self._segment(pixel_values, content_sizes, wants_stages, requested)
 
         stages = None
         if wants_stages:
@@ -561,6 +590,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             content_sizes=content_sizes,
             stages=stages,
             matches=matches,
+            **{name: states for name, states in segments.items() if name.endswith(("hidden_states", "attentions"))},
         )
 
     def classify(
@@ -573,19 +603,20 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         """Names segments that are already there by other words, without looking at the image again.
 
         Args:
-            query_embeds: (B, Q, D) of an earlier output.
+            query_embeds: (B, Q, D) of an earlier output; they also tell how much of no-object is in a query.
             class_embeds, class_ids, prompt_reduction: As in `forward`.
 
         Returns:
             (B, Q, K + 1) class logits, the last column no-object.
         """
-        return self._name(query_embeds, self._words(None, None, class_ids, class_embeds, prompt_reduction))
+        return self._name(query_embeds, self._words(None, None, class_ids, None, class_embeds, prompt_reduction))
 
     def _words(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         class_ids: Tensor | None,
+        name_ids: Tensor | None,
         class_embeds: Tensor | None,
         prompt_reduction: str | None,
     ) -> GKCWords:
@@ -593,27 +624,25 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         reduction = prompt_reduction or self.config.prompt_reduction
         if reduction not in PROMPT_REDUCTIONS:
             raise ValueError(f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {reduction!r}.")
-        embeds, class_ids, num_classes = self._prompts(input_ids, attention_mask, class_ids, class_embeds)
+        if input_ids is not None and class_embeds is not None:
+            raise ValueError("Give the words as `input_ids` or as `class_embeds`, not both.")
+        if input_ids is not None:
+            class_embeds, class_ids = self.get_class_embeddings(
+                input_ids, attention_mask, class_ids, name_ids
+            ).to_tuple()
+        elif name_ids is not None or attention_mask is not None:
+            raise ValueError("`attention_mask` and `name_ids` need `input_ids` beside them.")
+        embeds, class_ids, num_classes = self._prompts(class_ids, class_embeds)
         if class_ids is not None and reduction == "embedding_mean":
             embeds, class_ids = average_class_embeds(embeds, class_ids), None
         return GKCWords(embeds, class_ids, num_classes, reduction)
 
-    def _prompts(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        class_ids: Tensor | None,
-        class_embeds: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, int]:
+    def _prompts(self, class_ids: Tensor | None, class_embeds: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """Prompt embeddings (P, D), their classes (P,) or None if each is its own, and the number of classes."""
-        if input_ids is not None and class_embeds is not None:
-            raise ValueError("Give the words as `input_ids` or as `class_embeds`, not both.")
-        if input_ids is None and class_embeds is None:
-            if class_ids is not None or attention_mask is not None:
-                raise ValueError("`class_ids` and `attention_mask` need `input_ids` or `class_embeds` beside them.")
+        if class_embeds is None:
+            if class_ids is not None:
+                raise ValueError("`class_ids` need `input_ids` or `class_embeds` beside them.")
             return self._stored_prompts()
-        if input_ids is not None:
-            class_embeds = self.get_text_features(input_ids, attention_mask)
         if class_embeds.ndim != 2 or class_embeds.shape[-1] != self.config.projection_dim:
             raise ValueError(
                 f"`class_embeds` must be (prompts, {self.config.projection_dim}), got {tuple(class_embeds.shape)}."
@@ -634,47 +663,62 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         is_identity = num_classes == self.config.vocabulary_num_prompts
         return self.vocabulary_embeds, None if is_identity else self.vocabulary_class_ids, num_classes
 
-    def _segment(self, pixel_values: Tensor, content_sizes: Tensor | None, output_stages: bool) -> GKCModelOutput:
+    def _segment(
+        self, pixel_values: Tensor, content_sizes: Tensor | None, output_stages: bool, requested: dict[str, bool]
+    ) -> GKCModelOutput:
         """Runs the image path once per padded size, so that no image sees padding made for its neighbours.
 
         In training the padding is looked at, as in Mask2Former: the losses see all of it.
         """
+        segment = partial(self.model, output_stages=output_stages, return_dict=True, **requested)
         if content_sizes is None or self.training:
-            return self.model(pixel_values, output_stages=output_stages)
+            return segment(pixel_values)
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (height, width) in enumerate(content_sizes.tolist()):
             if not (height and width):
                 raise ValueError(f"`pixel_mask` of image {index} is empty: every image needs a pixel.")
             groups.setdefault((_round_up(height), _round_up(width)), []).append(index)
         if list(groups) == [tuple(pixel_values.shape[-2:])]:
-            return self.model(pixel_values, output_stages=output_stages)
-        parts = [
-            self.model(pixel_values[indices, :, :height, :width], output_stages=output_stages)
-            for (height, width), indices in groups.items()
-        ]
+            return segment(pixel_values)
+        if len(groups) > 1 and any(requested.values()):
+            raise ValueError(
+                f"Images of the padded sizes {', '.join(map(str, groups))} have hidden states and attentions of "
+                "different shapes: ask for them with images of one size at a time."
+            )
+        parts = [segment(pixel_values[indices, :, :height, :width]) for (height, width), indices in groups.items()]
         order = torch.tensor([index for indices in groups.values() for index in indices], device=pixel_values.device)
         grid = tuple(length // BACKBONE_STRIDES[0] for length in pixel_values.shape[-2:])
-        if not output_stages:
-            return _merge(parts, order.argsort(), grid)
-        stages = tuple(
-            _merge(stage, order.argsort(), grid) for stage in zip(*(part.stages for part in parts), strict=True)
-        )
-        return GKCModelOutput(**stages[-1], stages=stages)
+        merged = _merge(parts, order.argsort(), grid)
+        if output_stages:
+            stages = zip(*(part.stages for part in parts), strict=True)
+            merged.stages = tuple(_merge(stage, order.argsort(), grid) for stage in stages)
+        return merged
 
     def _classify(self, stage: GKCModelOutput, index: int, words: GKCWords) -> GKCStageOutput:
-        query_embeds = self.class_embedder(stage, index)
+        if self.is_convex:
+            probabilities = self.class_embedder.head_probabilities(stage)
+            query_embeds, logits = self.class_embedder.embed(probabilities), self._share(probabilities, words)
+        else:
+            query_embeds = self.class_embedder(stage, index)
+            logits = self._name(query_embeds, words)
         return GKCStageOutput(
-            class_queries_logits=self._name(query_embeds, words),
+            class_queries_logits=logits,
             masks_queries_logits=stage.masks_queries_logits,
             query_embeds=query_embeds,
             query_features=stage.last_hidden_state,
         )
 
     def _name(self, query_embeds: Tensor, words: GKCWords) -> Tensor:
+        if self.is_convex:
+            return self._share(self.class_embedder.read(query_embeds), words)
         logits = self.class_logits(query_embeds, words.embeds)
         if words.class_ids is None:
             return logits
         return reduce_prompt_logits(logits, words.class_ids, words.reduction, words.num_classes)
+
+    def _share(self, probabilities: Tensor, words: GKCWords) -> Tensor:
+        logits = self.class_embedder.class_logits(probabilities, words.embeds, words.class_ids, words.num_classes)
+        return self.temperature.to(logits) * logits
 
     def _losses(
         self, stages: tuple[GKCStageOutput, ...], mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor]
@@ -696,7 +740,15 @@ def _merge(parts: Sequence[GKCModelOutput], order: Tensor, grid: tuple[int, int]
     """Puts outputs for images of different sizes together, in the images' order, on one grid of masks."""
     for part in parts:
         part.masks_queries_logits = _extend(part.masks_queries_logits, grid)
-    return GKCModelOutput(**{key: torch.cat([part[key] for part in parts])[order] for key in parts[0]})
+    return GKCModelOutput(
+        **{key: _concatenate([part[key] for part in parts], order) for key in parts[0] if key != "stages"}
+    )
+
+
+def _concatenate(values: Sequence[Tensor] | Sequence[tuple[Tensor, ...]], order: Tensor) -> Tensor | tuple:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)[order]
+    return tuple(_concatenate(states, order) for states in zip(*values, strict=True))
 
 
 def _extend(masks: Tensor, size: tuple[int, int]) -> Tensor:

@@ -53,11 +53,12 @@ def sine_position_embedding(
     The first half of the channels encodes y, the second x; within a half sine and cosine alternate.
     """
     half = channels // 2
-    exponents = torch.arange(half, device=device, dtype=torch.float32).div(2, rounding_mode="floor") * 2 / half
+    precision = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(half, device=device, dtype=precision).div(2, rounding_mode="floor") * 2 / half
     wavelengths = 10000.0**exponents
     embeddings = []
     for length in (height, width):
-        positions = torch.arange(1, length + 1, device=device, dtype=torch.float32)
+        positions = torch.arange(1, length + 1, device=device, dtype=precision)
         angles = (positions / (length + 1e-6) * 2 * math.pi)[:, None] / wavelengths
         embeddings.append(torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=-1).flatten(1))
     y_embedding = embeddings[0][:, None].expand(height, width, half)

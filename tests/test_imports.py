@@ -10,16 +10,35 @@ from transformers.dynamic_module_utils import get_imports
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "modeling_gkc").glob("*.py"))
-OURS = ("modeling_gkc", "configuration", "train", "hub_card", "tests")
+OURS = ("modeling_gkc", "configuration", "train", "hub_card", "benchmarks", "tests")
 # Third-party packages that inference may need; scipy only inside the matcher.
 INFERENCE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tqdm"}
 ALLOWED = {
     "train": {"modeling_gkc", "configuration", "train"},
     "hub_card": {"modeling_gkc", "hub_card"},
+    "benchmarks": {"modeling_gkc", "benchmarks"},
     "configuration": {"configuration"},
 }
-PROCESSORS = ("image_processing_gkc", "processing_gkc", "post_processing", "vocabulary", "visualization")
-MODELS = ("modeling_gkc", "modeling_clip_resnet", "mask_decoder", "pixel_decoder", "loss_gkc", "conversion")
+PROCESSORS = (
+    "image_processing_gkc",
+    "post_processing",
+    "processing_gkc",
+    "prompt_templates",
+    "visualization",
+    "vocabulary",
+    "vocabulary_files",
+)
+MODELS = (
+    "class_embedder",
+    "conversion",
+    "conversion_clip",
+    "conversion_mask2former",
+    "loss_gkc",
+    "mask_decoder",
+    "modeling_clip_resnet",
+    "modeling_gkc",
+    "pixel_decoder",
+)
 
 
 def imports(path: Path) -> list[tuple[int, str]]:

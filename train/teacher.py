@@ -162,6 +162,8 @@ class RegionTeacher:
     @torch.no_grad()
     def embed_crops(self, crops: Tensor) -> Tensor:
         """Crops (N, image_size, image_size, 3) uint8 -> unit embeddings (N, D) in fp32."""
+        if not len(crops):
+            return torch.empty(0, self.vision_model.config.projection_dim)
         parameter = next(self.vision_model.parameters())
         embeds = self.vision_model(pixel_values=normalize_crops(crops, parameter)).image_embeds
         return F.normalize(embeds.float(), dim=-1)
