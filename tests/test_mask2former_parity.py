@@ -1,4 +1,7 @@
-"""The architecture is Mask2Former's: same weights, same masks, same gradients as transformers' implementation."""
+"""The architecture is Mask2Former's: same weights, same masks, same gradients as transformers' implementation.
+
+And a converted model answers at once: with the source's names as the source, with others by convex combination.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,12 @@ from transformers import (
     SwinConfig,
 )
 
-from modeling_gkc.conversion import _mask2former_weights, from_mask2former
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
+from modeling_gkc.conversion import from_mask2former
+from modeling_gkc.conversion_mask2former import _renamed_weights
+from modeling_gkc.modeling_gkc import GKCModelOutput
+
+from .conftest import word_tokenizer
 
 BACKBONES = {
     "resnet": lambda: ResNetConfig(
@@ -31,6 +39,7 @@ BACKBONES = {
 }
 # (height, width): square, both orders of non-square, and one that is no multiple of 32.
 SIZES = [(128, 128), (96, 160), (224, 64), (100, 148)]
+NAMES = ["red", "blue", "disc", "square", "box", "lawn", "grass", "star", "sky", "air", "dog", "sofa"]
 
 
 @pytest.fixture(params=BACKBONES)
@@ -74,7 +83,41 @@ def text_model() -> CLIPTextModelWithProjection:
         eos_token_id=3,
         pad_token_id=0,
     )
-    return CLIPTextModelWithProjection(config)
+    return CLIPTextModelWithProjection(config).eval()
+
+
+@pytest.fixture
+def processor() -> GKCProcessor:
+    return GKCProcessor(GKCImageProcessor(), word_tokenizer())
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def named(source) -> Mask2FormerForUniversalSegmentation:
+    """The source with a head of named classes."""
+    source.config.id2label = dict(enumerate(NAMES))
+    source.class_predictor = torch.nn.Linear(64, len(NAMES) + 1)
+    return source
+
+
+@pytest.fixture
+def confident(named) -> Mask2FormerForUniversalSegmentation:
+    """Its head is as sure as a trained one: of some queries, that they are objects, of others, that they are not."""
+    generator = torch.Generator().manual_seed(4)
+    head = named.class_predictor
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
+        head.bias.zero_()
+        logits = named(images()).class_queries_logits.flatten(0, 1)
+        spread = 4 / logits.std(dim=0)
+        head.weight.mul_(spread[:, None])
+        head.bias.copy_(-spread * logits.mean(dim=0))
+        logits = spread * logits + head.bias
+        head.bias[-1] += (logits[:, :-1].amax(dim=1) - logits[:, -1]).median()
+    return named
 
 
 def all_masks(source_outputs, source) -> list[torch.Tensor]:
@@ -119,7 +162,7 @@ def test_gradients_equal(source, text_model, dtype, bound, within):
 
     gradients = {name: p.grad for name, p in source.model.named_parameters() if p.grad is not None}
     converted_gradients = {name: p.grad for name, p in converted.model.named_parameters() if p.grad is not None}
-    expected = _mask2former_weights(gradients)
+    expected = _renamed_weights(gradients)
     assert expected.keys() == converted_gradients.keys()
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
@@ -135,3 +178,125 @@ def test_unconvertible_source_is_refused(source, text_model):
     source.config.pre_norm = True
     with pytest.raises(ValueError, match="pre_norm"):
         from_mask2former(source, text_model=text_model)
+
+
+@pytest.mark.parametrize("certainty", ["hesitant", "confident"])
+@torch.no_grad()
+def test_own_names_give_the_sources_answer(named, text_model, processor, certainty, request, within):
+    if certainty == "confident":
+        named = request.getfixturevalue("confident")
+    model = from_mask2former(named, text_model, word_tokenizer(), NAMES)
+    pixel_values = images()
+    expected = named(pixel_values)
+    probabilities = expected.class_queries_logits.softmax(-1)
+    best = probabilities.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 0.1
+    for words in ({}, dict(model.get_class_embeddings(**processor(text=NAMES, return_tensors="pt")))):
+        outputs = model(pixel_values, **words)
+        error = (outputs.class_queries_logits.softmax(-1) - probabilities).abs().max()
+        within("class probabilities against transformers' Mask2Former, max abs", error, 1e-3)
+        error = (outputs.masks_queries_logits - expected.masks_queries_logits).abs().max()
+        within("masks of a model that answers at once, max abs", error, 1e-4)
+        answered = outputs.class_queries_logits.argmax(-1)
+        assert torch.equal(answered[clear], expected.class_queries_logits.argmax(-1)[clear])
+        labels, source_labels = (
+            torch.stack(processor.post_process_semantic_segmentation(each, target_sizes=[(96, 160)] * 2))
+            for each in (outputs, expected)
+        )
+        assert (labels == source_labels).float().mean() > 0.999
+    if certainty == "confident":
+        assert clear.float().mean() > 0.5
+        assert {True, False} == set((probabilities.argmax(-1) == len(NAMES))[clear].tolist())
+
+
+@torch.no_grad()
+def test_what_is_saved_is_what_answers(named, text_model, processor, tmp_path, within):
+    model = from_mask2former(named, text_model, word_tokenizer())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
+    assert loaded.config.classifier == "convex_combination"
+    assert loaded.config.vocabulary == loaded.config.source_vocabulary == [[name] for name in NAMES]
+    assert loaded.config.id2label == dict(enumerate(NAMES)) and loaded.config.vocabulary_is_thing is None
+    pixel_values = torch.randn(1, 3, 64, 96)
+    words = processor(text=[["couch", "sofa"], "star", "lamp"], return_tensors="pt")
+    for asked in ({}, words):
+        expected, actual = model(pixel_values, **asked), loaded(pixel_values, **asked)
+        torch.testing.assert_close(actual.class_queries_logits, expected.class_queries_logits, rtol=0, atol=0)
+        torch.testing.assert_close(actual.masks_queries_logits, expected.masks_queries_logits, rtol=0, atol=0)
+    halved = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    stage = GKCModelOutput(last_hidden_state=torch.randn(1, 20, 64, dtype=torch.bfloat16))
+    expected = halved.class_embedder.class_predictor(stage.last_hidden_state).float().softmax(-1)
+    answered = halved.classify(halved.class_embedder(stage), halved.vocabulary_embeds).softmax(-1)
+    within("class probabilities of a model in bf16, max abs", (answered - expected).abs().max(), 0.01)
+
+
+@torch.no_grad()
+def test_other_words(confident, text_model, processor):
+    """Any words, with synonyms, by every way of asking; no-object never loses to them what the source gave it."""
+    model = from_mask2former(confident, text_model, word_tokenizer())
+    pixel_values = images()
+    no_object = confident(pixel_values).class_queries_logits.softmax(-1)[..., -1]
+    inputs = processor(text=["lamp", ["couch", "sofa"], "red disc"], return_tensors="pt")
+    outputs = model(pixel_values, **inputs)
+    assert outputs.class_queries_logits.shape == (2, 20, 4) and outputs.query_embeds.shape == (2, 20, 16)
+    torch.testing.assert_close(outputs.query_embeds.norm(dim=-1), torch.ones(2, 20))
+    probabilities = outputs.class_queries_logits.softmax(-1)
+    assert (probabilities[..., -1] >= no_object - 1e-3).all()
+    again = model.classify(outputs.query_embeds, **model.get_class_embeddings(**inputs))
+    torch.testing.assert_close(again.softmax(-1), probabilities, rtol=0, atol=1e-4)
+    sofa = confident(pixel_values).class_queries_logits.softmax(-1)[..., NAMES.index("sofa")]
+    torch.testing.assert_close(probabilities[..., 1].clamp(max=1), probabilities[..., 1].maximum(sofa - 1e-3))
+    for reduction in ("max", "embedding_mean"):
+        assert model(pixel_values, **inputs, prompt_reduction=reduction).class_queries_logits.isfinite().all()
+
+
+def test_it_can_be_fine_tuned(confident, text_model, processor):
+    """Gradients reach everything but the words; the head alone learns to name what it gave other names."""
+    model = from_mask2former(confident, text_model, word_tokenizer()).train()
+    words = processor(text=["couch", "star", "lamp"], return_tensors="pt")
+    labels = {
+        "mask_labels": [torch.zeros(2, 64, 96).index_fill_(1, torch.arange(32), 1.0)],
+        "class_labels": [torch.tensor([0, 2])],
+    }
+    pixel_values = torch.randn(1, 3, 64, 96)
+    frozen = {name: buffer.clone() for name, buffer in model.class_embedder.named_buffers()}
+    optimizer = torch.optim.Adam(model.class_embedder.parameters(), lr=0.02)
+    losses = []
+    for _ in range(15):
+        torch.manual_seed(0)
+        loss = model(pixel_values, **words, **labels).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # Some backbones of transformers have a last normalisation that gives no feature map.
+    assert [name for name, p in trainable.items() if p.grad is None and "backbone" not in name] == []
+    assert not any("text_model" in name for name in trainable)
+    assert all(torch.equal(buffer, frozen[name]) for name, buffer in model.class_embedder.named_buffers())
+
+
+def test_names_come_from_the_source_or_from_the_caller(named, text_model):
+    kinds = [index % 2 == 0 for index in range(len(NAMES))]
+    names = [["sofa", "couch"] if name == "sofa" else [name] for name in NAMES]
+    model = from_mask2former(named, text_model, word_tokenizer(), Vocabulary(names, is_thing=kinds))
+    assert model.config.source_vocabulary == model.config.vocabulary == names
+    assert model.config.vocabulary_is_thing == kinds
+    named.config.id2label = {index: f"LABEL_{index}" for index in range(len(NAMES))}
+    with pytest.raises(ValueError, match="no names for its 12 classes: give them as `class_names`"):
+        from_mask2former(named, text_model, word_tokenizer())
+    for names in (NAMES[:-1], [*NAMES, "lamp"]):
+        with pytest.raises(ValueError, match=f"`class_names` are {len(names)}, but the source has 12 classes"):
+            from_mask2former(named, text_model, word_tokenizer(), names)
+    with pytest.raises(ValueError, match="`class_names` need the `tokenizer`"):
+        from_mask2former(named, text_model, class_names=NAMES)
+    with pytest.raises(ValueError, match="tokenizer has 40 tokens, the text tower 32"):
+        from_mask2former(named, text_model, word_tokenizer(" ".join(f"word{index}" for index in range(36))), NAMES)
+
+
+def test_without_a_tokenizer_the_projection_starts_untrained(named, text_model):
+    model = from_mask2former(named, text_model)
+    assert model.config.classifier == "projection" and model.config.vocabulary is None
+    assert model.no_object_embedding.requires_grad

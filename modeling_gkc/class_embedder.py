@@ -1,0 +1,257 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Queries -> embeddings in the text space: learned (`GKCClassEmbedder`), or by a head that was trained on other words
+(`GKCConvexClassEmbedder`).
+
+Letters: B images, Q queries, C hidden, D text-embedding width, S source classes, M their names (M >= S: synonyms),
+K classes that are asked for, P their prompts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .configuration_gkc import GKCConfig
+
+# A word covers the source class nearest to it fully, others by this power of how much nearer that one is: "puppy"
+# covers dog and hardly cat, while "animal", as near to one as to the other, covers both.
+COVERAGE_POWER = 4
+# Words compete for a class by a higher power, so that hundreds of remote words do not outweigh the one that is meant.
+COMPETITION_POWER = 8
+# Cosine distance up to which two embeddings are of the same text: encoded in other company they differ by rounding.
+SAME_TEXT = 1e-6
+# Keeps logarithms finite; far below what a head is ever sure of, so that its gradients never vanish for it.
+SMALLEST_PROBABILITY = 1e-30
+# Steps that correct the rounding of `decoder`; each leaves a tenth or less of what half precision has of it.
+REFINEMENTS = 2
+# Directions in which the classes differ less are stretched to it, or rounding would mix up classes with close names.
+SMALLEST_SINGULAR_VALUE = 0.1
+
+
+class GKCClassEmbedder(nn.Module):
+    """Queries -> embeddings in the text space: one map C -> C for all stages, one map C -> D per stage."""
+
+    def __init__(self, config: GKCConfig, num_pooled_features: int):
+        super().__init__()
+        width = config.hidden_size
+        self.class_feature = config.class_feature
+        self.pooled_projection = None
+        if config.class_feature != "query":
+            self.pooled_projection = nn.Sequential(
+                nn.LayerNorm(num_pooled_features),
+                nn.Linear(num_pooled_features, width),
+                nn.ReLU(),
+                nn.Linear(width, width),
+            )
+        self.dense = nn.Linear(width, width)
+        self.stage_projections = nn.ModuleList(
+            nn.Linear(width, config.projection_dim) for _ in range(config.decoder_layers + 1)
+        )
+
+    def forward(self, stage: ModelOutput, index: int = -1) -> Tensor:
+        """(B, Q, D) L2-normalised embeddings of the stage `index`, counted as in a list."""
+        hidden_states = F.relu(self.dense(self._feature(stage)))
+        return F.normalize(self.stage_projections[index](hidden_states), dim=-1)
+
+    def _feature(self, stage: ModelOutput) -> Tensor:
+        query = stage.last_hidden_state
+        if self.pooled_projection is None:
+            return query
+        pooled = self.pooled_projection(stage.pooled_features)
+        if self.class_feature == "query+pooled":
+            pooled = query + pooled
+        return torch.where(stage.mask_is_empty[..., None], query, pooled)
+
+
+class GKCConvexClassEmbedder(nn.Module):
+    """Queries -> convex combinations of the source classes' text embeddings, and those -> logits of any words.
+
+    A head's probabilities of the classes it was trained on (source classes) make a query embedding: the convex
+    combination of the classes' text embeddings (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic
+    Embeddings*, ICLR 2014), no-object being one more class with a direction of its own.
+
+    Cosines of that embedding with words would not give back what the head said: CLIP's embeddings of different words
+    have cosines of 0.7 to 0.9, so a mixture leans towards the words that resemble all others. But a combination of
+    linearly independent embeddings still holds its weights (`basis` has the embeddings, pulled apart where they are
+    too close for the arithmetic). The weights are read out of it again, and each source class hands its probability to
+    the words that it is close to: to its own name, asked again, all of it. With the source's own names the
+    probabilities are therefore the source's. What no word claims is no-object: "none of these".
+
+    The head trains; the embeddings of the source's names are part of the checkpoint and do not. Where the head itself
+    is at hand, as in a forward pass, its probabilities are shared as they are; read out of embeddings they differ by
+    rounding, some 1e-5.
+
+    Args:
+        config: With `source_vocabulary`, the S classes of the head and their names.
+    """
+
+    def __init__(self, config: GKCConfig):
+        super().__init__()
+        names, width = config.source_vocabulary, config.projection_dim
+        self.labels = [class_names[0] for class_names in names]
+        self.class_predictor = nn.Linear(config.hidden_size, len(names) + 1)
+        self.register_buffer("name_embeds", torch.zeros(sum(map(len, names)), width))
+        self.register_buffer("name_class_ids", torch.zeros(len(self.name_embeds), dtype=torch.long))
+        self.register_buffer("basis", torch.zeros(len(names) + 1, width))
+        self.register_buffer("decoder", torch.zeros(width, len(names) + 1))
+        self.register_buffer("typical_distance", torch.ones(()))
+
+    @torch.no_grad()
+    def set_source(self, class_predictor: nn.Linear, name_embeds: Tensor, name_class_ids: Tensor) -> None:
+        """Takes over a source's head and the embeddings of its names.
+
+        Args:
+            class_predictor: The head, C -> S + 1, no-object last.
+            name_embeds: (M, D) L2-normalised text embeddings of the source's names, the label of each class first. A
+                synonym that is also a name of another class says nothing and counts as its class's label.
+            name_class_ids: (M,) class of each name, 0..S-1.
+
+        Raises:
+            ValueError: the text embeddings of some classes cannot be told apart.
+        """
+        num_classes = len(self.labels)
+        self.class_predictor.load_state_dict(class_predictor.state_dict())
+        self.name_embeds.copy_(_without_shared_synonyms(name_embeds, name_class_ids))
+        self.name_class_ids.copy_(name_class_ids)
+        if num_classes > 1:
+            distances = self._distances(self.name_embeds, self.name_class_ids, num_classes)
+            self._refuse_equal(distances)
+            different = ~torch.eye(num_classes, dtype=torch.bool, device=distances.device)
+            self.typical_distance.copy_(distances[different].median())
+        classes = _class_means(self.name_embeds.double(), self.name_class_ids, num_classes)
+        mixtures, values, directions = torch.linalg.svd(classes, full_matrices=True)
+        stretched = mixtures * values.clamp(min=SMALLEST_SINGULAR_VALUE) @ directions[:num_classes]
+        # Orthogonal to all classes, so that how sure the head is of no-object moves no class.
+        no_object = directions[num_classes:][:1]
+        self.basis.copy_(torch.cat([stretched, no_object]))
+        self.decoder.copy_(torch.linalg.pinv(self.basis.double()))
+
+    def _refuse_equal(self, distances: Tensor) -> None:
+        distances = distances.clone().fill_diagonal_(torch.inf)
+        if distances.min() <= 3 * SAME_TEXT:
+            pair = divmod(int(distances.argmin()), len(distances))
+            first, second = (self.labels[index] for index in pair)
+            raise ValueError(
+                f"The text tower cannot tell the classes {first!r} and {second!r} apart: give them names that differ."
+            )
+
+    def forward(self, stage: ModelOutput, index: int = -1) -> Tensor:
+        """(B, Q, D) L2-normalised embeddings, fp32 at least; the head is the same at every stage `index`."""
+        return self.embed(self.head_probabilities(stage))
+
+    def head_probabilities(self, stage: ModelOutput) -> Tensor:
+        """(B, Q, S + 1) probabilities of the source classes and of no-object by the head, fp32 at least."""
+        return _at_least_fp32(self.class_predictor(stage.last_hidden_state)).softmax(dim=-1)
+
+    def embed(self, probabilities: Tensor) -> Tensor:
+        """(B, Q, D) embeddings of queries by their (B, Q, S + 1) probabilities."""
+        with torch.autocast(probabilities.device.type, enabled=False):
+            return F.normalize(probabilities @ self.basis.to(probabilities), dim=-1)
+
+    def read(self, query_embeds: Tensor) -> Tensor:
+        """(B, Q, S + 1) probabilities that make up (B, Q, D) embeddings: those of `embed`, but for rounding."""
+        with torch.autocast(query_embeds.device.type, enabled=False):
+            query_embeds = _at_least_fp32(query_embeds)
+            basis, decoder = self.basis.to(query_embeds), self.decoder.to(query_embeds)
+            weights = query_embeds @ decoder
+            for _ in range(REFINEMENTS):
+                weights = weights + (query_embeds - weights @ basis) @ decoder
+            # What is made of no class at all is no-object.
+            weights = torch.cat(
+                [weights[..., :-1].clamp(min=0), weights[..., -1:].clamp(min=SMALLEST_PROBABILITY)], -1
+            )
+            return weights / weights.sum(dim=-1, keepdim=True)
+
+    def shares(self, class_embeds: Tensor, class_ids: Tensor | None, num_classes: int) -> Tensor:
+        """How much of each source class goes to each class that is asked for.
+
+        A class covers what is nearest to its names, the less the farther that is: at the distance that is typical
+        between two source classes, half. Classes that cover one source class share it by their distances to it.
+
+        Args:
+            class_embeds: (P, D) L2-normalised prompts, the label of each class first.
+            class_ids: (P,) class of each, 0..K-1, or None if each is its own.
+            num_classes: K.
+
+        Returns:
+            (S + 1, K + 1) shares in 0..1, whose rows sum to 1. The last column is no-object, which gets what no class
+            covers; the last row, which is no-object, gives nothing to others.
+        """
+        if class_ids is None:
+            class_ids = torch.arange(num_classes, device=class_embeds.device)
+        else:
+            class_embeds = _without_shared_synonyms(class_embeds, class_ids)
+        distances = self._distances(class_embeds, class_ids, num_classes)
+        relative = distances.amin(dim=0) / distances
+        fit = 1 / (1 + (distances / self.typical_distance.to(distances)) ** COVERAGE_POWER)
+        coverage = (relative**COVERAGE_POWER * fit).clamp(min=SMALLEST_PROBABILITY)
+        claims = (coverage.log() - COMPETITION_POWER * distances.log()).softmax(dim=1)
+        covered = coverage.amax(dim=1, keepdim=True)
+        shares = torch.cat([covered * claims, 1 - covered], dim=1)
+        return torch.cat([shares, F.pad(shares.new_ones(1, 1), (num_classes, 0))])
+
+    def class_logits(
+        self, probabilities: Tensor, class_embeds: Tensor, class_ids: Tensor | None, num_classes: int
+    ) -> Tensor:
+        """(B, Q, K + 1) log-probabilities of classes and of no-object.
+
+        Args:
+            probabilities: (B, Q, S + 1) of `head_probabilities` or of `read`.
+            class_embeds, class_ids, num_classes: As in `shares`.
+        """
+        with torch.autocast(probabilities.device.type, enabled=False):
+            shares = self.shares(class_embeds, class_ids, num_classes).to(probabilities)
+            return (probabilities @ shares).clamp(min=SMALLEST_PROBABILITY).log()
+
+    def _distances(self, class_embeds: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
+        """(S, K) cosine distances of the nearest names of source classes and classes."""
+        embeds, names = _unit_vectors(class_embeds), _unit_vectors(self.name_embeds)
+        cosines = names @ embeds.to(names).T  # (M, P)
+        cosines = _group_max(cosines, self.name_class_ids, len(self.labels))  # (S, P)
+        return (1 - _group_max(cosines.T, class_ids, num_classes).T).clamp(min=SAME_TEXT)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _unit_vectors(embeds: Tensor) -> Tensor:
+    """Normalised anew in fp32 at least: what half precision does to their lengths would count as distance."""
+    return F.normalize(_at_least_fp32(embeds), dim=-1)
+
+
+def _class_means(embeds: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
+    """(P, D) -> (K, D) normalised average of each class."""
+    sums = embeds.new_zeros(num_classes, embeds.shape[-1])
+    return F.normalize(sums.index_add(0, class_ids.to(embeds.device), embeds), dim=-1)
+
+
+def _without_shared_synonyms(name_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """(M, D) names, in which the label of its class stands for every synonym that another class has too."""
+    embeds = _unit_vectors(name_embeds)
+    same_text = embeds @ embeds.T > 1 - 10 * SAME_TEXT
+    shared = (same_text & (class_ids[:, None] != class_ids)).any(dim=1)
+    labels = (class_ids[:, None] == class_ids).int().argmax(dim=1)  # (M,) row of the first name of the same class
+    return torch.where(shared[:, None], name_embeds[labels], name_embeds)
+
+
+def _group_max(values: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
+    """(P, N) -> (K, N) largest value of each class."""
+    index = class_ids.to(values.device)[:, None].expand_as(values)
+    largest = values.new_zeros(num_classes, values.shape[1])
+    return largest.scatter_reduce(0, index, values, "amax", include_self=False)
+
+
+__all__ = ["GKCClassEmbedder", "GKCConvexClassEmbedder"]

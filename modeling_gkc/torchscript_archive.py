@@ -1,0 +1,154 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights out of a TorchScript archive, without running the program in it.
+
+`torch.jit.load` runs code of the archive, and `torch.load(weights_only=True)` refuses such archives. But the weights
+lie in it as plain data: a zip with one file of raw numbers per storage (`data/0`, `data/1`, ...) and a pickle
+(`data.pkl`) of the tree of modules, whose tensors name storage, offset, sizes and strides. The pickle is read by an
+unpickler that knows tensors, lists and bare objects, and refuses to import anything.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STORAGE_TYPES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
+_LIST_MAKERS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
+
+
+class _ScriptObject:
+    """A module or other object of the archive: its attributes, without its class."""
+
+    def __setstate__(self, state: Any):
+        self.attributes = state
+
+
+class _WeightUnpickler(pickle.Unpickler):
+    """Builds tensors, containers and `_ScriptObject`s; everything else is refused.
+
+    Args:
+        archive: The opened zip.
+        root: Folder of the zip in which everything lies.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self._archive, self._root = archive, root
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a global name of the pickle."""
+        if module.split(".")[0] == "__torch__":
+            # Made anew each time: a pickle may write attributes of whatever it is given here.
+            return type(name, (_ScriptObject,), {})
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor_maker()
+        if module == "torch.jit._pickle" and name in _LIST_MAKERS:
+            return list
+        if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
+            return lambda value, _: value
+        if module == "torch" and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor nor a module")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """The storage that ("storage", type, key, device, number of elements) names, as a flat tensor."""
+        kind, dtype, key, _, num_elements = pid
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"it refers to a {kind!r}")
+        if key not in self._storages:
+            self._storages[key] = self._read_storage(key, dtype, num_elements)
+        return self._storages[key]
+
+    def _read_storage(self, key: str, dtype: torch.dtype, num_elements: int) -> Tensor:
+        entry = self._archive.getinfo(f"{self._root}/data/{key}")
+        if entry.file_size != num_elements * dtype.itemsize:
+            raise pickle.UnpicklingError(f"its storage {key} has {entry.file_size} bytes, not {num_elements} numbers")
+        if not num_elements:
+            return torch.empty(0, dtype=dtype)
+        values = bytearray(entry.file_size)
+        with self._archive.open(entry) as file:
+            num_read = file.readinto(values)
+        if num_read != len(values):
+            raise pickle.UnpicklingError(f"its storage {key} ends early")
+        return torch.frombuffer(values, dtype=dtype)
+
+
+def _tensor_maker() -> Callable[..., Tensor]:
+    def make_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+        return storage.as_strided(size, stride, offset)
+
+    return make_tensor
+
+
+def is_torchscript_archive(path: Path) -> bool:
+    """Whether a file is a zip that holds a TorchScript program beside its data."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = {name.partition("/")[2] for name in archive.namelist()}
+    return {"data.pkl", "constants.pkl"} <= names
+
+
+def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a TorchScript archive's modules, by their names in `state_dict()`, in their own types.
+
+    Raises:
+        ValueError: the archive is damaged, or asks for anything but tensors and modules.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).partition("/")[0]
+            if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+                raise pickle.UnpicklingError("it was written on a big-endian machine")
+            module = _WeightUnpickler(archive, root).load()
+            return dict(_named_tensors(module))
+    except Exception as error:  # a damaged or hostile pickle can raise errors of any type
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a TorchScript archive of weights: {reason}.") from error
+
+
+def _named_tensors(module: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
+    """Name and tensor of every tensor attribute, depth first."""
+    attributes = getattr(module, "attributes", None)
+    if not isinstance(module, _ScriptObject) or not isinstance(attributes, dict):
+        raise pickle.UnpicklingError(f"{prefix.rstrip('.') or 'its top level'} is no plain module")
+    tensors = []
+    for name, value in attributes.items():
+        if isinstance(value, Tensor):
+            tensors.append((f"{prefix}{name}", value))
+        elif isinstance(value, _ScriptObject):
+            tensors += _named_tensors(value, f"{prefix}{name}.")
+    return tensors
+
+
+__all__ = ["is_torchscript_archive", "read_torchscript_weights"]

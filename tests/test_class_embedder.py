@@ -1,0 +1,328 @@
+"""The convex classifier: with a head's own names the head's probabilities, with other words what they are close to."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling_gkc.class_embedder import SMALLEST_SINGULAR_VALUE, GKCConvexClassEmbedder
+from modeling_gkc.configuration_gkc import GKCConfig
+
+from .conftest import small_config
+
+MARGIN = 0.1
+# (classes, width of the text space, cosine of unrelated names); CLIP's names have cosines of 0.7 to 0.9.
+SPACES = [
+    (1, 16, 0.0),
+    (2, 512, 0.9),
+    (15, 16, 0.8),
+    (19, 512, 0.7),
+    (80, 512, 0.8),
+    (133, 512, 0.85),
+    (150, 512, 0.9),
+]
+TWIN_COSINE = 0.97
+
+
+def text_space(num_classes: int, width: int, cosine: float, generator: torch.Generator) -> Tensor:
+    """(S, D) embeddings of names with a common part; every fourth has a twin with a cosine of 0.97."""
+    common = F.normalize(torch.randn(1, width, generator=generator), dim=-1)
+    own = F.normalize(torch.randn(num_classes, width, generator=generator), dim=-1)
+    embeds = F.normalize(cosine**0.5 * common + (1 - cosine) ** 0.5 * own, dim=-1)
+    if width < 32:
+        return embeds
+    for index in range(0, num_classes - 1, 4):
+        embeds[index + 1] = near(embeds[index], TWIN_COSINE, generator)
+    return embeds
+
+
+def near(embed: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
+    """A unit vector with the given cosine to a unit vector."""
+    step = torch.randn(embed.shape, generator=generator)
+    step = F.normalize(step - step @ embed * embed, dim=0)
+    return cosine * embed + (1 - cosine**2) ** 0.5 * step
+
+
+def embedder_of(names: Tensor, class_ids: Tensor | None = None) -> GKCConvexClassEmbedder:
+    """A classifier whose head passes its input through, so that the logits can be chosen."""
+    class_ids = torch.arange(len(names)) if class_ids is None else class_ids
+    num_classes = int(class_ids.max()) + 1
+    vocabulary = [["name"] * int((class_ids == index).sum()) for index in range(num_classes)]
+    head = torch.nn.Linear(num_classes + 1, num_classes + 1)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(num_classes + 1))
+        head.bias.zero_()
+    embedder = GKCConvexClassEmbedder(
+        SimpleNamespace(source_vocabulary=vocabulary, projection_dim=names.shape[1], hidden_size=num_classes + 1)
+    )
+    embedder.set_source(head, names, class_ids)
+    return embedder
+
+
+def query_embeds(embedder: GKCConvexClassEmbedder, probabilities: Tensor) -> Tensor:
+    """Embeddings of queries (Q, S + 1) about which the head says what is asked."""
+    logits = probabilities.clamp(min=1e-30).log().to(embedder.basis.dtype)
+    return embedder(SimpleNamespace(last_hidden_state=logits[None]))
+
+
+def ask(embedder: GKCConvexClassEmbedder, probabilities: Tensor, words: Tensor, class_ids=None) -> Tensor:
+    """(Q, K + 1) probabilities of words and of no-object, of query embeddings without more."""
+    num_classes = len(words) if class_ids is None else int(class_ids.max()) + 1
+    with torch.no_grad():
+        read = embedder.read(query_embeds(embedder, probabilities))
+        return embedder.class_logits(read, words, class_ids, num_classes)[0].softmax(dim=-1)
+
+
+def random_probabilities(num_classes: int, generator: torch.Generator) -> Tensor:
+    logits = torch.randn(4, 64, num_classes + 1, generator=generator)
+    return (logits * torch.tensor([0.3, 1.0, 3.0, 10.0])[:, None, None]).softmax(dim=-1).flatten(0, 1)
+
+
+def adversarial_probabilities(names: Tensor) -> Tensor:
+    """Winners by little more than the margin over what pulls a mixture of embeddings away from them most.
+
+    The rival is the winner's closest name, or no-object, or all others at once; the rest goes to the names closest to
+    the average name.
+    """
+    num_classes = len(names)
+    if num_classes == 1:
+        return torch.tensor([[0.551, 0.449], [0.449, 0.551]])
+    cosines = (names @ names.T).fill_diagonal_(-1)
+    central = (names @ names.mean(dim=0)).argsort(descending=True)
+    rows = []
+    for winner in range(0, num_classes, 1 + num_classes // 55):
+        rival = int(cosines[winner].argmax())
+        for pair in ((winner, rival), (winner, num_classes), (num_classes, winner)):
+            for share in (0.55, 0.35, 0.2):
+                row = torch.zeros(num_classes + 1)
+                row[pair[0]], row[pair[1]] = share + 0.0005, share - MARGIN - 0.0005
+                rest = 1 - row.sum()
+                others = [int(index) for index in central if index not in pair]
+                others = others[: 1 + int(rest / (share - MARGIN))]
+                if others:
+                    row[others] += rest / len(others)
+                rows.append(row / row.sum())
+        flat = torch.full((num_classes + 1,), (1 - MARGIN - 0.001) / (num_classes + 1))
+        flat[winner] += MARGIN + 0.001
+        rows.append(flat)
+    return torch.stack(rows)
+
+
+def margins(probabilities: Tensor) -> Tensor:
+    best = probabilities.topk(2, dim=-1).values
+    return best[:, 0] - best[:, 1]
+
+
+@pytest.mark.parametrize(("num_classes", "width", "cosine"), SPACES)
+def test_own_names_give_the_heads_probabilities(num_classes, width, cosine, within):
+    generator = torch.Generator().manual_seed(num_classes)
+    names = text_space(num_classes, width, cosine, generator)
+    probabilities = torch.cat([random_probabilities(num_classes, generator), adversarial_probabilities(names)])
+    answered = ask(embedder_of(names), probabilities, names)
+    within("probabilities of a head's own names, max abs", (answered - probabilities).abs().max(), 1e-4)
+    clear = margins(probabilities) > MARGIN
+    assert clear.sum() > 1 and (probabilities[clear].argmax(-1) == num_classes).any()
+    assert torch.equal(answered[clear].argmax(-1), probabilities[clear].argmax(-1))
+
+
+def test_cosines_of_the_same_embeddings_would_not(within):
+    """What the classifier is for: temperature x cosine loses winners by a clear margin."""
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(133, 512, 0.85, generator)
+    embedder, probabilities = embedder_of(names), adversarial_probabilities(names)
+    named = probabilities[:, :-1].argmax(-1)
+    clear = (probabilities[:, -1] < 0.01) & (margins(probabilities) > MARGIN)
+    by_cosine = (query_embeds(embedder, probabilities)[0] @ names.T).argmax(-1)
+    assert (by_cosine != named)[clear].float().mean() > 0.05
+    assert torch.equal(ask(embedder, probabilities, names)[clear].argmax(-1), named[clear])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, within):
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(150, 512, 0.85, generator)
+    probabilities = torch.cat([random_probabilities(150, generator), adversarial_probabilities(names)])
+    embedder = embedder_of(names).to(dtype)
+    rounded = probabilities.clamp(min=1e-30).log().to(dtype).float().softmax(dim=-1)
+    answered = ask(embedder, probabilities, names.to(dtype))
+    error = (answered - rounded).abs().max()
+    within(f"probabilities of a head's own names, {str(dtype).removeprefix('torch.')}, max abs", error, 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_names_that_are_nearly_the_same(dtype, within):
+    """Cosines up to 0.99999, as a text tower with random weights gives them."""
+    generator = torch.Generator().manual_seed(0)
+    name = F.normalize(torch.randn(16, generator=generator), dim=0)
+    names = torch.stack([name, *(near(name, 1 - distance, generator) for distance in torch.logspace(-5, -2, 12))])
+    probabilities = random_probabilities(13, generator)
+    embedder = embedder_of(names)
+    # Names rounded to half precision would be the same; what makes and reads the embeddings must not need more.
+    embedder.basis, embedder.decoder = (buffer.to(dtype).float() for buffer in (embedder.basis, embedder.decoder))
+    error = (ask(embedder, probabilities, names) - probabilities).abs().max()
+    within(f"probabilities of nearly equal names, {str(dtype).removeprefix('torch.')}, max abs", error, 1e-3)
+
+
+def test_query_embeddings_are_convex_combinations():
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(19, 64, 0.8, generator)
+    embedder = embedder_of(names)
+    probabilities = random_probabilities(19, generator)
+    embeds = query_embeds(embedder, probabilities)[0]
+    no_object = embedder.basis[-1]
+    torch.testing.assert_close(names @ no_object, torch.zeros(19), atol=1e-6, rtol=0)
+    assert torch.linalg.svdvals(names)[-1] > SMALLEST_SINGULAR_VALUE, "or the names would be pulled apart"
+    expected = probabilities[:, :-1] @ names + probabilities[:, -1:] * no_object
+    torch.testing.assert_close(embeds, F.normalize(expected, dim=-1), atol=1e-6, rtol=0)
+
+
+def test_order_and_selection_of_own_names():
+    """Each name keeps its probability whatever is asked beside it; what is not asked for is none of these."""
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(80, 512, 0.8, generator)
+    embedder, probabilities = embedder_of(names), random_probabilities(80, generator)
+    chosen = torch.tensor([7, 3, 61, 0])
+    answered = ask(embedder, probabilities, names[chosen])
+    torch.testing.assert_close(answered[:, :-1], probabilities[:, chosen], atol=1e-4, rtol=0)
+    torch.testing.assert_close(answered[:, -1], 1 - probabilities[:, chosen].sum(-1), atol=1e-4, rtol=0)
+
+
+def test_synonyms_even_shared_ones():
+    """Classes of one to three names, of which one belongs to two classes, asked by all or by first names."""
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(8, 64, 0.8, generator)
+    class_ids = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 4])
+    rows = torch.tensor([0, 1, 2, 3, 4, 0, 5, 6, 7])  # class 2 has the first name of class 0 as synonym
+    names = names[rows]
+    embedder, probabilities = embedder_of(names, class_ids), random_probabilities(5, generator)
+    by_all = ask(embedder, probabilities, names, class_ids)
+    torch.testing.assert_close(by_all, probabilities, atol=1e-4, rtol=0)
+    by_first = ask(embedder, probabilities, names[[0, 3, 4, 6, 8]])
+    torch.testing.assert_close(by_first, probabilities, atol=1e-4, rtol=0)
+    by_synonym = ask(embedder, probabilities, names[[2, 7]])
+    torch.testing.assert_close(by_synonym[:, :2], probabilities[:, [0, 3]], atol=1e-3, rtol=0)
+
+
+def test_a_word_close_to_a_class_gets_its_probability():
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(100, 512, 0.8, generator)[::2]  # without twins
+    embedder = embedder_of(names)
+    words = torch.stack([near(names[index], 0.93, generator) for index in (4, 11, 30)])
+    sure = torch.full((3, 51), 0.1 / 50)
+    sure[range(3), [4, 11, 30]] += 0.9
+    answered = ask(embedder, sure, words)
+    assert (answered[range(3), range(3)] > 0.85).all()
+    assert (ask(embedder, sure, words[:1])[1:, 0] < 0.1).all(), "what is something else is not this word"
+
+
+def test_a_word_between_classes_gets_all_of_them():
+    """As "animal" to dog, cat and horse: also where the head hesitates between them."""
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(100, 512, 0.8, generator)[::2]
+    kind = F.normalize(names[:3].sum(dim=0), dim=0)
+    hesitating = torch.zeros(2, 51)
+    hesitating[0, :3] = torch.tensor([0.5, 0.3, 0.15])
+    hesitating[0, -1] = 0.05
+    hesitating[1, 10] = 1.0
+    answered = ask(embedder_of(names), hesitating, kind[None])
+    assert answered[0, 0] > 0.8 and answered[1, 0] < 0.1
+
+
+def test_an_unrelated_word_stays_below_one_half():
+    """A word as far from a class as its fellows typically are gets half of it at most, one half as far nearly all."""
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(100, 512, 0.8, generator)[::2]
+    embedder = embedder_of(names)
+    typical = float(embedder.typical_distance)
+    sure = torch.eye(51)[:50]
+    for distance, lowest, highest in ((2 * typical, 0, 0.1), (typical, 0, 0.5001), (typical / 2, 0.9, 1)):
+        for index in range(10):
+            word = near(names[index], 1 - distance, generator)
+            assert lowest <= ask(embedder, sure, word[None])[index, 0] <= highest
+    common = F.normalize(names.mean(dim=0), dim=0)
+    for _ in range(20):
+        own = F.normalize(torch.randn(512, generator=generator), dim=0)
+        word = F.normalize(0.8**0.5 * common + 0.2**0.5 * own, dim=0)
+        is_far = 1 - names @ word >= typical
+        assert is_far.any() and (ask(embedder, sure, word[None])[is_far, 0] <= 0.5001).all()
+
+
+def test_many_remote_words_do_not_outweigh_a_close_one():
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(100, 512, 0.8, generator)[::2]
+    remote = text_space(300, 512, 0.0, generator) * 0.2**0.5 + F.normalize(names.mean(dim=0), dim=0) * 0.8**0.5
+    words = torch.cat([F.normalize(remote, dim=-1), near(names[0], 0.93, generator)[None]])
+    assert ask(embedder_of(names), torch.eye(51)[:1], words)[0, -2] > 0.85
+
+
+def test_what_the_head_holds_for_no_object_stays_so():
+    """Whatever the words: of no-object's probability nothing goes to them."""
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(50, 512, 0.8, generator)
+    probabilities = random_probabilities(50, generator)
+    for count in (1, 5, 200):
+        words = torch.cat([names[: count // 2], text_space(count - count // 2, 512, 0.5, generator)])
+        answered = ask(embedder_of(names), probabilities, words)
+        assert (answered[:, -1] >= probabilities[:, -1] - 1e-4).all()
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_logits_and_gradients_are_those_of_the_head(scale, within):
+    """Cross-entropy of the source's own names trains the head as its own would, also where it is surely wrong."""
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(19, 64, 0.8, generator)
+    embedder = embedder_of(names)
+    logits = (scale * torch.randn(1, 100, 20, generator=generator)).requires_grad_()
+    labels = torch.randint(20, (100,), generator=generator)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits[0], labels), logits)
+    probabilities = embedder.head_probabilities(SimpleNamespace(last_hidden_state=logits))
+    answered = embedder.class_logits(probabilities, names, None, 19)
+    (actual,) = torch.autograd.grad(F.cross_entropy(answered[0], labels), logits)
+    error = (answered - logits.log_softmax(-1)).detach().abs().max()
+    within("log-probabilities against the head's own, max abs", error, 1e-4)
+    within("gradients against the head's own, relative", (actual - expected).norm() / expected.norm(), 1e-4)
+
+
+def test_names_that_cannot_be_told_apart_are_refused():
+    names = text_space(5, 64, 0.8, torch.Generator().manual_seed(0))
+    names[3] = names[1]
+    embedder = GKCConvexClassEmbedder(
+        SimpleNamespace(source_vocabulary=[["a"], ["b"], ["c"], ["d"], ["e"]], projection_dim=64, hidden_size=8)
+    )
+    with pytest.raises(ValueError, match="'b' and 'd'"):
+        embedder.set_source(torch.nn.Linear(8, 6), names, torch.arange(5))
+
+
+def test_embeddings_of_nothing_known_are_no_object():
+    generator = torch.Generator().manual_seed(0)
+    names = text_space(5, 64, 0.8, generator)
+    embedder = embedder_of(names)
+    read = embedder.read(-F.normalize(names.sum(0), dim=0)[None, None])
+    torch.testing.assert_close(read, torch.eye(6)[5:][None], atol=1e-6, rtol=0)
+    assert embedder.class_logits(read, names, None, 5).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"classifier": "cosine"}, "projection, convex_combination"),
+        ({"classifier": "convex_combination"}, "source_vocabulary"),
+        ({"classifier": "convex_combination", "source_vocabulary": [["a"], []]}, "source_vocabulary"),
+        ({"source_vocabulary": [["a"]]}, "convex_combination"),
+        (
+            {"classifier": "convex_combination", "source_vocabulary": [["a"]], "class_feature": "pooled"},
+            "class_feature='query'",
+        ),
+        ({"classifier": "convex_combination", "source_vocabulary": [["a"]] * 16}, "at most 15 source classes, got 16"),
+    ],
+)
+def test_configurations_that_cannot_be(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        small_config(**overrides)
+
+
+def test_configuration_keeps_the_source_vocabulary():
+    config = small_config(classifier="convex_combination", source_vocabulary=[["a", "b"], ["c"]])
+    assert GKCConfig.from_dict(config.to_dict()).source_vocabulary == [["a", "b"], ["c"]]
