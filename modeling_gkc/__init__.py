@@ -9,6 +9,7 @@ from .configuration_gkc import CLIPResNetConfig, GKCConfig
 from .image_processing_gkc import GKCImageProcessor
 from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
 from .modeling_gkc import GKCForOpenVocabSegmentation, GKCModel
+from .pipeline_gkc import GKCSegmentationPipeline
 from .processing_gkc import GKCProcessor
 from .vocabulary import Vocabulary
 
@@ -23,5 +24,6 @@ __all__ = [
     "GKCImageProcessor",
     "GKCModel",
     "GKCProcessor",
+    "GKCSegmentationPipeline",
     "Vocabulary",
 ]

@@ -1,5 +1,7 @@
-"""A saved folder works in transformers' own doors: Auto classes and the stock pipeline, on the stored vocabulary."""
+"""A saved folder works in transformers' own doors, and in a pipeline that takes other words in every call."""
 
+import base64
+import io
 import logging
 import subprocess
 import sys
@@ -11,12 +13,28 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.pipelines.pt_utils import KeyDataset
 
-from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
+from modeling_gkc import (
+    GKCForOpenVocabSegmentation,
+    GKCImageProcessor,
+    GKCModel,
+    GKCProcessor,
+    GKCSegmentationPipeline,
+    Vocabulary,
+)
+from modeling_gkc.post_processing import semantic_scores
 
 from .conftest import small_config, word_tokenizer
 
 WORDS = "red disc; blue square, box; lawn, grass"
+OTHER_WORDS = "dog; sofa, couch; lamp; sky"
+ALL_SEGMENTS = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +44,15 @@ def processor() -> GKCProcessor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, processor) -> Path:
-    """A checkpoint with stored words whose random weights find something."""
+    """A checkpoint with stored words whose random weights find segments of several classes."""
     torch.manual_seed(0)
     model = GKCForOpenVocabSegmentation(small_config()).eval()
+    embedder, projection = model.class_embedder, model.class_embedder.stage_projections[-1]
     with torch.no_grad():
-        model.no_object_embedding.copy_(-model.class_embedder.stage_projections[-1].weight.mean(dim=1))
+        queries = model.model(processor(images=noise(80, 120))["pixel_values"]).last_hidden_state
+        # What all queries have in common is taken away, else all of them would be of one class.
+        projection.bias.copy_(-projection.weight @ embedder.dense(queries).relu().mean(dim=(0, 1)))
+        model.no_object_embedding.copy_(-projection.weight.mean(dim=1))
     model.set_vocabulary(WORDS, processor)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
@@ -40,7 +62,7 @@ def folder(tmp_path_factory, processor) -> Path:
 
 @pytest.fixture
 def image() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8))
+    return noise(80, 120)
 
 
 def test_stored_vocabulary_is_the_words(folder, processor, image):
@@ -104,3 +126,316 @@ def test_loading_logs_nothing(folder, transformers_log):
         pipeline("image-segmentation", model=str(folder))
         AutoProcessor.from_pretrained(folder)
     assert {record.getMessage() for record in transformers_log.records} == {"heard"}
+
+
+# GKCSegmentationPipeline
+
+
+@pytest.fixture(scope="module")
+def segmenter(folder) -> GKCSegmentationPipeline:
+    return pipeline("image-segmentation", model=str(folder), pipeline_class=GKCSegmentationPipeline)
+
+
+def pixels(mask: Image.Image) -> np.ndarray:
+    return np.asarray(mask)
+
+
+def assert_same(results: list[dict], expected: list[dict], within, bound: float = 0.0) -> None:
+    """The same segments, and scores that differ by at most the bound."""
+    assert [result["label"] for result in results] == [result["label"] for result in expected]
+    for result, other in zip(results, expected, strict=True):
+        assert result["mask"].mode == "L"
+        np.testing.assert_array_equal(pixels(result["mask"]), pixels(other["mask"]))
+        kind = "pipeline: scores by another way or batch" if bound else "pipeline: scores by the same computation"
+        within(kind, abs(result["score"] - other["score"]), bound)
+
+
+@pytest.mark.parametrize("subtask", ["panoptic", "instance", None])
+def test_results_are_those_of_the_stock_pipeline(folder, segmenter, image, subtask, within):
+    settings = ALL_SEGMENTS | {"mask_threshold": 0.4, "subtask": subtask}
+    expected = pipeline("image-segmentation", model=str(folder))(image, **settings)
+    assert len(expected) > 1
+    assert_same(segmenter(image, **settings), expected, within)
+
+
+def test_semantic_results_are_those_of_the_stock_pipeline_and_scored(folder, segmenter, processor, image, within):
+    expected = pipeline("image-segmentation", model=str(folder))(image, subtask="semantic")
+    with torch.no_grad():
+        outputs = segmenter.model(**processor(images=image, return_tensors="pt"))
+    scores = semantic_scores(
+        outputs.class_queries_logits[0], outputs.masks_queries_logits[0], outputs.content_sizes[0].tolist(), (80, 120)
+    )
+    for result in expected:
+        inside = torch.from_numpy(pixels(result["mask"]) > 0)
+        class_scores = scores[segmenter.model.config.label2id[result["label"]]]
+        result["score"] = float(class_scores[inside].double().mean())
+    results = segmenter(image, subtask="semantic")
+    assert_same(results, expected, within, 1e-5)
+    assert len(results) > 1 and sum((pixels(result["mask"]) > 0).sum() for result in results) == 80 * 120
+
+
+@pytest.mark.parametrize("labels", [OTHER_WORDS, ["dog", ["sofa", "couch"], "lamp", "sky"], "file"])
+def test_words_of_the_call(segmenter, processor, image, tmp_path, labels):
+    if labels == "file":
+        labels = tmp_path / "words.txt"
+        labels.write_text("dog\nsofa, couch\nlamp\nsky\n")
+    with torch.no_grad():
+        outputs = segmenter.model(**processor(images=image, text=OTHER_WORDS, return_tensors="pt"))
+    (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(80, 120)])
+    found = np.full((80, 120), -1)
+    for result in segmenter(image, labels=labels, subtask="semantic"):
+        found[pixels(result["mask"]) == 255] = ["dog", "sofa", "lamp", "sky"].index(result["label"])
+    np.testing.assert_array_equal(found, expected.numpy())
+
+
+def test_packaged_words(segmenter, image):
+    with pytest.warns(UserWarning, match="does not know these words"):
+        results = segmenter(image, labels="pascal_voc_20", subtask="semantic")
+    assert {result["label"] for result in results} <= set(Vocabulary.parse("pascal_voc_20").labels)
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **settings) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind", ["path", "name", "bytes", "url", "array", "float array", "tensor", "rotated", "tuple"]
+)
+def test_every_kind_of_image(segmenter, image, tmp_path, kind, within):
+    image.save(tmp_path / "image.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+    given = {
+        "path": lambda: tmp_path / "image.png",
+        "name": lambda: str(tmp_path / "image.png"),
+        "bytes": lambda: encoded(image),
+        "url": lambda: "data:image/png;base64," + base64.b64encode(encoded(image)).decode(),
+        "array": lambda: np.asarray(image),
+        "float array": lambda: np.asarray(image) / 255,
+        "tensor": lambda: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+        "rotated": lambda: encoded(image.transpose(Image.Transpose.ROTATE_90), exif=exif),
+        "tuple": lambda: (image,),
+    }[kind]()
+    results = segmenter(given, **ALL_SEGMENTS)
+    expected = segmenter(image, **ALL_SEGMENTS)
+    assert_same(results[0] if kind == "tuple" else results, expected, within)
+
+
+def test_timeout_of_a_url(segmenter, image, monkeypatch, within):
+    asked = []
+
+    def urlopen(request, timeout):
+        asked.append((request.full_url, timeout))
+        return io.BytesIO(encoded(image.convert("RGBA")))
+
+    monkeypatch.setattr("modeling_gkc.image_processing_gkc.urlopen", urlopen)
+    for options in ({"timeout": 3.0}, {}):
+        results = segmenter("https://example.org/image.png", **options, **ALL_SEGMENTS)
+        assert_same(results, segmenter(image, **ALL_SEGMENTS), within)
+    assert asked == [("https://example.org/image.png", 3.0), ("https://example.org/image.png", 30)]
+
+
+def test_arrays_keep_their_range_when_they_are_not_rescaled(folder, processor, image, within):
+    settings = {"size": {"height": 64, "width": 96}}
+    plain = GKCProcessor(GKCImageProcessor(**settings), processor.tokenizer)
+    unscaled = GKCProcessor(GKCImageProcessor(do_rescale=False, **settings), processor.tokenizer)
+    model = GKCForOpenVocabSegmentation.from_pretrained(folder)
+    values = np.asarray(image) / 255
+    expected = GKCSegmentationPipeline(model=model, processor=plain)(values, **ALL_SEGMENTS)
+    results = GKCSegmentationPipeline(model=model, processor=unscaled)(values, **ALL_SEGMENTS)
+    assert_same(results, expected, within, 1e-5)
+
+
+@pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
+def test_nothing_depends_on_the_batch(segmenter, subtask, within):
+    images = [noise(80, 120), noise(33, 200, 1), noise(120, 80, 2), noise(80, 120, 3), noise(1, 1, 4)]
+    settings = {"labels": OTHER_WORDS, "subtask": subtask, "threshold": 0.0}
+    alone = [segmenter(image, **settings) for image in images]
+    assert any(alone)
+    for batch_size in (1, 2, 5):
+        for results, expected in zip(segmenter(images, batch_size=batch_size, **settings), alone, strict=True):
+            assert_same(results, expected, within, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["generator", "iterator", "dataset", "array"])
+def test_every_kind_of_several_images(segmenter, kind, within):
+    images = [noise(48, 64, seed) for seed in range(3)]
+    stream = {
+        "generator": lambda: (image for image in images),
+        "iterator": lambda: iter(images),
+        "dataset": lambda: KeyDataset([{"image": image} for image in images], "image"),
+        "array": lambda: np.stack([np.asarray(image) for image in images]),
+    }[kind]()
+    results = segmenter(stream, batch_size=2, **ALL_SEGMENTS)
+    assert isinstance(results, list) == (kind == "array")
+    for result, image in zip(results, images, strict=True):
+        assert_same(result, segmenter(image, **ALL_SEGMENTS), within, 1e-5)
+
+
+def test_no_images_have_no_results(segmenter):
+    assert segmenter([], labels=OTHER_WORDS) == []
+
+
+def test_a_stream_is_not_read_ahead_of_its_use(segmenter):
+    seen = []
+    stream = segmenter((seen.append(seed) or noise(32, 32, seed) for seed in range(9)), subtask="semantic")
+    next(iter(stream))
+    assert len(seen) <= 2
+
+
+def test_words_are_encoded_once(folder, processor, monkeypatch):
+    model = GKCForOpenVocabSegmentation.from_pretrained(folder)
+    segmenter = GKCSegmentationPipeline(model=model, processor=processor)
+    tokenized, encoded_prompts = [], []
+    call = processor.tokenizer.__class__.__call__
+    monkeypatch.setattr(
+        processor.tokenizer.__class__, "__call__", lambda *args, **kw: tokenized.append(args[1]) or call(*args, **kw)
+    )
+    model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded_prompts.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    images = [noise(32, 40, seed) for seed in range(4)]
+    segmenter(images, labels=OTHER_WORDS)
+    assert len(tokenized) == 1 and encoded_prompts == [5]
+    segmenter(images, labels="lamp; couch; star")
+    assert len(tokenized) == 2 and encoded_prompts == [5, 1]
+    segmenter(images)
+    assert len(tokenized) == 2 and encoded_prompts == [5, 1]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_segments_of_stuff_become_one(folder, processor, image, stored):
+    model = GKCForOpenVocabSegmentation.from_pretrained(folder)
+    words = Vocabulary.parse(WORDS).names
+    segmenter = GKCSegmentationPipeline(model=model, processor=processor)
+    settings = ALL_SEGMENTS | {"mask_threshold": 0.0}
+
+    def labels_found(is_thing: list[bool]) -> list[str]:
+        vocabulary = Vocabulary(words, is_thing)
+        if stored:
+            model.set_vocabulary(vocabulary, processor)
+        return [segment["label"] for segment in segmenter(image, **settings, labels=None if stored else vocabulary)]
+
+    as_things, as_stuff = labels_found([True] * 3), labels_found([False] * 3)
+    assert len(as_things) > len(set(as_things))
+    assert sorted(as_stuff) == sorted(set(as_things))
+
+
+@pytest.mark.parametrize(("subtask", "threshold"), [("panoptic", 0.6), ("instance", 0.4), ("semantic", 0.4)])
+@pytest.mark.parametrize("stored", [True, False])
+def test_void(segmenter, processor, image, subtask, threshold, stored):
+    """Void words and pixels are those of post-processing, whether the words are the call's or stored."""
+    joined, void_ids = Vocabulary.parse(WORDS).with_void("star; blue")
+    with torch.no_grad():
+        outputs = segmenter.model(**processor(images=image, text=joined, return_tensors="pt"))
+    process = getattr(processor, f"post_process_{subtask}_segmentation")
+    settings = {} if subtask == "semantic" else ALL_SEGMENTS
+
+    def not_void(**void) -> np.ndarray:
+        (result,) = process(outputs, target_sizes=[(80, 120)], void_id=-1, **void, **settings)
+        return ((result if subtask == "semantic" else result["segmentation"]) != -1).int().numpy()
+
+    expected = not_void(void_label_ids=void_ids, void_threshold=threshold)
+    assert 0 < expected.sum() < min(not_void(void_label_ids=void_ids).sum(), not_void(void_threshold=threshold).sum())
+    results = segmenter(
+        image,
+        labels=None if stored else WORDS,
+        subtask=subtask,
+        void_labels="star; blue",
+        void_threshold=threshold,
+        **settings,
+    )
+    assert {result["label"] for result in results} <= {"red disc", "blue square", "lawn"}
+    shown = sum((pixels(result["mask"]) // 255).astype(int) for result in results)
+    np.testing.assert_array_equal(shown, expected)
+
+
+def test_threshold_of_semantic_segments(segmenter, image):
+    every = segmenter(image, subtask="semantic")
+    limit = sorted(result["score"] for result in every)[-1]
+    kept = segmenter(image, subtask="semantic", threshold=limit)
+    assert [result["label"] for result in kept] == [r["label"] for r in every if r["score"] >= limit]
+    assert 0 < len(kept) < len(every)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(folder, processor, image, dtype):
+    """What the model gives in that precision, whether it was loaded so or is converted by the pipeline."""
+    model = GKCForOpenVocabSegmentation.from_pretrained(folder).to(dtype)
+    inputs = processor(images=image, text=OTHER_WORDS)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(80, 120)])
+    loaded = pipeline("image-segmentation", model=str(folder), pipeline_class=GKCSegmentationPipeline, dtype=dtype)
+    single = GKCForOpenVocabSegmentation.from_pretrained(folder)
+    converted = GKCSegmentationPipeline(model=single, processor=processor, device="cpu", dtype=dtype)
+    for half in (loaded, converted):
+        assert half.model.dtype == dtype
+        for result in half(image, labels=OTHER_WORDS, subtask="semantic"):
+            index = Vocabulary.parse(OTHER_WORDS).labels.index(result["label"])
+            np.testing.assert_array_equal(pixels(result["mask"]) == 255, expected.numpy() == index)
+
+
+def test_settings_of_the_constructor_are_defaults(folder, segmenter, processor, image, within):
+    model = GKCForOpenVocabSegmentation.from_pretrained(folder).train()
+    own = GKCSegmentationPipeline(model=model, processor=processor, labels=OTHER_WORDS, subtask="semantic")
+    assert not model.training
+    assert_same(own(image), segmenter(image, labels=OTHER_WORDS, subtask="semantic"), within)
+    assert_same(own(image, labels=WORDS), segmenter(image, labels=WORDS, subtask="semantic"), within)
+
+
+def test_parts_of_a_processor(folder, segmenter, processor, image, within):
+    model = GKCForOpenVocabSegmentation.from_pretrained(folder)
+    images_only = GKCSegmentationPipeline(model=model, image_processor=processor.image_processor)
+    assert_same(images_only(image, **ALL_SEGMENTS), segmenter(image, **ALL_SEGMENTS), within)
+    with pytest.raises(ValueError, match="words need a tokenizer"):
+        images_only(image, labels="dog")
+    both = GKCSegmentationPipeline(
+        model=model, image_processor=processor.image_processor, tokenizer=processor.tokenizer
+    )
+    settings = ALL_SEGMENTS | {"labels": OTHER_WORDS}
+    assert_same(both(image, **settings), segmenter(image, **settings), within)
+    with pytest.raises(ValueError, match="give the `processor`"):
+        GKCSegmentationPipeline(model=model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"subtask": "video"}, ValueError, "`subtask` must be one of panoptic, instance, semantic, got 'video'"),
+        ({"labels": "dog; "}, ValueError, "label 2 .* is empty"),
+        ({"labels": []}, ValueError, "no labels were given"),
+        ({"labels": 3}, TypeError, "labels must be"),
+        ({"void_labels": "lawn"}, ValueError, "'lawn' is a void label"),
+        ({"lables": "dog"}, TypeError, "no parameter 'lables'"),
+    ],
+)
+def test_wrong_calls(segmenter, image, settings, error, message):
+    with pytest.raises(error, match=message):
+        segmenter(image, **settings)
+
+
+def test_wrong_words_of_a_stream_are_told_at_once(segmenter, image):
+    with pytest.raises(ValueError, match="empty"):
+        segmenter((image for _ in range(2)), labels="")
+
+
+def test_unreadable_image_is_named(segmenter, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        segmenter([str(tmp_path / "broken.png")])
+
+
+def test_no_words_at_all(processor, image):
+    segmenter = GKCSegmentationPipeline(model=GKCForOpenVocabSegmentation(small_config()), processor=processor)
+    with pytest.raises(ValueError, match="no words to segment into: give `labels`"):
+        segmenter(image)
+    assert segmenter(image, labels="dog", subtask="semantic")[0]["label"] == "dog"
+
+
+def test_wrong_model(processor):
+    with pytest.raises(ValueError, match="GKCForOpenVocabSegmentation is needed, got a GKCModel"):
+        GKCSegmentationPipeline(model=GKCModel(small_config()), processor=processor)

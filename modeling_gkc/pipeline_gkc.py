@@ -1,0 +1,295 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The image-segmentation pipeline with words that each call may choose.
+
+    from modeling_gkc import GKCSegmentationPipeline
+    from transformers import pipeline
+
+    segmenter = pipeline("image-segmentation", model="folder", pipeline_class=GKCSegmentationPipeline)
+    segmenter("image.png", labels="dog; sofa, couch; lamp", subtask="semantic")
+
+transformers' own `pipeline("image-segmentation", model="folder")` works too, on the words stored in the checkpoint
+only. `modeling_gkc.remote_code` says how a checkpoint is published so that it brings this pipeline along.
+"""
+
+from collections.abc import Iterator
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
+
+from .class_embeddings import GKCClassEmbeddings, encode_vocabulary, join_class_embeddings
+from .image_processing_gkc import URL_TIMEOUT_S, read_image
+from .post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation, semantic_segments
+from .processing_gkc import GKCProcessor
+from .remote_code import save_with_code
+from .vocabulary import Vocabulary, VocabularyLike
+
+SUBTASKS = ("panoptic", "instance", "semantic")
+
+
+class _Words(NamedTuple):
+    """K + V encoded classes: labels of the K shown ones, which of them are stuff, and the ids of the V void ones."""
+
+    labels: list[str]
+    stuff_ids: set[int]
+    void_ids: list[int]
+    embeddings: GKCClassEmbeddings
+
+
+class GKCSegmentationPipeline(ImageSegmentationPipeline):
+    """
+    Segments images into any words, with the results of transformers' image-segmentation pipeline.
+
+    Every parameter of a call may be given to the constructor instead, as its default.
+
+    Args:
+        model: A `GKCForOpenVocabSegmentation`; put into evaluation mode.
+        processor: Its `GKCProcessor`. An `image_processor` is enough for the words stored in the checkpoint, and with
+            a `tokenizer` beside it for all others.
+        device: Where to compute; the model is moved there. By default the first accelerator, else the CPU.
+        dtype: Precision such as `torch.bfloat16`, to which the model is converted; by default its own.
+        kwargs: As for every pipeline of transformers: `batch_size`, `num_workers`, ...
+
+    Raises:
+        ValueError: the model is of another kind, or there is no processor.
+        TypeError: an unknown parameter.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args, **kwargs):
+        dtype = kwargs.get("dtype")
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "get_class_embeddings"):
+            raise ValueError(f"a GKCForOpenVocabSegmentation is needed, got a {type(self.model).__name__}.")
+        if self.processor is None and self.tokenizer is not None:
+            self.processor = GKCProcessor(self.image_processor, self.tokenizer)
+        if self.image_processor is None:
+            self.image_processor = getattr(self.processor, "image_processor", None)
+        if self.image_processor is None:
+            raise ValueError("give the `processor` of the checkpoint: GKCProcessor.from_pretrained(...).")
+        self.model.eval()
+        if dtype not in (None, "auto", self.model.dtype):
+            self.model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    def __call__(self, inputs: Any, **kwargs) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator:
+        """
+        Segment images.
+
+        Args:
+            inputs: One image of any kind that `GKCImageProcessor` reads, or several: a list, an array with a batch
+                axis, an iterator, or a torch dataset of images (of `datasets`: `KeyDataset(dataset, "image")`).
+            labels: The K classes, in any form that `Vocabulary.parse` takes: "dog; sofa, couch; lamp", a list, a
+                `Vocabulary`, a packaged name, a file. They are encoded once per call, and only where the model has not
+                seen them before. Default: the words stored in the checkpoint.
+            subtask: "panoptic" (also the default), "instance" or "semantic".
+            threshold: Lowest score of a segment; by default 0.5, and in semantic results 0.
+            mask_threshold: Panoptic and instance: lowest mask probability of a pixel inside; 0.5 by default.
+            overlap_mask_area_threshold: Panoptic and instance: lowest share of its mask that a segment must show; 0.8
+                and 0 by default.
+            void_threshold: Pixels whose score is below belong to no segment; see `post_processing`.
+            void_labels: Words, as `labels`, for what is none of the classes; their pixels belong to no segment.
+            batch_size: Images to compute at once; makes no difference to the result.
+            timeout: Seconds to wait for a URL; 30 by default.
+
+        Returns:
+            For one image its segments, for a list of images a list of such lists, for an iterator or a dataset an
+            iterator over them. A segment is a dict:
+
+            * `label`: the first name of its class;
+            * `mask`: PIL image of mode "L" and the image's upright size, 255 inside and 0 outside; the masks of an
+              image do not overlap;
+            * `score`: of panoptic segments the class score, of instances class score times mean mask probability; both
+              lie in 0..1. Of semantic segments, one per class, the mean over their pixels of `semantic_scores`, which
+              sum over the queries and may exceed 1.
+
+        Raises:
+            ValueError: there are no words; labels that `Vocabulary` refuses; an unknown subtask; an unreadable image.
+            TypeError: an unknown parameter.
+        """
+        images = _as_list_or_generator(inputs)
+        if isinstance(images, list) and not images:
+            return []
+        return super().__call__(images, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        labels: VocabularyLike | None = None,
+        subtask: str | None = None,
+        threshold: float | None = None,
+        mask_threshold: float | None = None,
+        overlap_mask_area_threshold: float | None = None,
+        void_threshold: float | None = None,
+        void_labels: VocabularyLike | None = None,
+        timeout: float | None = None,
+        local_files_only: bool | None = None,  # of `pipeline()`, which leaves it among the parameters of a call
+        **unknown,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no parameter {', '.join(map(repr, unknown))}.")
+        if subtask is not None and subtask not in SUBTASKS:
+            raise ValueError(f"`subtask` must be one of {', '.join(SUBTASKS)}, got {subtask!r}.")
+        forward_params = {
+            "labels": labels,
+            "void_labels": void_labels,
+            "subtask": subtask,
+            "threshold": threshold,
+            "mask_threshold": mask_threshold,
+            "overlap_mask_area_threshold": overlap_mask_area_threshold,
+            "void_threshold": void_threshold,
+        }
+        given = {name: value for name, value in forward_params.items() if value is not None}
+        return {} if timeout is None else {"timeout": timeout}, given, {}
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        """One image; as every pipeline's, with the words encoded first."""
+        return super().run_single(inputs, preprocess_params, self._encode_words(**forward_params), postprocess_params)
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """Several images; as every pipeline's, with the words encoded first and once."""
+        words = self._encode_words(**forward_params)
+        return super().get_iterator(inputs, num_workers, batch_size, preprocess_params, words, postprocess_params)
+
+    def _encode_words(
+        self, labels: VocabularyLike | None = None, void_labels: VocabularyLike | None = None, **params
+    ) -> dict[str, Any]:
+        if self.processor is None and (labels is not None or void_labels is not None):
+            raise ValueError("words need a tokenizer: construct the pipeline with the `processor` of the checkpoint.")
+        words = self._stored_words(void_labels) if labels is None else self._given_words(labels, void_labels)
+        return params | {"words": words}
+
+    def _given_words(self, labels: VocabularyLike, void_labels: VocabularyLike | None) -> _Words:
+        vocabulary = Vocabulary.parse(labels)
+        joined, void_ids = vocabulary.with_void(void_labels)
+        embeddings = encode_vocabulary(joined, self.model, self.processor)
+        return _Words(vocabulary.labels, vocabulary.stuff_ids, void_ids, embeddings)
+
+    def _stored_words(self, void_labels: VocabularyLike | None) -> _Words:
+        vocabulary = self.model.vocabulary
+        if vocabulary is None:
+            raise ValueError(
+                'no words to segment into: give `labels`, for example "dog; sofa, couch; lamp", or store a vocabulary '
+                "in the checkpoint by `model.set_vocabulary(...)`."
+            )
+        _, void_ids = vocabulary.with_void(void_labels)
+        embeddings = GKCClassEmbeddings(self.model.vocabulary_embeds, self.model.vocabulary_class_ids)
+        if void_ids:
+            embeddings = join_class_embeddings(embeddings, encode_vocabulary(void_labels, self.model, self.processor))
+        labels = [self.model.config.id2label[index] for index in range(len(vocabulary))]
+        return _Words(labels, vocabulary.stuff_ids, void_ids, embeddings)
+
+    def preprocess(self, image: Any, timeout: float = URL_TIMEOUT_S) -> dict[str, Any]:
+        """One image to the model's input and the size (height, width) of its masks."""
+        picture = read_image(image, timeout=timeout)
+        # Arrays go in as they are: the image processor rescales them by their own range.
+        source = image if isinstance(image, np.ndarray | Tensor) else picture
+        inputs = self.image_processor(source, return_tensors="pt")
+        size = (picture.height, picture.width)
+        # In a dict of its own, an image passes transformers' collation as it is and may have any size.
+        return {"image": {"pixel_values": inputs["pixel_values"], "pixel_mask": inputs["pixel_mask"], "size": size}}
+
+    def _forward(
+        self, model_inputs: dict[str, Any], words: _Words, subtask: str = "panoptic", **thresholds
+    ) -> dict[str, list[dict[str, Any]]]:
+        images = model_inputs["image"]
+        images = [images] if isinstance(images, dict) else images
+        outputs = self.model(
+            pixel_values=_batch([image["pixel_values"] for image in images]).to(self.model.dtype),
+            pixel_mask=_batch([image["pixel_mask"] for image in images]),
+            **words.embeddings,
+        )
+        contents = [None] * len(images) if outputs.content_sizes is None else outputs.content_sizes.tolist()
+        logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+        # Here and not in `postprocess`, which transformers gives tensors of the CPU only.
+        segmented = [
+            _segment(subtask, (*image_logits, content, image["size"]), words, thresholds)
+            for image_logits, content, image in zip(logits, contents, images, strict=True)
+        ]
+        return {"segments": segmented}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """A map of ids and the segments in it to one mask per segment."""
+        segmented = model_outputs["segments"]
+        segmented = segmented[0] if isinstance(segmented, list) else segmented
+        ids = segmented["map"].numpy()
+        return [
+            {"score": score, "label": label, "mask": Image.fromarray((ids == index).astype(np.uint8) * 255)}
+            for index, label, score in segmented["segments"]
+        ]
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
+        """
+        Save model and processor with their code; `push_to_hub` uploads the same. See `modeling_gkc.remote_code`.
+
+        Args:
+            save_directory: Made if it is not there.
+            kwargs: For the model's `save_pretrained`.
+
+        Raises:
+            ValueError: there is no processor with a tokenizer.
+        """
+        if self.processor is None:
+            raise ValueError("a checkpoint needs its tokenizer: construct the pipeline with the `processor`.")
+        save_with_code(self.model, self.processor, save_directory, **kwargs)
+
+
+def _as_list_or_generator(inputs: Any) -> Any:
+    """Several images in the forms that transformers' pipelines take for several; all else as it is."""
+    if isinstance(inputs, tuple) or (isinstance(inputs, np.ndarray | Tensor) and inputs.ndim == 4):
+        return list(inputs)
+    return (image for image in inputs) if isinstance(inputs, Iterator) else inputs
+
+
+def _batch(tensors: list[Tensor]) -> Tensor:
+    """Tensors (1, ..., H_i, W_i), padded with zeros at the right and bottom, as one (B, ..., H, W)."""
+    height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (-2, -1))
+    return torch.cat([F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors])
+
+
+def _segment(subtask: str, image: tuple, words: _Words, thresholds: dict[str, float]) -> dict[str, Any]:
+    """A `map` of ids (H, W), and the `segments` in it: (id, label, score)."""
+    void = {"void_label_ids": words.void_ids}
+    if subtask == "semantic":
+        return _semantic_segments(image, words, void, **thresholds)
+    if subtask == "instance":
+        found = instance_segmentation(*image, **void, **thresholds)
+    else:
+        found = panoptic_segmentation(*image, label_ids_to_fuse=words.stuff_ids, **void, **thresholds)
+    segments = [(info["id"], words.labels[info["label_id"]], info["score"]) for info in found["segments_info"]]
+    return {"map": found["segmentation"], "segments": segments}
+
+
+def _semantic_segments(
+    image: tuple,
+    words: _Words,
+    void: dict[str, Any],
+    threshold: float = 0.0,
+    void_threshold: float | None = None,
+    **of_masks,
+) -> dict[str, Any]:
+    class_map, scores = semantic_segmentation(*image, void_threshold=void_threshold, **void)
+    shown = semantic_segments(class_map, scores, len(words.labels))
+    segments = [(info["id"], words.labels[info["id"]], info["score"]) for info in shown if info["score"] >= threshold]
+    return {"map": class_map, "segments": segments}
+
+
+__all__ = ["GKCSegmentationPipeline"]

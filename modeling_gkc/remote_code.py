@@ -1,0 +1,191 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints that carry their code, for people who have transformers but not this library.
+
+`save_pretrained` of a model or processor writes weights and settings only. To publish a checkpoint, save it with the
+code:
+
+    from modeling_gkc import GKCSegmentationPipeline
+    from modeling_gkc.remote_code import add_code, save_with_code
+
+    save_with_code(model, processor, "folder")
+    add_code("folder")  # to what was saved plainly
+    GKCSegmentationPipeline(model=model, processor=processor).push_to_hub("user/name")  # the same, uploaded
+
+Whoever has only transformers then loads it by
+
+    AutoModel.from_pretrained("user/name", trust_remote_code=True)
+    AutoProcessor.from_pretrained("user/name", trust_remote_code=True)
+    pipeline("image-segmentation", model="user/name", trust_remote_code=True)(image, labels="dog; sofa, couch")
+
+and what they save again is again such a folder. The packaged vocabularies ("ade20k_150") are not in it; they need the
+installed library.
+
+Where this library has been imported, its own classes are used, and models and processors load with or without
+`trust_remote_code`. Only `pipeline()` refuses a folder that names a pipeline of its own, unless it is given
+`trust_remote_code=True` or `pipeline_class`: `GKCSegmentationPipeline`, or transformers' `ImageSegmentationPipeline`.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+ENTRY_MODULE = "hub_entry"
+AUTO_CLASSES = {
+    "gkc": {
+        "AutoConfig": "GKCConfig",
+        "AutoImageProcessor": "GKCImageProcessor",
+        "AutoModel": "GKCForOpenVocabSegmentation",
+        "AutoModelForImageSegmentation": "GKCForOpenVocabSegmentation",
+        "AutoModelForUniversalSegmentation": "GKCForOpenVocabSegmentation",
+        "AutoProcessor": "GKCProcessor",
+    },
+    "clip_resnet": {
+        "AutoBackbone": "CLIPResNetBackbone",
+        "AutoConfig": "CLIPResNetConfig",
+        "AutoModel": "CLIPResNetVisionModel",
+    },
+}
+PIPELINES = {
+    "image-segmentation": {
+        "impl": f"{ENTRY_MODULE}.GKCSegmentationPipeline",
+        "pt": ["AutoModelForUniversalSegmentation"],
+    }
+}
+_KEYS_OF_CODE = ("auto_map", "custom_pipelines")
+
+
+def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> None:
+    """
+    Save a checkpoint together with the code that it needs.
+
+    Args:
+        model: A `GKCForOpenVocabSegmentation`, `CLIPResNetVisionModel` or `CLIPResNetBackbone`.
+        processor: Its processor, or None.
+        folder: Made if it is not there.
+        kwargs: For the model's `save_pretrained`.
+
+    Raises:
+        ValueError: no Auto class of transformers loads a model of this kind.
+    """
+    published = AUTO_CLASSES.get(model.config.model_type, {})
+    if type(model).__name__ not in published.values():
+        raise ValueError(
+            f"no Auto class loads a {type(model).__name__}: publish the GKCForOpenVocabSegmentation, or a "
+            "CLIPResNetVisionModel or CLIPResNetBackbone."
+        )
+    model.save_pretrained(folder, **kwargs)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    add_code(folder)
+
+
+def add_code(folder: str | Path) -> None:
+    """
+    Add to a saved checkpoint the code that it needs, and to its JSON files where transformers finds it.
+
+    Args:
+        folder: Holds `config.json`, `processor_config.json` or `preprocessor_config.json` of this library's objects.
+
+    Raises:
+        ValueError: it holds none of them, or one of another library.
+    """
+    folder = Path(folder)
+    marks = {folder / name: mark for name, mark in _MARKS.items() if (folder / name).is_file()}
+    if not marks:
+        raise ValueError(f"{folder} holds no saved checkpoint: it has none of {', '.join(_MARKS)}.")
+    for path, mark in marks.items():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            mark(values)
+        except KeyError as error:
+            raise ValueError(f"{path} was not saved by an object of this library: it lacks {error}.") from error
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in code_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def code_files() -> list[Path]:
+    """The modules that a published folder needs: the one that its JSON files name, and all that this one imports."""
+    entry = Path(__file__).with_name(f"{ENTRY_MODULE}.py")
+    return sorted({entry, *map(Path, get_relative_import_files(entry))})
+
+
+def _auto_map(model_type: str, *auto_classes: str) -> dict[str, str]:
+    names = AUTO_CLASSES[model_type]
+    return {auto_class: f"{ENTRY_MODULE}.{names[auto_class]}" for auto_class in auto_classes or names}
+
+
+def _mark_config(values: dict[str, Any]) -> None:
+    values["auto_map"] = _auto_map(values["model_type"])
+    if values["model_type"] == "gkc":
+        values["custom_pipelines"] = PIPELINES
+
+
+def _mark_image_processor(values: dict[str, Any]) -> None:
+    values["auto_map"] = _auto_map("gkc", "AutoImageProcessor")
+
+
+def _mark_processor(values: dict[str, Any]) -> None:
+    values["auto_map"] = _auto_map("gkc", "AutoProcessor")
+    _mark_image_processor(values["image_processor"])
+
+
+_MARKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "config.json": _mark_config,
+    "preprocessor_config.json": _mark_image_processor,
+    "processor_config.json": _mark_processor,
+}
+
+
+class CodeRegistrationMixin:
+    """
+    Registration of one class of this library turns on the saving of the code for all of them.
+
+    transformers registers the classes that it loads from a folder's code, so that what was loaded by
+    `trust_remote_code` is saved with its code. Its own way of saving code copies the modules of one class beside
+    another's, which then may not fit together; here it is always the whole.
+    """
+
+    _saves_code = False
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
+        """From now on, in this process, `save_pretrained` of every object of this library writes the code too.
+
+        Args:
+            auto_class: Makes no difference: a folder with code always serves all Auto classes that know the model.
+        """
+        CodeRegistrationMixin._saves_code = True
+
+
+class CodeSavingMixin(CodeRegistrationMixin):
+    """For configurations and processors: their files tell of code only where the code is saved too."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, without what the folder that they were loaded from says about its code."""
+        return {name: value for name, value in super().to_dict().items() if name not in _KEYS_OF_CODE}
+
+    def to_json_file(self, json_file_path: str | Path, *args, **kwargs) -> None:
+        """Writes the settings to a file, and the code beside it where `register_for_auto_class` asks for it."""
+        super().to_json_file(json_file_path, *args, **kwargs)
+        if self._saves_code:
+            add_code(Path(json_file_path).parent)
+
+
+__all__ = ["AUTO_CLASSES", "CodeRegistrationMixin", "CodeSavingMixin", "add_code", "code_files", "save_with_code"]

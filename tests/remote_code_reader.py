@@ -1,0 +1,150 @@
+"""Loads published folders as someone does who has transformers only; run by `test_remote_code.py`.
+
+Each scenario is a process forked right after transformers was imported, so that what it loads first is the first of
+this library's code that Python sees; starting as many interpreters would take a minute.
+
+python remote_code_reader.py WORK, with `WORK/folder`, `WORK/tower` and, in the Hub's cache, `someone/gkc`
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForUniversalSegmentation,
+    AutoProcessor,
+    pipeline,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+WORK = Path(sys.argv[1])
+FOLDER = WORK / "folder"
+HUB = "someone/gkc"
+TRUST = {"trust_remote_code": True}
+SETTINGS = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+# This library, and what only its training needs.
+ABSENT = ("modeling_gkc", "train", "tests", "scipy", "accelerate", "datasets", "torchvision")
+
+
+def image() -> Image.Image:
+    return Image.open(WORK / "image.png")
+
+
+def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, WORK / f"{name}.safetensors")
+
+
+def computed(model, processor) -> dict[str, torch.Tensor]:
+    """Logits, and all kinds of results."""
+    with torch.no_grad():
+        outputs = model(**processor(images=image(), text="dog; sofa, couch; lamp"))
+    size = {"target_sizes": [(80, 120)]}
+    return {
+        "class_queries_logits": outputs.class_queries_logits,
+        "masks_queries_logits": outputs.masks_queries_logits,
+        "semantic": processor.post_process_semantic_segmentation(outputs, **size)[0],
+        "instance": processor.post_process_instance_segmentation(outputs, **size, **SETTINGS)[0]["segmentation"],
+        "panoptic": processor.post_process_panoptic_segmentation(outputs, **size, **SETTINGS)[0]["segmentation"],
+    }
+
+
+def segmented(segmenter) -> dict[str, torch.Tensor]:
+    """Masks and scores of a pipeline, by label."""
+    results = segmenter(image(), labels="dog; sofa, couch; lamp", subtask="semantic")
+    masks = {result["label"]: torch.from_numpy(np.array(result["mask"])) for result in results}
+    return masks | {f"{result['label']} score": torch.tensor(result["score"]) for result in results}
+
+
+def model_first() -> None:
+    model = AutoModel.from_pretrained(FOLDER, **TRUST)
+    for auto in (AutoModelForImageSegmentation, AutoModelForUniversalSegmentation):
+        assert type(auto.from_pretrained(FOLDER, **TRUST)) is type(model)
+    assert type(AutoConfig.from_pretrained(FOLDER, **TRUST)) is type(model.config)
+    processor = AutoProcessor.from_pretrained(FOLDER, **TRUST)
+    save("model_first", computed(model, processor))
+    model.set_vocabulary("star; sky, air", processor)
+    model.save_pretrained(WORK / "saved_again")
+    processor.save_pretrained(WORK / "saved_again")
+
+
+def processor_first() -> None:
+    processor = AutoProcessor.from_pretrained(FOLDER, **TRUST)
+    assert type(AutoImageProcessor.from_pretrained(FOLDER, **TRUST)) is type(processor.image_processor)
+    save("processor_first", computed(AutoModel.from_pretrained(FOLDER, **TRUST), processor))
+    processor.save_pretrained(WORK / "processor_again")
+
+
+def image_processor_first() -> None:
+    image_processor = AutoImageProcessor.from_pretrained(FOLDER, **TRUST)
+    save("image_processor_first", dict(image_processor(image())))
+    image_processor.save_pretrained(WORK / "image_processor_again")
+
+
+def pipeline_first() -> None:
+    segmenter = pipeline("image-segmentation", model=str(FOLDER), **TRUST)
+    save("pipeline_first", segmented(segmenter))
+    segmenter.save_pretrained(WORK / "pipeline_again")
+    segmenter.model.save_pretrained(WORK / "model_again")
+
+
+def from_hub() -> None:
+    """By the name of a repository; then a second folder in the same process."""
+    save("from_hub", segmented(pipeline("image-segmentation", model=HUB, **TRUST)))
+    save("second_folder", segmented(pipeline("image-segmentation", model=str(FOLDER), **TRUST)))
+    model = AutoModel.from_pretrained(HUB, **TRUST)
+    save("from_hub_model", computed(model, AutoProcessor.from_pretrained(HUB, **TRUST)))
+
+
+def saved_again() -> None:
+    segmenter = pipeline("image-segmentation", model=str(WORK / "saved_again"), **TRUST)
+    assert segmenter(image(), subtask="semantic")[0]["label"] in ("star", "sky")
+    save("saved_again", computed(segmenter.model, segmenter.processor))
+
+
+def image_tower() -> None:
+    tower = AutoModel.from_pretrained(WORK / "tower", **TRUST)
+    backbone = AutoBackbone.from_config(tower.config, **TRUST)
+    pixel_values = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    with torch.no_grad():
+        assert len(backbone(pixel_values).feature_maps) == 4
+        save("image_tower", {"image_embeds": tower(pixel_values).image_embeds})
+
+
+def run(scenario: Callable[[], None]) -> int:
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        scenario()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    scenarios = (
+        model_first,
+        processor_first,
+        image_processor_first,
+        pipeline_first,
+        from_hub,
+        saved_again,
+        image_tower,
+    )
+    failed = [scenario.__name__ for scenario in scenarios if run(scenario)]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -1,0 +1,273 @@
+"""A published folder loads where only transformers is, and computes there the same to the last bit."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, pipeline
+from transformers.dynamic_module_utils import get_imports
+from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
+
+from modeling_gkc import (
+    CLIPResNetVisionModel,
+    GKCForOpenVocabSegmentation,
+    GKCImageProcessor,
+    GKCModel,
+    GKCProcessor,
+    GKCSegmentationPipeline,
+)
+from modeling_gkc.remote_code import CodeRegistrationMixin, add_code, code_files, save_with_code
+
+from .conftest import small_config, word_tokenizer
+
+READER = Path(__file__).with_name("remote_code_reader.py")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DATA_FILES = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+INFERENCE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tqdm"}
+
+
+@pytest.fixture(scope="module")
+def processor() -> GKCProcessor:
+    return GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def model(processor) -> GKCForOpenVocabSegmentation:
+    torch.manual_seed(0)
+    model = GKCForOpenVocabSegmentation(small_config()).eval()
+    model.set_vocabulary("red disc; blue square, box; lawn, grass", processor)
+    return model
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, model, processor) -> Path:
+    """What `remote_code_reader` reads, except for the Hub's cache."""
+    work = tmp_path_factory.mktemp("work")
+    save_with_code(model, processor, work / "folder")
+    tower = CLIPResNetVisionModel(small_config().backbone_config).eval()
+    save_with_code(tower, None, work / "tower")
+    values = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
+    Image.fromarray(values).save(work / "image.png")
+    return work
+
+
+@pytest.fixture(scope="module")
+def pushed(work, model, processor) -> set[str]:
+    """The files that `push_to_hub` uploads, which it puts into the Hub's cache instead of the Hub."""
+    repository = work / "hub" / "models--someone--gkc"
+    uploaded = set()
+
+    def create_commit(api, repo_id, operations, **kwargs):
+        assert repo_id == "someone/gkc"
+        for operation in operations:
+            uploaded.add(operation.path_in_repo)
+            path = repository / "snapshots" / COMMIT / operation.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(Path(operation.path_or_fileobj).read_bytes())
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HfApi, "create_repo", lambda api, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+        patch.setattr(HfApi, "create_commit", create_commit)
+        GKCSegmentationPipeline(model=model, processor=processor).push_to_hub("someone/gkc")
+    return uploaded
+
+
+@pytest.fixture(scope="module")
+def read(work, pushed) -> Path:
+    """The folder in which an interpreter without this library has left what it loaded and computed."""
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(work / "hub"),
+        "HF_MODULES_CACHE": str(work / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    finished = subprocess.run(
+        [sys.executable, READER, work], cwd=work, env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return work
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def code(folder: Path) -> set[str]:
+    return {name for name in files(folder) if name.endswith(".py")}
+
+
+def marks(path: Path) -> dict:
+    """All that a JSON file says about code."""
+    values = json.loads(path.read_text())
+    found = {key: values[key] for key in ("auto_map", "custom_pipelines") if key in values}
+    return found | {"image_processor": values.get("image_processor", {}).get("auto_map")}
+
+
+def assert_same_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = load_file(path)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value.to(found[name].dtype)), name
+
+
+# What the folder holds
+
+
+def test_folder_holds_only_what_is_needed(work):
+    assert files(work / "folder") == DATA_FILES | {path.name for path in code_files()}
+    not_needed = {"cli.py", "__init__.py", "__main__.py", "conversion.py", "visualization.py"}
+    assert not code(work / "folder") & not_needed
+    reached, to_read = set(), ["hub_entry"]
+    while to_read:
+        name = to_read.pop()
+        reached.add(f"{name}.py")
+        tree = ast.parse((work / "folder" / f"{name}.py").read_text())
+        relative = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        to_read += [module for module in relative if f"{module}.py" not in reached]
+    assert code(work / "folder") == reached
+
+
+def test_code_in_the_folder_imports_only_its_neighbours_and_what_inference_has(work):
+    for path in (work / "folder").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and (path.parent / f"{node.module}.py").is_file()
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert not any(name.startswith("modeling_gkc") for name in names)
+        assert set(get_imports(path)) <= INFERENCE | set(sys.stdlib_module_names)
+
+
+def test_push_uploads_the_folder(work, pushed):
+    assert pushed == files(work / "folder") | {"README.md"}
+
+
+def test_plain_folder_has_no_code_and_does_not_tell_of_any(tmp_path, work, model, processor):
+    """Also when the checkpoint was loaded from a folder with code."""
+    loaded = AutoModel.from_pretrained(work / "folder", trust_remote_code=True)
+    for folder, saved in ((tmp_path / "own", (model, processor)), (tmp_path / "loaded", (loaded, processor))):
+        for part in saved:
+            part.save_pretrained(folder)
+        assert files(folder) == DATA_FILES
+        assert not any("auto_map" in path.read_text() for path in folder.glob("*.json"))
+        assert not any("custom_pipelines" in path.read_text() for path in folder.glob("*.json"))
+
+
+# Where only transformers is
+
+
+def test_logits_and_results_are_those_of_the_library(read, model, processor):
+    image = Image.open(read / "image.png")
+    with torch.no_grad():
+        outputs = model(**processor(images=image, text="dog; sofa, couch; lamp"))
+    size, settings = {"target_sizes": [(80, 120)]}, {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+    instances = processor.post_process_instance_segmentation(outputs, **size, **settings)
+    panoptic = processor.post_process_panoptic_segmentation(outputs, **size, **settings)
+    expected = {
+        "class_queries_logits": outputs.class_queries_logits,
+        "masks_queries_logits": outputs.masks_queries_logits,
+        "semantic": processor.post_process_semantic_segmentation(outputs, **size)[0],
+        "instance": instances[0]["segmentation"],
+        "panoptic": panoptic[0]["segmentation"],
+    }
+    for name in ("model_first", "processor_first", "from_hub_model", "saved_again"):
+        assert_same_tensors(read / f"{name}.safetensors", expected)
+    assert_same_tensors(read / "image_processor_first.safetensors", dict(processor.image_processor(image)))
+
+
+def test_pipeline_gives_what_that_of_the_library_gives(read, model, processor):
+    segmenter = GKCSegmentationPipeline(model=model, processor=processor)
+    results = segmenter(str(read / "image.png"), labels="dog; sofa, couch; lamp", subtask="semantic")
+    expected = {result["label"]: torch.from_numpy(np.array(result["mask"])) for result in results}
+    expected |= {f"{result['label']} score": torch.tensor(result["score"]) for result in results}
+    for name in ("pipeline_first", "from_hub", "second_folder"):
+        assert_same_tensors(read / f"{name}.safetensors", expected)
+
+
+def test_image_tower(read):
+    tower = CLIPResNetVisionModel.from_pretrained(read / "tower")
+    with torch.no_grad():
+        embeds = tower(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).image_embeds
+    assert_same_tensors(read / "image_tower.safetensors", {"image_embeds": embeds})
+
+
+@pytest.mark.parametrize("again", ["saved_again", "processor_again", "image_processor_again", "pipeline_again"])
+def test_what_is_saved_there_again_is_complete(read, again):
+    """The code, and what the JSON files say about it, are those of the folder that was loaded."""
+    assert code(read / again) == code(read / "folder")
+    for name in code(read / "folder"):
+        assert (read / again / name).read_bytes() == (read / "folder" / name).read_bytes()
+    for path in (read / again).glob("*config.json"):
+        if path.name == "preprocessor_config.json":
+            assert marks(path)["auto_map"] == marks(read / "folder" / "processor_config.json")["image_processor"]
+        else:
+            assert marks(path) == marks(read / "folder" / path.name)
+    if again != "image_processor_again":
+        assert files(read / again) >= DATA_FILES - {"config.json", "model.safetensors"}
+
+
+def test_a_model_alone_is_saved_there_with_its_code(read):
+    assert files(read / "model_again") == {"config.json", "model.safetensors"} | code(read / "folder")
+
+
+# Where the library is
+
+
+@pytest.mark.parametrize("trust", [True, False, None])
+def test_library_uses_its_own_classes(work, trust):
+    assert type(AutoModel.from_pretrained(work / "folder", trust_remote_code=trust)) is GKCForOpenVocabSegmentation
+    assert type(AutoProcessor.from_pretrained(work / "folder", trust_remote_code=trust)) is GKCProcessor
+
+
+def test_pipelines_where_the_library_is(work):
+    folder = str(work / "folder")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("image-segmentation", model=folder)
+    trusted = pipeline("image-segmentation", model=folder, trust_remote_code=True)
+    assert type(trusted) is GKCSegmentationPipeline and type(trusted.model) is GKCForOpenVocabSegmentation
+    for pipeline_class in (GKCSegmentationPipeline, ImageSegmentationPipeline):
+        segmenter = pipeline("image-segmentation", model=folder, pipeline_class=pipeline_class)
+        assert type(segmenter) is pipeline_class
+
+
+def test_registration_as_transformers_documents_it(tmp_path, work, model, processor, monkeypatch):
+    monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", False)
+    GKCForOpenVocabSegmentation.register_for_auto_class("AutoModel")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert files(tmp_path) == files(work / "folder")
+    assert marks(tmp_path / "config.json") == marks(work / "folder" / "config.json")
+    assert marks(tmp_path / "processor_config.json") == marks(work / "folder" / "processor_config.json")
+
+
+def test_code_can_be_added_later(tmp_path, work, model, processor):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    add_code(tmp_path)
+    assert files(tmp_path) == files(work / "folder")
+    add_code(tmp_path)
+    assert marks(tmp_path / "config.json") == marks(work / "folder" / "config.json")
+
+
+def test_what_cannot_be_published(tmp_path, processor):
+    with pytest.raises(ValueError, match="no Auto class loads a GKCModel"):
+        save_with_code(GKCModel(small_config()), processor, tmp_path)
+    with pytest.raises(ValueError, match="holds no saved checkpoint"):
+        add_code(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mask2former"}')
+    with pytest.raises(ValueError, match="was not saved by an object of this library"):
+        add_code(tmp_path)
+    assert not code(tmp_path)
