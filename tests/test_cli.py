@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, cli
-from modeling_gkc.cli import UserError, default_model_path, find_images, main, output_names
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, cli_common
+from modeling_gkc.cli import main
+from modeling_gkc.cli_common import UserError, default_model_path
+from modeling_gkc.cli_segment import find_images, output_names
 from modeling_gkc.post_processing import decode_rle
 from modeling_gkc.visualization import DrawnSegment, draw_overlay, label_map
 
@@ -145,13 +147,67 @@ class TestSegment:
         command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
         main([*command, "--task", "panoptic", "--labels", "sky; Grass; disc"])
         main([*command, "--task", "panoptic"])
-        assert seen == [{1}, {2}]
+        vocab = str(tmp_path / "words.safetensors")
+        main(["embed", "--labels", "grass; disc", "--model", str(checkpoint), "--out", vocab])
+        main([*command, "--task", "panoptic", "--vocab", vocab])
+        assert seen == [{1}, {2}, {0}]
 
-    def test_void_threshold(self, checkpoint, pictures, tmp_path):
+    @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+    def test_void_threshold(self, checkpoint, pictures, tmp_path, stripes, task):
         command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
-        assert main([*command, "--void-threshold", "1000"]) == 0
+        assert main([*command, "--task", task]) == 0
+        assert read_result(tmp_path, "a")[0]["segments"]
+        assert main([*command, "--task", task, "--void-threshold", "1000"]) == 0
         result, ids, _ = read_result(tmp_path, "a")
-        assert result["segments"] == [] and (ids == 255).all()
+        assert result["segments"] == [] and (ids == result["void_id"]).all()
+
+    @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+    @pytest.mark.parametrize("words", ["typed", "stored", "file"])
+    def test_void_labels(self, checkpoint, pictures, tmp_path, stripes, task, words):
+        vocab = tmp_path / "words.safetensors"
+        options = {"typed": ["--labels", "disc; box; lawn, grass"], "stored": [], "file": ["--vocab", str(vocab)]}
+        if words == "file":
+            assert main(["embed", *options["typed"], "--model", str(checkpoint), "--out", str(vocab)]) == 0
+        command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
+        assert main([*command, *options[words], "--task", task, "--void-labels", "sky; star, air"]) == 0
+        result, ids, _ = read_result(tmp_path, "a")
+        assert result["labels"] == ["disc", "box", "lawn"]
+        assert result["void_labels"] == ["sky", "star"]
+        assert {segment["label"] for segment in result["segments"]} == set(result["labels"])
+        stripe = np.arange(ids.shape[1]) * 10 // ids.shape[1] % 5  # five classes in turn, the last two of them void
+        assert (ids[:, np.isin(stripe, [3, 4])] == result["void_id"]).mean() > 0.8
+        assert (ids[:, np.isin(stripe, [0, 1, 2])] != result["void_id"]).mean() > 0.8
+
+    def test_encoded_words_give_the_same_as_typed_ones(self, checkpoint, pictures, tmp_path):
+        vocab, image = tmp_path / "words.safetensors", str(pictures / "a.png")
+        common = ["--model", str(checkpoint), "--out"]
+        assert main(["embed", "--labels", LABELS, *common, str(vocab)]) == 0
+        assert main(["segment", image, "--vocab", str(vocab), *common, str(tmp_path / "file")]) == 0
+        assert main(["segment", image, "--labels", LABELS, *common, str(tmp_path / "typed")]) == 0
+        files = [read_result(tmp_path / name, "a") for name in ("file", "typed")]
+        assert files[0][0] == files[1][0]
+
+    def test_a_packaged_vocabulary_brings_its_colours(self, checkpoint, pictures, tmp_path, stripes):
+        image = str(pictures / "a.png")
+        command = ["segment", image, "--labels", "pascal_voc_20", "--model", str(checkpoint), "--out", str(tmp_path)]
+        assert main(command) == 0
+        result = read_result(tmp_path, "a")[0]
+        assert len(result["labels"]) == 20 and result["labels"][0] == "aeroplane"
+        picture = Image.open(tmp_path / "a.labels.png")
+        assert picture.getpalette()[:3] == [128, 0, 0]
+
+    def test_templates(self, checkpoint, pictures, tmp_path, monkeypatch):
+        asked = []
+        original = GKCForOpenVocabSegmentation.get_text_features
+
+        def spy(self, input_ids, attention_mask=None):
+            asked.append(len(input_ids))
+            return original(self, input_ids, attention_mask)
+
+        monkeypatch.setattr(GKCForOpenVocabSegmentation, "get_text_features", spy)
+        command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
+        assert main([*command, "--labels", "red; lawn, grass", "--templates", "photo"]) == 0
+        assert asked == [3]
 
     def test_text_is_encoded_once(self, checkpoint, pictures, tmp_path, monkeypatch):
         calls = []
@@ -216,7 +272,13 @@ class TestUserErrors:
             (["--device", "toaster"], "--device: "),
             (["--device", "cuda:99"], "--device: there is no device cuda:99 here"),
             (["--threshold", "0.3"], "--threshold is for --task instance and panoptic"),
-            (["--task", "panoptic", "--void-threshold", "1"], "--void-threshold is for --task semantic"),
+            (["--labels", "ade20k_151"], "--labels: "),
+            (["--labels", "nowhere.json"], "--labels: "),
+            (["--vocab", "nowhere.safetensors"], "--vocab: "),
+            (["--vocab", "words.safetensors", "--templates", "photo"], "--templates is for words still to be encoded"),
+            (["--void-labels", "lawn;;sky"], "--void-labels: label 2 (index 1) is empty"),
+            (["--void-labels", "sky; Disc"], "--void-labels: "),
+            (["--templates", "nonsense"], "--templates: "),
             (["--model", "./nowhere"], "--model: there is no folder ./nowhere"),
         ],
     )
@@ -248,7 +310,7 @@ class TestUserErrors:
     @pytest.mark.parametrize(
         "command",
         [[], ["segment"], ["segment", "a.png", "--task", "other"], ["segment", "a.png", "--threshold", "2"],
-         ["segment", "a.png", "--threads", "0"], ["unknown"]],
+         ["segment", "a.png", "--threads", "0"], ["segment", "a.png", "--labels", "dog", "--vocab", "b"], ["unknown"]],
     )  # fmt: skip
     def test_usage(self, command, capsys):
         with pytest.raises(SystemExit) as stopped:
@@ -269,7 +331,7 @@ class TestDefaultModel:
     def package(self, tmp_path, monkeypatch) -> Path:
         package = tmp_path / "site" / "modeling_gkc"
         package.mkdir(parents=True)
-        monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+        monkeypatch.setattr(cli_common, "__file__", str(package / "cli_common.py"))
         monkeypatch.setattr("sys.prefix", str(tmp_path / "environment"))
         monkeypatch.delenv("GKC_MODEL", raising=False)
         return package

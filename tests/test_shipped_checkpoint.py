@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from hub_card.publish_mini import MAX_BYTES, card
 from modeling_gkc import GKCForOpenVocabSegmentation
-from modeling_gkc.cli import default_model_path
+from modeling_gkc.cli_common import default_model_path
 from train.miniworld.dataset import build_dataset
 from train.miniworld.evaluate import evaluate
 from train.miniworld.examples import draw_examples
@@ -41,15 +41,18 @@ def recorded() -> dict:
 
 
 @pytest.mark.parametrize("document", ["README.md", "hub_card/gkc-mini/README.md"])
-def test_documented_python_runs(document, monkeypatch):
+def test_documented_python_runs(document, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
-    assert blocks
+    names = {"folder": str(tmp_path / "published")}
     for block in blocks:
-        names = {}
         exec(block, names)
-        result = names["label_map"] if "label_map" in names else names["labels"]
-        assert tuple(result.shape) == names["image"].size[::-1]
+    result = names["label_map"] if "label_map" in names else names["labels"]
+    assert tuple(result.shape) == names["image"].size[::-1]
+    if document == "README.md":
+        assert len(blocks) == 3
+        assert {segment["label"] for segment in names["segments"]} == {"orange square", "cyan hoop"}
+        assert {"config.json", "hub_entry.py"} <= {path.name for path in (tmp_path / "published").iterdir()}
 
 
 def test_size_and_files():

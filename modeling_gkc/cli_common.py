@@ -1,0 +1,143 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the commands of `gkc` share: one-line errors, loading a checkpoint, choosing a device."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from .processing_gkc import GKCProcessor
+
+MODEL_VARIABLE = "GKC_MODEL"
+SHIPPED_MODEL = "gkc-mini"
+
+
+WORDS_HELP = """\
+WORDS are typed, classes separated by ";" and several names of one thing by ","; or the name of a packaged vocabulary
+(`gkc vocab list`); or a .json, .csv or .txt file.
+"""
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line, without a traceback."""
+
+
+def default_model_path() -> Path:
+    """
+    Folder of the checkpoint to use when none is named, found without network.
+
+    It is the one named by the environment variable GKC_MODEL; else `hub_card/gkc-mini` beside this package, as in a
+    clone; else `share/gkc/gkc-mini` of the Python environment, where the wheel puts it.
+
+    Raises:
+        UserError: GKC_MODEL names no folder, or nothing was found.
+    """
+    named = os.environ.get(MODEL_VARIABLE)
+    if named:
+        if not Path(named).is_dir():
+            raise UserError(f"the environment variable {MODEL_VARIABLE} names no folder: {named}")
+        return Path(named)
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "hub_card" / SHIPPED_MODEL, Path(sys.prefix) / "share" / "gkc" / SHIPPED_MODEL):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"no model was found beside this package: name one with --model or {MODEL_VARIABLE}")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --model and --device, for `default_model_path` and `pick_device`."""
+    model_help = f"checkpoint; without it, {MODEL_VARIABLE} or the one shipped with gkc"
+    parser.add_argument("--model", metavar="DIR", help=model_help)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
+
+
+def load_checkpoint(path: str | Path) -> tuple[Any, GKCProcessor]:
+    """
+    Model in evaluation mode, and processor, of a folder or of a repository `owner/name` of the Hub.
+
+    Raises:
+        UserError: there is none, or it is no checkpoint of gkc.
+    """
+    from .modeling_gkc import GKCForOpenVocabSegmentation
+
+    is_folder = Path(path).is_dir()
+    if not is_folder and (Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
+        raise UserError(f"--model: there is no folder {path}")
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = GKCForOpenVocabSegmentation.from_pretrained(path).eval()
+        processor = GKCProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model: {path} is no checkpoint of gkc: {str(error).splitlines()[0]}") from error
+    finally:
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+    return model, processor
+
+
+def pick_device(name: str) -> torch.device:
+    """
+    The device of a name such as cpu, cuda:1 or mps; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: it is not here.
+        RuntimeError: torch knows no such name.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name} here")
+    return device
+
+
+@contextmanager
+def user_errors(option: str) -> Iterator[None]:
+    """Errors in what the user gave for an option become one line that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise UserError(f"{option}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Warnings for the user become lines on the error stream."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"gkc: warning: {warning.message}", file=sys.stderr)
+
+
+__all__ = [
+    "MODEL_VARIABLE",
+    "WORDS_HELP",
+    "UserError",
+    "add_model_options",
+    "default_model_path",
+    "load_checkpoint",
+    "pick_device",
+    "user_errors",
+    "warnings_as_lines",
+]

@@ -1,0 +1,276 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`gkc convert`: published weights become checkpoints of this library."""
+
+import argparse
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextModelWithProjection,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from .cli_common import UserError, user_errors, warnings_as_lines
+from .conversion_clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
+from .conversion_mask2former import from_mask2former, image_processor_from_mask2former, source_vocabulary
+from .image_processing_gkc import GKCImageProcessor
+from .processing_gkc import GKCProcessor
+from .vocabulary import Vocabulary
+
+EXAMPLES = """\
+examples:
+  gkc convert mask2former facebook/mask2former-swin-small-coco-panoptic \\
+      --text-model openai/clip-vit-base-patch16 --class-names coco_panoptic_133 --out mask2former-words
+  gkc convert clip-resnet RN50.pt --text --out clip-rn50
+
+`gkc convert mask2former --help` and `gkc convert clip-resnet --help` explain each.
+"""
+MASK2FORMER_EXAMPLES = """\
+The masks stay the source's. Its classes become words: asked for their names, the result answers as the source; other
+words get what is close to them in the text space of CLIP (Norouzi et al., ICLR 2014). Nothing is trained, so a word
+that is finer than the source's classes, such as "puppy" for "dog", gets all of the class. What no word names has low
+scores: `gkc segment --void-threshold 0.3` leaves it void.
+
+Give --class-names where the source's own are codes ("wall-other-merged"): words are typed, classes separated by ";"
+and several names of one thing by ","; or the name of a packaged vocabulary (`gkc vocab list`); or a .json, .csv or
+.txt file. They must stand in the order of the source's classes.
+
+examples:
+  gkc convert mask2former facebook/mask2former-swin-small-coco-panoptic \\
+      --text-model openai/clip-vit-base-patch16 --class-names coco_panoptic_133 --out mask2former-words
+  gkc convert mask2former facebook/mask2former-swin-large-ade-semantic \\
+      --text-model openai/clip-vit-large-patch14 --class-names ade20k_150 --out ade-words
+  gkc convert mask2former my-mask2former/ --text-model my-clip/ --out my-words
+
+then:
+  gkc segment photo.jpg --model mask2former-words --labels "cat; sofa, couch; lamp" --task panoptic
+"""
+CLIP_EXAMPLES = """\
+WEIGHTS is a file as OpenAI publishes it (RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt, RN50x64.pt), a dictionary of its
+tensors written by torch.save, or safetensors. Nothing in the file is run. OpenAI's archives hold both towers of CLIP.
+
+examples:
+  gkc convert clip-resnet RN50.pt --out clip-rn50          the image tower
+  gkc convert clip-resnet RN50.pt --text --out clip-rn50   and the text tower, in clip-rn50/text
+
+then, in Python:
+  CLIPResNetVisionModel.from_pretrained("clip-rn50")       the whole image tower
+  CLIPResNetBackbone.from_pretrained("clip-rn50")          without its attention pooling, as backbone
+  CLIPTextModelWithProjection.from_pretrained("clip-rn50/text")
+"""
+CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
+TEXT_FOLDER = "text"
+MAX_LISTED_NAMES = 6
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds `convert` to the parser of `gkc`."""
+    convert = commands.add_parser(
+        "convert",
+        help="make a checkpoint of published weights",
+        description="Make a checkpoint of weights that others have published.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sources = convert.add_subparsers(title="sources", metavar="SOURCE", required=True)
+    _add_mask2former(sources)
+    _add_clip_resnet(sources)
+
+
+def _add_mask2former(sources: argparse._SubParsersAction) -> None:
+    mask2former = sources.add_parser(
+        "mask2former",
+        help="a Mask2Former of transformers, for any words",
+        description="Make a segmenter of any words out of a Mask2Former, without training.",
+        epilog=MASK2FORMER_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    mask2former.set_defaults(run=_convert_mask2former)
+    add = mask2former.add_argument
+    add("source", metavar="MASK2FORMER", help="folder, or repository of the Hub, of a Mask2Former")
+    add("--text-model", metavar="CLIP", required=True, help="folder or repository of a CLIP, for its text tower")
+    add("--tokenizer", metavar="CLIP", help="folder or repository of the tokenizer (default: that of --text-model)")
+    add("--class-names", metavar="WORDS", help="names of the source's classes (default: those in its configuration)")
+    add("--out", metavar="DIR", required=True, help="new folder of the checkpoint")
+    add("--allow-pickle", action="store_true", help="also read pytorch_model.bin where there is no safetensors file")
+
+
+def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
+    clip_resnet = sources.add_parser(
+        "clip-resnet",
+        help="a CLIP ResNet of OpenAI, as backbone, teacher and text tower",
+        description="Make checkpoints out of OpenAI's weights of a CLIP ResNet.",
+        epilog=CLIP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    clip_resnet.set_defaults(run=_convert_clip_resnet)
+    add = clip_resnet.add_argument
+    add("weights", metavar="WEIGHTS", help="file of the weights")
+    add("--out", metavar="DIR", required=True, help="new folder of the image tower")
+    add("--text", action="store_true", help=f"also write the text tower, into DIR/{TEXT_FOLDER}")
+    add("--allow-jit", action="store_true", help="let torch open the archive, which runs code in it")
+
+
+def _convert_mask2former(arguments: argparse.Namespace) -> int:
+    class_names = None
+    if arguments.class_names is not None:
+        with user_errors("--class-names"), warnings_as_lines():
+            class_names = Vocabulary.parse(arguments.class_names)
+    folder = _new_folder(arguments.out)
+    with _quiet_transformers():
+        source = _load(
+            Mask2FormerForUniversalSegmentation, arguments.source, "MASK2FORMER", ("mask2former",), arguments
+        )
+        text_model = _load(
+            CLIPTextModelWithProjection, arguments.text_model, "--text-model", ("clip", "clip_text_model"), arguments
+        )
+        image_processor = _load_image_processor(arguments.source)
+        tokenizer = _load_tokenizer(arguments)
+    with user_errors("--class-names"):
+        vocabulary = source_vocabulary(source, class_names)
+    with user_errors("MASK2FORMER"), warnings_as_lines():
+        model = from_mask2former(source, text_model, tokenizer, vocabulary)
+    with _quiet_transformers(), user_errors("--out"):
+        model.save_pretrained(folder)
+        GKCProcessor(image_processor, tokenizer).save_pretrained(folder)
+    _report_mask2former(folder, source, vocabulary)
+    return 0
+
+
+def _load(
+    model_class: type[PreTrainedModel],
+    path: str,
+    option: str,
+    model_types: tuple[str, ...],
+    arguments: argparse.Namespace,
+) -> Any:
+    """A model of a folder or a repository, of which no weight is missing."""
+    _refuse_missing_folder(path, option)
+    try:
+        model_type = AutoConfig.from_pretrained(path).model_type
+        if model_type not in model_types:
+            raise UserError(f"{option}: {path} is a {model_type}, not a {model_types[0]}")
+        safetensors = None if arguments.allow_pickle else True
+        model, info = model_class.from_pretrained(path, use_safetensors=safetensors, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if "safetensors" in reason and not arguments.allow_pickle:
+            reason += " If it has a pytorch_model.bin, --allow-pickle reads that."
+        raise UserError(f"{option}: cannot load {path}: {reason}") from error
+    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise UserError(f"{option}: {path} lacks weights of a {model_types[0]}: {', '.join(missing)}")
+    return model.eval()
+
+
+def _refuse_missing_folder(path: str, option: str) -> None:
+    """What cannot be a repository `name` or `owner/name` must be a folder."""
+    is_repository = path.count("/") <= 1 and not path.endswith("/") and not path.startswith((".", "/", "~"))
+    if not is_repository and not Path(path).is_dir():
+        raise UserError(f"{option}: there is no folder {path}")
+
+
+def _load_image_processor(path: str) -> GKCImageProcessor:
+    with user_errors("MASK2FORMER"):
+        settings, _ = GKCImageProcessor.get_image_processor_dict(path)
+        return image_processor_from_mask2former(settings)
+
+
+def _load_tokenizer(arguments: argparse.Namespace) -> Any:
+    path = arguments.tokenizer or arguments.text_model
+    option = "--tokenizer" if arguments.tokenizer else "--text-model"
+    _refuse_missing_folder(path, option)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = "" if arguments.tokenizer else f"; name one with --tokenizer, such as {CLIP_TOKENIZER}"
+        raise UserError(f"{option}: {path} has no tokenizer{hint}: {str(error).splitlines()[0]}") from error
+
+
+def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> None:
+    old_names = [str(source.config.id2label.get(index, "")) for index in range(len(vocabulary))]
+    renamed = [
+        f"{old!r} is {new!r}" for old, new in zip(old_names, vocabulary.labels, strict=True) if old and old != new
+    ]
+    print(f"{folder}: {len(vocabulary)} classes, {source.config.num_queries} queries: {_listed(vocabulary.labels)}")
+    if renamed:
+        print(f"names that replace the source's, check that their order is its: {_listed(renamed)}")
+    quoted = shlex.quote(str(folder))
+    print("try it:")
+    print(f"  gkc segment photo.jpg --model {quoted}")
+    print(f'  gkc segment photo.jpg --model {quoted} --labels "cat; sofa, couch; lamp" --task panoptic')
+
+
+def _listed(items: list[str]) -> str:
+    rest = len(items) - MAX_LISTED_NAMES
+    return "; ".join(items[:MAX_LISTED_NAMES]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _convert_clip_resnet(arguments: argparse.Namespace) -> int:
+    folder = _new_folder(arguments.out)
+    try:
+        with warnings_as_lines():
+            weights = read_weights(arguments.weights, allow_jit=arguments.allow_jit)
+        image_tower = clip_resnet_from_openai(weights)
+        text_tower = clip_text_from_openai(weights) if arguments.text else None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        reason = reason if arguments.weights in reason else f"{arguments.weights}: {reason}"
+        raise UserError(f"WEIGHTS: {reason}") from error
+    with _quiet_transformers(), user_errors("--out"):
+        image_tower.save_pretrained(folder)
+        if text_tower is not None:
+            text_tower.save_pretrained(folder / TEXT_FOLDER)
+    config = image_tower.config
+    blocks = "-".join(map(str, config.depths))
+    print(
+        f"{folder}: image tower, width {config.width}, blocks {blocks}, {config.image_size} x {config.image_size} "
+        f"pixels, D = {config.projection_dim}"
+    )
+    if text_tower is not None:
+        print(f"{folder / TEXT_FOLDER}: text tower; its tokenizer is that of {CLIP_TOKENIZER}")
+    return 0
+
+
+def _new_folder(text: str) -> Path:
+    """The folder to write, not made yet, so that a failure leaves nothing behind."""
+    folder = Path(text)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out: {folder} is there already: name a new folder")
+    return folder
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without progress bars and reports of loading: towers are left out on purpose."""
+    shows_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+
+
+__all__ = ["add_command"]

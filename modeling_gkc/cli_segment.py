@@ -1,0 +1,388 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`gkc segment`: cut pictures into words."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .class_embeddings import GKCClassEmbeddings, encode_vocabulary, join_class_embeddings, load_class_embeddings
+from .cli_common import (
+    WORDS_HELP,
+    UserError,
+    add_model_options,
+    default_model_path,
+    load_checkpoint,
+    pick_device,
+    user_errors,
+    warnings_as_lines,
+)
+from .image_processing_gkc import read_image
+from .post_processing import encode_rle, semantic_segmentation, semantic_segments, void_label
+from .processing_gkc import GKCProcessor
+from .prompt_templates import PROMPT_TEMPLATES, resolve_templates
+from .visualization import DrawnSegment, draw_overlay, label_map
+from .vocabulary import Vocabulary, color_palette
+
+TASKS = ("semantic", "instance", "panoptic")
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+OUTPUT_SUFFIXES = (".overlay.png", ".labels.png")
+
+EXAMPLES = f"""\
+{WORDS_HELP}
+examples:
+  gkc segment cat.jpg --labels "cat; sofa, couch; lamp"
+  gkc segment photos/ --labels ade20k_150 --out cut
+  gkc segment photos/ --task panoptic               the words stored in the checkpoint
+  gkc segment cat.jpg --labels "cat; dog" --void-labels "wall; floor; furniture"
+                                                    what is one of those three, or
+  gkc segment cat.jpg --labels "cat; dog" --void-threshold 0.4
+                                                    not clearly one of the two, stays void
+  gkc segment photos/ --vocab words.safetensors     words that `gkc embed` has encoded
+  gkc segment cat.jpg --model my-checkpoint --task instance --threshold 0.3
+
+For NAME.jpg it writes NAME.overlay.png (picture with outlines and a legend), NAME.labels.png (the ids: classes from 0
+and void 255, or 65535 with more than 255 classes, for --task semantic; else segments from 1 and void 0) and NAME.json
+(size as [height, width]; for every segment its label, score, area in pixels, bbox [x, y, width, height] and COCO
+run-length encoding).
+
+exit code: 0 all images done, 1 some could not be done (each is named), 2 the command was wrong.
+"""
+
+
+@dataclass
+class Words:
+    """
+    An encoded vocabulary, words that mean "none of these" included.
+
+    Args:
+        vocabulary: K + V classes.
+        embeddings: Their text embeddings.
+        void_ids: The V classes whose pixels become void.
+    """
+
+    vocabulary: Vocabulary
+    embeddings: GKCClassEmbeddings
+    void_ids: list[int]
+
+
+@dataclass
+class Segmenter:
+    """A loaded model with its words and settings, ready for many images."""
+
+    model: Any
+    processor: GKCProcessor
+    words: Words
+    task: str
+    threshold: float
+    void_threshold: float | None
+
+    @property
+    def void_id(self) -> int:
+        """Value of void pixels in the maps: one that fits into a picture without sign."""
+        return void_label(len(self.words.vocabulary)) if self.task == "semantic" else 0
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Map (H, W) of ids, and the segments in it: `id`, `label_id` and `score`."""
+        inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
+        outputs = self.model(**inputs, **self.words.embeddings)
+        size = (image.height, image.width)
+        void = {
+            "void_threshold": self.void_threshold,
+            "void_label_ids": self.words.void_ids,
+            "void_id": self.void_id,
+        }
+        if self.task == "semantic":
+            return self._semantic(outputs, size, void)
+        if self.task == "instance":
+            (result,) = self.processor.post_process_instance_segmentation(
+                outputs, [size], threshold=self.threshold, **void
+            )
+        else:
+            stuff = self.words.vocabulary.stuff_ids
+            (result,) = self.processor.post_process_panoptic_segmentation(
+                outputs, [size], threshold=self.threshold, label_ids_to_fuse=stuff, **void
+            )
+        return result["segmentation"].cpu().numpy(), result["segments_info"]
+
+    def _semantic(
+        self, outputs: Any, size: tuple[int, int], void: dict[str, Any]
+    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        content_sizes = outputs.content_sizes.tolist()
+        labels, scores = semantic_segmentation(
+            outputs.class_queries_logits[0],
+            outputs.masks_queries_logits[0],
+            content_size=tuple(content_sizes[0]),
+            target_size=size,
+            **void,
+        )
+        return labels.cpu().numpy(), semantic_segments(labels, scores, len(self.words.vocabulary))
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """
+    Images that the command line names, in order and each once.
+
+    Args:
+        inputs: Files, taken as they are, and folders, of which all pictures are taken in the order of their names
+            (without sub-folders and without the command's own results).
+
+    Raises:
+        UserError: a folder has no pictures.
+    """
+    images: dict[Path, Path] = {}
+    for given in map(Path, inputs):
+        found = [given]
+        if given.is_dir():
+            found = sorted(path for path in given.iterdir() if _is_picture(path))
+            if not found:
+                raise UserError(f"no pictures in the folder {given}")
+        for path in found:
+            images.setdefault(path.resolve(), path)
+    return list(images.values())
+
+
+def output_names(images: Sequence[Path]) -> list[str]:
+    """
+    A name for the results of each image, all different even where letter case does not count.
+
+    It is the file's name without its ending; where several images share it, the folder's name is put before it and the
+    ending kept; a number follows where even that is taken.
+    """
+    shared: dict[str, int] = {}
+    for path in images:
+        shared[path.stem.casefold()] = shared.get(path.stem.casefold(), 0) + 1
+    names, taken = [], {stem for stem, count in shared.items() if count == 1}
+    for path in images:
+        name = path.stem
+        if shared[name.casefold()] > 1:
+            full = f"{path.resolve().parent.name}-{path.name}"
+            name = next(
+                candidate
+                for candidate in (full if index == 1 else f"{full}-{index}" for index in range(1, len(images) + 2))
+                if candidate.casefold() not in taken
+            )
+            taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds `segment` to the parser of `gkc`."""
+    segment = commands.add_parser(
+        "segment",
+        help="cut pictures into words",
+        description="Cut pictures into the words that you type.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    segment.set_defaults(run=_segment)
+    add = segment.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
+    words = segment.add_mutually_exclusive_group().add_argument
+    words("--labels", metavar="WORDS", help="the words; without it, those stored in the checkpoint")
+    words("--vocab", metavar="FILE", help="words encoded by `gkc embed`, instead of --labels")
+    add("--void-labels", metavar="WORDS", help='words for "none of these": what they win becomes void')
+    add("--void-threshold", type=float, metavar="SCORE", help="pixels whose best score is below become void")
+    sets = ", ".join(PROMPT_TEMPLATES)
+    add("--templates", metavar="SET", help=f"sentences the words are put into: {sets} (default: the checkpoint's)")
+    add("--task", choices=TASKS, default="semantic", help="what to find (default: %(default)s)")
+    add("--out", metavar="DIR", default="gkc-out", help="folder of the results (default: %(default)s)")
+    add("--threshold", type=_share, help="lowest score of an instance or panoptic segment, 0 to 1 (default: 0.5)")
+    add("--threads", type=_count, help="processor threads (default: as torch chooses)")
+    add_model_options(segment)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _segment(arguments: argparse.Namespace) -> int:
+    _check_options(arguments)
+    images = find_images(arguments.images)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    segmenter = _load(arguments)
+    folder = Path(arguments.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+    failures = 0
+    model_name = str(segmenter.model.name_or_path)
+    for path, name in tqdm(list(zip(images, output_names(images), strict=True)), unit="image", disable=None):
+        try:
+            overlay = _segment_file(segmenter, path, folder / name, model_name)
+            tqdm.write(str(overlay), file=sys.stdout)
+        except Exception as error:  # whatever is wrong with one file, the others are done
+            failures += 1
+            reason = str(error) or type(error).__name__
+            reason = reason if str(path) in reason else f"{path}: {reason}"
+            tqdm.write(f"gkc: skipped: {reason.splitlines()[0]}", file=sys.stderr)
+    if failures:
+        print(f"gkc: {failures} of {len(images)} images could not be done", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.task == "semantic" and arguments.threshold is not None:
+        raise UserError("--threshold is for --task instance and panoptic; a semantic map has --void-threshold")
+    if arguments.vocab and arguments.templates:
+        raise UserError("--templates is for words still to be encoded: give it to `gkc embed` instead")
+
+
+def _load(arguments: argparse.Namespace) -> Segmenter:
+    # What was typed is read before the model, so that a slip costs no waiting.
+    labels, void_labels = _typed("--labels", arguments.labels), _typed("--void-labels", arguments.void_labels)
+    templates = None
+    if arguments.templates:
+        with user_errors("--templates"):
+            templates = resolve_templates(arguments.templates)
+    model, processor = load_checkpoint(arguments.model or default_model_path())
+    with user_errors("--device"):
+        model.to(pick_device(arguments.device))
+    if templates:
+        processor.prompt_templates = templates
+    words = _words(arguments.vocab, labels, model, processor)
+    if void_labels is not None:
+        words = _with_void(words, void_labels, model, processor)
+    threshold = 0.5 if arguments.threshold is None else arguments.threshold
+    return Segmenter(model, processor, words, arguments.task, threshold, arguments.void_threshold)
+
+
+def _typed(option: str, text: str | None) -> Vocabulary | None:
+    if text is None:
+        return None
+    with user_errors(option), warnings_as_lines():
+        return Vocabulary.parse(text)
+
+
+def _words(file: str | None, labels: Vocabulary | None, model: Any, processor: GKCProcessor) -> Words:
+    if labels is not None:
+        labels = _with_stored_kinds(labels, model.vocabulary)
+        with user_errors("--labels"), warnings_as_lines():
+            return Words(labels, encode_vocabulary(labels, model, processor), [])
+    if file is not None:
+        with user_errors("--vocab"):
+            embeddings, vocabulary = load_class_embeddings(file, model)
+        return Words(_with_stored_kinds(vocabulary, model.vocabulary), embeddings, [])
+    if model.vocabulary is None:
+        raise UserError("the checkpoint stores no words: name them with --labels")
+    stored = GKCClassEmbeddings(class_embeds=model.vocabulary_embeds, class_ids=model.vocabulary_class_ids)
+    return Words(model.vocabulary, stored, [])
+
+
+def _with_void(words: Words, void_labels: Vocabulary, model: Any, processor: GKCProcessor) -> Words:
+    with user_errors("--void-labels"), warnings_as_lines():
+        vocabulary, void_ids = words.vocabulary.with_void(void_labels)
+        embeddings = join_class_embeddings(words.embeddings, encode_vocabulary(void_labels, model, processor))
+    return Words(vocabulary, embeddings, void_ids)
+
+
+def _with_stored_kinds(vocabulary: Vocabulary, stored: Vocabulary | None) -> Vocabulary:
+    """Typed words with the thing/stuff kind of the same words in the checkpoint, so that stuff can be merged."""
+    if vocabulary.is_thing is not None or stored is None or stored.is_thing is None:
+        return vocabulary
+    kinds = {
+        name.casefold(): is_thing
+        for names, is_thing in zip(stored.names, stored.is_thing, strict=True)
+        for name in names
+    }
+    is_thing = [kinds.get(label.casefold()) for label in vocabulary.labels]
+    with warnings.catch_warnings(action="ignore"):  # the words have been warned of
+        return dataclasses.replace(vocabulary, is_thing=is_thing)
+
+
+def _segment_file(segmenter: Segmenter, path: Path, target: Path, model_name: str) -> Path:
+    """Cut one picture and write `target` + .overlay.png, .labels.png and .json; gives the overlay's path."""
+    image = read_image(path)
+    segmentation, segments = segmenter(image)
+    vocabulary, void = segmenter.words.vocabulary, segmenter.void_id
+    drawn = _drawn_segments(segments, vocabulary, semantic=segmenter.task == "semantic")
+    result = {
+        "image": str(path),
+        "size": [image.height, image.width],
+        "task": segmenter.task,
+        "model": model_name,
+        "labels": vocabulary.labels[: len(vocabulary) - len(segmenter.words.void_ids)],
+        "void_id": void,
+        "void_labels": [vocabulary.labels[index] for index in segmenter.words.void_ids],
+        "segments": [_describe(segment, segmentation, vocabulary) for segment in segments],
+    }
+    overlay = Path(f"{target}.overlay.png")
+    draw_overlay(image, segmentation, drawn).save(overlay)
+    colors = {segment.id: segment.color for segment in drawn}
+    label_map(segmentation, colors, max_id=void).save(f"{target}.labels.png")
+    Path(f"{target}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return overlay
+
+
+def _drawn_segments(segments: list[dict[str, Any]], vocabulary: Vocabulary, semantic: bool) -> list[DrawnSegment]:
+    if semantic:
+        labels, colors = vocabulary.labels, vocabulary.palette
+        return [DrawnSegment(s["id"], labels[s["id"]], colors[s["id"]]) for s in segments]
+    label_ids = [segment["label_id"] for segment in segments]
+    drawn = []
+    for index, (segment, color) in enumerate(zip(segments, color_palette(len(segments)), strict=True)):
+        label = vocabulary.labels[label_ids[index]]
+        if label_ids.count(label_ids[index]) > 1:
+            label += f" {label_ids[: index + 1].count(label_ids[index])}"
+        drawn.append(DrawnSegment(segment["id"], label, color, segment["score"]))
+    return drawn
+
+
+def _describe(segment: dict[str, Any], segmentation: np.ndarray, vocabulary: Vocabulary) -> dict[str, Any]:
+    inside = segmentation == segment["id"]
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return {
+        "id": segment["id"],
+        "label_id": segment["label_id"],
+        "label": vocabulary.labels[segment["label_id"]],
+        "score": round(segment["score"], 6),
+        "area": int(inside.sum()),
+        "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
+        "segmentation": encode_rle(inside),
+    }
+
+
+def _is_picture(path: Path) -> bool:
+    is_result = path.name.endswith(OUTPUT_SUFFIXES)
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not is_result
+
+
+__all__ = ["Segmenter", "Words", "add_command", "find_images", "output_names"]

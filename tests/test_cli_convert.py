@@ -1,0 +1,278 @@
+"""`gkc convert` as a user meets it: folders in, folders out, lines, errors."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    MaskFormerConfig,
+    ResNetConfig,
+)
+
+from modeling_gkc import CLIPResNetVisionModel, cli_common
+from modeling_gkc.cli_common import UserError
+from modeling_gkc.cli_convert import add_command
+from modeling_gkc.conversion import clip_resnet_from_openai, clip_text_from_openai
+from modeling_gkc.conversion_mask2former import image_processor_from_mask2former
+
+from .conftest import word_tokenizer
+from .openai_clip import random_weights, save_archive
+
+NAMES = ["red", "blue", "disc", "lawn", "sky"]
+PREPROCESSOR = {
+    "image_processor_type": "Mask2FormerImageProcessor",
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "ignore_index": 255,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.25, 0.3],
+    "num_labels": 5,
+    "do_reduce_labels": False,
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": 64, "longest_edge": 96},
+    "size_divisor": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A Mask2Former as the Hub has it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("source")
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[16, 24, 32, 40],
+        depths=[1, 1, 1, 1],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=4,
+        num_attention_heads=4,
+        num_queries=8,
+        id2label=dict(enumerate(NAMES)),
+    )
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A whole CLIP, both towers, with its tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    text = CLIPTextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=16,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """A CLIP ResNet as OpenAI has it."""
+    path = tmp_path_factory.mktemp("openai") / "RN-tiny.pt"
+    save_archive(random_weights(), str(path))
+    return path
+
+
+def gkc(*arguments) -> int:
+    parser = argparse.ArgumentParser(prog="gkc")
+    add_command(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(["convert", *map(str, arguments)])
+    return parsed.run(parsed)
+
+
+class TestMask2Former:
+    @torch.no_grad()
+    def test_the_result_answers_as_the_source(self, source, clip, tmp_path, capsys, within):
+        out = tmp_path / "words model"
+        assert gkc("mask2former", source, "--text-model", clip, "--out", out) == 0
+        printed = capsys.readouterr()
+        assert f"{out}: 5 classes, 8 queries: red; blue; disc; lawn; sky\n" in printed.out
+        assert f"--model '{out}' --labels" in printed.out and "replace" not in printed.out
+        assert printed.err == ""
+
+        model, processor = cli_common.load_checkpoint(out)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+        inputs = processor(images=image, return_tensors="pt")
+        assert inputs["pixel_values"].shape == (1, 3, 64, 96) and inputs["pixel_mask"].sum() == 64 * 89
+        outputs = model(**inputs)
+        expected = Mask2FormerForUniversalSegmentation.from_pretrained(source).eval()(inputs["pixel_values"])
+        probabilities = [each.class_queries_logits.softmax(-1) for each in (outputs, expected)]
+        within(
+            "class probabilities of a converted folder, max abs",
+            (probabilities[0] - probabilities[1]).abs().max(),
+            1e-4,
+        )
+        error = (outputs.masks_queries_logits - expected.masks_queries_logits).abs().max()
+        within("masks of a converted folder, max abs", error, 1e-4)
+        assert list(processor.image_processor.image_mean) == PREPROCESSOR["image_mean"]
+
+    def test_class_names_from_a_file_and_their_kinds(self, source, clip, tmp_path, capsys):
+        names = tmp_path / "names.csv"
+        names.write_text(
+            "name,synonyms,is_thing\nred,,thing\nblue,,thing\ndisc,star|dog,thing\ngrass,lawn,stuff\nsky,air,stuff\n"
+        )
+        arguments = ("--text-model", clip, "--class-names", names, "--out", tmp_path / "out")
+        assert gkc("mask2former", source, *arguments) == 0
+        assert "check that their order is its: 'lawn' is 'grass'\n" in capsys.readouterr().out
+        model, _ = cli_common.load_checkpoint(tmp_path / "out")
+        assert model.config.source_vocabulary[2:4] == [["disc", "star", "dog"], ["grass", "lawn"]]
+        assert model.config.vocabulary_is_thing == [True, True, True, False, False]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--class-names", "red; blue"), "--class-names: `class_names` are 2, but the source has 5 classes"),
+            (("--class-names", "red; ;blue"), "--class-names: label 2"),
+            (("--tokenizer", "./nowhere"), "--tokenizer: there is no folder ./nowhere"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, source, clip, tmp_path, arguments, message):
+        with pytest.raises(UserError, match=message):
+            gkc("mask2former", source, "--text-model", clip, *arguments, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_folders_of_something_else(self, source, clip, tmp_path):
+        out = ("--out", tmp_path / "out")
+        with pytest.raises(UserError, match=r"MASK2FORMER: there is no folder \./nowhere/at/all"):
+            gkc("mask2former", "./nowhere/at/all", "--text-model", clip, *out)
+        with pytest.raises(UserError, match=r"MASK2FORMER: .* is a clip, not a mask2former"):
+            gkc("mask2former", clip, "--text-model", clip, *out)
+        with pytest.raises(UserError, match=r"--text-model: .* is a mask2former, not a clip"):
+            gkc("mask2former", source, "--text-model", source, *out)
+        MaskFormerConfig().save_pretrained(tmp_path / "older")
+        with pytest.raises(UserError, match="is a maskformer, not a mask2former"):
+            gkc("mask2former", tmp_path / "older", "--text-model", clip, *out)
+        with pytest.raises(UserError, match=r"--out: .* is there already"):
+            gkc("mask2former", source, "--text-model", clip, "--out", source)
+
+    def test_missing_weights_are_not_made_up(self, source, clip, tmp_path):
+        folder = tmp_path / "source"
+        folder.mkdir()
+        (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+        weights = load_file(source / "model.safetensors")
+        del weights["class_predictor.bias"]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=r"lacks weights of a mask2former: class_predictor\.bias"):
+            gkc("mask2former", folder, "--text-model", clip, "--out", tmp_path / "out")
+
+    def test_pickled_weights_only_when_allowed(self, source, clip, tmp_path):
+        folder = tmp_path / "source"
+        folder.mkdir()
+        for name in ("config.json", "preprocessor_config.json"):
+            (folder / name).write_bytes((source / name).read_bytes())
+        torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
+        arguments = ("mask2former", folder, "--text-model", clip, "--out", tmp_path / "out")
+        with pytest.raises(UserError, match="--allow-pickle"):
+            gkc(*arguments)
+        assert gkc(*arguments, "--allow-pickle") == 0
+
+    def test_a_text_tower_without_tokenizer(self, source, clip, tmp_path):
+        CLIPTextModelWithProjection.from_pretrained(clip).save_pretrained(tmp_path / "text")
+        arguments = ("mask2former", source, "--text-model", tmp_path / "text", "--out", tmp_path / "out")
+        with pytest.raises(UserError, match="has no tokenizer; name one with --tokenizer, such as openai/clip"):
+            gkc(*arguments)
+        assert gkc(*arguments, "--tokenizer", clip) == 0
+
+
+def test_image_settings_of_every_age():
+    """Of today's files, and of those whose size was a number."""
+    kept = image_processor_from_mask2former(PREPROCESSOR)
+    assert dict(kept.size) == {"shortest_edge": 64, "longest_edge": 96} and list(kept.image_std) == [0.2, 0.25, 0.3]
+    assert dict(image_processor_from_mask2former({"size": 640, "max_size": 2560}).size) == {
+        "shortest_edge": 640,
+        "longest_edge": 2560,
+    }
+    older = image_processor_from_mask2former(
+        {"size": {"shortest_edge": 512}, "max_size": 2048, "size_divisibility": 64}
+    )
+    assert dict(older.size) == {"shortest_edge": 512, "longest_edge": 2048} and older.size_divisor == 64
+    square = image_processor_from_mask2former({"size": {"height": 384, "width": 384}})
+    assert dict(square.size) == {"height": 384, "width": 384} and square.size_divisor == 32
+
+
+class TestCLIPResNet:
+    def test_image_and_text_tower(self, archive, tmp_path, capsys):
+        assert gkc("clip-resnet", archive, "--out", tmp_path / "out", "--text") == 0
+        printed = capsys.readouterr()
+        assert "image tower, width 4, blocks 1-2-1-1, 64 x 64 pixels, D = 24" in printed.out
+        assert f"{tmp_path / 'out' / 'text'}: text tower; its tokenizer is that of openai/clip" in printed.out
+        assert printed.err == ""
+        towers = (
+            (CLIPResNetVisionModel.from_pretrained(tmp_path / "out"), clip_resnet_from_openai(random_weights())),
+            (
+                CLIPTextModelWithProjection.from_pretrained(tmp_path / "out" / "text"),
+                clip_text_from_openai(random_weights()),
+            ),
+        )
+        for loaded, expected in towers:
+            assert all(torch.equal(loaded.state_dict()[name], w) for name, w in expected.state_dict().items())
+
+    def test_without_text(self, archive, tmp_path):
+        assert gkc("clip-resnet", archive, "--out", tmp_path / "out") == 0
+        assert not (tmp_path / "out" / "text").exists()
+
+    def test_jit_warns(self, archive, tmp_path, capsys):
+        assert gkc("clip-resnet", archive, "--out", tmp_path / "out", "--allow-jit") == 0
+        assert "gkc: warning: " in (printed := capsys.readouterr().err) and "runs code of the file" in printed
+
+    def test_what_is_wrong_is_named(self, archive, tmp_path):
+        out = ("--out", tmp_path / "out")
+        with pytest.raises(UserError, match=r"WEIGHTS: There is no file nothing\.pt"):
+            gkc("clip-resnet", "nothing.pt", *out)
+        (tmp_path / "notes.pt").write_text("no weights")
+        with pytest.raises(UserError, match=r"WEIGHTS: .*notes\.pt: holds more than weights, or is damaged"):
+            gkc("clip-resnet", tmp_path / "notes.pt", *out)
+        torch.save({"visual.proj": torch.zeros(1)}, tmp_path / "vit.pt")
+        with pytest.raises(UserError, match=r"WEIGHTS: .*vit\.pt: These are no weights of a CLIP ResNet"):
+            gkc("clip-resnet", tmp_path / "vit.pt", *out)
+        image_only = {name: weight for name, weight in random_weights().items() if name.startswith("visual.")}
+        save_file(image_only, tmp_path / "image.safetensors")
+        with pytest.raises(UserError, match=r"image\.safetensors: There is no text tower"):
+            gkc("clip-resnet", tmp_path / "image.safetensors", *out, "--text")
+        with pytest.raises(UserError, match=r"--out: .* is there already"):
+            gkc("clip-resnet", archive, "--out", archive)
+        assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_commands_that_exist(capsys):
+    for arguments in ((), ("mask2former",), ("clip-resnet",)):
+        with pytest.raises(SystemExit) as stop:
+            gkc(*arguments, "--help")
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and "gkc convert" in text
+        assert max(map(len, text.splitlines())) <= 120

@@ -1,0 +1,216 @@
+"""`gkc vocab` and `gkc embed` as a user meets them: what is printed, what is written."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
+from modeling_gkc.class_embeddings import load_class_embeddings
+from modeling_gkc.cli_common import UserError
+from modeling_gkc.cli_words import add_command
+from modeling_gkc.vocabulary_files import packaged_facts
+
+from .conftest import small_config, word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    GKCForOpenVocabSegmentation(small_config()).save_pretrained(folder)
+    GKCProcessor(GKCImageProcessor(), word_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def gkc(*arguments) -> int:
+    parser = argparse.ArgumentParser(prog="gkc")
+    add_command(parser.add_subparsers(required=True))
+    parsed = parser.parse_args([str(argument) for argument in arguments])
+    return parsed.run(parsed)
+
+
+def table(text: str) -> list[list[str]]:
+    """Cells of the lines below the heading, which begins with INDEX."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.lstrip().startswith("INDEX"))
+    starts = [lines[start].index(word) for word in ("KIND", "COLOUR", "LABEL", "SYNONYMS")]
+    cuts = list(zip([0, *starts], [*starts, None], strict=True))
+    return [[line[begin:end].strip() for begin, end in cuts] for line in lines[start + 1 :]]
+
+
+class TestList:
+    def test_every_packaged_vocabulary_has_a_line_that_explains_it(self, capsys):
+        assert gkc("vocab", "list") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["NAME", "CLASSES", "WHAT", "IT", "IS"]
+        rows = [line.split(maxsplit=2) for line in lines[1:-2]]
+        assert [row[0] for row in rows] == Vocabulary.names_of_packaged()
+        for name, num_classes, description in rows:
+            assert int(num_classes) == len(Vocabulary.named(name))
+            assert description == packaged_facts(name)["description"]
+        assert "void" in next(row[2] for row in rows if row[0] == "pascal_voc_background_39")
+        assert max(map(len, lines)) <= 100
+
+
+class TestShow:
+    def test_a_packaged_one(self, capsys):
+        assert gkc("vocab", "show", "cityscapes_19") == 0
+        output = capsys.readouterr().out
+        assert (
+            output.startswith("Cityscapes: street scenes\nsource: ")
+            and "\n19 classes\n" in output
+            and "\33" not in output
+        )
+        assert table(output)[:2] == [
+            ["0", "stuff", "#804080", "road", "street"],
+            ["1", "stuff", "#f423e8", "sidewalk", "footpath"],
+        ]
+        assert [row[3] for row in table(output)] == Vocabulary.named("cityscapes_19").labels
+
+    @pytest.mark.parametrize("name", ["ade20k_847", "coco_panoptic_133"])
+    def test_nothing_is_cut_off(self, capsys, name):
+        assert gkc("vocab", "show", name) == 0
+        rows = table(capsys.readouterr().out)
+        assert [[row[3], *filter(None, row[4].split(", "))] for row in rows] == Vocabulary.named(name).names
+
+    def test_a_file(self, capsys, tmp_path):
+        path = tmp_path / "words.csv"
+        path.write_text("name,synonyms,is_thing,color\ndog,hound|puppy,thing,#010203\nsky,,stuff,\nrock,,,\n")
+        assert gkc("vocab", "show", path) == 0
+        rows = table(capsys.readouterr().out)
+        assert rows[0] == ["0", "thing", "#010203", "dog", "hound, puppy"]
+        assert [row[1] for row in rows] == ["thing", "stuff", ""]
+
+    def test_colours_are_painted_on_a_terminal_only(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        assert gkc("vocab", "show", "pascal_voc_20") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "\33[48;2;128;0;0m  \33[0m" in next(line for line in lines if "aeroplane" in line)
+        assert sum("\33" in line for line in lines) == 20
+        painted = [line.partition("\33[0m ")[2] for line in lines if "\33" in line]
+        heading = next(line for line in lines if "INDEX" in line)
+        assert all(line[heading.index("LABEL") - 3 :].strip() for line in painted)
+
+    @pytest.mark.parametrize("name", Vocabulary.names_of_packaged())
+    def test_json_of_a_packaged_one_is_its_file(self, capsys, tmp_path, name):
+        assert gkc("vocab", "show", name, "--json") == 0
+        output = capsys.readouterr().out
+        assert json.loads(output) == packaged_facts(name)
+        (tmp_path / "copy.json").write_text(output)
+        assert Vocabulary.parse(tmp_path / "copy.json") == Vocabulary.named(name)
+
+    def test_json_of_a_file_says_the_same(self, capsys, tmp_path):
+        vocabulary = Vocabulary(
+            [["dog", "草"], ["sky"]], is_thing=[True, None], colors=[None, (1, 2, 3)], templates=[["my {}"], None]
+        )
+        path = tmp_path / "words.csv"
+        path.write_text("name,synonyms,is_thing,color,templates\ndog,草,thing,,my {}\nsky,,,#010203,\n")
+        assert gkc("vocab", "show", path, "--json") == 0
+        (tmp_path / "copy.json").write_text(capsys.readouterr().out)
+        assert Vocabulary.from_file(tmp_path / "copy.json") == Vocabulary.from_file(path) == vocabulary
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("ade20k", "there is no packaged vocabulary 'ade20k'; did you mean 'ade20k_150' or 'ade20k_847'"),
+            ("dog", "there is no packaged vocabulary 'dog'; there are ade20k_150"),
+            ("gone.txt", "gone.txt cannot be read: No such file"),
+        ],
+    )
+    def test_what_is_not_there(self, text, message):
+        with pytest.raises(UserError, match=message):
+            gkc("vocab", "show", text)
+
+    def test_a_file_with_another_ending(self, tmp_path):
+        (tmp_path / "words.md").write_text("dog")
+        with pytest.raises(UserError, match=r"words\.md is no vocabulary file: .*\.json, \.csv or \.txt"):
+            gkc("vocab", "show", tmp_path / "words.md")
+
+    def test_a_warning_is_a_line(self, capsys, tmp_path):
+        (tmp_path / "words.txt").write_text("stool, seat\nchair, seat\n")
+        assert gkc("vocab", "show", tmp_path / "words.txt") == 0
+        assert capsys.readouterr().err.startswith("gkc: warning: one name is shared by several classes: 'seat'")
+
+    def test_a_reader_that_has_seen_enough(self, monkeypatch):
+        """As in `gkc vocab show ade20k_847 | head`."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert gkc("vocab", "show", "ade20k_847") == 0
+            stream.write("more")  # goes nowhere, also when the stream is closed
+
+
+class TestEmbed:
+    def test_the_file_holds_what_the_model_gives(self, checkpoint, tmp_path, capsys, within):
+        out = tmp_path / "new" / "words.safetensors"
+        assert gkc("embed", "--labels", "dog; sofa, couch; sky", "--model", checkpoint, "--out", out) == 0
+        printed = capsys.readouterr()
+        assert printed.out == (
+            f"{out}: 3 classes, 4 names, 4 prompts, width 16, text tower of {checkpoint}\n"
+        ) and printed.err == ""  # fmt: skip
+        model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
+        embeddings, vocabulary = load_class_embeddings(out, model)
+        assert vocabulary == Vocabulary.parse("dog; sofa, couch; sky")
+        expected = model.get_class_embeddings(**GKCProcessor.from_pretrained(checkpoint)(text=vocabulary))
+        assert torch.equal(embeddings.class_ids, expected.class_ids)
+        within("gkc embed", (embeddings.class_embeds - expected.class_embeds).abs().max(), 1e-6)
+
+    def test_templates_are_averaged(self, checkpoint, tmp_path, capsys, within, monkeypatch):
+        monkeypatch.setattr("modeling_gkc.cli_words.PROMPTS_PER_STEP", 5)
+        monkeypatch.setattr(
+            "modeling_gkc.prompt_templates.PROMPT_TEMPLATES", {"three": ("{}", "red {}", "blue disc {}")}
+        )
+        out, words = tmp_path / "words.safetensors", "dog; sofa, couch; sky"
+        command = ["embed", "--labels", words, "--templates", "three", "--model", checkpoint, "--out", out]
+        assert gkc(*command) == 0
+        assert "3 classes, 4 names, 12 prompts" in capsys.readouterr().out
+        model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
+        embeddings, _ = load_class_embeddings(out, model)
+        prompts = GKCProcessor.from_pretrained(checkpoint)(text=words, prompt_templates="three")
+        expected = model.get_class_embeddings(**prompts)
+        assert embeddings.class_embeds.shape == (4, 16)
+        within("gkc embed", (embeddings.class_embeds - expected.class_embeds).abs().max(), 1e-6)
+
+    def test_a_packaged_vocabulary_keeps_kinds_and_colours(self, checkpoint, tmp_path, capsys):
+        out = tmp_path / "words.safetensors"
+        assert gkc("embed", "--labels", "cityscapes_19", "--model", checkpoint, "--out", out) == 0
+        assert capsys.readouterr().err.startswith("gkc: warning: the text encoder does not know these words: 'road'")
+        model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
+        assert load_class_embeddings(out, model)[1] == Vocabulary.named("cityscapes_19")
+
+    def test_the_bar_moves_on_a_terminal(self, checkpoint, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        command = ["embed", "--labels", "dog; sky", "--model", checkpoint, "--out", tmp_path / "w.safetensors"]
+        assert gkc(*command) == 0
+        assert "2/2" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"--labels": "dog;;"}, r"--labels: label 2 \(index 1\) is empty"),
+            ({"--labels": "dog " * 20}, "--labels: the label 'dog dog.* has 22 tokens"),
+            ({"--labels": "ade20k_151"}, "--labels: .*'ade20k_150'"),
+            ({"--labels": "gone.csv"}, r"--labels: .*gone\.csv cannot be read"),
+            ({"--templates": "vild"}, "--templates: 'vild' is neither .*'vild14'"),
+            ({"--out": "words.json"}, r"--out: the file's name must end in \.safetensors, got words\.json"),
+            ({"--out": "/dev/null/x/words.safetensors"}, "--out: cannot make the folder /dev/null/x: Not a directory"),
+            ({"--out": "{folder}.safetensors"}, r"--out: cannot write .*folder\.safetensors"),
+            ({"--model": "no/such/folder"}, "--model: there is no folder no/such/folder"),
+            ({"--device": "cuda:99"}, "--device: there is no device cuda:99"),
+        ],
+    )
+    def test_errors_are_one_line(self, checkpoint, tmp_path, changes, message):
+        folder = tmp_path / "folder.safetensors"
+        folder.mkdir()
+        options = {"--labels": "dog", "--model": checkpoint, "--out": tmp_path / "words.safetensors"} | changes
+        options["--out"] = str(options["--out"]).replace("{folder}.safetensors", str(folder))
+        with pytest.raises(UserError, match=message) as caught:
+            gkc("embed", *(part for option in options.items() for part in option))
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == [folder]
