@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .class_embeddings import average_class_embeds
 from .configuration_gkc import GKCConfig
 
 # A word covers the source class nearest to it fully, others by this power of how much nearer that one is: "puppy"
@@ -89,6 +90,9 @@ class GKCConvexClassEmbedder(nn.Module):
     the words that it is close to: to its own name, asked again, all of it. With the source's own names the
     probabilities are therefore the source's. What no word claims is no-object: "none of these".
 
+    "Its own name" means the embedding that `set_source` was given. The same name in another prompt template is another
+    text, which gets the less of its class the farther the template moves it: ask in the templates of the conversion.
+
     The head trains; the embeddings of the source's names are part of the checkpoint and do not. Where the head itself
     is at hand, as in a forward pass, its probabilities are shared as they are; read out of embeddings they differ by
     rounding, some 1e-5.
@@ -119,7 +123,7 @@ class GKCConvexClassEmbedder(nn.Module):
             name_class_ids: (M,) class of each name, 0..S-1.
 
         Raises:
-            ValueError: the text embeddings of some classes cannot be told apart.
+            ValueError: the text embeddings of some classes cannot be told apart, or a class has no name.
         """
         num_classes = len(self.labels)
         self.class_predictor.load_state_dict(class_predictor.state_dict())
@@ -130,7 +134,7 @@ class GKCConvexClassEmbedder(nn.Module):
             self._refuse_equal(distances)
             different = ~torch.eye(num_classes, dtype=torch.bool, device=distances.device)
             self.typical_distance.copy_(distances[different].median())
-        classes = _class_means(self.name_embeds.double(), self.name_class_ids, num_classes)
+        classes = average_class_embeds(self.name_embeds.double(), self.name_class_ids)
         mixtures, values, directions = torch.linalg.svd(classes, full_matrices=True)
         stretched = mixtures * values.clamp(min=SMALLEST_SINGULAR_VALUE) @ directions[:num_classes]
         # Orthogonal to all classes, so that how sure the head is of no-object moves no class.
@@ -230,12 +234,6 @@ def _at_least_fp32(values: Tensor) -> Tensor:
 def _unit_vectors(embeds: Tensor) -> Tensor:
     """Normalised anew in fp32 at least: what half precision does to their lengths would count as distance."""
     return F.normalize(_at_least_fp32(embeds), dim=-1)
-
-
-def _class_means(embeds: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
-    """(P, D) -> (K, D) normalised average of each class."""
-    sums = embeds.new_zeros(num_classes, embeds.shape[-1])
-    return F.normalize(sums.index_add(0, class_ids.to(embeds.device), embeds), dim=-1)
 
 
 def _without_shared_synonyms(name_embeds: Tensor, class_ids: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -31,7 +33,12 @@ from transformers.utils import logging as transformers_logging
 
 from .cli_common import UserError, user_errors, warnings_as_lines
 from .conversion_clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
-from .conversion_mask2former import from_mask2former, image_processor_from_mask2former, source_vocabulary
+from .conversion_mask2former import (
+    CONVERSION_TEMPLATES,
+    from_mask2former,
+    image_processor_from_mask2former,
+    source_vocabulary,
+)
 from .image_processing_gkc import GKCImageProcessor
 from .processing_gkc import GKCProcessor
 from .vocabulary import Vocabulary
@@ -49,6 +56,9 @@ The masks stay the source's. Its classes become words: asked for their names, th
 words get what is close to them in the text space of CLIP (Norouzi et al., ICLR 2014). Nothing is trained, so a word
 that is finer than the source's classes, such as "puppy" for "dog", gets all of the class. What no word names has low
 scores: `gkc segment --void-threshold 0.3` leaves it void.
+
+Names are encoded plain, without a prompt template, here and by the processor that is written. Asked in templates
+("a photo of a dog") the source's names are other texts, and the result is near the source's, not equal to it.
 
 Give --class-names where the source's own are codes ("wall-other-merged"): words are typed, classes separated by ";"
 and several names of one thing by ","; or the name of a packaged vocabulary (`gkc vocab list`); or a .json, .csv or
@@ -145,13 +155,13 @@ def _convert_mask2former(arguments: argparse.Namespace) -> int:
         )
         image_processor = _load_image_processor(arguments.source)
         tokenizer = _load_tokenizer(arguments)
-    with user_errors("--class-names"):
+    with user_errors("--class-names"), warnings_as_lines():
         vocabulary = source_vocabulary(source, class_names)
     with user_errors("MASK2FORMER"), warnings_as_lines():
         model = from_mask2former(source, text_model, tokenizer, vocabulary)
     with _quiet_transformers(), user_errors("--out"):
         model.save_pretrained(folder)
-        GKCProcessor(image_processor, tokenizer).save_pretrained(folder)
+        GKCProcessor(image_processor, tokenizer, CONVERSION_TEMPLATES).save_pretrained(folder)
     _report_mask2former(folder, source, vocabulary)
     return 0
 
@@ -171,8 +181,8 @@ def _load(
             raise UserError(f"{option}: {path} is a {model_type}, not a {model_types[0]}")
         safetensors = None if arguments.allow_pickle else True
         model, info = model_class.from_pretrained(path, use_safetensors=safetensors, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), "it is damaged")
         if "safetensors" in reason and not arguments.allow_pickle:
             reason += " If it has a pytorch_model.bin, --allow-pickle reads that."
         raise UserError(f"{option}: cannot load {path}: {reason}") from error

@@ -14,7 +14,6 @@
 """OpenAI's CLIP ResNets: reading their files, image tower, text tower."""
 
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from .configuration_gkc import CLIPResNetConfig
 from .modeling_clip_resnet import CLIPResNetVisionModel
 from .torchscript_archive import is_torchscript_archive, read_torchscript_weights
-from .weight_renaming import Renaming, load_strictly, rename_weight, split_packed_projection
+from .weight_renaming import Renaming, load_strictly, rename_weight, require_weights, split_packed_projection
 
 _CONVOLUTION_PARTS = {"conv": "convolution", "bn": "normalization"}
 _BLOCK_PARTS = {"1": "reduce", "2": "spatial", "3": "expand"}
@@ -76,15 +75,17 @@ def clip_resnet_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPResNetVisio
         The image model in evaluation mode, fp32.
 
     Raises:
-        ValueError: if the weights are not those of a ResNet tower, naming missing and unexpected ones.
+        ValueError: if the weights are not those of a ResNet tower, naming missing and unexpected ones and those of
+            wrong shapes.
     """
     prefix = "visual." if any(name.startswith("visual.") for name in state_dict) else ""
     weights = {name[len(prefix) :]: weight for name, weight in state_dict.items() if name.startswith(prefix)}
-    if "attnpool.positional_embedding" not in weights:
-        raise ValueError(
-            "These are no weights of a CLIP ResNet: `attnpool.positional_embedding` is missing. CLIP's vision "
-            "transformers load with transformers' CLIPVisionModelWithProjection."
-        )
+    require_weights(
+        weights,
+        {"attnpool.positional_embedding": 2, "attnpool.c_proj.weight": 2},
+        "These are no weights of a CLIP ResNet",
+        "CLIP's vision transformers load with transformers' CLIPVisionModelWithProjection.",
+    )
     renamed = {rename_weight(name, _IMAGE_NAMES) or name: weight.float() for name, weight in weights.items()}
     model = CLIPResNetVisionModel(_image_config(weights))
     load_strictly(model, renamed)
@@ -97,7 +98,7 @@ def _image_config(weights: Mapping[str, Tensor]) -> CLIPResNetConfig:
     }
     positions, hidden_size = weights["attnpool.positional_embedding"].shape
     return CLIPResNetConfig(
-        width=hidden_size // 32,
+        width=max(1, hidden_size // 32),
         depths=[sum(stage == index for stage, _ in blocks) for index in range(1, 5)],
         # The weights do not tell the number of heads. CLIP's towers have heads of 64 channels and at least 32 of them;
         # the released GKC code keeps the 32 at smaller widths too.
@@ -119,14 +120,16 @@ def clip_text_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPTextModelWith
         The text model in evaluation mode, fp32.
 
     Raises:
-        ValueError: if the weights are not those of a whole CLIP model, naming missing and unexpected ones.
+        ValueError: if the weights are not those of a whole CLIP model, naming missing and unexpected ones and those of
+            wrong shapes.
     """
     weights = {name: weight for name, weight in state_dict.items() if not _NOT_TEXT.search(name)}
-    if not {"text_projection", "token_embedding.weight", "positional_embedding"} <= weights.keys():
-        raise ValueError(
-            "There is no text tower in these weights: `text_projection`, `token_embedding.weight` or "
-            "`positional_embedding` is missing. OpenAI's published archives hold it beside the image tower."
-        )
+    require_weights(
+        weights,
+        {"text_projection": 2, "token_embedding.weight": 2, "positional_embedding": 2},
+        "There is no text tower in these weights",
+        "OpenAI's published archives hold it beside the image tower.",
+    )
     model = CLIPTextModelWithProjection(_text_config(weights))
     renamed = {}
     for name, weight in weights.items():
@@ -144,7 +147,7 @@ def _text_config(weights: Mapping[str, Tensor]) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size if first_linear is None else len(first_linear),
+        intermediate_size=len(first_linear) if first_linear is not None and first_linear.ndim else 4 * hidden_size,
         num_hidden_layers=len(layers),
         # As in the image tower, the number of heads follows from their width.
         num_attention_heads=max(1, hidden_size // _CHANNELS_PER_HEAD),
@@ -187,13 +190,19 @@ def read_weights(path: str | os.PathLike, allow_jit: bool = False) -> dict[str, 
     if not allow_jit:
         return read_torchscript_weights(path)
     warnings.warn(f"{path} was opened by torch.jit.load, which runs code of the file.", UserWarning, stacklevel=2)
-    return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    try:
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    except Exception as error:  # code of the archive can raise errors of any type
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: torch.jit.load cannot open it: {reason}") from error
 
 
 def _read_pickled_weights(path: Path) -> dict[str, Tensor]:
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle can raise errors of any type
         raise ValueError(
             f"{path}: holds more than weights, or is damaged, and was not read. If it is your own, save its "
             "`state_dict()` as safetensors; OpenAI's files are best downloaded again."

@@ -13,7 +13,9 @@
 # limitations under the License.
 """Transformers' Mask2Former as open-vocabulary segmenter."""
 
+import copy
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +58,8 @@ _IMAGE_SETTINGS = (
     "size_divisor",
 )
 _LONGEST_EDGE = 1333  # of Mask2Former's image processor
+# What the source's names are put into. Whoever asks in others gets what is close to the source's classes, not them.
+CONVERSION_TEMPLATES = "plain"
 _PLACEHOLDER = re.compile(r"LABEL_\d+$")
 
 
@@ -72,6 +76,10 @@ def from_mask2former(
     words get those of the classes that they are close to in CLIP's text space. The names are stored as the
     checkpoint's vocabulary.
 
+    The names are encoded plain, without a prompt template. The equality holds for plain names only: keep
+    `prompt_templates="plain"`, the default of `GKCProcessor`. In a template ("a photo of a dog") a name is another
+    text, which gets what is close to it, as other words do.
+
     Without a tokenizer the source's head is dropped, and the learned projection that is compared with words starts
     untrained: for training on words that have little to do with the source's.
 
@@ -80,11 +88,15 @@ def from_mask2former(
         text_model: CLIP text tower of the words.
         tokenizer: Tokenizer of the text tower.
         class_names: Names of the source's classes in their order, in any form that `Vocabulary.parse` takes; synonyms
-            help to recognise words. Default: the source's `config.id2label`.
+            help to recognise words; their own prompt templates, if they have any, are left out. Default: the source's
+            `config.id2label`.
 
     Raises:
         ValueError: if the source uses an option that the segmenter does not have, if its classes have no names or
             `class_names` are not as many, or if the text tower cannot tell them apart or does not fit the tokenizer.
+
+    Warns:
+        UserWarning: `class_names` have prompt templates of their own.
     """
     config = mask2former_model.config
     if config.pre_norm or config.enforce_input_projection:
@@ -111,7 +123,7 @@ def from_mask2former(
         )
     )
     _load_weights(model, mask2former_model, text_model)
-    model.set_vocabulary(vocabulary, GKCProcessor(GKCImageProcessor(), tokenizer))
+    model.set_vocabulary(vocabulary, GKCProcessor(GKCImageProcessor(), tokenizer, CONVERSION_TEMPLATES))
     model.class_embedder.set_source(
         mask2former_model.class_predictor, model.vocabulary_embeds, model.vocabulary_class_ids
     )
@@ -121,10 +133,13 @@ def from_mask2former(
 def source_vocabulary(
     mask2former_model: Mask2FormerForUniversalSegmentation, class_names: VocabularyLike | None = None
 ) -> Vocabulary:
-    """The names of a Mask2Former's classes: the given ones, else those of its configuration.
+    """The names of a Mask2Former's classes: the given ones without their prompt templates, else its configuration's.
 
     Raises:
         ValueError: there are none, or not as many as the class head has classes.
+
+    Warns:
+        UserWarning: templates were left out.
     """
     num_classes = mask2former_model.class_predictor.out_features - 1
     if class_names is None:
@@ -141,6 +156,14 @@ def source_vocabulary(
             f"`class_names` are {len(vocabulary)}, but the source has {num_classes} classes: name each of them, in "
             "their order, without no-object."
         )
+    if any(vocabulary.templates or ()):
+        warnings.warn(
+            "Prompt templates of `class_names` are left out: the names of a converted head are encoded plain.",
+            UserWarning,
+            stacklevel=2,
+        )
+        vocabulary = copy.copy(vocabulary)
+        vocabulary.templates = None
     return vocabulary
 
 
@@ -209,4 +232,4 @@ def _renamed_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-__all__ = ["from_mask2former", "image_processor_from_mask2former", "source_vocabulary"]
+__all__ = ["CONVERSION_TEMPLATES", "from_mask2former", "image_processor_from_mask2former", "source_vocabulary"]

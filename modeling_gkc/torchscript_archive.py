@@ -111,11 +111,12 @@ def _tensor_maker() -> Callable[..., Tensor]:
 
 
 def is_torchscript_archive(path: Path) -> bool:
-    """Whether a file is a zip that holds a TorchScript program beside its data."""
-    if not zipfile.is_zipfile(path):
+    """Whether a file is a zip, with a directory that can be read, of a TorchScript program beside its data."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+    except Exception:  # a damaged directory can raise errors of any type
         return False
-    with zipfile.ZipFile(path) as archive:
-        names = {name.partition("/")[2] for name in archive.namelist()}
     return {"data.pkl", "constants.pkl"} <= names
 
 
@@ -123,7 +124,8 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a TorchScript archive's modules, by their names in `state_dict()`, in their own types.
 
     Raises:
-        ValueError: the archive is damaged, or asks for anything but tensors and modules.
+        ValueError: the archive is damaged, asks for anything but tensors and modules, or has one module with weights
+            in several places.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -131,14 +133,26 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
             if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
                 raise pickle.UnpicklingError("it was written on a big-endian machine")
             module = _WeightUnpickler(archive, root).load()
-            return dict(_named_tensors(module))
+            return dict(_named_tensors(module, "", {}))
     except Exception as error:  # a damaged or hostile pickle can raise errors of any type
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as a TorchScript archive of weights: {reason}.") from error
 
 
-def _named_tensors(module: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
-    """Name and tensor of every tensor attribute, depth first."""
+def _named_tensors(module: Any, prefix: str, has_tensors: dict[int, bool]) -> list[tuple[str, Tensor]]:
+    """Name and tensor of every tensor attribute, depth first.
+
+    Args:
+        module: Root of what is walked.
+        prefix: Goes before the names.
+        has_tensors: By `id`, for modules already met, whether they have tensors; those under way count as if they had.
+            Each module is walked once: shared ones would have 2^depth names.
+    """
+    if id(module) in has_tensors:
+        if has_tensors[id(module)]:
+            raise pickle.UnpicklingError(f"its module {prefix.rstrip('.')} is in another place too")
+        return []
+    has_tensors[id(module)] = True
     attributes = getattr(module, "attributes", None)
     if not isinstance(module, _ScriptObject) or not isinstance(attributes, dict):
         raise pickle.UnpicklingError(f"{prefix.rstrip('.') or 'its top level'} is no plain module")
@@ -147,7 +161,8 @@ def _named_tensors(module: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             tensors.append((f"{prefix}{name}", value))
         elif isinstance(value, _ScriptObject):
-            tensors += _named_tensors(value, f"{prefix}{name}.")
+            tensors += _named_tensors(value, f"{prefix}{name}.", has_tensors)
+    has_tensors[id(module)] = bool(tensors)
     return tensors
 
 

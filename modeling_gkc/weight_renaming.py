@@ -31,12 +31,41 @@ def rename_weight(name: str, renamings: tuple[Renaming, ...]) -> str | None:
 
 
 def split_packed_projection(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """An attention's packed `in_proj_weight` or `in_proj_bias` as those of q, k and v; every other weight as it is."""
+    """An attention's packed `in_proj_weight` or `in_proj_bias` as those of q, k and v; every other weight as it is.
+
+    Raises:
+        ValueError: a packed weight does not divide into three.
+    """
     packed = re.match(r"(.*\.)in_proj_(weight|bias)$", name)
     if packed is None:
         return {name: weight}
+    if not weight.ndim or not len(weight) or len(weight) % 3:
+        raise ValueError(f"Weight {name!r} has shape {tuple(weight.shape)}, which is not three projections in one.")
     pieces = zip("qkv", weight.chunk(3), strict=True)
     return {f"{packed[1]}{part}_proj.{packed[2]}": piece for part, piece in pieces}
+
+
+def require_weights(
+    weights: Mapping[str, Tensor], num_dimensions: Mapping[str, int], refusal: str, advice: str
+) -> None:
+    """Checks the weights off which sizes are read.
+
+    Args:
+        weights: Those of a file.
+        num_dimensions: Number of dimensions of each weight that must be there.
+        refusal: What the weights are not, if one is wrong; begins the message.
+        advice: What to do then; ends it.
+
+    Raises:
+        ValueError: naming those that are missing, have other numbers of dimensions, or are empty.
+    """
+    missing = [f"`{name}`" for name in num_dimensions if name not in weights]
+    if missing:
+        raise ValueError(f"{refusal}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. {advice}")
+    for name, expected in num_dimensions.items():
+        shape = tuple(weights[name].shape)
+        if len(shape) != expected or 0 in shape:
+            raise ValueError(f"{refusal}: `{name}` has shape {shape}, not {expected} dimensions. {advice}")
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -47,12 +76,22 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         weights: By the model's names; counters of BatchNorm may be absent.
 
     Raises:
-        ValueError: naming every missing and unexpected weight.
+        ValueError: naming every missing and unexpected weight, and those of other shapes; nothing was loaded.
     """
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise ValueError(f"Weights do not fit {type(model).__name__}: missing {missing}, unexpected {unexpected}.")
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    problems = {
+        "missing": [name for name in shapes if name not in weights and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in weights if name not in shapes],
+        "wrong shapes": [
+            f"{name} {tuple(weight.shape)}, not {shapes[name]}"
+            for name, weight in weights.items()
+            if name in shapes and tuple(weight.shape) != shapes[name]
+        ],
+    }
+    found = [f"{kind} {problem}" for kind, problem in problems.items() if problem]
+    if found:
+        raise ValueError(f"Weights do not fit {type(model).__name__}: {', '.join(found)}.")
+    model.load_state_dict(weights, strict=False)
 
 
-__all__ = ["Renaming", "load_strictly", "rename_weight", "split_packed_projection"]
+__all__ = ["Renaming", "load_strictly", "rename_weight", "require_weights", "split_packed_projection"]

@@ -304,6 +304,13 @@ def test_embeddings_of_nothing_known_are_no_object():
     assert embedder.class_logits(read, names, None, 5).isfinite().all()
 
 
+def test_a_class_without_names_is_refused():
+    names = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    embedder = embedder_of(names)
+    with pytest.raises(ValueError, match=r"`class_ids` must count from 0 and leave none out: .* missing \[1\]"):
+        embedder.set_source(torch.nn.Linear(4, 4), names, torch.tensor([0, 0, 2]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -153,6 +153,19 @@ class TestMask2Former:
         assert model.config.source_vocabulary[2:4] == [["disc", "star", "dog"], ["grass", "lawn"]]
         assert model.config.vocabulary_is_thing == [True, True, True, False, False]
 
+    def test_names_and_processor_are_plain(self, source, clip, tmp_path, capsys):
+        """So that the typed names are those of the conversion."""
+        names = tmp_path / "names.json"
+        names.write_text(json.dumps([{"name": name, "templates": ["dog {}"]} for name in NAMES]))
+        arguments = ("--text-model", clip, "--class-names", names, "--out", tmp_path / "out")
+        assert gkc("mask2former", source, *arguments) == 0
+        assert capsys.readouterr().err.startswith("gkc: warning: Prompt templates of `class_names` are left out")
+        model, processor = cli_common.load_checkpoint(tmp_path / "out")
+        assert processor.prompt_templates == ["{}"]
+        typed = model.get_class_embeddings(**processor(text=NAMES, return_tensors="pt")).class_embeds
+        for stored in (model.vocabulary_embeds, model.class_embedder.name_embeds):
+            torch.testing.assert_close(stored, typed)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -189,6 +202,23 @@ class TestMask2Former:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match=r"lacks weights of a mask2former: class_predictor\.bias"):
             gkc("mask2former", folder, "--text-model", clip, "--out", tmp_path / "out")
+
+    @pytest.mark.parametrize("length", [4, 1000, -8])
+    def test_damaged_files_of_weights(self, source, clip, tmp_path, length):
+        """Cut in the length of the header, in the header, and in the numbers; a damaged pickle."""
+        folder = tmp_path / "source"
+        folder.mkdir()
+        (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+        weights = folder / "model.safetensors"
+        weights.write_bytes((source / "model.safetensors").read_bytes()[:length])
+        arguments = ("mask2former", folder, "--text-model", clip, "--out", tmp_path / "out")
+        with pytest.raises(UserError, match=r"^MASK2FORMER: cannot load .*/source: .+") as refusal:
+            gkc(*arguments)
+        assert "\n" not in str(refusal.value)
+        weights.rename(folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"^MASK2FORMER: cannot load .*/source: .+") as refusal:
+            gkc(*arguments, "--allow-pickle")
+        assert "\n" not in str(refusal.value)
 
     def test_pickled_weights_only_when_allowed(self, source, clip, tmp_path):
         folder = tmp_path / "source"
@@ -264,6 +294,12 @@ class TestCLIPResNet:
         save_file(image_only, tmp_path / "image.safetensors")
         with pytest.raises(UserError, match=r"image\.safetensors: There is no text tower"):
             gkc("clip-resnet", tmp_path / "image.safetensors", *out, "--text")
+        (tmp_path / "damaged.pt").write_bytes(archive.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03", 1))
+        with pytest.raises(UserError, match=r"^WEIGHTS: .*damaged\.pt: holds more than weights, or is damaged"):
+            gkc("clip-resnet", tmp_path / "damaged.pt", *out)
+        save_file(random_weights() | {"visual.conv1.weight": torch.zeros(7)}, tmp_path / "shape.safetensors")
+        with pytest.raises(UserError, match=r"shape\.safetensors: .*convolution\.weight \(7,\), not \(2, 3, 3, 3\)"):
+            gkc("clip-resnet", tmp_path / "shape.safetensors", *out)
         with pytest.raises(UserError, match=r"--out: .* is there already"):
             gkc("clip-resnet", archive, "--out", archive)
         assert not (tmp_path / "out").exists()
@@ -276,3 +312,4 @@ def test_help_shows_commands_that_exist(capsys):
         text = capsys.readouterr().out
         assert stop.value.code == 0 and "gkc convert" in text
         assert max(map(len, text.splitlines())) <= 120
+        assert ("without a prompt template" in text) == (arguments == ("mask2former",))

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -114,6 +115,41 @@ def test_text_tower_of_something_else_is_refused():
         clip_text_from_openai(image_only)
     state_dict["transformer.resblocks.1.extra"] = state_dict.pop("transformer.resblocks.1.mlp.c_proj.bias")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc2\.bias.*resblocks\.1\.extra"):
+        clip_text_from_openai(state_dict)
+
+
+@pytest.mark.parametrize("change", ["missing", "scalar", "empty", "five dimensions"])
+def test_any_weight_that_is_wrong_is_named(change):
+    """Each kind of weight in turn, of both towers; no tower is built of what is left."""
+    wrong = {"scalar": (), "empty": (0, 0), "five dimensions": (1, 1, 1, 1, 2)}
+    good = weights(TINY)
+    needless = re.compile(r"logit_scale|num_batches_tracked|layer[134]|resblocks\.1")
+    for name in [name for name in good if not needless.search(name)]:
+        changed = {key: value for key, value in good.items() if key != name or change != "missing"}
+        if change != "missing":
+            changed[name] = torch.zeros(wrong[change])
+        make = clip_resnet_from_openai if name.startswith("visual.") else clip_text_from_openai
+        with torch.device("meta"), pytest.raises(ValueError) as refusal:
+            make(changed)
+        message = str(refusal.value)
+        assert re.search("missing|unexpected|shape", message) and "\n" not in message, (name, message)
+
+
+def test_missing_and_misshapen_weights_by_name_and_shape():
+    state_dict = random_weights()
+    without_projection = {name: value for name, value in state_dict.items() if name != "visual.attnpool.c_proj.weight"}
+    with pytest.raises(ValueError, match=r"no weights of a CLIP ResNet: `attnpool\.c_proj\.weight` is missing\."):
+        clip_resnet_from_openai(without_projection)
+    state_dict["visual.conv1.weight"] = torch.zeros(2, 3, 5, 5)
+    state_dict["visual.extra"] = state_dict.pop("visual.bn1.bias")
+    message = (
+        r"missing \['encoder\.stem\.layers\.0\.normalization\.bias'\], unexpected \['extra'\], wrong shapes "
+        r"\['encoder\.stem\.layers\.0\.convolution\.weight \(2, 3, 5, 5\), not \(2, 3, 3, 3\)'\]\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        clip_resnet_from_openai(state_dict)
+    state_dict["transformer.resblocks.1.attn.in_proj_bias"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"in_proj_bias' has shape \(7,\), which is not three projections"):
         clip_text_from_openai(state_dict)
 
 
@@ -246,6 +282,19 @@ def test_damaged_archives_are_refused(archive, tmp_path):
         read_weights(tmp_path / "half.pt")
 
 
+@pytest.mark.parametrize("allow_jit", [False, True])
+def test_a_damaged_directory_of_the_zip_is_refused(archive, tmp_path, allow_jit):
+    """Bytes of a directory entry flipped: magic number, flags, length of the name, offset."""
+    path = tmp_path / "damaged.pt"
+    for position in (0, 8, 28, 42):
+        content = bytearray(archive.read_bytes())
+        content[content.index(b"PK\x01\x02") + position] ^= 0xFF
+        path.write_bytes(content)
+        with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match=r"damaged\.pt: ") as refusal:
+            read_weights(path, allow_jit=allow_jit)
+        assert "\n" not in str(refusal.value)
+
+
 def test_a_flipped_bit_is_noticed(archive, tmp_path):
     with zipfile.ZipFile(archive) as source:
         entry = source.getinfo(next(name for name in source.namelist() if name.endswith("/data/0")))
@@ -259,7 +308,47 @@ def test_a_flipped_bit_is_noticed(archive, tmp_path):
 def test_modules_in_a_circle_are_refused(archive, tmp_path):
     circle = b"c__torch__\nModule\n)\x81q\x00}X\x04\x00\x00\x00selfh\x00sb."
     path = rewritten(archive, tmp_path / "a.pt", lambda name, content: circle if name == "data.pkl" else content)
-    with pytest.raises(ValueError, match="recursion"):
+    with pytest.raises(ValueError, match="its module self is in another place too"):
+        read_weights(path)
+
+
+class _Module:
+    """Pickles to a module of an archive with the given attributes."""
+
+    def __init__(self, **attributes):
+        self.attributes = attributes
+
+    def __reduce__(self):
+        return _Module, (), self.attributes
+
+
+def module_pickle(root: _Module) -> bytes:
+    return pickle.dumps(root, protocol=2).replace(f"c{__name__}\n_Module\n".encode(), b"c__torch__\nModule\n")
+
+
+def nested(leaf: _Module, depth: int) -> _Module:
+    """Modules that hold the next one twice: 2^depth names for the leaf."""
+    for _ in range(depth):
+        leaf = _Module(a=leaf, b=leaf)
+    return leaf
+
+
+def test_shared_modules_are_walked_once(archive, tmp_path):
+    """At depth 60 a walk over all names would never end."""
+    empty = module_pickle(nested(_Module(training=False), 60))
+    path = rewritten(archive, tmp_path / "a.pt", lambda name, content: empty if name == "data.pkl" else content)
+    assert read_weights(path) == {}
+    # A tensor without numbers, which needs no file of its own.
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nHalfStorage\nX\x01\x00\x00\x000"
+        b"X\x03\x00\x00\x00cpuM\x00\x06tQK\x00(K\x03t(K\x01t\x89}tR"
+    )
+    mark = pickle.dumps(4321, protocol=2)[2:-1]
+    weighty = module_pickle(nested(_Module(weight=4321), 60))
+    assert weighty.count(mark) == 1
+    weighty = weighty.replace(mark, tensor)
+    path = rewritten(archive, tmp_path / "b.pt", lambda name, content: weighty if name == "data.pkl" else content)
+    with pytest.raises(ValueError, match=r"its module (a\.)+b is in another place too"):
         read_weights(path)
 
 

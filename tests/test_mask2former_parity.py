@@ -232,6 +232,26 @@ def test_what_is_saved_is_what_answers(named, text_model, processor, tmp_path, w
 
 
 @torch.no_grad()
+def test_names_are_plain_whatever_templates_they_came_with(confident, text_model, processor, within):
+    """Plain names give the source; the same names in a template do not."""
+    with pytest.warns(UserWarning, match="Prompt templates of `class_names` are left out"):
+        model = from_mask2former(
+            confident,
+            text_model,
+            word_tokenizer(),
+            Vocabulary([[name] for name in NAMES], templates=[["dog {}", "red {}"], *[None] * (len(NAMES) - 1)]),
+        )
+    pixel_values = images()
+    expected = confident(pixel_values).class_queries_logits.softmax(-1)
+    for asked in ({}, processor(text=NAMES, return_tensors="pt")):
+        answered = model(pixel_values, **asked).class_queries_logits.softmax(-1)
+        within("class probabilities of plain names, max abs", (answered - expected).abs().max(), 1e-4)
+    asked = processor(text=NAMES, prompt_templates="dog {}", return_tensors="pt")
+    answered = model(pixel_values, **asked).class_queries_logits.softmax(-1)
+    assert (answered - expected).abs().max() > 0.01
+
+
+@torch.no_grad()
 def test_other_words(confident, text_model, processor):
     """Any words, with synonyms, by every way of asking; no-object never loses to them what the source gave it."""
     model = from_mask2former(confident, text_model, word_tokenizer())
