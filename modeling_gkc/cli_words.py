@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import BatchFeature
 
-from .class_embeddings import GKCClassEmbeddings, average_templates, save_class_embeddings
+from .class_embeddings import GKCClassEmbeddings, save_class_embeddings
 from .cli_common import (
     WORDS_HELP,
     UserError,
@@ -195,7 +195,7 @@ def _embed(arguments: argparse.Namespace) -> int:
         model.to(pick_device(arguments.device))
     with user_errors("--labels"), warnings_as_lines():
         prompts = processor(text=vocabulary, prompt_templates=templates, return_tensors="pt").to(model.device)
-    embeddings = _encode(model, **prompts)
+    embeddings = _encode(model, prompts)
     try:
         save_class_embeddings(path, model, embeddings, vocabulary)
     except (OSError, SafetensorError) as error:
@@ -216,24 +216,14 @@ def _prepare_output(text: str) -> Path:
     return path
 
 
-@torch.inference_mode()
-def _encode(
-    model: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    class_ids: torch.Tensor,
-    name_ids: torch.Tensor | None = None,
-) -> GKCClassEmbeddings:
-    """As `model.get_class_embeddings`, with a progress bar."""
-    embeds = []
-    with tqdm(total=len(input_ids), unit="prompt", disable=None) as bar:
-        for ids, mask in zip(input_ids.split(PROMPTS_PER_STEP), attention_mask.split(PROMPTS_PER_STEP), strict=True):
-            embeds.append(model.get_text_features(ids, mask))
+def _encode(model: Any, prompts: BatchFeature) -> GKCClassEmbeddings:
+    """As `model.get_class_embeddings`, with a progress bar: what has been encoded, the model remembers."""
+    steps = [prompts[name].split(PROMPTS_PER_STEP) for name in ("input_ids", "attention_mask")]
+    with tqdm(total=len(prompts["input_ids"]), unit="prompt", disable=None) as bar:
+        for ids, mask in zip(*steps, strict=True):
+            model.get_text_features(ids, mask)
             bar.update(len(ids))
-    embeds = torch.cat(embeds)
-    if name_ids is not None:
-        embeds, class_ids = average_templates(embeds, class_ids, name_ids)
-    return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids)
+    return model.get_class_embeddings(**prompts)
 
 
 __all__ = ["add_command"]

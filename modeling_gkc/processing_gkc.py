@@ -82,13 +82,16 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
 
         Raises:
             ValueError: neither images nor text; labels that `Vocabulary` refuses; a label with more tokens than the
-                tokenizer's `model_max_length` (nothing is truncated); images that `GKCImageProcessor` refuses.
+                tokenizer's `model_max_length` (nothing is truncated); images that `GKCImageProcessor` refuses; another
+                `return_tensors`.
 
         Warns:
             UserWarning: the tokenizer does not know a word, or a name belongs to several classes.
         """
         if images is None and text is None:
             raise ValueError("give images, text, or both.")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"`return_tensors` must be 'pt' (also the default) or 'np', got {return_tensors!r}.")
         if images is None and kwargs:
             raise TypeError(f"without images there is no use for {', '.join(kwargs)}.")
         if text is None and (void_labels is not None or prompt_templates is not None):

@@ -15,7 +15,9 @@
 
 import copy
 import functools
+import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,10 +63,33 @@ class Vocabulary:
     templates: list[list[str] | None] | None = None
 
     def __post_init__(self):
+        self._check()
+        _warn_shared_names(self.names)
+
+    def _check(self) -> None:
         self.names, self.is_thing, self.colors, self.templates = _check_classes(
             self.names, self.is_thing, self.colors, self.templates, _Places()
         )
-        _warn_shared_names(self.names)
+
+    @classmethod
+    def trusted(
+        cls,
+        names: list[list[str]],
+        is_thing: list[bool | None] | None = None,
+        colors: list[tuple[int, int, int] | None] | None = None,
+        templates: list[list[str] | None] | None = None,
+    ) -> "Vocabulary":
+        """
+        A vocabulary of stored values, of which whoever stored them has been warned: as `Vocabulary`, without warnings.
+
+        Raises:
+            ValueError: as `Vocabulary`.
+        """
+        vocabulary = cls.__new__(cls)
+        vocabulary.names, vocabulary.is_thing = names, is_thing
+        vocabulary.colors, vocabulary.templates = colors, templates
+        vocabulary._check()
+        return vocabulary
 
     @classmethod
     def parse(cls, text: "VocabularyLike") -> "Vocabulary":
@@ -78,8 +103,12 @@ class Vocabulary:
                 (["dog", ["sofa", "couch"]]); or a Vocabulary, returned as it is.
 
         Raises:
-            ValueError: as for `Vocabulary`, `named` and `from_file`; a word that is a packaged name misspelt.
+            ValueError: as for `Vocabulary`, `named` and `from_file`; a word that is a packaged name misspelt; a
+                string with a line break inside a class, or that is the path of another file.
             TypeError: an item is neither a string nor a sequence of strings.
+
+        Warns:
+            UserWarning: as for `Vocabulary`; a string of three or more names has no `;`, so that all are one class.
         """
         if isinstance(text, cls):
             return text
@@ -141,7 +170,17 @@ class Vocabulary:
                 raise ValueError(
                     f"{label.strip()!r} is a packaged vocabulary and cannot stand among other labels: give it alone."
                 )
-        return cls([label.split(",") for label in labels])
+            if re.search(r"[\r\n]", label.strip()):
+                raise ValueError(
+                    f"a label cannot go over two lines: {label.strip()!r}; separate classes by ';', or give a .txt "
+                    "file with a class per line."
+                )
+        vocabulary = cls([label.split(",") for label in labels])
+        if len(vocabulary) == 1 and len(vocabulary.flat_names) > 2:
+            warnings.warn(
+                f"{text.strip()!r} is one class with synonyms; separate classes by ';'.", UserWarning, stacklevel=3
+            )
+        return vocabulary
 
     def __len__(self) -> int:
         return len(self.names)
@@ -168,15 +207,43 @@ class Vocabulary:
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """K colours, (red, green, blue) in 0..255: the given ones, and for the rest those of `color_palette`."""
+        """
+        K colours, (red, green, blue) in 0..255: the given ones, and for the rest those of `color_palette` that are
+        free, or any of them when none is.
+        """
         given = self.colors or [None] * len(self)
         taken = set(given)
-        spare = (color for color in color_palette(2 * len(self)) if color not in taken)
+        palette = color_palette(2 * len(self))
+        spare = itertools.cycle([color for color in palette if color not in taken] or palette)
         return [next(spare) if color is None else color for color in given]
 
     def without_synonyms(self) -> "Vocabulary":
         """The same classes with their labels only, as in the field's published evaluations."""
         return Vocabulary([[label] for label in self.labels], self.is_thing, self.colors, self.templates)
+
+    def with_kinds_of(self, other: "Vocabulary | None") -> "Vocabulary":
+        """
+        The same classes with the thing/stuff kinds that their labels have in another vocabulary.
+
+        A kind is that of the class of `other` whose label is the same word in any case, else of the classes with such
+        a synonym, if they agree.
+
+        Returns:
+            A new vocabulary; this one if it has kinds itself or `other` has none for its labels.
+        """
+        if self.is_thing is not None or other is None or other.is_thing is None:
+            return self
+        kinds: dict[str, bool | None] = {}
+        for names, is_thing in zip(other.names, other.is_thing, strict=True):
+            for key in map(_key, names[1:]):
+                kinds[key] = is_thing if kinds.get(key, is_thing) is is_thing else None
+        kinds |= {_key(label): is_thing for label, is_thing in zip(other.labels, other.is_thing, strict=True)}
+        found = [kinds.get(_key(label)) for label in self.labels]
+        if not any(is_thing is not None for is_thing in found):
+            return self
+        described = copy.copy(self)
+        described.is_thing = found
+        return described
 
     def with_void(self, void_labels: "VocabularyLike | None") -> "tuple[Vocabulary, list[int]]":
         """

@@ -36,12 +36,14 @@ Users' files are UTF-8 and say the same with less:
 * Text: one class per line, its synonyms after commas; `#` at the start of a line or after a blank begins a comment.
 """
 
+import bisect
 import csv
 import difflib
 import functools
 import importlib.util
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +65,7 @@ PACKAGED_NAMES = (
     "vspw_124",
 )
 VOCABULARY_SUFFIXES = (".json", ".csv", ".txt")
+EMBEDDINGS_SUFFIX = ".safetensors"
 PACKAGED_FOLDER = "vocabularies"
 
 _COLUMNS = ("name", "synonyms", "is_thing", "color", "templates")
@@ -113,12 +116,26 @@ class _Source:
         return ValueError(f"{self.name}, line {line}: {message}")
 
     def line_at(self, position: int) -> int:
-        return self.text.count("\n", 0, position) + 1
+        return bisect.bisect_left(self._line_ends, position) + 1
+
+    @functools.cached_property
+    def _line_ends(self) -> list[int]:
+        return [match.start() for match in re.finditer("\n", self.text)]
 
 
 def is_file_name(text: str) -> bool:
-    """Whether typed words are meant as the path of a vocabulary file: they end as one and have no `;`."""
-    return ";" not in text and text.casefold().endswith(VOCABULARY_SUFFIXES)
+    """
+    Whether typed words are meant as the path of a file, be it one that `read_vocabulary_file` refuses.
+
+    They have no `;`, and end as a vocabulary or as class embeddings do, or are the path of a file. A file without
+    ending in the working folder may be named like any label and does not count.
+    """
+    if ";" in text:
+        return False
+    looks_like_path = bool(Path(text).suffix) or os.path.basename(text) != text
+    return text.casefold().endswith((*VOCABULARY_SUFFIXES, EMBEDDINGS_SUFFIX)) or (
+        looks_like_path and os.path.isfile(text)
+    )
 
 
 def read_vocabulary_file(path: str | Path) -> list[VocabularyEntry]:
@@ -135,7 +152,8 @@ def read_vocabulary_file(path: str | Path) -> list[VocabularyEntry]:
     readers = {".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
     suffix = Path(path).suffix.casefold()
     if suffix not in readers:
-        raise ValueError(f"{path} is no vocabulary file: its name must end in .json, .csv or .txt.")
+        hint = " `gkc segment --vocab` reads class embeddings." if suffix == EMBEDDINGS_SUFFIX else ""
+        raise ValueError(f"{path} is no vocabulary file: its name must end in .json, .csv or .txt.{hint}")
     source = _Source(str(path), _decode(path))
     entries = readers[suffix](source)
     if not entries:
@@ -182,18 +200,21 @@ def packaged_path(name: str) -> Path:
 
 def refuse_misspelt_name(text: str) -> None:
     """
-    Refuse a single label that is no packaged name but was surely meant as one, such as "ade20k_151" or "cityscapes".
+    Refuse a single label that is no packaged name but was surely meant as one: "ade20k_151", "cityscapes", "voc_2012".
 
     Raises:
-        ValueError: with the name that was probably meant.
+        ValueError: with the name that was probably meant, if any is like it.
     """
+    text = text.strip()
     # Ordinary words are labels, however like a name; those with digits or underscores hardly ever are.
     cutoff = 0.6 if re.search(r"_\d+$", text) else 0.75 if re.search(r"[\d_]", text) else 1.0
     meant = _meant_names(text, cutoff)
-    if meant and not re.search("[;,]", text):
+    is_name = re.fullmatch(r"(?=.*\d)\w+_\w+", text)
+    if (meant or is_name) and not re.search("[;,]", text):
+        suggestion = f"{_suggestion(meant)} " if meant else ""
         raise ValueError(
-            f"there is no packaged vocabulary {text!r}; {_suggestion(meant)} (If {text!r} is a label, give it in a "
-            f"list: [{text!r}].)"
+            f"there is no packaged vocabulary {text!r}; {suggestion}`gkc vocab list` lists them. (If {text!r} is a "
+            f"label, give it in a list, [{text!r}], or in a .txt file.)"
         )
 
 
@@ -244,26 +265,28 @@ def _read_text(source: _Source) -> list[VocabularyEntry]:
 
 
 def _read_csv(source: _Source) -> list[VocabularyEntry]:
-    header = source.text.partition("\n")[0]
+    header = next((line for line in source.text.split("\n") if re.search(r"\w", line)), "")
     delimiter = next((mark for mark in ",;\t" if mark in header), ",")
     rows = csv.reader(io.StringIO(source.text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     entries, columns, line = [], None, 1
     try:
         for row in rows:
-            if columns is None:
-                columns = _csv_columns(row, source)
-            elif any(cell.strip() for cell in row):
-                entries.append(_csv_entry(row, columns, line, source))
+            if any(cell.strip() for cell in row):
+                if columns is None:
+                    columns = _csv_columns(row, line, source)
+                else:
+                    entries.append(_csv_entry(row, columns, line, source))
             line = rows.line_num + 1
     except csv.Error as error:
         raise source.error(line, f"this is no CSV: {error}.") from error
     return entries
 
 
-def _csv_columns(row: list[str], source: _Source) -> list[str]:
+def _csv_columns(row: list[str], line: int, source: _Source) -> list[str]:
     columns = [cell.strip().casefold() for cell in row]
     if "name" not in columns or not set(columns) <= set(_COLUMNS) or len(set(columns)) < len(columns):
-        raise source.error(1, f"the columns must be named, name and some of {', '.join(_COLUMNS[1:])}; got {columns}.")
+        known = ", ".join(_COLUMNS[1:])
+        raise source.error(line, f"the columns must be named, name and some of {known}; got {columns}.")
     return columns
 
 
@@ -271,8 +294,9 @@ def _csv_entry(row: list[str], columns: list[str], line: int, source: _Source) -
     if len(row) > len(columns):
         raise source.error(line, f"{len(row)} cells for {len(columns)} columns; put a name with a comma in quotes.")
     cells = dict.fromkeys(_COLUMNS, "") | {column: cell.strip() for column, cell in zip(columns, row, strict=False)}
-    if ";" in cells["synonyms"]:
-        raise source.error(line, f"several synonyms are separated by '|', not by ';': {cells['synonyms']!r}.")
+    wrong = next((mark for mark in ";," if mark in cells["synonyms"]), None)
+    if wrong:
+        raise source.error(line, f"several synonyms are separated by '|', not by {wrong!r}: {cells['synonyms']!r}.")
     kind = cells["is_thing"].casefold()
     if kind not in _KINDS:
         raise source.error(line, f"is_thing must be thing, stuff or empty, got {cells['is_thing']!r}.")

@@ -279,6 +279,15 @@ class TestNames:
             Vocabulary.parse(text)
         assert Vocabulary.parse([text]).labels == [text] and f"['{text}']" in str(caught.value)
 
+    @pytest.mark.parametrize("text", ["voc_2012", "coco_80", " lvis_1203\n", "my_words2"])
+    def test_a_word_that_can_only_be_a_name_is_refused(self, text):
+        with pytest.raises(
+            ValueError, match=f"no packaged vocabulary '{text.strip()}'; .*`gkc vocab list` lists them"
+        ):
+            Vocabulary.parse(text)
+        assert Vocabulary.parse([text]).labels == [text.strip()]
+        assert Vocabulary.parse(f"{text}; dog").labels == [text.strip(), "dog"]
+
     @pytest.mark.parametrize(
         "label",
         ["dog", "coco", "pascal", "coconut", "city", "route66", "f-16", "iphone 15", "4x4", "t_shirt", "1", "草"],

@@ -217,6 +217,9 @@ class TestCalls:
             processor(text="dog", size=5)
 
     def test_nothing_given(self, processor):
+        for inputs in ({"text": "dog"}, {"images": image}, {"images": image, "text": "dog"}):
+            with pytest.raises(ValueError, match=r"`return_tensors` must be 'pt'.* or 'np', got 'foo'"):
+                processor(**inputs, return_tensors="foo")
         with pytest.raises(ValueError, match="images, text, or both"):
             processor()
 

@@ -1,6 +1,7 @@
 """Words in every form, refused with their position when they cannot be."""
 
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -113,6 +114,57 @@ def test_kinds_and_colours():
     assert Vocabulary([["dog"]], colors=[[1, 2, 3]]).palette == [(1, 2, 3)]
 
 
+class TestTrusted:
+    def test_stored_values_are_checked_without_a_warning(self):
+        names = [["stool", "seat"], ["chair", " Seat "]]
+        fields = ([np.True_, None], [[1, 2, 3], None], ["photo", None])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            stored = Vocabulary.trusted(names, *fields)
+        with pytest.warns(UserWarning, match="'seat'"):
+            assert stored == Vocabulary(names, *fields)
+
+    @pytest.mark.parametrize("fields", [([],), ([["dog"], ["Dog"]],), ([["dog"]], ["yes"]), ([["dog"]], None, [])])
+    def test_what_a_vocabulary_refuses_is_refused(self, fields):
+        with pytest.raises(ValueError) as expected:
+            Vocabulary(*fields)
+        with pytest.raises(ValueError) as caught:
+            Vocabulary.trusted(*fields)
+        assert str(caught.value) == str(expected.value)
+
+
+class TestKindsOfAnother:
+    STORED = Vocabulary([["dog", "hound"], ["sky", "air"], ["rock"]], is_thing=[True, False, None])
+
+    def test_any_name_of_the_other_counts_in_any_case(self):
+        words = Vocabulary([["Sky"], ["HOUND", "air"], ["rock"], ["unicorn", "dog"]], templates=["photo", *[None] * 3])
+        described = words.with_kinds_of(self.STORED)
+        assert described.is_thing == [False, True, None, None]
+        assert (described.names, described.templates) == (words.names, words.templates) and words.is_thing is None
+
+    def test_a_label_goes_before_synonyms_and_those_must_agree(self):
+        stored = Vocabulary.trusted(
+            [["plant"], ["tree", "plant", "wood"], ["table", "wood"], ["bush", "shrub"], ["hedge", "shrub"]],
+            is_thing=[True, False, True, False, False],
+        )
+        words = Vocabulary.parse("plant; wood; shrub")
+        assert words.with_kinds_of(stored).is_thing == [True, None, False]
+        swapped = Vocabulary.trusted(stored.names[1::-1], [False, True])
+        assert words.with_kinds_of(swapped).is_thing == [True, False, None]
+
+    def test_nothing_to_add(self):
+        words, kinds = Vocabulary.parse("sky; unicorn"), Vocabulary([["sky"]], is_thing=[True])
+        assert kinds.with_kinds_of(self.STORED) is kinds
+        for other in (None, Vocabulary.parse("sky"), Vocabulary([["rock"]], [True])):
+            assert words.with_kinds_of(other) is words
+
+    def test_a_shared_name_is_not_warned_of_again(self):
+        words = Vocabulary.trusted([["sky", "air"], ["cloud", "air"]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert words.with_kinds_of(self.STORED).is_thing == [False, None]
+
+
 @pytest.mark.parametrize("field", ["is_thing", "colors", "templates"])
 def test_lists_of_another_length_are_refused(field):
     with pytest.raises(ValueError, match=f"`{field}` has 1 entries for 2 classes"):
@@ -164,6 +216,13 @@ def test_classes_without_a_colour_get_one_that_is_free():
     assert (
         len(Vocabulary([[f"n{i}"] for i in range(3000)], colors=[*everything[:1500], *[None] * 1500]).palette) == 3000
     )
+
+
+def test_classes_without_a_colour_get_one_even_when_all_are_taken():
+    everything = list(dict.fromkeys(color_palette(5000)))
+    names = [[f"n{index}"] for index in range(len(everything) + 2)]
+    palette = Vocabulary(names, colors=[*everything, None, None]).palette
+    assert palette[:-2] == everything and palette[-2:] == everything[:2]
 
 
 class TestVoid:
@@ -222,6 +281,54 @@ def test_without_synonyms():
         assert getattr(plain, field) == getattr(vocabulary, field)
 
 
+class TestTyped:
+    """Strings that would be one odd label."""
+
+    @pytest.mark.parametrize("text", ["dog\nsofa\nlamp", "dog; sofa, couch\nlamp", "dog\r\nsofa", "dog,\nsofa"])
+    def test_a_line_break_inside_a_class_is_refused(self, text):
+        with pytest.raises(ValueError, match=r"over two lines: .*; separate classes by ';', or give a \.txt file"):
+            Vocabulary.parse(text)
+
+    def test_a_line_break_between_classes_is_space(self):
+        assert Vocabulary.parse("\ndog;\n  sofa, couch;\r\nlamp\n").names == NAMES
+        assert Vocabulary.parse(["fire\nhydrant"]).labels == ["fire hydrant"]
+
+    @pytest.mark.parametrize("name", ["words.md", "o5/w.safetensors", "o5/words"])
+    def test_the_path_of_another_file_is_refused(self, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "o5").mkdir()
+        (tmp_path / name).write_text("dog")
+        for text in (name, f" {name}\n", str(tmp_path / name), Path(name)):
+            with pytest.raises(
+                ValueError, match=r"no vocabulary file: its name must end in \.json, \.csv or \.txt"
+            ) as e:
+                Vocabulary.parse(text)
+            assert ("`gkc segment --vocab` reads class embeddings" in str(e.value)) == name.endswith(".safetensors")
+
+    def test_class_embeddings_are_no_words_even_when_they_are_not_there(self):
+        with pytest.raises(ValueError, match=r"gone\.safetensors is no vocabulary file.*--vocab"):
+            Vocabulary.parse("gone.safetensors")
+
+    def test_a_label_stays_one_beside_a_file_of_its_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "dog").write_text("")
+        for label in ("dog", "st. bernard", "and/or", "x" * 5000, "nul\0l"):
+            assert Vocabulary.parse(label).labels == [label]
+
+    @pytest.mark.parametrize("text", ["dog, sofa, lamp", " dog,sofa,lamp,sky\n"])
+    def test_names_separated_by_commas_alone_warn_once_at_the_caller(self, text):
+        with pytest.warns(UserWarning) as caught:
+            vocabulary = Vocabulary.parse(text)
+        assert len(vocabulary) == 1 and len(caught) == 1 and caught[0].filename == __file__
+        assert str(caught[0].message) == f"{text.strip()!r} is one class with synonyms; separate classes by ';'."
+
+    @pytest.mark.parametrize("text", ["sofa, couch", "dog, Dog, dog", "sofa, couch, settee; dog", [["a", "b", "c"]]])
+    def test_other_synonyms_do_not_warn(self, text):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Vocabulary.parse(text)
+
+
 SAME_FILES = {
     "list.json": '["dog", ["sofa", "couch"], "lamp"]',
     "lists.json": '[["dog"], ["sofa", "couch"], ["lamp"]]',
@@ -233,6 +340,7 @@ SAME_FILES = {
     "commas.csv": "name,synonyms\ndog,\nsofa,couch\nlamp,\n",
     "semicolons.csv": "Name; Synonyms\ndog;\n\nsofa; couch\n;\nlamp\n",
     "tabs.csv": "synonyms\tname\n\tdog\ncouch\tsofa\n\tlamp",
+    "blank.csv": "\n \n;;\nname;synonyms\ndog\nsofa;couch\nlamp",
     "quotes.csv": 'name,synonyms\n"dog",""\n"sofa","couch"\n"lamp"\n',
     "lines.txt": "dog\nsofa, couch\nlamp",
     "comments.txt": "# my words\n\n  dog  # the best\nsofa,couch\n\t# not this: cat\nlamp\n\n",
@@ -300,6 +408,14 @@ class TestFiles:
         copy = write(tmp_path, "mine.json", packaged_path("ade20k_150").read_bytes())
         assert Vocabulary.parse(copy) == Vocabulary.named("ade20k_150")
 
+    def test_the_time_grows_with_the_length(self, tmp_path):
+        """A search for the line of each class from the start of the file would take several seconds."""
+        names = [{"name": f"class {index}", "synonyms": ["a" * 30 + str(index)]} for index in range(10_000)]
+        path = write(tmp_path, "x.json", json.dumps(names, indent=1))
+        start = time.process_time()
+        assert len(Vocabulary.from_file(path)) == 10_000
+        assert time.process_time() - start < 3
+
     def test_a_shared_name_warns(self, tmp_path):
         with pytest.warns(UserWarning, match="'seat' belongs to 'stool' and 'chair'"):
             Vocabulary.from_file(write(tmp_path, "x.txt", "stool, seat\nchair, seat"))
@@ -317,6 +433,10 @@ BAD_FILES = [
     ("x.csv", "name\ndog\n\n\ndog", r"entries 1 and 2 \(lines 2 and 5\) of .*x\.csv are both 'dog'"),
     ("x.csv", "name,synonyms\nsofa,couch|\n", r"name 3 of entry 1 \(line 2\) of .* is empty"),
     ("x.csv", "name,synonyms\n", r"x\.csv names no class"),
+    ("x.csv", "\n\n,\n", r"x\.csv names no class"),
+    ("x.csv", "\n\ndog,hound\n", r"x\.csv, line 3: the columns must be named"),
+    ("x.csv", '\nname,synonyms\nsofa,"couch, settee"\n', r"x\.csv, line 3: .* separated by '\|', not by ','"),
+    ("x.csv", "name;synonyms\nsofa;couch, settee\n", r"x\.csv, line 2: .* separated by '\|', not by ','"),
     ("x.csv", "", r"x\.csv names no class"),
     ("x.csv", "dog,hound\ncat,\n", r"x\.csv, line 1: the columns must be named, name and some of synonyms.*'hound'"),
     ("x.csv", "name,sinonyms\ndog,\n", r"x\.csv, line 1: the columns .* got \['name', 'sinonyms'\]"),
