@@ -16,6 +16,7 @@
 Letters: P prompts, N names (a prompt is a name put into a template), K classes, D text-embedding width; P >= N >= K.
 """
 
+import dataclasses
 import json
 import threading
 from collections import OrderedDict
@@ -28,14 +29,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .vocabulary import Vocabulary, VocabularyLike
 
 MAX_CACHED_PROMPTS = 32_768
 FILE_FORMAT = "gkc-class-embeddings-1"
-SAME_TOWER_COSINE = 0.99
+PROBE_PROMPTS = 16
+SAME_TOWER_COSINE = 0.995
+WEIGHTS_SAMPLED = 16
 
 
 @dataclass
@@ -127,12 +130,40 @@ class TextEmbeddingCache:
 
 
 def _prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[bytes]:
-    """The tokens of each prompt without its padding."""
-    ids = input_ids.cpu().numpy()
+    """The tokens of each prompt without the padding at its right; elsewhere padding moves tokens, and counts."""
+    ids = input_ids.cpu().long().numpy()
     if attention_mask is None:
         return [row.tobytes() for row in ids]
-    mask = attention_mask.cpu().numpy().astype(bool)
-    return [row[seen].tobytes() for row, seen in zip(ids, mask, strict=True)]
+    mask = attention_mask.cpu().bool().numpy()
+    lengths = [int(seen.sum()) for seen in mask]
+    return [
+        row[:length].tobytes() if seen[:length].all() else row.tobytes() + seen.tobytes()
+        for row, seen, length in zip(ids, mask, lengths, strict=True)
+    ]
+
+
+def weights_state(module: nn.Module) -> tuple:
+    """Something that differs once the weights of a module have changed, without reading all of them.
+
+    Changes in place count up a version, unless they go through `.data`, as adapters that are merged do; a sample of
+    the values shows those.
+    """
+    return tuple(
+        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, _sample(weight))
+        for weight in module.parameters()
+    )
+
+
+def _sample(weight: Tensor) -> float:
+    if weight.device.type == "meta":  # offloaded, and read anew for each use
+        return 0.0
+    values = weight.detach().flatten()
+    return float(values[:: max(1, len(values) // WEIGHTS_SAMPLED)].double().sum())
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether layers of a module have been wrapped by adapters, which can be turned on and off unseen."""
+    return any(hasattr(layer, "base_layer") for layer in module.modules())
 
 
 def count_classes(class_ids: Tensor, num_prompts: int, name: str = "class_ids") -> int:
@@ -234,7 +265,7 @@ def save_class_embeddings(
         vocabulary: The words.
     """
     tensors = {"probe": _probe(model), "class_embeds": embeddings.class_embeds, "class_ids": embeddings.class_ids}
-    words = {"names": vocabulary.names, "is_thing": vocabulary.is_thing, "colors": vocabulary.colors}
+    words = dataclasses.asdict(vocabulary)
     metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(words, ensure_ascii=False)}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
@@ -253,28 +284,37 @@ def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddi
     try:
         with safe_open(path, framework="pt", device=str(_input_device(model))) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    except SafetensorError as error:
+            if metadata.get("format") != FILE_FORMAT:
+                raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
+            probe, embeds, class_ids = (file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids"))
+        vocabulary = Vocabulary.trusted(**json.loads(metadata["vocabulary"]))
+        num_classes = count_classes(class_ids, len(embeds))
+    except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of class embeddings: {error}") from error
-    if metadata.get("format") != FILE_FORMAT:
-        raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
-    probe = _probe(model)
-    same_width = tensors["probe"].shape == probe.shape
-    cosine = float(F.cosine_similarity(tensors["probe"].float(), probe.float(), dim=0)) if same_width else 0.0
-    if cosine < SAME_TOWER_COSINE:
+    if num_classes != len(vocabulary):
+        raise ValueError(f"{path} holds embeddings of {num_classes} classes, but names {len(vocabulary)}.")
+    if not _same_tower(probe, _probe(model)):
         raise ValueError(
             f"{path} was written with another text tower than this model's: write it anew with `gkc embed --model`."
         )
-    embeddings = GKCClassEmbeddings(class_embeds=tensors["class_embeds"], class_ids=tensors["class_ids"])
-    return embeddings, Vocabulary(**json.loads(metadata["vocabulary"]))
+    return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids), vocabulary
 
 
 def _probe(model: Any) -> Tensor:
-    """(D,) embedding of some fixed tokens, by which a text tower is known in any precision."""
+    """(16, D) embeddings of tokens from all over the token table, by which a text tower is known in any precision."""
     config = model.config.text_config
     length = min(8, config.max_position_embeddings)
-    tokens = [index % config.vocab_size for index in range(1, length)] + [config.eos_token_id]
-    return model.get_text_features(torch.tensor([tokens], device=_input_device(model)))[0]
+    steps = torch.arange(PROBE_PROMPTS * length).unflatten(0, (PROBE_PROMPTS, length))
+    tokens = (steps * 7919 + 1) % config.vocab_size
+    tokens[tokens == config.eos_token_id] -= 1
+    tokens[:, -1] = config.eos_token_id
+    return model.get_text_features(tokens.to(_input_device(model)))
+
+
+def _same_tower(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    return float(F.cosine_similarity(first.float(), second.float(), dim=-1).min()) >= SAME_TOWER_COSINE
 
 
 def _input_device(model: Any) -> torch.device:
@@ -289,8 +329,10 @@ __all__ = [
     "average_templates",
     "count_classes",
     "encode_vocabulary",
+    "has_adapters",
     "join_class_embeddings",
     "load_class_embeddings",
     "reduce_prompt_logits",
     "save_class_embeddings",
+    "weights_state",
 ]

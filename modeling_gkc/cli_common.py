@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from .configuration_gkc import GKCConfig
 from .processing_gkc import GKCProcessor
 
 MODEL_VARIABLE = "GKC_MODEL"
@@ -85,14 +87,23 @@ def load_checkpoint(path: str | Path) -> tuple[Any, GKCProcessor]:
     shows_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model = GKCForOpenVocabSegmentation.from_pretrained(path).eval()
+        model_type = GKCConfig.get_config_dict(path)[0].get("model_type")
+        if model_type != GKCConfig.model_type:
+            raise ValueError(f"its model_type is {model_type!r}.")
+        model, info = GKCForOpenVocabSegmentation.from_pretrained(path, output_loading_info=True)
         processor = GKCProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--model: {path} is no checkpoint of gkc: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model: {path} is no checkpoint of gkc: {_first_line(error)}") from error
     finally:
         if shows_bars:
             transformers_logging.enable_progress_bar()
-    return model, processor
+    if info["missing_keys"]:
+        raise UserError(f"--model: {path} lacks weights: {', '.join(sorted(info['missing_keys']))}")
+    return model.eval(), processor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def pick_device(name: str) -> torch.device:
@@ -117,7 +128,7 @@ def user_errors(option: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise UserError(f"{option}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{option}: {_first_line(error)}") from error
 
 
 @contextmanager

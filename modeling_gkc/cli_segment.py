@@ -14,10 +14,9 @@
 """`gkc segment`: cut pictures into words."""
 
 import argparse
-import dataclasses
 import json
+import math
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from .image_processing_gkc import read_image
 from .post_processing import encode_rle, semantic_segmentation, semantic_segments, void_label
 from .processing_gkc import GKCProcessor
 from .prompt_templates import PROMPT_TEMPLATES, resolve_templates
-from .visualization import DrawnSegment, draw_overlay, label_map
+from .visualization import DrawnSegment, draw_overlay, label_map, shade
 from .vocabulary import Vocabulary, color_palette
 
 TASKS = ("semantic", "instance", "panoptic")
@@ -206,7 +205,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     words("--labels", metavar="WORDS", help="the words; without it, those stored in the checkpoint")
     words("--vocab", metavar="FILE", help="words encoded by `gkc embed`, instead of --labels")
     add("--void-labels", metavar="WORDS", help='words for "none of these": what they win becomes void')
-    add("--void-threshold", type=float, metavar="SCORE", help="pixels whose best score is below become void")
+    add("--void-threshold", type=_score, metavar="SCORE", help="pixels whose best score is below become void")
     sets = ", ".join(PROMPT_TEMPLATES)
     add("--templates", metavar="SET", help=f"sentences the words are put into: {sets} (default: the checkpoint's)")
     add("--task", choices=TASKS, default="semantic", help="what to find (default: %(default)s)")
@@ -220,6 +219,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return value
+
+
+def _score(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
     return value
 
 
@@ -261,8 +267,8 @@ def _segment(arguments: argparse.Namespace) -> int:
 def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.task == "semantic" and arguments.threshold is not None:
         raise UserError("--threshold is for --task instance and panoptic; a semantic map has --void-threshold")
-    if arguments.vocab and arguments.templates:
-        raise UserError("--templates is for words still to be encoded: give it to `gkc embed` instead")
+    if arguments.templates and arguments.labels is None and arguments.void_labels is None:
+        raise UserError("--templates is for typed words: give --labels, or give it to `gkc embed`")
 
 
 def _load(arguments: argparse.Namespace) -> Segmenter:
@@ -293,13 +299,13 @@ def _typed(option: str, text: str | None) -> Vocabulary | None:
 
 def _words(file: str | None, labels: Vocabulary | None, model: Any, processor: GKCProcessor) -> Words:
     if labels is not None:
-        labels = _with_stored_kinds(labels, model.vocabulary)
+        labels = labels.with_kinds_of(model.vocabulary)
         with user_errors("--labels"), warnings_as_lines():
             return Words(labels, encode_vocabulary(labels, model, processor), [])
     if file is not None:
         with user_errors("--vocab"):
             embeddings, vocabulary = load_class_embeddings(file, model)
-        return Words(_with_stored_kinds(vocabulary, model.vocabulary), embeddings, [])
+        return Words(vocabulary.with_kinds_of(model.vocabulary), embeddings, [])
     if model.vocabulary is None:
         raise UserError("the checkpoint stores no words: name them with --labels")
     stored = GKCClassEmbeddings(class_embeds=model.vocabulary_embeds, class_ids=model.vocabulary_class_ids)
@@ -311,20 +317,6 @@ def _with_void(words: Words, void_labels: Vocabulary, model: Any, processor: GKC
         vocabulary, void_ids = words.vocabulary.with_void(void_labels)
         embeddings = join_class_embeddings(words.embeddings, encode_vocabulary(void_labels, model, processor))
     return Words(vocabulary, embeddings, void_ids)
-
-
-def _with_stored_kinds(vocabulary: Vocabulary, stored: Vocabulary | None) -> Vocabulary:
-    """Typed words with the thing/stuff kind of the same words in the checkpoint, so that stuff can be merged."""
-    if vocabulary.is_thing is not None or stored is None or stored.is_thing is None:
-        return vocabulary
-    kinds = {
-        name.casefold(): is_thing
-        for names, is_thing in zip(stored.names, stored.is_thing, strict=True)
-        for name in names
-    }
-    is_thing = [kinds.get(label.casefold()) for label in vocabulary.labels]
-    with warnings.catch_warnings(action="ignore"):  # the words have been warned of
-        return dataclasses.replace(vocabulary, is_thing=is_thing)
 
 
 def _segment_file(segmenter: Segmenter, path: Path, target: Path, model_name: str) -> Path:
@@ -352,16 +344,17 @@ def _segment_file(segmenter: Segmenter, path: Path, target: Path, model_name: st
 
 
 def _drawn_segments(segments: list[dict[str, Any]], vocabulary: Vocabulary, semantic: bool) -> list[DrawnSegment]:
-    if semantic:
-        labels, colors = vocabulary.labels, vocabulary.palette
-        return [DrawnSegment(s["id"], labels[s["id"]], colors[s["id"]]) for s in segments]
+    """Segments in the colours of their classes, or of their own where the classes have none."""
+    spread = None if semantic or vocabulary.colors else color_palette(len(segments))
     label_ids = [segment["label_id"] for segment in segments]
     drawn = []
-    for index, (segment, color) in enumerate(zip(segments, color_palette(len(segments)), strict=True)):
-        label = vocabulary.labels[label_ids[index]]
-        if label_ids.count(label_ids[index]) > 1:
-            label += f" {label_ids[: index + 1].count(label_ids[index])}"
-        drawn.append(DrawnSegment(segment["id"], label, color, segment["score"]))
+    for index, segment in enumerate(segments):
+        label_id = label_ids[index]
+        label, earlier = vocabulary.labels[label_id], label_ids[:index].count(label_id)
+        if label_ids.count(label_id) > 1:
+            label += f" {earlier + 1}"
+        color = spread[index] if spread else shade(vocabulary.palette[label_id], earlier)
+        drawn.append(DrawnSegment(segment["id"], label, color, None if semantic else segment["score"]))
     return drawn
 
 

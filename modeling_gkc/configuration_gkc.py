@@ -162,6 +162,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         vocabulary_is_thing: For each stored class, whether it is countable (thing), not (stuff), or unknown (None).
         vocabulary_colors: For each stored class its colour in overlays, (red, green, blue) in 0..255; written by
             `set_vocabulary`.
+        vocabulary_templates: For each stored class the prompt templates of its own, if it has any; written by
+            `set_vocabulary`.
         vocabulary_num_prompts: Rows of the stored class embeddings; written by `set_vocabulary`.
 
     Raises:
@@ -199,6 +201,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     vocabulary: list[list[str]] | None = None
     vocabulary_is_thing: list[bool | None] | None = None
     vocabulary_colors: list[list[int] | None] | None = None
+    vocabulary_templates: list[list[str] | None] | None = None
     vocabulary_num_prompts: int = 0
 
     def __post_init__(self, **kwargs):
@@ -229,7 +232,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.prompt_reduction!r}.",
         )
         stored = self.vocabulary or []
-        for name in ("vocabulary_is_thing", "vocabulary_colors"):
+        for name in ("vocabulary_is_thing", "vocabulary_colors", "vocabulary_templates"):
             _require(
                 getattr(self, name) is None or len(getattr(self, name)) == len(stored),
                 f"`{name}` needs one entry for each of the {len(stored)} stored classes.",

@@ -19,7 +19,6 @@ S decoder stages = decoder_layers + 1, N segments of an image, (H, W) padded inp
 
 import copy
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,17 +52,19 @@ from .class_embeddings import (
     average_templates,
     count_classes,
     encode_vocabulary,
+    has_adapters,
     reduce_prompt_logits,
+    weights_state,
 )
 from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
 from .loss_gkc import GKCCriterion, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
 from .modeling_clip_resnet import GKCModelMixin
+from .padding import extend_masks, hide_padding, pad_to_stride, round_up
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 from .vocabulary import Vocabulary, VocabularyLike
 
 MAX_TEMPERATURE = 100.0
-SIZE_DIVISOR = BACKBONE_STRIDES[-1]
 PROMPTS_PER_PASS = 256
 
 
@@ -156,45 +157,6 @@ class GKCWords(NamedTuple):
     class_ids: Tensor | None
     num_classes: int
     reduction: str
-
-
-def content_sizes_of(pixel_mask: Tensor) -> Tensor:
-    """(B, 2) height and width of the images that fill the upper left of (B, H, W) masks, 1 where there is image."""
-    mask = pixel_mask.bool()
-    return torch.stack([mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)], dim=1)
-
-
-def pad_to_stride(
-    pixel_values: Tensor, pixel_mask: Tensor | None, mask_labels: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
-    """Pads images and masks with zeros, right and below, to multiples of the coarsest stride.
-
-    Args:
-        pixel_values: (B, 3, H, W).
-        pixel_mask: (B, H, W) or None.
-        mask_labels: For each image (N, H, W), or None.
-
-    Returns:
-        Padded images, content sizes (B, 2) or None if all of the padded input is image, padded masks.
-
-    Raises:
-        ValueError: naming a sample whose masks have another size than the images.
-    """
-    height, width = pixel_values.shape[-2:]
-    for sample, masks in enumerate(mask_labels or ()):
-        if masks.shape[-2:] != (height, width):
-            raise ValueError(
-                f"Sample {sample}: `mask_labels` are {tuple(masks.shape[-2:])}, but `pixel_values` are "
-                f"{(height, width)} (height, width): resize and pad masks as the images."
-            )
-    content_sizes = None if pixel_mask is None else content_sizes_of(pixel_mask)
-    padding = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
-    if not any(padding):
-        return pixel_values, content_sizes, mask_labels
-    if content_sizes is None:
-        content_sizes = torch.tensor([[height, width]], device=pixel_values.device).repeat(len(pixel_values), 1)
-    mask_labels = None if mask_labels is None else [F.pad(masks, padding) for masks in mask_labels]
-    return F.pad(pixel_values, padding), content_sizes, mask_labels
 
 
 class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
@@ -437,7 +399,11 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         """
         # Tensors made in inference mode could not be used in training later; those that are kept must be plain ones.
         with torch.inference_mode(False), torch.no_grad():
-            return self.text_cache.embed(input_ids, attention_mask, self._encode_prompts, self._text_state(input_ids.device.type))
+            if has_adapters(self.text_model):
+                return self._encode_prompts(input_ids, attention_mask)
+            return self.text_cache.embed(
+                input_ids, attention_mask, self._encode_prompts, self._text_state(input_ids.device.type)
+            )
 
     def _encode_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(PROMPTS_PER_PASS)
@@ -449,11 +415,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
 
     def _text_state(self, device: str) -> tuple:
         """What text embeddings depend on beside the prompt: weights, where and in which type, and autocast."""
-        weights = tuple(
-            (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-            for weight in self.text_model.parameters()
-        )
-        return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), weights
+        return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), weights_state(self.text_model)
 
     def get_class_embeddings(
         self,
@@ -470,11 +432,11 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             name_ids: (P,) name of each prompt, 0..N-1, whose prompts (templates) are averaged; default: each prompt is
                 a name of its own.
         """
-        embeds = self.get_text_features(input_ids, attention_mask)
-        if name_ids is not None:
-            embeds, class_ids = average_templates(embeds, class_ids, name_ids)
-        if class_ids is None:
-            class_ids = torch.arange(len(embeds), device=embeds.device)
+        with torch.inference_mode(False), torch.no_grad():  # as for `get_text_features`
+            embeds = self.get_text_features(input_ids, attention_mask)
+            if name_ids is not None:
+                embeds, class_ids = average_templates(embeds, class_ids, name_ids)
+            class_ids = torch.arange(len(embeds), device=embeds.device) if class_ids is None else class_ids.clone()
         return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids)
 
     def set_vocabulary(self, vocabulary: VocabularyLike, processor) -> None:
@@ -494,6 +456,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         self.config.vocabulary = [list(names) for names in vocabulary.names]
         self.config.vocabulary_is_thing = vocabulary.is_thing and list(vocabulary.is_thing)
         self.config.vocabulary_colors = vocabulary.colors and [color and list(color) for color in vocabulary.colors]
+        self.config.vocabulary_templates = vocabulary.templates and list(vocabulary.templates)
         self.config.vocabulary_num_prompts = len(encoded.class_ids)
         self.config.id2label = {index: names[0] for index, names in enumerate(vocabulary.names)}
         self.config.label2id = {name: index for index, name in self.config.id2label.items()}
@@ -504,8 +467,8 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         config = self.config
         if config.vocabulary is None:
             return None
-        with warnings.catch_warnings(action="ignore"):  # whoever stored them has been warned
-            return Vocabulary(config.vocabulary, config.vocabulary_is_thing, config.vocabulary_colors)
+        fields = (config.vocabulary_is_thing, config.vocabulary_colors, config.vocabulary_templates)
+        return Vocabulary.trusted(config.vocabulary, *fields)
 
     @property
     def temperature(self) -> Tensor:
@@ -580,7 +543,9 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         if wants_stages:
             stages = tuple(self._classify(stage, index, words) for index, stage in enumerate(segments.stages))
         last = stages[-1] if wants_stages else self._classify(segments, -1, words)
-        loss, loss_dict, matches = self._losses(stages, mask_labels, class_labels) if has_labels else (None,) * 3
+        loss, loss_dict, matches = None, None, None
+        if has_labels:
+            loss, loss_dict, matches = self._losses(stages, mask_labels, class_labels, content_sizes)
         return GKCForOpenVocabSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -677,7 +642,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         for index, (height, width) in enumerate(content_sizes.tolist()):
             if not (height and width):
                 raise ValueError(f"`pixel_mask` of image {index} is empty: every image needs a pixel.")
-            groups.setdefault((_round_up(height), _round_up(width)), []).append(index)
+            groups.setdefault((round_up(height), round_up(width)), []).append(index)
         if list(groups) == [tuple(pixel_values.shape[-2:])]:
             return segment(pixel_values)
         if len(groups) > 1 and any(requested.values()):
@@ -721,25 +686,28 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         return self.temperature.to(logits) * logits
 
     def _losses(
-        self, stages: tuple[GKCStageOutput, ...], mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor]
+        self,
+        stages: tuple[GKCStageOutput, ...],
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        content_sizes: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], list[Matches]]:
+        masks = [stage.masks_queries_logits for stage in stages]
+        if content_sizes is not None and not self.training:
+            masks = [hide_padding(stage, content_sizes) for stage in masks]
         losses, matches = self.criterion(
             [stage.class_queries_logits for stage in stages],
-            [stage.masks_queries_logits for stage in stages],
+            masks,
             mask_labels,
             class_labels,
         )
         return self.criterion.total(losses), losses, matches
 
 
-def _round_up(length: int) -> int:
-    return math.ceil(length / SIZE_DIVISOR) * SIZE_DIVISOR
-
-
 def _merge(parts: Sequence[GKCModelOutput], order: Tensor, grid: tuple[int, int]) -> GKCModelOutput:
     """Puts outputs for images of different sizes together, in the images' order, on one grid of masks."""
     for part in parts:
-        part.masks_queries_logits = _extend(part.masks_queries_logits, grid)
+        part.masks_queries_logits = extend_masks(part.masks_queries_logits, grid)
     return GKCModelOutput(
         **{key: _concatenate([part[key] for part in parts], order) for key in parts[0] if key != "stages"}
     )
@@ -749,12 +717,6 @@ def _concatenate(values: Sequence[Tensor] | Sequence[tuple[Tensor, ...]], order:
     if isinstance(values[0], Tensor):
         return torch.cat(values)[order]
     return tuple(_concatenate(states, order) for states in zip(*values, strict=True))
-
-
-def _extend(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Continues (B, Q, h, w) masks by their border values to a larger size; resampling inside never sees the seam."""
-    height, width = masks.shape[-2:]
-    return F.pad(masks, (0, size[1] - width, 0, size[0] - height), mode="replicate")
 
 
 AutoModel.register(GKCConfig, GKCForOpenVocabSegmentation, exist_ok=True)

@@ -79,6 +79,13 @@ def draw_overlay(image: Image.Image, segmentation: np.ndarray, segments: Sequenc
     return _add_legend(picture, segments, shares, font)
 
 
+def shade(color: Color, step: int) -> Color:
+    """Another shade of a colour, for another object of its class: lighter and darker in turn; step 0 is the colour."""
+    amount = min(0.2 * ((step + 1) // 2), 0.7)
+    target = 255 if step % 2 else 0
+    return tuple(round(channel + amount * (target - channel)) for channel in color)
+
+
 def label_map(segmentation: np.ndarray, colors: dict[int, Color], max_id: int = 255) -> Image.Image:
     """
     A segmentation as a picture whose pixel values are the ids, to be saved as PNG.
@@ -242,4 +249,4 @@ def _font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-__all__ = ["DrawnSegment", "draw_overlay", "label_map"]
+__all__ = ["DrawnSegment", "draw_overlay", "label_map", "shade"]

@@ -3,10 +3,14 @@
 import copy
 import gc
 import pickle
-import threading
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
 from modeling_gkc.class_embeddings import (
@@ -107,12 +111,44 @@ class TestCache:
         assert model.float().get_text_features(**words).dtype == torch.float32
         assert encoded == [2] * 5
 
+    def test_weights_written_past_autograd_are_noticed(self, model, processor):
+        words = tokens(processor, "red; blue")
+        before = model.get_text_features(**words)
+        model.text_model.text_projection.weight.data.mul_(-1)
+        torch.testing.assert_close(model.get_text_features(**words), -before)
+
+    def test_adapters_of_the_text_tower_are_never_cached(self, model, processor):
+        words = tokens(processor, "red; blue")
+        plain = model.get_text_features(**words)
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        learned = adapted.get_text_features(**words)
+        assert (learned - plain).abs().max() > 1e-3
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted.get_text_features(**words), plain)
+        merged = adapted.merge_and_unload()
+        for _ in range(2):
+            torch.testing.assert_close(merged.get_text_features(**words), learned, rtol=0, atol=1e-5)
+
+    def test_only_padding_at_the_right_is_left_out_of_the_content(self, model):
+        ids = torch.tensor([[1, 5, 3, 0, 0], [0, 0, 1, 5, 3]])
+        right, left = model.get_text_features(ids, (ids > 0).long())
+        torch.testing.assert_close(right, model._encode_prompts(ids, (ids > 0).long())[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(left, model._encode_prompts(ids, (ids > 0).long())[1], rtol=0, atol=1e-6)
+        assert (right - left).abs().max() > 1e-3
+        mixed = torch.tensor([[1, 0, 5, 0, 3, 0]], dtype=torch.int32)
+        expected = model._encode_prompts(mixed, None)
+        torch.testing.assert_close(model.get_text_features(mixed), expected, rtol=0, atol=1e-6)
+
     def test_embeddings_of_inference_mode_serve_training(self, model, processor):
         words = tokens(processor, "red; blue", class_ids=True)
         with torch.inference_mode():
             model.get_class_embeddings(**words)
-        model.train()(torch.rand(1, 3, 64, 64), **words).class_queries_logits.sum().backward()
-        assert model.no_object_embedding.grad is not None
+            model.set_vocabulary("sky; red", processor)
+        pixel_values = torch.rand(1, 3, 64, 64)
+        for kwargs in (words, {}):
+            model.zero_grad()
+            model.train()(pixel_values, **kwargs).class_queries_logits.sum().backward()
+            assert model.no_object_embedding.grad is not None
 
     def test_it_is_bounded_and_forgets_the_least_recently_used(self):
         cache = TextEmbeddingCache(max_prompts=3)
@@ -152,13 +188,26 @@ class TestCache:
                 if not torch.equal(embeds, ids.float() + 1000 * state):
                     wrong.append((seed, step))
 
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(8) as threads:
+                list(threads.map(ask, range(8)))  # raises what a thread raised
+        finally:
+            sys.setswitchinterval(interval)
         assert not wrong
         assert len(cache) <= 50
+
+    def test_embeddings_of_a_model_that_changes_meanwhile_are_not_kept(self):
+        cache = TextEmbeddingCache()
+        ids = torch.tensor([[5]])
+
+        def encode_while_another_thread_changes_the_model(ids, mask):
+            cache.embed(torch.tensor([[6]]), None, lambda ids, mask: ids + 100.0, state="new")
+            return ids.float()
+
+        assert cache.embed(ids, None, encode_while_another_thread_changes_the_model, state="old").item() == 5
+        assert cache.embed(ids, None, lambda ids, mask: ids + 100.0, state="new").item() == 105
 
     def test_a_text_tower_on_disk_encodes_the_same(self, model, processor, tmp_path):
         model.save_pretrained(tmp_path)
@@ -246,6 +295,47 @@ class TestFiles:
         torch.manual_seed(1)
         with pytest.raises(ValueError, match=r"words\.safetensors was written with another text tower"):
             load_class_embeddings(path, GKCForOpenVocabSegmentation(small_config()))
+
+    def test_templates_of_a_class_come_back(self, model, processor, tmp_path):
+        vocabulary = Vocabulary([["red"], ["lawn"]], templates=[["star {}"], None])
+        path = tmp_path / "words.safetensors"
+        save_class_embeddings(path, model, model.get_class_embeddings(**processor(text=vocabulary)), vocabulary)
+        assert load_class_embeddings(path, model)[1] == vocabulary
+        model.set_vocabulary(vocabulary, processor)
+        model.save_pretrained(tmp_path)
+        loaded = GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
+        before = loaded.vocabulary_embeds.clone()
+        loaded.set_vocabulary(loaded.vocabulary, processor)
+        torch.testing.assert_close(loaded.vocabulary_embeds, before)
+
+    def test_a_tower_that_differs_a_little_or_in_some_tokens_is_another(self, model, processor, tmp_path):
+        path = tmp_path / "words.safetensors"
+        embeddings = model.get_class_embeddings(**processor(text="red; blue"))
+        save_class_embeddings(path, model, embeddings, Vocabulary.parse("red; blue"))
+        embedding = model.text_model.get_input_embeddings()
+        with torch.no_grad():
+            embedding.weight[40:].normal_()
+        with pytest.raises(ValueError, match="another text tower"):
+            load_class_embeddings(path, model)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"class_ids": torch.tensor([0, 5])}, "leave none out"),
+            ({"class_ids": torch.tensor([0, 0])}, "holds embeddings of 1 classes, but names 2"),
+            ({"class_ids": None}, "is no file of class embeddings"),
+        ],
+    )
+    def test_a_file_that_does_not_fit_itself_is_refused(self, model, processor, tmp_path, change, message):
+        path = tmp_path / "words.safetensors"
+        embeddings = model.get_class_embeddings(**processor(text="red; blue"))
+        save_class_embeddings(path, model, embeddings, Vocabulary.parse("red; blue"))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids")} | change
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata)
+        with pytest.raises(ValueError, match=message):
+            load_class_embeddings(path, model)
 
     def test_other_files_are_refused(self, model, tmp_path):
         with pytest.raises(FileNotFoundError):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, cli_common
 from modeling_gkc.cli import main
@@ -150,7 +152,21 @@ class TestSegment:
         vocab = str(tmp_path / "words.safetensors")
         main(["embed", "--labels", "grass; disc", "--model", str(checkpoint), "--out", vocab])
         main([*command, "--task", "panoptic", "--vocab", vocab])
-        assert seen == [{1}, {2}, {0}]
+        (tmp_path / "words.csv").write_text("name,is_thing\ngrass,true\ndisc,false\n")
+        main([*command, "--task", "panoptic", "--labels", str(tmp_path / "words.csv")])  # which brings its own kinds
+        assert seen == [{1}, {2}, {0}, {1}]
+
+    @pytest.mark.parametrize("task", ["instance", "panoptic"])
+    def test_segments_have_shades_of_their_classes_colours(self, checkpoint, pictures, tmp_path, stripes, task):
+        (tmp_path / "words.csv").write_text("name,is_thing,color\ndisc,true,#0000c8\nlawn,false,#00c800\n")
+        command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
+        assert main([*command, "--task", task, "--labels", str(tmp_path / "words.csv")]) == 0
+        result = read_result(tmp_path, "a")[0]
+        palette = np.array(Image.open(tmp_path / "a.labels.png").getpalette()).reshape(-1, 3)
+        for label, channel, color in (("disc", 2, [0, 0, 200]), ("lawn", 1, [0, 200, 0])):
+            colors = [palette[s["id"]].tolist() for s in result["segments"] if s["label"] == label]
+            assert colors[0] == color and len({tuple(c) for c in colors}) == len(colors)
+            assert all(np.argmax(c) == channel for c in colors)
 
     @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
     def test_void_threshold(self, checkpoint, pictures, tmp_path, stripes, task):
@@ -275,10 +291,11 @@ class TestUserErrors:
             (["--labels", "ade20k_151"], "--labels: "),
             (["--labels", "nowhere.json"], "--labels: "),
             (["--vocab", "nowhere.safetensors"], "--vocab: "),
-            (["--vocab", "words.safetensors", "--templates", "photo"], "--templates is for words still to be encoded"),
+            (["--vocab", "words.safetensors", "--templates", "photo"], "--templates is for typed words"),
+            (["--templates", "photo"], "--templates is for typed words"),
             (["--void-labels", "lawn;;sky"], "--void-labels: label 2 (index 1) is empty"),
             (["--void-labels", "sky; Disc"], "--void-labels: "),
-            (["--templates", "nonsense"], "--templates: "),
+            (["--labels", "red", "--templates", "nonsense"], "--templates: "),
             (["--model", "./nowhere"], "--model: there is no folder ./nowhere"),
         ],
     )
@@ -298,6 +315,33 @@ class TestUserErrors:
         assert main(["segment", str(pictures), "--model", str(pictures)]) == 2
         assert f"--model: {pictures} is no checkpoint of gkc" in capsys.readouterr().err
 
+    def test_a_checkpoint_of_another_model(self, pictures, tmp_path, capsys):
+        small_config().text_config.save_pretrained(tmp_path)
+        assert main(["segment", str(pictures), "--model", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.endswith("is no checkpoint of gkc: its model_type is 'clip_text_model'.\n")
+
+    @pytest.mark.parametrize("damage", ["missing", "truncated", "shapes"])
+    def test_weights_that_do_not_fit_are_never_replaced_by_random_ones(
+        self, checkpoint, pictures, tmp_path, capsys, damage
+    ):
+        folder = tmp_path / "damaged"
+        shutil.copytree(checkpoint, folder)
+        file = folder / "model.safetensors"
+        if damage == "truncated":
+            file.write_bytes(file.read_bytes()[:-1000])
+        else:
+            weights = load_file(file)
+            name = "model.mask_decoder.query_features.weight"
+            weight = weights.pop(name)
+            if damage == "shapes":
+                weights[name] = weight[:, :-1].contiguous()
+            save_file(weights, file, {"format": "pt"})
+        assert main(["segment", str(pictures), "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"gkc: error: --model: {folder} ")
+        assert damage != "missing" or last.endswith("lacks weights: model.mask_decoder.query_features.weight")
+        assert not (tmp_path / "out").exists()
+
     def test_a_folder_without_pictures(self, checkpoint, tmp_path, capsys):
         assert main(["segment", str(tmp_path), "--model", str(checkpoint)]) == 2
         assert f"no pictures in the folder {tmp_path}" in capsys.readouterr().err
@@ -310,7 +354,8 @@ class TestUserErrors:
     @pytest.mark.parametrize(
         "command",
         [[], ["segment"], ["segment", "a.png", "--task", "other"], ["segment", "a.png", "--threshold", "2"],
-         ["segment", "a.png", "--threads", "0"], ["segment", "a.png", "--labels", "dog", "--vocab", "b"], ["unknown"]],
+         ["segment", "a.png", "--threads", "0"], ["segment", "a.png", "--labels", "dog", "--vocab", "b"], ["unknown"],
+         ["segment", "a.png", "--void-threshold", "nan"], ["segment", "a.png", "--void-threshold", "-5"]],
     )  # fmt: skip
     def test_usage(self, command, capsys):
         with pytest.raises(SystemExit) as stopped:

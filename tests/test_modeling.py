@@ -312,6 +312,34 @@ def test_padding_and_neighbours_do_not_change_a_result(model, tokens, output_sta
             within("a batch against its single images, double precision, max abs", error, 1e-9)
 
 
+def test_losses_of_evaluation_do_not_grow_with_padding(tokens, within):
+    """Points are drawn over the padded input, so that the losses are near each other, not equal."""
+    model = GKCForOpenVocabSegmentation(small_config(train_num_points=200000, oversample_ratio=1.0)).eval()
+    image, mask = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64)
+    mask[:, 16:48, 16:48] = 1
+    losses = []
+    for side in (64, 256):
+        padding = (0, side - 64, 0, side - 64)
+        pixel_mask = F.pad(torch.ones(1, 64, 64), padding)
+        labels = {"mask_labels": [F.pad(mask, padding)], "class_labels": [torch.tensor([1])]}
+        with torch.no_grad():
+            losses.append(model(F.pad(image, padding), pixel_mask, **tokens, **labels).loss_dict["loss_dice"])
+    within("dice loss of an image in 16 times its size, against alone", (losses[0] - losses[1]).abs(), 0.03)
+
+
+@pytest.mark.parametrize(
+    ("pixel_mask", "message"),
+    [
+        (torch.ones(1, 64, 96), r"must have shape \(2, 64, 96\), as the images, got \(1, 64, 96\)"),
+        (torch.ones(2, 32, 32), "must have shape"),
+        (torch.cat([torch.ones(2, 64, 40), torch.zeros(2, 64, 16), torch.ones(2, 64, 40)], dim=2), "rectangle"),
+    ],
+)
+def test_pixel_mask_that_fits_no_images_is_refused(model, tokens, pixel_values, pixel_mask, message):
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values, pixel_mask, **tokens)
+
+
 def test_image_without_a_pixel_is_refused(model, tokens):
     pixel_values, pixel_mask = padded_batch([(64, 96), (32, 32)])
     pixel_mask[1] = 0

@@ -106,6 +106,33 @@ def test_example_pictures(model, processor, position, words):
     assert found == {word: word for word in words}
 
 
+def test_results_of_a_batch_are_those_of_single_images(model, processor):
+    images = [Image.open(EXAMPLES / f"scene-{index}.png") for index in (1, 2, 3)]
+    images += [image.resize(size) for image, size in zip(images, [(150, 290), (300, 64), (65, 65)], strict=True)]
+    sizes = [image.size[::-1] for image in images]
+    words = processor(text="orange square; cyan hoop; lawn, grass; sky", return_tensors="pt")
+
+    def results(first, last):
+        inputs = processor(images=images[first:last], return_tensors="pt")
+        with torch.inference_mode():
+            outputs = model(**inputs, **words)
+        semantic, panoptic, instance = (
+            getattr(processor, f"post_process_{task}_segmentation")(outputs, target_sizes=sizes[first:last])
+            for task in ("semantic", "panoptic", "instance")
+        )
+        return list(zip(semantic, panoptic, instance, strict=True))
+
+    together = results(0, len(images))
+    alone = [results(index, index + 1)[0] for index in range(len(images))]
+    for (semantic, *segmented), (expected, *segmented_alone) in zip(together, alone, strict=True):
+        assert (semantic != expected).float().mean() <= 1e-4  # where two classes tie to rounding
+        for found, expected in zip(segmented, segmented_alone, strict=True):
+            assert (found["segmentation"] != expected["segmentation"]).float().mean() <= 1e-4
+            for segment, other in zip(found["segments_info"], expected["segments_info"], strict=True):
+                assert segment["score"] == pytest.approx(other["score"], abs=1e-5)
+                assert segment["label_id"] == other["label_id"]
+
+
 def test_examples_are_drawn_by_their_command(tmp_path):
     for path in draw_examples(tmp_path, [2, 10, 11]):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(EXAMPLES / path.name)))

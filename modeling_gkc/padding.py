@@ -1,0 +1,113 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Images of several sizes in one batch: padding, where the images are in it, and masks of several sizes.
+
+Letters: B images, Q queries, N segments of an image, (H, W) padded input size. All sizes are (height, width).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configuration_gkc import BACKBONE_STRIDES
+
+SIZE_DIVISOR = BACKBONE_STRIDES[-1]
+CELLS_PER_DIVISOR = SIZE_DIVISOR // BACKBONE_STRIDES[0]
+EMPTY_MASK_LOGIT = -30.0
+
+
+def round_up(length: int) -> int:
+    """The next multiple of the coarsest stride."""
+    return math.ceil(length / SIZE_DIVISOR) * SIZE_DIVISOR
+
+
+def content_sizes_of(pixel_mask: Tensor, pixel_values: Tensor) -> Tensor:
+    """Where the images are in their padded inputs.
+
+    Args:
+        pixel_mask: (B, H, W), 1 where there is image.
+        pixel_values: (B, 3, H, W).
+
+    Returns:
+        (B, 2) height and width of each image.
+
+    Raises:
+        ValueError: if a mask has another size than the input, or is no rectangle at the upper left.
+    """
+    expected = (len(pixel_values), *pixel_values.shape[-2:])
+    if tuple(pixel_mask.shape) != expected:
+        raise ValueError(f"`pixel_mask` must have shape {expected}, as the images, got {tuple(pixel_mask.shape)}.")
+    mask = pixel_mask.bool()
+    sizes = torch.stack([mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)], dim=1)
+    if not torch.equal(mask, rectangles(sizes, *expected[1:])):
+        raise ValueError("`pixel_mask` must be 1 on a rectangle at the upper left of each input, and 0 elsewhere.")
+    return sizes
+
+
+def rectangles(sizes: Tensor, height: int, width: int) -> Tensor:
+    """(B, height, width), true in the upper left rectangles of (B, 2) sizes."""
+    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
+    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None]
+
+
+def pad_to_stride(
+    pixel_values: Tensor, pixel_mask: Tensor | None, mask_labels: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
+    """Pads images and masks with zeros, right and below, to multiples of the coarsest stride.
+
+    Args:
+        pixel_values: (B, 3, H, W).
+        pixel_mask: (B, H, W) or None.
+        mask_labels: For each image (N, H, W), or None.
+
+    Returns:
+        Padded images, content sizes (B, 2) or None if all of the padded input is image, padded masks.
+
+    Raises:
+        ValueError: naming a sample whose masks have another size than the images.
+    """
+    height, width = pixel_values.shape[-2:]
+    for sample, masks in enumerate(mask_labels or ()):
+        if masks.shape[-2:] != (height, width):
+            raise ValueError(
+                f"Sample {sample}: `mask_labels` are {tuple(masks.shape[-2:])}, but `pixel_values` are "
+                f"{(height, width)} (height, width): resize and pad masks as the images."
+            )
+    content_sizes = None if pixel_mask is None else content_sizes_of(pixel_mask, pixel_values)
+    padding = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
+    if not any(padding):
+        return pixel_values, content_sizes, mask_labels
+    if content_sizes is None:
+        content_sizes = torch.tensor([[height, width]], device=pixel_values.device).repeat(len(pixel_values), 1)
+    mask_labels = None if mask_labels is None else [F.pad(masks, padding) for masks in mask_labels]
+    return F.pad(pixel_values, padding), content_sizes, mask_labels
+
+
+def extend_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Continues (B, Q, h, w) masks by their border values to a larger size; resampling inside never sees the seam."""
+    height, width = masks.shape[-2:]
+    return F.pad(masks, (0, size[1] - width, 0, size[0] - height), mode="replicate")
+
+
+def hide_padding(masks: Tensor, content_sizes: Tensor) -> Tensor:
+    """Empties (B, Q, H/4, W/4) masks in the padding that only larger neighbours (B, 2) need."""
+    seen = rectangles(-(-content_sizes // SIZE_DIVISOR) * CELLS_PER_DIVISOR, *masks.shape[-2:])
+    return masks.masked_fill(~seen[:, None], EMPTY_MASK_LOGIT)
+
+
+__all__ = ["content_sizes_of", "extend_masks", "hide_padding", "pad_to_stride", "rectangles", "round_up"]
