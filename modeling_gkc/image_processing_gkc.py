@@ -46,6 +46,7 @@ _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _URL_SCHEMES = ("http://", "https://", "data:")
 URL_TIMEOUT_S = 30
 _VALUES_AT_ONCE = 2**20
+_FLOAT_SLACK = 1e-5  # what computing in fp32 adds to values at the ends of 0..1
 _SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"}, {"height", "width"})
 
 
@@ -74,9 +75,9 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
     an array with a batch axis. It is shown as its EXIF orientation says; of an animation the first frame is taken;
     grey, palette, CMYK and other kinds become RGB, transparency is laid on white, 16-bit values are scaled to 8 bits,
     floats are 0..1. Arrays and tensors have 1, 3 (RGB), 4 (RGBA) channels or no channel axis; booleans, 8-bit integers
-    (also wider types with values 0..255), 16-bit unsigned integers 0..65535 and floats 0..1. The channel axis is found
-    by its length; where both ends fit, arrays are read channels last and tensors channels first, unless
-    `input_data_format` ("channels_first" or "channels_last") says otherwise.
+    (also wider types with values 0..255), 16-bit unsigned integers 0..65535 and floats 0..1, which may pass the ends
+    by rounding errors of 1e-5. The channel axis is found by its length; where both ends fit, arrays are read channels
+    last and tensors channels first, unless `input_data_format` ("channels_first" or "channels_last") says otherwise.
 
     Args:
         do_resize: Resize to `size`.
@@ -309,7 +310,8 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 def _rescale(values: np.ndarray, limit: int) -> np.ndarray:
     lowest, highest = values.min(), values.max()
-    if not (lowest >= 0 and highest <= limit):
+    slack = _FLOAT_SLACK if values.dtype.kind == "f" else 0
+    if not (lowest >= -slack and highest <= limit + slack):  # the slack is rounded away below
         raise ValueError(
             f"values of type {values.dtype} must lie in 0..{limit}, got {lowest}..{highest}; use 8-bit integers "
             "0..255 or floats 0..1."

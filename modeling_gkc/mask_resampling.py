@@ -44,7 +44,8 @@ class MaskResampler:
 
     The two axes are resampled apart, the columns of the few grid rows that a tile needs and then, by a matrix with two
     weights per row, the rows. For content that fills the whole input the result is that of
-    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, for less work.
+    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, for less work. It is always computed in
+    fp32, under autocast too, and without gradients.
 
     Args:
         mask_logits: (Q, h, w); cell (i, j) covers the input pixels 4 i .. 4 i + 3, 4 j .. 4 j + 3.
@@ -65,7 +66,7 @@ class MaskResampler:
             raise ValueError(f"target sizes (height, width) must be at least 1 x 1, got {target_size}.")
         self.device = mask_logits.device
         self.num_masks = len(mask_logits)
-        self._mask_logits = mask_logits[:, : cut[0], : cut[1]]
+        self._mask_logits = mask_logits.detach()[:, : cut[0], : cut[1]]
         self._queries: Tensor | None = None
         self.size = cut if target_size is None else target_size
         self._keeps_grid = target_size is None
@@ -81,8 +82,9 @@ class MaskResampler:
             return self._band(start, stop)
         first = max(self._nearest_row[start] - 1, 0)
         last = self._nearest_row[stop - 1] + 2
-        band = self._resample_columns(self._band(first, last))
-        return self._row_weights[start:stop, first:last] @ band
+        with torch.autocast(self.device.type, enabled=False):
+            band = self._resample_columns(self._band(first, last))
+            return self._row_weights[start:stop, first:last] @ band
 
     def _band(self, start: int, stop: int) -> Tensor:
         """Rows of the grid; masks are chosen only here, since all that are chosen would be a copy of the logits."""
@@ -132,7 +134,7 @@ def _interpolation_matrix(extent: float, source: int, target: int) -> Tensor:
 
 def resize_masks(mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None) -> Tensor:
     """
-    Mask logits (Q, H, W) at full size, in fp32; arguments and errors as for `MaskResampler`.
+    Mask logits (Q, H, W) at full size, in fp32 and without gradients; arguments and errors as for `MaskResampler`.
 
     The result holds Q x H x W numbers, which the functions of `post_processing` avoid.
     """

@@ -25,6 +25,9 @@ The work goes in row tiles, so that memory is bounded by the result and never re
 pixel is its class score in a semantic map, and class score times mask probability at the pixel elsewhere. Void pixels
 have the value `void_id`, which is never a class or a segment: by default `void_label(K)` in a semantic map (255, or
 65535 where 255 is a class), 0 in a panoptic and -1 in an instance map; segment ids count from 1.
+
+All is computed in fp32, under autocast too, and without gradients. Logits must be finite, but a class logit may be
+-inf, which rules a class out.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -48,14 +51,40 @@ def void_label(num_classes: int) -> int:
     return next(value for value in VOID_LABELS if value >= num_classes)
 
 
+def _as_int(value: Any) -> int | None:
+    """A whole number of Python, numpy or torch as int; None for anything else, booleans and text too."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return int(value) if not isinstance(value, bool) and int(value) == value else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, NaN, a tensor of many numbers, infinity
+        return None
+
+
+def _label_ids(name: str, label_ids: Collection[int], num_classes: int) -> set[int]:
+    """The checked classes of the argument `name`."""
+    given = label_ids.tolist() if isinstance(label_ids, Tensor) else label_ids
+    if not isinstance(given, Collection):
+        raise ValueError(f"`{name}` must be a list of classes, or another collection, got {label_ids!r}.")
+    ids = {_as_int(label) for label in given}
+    if None in ids:
+        raise ValueError(f"`{name}` must hold the numbers of classes, such as [0, 3], got {label_ids!r}.")
+    if ids and not 0 <= min(ids) <= max(ids) < num_classes:
+        raise ValueError(f"`{name}` must be classes in 0..{num_classes - 1}, got {sorted(ids)}.")
+    return ids
+
+
 def _void_classes(void_label_ids: Collection[int], num_classes: int) -> Tensor:
     """Which classes (K,) become void."""
-    ids = sorted({int(label) for label in void_label_ids})
-    if ids and not 0 <= ids[0] <= ids[-1] < num_classes:
-        raise ValueError(f"`void_label_ids` must be classes in 0..{num_classes - 1}, got {ids}.")
     is_void = torch.zeros(num_classes, dtype=torch.bool)
-    is_void[ids] = True
+    is_void[list(_label_ids("void_label_ids", void_label_ids, num_classes))] = True
     return is_void
+
+
+def _whole_void_id(void_id: int) -> int:
+    whole = _as_int(void_id)
+    if whole is None:
+        raise ValueError(f"`void_id` must be a whole number, got {void_id!r}.")
+    return whole
 
 
 def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
@@ -63,6 +92,7 @@ def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
     shown = (~is_void).nonzero().flatten().tolist()
     if void_id is None:
         return void_label(shown[-1] + 1 if shown else 0)
+    void_id = _whole_void_id(void_id)
     if void_id in shown:
         raise ValueError(
             f"`void_id` {void_id} is a class: choose a number that is none, such as {void_label(len(is_void))}."
@@ -72,12 +102,28 @@ def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
 
 def _segment_void_id(void_id: int, most_segments: int) -> int:
     """The checked value of void pixels in a map of at most so many segments, in int32."""
+    void_id = _whole_void_id(void_id)
     if not (-(2**31) <= void_id < 1 or most_segments < void_id < 2**31):
         raise ValueError(
             f"`void_id` {void_id} may be the id of a segment, which count from 1 to at most {most_segments}: choose "
             "0, a negative number or a larger one, of 32 bits."
         )
     return void_id
+
+
+def _prepare(
+    class_logits: Tensor, mask_logits: Tensor, content_size: Size | None, target_size: Size | None
+) -> tuple[Tensor, MaskResampler]:
+    """The checked class logits (Q, K + 1) in fp32 and masks of one image, both without gradients."""
+    class_logits = class_logits.detach().float()
+    # The best logit of a query is NaN or infinite if one is NaN or +inf, or if all are -inf.
+    for name, numbers in (("class", class_logits.amax(dim=-1)), ("mask", mask_logits)):
+        if not numbers.isfinite().all():
+            raise ValueError(
+                f"the {name} logits hold NaN or infinity, as fp16 gives where numbers overflow: run the model in "
+                "bf16 or fp32, for instance with `dtype=torch.float32`."
+            )
+    return class_logits, MaskResampler(mask_logits, content_size, target_size)
 
 
 def semantic_scores(
@@ -96,8 +142,11 @@ def semantic_scores(
 
     Returns:
         (K, H, W) fp32 between 0 and Q; K x H x W numbers, which `semantic_segmentation` avoids.
+
+    Raises:
+        ValueError: logits are not finite, or a size is impossible.
     """
-    resampler = MaskResampler(mask_logits, content_size, target_size)
+    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     scores = mask_logits.new_empty(class_logits.shape[1] - 1, *resampler.size, dtype=torch.float32)
     for rows, tile in _semantic_tiles(resampler, class_logits):
         scores[:, rows] = tile
@@ -129,9 +178,10 @@ def semantic_segmentation(
         Class map (H, W) int64, and the best scores (H, W) fp32, at void pixels too.
 
     Raises:
-        ValueError: `void_label_ids` holds what is no class, `void_id` is a class, or a size is impossible.
+        ValueError: `void_label_ids` holds what is no class, `void_id` is a class or no whole number, logits are not
+            finite, or a size is impossible.
     """
-    resampler = MaskResampler(mask_logits, content_size, target_size)
+    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     scores = mask_logits.new_empty(resampler.size, dtype=torch.float32)
     labels = _best_classes(resampler, class_logits, void_threshold, void_label_ids, void_id, scores)
     return labels, scores
@@ -144,14 +194,18 @@ def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> li
     Args:
         class_map: (H, W) classes and void.
         scores: (H, W) scores of the classes shown.
-        num_classes: K, void classes included.
+        num_classes: Classes that may be shown, the first ones; all other values of the map, negative ones too, are
+            void. With void classes after the others leave those out, or count them: they have no pixel.
 
     Returns:
         For each class that has a pixel `id` and `label_id`, both the class, and `score`, the mean over its pixels.
     """
-    labels = class_map.flatten()
-    areas = labels.bincount(minlength=num_classes)[:num_classes].tolist()
-    totals = labels.bincount(scores.flatten().double(), minlength=num_classes)[:num_classes].tolist()
+    # On the CPU: MPS has no fp64, and CUDA no deterministic sums per class.
+    labels, scores = class_map.flatten().cpu(), scores.detach().flatten().cpu()
+    is_class = (labels >= 0) & (labels < num_classes)
+    labels = labels[is_class]
+    areas = labels.bincount(minlength=num_classes).tolist()
+    totals = labels.bincount(scores[is_class].double(), minlength=num_classes).tolist()
     return [
         {"id": index, "label_id": index, "score": total / area}
         for index, (area, total) in enumerate(zip(areas, totals, strict=True))
@@ -185,10 +239,12 @@ def _best_classes(
 
 def _semantic_tiles(resampler: MaskResampler, class_logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the target and their class scores (K, rows, W)."""
-    class_scores = class_logits.float().softmax(dim=-1)[:, :-1]
+    class_scores = class_logits.softmax(dim=-1)[:, :-1]
     num_queries, num_classes = class_scores.shape
     for rows, logits in resampler.tiles(planes=2 * num_queries + num_classes):
-        yield rows, torch.einsum("qk,qhw->khw", class_scores, logits.sigmoid())
+        with torch.autocast(resampler.device.type, enabled=False):
+            scores = torch.einsum("qk,qhw->khw", class_scores, logits.sigmoid())
+        yield rows, scores
 
 
 def panoptic_segmentation(
@@ -234,15 +290,18 @@ def panoptic_segmentation(
         `was_fused` (the class is in `label_ids_to_fuse`) and `score` (class score; of fused segments the highest).
 
     Raises:
-        ValueError: `void_label_ids` holds what is no class, `void_id` may be a segment, or a size is impossible.
+        ValueError: `void_label_ids` or `label_ids_to_fuse` holds what is no class, `void_id` may be a segment, logits
+            are not finite, or a size is impossible.
     """
+    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     num_queries, num_classes = class_logits.shape[0], class_logits.shape[1] - 1
     void_id = _segment_void_id(PANOPTIC_VOID if void_id is None else void_id, num_queries)
     is_void = _void_classes(void_label_ids, num_classes)
-    scores, labels = class_logits.float().softmax(dim=-1).max(dim=-1)
+    label_ids_to_fuse = _label_ids("label_ids_to_fuse", label_ids_to_fuse, num_classes)
+    scores, labels = class_logits.softmax(dim=-1).max(dim=-1)
     kept = (labels < num_classes) & (scores > threshold)
     scores, labels = scores[kept], labels[kept].cpu()
-    resampler = MaskResampler(mask_logits, content_size, target_size).of(kept.nonzero().flatten())
+    resampler = resampler.of(kept.nonzero().flatten())
     owner, won, shown, area = _compete(resampler, scores, mask_threshold, void_threshold)
     valid = (shown > 0) & (won >= overlap_mask_area_threshold * area) & ~is_void[labels]
     ids, segments = _number_segments(valid, labels.tolist(), scores.tolist(), label_ids_to_fuse)
@@ -371,14 +430,17 @@ def instance_segmentation(
         left out), or N masks (N, H, W) bool, or a list of N encodings; masks are in the order of the ids.
 
     Raises:
-        ValueError: both `return_binary_maps` and `return_coco_annotation` are asked for, `void_label_ids` holds what
-            is no class, `void_id` may be a segment, or a size is impossible.
+        ValueError: both `return_binary_maps` and `return_coco_annotation` are asked for, `top_k` is below 1,
+            `void_label_ids` holds what is no class, `void_id` may be a segment, logits are not finite, or a size is
+            impossible.
     """
     if return_binary_maps and return_coco_annotation:
         raise ValueError("choose one of `return_binary_maps` and `return_coco_annotation`.")
+    if (_as_int(top_k) or 0) < 1:
+        raise ValueError(f"`top_k` must be a whole number of at least 1, got {top_k!r}.")
+    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     void_id = _segment_void_id(INSTANCE_VOID if void_id is None else void_id, top_k)
     is_void_class = _void_classes(void_label_ids, class_logits.shape[1] - 1).to(class_logits.device)
-    resampler = MaskResampler(mask_logits, content_size, target_size)
     pairs = _rank_pairs(class_logits, resampler, threshold, mask_threshold, top_k)
     is_void = is_void_class[pairs.labels]
     if return_binary_maps:
@@ -402,8 +464,8 @@ def _rank_pairs(
     class_logits: Tensor, resampler: MaskResampler, threshold: float, mask_threshold: float, top_k: int
 ) -> _Pairs:
     """The pairs with a mask and a score of at least `threshold`, best first."""
-    class_scores = class_logits.float().softmax(dim=-1)[:, :-1]
-    class_scores, pairs = class_scores.flatten().topk(min(top_k, class_scores.numel()))
+    class_scores = class_logits.softmax(dim=-1)[:, :-1]
+    class_scores, pairs = class_scores.flatten().topk(min(int(top_k), class_scores.numel()))
     possible = class_scores >= threshold
     class_scores, pairs = class_scores[possible], pairs[possible]
     queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)
@@ -544,8 +606,8 @@ class PostProcessingMixin:
             B class maps (H, W) int64.
         """
         return [
-            _best_classes(MaskResampler(*masks), class_logits, void_threshold, void_label_ids, void_id)
-            for class_logits, *masks in _split_batch(outputs, target_sizes)
+            _best_classes(resampler, class_logits, void_threshold, void_label_ids, void_id)
+            for class_logits, resampler in (_prepare(*image) for image in _split_batch(outputs, target_sizes))
         ]
 
     def post_process_instance_segmentation(
@@ -632,7 +694,7 @@ class PostProcessingMixin:
                 threshold=threshold,
                 mask_threshold=mask_threshold,
                 overlap_mask_area_threshold=overlap_mask_area_threshold,
-                label_ids_to_fuse=label_ids_to_fuse or (),
+                label_ids_to_fuse=() if label_ids_to_fuse is None else label_ids_to_fuse,
                 void_threshold=void_threshold,
                 void_label_ids=void_label_ids,
                 void_id=void_id,
@@ -653,7 +715,7 @@ def _split_batch(
     contents = _sizes(_field(outputs, "content_sizes"), batch, "content_sizes")
     targets = _sizes(target_sizes, batch, "target_sizes")
     for image in range(batch):
-        yield class_logits[image].detach(), mask_logits[image].detach(), contents[image], targets[image]
+        yield class_logits[image], mask_logits[image], contents[image], targets[image]
 
 
 def _field(outputs: Any, name: str) -> Any:
@@ -663,10 +725,23 @@ def _field(outputs: Any, name: str) -> Any:
 def _sizes(sizes: Sequence[Size] | Tensor | None, batch: int, name: str) -> list[Size | None]:
     if sizes is None:
         return [None] * batch
-    sizes = sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
+    sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    expected = f"`{name}` must give one (height, width) per image, such as [(480, 640)] for one image"
+    if not isinstance(sizes, Collection):
+        raise ValueError(f"{expected}: got {sizes!r}.")
     if len(sizes) != batch:
-        raise ValueError(f"`{name}` must give one (height, width) per image: got {len(sizes)} for {batch} images.")
-    return [None if size is None else (int(size[0]), int(size[1])) for size in sizes]
+        raise ValueError(f"{expected}: got {len(sizes)} for {batch} images.")
+    checked = [None if size is None else _size(size) for size in sizes]
+    for size, given in zip(checked, sizes, strict=True):
+        if size is None and given is not None:
+            raise ValueError(f"{expected}: got {given!r} for one of them.")
+    return checked
+
+
+def _size(size: Any) -> Size | None:
+    """Height and width, None for anything else."""
+    sides = [_as_int(side) for side in size] if isinstance(size, Collection) else []
+    return None if len(sides) != 2 or None in sides else (sides[0], sides[1])
 
 
 __all__ = [

@@ -32,8 +32,13 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
 
     Returns:
         `size` [H, W] and `counts`, a string, as `pycocotools.mask.encode` gives it.
+
+    Raises:
+        ValueError: the mask is not (H, W).
     """
     mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask).astype(bool)
+    if mask.ndim != 2:
+        raise ValueError(f"a mask is (height, width), got the shape {mask.shape}: encode masks one by one.")
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     starts = np.concatenate([[0] if flat.size and flat[0] else [], [0], edges, [flat.size]]).astype(np.int64)
@@ -53,12 +58,24 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
 
 def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     """
-    Mask (H, W) bool of an encoding by `encode_rle` or pycocotools.
+    Mask (H, W) bool of an encoding by `encode_rle` or pycocotools, or of COCO's uncompressed one, a list of runs.
 
     Raises:
-        ValueError: `counts` break off inside a number, or the runs do not cover the `size` [H, W].
+        ValueError: `counts` break off inside a number, a run is negative or no whole number, or the runs do not cover
+            the `size` [H, W].
     """
     counts = rle["counts"]
+    runs = _runs(counts) if isinstance(counts, str | bytes | bytearray) else np.asarray(counts)
+    if runs.ndim != 1 or (runs.size and (runs.dtype.kind not in "iu" or runs.min() < 0)):
+        raise ValueError("the `counts` of the encoding must be a string, or a list of runs of 0 or more pixels.")
+    height, width = rle["size"]
+    if runs.sum() != height * width:
+        raise ValueError(f"the runs cover {runs.sum()} pixels, but `size` is {height} x {width}.")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs.astype(np.int64)).reshape((height, width), order="F")
+
+
+def _runs(counts: str | bytes | bytearray) -> np.ndarray:
+    """The runs that a compressed encoding holds."""
     codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, dtype=np.uint8) - 48
     ends = np.flatnonzero((codes & 32) == 0) + 1
     if len(codes) == 0 or codes[-1] & 32:
@@ -70,10 +87,7 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     runs -= np.where(codes[ends - 1] & 16, 1 << 5 * lengths, 0)
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
-    height, width = rle["size"]
-    if runs.sum() != height * width:
-        raise ValueError(f"the runs cover {runs.sum()} pixels, but `size` is {height} x {width}.")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape((height, width), order="F")
+    return runs
 
 
 __all__ = ["decode_rle", "encode_rle"]

@@ -223,6 +223,16 @@ class TestRefusing:
         with pytest.raises(ValueError, match="the scan: cannot be read"):
             read_image(image, name="the scan")
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_rounding_errors_at_the_ends_are_forgiven(self, dtype):
+        """Of 1e-5, no more: what lies farther out is no picture in 0..1."""
+        values = np.array([[-9e-6, 1 + 9e-6, 1.0000001, 0.5]], dtype)
+        for image in (values, torch.from_numpy(values), Image.fromarray(values.astype(np.float32))):
+            assert as_array(image)[0, :, 0].tolist() == [0, 255, 255, 128]
+        for value in (-2e-5, 1 + 2e-5):
+            with pytest.raises(ValueError, match=r"must lie in 0\.\.1"):
+                read_image(np.full((2, 2), value, dtype))
+
     @pytest.mark.parametrize("image", [None, 5, object(), np.array([["a"]])])
     def test_what_is_no_image(self, image):
         with pytest.raises(TypeError):

@@ -23,6 +23,7 @@ from modeling_gkc.post_processing import (
     resize_masks,
     semantic_scores,
     semantic_segmentation,
+    semantic_segments,
     void_label,
 )
 
@@ -229,6 +230,23 @@ class TestPanoptic:
         assert result["segments_info"] == []
         assert torch.equal(result["segmentation"], torch.zeros(3, 2, dtype=torch.int32))
 
+    def test_a_class_score_at_the_threshold_is_too_low(self):
+        logits = logits_of([[0.5, 0.5, 0.0]])
+        masks = mask_of(["##.."])[None]
+        assert panoptic_segmentation(logits, masks, threshold=0.5)["segments_info"] == []
+        assert len(panoptic_segmentation(logits, masks, threshold=0.499)["segments_info"]) == 1
+
+    def test_a_mask_probability_at_the_threshold_is_inside(self):
+        result = panoptic_segmentation(logits_of([[1.0, 0.0]]), torch.tensor([[[8.0, 0.0, -8.0]]]))
+        assert result["segmentation"].tolist() == [[1, 1, 0]]
+
+    def test_pixels_at_the_threshold_are_part_of_the_area(self):
+        """The first mask wins one of its two pixels, less than 0.8 of them."""
+        masks = torch.tensor([[[8.0, 0.0]], [[-8.0, 8.0]]])
+        result = panoptic_segmentation(logits_of([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), masks)
+        assert result["segmentation"].tolist() == [[0, 1]]
+        assert [segment["label_id"] for segment in result["segments_info"]] == [1]
+
 
 def direct_instances(class_logits, masks, threshold, mask_threshold, top_k):
     """Mask2Former's instance inference on masks of the final size: (score, class, mask), best first."""
@@ -292,6 +310,30 @@ class TestInstance:
             assert result["segments_info"] == []
             assert (found if isinstance(found, list) else tuple(found.shape)) == empty
 
+    def test_a_mask_probability_at_the_threshold_is_outside(self):
+        """Of a void class too: its pixel at the threshold is left to the next segment."""
+        logits, masks = logits_of([[1.0, 0.0]]), torch.tensor([[[8.0, 0.0, -8.0]]])
+        painted = instance_segmentation(logits, masks)
+        assert painted["segmentation"].tolist() == [[1, -1, -1]]
+        assert painted["segments_info"][0]["score"] == pytest.approx(1 / (1 + np.exp(-8)), abs=1e-6)
+        whole = instance_segmentation(logits, masks, return_binary_maps=True)["segmentation"]
+        assert whole.tolist() == [[[True, False, False]]]
+        logits = logits_of([[0.0, 1.0, 0.0], [0.9, 0.0, 0.1]])
+        masks = torch.tensor([[[8.0, 0.0, -8.0]], [[8.0, 8.0, -8.0]]])
+        for form, expected in (({}, [[-1, 1, -1]]), ({"return_binary_maps": True}, [[[False, True, False]]])):
+            result = instance_segmentation(logits, masks, void_label_ids=[1], **form)
+            assert result["segmentation"].tolist() == expected
+
+    def test_a_score_at_the_threshold_is_enough(self):
+        one = torch.zeros(1, 2), torch.ones(1, 2, 2)
+        (found,) = instance_segmentation(*one, threshold=0.1)["segments_info"]
+        assert instance_segmentation(*one, threshold=found["score"])["segments_info"] == [found]
+
+    @pytest.mark.parametrize("top_k", [0, -1, 1.5, None])
+    def test_at_least_one_pair(self, top_k):
+        with pytest.raises(ValueError, match=f"`top_k` must be a whole number of at least 1, got {top_k}"):
+            instance_segmentation(*random_logits(), top_k=top_k)
+
     def test_one_form_of_masks(self):
         with pytest.raises(ValueError, match="choose one"):
             instance_segmentation(*random_logits(), return_binary_maps=True, return_coco_annotation=True)
@@ -352,6 +394,21 @@ class TestMethods:
         with pytest.raises(ValueError, match="got 2 for 3 images"):
             GKCImageProcessor().post_process_panoptic_segmentation(outputs, target_sizes=[(3, 4), (5, 6)])
 
+    @pytest.mark.parametrize(
+        "sizes",
+        [(3, 4, 5), torch.tensor([3, 4, 5]), [(3, 4), (5, 6), (7,)], [(3, 4), (5, 6.5), (7, 8)], 3, ["ab"] * 3],
+    )
+    def test_sizes_are_pairs_of_whole_numbers(self, outputs, sizes):
+        with pytest.raises(ValueError, match=r"`target_sizes` must give one \(height, width\) per image, such as"):
+            GKCImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=sizes)
+
+    def test_classes_to_fuse_may_be_a_tensor(self, outputs):
+        method = GKCImageProcessor().post_process_panoptic_segmentation
+        arguments = {"threshold": 0.1, "overlap_mask_area_threshold": 0.0}
+        results = [method(outputs, label_ids_to_fuse=ids, **arguments) for ids in (range(5), torch.arange(5))]
+        infos = [[image["segments_info"] for image in result] for result in results]
+        assert infos[0] == infos[1] and any(segment["was_fused"] for image in infos[0] for segment in image)
+
     def test_outputs_without_logits(self):
         with pytest.raises(ValueError, match="class_queries_logits"):
             GKCImageProcessor().post_process_semantic_segmentation({"logits": torch.zeros(1)})
@@ -361,3 +418,81 @@ class TestMethods:
         stock = {"threshold": 0.9, "mask_threshold": 0.5, "overlap_mask_area_threshold": 0.5, "target_sizes": None}
         for method in (processor.post_process_panoptic_segmentation, processor.post_process_instance_segmentation):
             assert len(method(outputs, **stock)) == 3
+
+
+def all_results(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, object]:
+    arguments = (logits, masks, (30, 41), (21, 50))
+    labels, scores = semantic_segmentation(*arguments)
+    results = {
+        "masks": resize_masks(masks, *arguments[2:]),
+        "masks of the grid": resize_masks(masks),
+        "scores": semantic_scores(*arguments),
+        "labels": labels,
+        "best scores": scores,
+        "segments": semantic_segments(labels, scores, 5),
+    }
+    for name, result in {
+        "panoptic": panoptic_segmentation(*arguments, 0.2, 0.5, 0.1),
+        "map": instance_segmentation(*arguments, 0.1),
+        "whole": instance_segmentation(*arguments, 0.1, return_binary_maps=True, void_label_ids=[1]),
+    }.items():
+        results[name], results[f"segments, {name}"] = result["segmentation"], result["segments_info"]
+    return results
+
+
+def assert_same(first: dict[str, object], second: dict[str, object]) -> None:
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
+            assert not second[name].requires_grad, name
+        else:
+            assert value and value == second[name], name
+
+
+class TestSurroundings:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_changes_nothing(self, dtype):
+        logits, masks = random_logits(queries=20)
+        expected = all_results(logits, masks)
+        with torch.autocast("cpu", dtype):
+            assert_same(expected, all_results(logits, masks))
+            assert (logits @ logits.T).dtype == dtype  # still on for the caller
+
+    def test_gradients_end_here(self):
+        logits, masks = random_logits(queries=20)
+        assert_same(all_results(logits, masks), all_results(logits.requires_grad_(), masks.requires_grad_()))
+
+
+FUNCTIONS = [semantic_scores, semantic_segmentation, panoptic_segmentation, instance_segmentation]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+class TestFinite:
+    @pytest.mark.parametrize(
+        ("number", "which"),
+        [(torch.nan, "class"), (torch.inf, "class"), *((x, "mask") for x in (torch.nan, torch.inf, -torch.inf))],
+    )
+    def test_logits_that_are_no_numbers_are_refused(self, function, number, which):
+        logits, masks = random_logits()
+        (logits if which == "class" else masks).flatten()[3] = number
+        with pytest.raises(ValueError, match=f"the {which} logits hold NaN or infinity.* bf16 or fp32"):
+            function(logits, masks)
+
+    def test_a_class_may_be_ruled_out_but_not_all(self, function):
+        logits, masks = random_logits()
+        logits[:, 1] = -torch.inf
+        result = function(logits, masks)
+        if function is semantic_scores:
+            assert (result[1] == 0).all()
+        logits[2] = -torch.inf
+        with pytest.raises(ValueError, match="the class logits hold"):
+            function(logits, masks)
+
+
+def test_methods_refuse_logits_that_are_no_numbers():
+    logits, masks = (tensor[None] for tensor in random_logits())
+    masks[0, 0, 0, 0] = torch.nan
+    outputs = {"class_queries_logits": logits, "masks_queries_logits": masks}
+    for task in ("semantic", "panoptic", "instance"):
+        with pytest.raises(ValueError, match="the mask logits hold"):
+            getattr(GKCImageProcessor(), f"post_process_{task}_segmentation")(outputs)

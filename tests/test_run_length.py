@@ -37,3 +37,33 @@ def test_long_runs(shape, density):
 def test_encodings_that_make_no_mask_are_refused(counts, size, message):
     with pytest.raises(ValueError, match=message):
         decode_rle({"size": size, "counts": counts})
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
+@settings(deadline=None, max_examples=50)
+@given(numpy_strategies.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+def test_uncompressed_runs_are_those_of_pycocotools(mask):
+    flat = mask.flatten(order="F")
+    runs, value = [0], False
+    for pixel in flat:
+        if pixel != value:
+            runs, value = [*runs, 0], pixel
+        runs[-1] += 1
+    rle = {"size": list(mask.shape), "counts": runs}
+    np.testing.assert_array_equal(coco.decode(coco.frPyObjects(rle, *mask.shape)).astype(bool), mask)
+    np.testing.assert_array_equal(decode_rle(rle), mask)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [([3, 2], "cover 5 pixels"), ([-1, 7], "0 or more"), ([1.5, 4.5], "0 or more"), (7, "a list"), ([], "cover 0")],
+)
+def test_runs_that_make_no_mask_are_refused(counts, message):
+    with pytest.raises(ValueError, match=message):
+        decode_rle({"size": [2, 3], "counts": counts})
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), ()])
+def test_only_one_mask_is_encoded(shape):
+    with pytest.raises(ValueError, match=r"a mask is \(height, width\), got the shape"):
+        encode_rle(np.ones(shape, dtype=bool))

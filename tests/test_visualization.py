@@ -57,3 +57,35 @@ def test_label_maps_hold_the_ids(segmentation):
 def test_label_maps_have_no_sign(segmentation):
     with pytest.raises(ValueError, match=r"got -1\.\.1: choose such a `void_id`"):
         label_map(segmentation.clip(max=1) - (segmentation == 0), {})
+
+
+@pytest.fixture(scope="module")
+def plain_overlay() -> np.ndarray:
+    """A segment of one colour in the right half of a plain picture, which is large enough to be drawn as it is."""
+    picture = Image.new("RGB", (600, 480), (100, 150, 200))
+    segmentation = np.zeros((480, 600), dtype=int)
+    segmentation[:, 300:] = 1
+    return np.asarray(draw_overlay(picture, segmentation, SEGMENTS))[:480, :600].astype(int)
+
+
+def test_void_is_the_picture_dimmed(plain_overlay):
+    assert np.abs(plain_overlay[:, :299] - [60, 90, 120]).max() <= 1  # 0.6 of the picture, everywhere
+
+
+def test_segments_are_their_colour_on_a_greyed_picture(plain_overlay):
+    """0.45 * (0.7 * the mean, 150, + 0.3 * the picture) + 0.55 * (200, 30, 40)."""
+    corner = plain_overlay[:100, 301:]  # the name is in the middle
+    assert np.abs(corner - [170.75, 84, 96.25]).max() <= 1
+
+
+def test_outlines_are_white_on_both_sides_of_an_edge(plain_overlay):
+    is_white = (plain_overlay[:100] == 255).all(axis=-1)
+    assert is_white[:, 299:301].all() and is_white.sum() == 200
+
+
+def test_outlines_run_along_rows_too():
+    segmentation = np.zeros((480, 600), dtype=int)
+    segmentation[400:] = 1
+    overlay = np.asarray(draw_overlay(Image.new("RGB", (600, 480)), segmentation, SEGMENTS))
+    is_white = (overlay[390:410, :50] == 255).all(axis=-1)
+    assert is_white[9:11].all() and is_white.sum() == 100

@@ -17,6 +17,7 @@ from modeling_gkc.post_processing import (
     panoptic_segmentation,
     resize_masks,
     semantic_segmentation,
+    semantic_segments,
     void_label,
 )
 
@@ -94,6 +95,21 @@ class TestSemantic:
             semantic_segmentation(logits, masks, void_id=2)
         labels, _ = semantic_segmentation(logits, masks, void_id=2, void_label_ids=[2])
         assert labels.max() <= 2  # a void class is never shown, so that its own number is free
+
+    @pytest.mark.parametrize("void_id", [-1, 255, 3, 2**40])
+    @pytest.mark.parametrize("num_classes", [3, 4])
+    def test_segments_are_the_classes_shown(self, void_id, num_classes):
+        """The last of four classes is void, and may be counted or not; all but one value of void are no class."""
+        logits, masks = random_logits(queries=20, classes=4)
+        labels, scores = semantic_segmentation(logits, masks, void_label_ids=[3], void_id=void_id, void_threshold=1.5)
+        if void_id == 3:
+            num_classes = 3
+        segments = semantic_segments(labels, scores, num_classes)
+        shown = sorted(set(labels.unique().tolist()) - {void_id})
+        assert (labels == void_id).any() and shown
+        assert [(segment["id"], segment["label_id"]) for segment in segments] == [(label, label) for label in shown]
+        for segment in segments:
+            assert segment["score"] == pytest.approx(scores[labels == segment["id"]].double().mean().item(), abs=1e-9)
 
     def test_scores_are_those_of_the_winner_whatever_becomes_void(self):
         logits, masks = random_logits()
@@ -359,6 +375,33 @@ class TestAllTasks:
     def test_only_classes_become_void(self, function, void_ids):
         with pytest.raises(ValueError, match=r"`void_label_ids` must be classes in 0\.\.4, got"):
             function(*random_logits(classes=5), void_label_ids=void_ids)
+
+    @pytest.mark.parametrize(
+        ("void_ids", "message"),
+        [
+            (torch.tensor([True, False, True, False, False]), "must hold the numbers of classes"),
+            (np.array([True, False]), "must hold the numbers of classes"),
+            (["1"], "must hold the numbers of classes"),
+            ([1.5], "must hold the numbers of classes"),
+            ([None], "must hold the numbers of classes"),
+            (torch.tensor([[1, 3]]), "must hold the numbers of classes"),
+            (3, "must be a list of classes"),
+            (torch.tensor(3), "must be a list of classes"),
+            ((label for label in [1, 3]), "must be a list of classes"),
+        ],
+        ids=["mask tensor", "mask array", "text", "fraction", "None", "two axes", "int", "scalar", "generator"],
+    )
+    def test_what_is_no_list_of_classes_is_refused(self, function, void_ids, message):
+        with pytest.raises(ValueError, match=f"`void_label_ids` {message}"):
+            function(*random_logits(classes=5), void_label_ids=void_ids)
+        if function is panoptic_segmentation:
+            with pytest.raises(ValueError, match=f"`label_ids_to_fuse` {message}"):
+                function(*random_logits(classes=5), label_ids_to_fuse=void_ids)
+
+    @pytest.mark.parametrize("void_id", [1.5, "7", True, float("nan"), torch.tensor([255, 255])])
+    def test_void_is_a_whole_number(self, function, void_id):
+        with pytest.raises(ValueError, match="`void_id` must be a whole number, got"):
+            function(*random_logits(classes=5), void_id=void_id)
 
     def test_ids_may_come_in_any_collection(self, function):
         logits, masks = random_logits(classes=5)
