@@ -23,7 +23,9 @@ transformers' own `pipeline("image-segmentation", model="folder")` works too, on
 only. `modeling_gkc.remote_code` says how a checkpoint is published so that it brings this pipeline along.
 """
 
+import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -53,6 +55,14 @@ class _Words(NamedTuple):
     embeddings: GKCClassEmbeddings
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """An image of a list, and what to call it in errors."""
+
+    image: Any
+    name: str
+
+
 class GKCSegmentationPipeline(ImageSegmentationPipeline):
     """
     Segments images into any words, with the results of transformers' image-segmentation pipeline.
@@ -64,11 +74,12 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         processor: Its `GKCProcessor`. An `image_processor` is enough for the words stored in the checkpoint, and with
             a `tokenizer` beside it for all others.
         device: Where to compute; the model is moved there. By default the first accelerator, else the CPU.
-        dtype: Precision such as `torch.bfloat16`, to which the model is converted; by default its own.
+        dtype: Precision such as `torch.bfloat16` or "bfloat16", to which the model is converted; by default its own.
+            `torch_dtype`, its old name, is understood too.
         kwargs: As for every pipeline of transformers: `batch_size`, `num_workers`, ...
 
     Raises:
-        ValueError: the model is of another kind, or there is no processor.
+        ValueError: the model is of another kind, there is no processor, or `dtype` is none of floating point.
         TypeError: an unknown parameter.
     """
 
@@ -77,7 +88,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
     _load_tokenizer = False
 
     def __init__(self, *args, **kwargs):
-        dtype = kwargs.get("dtype")
+        dtype = _dtype(kwargs)
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "get_class_embeddings"):
             raise ValueError(f"a GKCForOpenVocabSegmentation is needed, got a {type(self.model).__name__}.")
@@ -88,16 +99,17 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         if self.image_processor is None:
             raise ValueError("give the `processor` of the checkpoint: GKCProcessor.from_pretrained(...).")
         self.model.eval()
-        if dtype not in (None, "auto", self.model.dtype):
-            self.model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if dtype not in (None, self.model.dtype):
+            self.model.to(dtype)
 
-    def __call__(self, inputs: Any, **kwargs) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator:
+    def __call__(self, inputs: Any = None, **kwargs) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator:
         """
         Segment images.
 
         Args:
-            inputs: One image of any kind that `GKCImageProcessor` reads, or several: a list, an array with a batch
-                axis, an iterator, or a torch dataset of images (of `datasets`: `KeyDataset(dataset, "image")`).
+            inputs: One image of any kind that `GKCImageProcessor` reads, or a binary file object, or several: a list,
+                an array with a batch axis, an iterator, or a torch dataset of images (of `datasets`:
+                `KeyDataset(dataset, "image")`). May also be given as `images`, as to transformers' own pipeline.
             labels: The K classes, in any form that `Vocabulary.parse` takes: "dog; sofa, couch; lamp", a list, a
                 `Vocabulary`, a packaged name, a file. They are encoded once per call, and only where the model has not
                 seen them before. Default: the words stored in the checkpoint.
@@ -124,11 +136,16 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
 
         Raises:
             ValueError: there are no words; labels that `Vocabulary` refuses; an unknown subtask; an unreadable image.
-            TypeError: an unknown parameter.
+            TypeError: an unknown parameter, no image, or `inputs` beside `images`.
         """
-        images = _as_list_or_generator(inputs)
-        if isinstance(images, list) and not images:
-            return []
+        images = kwargs.pop("images", None)
+        if (inputs is None) == (images is None):
+            raise TypeError("give one image or several, as `inputs` or as `images`.")
+        images = _as_list_or_generator(images if inputs is None else inputs)
+        if isinstance(images, list):
+            if not images:
+                return []
+            images = [_Listed(image, f"image {index + 1} (index {index})") for index, image in enumerate(images)]
         return super().__call__(images, **kwargs)
 
     def _sanitize_parameters(
@@ -178,7 +195,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         return params | {"words": words}
 
     def _given_words(self, labels: VocabularyLike, void_labels: VocabularyLike | None) -> _Words:
-        vocabulary = Vocabulary.parse(labels)
+        vocabulary = Vocabulary.parse(labels).with_kinds_of(self.model.vocabulary)
         joined, void_ids = vocabulary.with_void(void_labels)
         embeddings = encode_vocabulary(joined, self.model, self.processor)
         return _Words(vocabulary.labels, vocabulary.stuff_ids, void_ids, embeddings)
@@ -199,7 +216,11 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
 
     def preprocess(self, image: Any, timeout: float = URL_TIMEOUT_S) -> dict[str, Any]:
         """One image to the model's input and the size (height, width) of its masks."""
-        picture = read_image(image, timeout=timeout)
+        image, name = (image.image, image.name) if isinstance(image, _Listed) else (image, "image")
+        if _is_file(image):
+            name = str(getattr(image, "name", name))
+            image = _content(image, name)
+        picture = read_image(image, name=name, timeout=timeout)
         # Arrays go in as they are: the image processor rescales them by their own range.
         source = image if isinstance(image, np.ndarray | Tensor) else picture
         inputs = self.image_processor(source, return_tensors="pt")
@@ -256,7 +277,32 @@ def _as_list_or_generator(inputs: Any) -> Any:
     """Several images in the forms that transformers' pipelines take for several; all else as it is."""
     if isinstance(inputs, tuple) or (isinstance(inputs, np.ndarray | Tensor) and inputs.ndim == 4):
         return list(inputs)
-    return (image for image in inputs) if isinstance(inputs, Iterator) else inputs
+    return (image for image in inputs) if isinstance(inputs, Iterator) and not _is_file(inputs) else inputs
+
+
+def _dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The precision that a constructor is given; None for the model's own."""
+    given = kwargs.get("dtype", "auto")
+    given = kwargs.get("torch_dtype") if given in (None, "auto") else given
+    if given in (None, "auto"):
+        return None
+    dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a precision such as torch.bfloat16, got {given!r}.")
+    return dtype
+
+
+def _is_file(image: Any) -> bool:
+    return callable(getattr(image, "read", None))
+
+
+def _content(file: Any, name: str) -> bytes:
+    """All of a file object, from its start where it can go there, as Pillow reads it."""
+    if isinstance(file, io.TextIOBase):
+        raise ValueError(f"{name}: open the file in binary mode, as by open(path, 'rb').")
+    if getattr(file, "seekable", bool)():
+        file.seek(0)
+    return file.read()
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 ENTRY_MODULE = "hub_entry"
 AUTO_CLASSES = {
@@ -67,6 +68,8 @@ PIPELINES = {
         "pt": ["AutoModelForUniversalSegmentation"],
     }
 }
+# Only these, and no class derived from them, are what a folder's code consists of.
+_PUBLISHED = {name for names in AUTO_CLASSES.values() for name in names.values()}
 _KEYS_OF_CODE = ("auto_map", "custom_pipelines")
 
 
@@ -81,10 +84,16 @@ def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> 
         kwargs: For the model's `save_pretrained`.
 
     Raises:
-        ValueError: no Auto class of transformers loads a model of this kind.
+        ValueError: no Auto class of transformers loads a model of this kind, or it is of a class that is not this
+            library's own; or `push_to_hub` is asked for, which would upload the model without what is added here.
     """
+    if kwargs.get("push_to_hub"):
+        raise ValueError(
+            "`push_to_hub=True` would upload the model only, without code and processor: use "
+            "`GKCSegmentationPipeline(model=model, processor=processor).push_to_hub(repo_id)`."
+        )
     published = AUTO_CLASSES.get(model.config.model_type, {})
-    if type(model).__name__ not in published.values():
+    if type(model).__name__ not in published.values() or not model.has_code():
         raise ValueError(
             f"no Auto class loads a {type(model).__name__}: publish the GKCForOpenVocabSegmentation, or a "
             "CLIPResNetVisionModel or CLIPResNetBackbone."
@@ -103,27 +112,42 @@ def add_code(folder: str | Path) -> None:
         folder: Holds `config.json`, `processor_config.json` or `preprocessor_config.json` of this library's objects.
 
     Raises:
-        ValueError: it holds none of them, or one of another library.
+        ValueError: it holds none of them, or one of another library, or the model is none that an Auto class loads.
     """
     folder = Path(folder)
-    marks = {folder / name: mark for name, mark in _MARKS.items() if (folder / name).is_file()}
-    if not marks:
+    paths = [folder / name for name in _MARKS if (folder / name).is_file()]
+    if not paths:
         raise ValueError(f"{folder} holds no saved checkpoint: it has none of {', '.join(_MARKS)}.")
-    for path, mark in marks.items():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            mark(values)
-        except KeyError as error:
-            raise ValueError(f"{path} was not saved by an object of this library: it lacks {error}.") from error
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in code_files():
-        shutil.copyfile(path, folder / path.name)
+    for path in paths:
+        _mark(path)
+    _copy_code(folder)
 
 
 def code_files() -> list[Path]:
     """The modules that a published folder needs: the one that its JSON files name, and all that this one imports."""
     entry = Path(__file__).with_name(f"{ENTRY_MODULE}.py")
     return sorted({entry, *map(Path, get_relative_import_files(entry))})
+
+
+def _copy_code(folder: Path) -> None:
+    for path in code_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def _mark(path: Path) -> None:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    unpublished = _unpublished(values.get("architectures"))
+    try:
+        _MARKS[path.name](values)
+    except KeyError as error:
+        raise ValueError(f"{path} was not saved by an object of this library: it lacks {error}.") from error
+    if unpublished:
+        raise ValueError(f"{path} is that of a {unpublished[0]}, which this library's code loads by no Auto class.")
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _unpublished(architectures: list[str] | None) -> list[str]:
+    return [name for name in architectures or () if name not in _PUBLISHED]
 
 
 def _auto_map(model_type: str, *auto_classes: str) -> dict[str, str]:
@@ -168,10 +192,29 @@ class CodeRegistrationMixin:
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
         """From now on, in this process, `save_pretrained` of every object of this library writes the code too.
 
+        Objects of classes derived from this library's are saved plainly, as before: their code is not in it.
+
         Args:
             auto_class: Makes no difference: a folder with code always serves all Auto classes that know the model.
+
+        Raises:
+            ValueError: the class is not this library's own, or no Auto class loads it.
         """
-        CodeRegistrationMixin._saves_code = True
+        if cls.has_code():
+            CodeRegistrationMixin._saves_code = True
+        # transformers calls this on what it has loaded from a folder; such a class must load, whoever wrote it.
+        elif not cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            raise ValueError(
+                f"{cls.__module__}.{cls.__name__} is not among the classes whose code can be saved: "
+                f"{', '.join(sorted(_PUBLISHED))}. Save it plainly, and publish it as transformers documents for "
+                "custom code: with a `model_type` of its own, and your module beside config.json, where `auto_map` "
+                "names it."
+            )
+
+    @classmethod
+    def has_code(cls) -> bool:
+        """Whether a folder with this library's code can hold objects of this very class."""
+        return cls.__name__ in _PUBLISHED and cls.__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
 
 
 class CodeSavingMixin(CodeRegistrationMixin):
@@ -182,10 +225,18 @@ class CodeSavingMixin(CodeRegistrationMixin):
         return {name: value for name, value in super().to_dict().items() if name not in _KEYS_OF_CODE}
 
     def to_json_file(self, json_file_path: str | Path, *args, **kwargs) -> None:
-        """Writes the settings to a file, and the code beside it where `register_for_auto_class` asks for it."""
+        """
+        Write the settings to a file, and the code beside it where `register_for_auto_class` asks for it.
+
+        The code goes only where transformers would look for it: to files of the names that `save_pretrained` gives,
+        and not to the configuration of a model that no Auto class loads.
+        """
         super().to_json_file(json_file_path, *args, **kwargs)
-        if self._saves_code:
-            add_code(Path(json_file_path).parent)
+        path = Path(json_file_path)
+        published = self.has_code() and not _unpublished(getattr(self, "architectures", None))
+        if self._saves_code and published and path.name in _MARKS:
+            _mark(path)
+            _copy_code(path.parent)
 
 
 __all__ = ["AUTO_CLASSES", "CodeRegistrationMixin", "CodeSavingMixin", "add_code", "code_files", "save_with_code"]

@@ -6,17 +6,45 @@ this library's code that Python sees; starting as many interpreters would take a
 python remote_code_reader.py WORK, with `WORK/folder`, `WORK/tower` and, in the Hub's cache, `someone/gkc`
 """
 
+import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors.torch import save_file
-from transformers import (
+# This library, what only its training needs, and what cannot be without that.
+ABSENT = ("modeling_gkc", "train", "tests", "scipy", "sklearn", "accelerate", "datasets", "torchvision")
+ABSENT_DISTRIBUTIONS = ("gkc", "scipy", "scikit-learn", "accelerate", "datasets", "torchvision")
+
+
+class FinderWithoutAbsent:
+    """A finder that knows neither the modules nor, to `importlib.metadata`, the distributions of what is absent."""
+
+    def __init__(self, finder: Any):
+        self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.finder, name)
+
+    def find_spec(self, fullname: str, *args):
+        return None if fullname.partition(".")[0] in ABSENT else self.finder.find_spec(fullname, *args)
+
+    def find_distributions(self, *args):
+        found = getattr(self.finder, "find_distributions", lambda *args: ())(*args)
+        return (distribution for distribution in found if distribution.name not in ABSENT_DISTRIBUTIONS)
+
+
+# Before the first import of transformers, which remembers what it has found.
+sys.meta_path[:] = map(FinderWithoutAbsent, sys.meta_path)
+assert not any(importlib.util.find_spec(name) for name in ABSENT)
+
+import numpy as np  # noqa: E402 -- all imports below are to come after the above
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import (  # noqa: E402
     AutoBackbone,
     AutoConfig,
     AutoModel,
@@ -25,15 +53,13 @@ from transformers import (
     AutoProcessor,
     pipeline,
 )
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 WORK = Path(sys.argv[1])
 FOLDER = WORK / "folder"
 HUB = "someone/gkc"
 TRUST = {"trust_remote_code": True}
 SETTINGS = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
-# This library, and what only its training needs.
-ABSENT = ("modeling_gkc", "train", "tests", "scipy", "accelerate", "datasets", "torchvision")
 
 
 def image() -> Image.Image:
@@ -137,6 +163,12 @@ def run(scenario: Callable[[], None]) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    for name in ABSENT:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        sys.exit(f"{name} is there: what follows would not show what someone without it sees")
     scenarios = (
         model_first,
         processor_first,

@@ -201,12 +201,20 @@ def encoded(image: Image.Image, file_format: str = "PNG", **settings) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["path", "name", "bytes", "url", "array", "float array", "tensor", "rotated", "tuple"]
+    "kind",
+    ["path", "name", "bytes", "url", "array", "float array", "tensor", "rotated", "tuple", "file", "memory", "files"],
 )
 def test_every_kind_of_image(segmenter, image, tmp_path, kind, within):
     image.save(tmp_path / "image.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+
+    def written() -> io.BytesIO:
+        """As `save` leaves it: at its end."""
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return file
+
     given = {
         "path": lambda: tmp_path / "image.png",
         "name": lambda: str(tmp_path / "image.png"),
@@ -217,10 +225,26 @@ def test_every_kind_of_image(segmenter, image, tmp_path, kind, within):
         "tensor": lambda: torch.from_numpy(np.array(image)).permute(2, 0, 1),
         "rotated": lambda: encoded(image.transpose(Image.Transpose.ROTATE_90), exif=exif),
         "tuple": lambda: (image,),
+        "file": lambda: (tmp_path / "image.png").open("rb"),
+        "memory": written,
+        "files": lambda: [io.BytesIO(encoded(image))],
     }[kind]()
     results = segmenter(given, **ALL_SEGMENTS)
     expected = segmenter(image, **ALL_SEGMENTS)
-    assert_same(results[0] if kind == "tuple" else results, expected, within)
+    assert_same(results[0] if kind in ("tuple", "files") else results, expected, within)
+
+
+def test_file_opened_as_text_is_refused(segmenter, tmp_path):
+    (tmp_path / "image.txt").write_text("x")
+    with (tmp_path / "image.txt").open() as file, pytest.raises(ValueError, match=r"image\.txt: open .* binary mode"):
+        segmenter(file)
+
+
+def test_images_by_the_name_of_the_stock_pipeline(segmenter, image, within):
+    assert_same(segmenter(images=image, **ALL_SEGMENTS), segmenter(image, **ALL_SEGMENTS), within)
+    for arguments, settings in (((), {}), ((image,), {"images": image})):
+        with pytest.raises(TypeError, match="as `inputs` or as `images`"):
+            segmenter(*arguments, **settings)
 
 
 def test_timeout_of_a_url(segmenter, image, monkeypatch, within):
@@ -379,6 +403,26 @@ def test_half_precision(folder, processor, image, dtype):
             np.testing.assert_array_equal(pixels(result["mask"]) == 255, expected.numpy() == index)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "torch.bfloat16"},
+        {"torch_dtype": torch.bfloat16},
+        {"dtype": "auto", "torch_dtype": "bfloat16"},
+    ],
+)
+def test_names_of_a_precision(folder, processor, given):
+    model = GKCForOpenVocabSegmentation.from_pretrained(folder)
+    assert GKCSegmentationPipeline(model=model, processor=processor, **given).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["half precision", "int8", torch.int64, 16])
+def test_no_precision(processor, dtype):
+    with pytest.raises(ValueError, match=r"`dtype` must be a precision such as torch\.bfloat16, got"):
+        GKCSegmentationPipeline(model=GKCForOpenVocabSegmentation(small_config()), processor=processor, dtype=dtype)
+
+
 def test_settings_of_the_constructor_are_defaults(folder, segmenter, processor, image, within):
     model = GKCForOpenVocabSegmentation.from_pretrained(folder).train()
     own = GKCSegmentationPipeline(model=model, processor=processor, labels=OTHER_WORDS, subtask="semantic")
@@ -427,6 +471,14 @@ def test_unreadable_image_is_named(segmenter, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png"):
         segmenter([str(tmp_path / "broken.png")])
+    with (tmp_path / "broken.png").open("rb") as file, pytest.raises(ValueError, match=r"broken\.png"):
+        segmenter(file)
+
+
+@pytest.mark.parametrize("broken", [b"no image", io.BytesIO(b"no image"), None])
+def test_unreadable_image_of_a_list_is_named_by_its_place(segmenter, image, broken):
+    with pytest.raises((ValueError, TypeError), match=r"^image 2 \(index 1\): "):
+        segmenter([image, broken], batch_size=2)
 
 
 def test_no_words_at_all(processor, image):

@@ -20,6 +20,7 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from modeling_gkc import (
     CLIPResNetVisionModel,
+    GKCConfig,
     GKCForOpenVocabSegmentation,
     GKCImageProcessor,
     GKCModel,
@@ -271,3 +272,71 @@ def test_what_cannot_be_published(tmp_path, processor):
     with pytest.raises(ValueError, match="was not saved by an object of this library"):
         add_code(tmp_path)
     assert not code(tmp_path)
+
+
+class Derived(GKCForOpenVocabSegmentation):
+    """What a user makes of the model."""
+
+
+SameName = type("GKCForOpenVocabSegmentation", (GKCForOpenVocabSegmentation,), {"__module__": __name__})
+
+
+@pytest.mark.parametrize("model_class", [Derived, SameName, GKCModel])
+def test_code_that_is_not_in_the_library_is_not_promised(tmp_path, processor, model_class, monkeypatch):
+    monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", False)
+    with pytest.raises(ValueError, match="is not among the classes whose code can be saved"):
+        model_class.register_for_auto_class("AutoModel")
+    assert not CodeRegistrationMixin._saves_code
+    with pytest.raises(ValueError, match="no Auto class loads a"):
+        save_with_code(model_class(small_config()), processor, tmp_path)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", [Derived, GKCModel])
+def test_it_is_saved_plainly_where_the_library_saves_code(tmp_path, processor, model_class, monkeypatch):
+    monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", True)
+    model_class(small_config()).save_pretrained(tmp_path)
+    assert files(tmp_path) == {"config.json", "model.safetensors"}
+    assert marks(tmp_path / "config.json") == {"image_processor": None}
+    with pytest.raises(ValueError, match=rf"config\.json is that of a {model_class.__name__}"):
+        add_code(tmp_path)
+
+
+def test_own_model_type_is_saved_plainly_where_the_library_saves_code(tmp_path, monkeypatch):
+    own = type("OwnConfig", (GKCConfig,), {"model_type": "own", "__module__": __name__})
+    monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", True)
+    own(**small_config().to_dict() | {"model_type": "own"}).save_pretrained(tmp_path)
+    assert files(tmp_path) == {"config.json"} and marks(tmp_path / "config.json") == {"image_processor": None}
+
+
+def test_a_derived_class_that_came_with_its_own_code_can_be_loaded(monkeypatch):
+    """transformers registers it, and that must not fail."""
+    monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", False)
+    loaded = type("Derived", (GKCForOpenVocabSegmentation,), {"__module__": "transformers_modules.other.modeling"})
+    loaded.register_for_auto_class("AutoModel")
+    assert not CodeRegistrationMixin._saves_code
+
+
+def test_settings_in_other_files_are_written_without_code(tmp_path, model, processor, monkeypatch):
+    monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", True)
+    for part in (model.config, processor, processor.image_processor):
+        part.to_json_file(tmp_path / "my.json")
+        assert files(tmp_path) == {"my.json"} and marks(tmp_path / "my.json") == {"image_processor": None}
+
+
+def test_only_the_file_that_is_written_is_marked(tmp_path, processor, monkeypatch):
+    """A folder may hold other libraries' files too."""
+    foreign = json.dumps({"model_type": "mask2former"})
+    (tmp_path / "config.json").write_text(foreign)
+    monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", True)
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == foreign
+    assert "auto_map" in marks(tmp_path / "processor_config.json")
+
+
+def test_an_upload_without_code_is_refused(tmp_path, model, processor):
+    segmenter = GKCSegmentationPipeline(model=model, processor=processor)
+    for save in (segmenter.save_pretrained, lambda folder, **kw: save_with_code(model, processor, folder, **kw)):
+        with pytest.raises(ValueError, match=r"\.push_to_hub\(repo_id\)"):
+            save(tmp_path, push_to_hub=True, repo_id="someone/gkc")
+    assert not files(tmp_path)
