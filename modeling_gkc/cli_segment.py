@@ -346,14 +346,14 @@ def _segment_file(segmenter: Segmenter, path: Path, target: Path, model_name: st
 def _drawn_segments(segments: list[dict[str, Any]], vocabulary: Vocabulary, semantic: bool) -> list[DrawnSegment]:
     """Segments in the colours of their classes, or of their own where the classes have none."""
     spread = None if semantic or vocabulary.colors else color_palette(len(segments))
-    label_ids = [segment["label_id"] for segment in segments]
+    palette, label_ids = vocabulary.palette, [segment["label_id"] for segment in segments]
     drawn = []
     for index, segment in enumerate(segments):
         label_id = label_ids[index]
         label, earlier = vocabulary.labels[label_id], label_ids[:index].count(label_id)
         if label_ids.count(label_id) > 1:
             label += f" {earlier + 1}"
-        color = spread[index] if spread else shade(vocabulary.palette[label_id], earlier)
+        color = spread[index] if spread else shade(palette[label_id], earlier)
         drawn.append(DrawnSegment(segment["id"], label, color, None if semantic else segment["score"]))
     return drawn
 
