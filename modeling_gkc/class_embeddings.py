@@ -244,13 +244,35 @@ def encode_vocabulary(vocabulary: VocabularyLike, model: Any, processor: Any) ->
     return model.get_class_embeddings(**processor(text=vocabulary, return_tensors="pt").to(_input_device(model)))
 
 
-def join_class_embeddings(first: GKCClassEmbeddings, second: GKCClassEmbeddings) -> GKCClassEmbeddings:
-    """The classes of the first vocabulary, then those of the second."""
-    offset = first.class_ids.max() + 1
-    return GKCClassEmbeddings(
-        class_embeds=torch.cat([first.class_embeds, second.class_embeds]),
-        class_ids=torch.cat([first.class_ids, second.class_ids + offset]),
+def add_void_words(
+    vocabulary: Vocabulary,
+    embeddings: GKCClassEmbeddings,
+    void_labels: VocabularyLike | None,
+    model: Any,
+    processor: Any,
+) -> tuple[Vocabulary, GKCClassEmbeddings, list[int]]:
+    """Adds words for "none of these" to K encoded classes, encoding only them.
+
+    Args:
+        vocabulary, embeddings: The K classes.
+        void_labels: V classes in any form that `Vocabulary.parse` takes; None adds none.
+        model, processor: As for `encode_vocabulary`.
+
+    Returns:
+        The K + V classes, their embeddings, and the ids K..K+V-1 of the added ones, as `Vocabulary.with_void` gives.
+
+    Raises:
+        ValueError: as `Vocabulary.with_void`.
+    """
+    if void_labels is None:
+        return vocabulary, embeddings, []
+    joined, void_ids = vocabulary.with_void(void_labels)
+    void = encode_vocabulary(void_labels, model, processor)
+    embeddings = GKCClassEmbeddings(
+        class_embeds=torch.cat([embeddings.class_embeds, void.class_embeds]),
+        class_ids=torch.cat([embeddings.class_ids, void.class_ids + len(vocabulary)]),
     )
+    return joined, embeddings, void_ids
 
 
 def save_class_embeddings(
@@ -325,12 +347,12 @@ def _input_device(model: Any) -> torch.device:
 __all__ = [
     "GKCClassEmbeddings",
     "TextEmbeddingCache",
+    "add_void_words",
     "average_class_embeds",
     "average_templates",
     "count_classes",
     "encode_vocabulary",
     "has_adapters",
-    "join_class_embeddings",
     "load_class_embeddings",
     "reduce_prompt_logits",
     "save_class_embeddings",

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from .configuration_gkc import GKCConfig
 from .processing_gkc import GKCProcessor
+from .prompt_templates import PROMPT_TEMPLATES
 
 MODEL_VARIABLE = "GKC_MODEL"
 SHIPPED_MODEL = "gkc-mini"
@@ -65,6 +66,26 @@ def default_model_path() -> Path:
     raise UserError(f"no model was found beside this package: name one with --model or {MODEL_VARIABLE}")
 
 
+def add_parser(
+    commands: argparse._SubParsersAction, name: str, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """A command whose `--help` ends with examples, laid out as they are written."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_templates_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --templates, for `resolve_templates`."""
+    sets = ", ".join(PROMPT_TEMPLATES)
+    templates_help = f"sentences the words are put into: {sets} (default: the checkpoint's)"
+    parser.add_argument("--templates", metavar="SET", help=templates_help)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds --model and --device, for `default_model_path` and `pick_device`."""
     model_help = f"checkpoint; without it, {MODEL_VARIABLE} or the one shipped with gkc"
@@ -84,19 +105,15 @@ def load_checkpoint(path: str | Path) -> tuple[Any, GKCProcessor]:
     is_folder = Path(path).is_dir()
     if not is_folder and (Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
         raise UserError(f"--model: there is no folder {path}")
-    shows_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model_type = GKCConfig.get_config_dict(path)[0].get("model_type")
-        if model_type != GKCConfig.model_type:
-            raise ValueError(f"its model_type is {model_type!r}.")
-        model, info = GKCForOpenVocabSegmentation.from_pretrained(path, output_loading_info=True)
-        processor = GKCProcessor.from_pretrained(path)
+        with without_progress_bars():
+            model_type = GKCConfig.get_config_dict(path)[0].get("model_type")
+            if model_type != GKCConfig.model_type:
+                raise ValueError(f"its model_type is {model_type!r}.")
+            model, info = GKCForOpenVocabSegmentation.from_pretrained(path, output_loading_info=True)
+            processor = GKCProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model: {path} is no checkpoint of gkc: {_first_line(error)}") from error
-    finally:
-        if shows_bars:
-            transformers_logging.enable_progress_bar()
     if info["missing_keys"]:
         raise UserError(f"--model: {path} lacks weights: {', '.join(sorted(info['missing_keys']))}")
     return model.eval(), processor
@@ -123,6 +140,18 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Loads checkpoints without transformers' bars."""
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
 def user_errors(option: str) -> Iterator[None]:
     """Errors in what the user gave for an option become one line that names it."""
     try:
@@ -146,9 +175,12 @@ __all__ = [
     "WORDS_HELP",
     "UserError",
     "add_model_options",
+    "add_parser",
+    "add_templates_option",
     "default_model_path",
     "load_checkpoint",
     "pick_device",
     "user_errors",
     "warnings_as_lines",
+    "without_progress_bars",
 ]

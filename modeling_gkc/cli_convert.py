@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .cli_common import UserError, user_errors, warnings_as_lines
+from .cli_common import UserError, add_parser, user_errors, warnings_as_lines, without_progress_bars
 from .conversion_clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
 from .conversion_mask2former import (
     CONVERSION_TEMPLATES,
@@ -94,12 +94,12 @@ MAX_LISTED_NAMES = 6
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Adds `convert` to the parser of `gkc`."""
-    convert = commands.add_parser(
+    convert = add_parser(
+        commands,
         "convert",
-        help="make a checkpoint of published weights",
-        description="Make a checkpoint of weights that others have published.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "make a checkpoint of published weights",
+        "Make a checkpoint of weights that others have published.",
+        EXAMPLES,
     )
     sources = convert.add_subparsers(title="sources", metavar="SOURCE", required=True)
     _add_mask2former(sources)
@@ -107,12 +107,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_mask2former(sources: argparse._SubParsersAction) -> None:
-    mask2former = sources.add_parser(
+    mask2former = add_parser(
+        sources,
         "mask2former",
-        help="a Mask2Former of transformers, for any words",
-        description="Make a segmenter of any words out of a Mask2Former, without training.",
-        epilog=MASK2FORMER_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "a Mask2Former of transformers, for any words",
+        "Make a segmenter of any words out of a Mask2Former, without training.",
+        MASK2FORMER_EXAMPLES,
     )
     mask2former.set_defaults(run=_convert_mask2former)
     add = mask2former.add_argument
@@ -125,12 +125,12 @@ def _add_mask2former(sources: argparse._SubParsersAction) -> None:
 
 
 def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
-    clip_resnet = sources.add_parser(
+    clip_resnet = add_parser(
+        sources,
         "clip-resnet",
-        help="a CLIP ResNet of OpenAI, as backbone, teacher and text tower",
-        description="Make checkpoints out of OpenAI's weights of a CLIP ResNet.",
-        epilog=CLIP_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "a CLIP ResNet of OpenAI, as backbone, teacher and text tower",
+        "Make checkpoints out of OpenAI's weights of a CLIP ResNet.",
+        CLIP_EXAMPLES,
     )
     clip_resnet.set_defaults(run=_convert_clip_resnet)
     add = clip_resnet.add_argument
@@ -272,15 +272,13 @@ def _new_folder(text: str) -> Path:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without progress bars and reports of loading: towers are left out on purpose."""
-    shows_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with without_progress_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if shows_bars:
-            transformers_logging.enable_progress_bar()
 
 
 __all__ = ["add_command"]

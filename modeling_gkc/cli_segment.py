@@ -27,11 +27,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .class_embeddings import GKCClassEmbeddings, encode_vocabulary, join_class_embeddings, load_class_embeddings
+from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabulary, load_class_embeddings
 from .cli_common import (
     WORDS_HELP,
     UserError,
     add_model_options,
+    add_parser,
+    add_templates_option,
     default_model_path,
     load_checkpoint,
     pick_device,
@@ -41,7 +43,7 @@ from .cli_common import (
 from .image_processing_gkc import read_image
 from .post_processing import encode_rle, semantic_segmentation, semantic_segments, void_label
 from .processing_gkc import GKCProcessor
-from .prompt_templates import PROMPT_TEMPLATES, resolve_templates
+from .prompt_templates import resolve_templates
 from .visualization import DrawnSegment, draw_overlay, label_map, shade
 from .vocabulary import Vocabulary, color_palette
 
@@ -191,12 +193,8 @@ def output_names(images: Sequence[Path]) -> list[str]:
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Adds `segment` to the parser of `gkc`."""
-    segment = commands.add_parser(
-        "segment",
-        help="cut pictures into words",
-        description="Cut pictures into the words that you type.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    segment = add_parser(
+        commands, "segment", "cut pictures into words", "Cut pictures into the words that you type.", EXAMPLES
     )
     segment.set_defaults(run=_segment)
     add = segment.add_argument
@@ -206,8 +204,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     words("--vocab", metavar="FILE", help="words encoded by `gkc embed`, instead of --labels")
     add("--void-labels", metavar="WORDS", help='words for "none of these": what they win becomes void')
     add("--void-threshold", type=_score, metavar="SCORE", help="pixels whose best score is below become void")
-    sets = ", ".join(PROMPT_TEMPLATES)
-    add("--templates", metavar="SET", help=f"sentences the words are put into: {sets} (default: the checkpoint's)")
+    add_templates_option(segment)
     add("--task", choices=TASKS, default="semantic", help="what to find (default: %(default)s)")
     add("--out", metavar="DIR", default="gkc-out", help="folder of the results (default: %(default)s)")
     add("--threshold", type=_share, help="lowest score of an instance or panoptic segment, 0 to 1 (default: 0.5)")
@@ -284,8 +281,8 @@ def _load(arguments: argparse.Namespace) -> Segmenter:
     if templates:
         processor.prompt_templates = templates
     words = _words(arguments.vocab, labels, model, processor)
-    if void_labels is not None:
-        words = _with_void(words, void_labels, model, processor)
+    with user_errors("--void-labels"), warnings_as_lines():
+        words = Words(*add_void_words(words.vocabulary, words.embeddings, void_labels, model, processor))
     threshold = 0.5 if arguments.threshold is None else arguments.threshold
     return Segmenter(model, processor, words, arguments.task, threshold, arguments.void_threshold)
 
@@ -310,13 +307,6 @@ def _words(file: str | None, labels: Vocabulary | None, model: Any, processor: G
         raise UserError("the checkpoint stores no words: name them with --labels")
     stored = GKCClassEmbeddings(class_embeds=model.vocabulary_embeds, class_ids=model.vocabulary_class_ids)
     return Words(model.vocabulary, stored, [])
-
-
-def _with_void(words: Words, void_labels: Vocabulary, model: Any, processor: GKCProcessor) -> Words:
-    with user_errors("--void-labels"), warnings_as_lines():
-        vocabulary, void_ids = words.vocabulary.with_void(void_labels)
-        embeddings = join_class_embeddings(words.embeddings, encode_vocabulary(void_labels, model, processor))
-    return Words(vocabulary, embeddings, void_ids)
 
 
 def _segment_file(segmenter: Segmenter, path: Path, target: Path, model_name: str) -> Path:

@@ -29,13 +29,15 @@ from .cli_common import (
     WORDS_HELP,
     UserError,
     add_model_options,
+    add_parser,
+    add_templates_option,
     default_model_path,
     load_checkpoint,
     pick_device,
     user_errors,
     warnings_as_lines,
 )
-from .prompt_templates import PROMPT_TEMPLATES, resolve_templates
+from .prompt_templates import resolve_templates
 from .vocabulary import Vocabulary
 from .vocabulary_files import PACKAGED_NAMES, is_file_name, packaged_facts
 
@@ -70,12 +72,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_vocab(commands: argparse._SubParsersAction) -> None:
-    vocab = commands.add_parser(
+    vocab = add_parser(
+        commands,
         "vocab",
-        help="list and show vocabularies",
-        description="List the packaged vocabularies, and show what one, or a file of your own, says.",
-        epilog=VOCAB_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list and show vocabularies",
+        "List the packaged vocabularies, and show what one, or a file of your own, says.",
+        VOCAB_EXAMPLES,
     )
     actions = vocab.add_subparsers(title="actions", metavar="ACTION", required=True)
     actions.add_parser("list", help="the packaged vocabularies").set_defaults(run=_list)
@@ -86,19 +88,18 @@ def _add_vocab(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_embed(commands: argparse._SubParsersAction) -> None:
-    embed = commands.add_parser(
+    embed = add_parser(
+        commands,
         "embed",
-        help="encode words into a file",
-        description="Encode words once, for many runs of `gkc segment --vocab`.",
-        epilog=EMBED_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "encode words into a file",
+        "Encode words once, for many runs of `gkc segment --vocab`.",
+        EMBED_EXAMPLES,
     )
     embed.set_defaults(run=_embed)
     add = embed.add_argument
     add("--labels", metavar="WORDS", required=True, help="the words")
     add("--out", metavar="FILE", required=True, help="file to write, .safetensors")
-    sets = ", ".join(PROMPT_TEMPLATES)
-    add("--templates", metavar="SET", help=f"sentences the words are put into: {sets} (default: the checkpoint's)")
+    add_templates_option(embed)
     add_model_options(embed)
 
 

@@ -135,7 +135,7 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
         for index, image in enumerate(pixels):
             pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
             pixel_mask[index, : image.shape[1], : image.shape[2]] = 1
-        return _batch({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, kwargs["return_tensors"])
+        return as_batch({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, kwargs["return_tensors"])
 
     def _pixels(self, image: ImageLike, index: int, **settings) -> torch.Tensor:
         """One image, resized and normalised, fp32 (3, H, W)."""
@@ -228,12 +228,23 @@ def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def _batch(data: dict[str, torch.Tensor], return_tensors: str | None) -> BatchFeature:
-    if return_tensors in (None, "pt"):
-        return BatchFeature(data)
+def check_return_tensors(return_tensors: str | None) -> None:
+    """
+    Refuse a form of tensors that the processors do not give.
+
+    Raises:
+        ValueError: it is neither "pt", also the default, nor "np".
+    """
+    if return_tensors not in (None, "pt", "np"):
+        raise ValueError(f"`return_tensors` must be 'pt' (also the default) or 'np', got {return_tensors!r}.")
+
+
+def as_batch(data: dict[str, torch.Tensor], return_tensors: str | None) -> BatchFeature:
+    """Tensors in the form that a processor's caller asks for; errors as of `check_return_tensors`."""
+    check_return_tensors(return_tensors)
     if return_tensors == "np":
-        return BatchFeature({key: value.numpy() for key, value in data.items()})
-    raise ValueError(f"`return_tensors` must be 'pt' (also the default) or 'np', got {return_tensors!r}.")
+        data = {key: value.numpy() for key, value in data.items()}
+    return BatchFeature(data)
 
 
 def _decode(image: ImageLike, input_data_format: str | ChannelDimension | None, timeout: float) -> Image.Image:
@@ -349,4 +360,4 @@ AutoImageProcessor.register(
     GKCConfig, image_processor_classes={"pil": GKCImageProcessor, "torchvision": GKCImageProcessor}, exist_ok=True
 )
 
-__all__ = ["GKCImageProcessor", "ImageLike", "read_image", "resized_size"]
+__all__ = ["GKCImageProcessor", "ImageLike", "as_batch", "check_return_tensors", "read_image", "resized_size"]

@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
-from .class_embeddings import GKCClassEmbeddings, encode_vocabulary, join_class_embeddings
+from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabulary
 from .image_processing_gkc import URL_TIMEOUT_S, read_image
 from .post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation, semantic_segments
 from .processing_gkc import GKCProcessor
@@ -191,28 +191,25 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
     ) -> dict[str, Any]:
         if self.processor is None and (labels is not None or void_labels is not None):
             raise ValueError("words need a tokenizer: construct the pipeline with the `processor` of the checkpoint.")
-        words = self._stored_words(void_labels) if labels is None else self._given_words(labels, void_labels)
-        return params | {"words": words}
+        shown, embeddings = self._stored_words() if labels is None else self._given_words(labels)
+        _, embeddings, void_ids = add_void_words(shown, embeddings, void_labels, self.model, self.processor)
+        # Stored classes may have been given other names to show since.
+        id2label = self.model.config.id2label
+        names = shown.labels if labels is not None else [id2label[index] for index in range(len(shown))]
+        return params | {"words": _Words(names, shown.stuff_ids, void_ids, embeddings)}
 
-    def _given_words(self, labels: VocabularyLike, void_labels: VocabularyLike | None) -> _Words:
+    def _given_words(self, labels: VocabularyLike) -> tuple[Vocabulary, GKCClassEmbeddings]:
         vocabulary = Vocabulary.parse(labels).with_kinds_of(self.model.vocabulary)
-        joined, void_ids = vocabulary.with_void(void_labels)
-        embeddings = encode_vocabulary(joined, self.model, self.processor)
-        return _Words(vocabulary.labels, vocabulary.stuff_ids, void_ids, embeddings)
+        return vocabulary, encode_vocabulary(vocabulary, self.model, self.processor)
 
-    def _stored_words(self, void_labels: VocabularyLike | None) -> _Words:
+    def _stored_words(self) -> tuple[Vocabulary, GKCClassEmbeddings]:
         vocabulary = self.model.vocabulary
         if vocabulary is None:
             raise ValueError(
                 'no words to segment into: give `labels`, for example "dog; sofa, couch; lamp", or store a vocabulary '
                 "in the checkpoint by `model.set_vocabulary(...)`."
             )
-        _, void_ids = vocabulary.with_void(void_labels)
-        embeddings = GKCClassEmbeddings(self.model.vocabulary_embeds, self.model.vocabulary_class_ids)
-        if void_ids:
-            embeddings = join_class_embeddings(embeddings, encode_vocabulary(void_labels, self.model, self.processor))
-        labels = [self.model.config.id2label[index] for index in range(len(vocabulary))]
-        return _Words(labels, vocabulary.stuff_ids, void_ids, embeddings)
+        return vocabulary, GKCClassEmbeddings(self.model.vocabulary_embeds, self.model.vocabulary_class_ids)
 
     def preprocess(self, image: Any, timeout: float = URL_TIMEOUT_S) -> dict[str, Any]:
         """One image to the model's input and the size (height, width) of its masks."""

@@ -22,7 +22,7 @@ from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_gkc import GKCConfig
-from .image_processing_gkc import ImageLike
+from .image_processing_gkc import ImageLike, as_batch, check_return_tensors
 from .post_processing import PostProcessingMixin
 from .prompt_templates import TemplatesLike, fill_template, resolve_templates
 from .remote_code import CodeSavingMixin
@@ -90,21 +90,19 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("give images, text, or both.")
-        if return_tensors not in (None, "pt", "np"):
-            raise ValueError(f"`return_tensors` must be 'pt' (also the default) or 'np', got {return_tensors!r}.")
+        check_return_tensors(return_tensors)
         if images is None and kwargs:
             raise TypeError(f"without images there is no use for {', '.join(kwargs)}.")
         if text is None and (void_labels is not None or prompt_templates is not None):
             raise ValueError("`void_labels` and `prompt_templates` go with `text`: give it too.")
         data = {}
         if images is not None:
-            data.update(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+            data.update(self.image_processor(images, return_tensors="pt", **kwargs))
         if text is not None:
             vocabulary, _ = Vocabulary.parse(text).with_void(void_labels)
             templates = self.prompt_templates if prompt_templates is None else prompt_templates
-            prompts = self._encode(vocabulary, resolve_templates(templates))
-            data.update({key: value.numpy() for key, value in prompts.items()} if return_tensors == "np" else prompts)
-        return BatchFeature(data)
+            data.update(self._encode(vocabulary, resolve_templates(templates)))
+        return as_batch(data, return_tensors)
 
     @property
     def model_input_names(self) -> list[str]:

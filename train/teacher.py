@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation, average_class_embeds
+from modeling_gkc.class_embeddings import average_class_embeds, encode_vocabulary
+from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -281,5 +282,5 @@ class TextBank:
 
 def _embed_words(words: list[str], model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> Tensor:
     """(len(words), D) embeddings on the CPU."""
-    encoded = model.get_class_embeddings(**processor(text=words, return_tensors="pt").to(model.device))
+    encoded = encode_vocabulary(words, model, processor)
     return average_class_embeds(encoded.class_embeds, encoded.class_ids).float().cpu()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from modeling_gkc.class_embeddings import encode_vocabulary
 from modeling_gkc.post_processing import resize_masks
 
 from ..data.schema import read_row
@@ -138,8 +139,7 @@ def _seen_and_novel(results: Mapping[str, Mapping[str, float | None]]) -> float 
 
 def _score(model, processor, protocol: Protocol) -> ProtocolScore:
     """Encode a vocabulary once."""
-    tokens = processor(text=[list(prompts) for prompts in protocol.prompts], return_tensors="pt").to(model.device)
-    encoded = model.get_class_embeddings(**tokens)
+    encoded = encode_vocabulary([list(prompts) for prompts in protocol.prompts], model, processor)
     return ProtocolScore(protocol, encoded.class_embeds, encoded.class_ids)
 
 
