@@ -11,9 +11,12 @@ import torch
 from transformers import TrainingArguments
 
 SYNONYM_MODES = ("none", "average", "max", "sample")
-SYNONYM_PROBABILITIES = ("uniform", "teacher")
+SYNONYM_PROBABILITIES = ("uniform", "teacher", "boxes")
+TEACHERS = ("cached", "online")
+CATEGORY_SPLITS = ("all", "ignore", "delete")
 DISTILLATION_EMBEDDINGS = ("shared", "query", "projected")
 DISTILLATION_TERMS = ("joint", "split", "feature", "relation")
+DISTILLATION_HEADS = ("common", "per_stage")
 RELATIONS = ("cosine", "euclidean")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -40,6 +43,19 @@ class Recipe:
         decay_factor: See `milestones`.
         warmup_share: Share of the steps over which the learning rate grows linearly from zero.
         precision: `fp32`, or mixed `bf16` or `fp16`.
+        accumulation: Micro-batches that a process accumulates before each optimiser step.
+        frozen_stages: Stages of the backbone, the stem counted with the first, that are not trained.
+        compile: Compile the student with `torch.compile`.
+        dataset: Folder of a dataset that `save_to_disk` or `train.data.from_folder` wrote, or its name on the Hub.
+        train_split, eval_split: Its splits; None evaluates nothing.
+        category_split: All classes (`all`); or only those that the vocabulary does not mark as novel, the regions of
+            the others void (`ignore`), or images with such regions left out (`delete`).
+        streaming: Read the dataset in its order, without random access.
+        max_broken_samples: Samples that cannot be read are logged and skipped up to this number; one more stops.
+        num_workers: Processes that read and augment, for each training process.
+        clip: Folder or Hub name of the CLIP that gives backbone, text tower and teacher, as `gkc convert` writes it.
+        init_from: Folder or Hub name of a GKC checkpoint to start from instead.
+        save_every, evaluate_every, log_every: Steps between checkpoints, evaluations and log lines.
         seed: Of weights, data order, augmentation and draws.
         class_weight, mask_weight, dice_weight: Weights of plain names and masks, in the loss and in the matching.
         no_object_weight: Weight of the no-object class in the cross-entropies.
@@ -47,7 +63,8 @@ class Recipe:
         synonym_mode: Text diversification: `none`, `average`, `max` or `sample`.
         synonym_weight: Its weight.
         synonym_probabilities: Words that `sample` may draw: all (`uniform`), or those that CLIP finds probable for
-            the region according to the teacher's embedding (`teacher`).
+            the region: by the teacher's embedding of the region alone (`teacher`), or by the region's box with its
+            surroundings, as published (`boxes`, made by `train.cache synonyms`).
         synonym_threshold: What a probability must exceed.
         synonym_logit_scale: Temperature of those probabilities: that of the teacher, 100 for OpenAI's CLIP.
         distillation_weight: Weight of text-guided distillation; zero leaves it out.
@@ -55,8 +72,18 @@ class Recipe:
             feature (`query`, as published) or of the class embedding (`projected`) that only training has.
         distillation_terms: All residuals averaged together (`joint`), the two terms added (`split`), or one alone.
         distillation_relation: `cosine` or `euclidean`.
-        distillation_max_regions: Regions that are distilled at most, in each process and micro-batch: with 8 processes
-            that accumulate 2 batches, a step distils up to 16 times as many.
+        distillation_relation_weight: Weight of the relation term in `split`, where `distillation_weight` is that of
+            the feature term; None for the same.
+        distillation_max_regions: Regions of one step, over all processes and accumulated batches, that are distilled
+            at most. Published: 200 on each of 8 GPUs.
+        distillation_heads: One map for all decoder stages (`common`) or one each (`per_stage`).
+        teacher: Where the teacher's embeddings of regions come from: made once (`cached`, `train.cache teacher`), or
+            computed in every step from the augmented crops (`online`).
+        region_dropout: Share of the annotated regions that distillation and grounding leave out, drawn anew each time
+            an image is seen.
+        grounding_weight: Weight of caption grounding; zero leaves it out.
+        grounding_noun_dropout: Share of a caption's nouns that are left out.
+        grounding_max_nouns: Nouns of a caption at most.
     """
 
     vocabulary: str | None = None
@@ -76,7 +103,23 @@ class Recipe:
     decay_factor: float = 0.1
     warmup_share: float = 0.0
     precision: str = "fp32"
+    accumulation: int = 1
+    frozen_stages: int = 0
+    compile: bool = False
     seed: int = 0
+
+    dataset: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    category_split: str = "all"
+    streaming: bool = False
+    max_broken_samples: int = 100
+    num_workers: int = 4
+    clip: str | None = None
+    init_from: str | None = None
+    save_every: int = 1000
+    evaluate_every: int = 5000
+    log_every: int = 50
 
     class_weight: float = 2.0
     mask_weight: float = 5.0
@@ -95,7 +138,14 @@ class Recipe:
     distillation_embedding: str = "shared"
     distillation_terms: str = "joint"
     distillation_relation: str = "cosine"
+    distillation_relation_weight: float | None = None
     distillation_max_regions: int = 200
+    distillation_heads: str = "common"
+    teacher: str = "cached"
+    region_dropout: float = 0.0
+    grounding_weight: float = 0.0
+    grounding_noun_dropout: float = 0.25
+    grounding_max_nouns: int = 5
 
     def __post_init__(self):
         self._check_numbers()
@@ -111,13 +161,17 @@ class Recipe:
 
     def _check_numbers(self):
         positive = ("steps", "batch_size", "learning_rate", "max_grad_norm", "decay_factor", "train_num_points")
-        for name in (*positive, "synonym_logit_scale", "distillation_max_regions"):
+        every = ("save_every", "evaluate_every", "log_every")
+        counts = ("distillation_max_regions", "accumulation", "grounding_max_nouns", *every)
+        for name in (*positive, "synonym_logit_scale", *counts):
             _require(getattr(self, name) > 0, f"`{name}` must be positive, got {getattr(self, name)}.")
         _require(self.crop_size is None or self.crop_size > 0, f"`crop_size` must be positive, got {self.crop_size}.")
         weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "synonym_weight")
-        for name in (*weights, "distillation_weight", "weight_decay", "backbone_factor", "seed"):
+        counts = ("seed", "frozen_stages", "max_broken_samples", "num_workers")
+        for name in (*weights, "distillation_weight", "grounding_weight", "weight_decay", "backbone_factor", *counts):
             _require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
-        for name in ("flip_probability", "warmup_share", "synonym_threshold", "importance_sample_ratio"):
+        shares = ("flip_probability", "warmup_share", "synonym_threshold", "importance_sample_ratio")
+        for name in (*shares, "region_dropout", "grounding_noun_dropout"):
             _require(0 <= getattr(self, name) <= 1, f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
     def _check_choices(self):
@@ -128,6 +182,9 @@ class Recipe:
             "distillation_embedding": DISTILLATION_EMBEDDINGS,
             "distillation_terms": DISTILLATION_TERMS,
             "distillation_relation": RELATIONS,
+            "distillation_heads": DISTILLATION_HEADS,
+            "teacher": TEACHERS,
+            "category_split": CATEGORY_SPLITS,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)

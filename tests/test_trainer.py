@@ -15,10 +15,12 @@ from transformers import TrainerCallback
 from configuration import Recipe
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
-from train import trainer as trainer_module
+from train import training_losses
+from train.checkpoints import last_complete_checkpoint
 from train.optimization import learning_rate_factor, parameter_groups
 from train.teacher import RegionTeacher
-from train.trainer import HEADS_NAME, GKCTrainer, Regions, last_complete_checkpoint
+from train.trainer import HEADS_NAME, GKCTrainer
+from train.training_losses import Regions
 
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
 
@@ -208,19 +210,19 @@ def test_pairs_follow_the_matches_of_the_distilled_regions():
 def test_at_most_so_many_regions_are_distilled(tmp_path):
     trainer = make_trainer(tmp_path, replace(RECIPE, distillation_max_regions=3))
     batch = a_batch(trainer)
-    regions = trainer._regions(batch)
+    regions = trainer.losses.regions(batch)
     assert len(regions.distilled) == sum(map(len, batch["class_labels"])) > 3 and regions.distilled.sum() == 3
-    others = [trainer._regions(batch).distilled for _ in range(5)]
+    others = [trainer.losses.regions(batch).distilled for _ in range(5)]
     assert any(not torch.equal(regions.distilled, other) for other in others)
 
 
 def test_sampled_words_are_those_of_the_slots_and_of_distillation(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = a_batch(trainer)
-    regions = trainer._regions(batch)
+    regions = trainer.losses.regions(batch)
     held = [prompts[labels] for prompts, labels in zip(regions.slot_prompts, regions.slot_labels, strict=True)]
     assert torch.equal(torch.cat(held), regions.prompts)
-    assert torch.equal(trainer.text_bank.class_ids[regions.prompts], regions.classes)
+    assert torch.equal(trainer.losses.text_bank.class_ids[regions.prompts], regions.classes)
 
 
 def test_evaluation_reports_the_loss(tmp_path):
@@ -335,13 +337,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_its_keys(tmp_path, undis
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **{**SAVING, "save_steps": 2})
-    original = trainer_module.text_guided_distillation_loss
+    original = training_losses.text_guided_distillation_loss
 
     def broken(*args, **kwargs):
         terms = original(*args, **kwargs)
         return tuple(term * float("nan") for term in terms) if trainer.state.global_step == 2 else terms
 
-    monkeypatch.setattr(trainer_module, "text_guided_distillation_loss", broken)
+    monkeypatch.setattr(training_losses, "text_guided_distillation_loss", broken)
     with pytest.raises(RuntimeError, match=r"step 3, images \['toy-\d', 'toy-\d'\].*loss_distillation_feature"):
         trainer.train()
     intact = checkpoint_weights(last_complete_checkpoint(tmp_path))

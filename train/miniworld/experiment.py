@@ -18,8 +18,9 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
+from ..checkpoints import last_complete_checkpoint
 from ..teacher import RegionTeacher, TeacherEmbeddings
-from ..trainer import GKCTrainer, last_complete_checkpoint
+from ..trainer import GKCTrainer
 from .clip import CLIPTraining, MiniCLIP, load_clip, train_clip
 from .dataset import build_dataset, training_vocabulary
 from .evaluate import evaluate, per_cent
