@@ -1,0 +1,146 @@
+"""Nouns of captions: by WordNet, by nltk's tagger, and as a column of a dataset."""
+
+import json
+
+import nltk
+import pytest
+from datasets import Dataset, load_from_disk
+from nltk.tag.perceptron import PerceptronTagger
+
+from tests.wordnet_miniature import real_wordnet, write_wordnet
+from train import wordnet as wordnet_module
+from train.nouns import LexiconTagger, PerceptronNouns, add_nouns, caption_nouns, open_tagger
+from train.wordnet import WORDNET_VARIABLE, open_wordnet
+
+CAPTIONS = [
+    "A white dog and two Dogs standing in the park.",
+    "The dog's bottle is here, a wine bottle",
+    "Mice don't park",
+    "",
+    None,
+]
+NOUNS = [["dog", "dogs", "park"], ["dog", "bottle"], ["mice", "park"], [], []]
+# Enough for the tagger to learn its own tests.
+TAGGED = [
+    [("A", "DT"), ("white", "JJ"), ("dog", "NN"), ("stands", "VBZ"), ("in", "IN"), ("London", "NNP")],
+    [("Two", "CD"), ("dogs", "NNS"), ("park", "VBP"), ("a", "DT"), ("car", "NN")],
+    [("The", "DT"), ("dog", "NN"), ("'s", "POS"), ("bottle", "NN"), ("is", "VBZ"), ("white", "JJ"), (".", ".")],
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path_factory):
+    """No data of nltk's and no WordNet but what a test writes."""
+    monkeypatch.delenv(WORDNET_VARIABLE, raising=False)
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(wordnet_module, "DEBIAN_FOLDER", tmp_path_factory.mktemp("debian") / "none")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_wordnet(tmp_path / "wordnet")
+
+
+@pytest.fixture
+def tagger_data(tmp_path):
+    """A tagger in nltk's own form, trained on three sentences."""
+    tagger = PerceptronTagger(load=False)
+    tagger.train(TAGGED * 5)
+    place = tmp_path / "nltk_data" / "taggers" / "averaged_perceptron_tagger_eng"
+    place.mkdir(parents=True)
+    names = ("weights", "tagdict", "classes")
+    for name, values in zip(names, tagger.encode_json_obj(), strict=True):
+        (place / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(values))
+    nltk.data.path.append(str(tmp_path / "nltk_data"))
+
+
+class TestLexicon:
+    @pytest.mark.parametrize(("caption", "nouns"), list(zip(CAPTIONS, NOUNS, strict=True)))
+    def test_captions(self, folder, caption, nouns):
+        assert caption_nouns(caption, open_tagger(folder)) == nouns
+
+    def test_what_is_more_often_a_noun(self, folder):
+        tagger = LexiconTagger(open_wordnet(folder))
+        assert all(tagger.is_noun(word) for word in ("park", "Puppies", "mice"))
+        assert not any(tagger.is_noun(word) for word in ("white", "standing", "stand", "here", "a", "zzz"))
+
+    def test_hyphens_belong_to_a_word_and_digits_do_not(self, folder):
+        tagger = open_tagger(folder)
+        assert caption_nouns("3 dogs, a dog-dog; dog2dog", tagger) == ["dogs", "dog"]
+        assert caption_nouns("dog’s car", tagger) == ["dog", "car"]
+
+    def test_the_real_wordnet(self, monkeypatch):
+        monkeypatch.undo()
+        tagger = LexiconTagger(real_wordnet())
+        expected = {
+            "A man riding a wave on top of a surfboard.": ["man", "wave", "surfboard"],
+            "Two giraffes standing in a grassy field near some trees": ["giraffes", "field", "trees"],
+            "a woman is sitting on a bench with her white dog": ["woman", "bench", "dog"],
+            "Children play soccer while a bus stops at the traffic light": ["children", "soccer", "bus", "traffic"],
+            "a kitchen with a stove, a microwave and a refrigerator": [
+                "kitchen",
+                "stove",
+                "microwave",
+                "refrigerator",
+            ],
+            "The cat's bowl is next to a very old wooden chair": ["cat", "bowl", "chair"],
+        }
+        found = {caption: caption_nouns(caption, tagger) for caption in expected}
+        missing = {caption: set(nouns) - set(found[caption]) for caption, nouns in expected.items()}
+        assert not any(missing.values()), missing
+        extra = {word for caption, nouns in expected.items() for word in set(found[caption]) - set(nouns)}
+        assert extra <= {"light", "play", "stops"}
+
+
+class TestTagger:
+    def test_it_is_taken_where_its_data_is(self, tagger_data):
+        tagger = open_tagger()
+        assert isinstance(tagger, PerceptronNouns)
+        assert caption_nouns("A white dog stands in London", tagger) == ["dog", "london"]
+        assert caption_nouns("The dog's bottle is white.", tagger) == ["dog", "bottle"]
+        assert caption_nouns("Two dogs park a car", tagger) == ["dogs", "car"]
+
+    def test_wordnet_that_is_named_goes_before_it(self, tagger_data, folder):
+        assert isinstance(open_tagger(folder), LexiconTagger)
+        assert isinstance(open_tagger(open_wordnet(folder)), LexiconTagger)
+
+    def test_neither_says_the_commands(self, tmp_path):
+        with pytest.raises(
+            RuntimeError, match=r"downloader averaged_perceptron_tagger_eng.*apt-get install wordnet-base"
+        ):
+            open_tagger()
+        with pytest.raises(RuntimeError, match=r"lacks index\.noun"):
+            open_tagger(tmp_path)
+
+
+class TestColumn:
+    def dataset(self) -> Dataset:
+        rows = {"caption": CAPTIONS, "image_id": [str(index) for index in range(len(CAPTIONS))]}
+        return Dataset.from_dict(rows)
+
+    def test_it_is_kept_with_the_data(self, folder, tmp_path):
+        dataset = add_nouns(self.dataset(), folder)
+        dataset.save_to_disk(tmp_path / "saved")
+        loaded = load_from_disk(tmp_path / "saved")
+        assert loaded["nouns"][:] == NOUNS and loaded["caption"][:] == CAPTIONS
+        assert loaded["image_id"][:] == self.dataset()["image_id"][:]
+        assert add_nouns(loaded.select([2, 0]), folder)["nouns"][:] == [NOUNS[2], NOUNS[0]]
+
+    def test_no_noun_at_all_is_a_column_of_words_too(self, folder):
+        features = add_nouns(self.dataset().select([3, 4]), folder).features
+        assert features == add_nouns(self.dataset(), folder).features
+
+    def test_processes_find_the_same(self, folder):
+        assert add_nouns(self.dataset(), folder, num_proc=2)["nouns"][:] == NOUNS
+
+    def test_other_columns_are_not_read(self, folder):
+        def explode(rows):
+            raise AssertionError(f"read {list(rows)}")
+
+        dataset = self.dataset()
+        dataset.set_transform(explode, columns=["image_id"])
+        assert add_nouns(dataset, folder).data.column("nouns").to_pylist() == NOUNS
+
+    def test_without_captions(self, folder):
+        with pytest.raises(ValueError, match=r"no column 'caption'.*\['image_id'\]"):
+            add_nouns(self.dataset().remove_columns("caption"), folder)
