@@ -5,11 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from modeling_gkc import loss_gkc
-from modeling_gkc.loss_gkc import GKCCriterion, classification_loss, dice_loss, mask_costs, mask_loss, sample_points
+from modeling_gkc.loss_gkc import (
+    GKCCriterion,
+    GKCMatcher,
+    LossDivisors,
+    classification_loss,
+    dice_loss,
+    mask_costs,
+    mask_loss,
+    sample_all_maps,
+    sample_points,
+)
 
 from .conftest import small_config
 
@@ -166,3 +177,201 @@ def test_normaliser_is_averaged_over_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value)
     assert loss_gkc.mean_over_processes(torch.tensor(6.0)) == 3.0
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0), (14, 1)])
+def test_divisors_counted_ahead_are_those_counted_from_the_matches(counts):
+    """Also with more segments than queries, and with none at all."""
+    mask_labels, class_labels = batch(counts)
+    stages = [[tensor] * 2 for tensor in stage_logits()]
+    torch.manual_seed(1)
+    expected, _ = GKCCriterion(small_config())(*stages, mask_labels, class_labels)
+    torch.manual_seed(1)
+    divisors = LossDivisors.of(counts, 10, 0.1)
+    losses, _ = GKCCriterion(small_config())(*stages, mask_labels, class_labels, divisors=divisors)
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-6, atol=0)
+
+
+def test_given_divisors_divide(monkeypatch):
+    """Without any counting over processes: a loss under three times the divisors is a third."""
+    mask_labels, class_labels = batch()
+    stages = [[tensor] * 2 for tensor in stage_logits()]
+    divisors = LossDivisors.of((3, 1), 10, 0.1)
+    assert divisors.num_masks == 4 and divisors.class_weight == torch.tensor(4 + 16 * 0.1)
+    tripled = LossDivisors(3 * divisors.num_masks, 3 * divisors.class_weight)
+    monkeypatch.setattr(loss_gkc, "mean_over_processes", lambda _: pytest.fail("counted again"))
+    torch.manual_seed(1)
+    expected, _ = GKCCriterion(small_config())(*stages, mask_labels, class_labels, divisors=divisors)
+    torch.manual_seed(1)
+    losses, _ = GKCCriterion(small_config())(*stages, mask_labels, class_labels, divisors=tripled)
+    for name, loss in losses.items():
+        torch.testing.assert_close(3 * loss, expected[name])
+
+
+def test_divisor_of_a_micro_batch_without_segments_is_the_steps():
+    """The other micro-batch holds all segments of the step: this one's masks lose nothing, its queries no-objects."""
+    classes, masks = (tensor.requires_grad_() for tensor in stage_logits())
+    both = (LossDivisors.of(counts, 10, 0.1) for counts in ((0, 0), (3, 1)))
+    averaged = LossDivisors(*(sum(pair) / 2 for pair in zip(*(vars(each).values() for each in both), strict=True)))
+    mask_labels, class_labels = batch((0, 0))
+    losses, _ = GKCCriterion(small_config())([classes], [masks], mask_labels, class_labels, divisors=averaged)
+    assert losses["loss_mask"] == 0 and losses["loss_dice"] == 0
+    expected = -0.1 * classes.log_softmax(-1)[..., -1].sum() / ((0.1 * 20 + 4 + 0.1 * 16) / 2)
+    torch.testing.assert_close(losses["loss_cross_entropy"], expected)
+
+
+def matched_one_by_one(config, class_logits, point_logits, class_labels, point_labels):
+    """The matching of one stage written image by image and pair by pair."""
+    class_logits, point_logits, matches = class_logits.detach(), point_logits.detach(), []
+    for image, classes in enumerate(class_labels):
+        costs = torch.zeros(class_logits.shape[1], len(classes))
+        probabilities = class_logits[image].softmax(-1)
+        for query, logits in enumerate(point_logits[image]):
+            for segment, labels in enumerate(point_labels[image]):
+                pair = logits[None], labels[None]
+                costs[query, segment] = config.mask_weight * mask_loss(*pair, 1.0)
+                costs[query, segment] += config.dice_weight * dice_loss(*pair, 1.0)
+                costs[query, segment] -= config.class_weight * probabilities[query, classes[segment]]
+        matches.append(tuple(map(torch.from_numpy, linear_sum_assignment(costs.numpy()))))
+    return matches
+
+
+def losses_one_by_one(config, class_logits, mask_logits, mask_labels, class_labels, point_seeds=None):
+    """The criterion written stage by stage and image by image, with float masks, drawing in the documented order."""
+    generators = [torch.default_generator] * len(mask_labels)
+    if point_seeds is not None:
+        generators = [torch.Generator().manual_seed(seed) for seed in point_seeds]
+    num_points, num_masks = config.train_num_points, max(1, sum(map(len, class_labels)))
+    num_uncertain = int(config.importance_sample_ratio * num_points)
+    shared = [torch.rand(1, num_points, 2, generator=generator) for generator in generators]
+    point_labels = [
+        torch.cat([sample_points(mask[None, None], points)[0] for mask in masks] or [torch.zeros(0, num_points)])
+        for masks, points in zip(mask_labels, shared, strict=True)
+    ]
+    losses, all_matches = {}, []
+    for stage, (classes, masks) in enumerate(zip(class_logits, mask_logits, strict=True)):
+        sampled = torch.cat([sample_points(each[None], points) for each, points in zip(masks, shared, strict=True)])
+        matches = matched_one_by_one(config, classes, sampled, class_labels, point_labels)
+        counts = [len(queries) for queries, _ in matches]
+        candidates, uniform = (
+            [torch.rand(count, number, 2, generator=g) for count, g in zip(counts, generators, strict=True)]
+            for number in (int(num_points * config.oversample_ratio), num_points - num_uncertain)
+        )
+        mask_sum, dice_sum = torch.zeros(2)
+        for image, pairs in enumerate(matches):
+            for number, (query, segment) in enumerate(zip(*pairs, strict=True)):
+                logits, labels = masks[image, query][None, None], mask_labels[image][segment][None, None]
+                certainty = sample_points(logits, candidates[image][number][None])[0, 0].abs()
+                points = candidates[image][number][certainty.argsort()[:num_uncertain]]
+                points = torch.cat([points, uniform[image][number]])[None]
+                pair = sample_points(logits, points)[0], sample_points(labels, points)[0]
+                mask_sum, dice_sum = mask_sum + mask_loss(*pair, num_masks), dice_sum + dice_loss(*pair, num_masks)
+        suffix = "" if stage == len(class_logits) - 1 else f"_{stage}"
+        plain = classification_loss(classes, class_labels, matches, config.no_object_weight)
+        losses |= {
+            f"loss_cross_entropy{suffix}": plain,
+            f"loss_mask{suffix}": mask_sum,
+            f"loss_dice{suffix}": dice_sum,
+        }
+        all_matches.append(matches)
+    return losses, all_matches
+
+
+def equal_matches(first, second):
+    return all(
+        torch.equal(one, other)
+        for stages in zip(first, second, strict=True)
+        for images in zip(*stages, strict=True)
+        for one, other in zip(*images, strict=True)
+    )
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 4), (14, 0, 10, 2), (0, 0)])
+@pytest.mark.parametrize("point_seeds", [None, [5, 6, 7, 8]])
+def test_all_at_once_equals_one_by_one(counts, point_seeds, within):
+    """Matches, losses and gradients; images without segments, more segments than queries, masks of bool."""
+    config = small_config()
+    mask_labels, class_labels = batch(counts)
+    stages = [stage_logits(len(counts)) for _ in range(3)]
+    leaves = [tensor.requires_grad_() for stage in stages for tensor in stage]
+    point_seeds = point_seeds and point_seeds[: len(counts)]
+    criterion, results = GKCCriterion(config), []
+    for compute, masks in ((losses_one_by_one, mask_labels), (criterion, [each.bool() for each in mask_labels])):
+        torch.manual_seed(3)
+        arguments = (*zip(*stages, strict=True), masks, class_labels)
+        losses, matches = (
+            compute(config, *arguments, point_seeds=point_seeds)
+            if compute is losses_one_by_one
+            else compute(*arguments, point_seeds=point_seeds)
+        )
+        gradients = torch.autograd.grad(criterion.total(losses), leaves, materialize_grads=True)
+        results.append((losses, matches, torch.cat([gradient.flatten() for gradient in gradients])))
+    (expected, expected_matches, expected_gradient), (losses, matches, gradient) = results
+    assert equal_matches(matches, expected_matches) and losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        within("losses of all stages together against one by one", (loss - expected[name]).abs(), 1e-5)
+    error = (gradient - expected_gradient).abs().max() / expected_gradient.abs().max()
+    within("gradients of all stages together against one by one, relative", error, 1e-5)
+
+
+def test_equal_queries_and_equal_segments_are_matched_as_one_by_one():
+    """Ties: any assignment among equals costs the same; the solver chooses as it does for one image alone."""
+    config, size = small_config(), 64
+    classes = torch.randn(2, 10, 6)[:, [0, 0, 1, 1, 1, 2, 3, 3, 4, 5]]
+    points = (4 * torch.randn(2, 10, size).round())[:, [0, 0, 1, 1, 1, 2, 3, 3, 4, 5]]
+    labels = [(torch.rand(4, size) > 0.5).float()[[0, 0, 1, 2]], (torch.rand(2, size) > 0.5).float()[[0, 0, 1]]]
+    class_labels = [torch.tensor([1, 1, 2, 3]), torch.tensor([4, 4, 0])]
+    expected = matched_one_by_one(config, classes, points, class_labels, labels)
+    matches = GKCMatcher(config)(classes, points, class_labels, labels)
+    twin = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4, 5])  # which queries are equal
+    for (queries, segments), (wanted, wanted_segments) in zip(matches, expected, strict=True):
+        kinds = sorted(zip(twin[queries].tolist(), segments.clamp(min=1).tolist(), strict=True))
+        assert kinds == sorted(zip(twin[wanted].tolist(), wanted_segments.clamp(min=1).tolist(), strict=True))
+
+
+def test_a_step_copies_costs_to_the_host_once(monkeypatch):
+    """A copy waits for the device; there is one for all stages and images."""
+    copies = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or original(tensor))
+    mask_labels, class_labels = batch((3, 1, 2))
+    stages = [stage_logits(3) for _ in range(4)]
+    GKCCriterion(small_config())(*zip(*stages, strict=True), mask_labels, class_labels)
+    assert copies == [(4, 3, 10, 3)]
+
+
+def test_points_of_an_image_do_not_depend_on_the_batch(within):
+    """With seeds, the sums over two halves of a batch are those over the whole."""
+    mask_labels, class_labels = batch((3, 0, 2, 12))
+    stages = [stage_logits(4) for _ in range(3)]
+    divisors, seeds = LossDivisors.of((3, 0, 2, 12), 10, 0.1), [11, 12, 13, 14]
+
+    def losses(images):
+        shard = [[tensor[images] for tensor in kind] for kind in zip(*stages, strict=True)]
+        labels = mask_labels[images], class_labels[images]
+        return GKCCriterion(small_config())(*shard, *labels, divisors=divisors, point_seeds=seeds[images])[0]
+
+    first, second = losses(slice(0, 2)), losses(slice(2, 4))
+    for name, loss in losses(slice(0, 4)).items():
+        error = (first[name] + second[name] - loss).abs() / loss
+        within("losses of a batch against the sum of its halves, relative", error, 1e-6)
+
+
+def test_seeds_of_points_are_one_for_each_image():
+    mask_labels, class_labels = batch()
+    stages = [[tensor] for tensor in stage_logits()]
+    with pytest.raises(ValueError, match=r"`point_seeds` \(1\) need one entry for each of the 2 images"):
+        GKCCriterion(small_config())(*stages, mask_labels, class_labels, point_seeds=[1])
+
+
+@pytest.mark.parametrize("size", [(6, 10), (1, 7), (16, 3)])
+def test_all_maps_are_sampled_like_one(size, within):
+    """Also at the edges, where pixels outside count as zero."""
+    maps = [torch.randn(2, 5, *size) for _ in range(2)]
+    edges = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.5, 1e-4], [0.9999, 0.5]])
+    points = torch.cat([edges.expand(2, -1, -1), torch.rand(2, 200, 2)], dim=1)
+    for values, sampled in zip(maps, sample_all_maps(maps, points), strict=True):
+        error = (sampled - sample_points(values, points)).abs().max()
+        within("maps sampled together against one by one, max abs", error, 1e-5)
