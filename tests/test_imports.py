@@ -16,7 +16,7 @@ INFERENCE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safete
 ALLOWED = {
     "train": {"modeling_gkc", "configuration", "train"},
     "hub_card": {"modeling_gkc", "hub_card"},
-    "benchmarks": {"modeling_gkc", "benchmarks"},
+    "benchmarks": {"modeling_gkc", "configuration", "train", "benchmarks"},
     "configuration": {"configuration"},
 }
 PROCESSORS = (

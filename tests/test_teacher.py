@@ -1,14 +1,41 @@
+import json
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from modeling_gkc.cli import main as gkc
 from modeling_gkc.vocabulary import Vocabulary
+from train.cache import write_cache
 from train.data import read_row
-from train.regions import crop_region
-from train.teacher import RegionTeacher, TeacherEmbeddings, TextBank
+from train.distillation import text_guided_distillation_loss
+from train.miniworld.clip import MiniCLIP, save_clip
+from train.regions import crop_box, crop_region, crop_regions, resample_regions
+from train.teacher import (
+    OnlineTeacher,
+    RegionTeacher,
+    TeacherCache,
+    TeacherEmbeddings,
+    TextBank,
+    load_clip_towers,
+    load_vision_tower,
+)
 
-from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_row, toy_vision_model
+from .conftest import small_config
+from .openai_clip import random_weights, save_archive
+from .training_toys import (
+    VOCABULARY,
+    toy_dataset,
+    toy_model,
+    toy_processor,
+    toy_row,
+    toy_tokenizer,
+    toy_vision_model,
+)
 
 
 def vit_vision_model() -> CLIPVisionModelWithProjection:
@@ -110,31 +137,31 @@ def repainted(index, row):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "teacher"),
+    ("dataset", "teacher", "differing"),
     [
-        (lambda: toy_dataset(4), lambda: RegionTeacher(toy_vision_model())),
-        (lambda: toy_dataset(3, change=repainted), lambda: RegionTeacher(toy_vision_model())),
-        (lambda: toy_dataset(3), lambda: RegionTeacher(toy_vision_model(seed=1))),
-        (lambda: toy_dataset(3), lambda: RegionTeacher(toy_vision_model(), keep_aspect=True)),
+        (lambda: toy_dataset(4), lambda: RegionTeacher(toy_vision_model()), "data"),
+        (lambda: toy_dataset(3, change=repainted), lambda: RegionTeacher(toy_vision_model()), "data"),
+        (lambda: toy_dataset(3), lambda: RegionTeacher(toy_vision_model(seed=1)), "teacher"),
+        (lambda: toy_dataset(3), lambda: RegionTeacher(toy_vision_model(), keep_aspect=True), "crops"),
     ],
     ids=["more images", "other pictures", "other weights", "other crops"],
 )
-def test_a_stale_cache_file_is_refused_by_name(tmp_path, dataset, teacher):
+def test_a_stale_cache_file_is_refused_by_name(tmp_path, dataset, teacher, differing):
     path = tmp_path / "teacher.safetensors"
     RegionTeacher(toy_vision_model()).embed_dataset(toy_dataset(3), cache_file=path, progress=False)
-    with pytest.raises(ValueError, match=r"teacher\.safetensors was made from another"):
+    with pytest.raises(ValueError, match=rf"teacher\.safetensors was made with another {differing} than"):
         teacher().embed_dataset(dataset(), cache_file=path, progress=False)
 
 
 def test_fingerprint_is_the_same_in_every_run():
-    fingerprints = {RegionTeacher(toy_vision_model()).fingerprint(toy_dataset(3)) for _ in range(2)}
-    assert len(fingerprints) == 1
+    first, second = (RegionTeacher(toy_vision_model()).fingerprint(toy_dataset(3)) for _ in range(2))
+    assert first == second and set(first) == {"data", "teacher", "crops"}
 
 
 def test_save_and_load_with_explicit_fingerprint(tmp_path):
-    embeddings = TeacherEmbeddings(torch.eye(3), torch.tensor([1, 2, 1]), {"a": (0, 2), "b": (2, 3)}, "abc")
+    embeddings = TeacherEmbeddings(torch.eye(3), torch.tensor([1, 2, 1]), {"a": (0, 2), "b": (2, 3)}, {"data": "abc"})
     embeddings.save(tmp_path / "e.safetensors")
-    loaded = TeacherEmbeddings.load(tmp_path / "e.safetensors", "abc")
+    loaded = TeacherEmbeddings.load(tmp_path / "e.safetensors", {"data": "abc"})
     assert loaded.rows == embeddings.rows and torch.equal(loaded.embeddings, torch.eye(3))
 
 
@@ -163,3 +190,191 @@ def test_text_bank_averages_templates_and_shares_words_of_several_classes():
         shared = Vocabulary([["disc", "Round"], ["square", "round"]])
     bank = TextBank.from_vocabulary(shared, model, toy_processor(), progress=False)
     assert torch.equal(bank.embeds[1], bank.embeds[3]) and bank.words == ("disc", "Round", "square", "round")
+
+
+# ---- crops
+
+
+def random_region(generator: np.random.Generator, largest: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """Noise of any size, and a ragged mask somewhere in it; some are thin, some a single pixel."""
+    height, width = generator.integers(1, largest, 2)
+    image = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    top, left = generator.integers(height), generator.integers(width)
+    bottom, right = generator.integers(top, height) + 1, generator.integers(left, width) + 1
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = generator.random((bottom - top, right - left)) > 0.3
+    mask[top, left] = True
+    return image, mask
+
+
+@pytest.mark.parametrize("keep_aspect", [False, True])
+def test_crops_made_on_an_accelerator_are_those_of_pillow(keep_aspect, within):
+    generator = np.random.default_rng(0)
+    for size in [32] * 30 + [224] * 3:
+        image, mask = random_region(generator)
+        expected = crop_region(image, mask, size, keep_aspect).astype(int)
+        masks = torch.from_numpy(np.stack([np.ones_like(mask), mask]))
+        found = resample_regions(torch.from_numpy(image), masks, size, keep_aspect)[1].numpy()
+        within("crops as products of matrices, against Pillow, of 255", np.abs(found - expected).max(), 2)
+        within("crops as products of matrices, share of other values", (found != expected).mean(), 1e-3)
+
+
+def test_an_empty_region_is_refused_everywhere():
+    image = torch.zeros(4, 5, 3, dtype=torch.uint8)
+    for crop in (crop_region, crop_box):
+        with pytest.raises(ValueError, match="empty"):
+            crop(image.numpy(), np.zeros((4, 5), dtype=bool), 8)
+    with pytest.raises(ValueError, match="empty"):
+        resample_regions(image, torch.zeros(1, 4, 5, dtype=torch.bool), 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_crops_on_a_gpu():
+    image, mask = random_region(np.random.default_rng(0))
+    ids = torch.from_numpy(mask.astype(np.int32))
+    found = crop_regions(torch.from_numpy(image).cuda(), ids.cuda(), torch.tensor([1]), 64)[0].cpu().numpy()
+    assert np.abs(found.astype(int) - crop_region(image, mask, 64)).max() <= 1
+
+
+def test_the_middle_of_a_box_is_what_clip_sees(within):
+    """Against resizing the whole box, in x and in y, and then cutting the middle out."""
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        image, _ = random_region(generator)
+        shorter = min(image.shape[:2])
+        height, width = (int(32 * side / shorter) if side > shorter else 32 for side in image.shape[:2])
+        whole = Image.fromarray(image).resize((width, image.shape[0]), 3).resize((width, height), 3)
+        left, top = round((width - 32) / 2), round((height - 32) / 2)
+        expected = np.asarray(whole.crop((left, top, left + 32, top + 32))).astype(int)
+        found = crop_box(image, np.ones(image.shape[:2], dtype=bool), 32)
+        within("the middle of a box, against resizing all of it, of 255", np.abs(found - expected).max(), 2)
+        within("the middle of a box, share of other values", (found != expected).mean(), 5e-3)
+
+
+# ---- the teacher in every step
+
+
+def batch_of(dataset) -> dict:
+    """The batch that the collator makes of rows that were not augmented, padded by 8 pixels."""
+    pictures = [read_row(row) for row in dataset]
+    segmentation = torch.zeros(len(dataset), 72, 72, dtype=torch.int32)
+    for padded, (_, ids) in zip(segmentation, pictures, strict=True):
+        padded[:64, :64] = torch.from_numpy(ids)
+    return {
+        "images": [torch.tensor(image) for image, _ in pictures],
+        "segmentation": segmentation,
+        "segment_ids": [torch.tensor([segment["id"] for segment in row["segments"]]) for row in dataset],
+        "image_ids": dataset["image_id"][:],
+    }
+
+
+@pytest.mark.parametrize("keep_aspect", [False, True])
+@pytest.mark.parametrize("relation", ["cosine", "euclidean"])
+def test_online_and_cached_teacher_give_one_loss(tmp_path, keep_aspect, relation, within):
+    dataset = toy_dataset(4)
+    teacher = RegionTeacher(toy_vision_model(), keep_aspect)
+    fingerprint = teacher.fingerprint(dataset, progress=False)
+    write_cache(teacher, dataset, tmp_path, fingerprint, batch_size=5, images_per_shard=3, progress=False)
+    batch = batch_of(dataset)
+    with torch.autocast("cpu", torch.bfloat16):  # the training step's precision is not the teacher's
+        online = OnlineTeacher(teacher).embed(batch)
+    cached = TeacherCache.open(tmp_path, fingerprint).lookup(batch["image_ids"], batch["segment_ids"])
+    assert [len(rows) for rows in online] == [len(rows) for rows in cached] == list(map(len, batch["segment_ids"]))
+    assert not any(rows.requires_grad for rows in online)
+    within("online against cached embeddings", (torch.cat(online) - torch.cat(cached)).abs().max(), 3e-4)
+    counts = torch.tensor([len(rows) for rows in online])
+    student, text = torch.nn.functional.normalize(torch.randn(2, int(counts.sum()), 16), dim=-1)
+    image_index = torch.arange(len(counts)).repeat_interleave(counts)
+    losses = [
+        text_guided_distillation_loss(student, torch.cat(rows), text, image_index, torch.tensor(1.0), relation)
+        for rows in (online, cached)
+    ]
+    for name, of_online, of_cached in zip(("feature", "relation", "joint"), *losses, strict=True):
+        within(f"{name} loss, online against cached teacher", (of_online - of_cached).abs(), 1e-3)
+
+
+def test_online_teacher_sees_what_was_augmented_and_takes_images_without_regions():
+    teacher = OnlineTeacher(RegionTeacher(toy_vision_model()))
+    batch = batch_of(toy_dataset(2))
+    first = teacher.embed(batch)
+    batch["images"][0] = batch["images"][0].flip(1)
+    batch["segmentation"][0, :64, :64] = batch["segmentation"][0, :64, :64].flip(1)
+    batch["segment_ids"][1] = torch.tensor([], dtype=torch.int64)
+    flipped, nothing = teacher.embed(batch)
+    assert nothing.shape == (0, 16) and not torch.allclose(flipped, first[0], atol=1e-3)
+    batch["segment_ids"][1] = torch.tensor([300, 5])
+    with pytest.raises(ValueError, match=r"Image 'toy-1', segments \[300, 5\]: The mask of the region is empty"):
+        teacher.embed(batch)
+
+
+# ---- loading a CLIP
+
+
+def tiny_clip_model(folder: Path) -> CLIPModel:
+    """A CLIPModel of transformers with a temperature of its own."""
+    text = small_config().text_config.to_dict()
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text,
+            vision_config=vit_vision_model().config.to_dict() | {"projection_dim": 16},
+            projection_dim=16,
+        )
+    )
+    torch.nn.init.constant_(model.logit_scale, math.log(37))
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_towers_of_a_clip_model_of_transformers(tmp_path):
+    model = tiny_clip_model(tmp_path)
+    vision, text, tokenizer, scale = load_clip_towers(tmp_path)
+    pixels, tokens = torch.randn(2, 3, 32, 32), tokenizer(["disc", "grass lawn"], padding=True, return_tensors="pt")
+    outputs = model(pixel_values=pixels, **tokens)
+    image_embeds = torch.nn.functional.normalize(vision(pixel_values=pixels).image_embeds, dim=-1)
+    text_embeds = torch.nn.functional.normalize(text(**tokens).text_embeds, dim=-1)
+    torch.testing.assert_close(image_embeds, outputs.image_embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(text_embeds, outputs.text_embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scale * text_embeds @ image_embeds.T, outputs.logits_per_text, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_towers_of_the_mini_world(tmp_path):
+    model = MiniCLIP.from_scratch(0).eval()
+    save_clip(model, tmp_path)
+    (tmp_path / "clip.json").write_text(json.dumps({"logit_scale": 11.5}))
+    vision, text, tokenizer, scale = load_clip_towers(tmp_path)
+    assert scale == 11.5 and not vision.training and not text.training
+    crops = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    torch.testing.assert_close(RegionTeacher(vision).embed_crops(crops), model.embed_images(crops), rtol=0, atol=1e-5)
+    tokens = tokenizer(["red disc", "star"], padding=True, return_tensors="pt")
+    expected = model.embed_texts(["red disc", "star"])
+    found = torch.nn.functional.normalize(text(**tokens).text_embeds, dim=-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_towers_of_gkc_convert(tmp_path):
+    save_archive(random_weights(), str(tmp_path / "clip.pt"))
+    assert gkc(["convert", "clip-resnet", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "image")]) == 0
+    assert load_vision_tower(tmp_path / "image").config.model_type == "clip_resnet"
+    with pytest.raises(ValueError, match=r"has no text tower: convert it again with .* --text"):
+        load_clip_towers(tmp_path / "image")
+    gkc(["convert", "clip-resnet", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "both"), "--text"])
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_clip_towers(tmp_path / "both")
+    toy_tokenizer().save_pretrained(tmp_path / "both" / "text")
+    towers = load_clip_towers(tmp_path / "both")
+    assert towers.logit_scale == 100 and towers.vision_model.config.projection_dim == (
+        towers.text_model.config.projection_dim
+    )
+
+
+def test_what_is_no_clip_or_lacks_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no CLIP"):
+        load_vision_tower(tmp_path)
+    model = toy_vision_model()
+    state = {name: value for name, value in model.state_dict().items() if "out_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks weights: attention_pooling\.out_proj"):
+        load_vision_tower(tmp_path)

@@ -1,20 +1,21 @@
-"""The frozen parts of CLIP, run once before training: image embeddings of all regions, text embeddings of all words.
+"""The frozen parts of CLIP, as training uses them: image embeddings of regions, text embeddings of all words.
 
-Letters: R annotated regions of a dataset, N regions of an image, D width of the image-text space, P words, K classes.
+Letters: B images, R annotated regions of a dataset, N regions of an image, S side of a crop, D width of the image-text
+space, P words, K classes.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from datasets import Image as ImageFeature
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,13 +26,26 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
-from .data.schema import annotated_segments, read_row
-from .regions import GREY, crop_region, normalize_crops
+from .clip_towers import CLIPTowers, load_clip_towers, load_vision_tower
+from .fingerprints import data_fingerprint, model_fingerprint, settings_fingerprint
+from .region_rows import ImageRegions, RegionRows, embed_images, read_regions
+from .regions import GREY, crop_region, crop_regions, normalize_crops
+from .shards import RegionStore, missing_regions
 
-_HASHED_PICTURES = 64
+__all__ = [
+    "CLIPTowers",
+    "OnlineTeacher",
+    "RegionTeacher",
+    "SynonymProbabilities",
+    "TeacherCache",
+    "TeacherEmbeddings",
+    "TextBank",
+    "load_clip_towers",
+    "load_vision_tower",
+]
+
 _WORDS_PER_PASS = 256
-
-RegionsOfImage = tuple[str, Tensor, Tensor]  # image id, segment ids (N,), crops or embeddings (N, ...)
+_CROPS_PER_PASS = 256
 
 
 @dataclass(frozen=True)
@@ -48,22 +62,20 @@ class TeacherEmbeddings:
     embeddings: Tensor
     segment_ids: Tensor
     rows: dict[str, tuple[int, int]]
-    fingerprint: str
+    fingerprint: dict[str, str]
 
     @classmethod
-    def from_images(
-        cls, images: Iterable[RegionsOfImage], fingerprint: str, dtype: torch.dtype
-    ) -> "TeacherEmbeddings":
-        """Put the embeddings of images one after the other."""
-        rows, segment_ids, embeddings, start = {}, [], [], 0
-        for image_id, ids, embeds in images:
-            rows[image_id] = (start, start + len(ids))
-            start += len(ids)
-            segment_ids.append(ids)
-            embeddings.append(embeds.to(dtype))
-        if start == 0:
+    def from_rows(cls, regions: RegionRows, fingerprint: dict[str, str], dtype: torch.dtype) -> "TeacherEmbeddings":
+        """Keep the rows of images one after the other."""
+        if not len(regions.rows):
             raise ValueError("The dataset has no annotated region with a pixel: there is nothing to embed.")
-        return cls(torch.cat(embeddings), torch.cat(segment_ids), rows, fingerprint)
+        ends = np.cumsum(regions.counts).tolist()
+        rows = {
+            image_id: (end - count, end)
+            for image_id, count, end in zip(regions.image_ids, regions.counts, ends, strict=True)
+        }
+        embeddings = torch.from_numpy(regions.rows).to(dtype)
+        return cls(embeddings, torch.from_numpy(regions.segment_ids), rows, fingerprint)
 
     def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
         """Embeddings (N, D) in fp32 of each image's segments (N,).
@@ -77,21 +89,20 @@ class TeacherEmbeddings:
         start, stop = self.rows.get(image_id, (0, 0))
         found = segment_ids[:, None] == self.segment_ids[start:stop]
         if not found.any(dim=1).all():
-            missing = segment_ids[~found.any(dim=1)].tolist()
-            raise KeyError(
-                f"There are no teacher embeddings of the segments {missing} of image {image_id!r}. Embed the dataset "
-                "that is trained on."
-            )
+            raise missing_regions(TeacherCache.holds, image_id, segment_ids[~found.any(dim=1)].tolist())
         return self.embeddings[start + found.nonzero()[:, 1]].float()
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        metadata = {"fingerprint": self.fingerprint, "rows": json.dumps(self.rows)}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": self.embeddings, "segment_ids": self.segment_ids}, path, metadata)
+        metadata = {"fingerprint": json.dumps(self.fingerprint), "rows": json.dumps(self.rows)}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        save_file({"embeddings": self.embeddings, "segment_ids": self.segment_ids}, temporary, metadata)
+        os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path: str | Path, fingerprint: str) -> "TeacherEmbeddings":
+    def load(cls, path: str | Path, fingerprint: Mapping[str, str]) -> "TeacherEmbeddings":
         """Read a file written by `save`.
 
         Raises:
@@ -99,15 +110,45 @@ class TeacherEmbeddings:
         """
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("fingerprint") != fingerprint:
+            if differing := _differing(metadata.get("fingerprint"), fingerprint):
                 raise ValueError(
-                    f"{path} was made from another dataset, by another teacher or with other crop settings: its "
-                    f"fingerprint is {metadata.get('fingerprint')}, not {fingerprint}. Delete it to embed anew, or "
-                    "name another file."
+                    f"{path} was made with another {' and another '.join(differing)} than now asked for. Delete it to "
+                    "embed anew, or name another file."
                 )
             tensors = {name: file.get_tensor(name) for name in ("embeddings", "segment_ids")}
         rows = {image_id: tuple(bounds) for image_id, bounds in json.loads(metadata["rows"]).items()}
-        return cls(**tensors, rows=rows, fingerprint=fingerprint)
+        return cls(**tensors, rows=rows, fingerprint=dict(fingerprint))
+
+
+def _differing(stored: str | None, fingerprint: Mapping[str, str]) -> list[str]:
+    """Names of the parts of a fingerprint that are others than those stored as JSON."""
+    try:
+        found = dict(json.loads(stored or "{}"))
+    except (ValueError, TypeError):
+        found = {}
+    return sorted(name for name, value in fingerprint.items() if found.get(name) != value)
+
+
+class TeacherCache(RegionStore):
+    """The teacher's unit embeddings (N, D) of regions, as `train.cache teacher` wrote them for a dataset of any size.
+
+    `TeacherCache.open(folder, teacher.fingerprint(dataset))`; see `RegionStore`.
+    """
+
+    kind = "teacher"
+    holds = "teacher embeddings"
+
+
+class SynonymProbabilities(RegionStore):
+    """Probabilities (N, M) of the M words of each region's class, as `train.cache synonyms` wrote them.
+
+    In the order of `train.text_diversification.synonym_table`, zero where a class has fewer words.
+    `SynonymProbabilities.open(folder, box_synonyms.fingerprint(dataset))` with `train.box_synonyms.BoxSynonyms`; see
+    `RegionStore`.
+    """
+
+    kind = "synonyms"
+    holds = "synonym probabilities"
 
 
 class RegionTeacher:
@@ -118,10 +159,15 @@ class RegionTeacher:
         keep_aspect: keep the aspect ratio of a crop, with grey around it; otherwise it is stretched, as published.
     """
 
+    kind = TeacherCache.kind
+    with_crowds = False
+
     def __init__(self, vision_model: nn.Module, keep_aspect: bool = False):
         self.vision_model = vision_model.eval().requires_grad_(False)
         self.image_size: int = vision_model.config.image_size
+        self.columns: int = vision_model.config.projection_dim
         self.keep_aspect = keep_aspect
+        self.crop = partial(crop_region, size=self.image_size, keep_aspect=keep_aspect)
 
     def embed_dataset(
         self,
@@ -134,6 +180,8 @@ class RegionTeacher:
     ) -> TeacherEmbeddings:
         """Embed every annotated region of the un-augmented images; crowds and segments without a pixel are left out.
 
+        All is held in memory, which suits thousands of images; `train.cache teacher` is for more.
+
         Args:
             dataset: in the schema of `train.data`.
             cache_file: read from here if it exists, else written here.
@@ -141,92 +189,102 @@ class RegionTeacher:
             dtype: type in which the embeddings are kept.
             num_workers: processes that crop.
             progress: show a bar.
+
+        Raises:
+            ValueError: the file was made from something else; a picture is broken; there is no region.
         """
-        fingerprint = self.fingerprint(dataset)
+        fingerprint = self.fingerprint(dataset, progress=progress) if cache_file is not None else {}
         if cache_file is not None and Path(cache_file).exists():
             return TeacherEmbeddings.load(cache_file, fingerprint)
-        crops = _RegionCrops(dataset, self.image_size, self.keep_aspect)
-        loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=num_workers)
-        images = tqdm(loader, desc="Embedding regions", unit="image", disable=not progress)
-        embeddings = TeacherEmbeddings.from_images(self._embed_images(images, batch_size), fingerprint, dtype)
+        images = read_regions(dataset, self, range(len(dataset)), num_workers)
+        bar = tqdm(images, desc="Embedding regions", total=len(dataset), unit="image", disable=not progress)
+        if not len(dataset):
+            raise ValueError("The dataset has no row: there is nothing to embed.")
+        embeddings = TeacherEmbeddings.from_rows(embed_images(_whole(bar), self, batch_size), fingerprint, dtype)
         if cache_file is not None:
             embeddings.save(cache_file)
         return embeddings
 
-    def _embed_images(self, images: Iterable[RegionsOfImage], batch_size: int) -> Iterator[RegionsOfImage]:
-        for group in _groups_of_regions(images, batch_size):
-            crops = torch.cat([crops for _, _, crops in group])
-            embeds = torch.cat([self.embed_crops(part).cpu() for part in crops.split(batch_size)])
-            per_image = embeds.split([len(ids) for _, ids, _ in group])
-            yield from ((image_id, ids, rows) for (image_id, ids, _), rows in zip(group, per_image, strict=True))
-
     @torch.no_grad()
     def embed_crops(self, crops: Tensor) -> Tensor:
-        """Crops (N, image_size, image_size, 3) uint8 -> unit embeddings (N, D) in fp32."""
-        if not len(crops):
-            return torch.empty(0, self.vision_model.config.projection_dim)
+        """Crops (N, S, S, 3) uint8 -> unit embeddings (N, D) in fp32, on the device of the teacher.
+
+        In the teacher's own precision, also where a training step around it has another.
+        """
         parameter = next(self.vision_model.parameters())
-        embeds = self.vision_model(pixel_values=normalize_crops(crops, parameter)).image_embeds
+        if not len(crops):
+            return torch.empty(0, self.columns, device=parameter.device)
+        with torch.autocast(parameter.device.type, enabled=False):
+            embeds = self.vision_model(pixel_values=normalize_crops(crops, parameter)).image_embeds
         return F.normalize(embeds.float(), dim=-1)
 
-    def fingerprint(self, dataset: Dataset) -> str:
-        """Hash of the teacher's weights, the crop settings and the dataset.
+    def rows(self, crops: Tensor, classes: Tensor) -> Tensor:
+        """As `embed_crops`; the classes of the regions do not matter."""
+        return self.embed_crops(crops)
 
-        Of the dataset all ids and annotations enter, but only a sample of its pictures.
+    def fingerprint(
+        self, dataset: Dataset, remember: str | Path | None = None, progress: bool = True
+    ) -> dict[str, str]:
+        """Hashes of the dataset (`data`), of the weights as they are now (`teacher`) and of the crops' settings.
+
+        Args:
+            dataset, remember, progress: see `train.fingerprints.data_fingerprint`.
         """
-        digest = hashlib.sha256()
-        settings = {"image_size": self.image_size, "keep_aspect": self.keep_aspect, "grey": GREY}
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        for name, tensor in sorted(self.vision_model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-        for row in dataset.select_columns(["image_id", "segments"]):
-            digest.update(json.dumps(row, sort_keys=True).encode())
-        for picture in _sampled_pictures(dataset):
-            digest.update(picture)
-        return digest.hexdigest()[:32]
+        crops = {"image_size": self.image_size, "keep_aspect": self.keep_aspect, "grey": GREY}
+        return {
+            "data": data_fingerprint(dataset, remember, progress),
+            "teacher": model_fingerprint(self.vision_model),
+            "crops": settings_fingerprint(crops),
+        }
 
 
-class _RegionCrops(torch.utils.data.Dataset):
-    """The regions of image `index`: image id, segment ids (N,), crops (N, size, size, 3) uint8."""
-
-    def __init__(self, dataset: Dataset, size: int, keep_aspect: bool):
-        self.dataset, self.size, self.keep_aspect = dataset, size, keep_aspect
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> RegionsOfImage:
-        row = self.dataset[index]
-        image, ids = read_row(row)
-        visible = np.intersect1d(ids, [segment["id"] for segment in annotated_segments(row)])
-        crops = np.empty((len(visible), self.size, self.size, 3), dtype=np.uint8)
-        for position, segment_id in enumerate(visible):
-            crops[position] = crop_region(image, ids == segment_id, self.size, self.keep_aspect)
-        return row["image_id"], torch.from_numpy(visible.astype(np.int64)), torch.from_numpy(crops)
-
-
-def _groups_of_regions(images: Iterable[RegionsOfImage], size: int) -> Iterator[list[RegionsOfImage]]:
-    """Whole images together until they have at least `size` regions."""
-    group, count = [], 0
+def _whole(images: Iterable[ImageRegions]) -> Iterator[ImageRegions]:
+    """The same images; a broken one stops."""
     for image in images:
-        group.append(image)
-        count += len(image[1])
-        if count >= size:
-            yield group
-            group, count = [], 0
-    if group:
-        yield group
+        if image.broken is not None:
+            raise ValueError(image.broken)
+        yield image
 
 
-def _sampled_pictures(dataset: Dataset) -> Iterator[bytes]:
-    """Encoded images and segmentations of rows spread over the dataset; their path where they are not embedded."""
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, _HASHED_PICTURES).round().astype(int))
-    pictures = dataset.select_columns(["image", "segmentation"]).select(chosen.tolist())
-    for column in ("image", "segmentation"):
-        pictures = pictures.cast_column(column, ImageFeature(decode=False))
-    for row in pictures:
-        yield from (row[column]["bytes"] or row[column]["path"].encode() for column in ("image", "segmentation"))
+class OnlineTeacher:
+    """Embeds the regions of a batch as it was augmented, in every step.
+
+    Args:
+        teacher: moved to the device of the batches.
+    """
+
+    def __init__(self, teacher: RegionTeacher):
+        self.teacher = teacher
+
+    @torch.no_grad()
+    def embed(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """Unit embeddings (N, D) in fp32 of each image's regions, on the device of the batch.
+
+        Crops are made on that device as well, without a copy to the CPU.
+
+        Args:
+            batch: `images`, B times (h, w, 3) uint8; `segmentation` (B, H, W) ids, padded to the right and bottom;
+                `segment_ids`, B times (N,); `image_ids`.
+
+        Raises:
+            KeyError: `batch` has no `images`: the collator must be told to keep them.
+            ValueError: a segment has no pixel; the image is named.
+        """
+        self.teacher.vision_model.to(batch["segmentation"].device)
+        crops = [self._crops(batch, position) for position in range(len(batch["images"]))]
+        embeds = [self.teacher.embed_crops(part) for part in torch.cat(crops).split(_CROPS_PER_PASS)]
+        return list(torch.cat(embeds).split([len(of_image) for of_image in crops]))
+
+    def _crops(self, batch: Mapping[str, Any], position: int) -> Tensor:
+        ids = batch["segmentation"][position]
+        image = torch.as_tensor(batch["images"][position]).to(ids.device)
+        ids = ids[: image.shape[0], : image.shape[1]]
+        wanted = batch["segment_ids"][position]
+        try:
+            return crop_regions(image, ids, wanted, self.teacher.image_size, self.teacher.keep_aspect)
+        except ValueError as error:
+            name = batch["image_ids"][position]
+            raise ValueError(f"Image {name!r}, segments {wanted.tolist()}: {error}") from error
 
 
 @dataclass(frozen=True)

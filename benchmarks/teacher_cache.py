@@ -1,0 +1,112 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Disk, memory and time of a cache of teacher embeddings as large as COCO's, as a Markdown table. Linux only.
+
+    python benchmarks/teacher_cache.py --folder /data/try                   # needs 3.3 GB of disk for a while
+    python benchmarks/teacher_cache.py --folder /data/try --images 2000
+
+The embeddings are random numbers. The cache is deleted at the end. "Memory" is what looking up whole batches added to
+the resident memory of the process after the first batch.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from train.shards import StoreSettings, StoreWriter
+from train.teacher import TeacherCache
+
+FINGERPRINT = {"data": "synthetic"}
+
+
+def memory_mb() -> float:
+    """Resident memory of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError("the status of the process has no VmRSS.")
+
+
+def write(folder: Path, settings: StoreSettings, counts: np.ndarray) -> None:
+    """Write a cache of random rows."""
+    generator = np.random.default_rng(1)
+    writer = StoreWriter(folder, settings)
+    writer.begin()
+    for shard in range(settings.num_shards):
+        images = settings.images_of(shard)
+        of_shard = counts[images.start : images.stop]
+        rows = generator.standard_normal((int(of_shard.sum()), settings.columns), dtype=np.float32)
+        segment_ids = np.concatenate([np.arange(1, count + 1) for count in of_shard])
+        writer.write(shard, [f"{image:012d}" for image in images], of_shard.tolist(), segment_ids, rows)
+    writer.finish()
+
+
+def look_up(store: TeacherCache, counts: np.ndarray, batch: int, batches: int) -> tuple[float, float]:
+    """Seconds of one look-up of a batch, the median, and the MB that all of them together left in memory."""
+    generator = np.random.default_rng(2)
+    seconds, before = [], 0.0
+    for _ in range(batches + 1):
+        images = generator.choice(len(counts), batch, replace=False)
+        image_ids = [f"{image:012d}" for image in images]
+        segment_ids = [torch.arange(int(counts[image]), 0, -1) for image in images]
+        start = time.perf_counter()
+        store.lookup(image_ids, segment_ids)
+        seconds.append(time.perf_counter() - start)
+        before = before or memory_mb()
+    return float(np.median(seconds[1:])), memory_mb() - before
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="new folder for the cache")
+    parser.add_argument("--images", type=int, default=118_287, help="(default: %(default)s)")
+    parser.add_argument("--regions", type=float, default=12.69, help="of an image, on average (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=1024, help="numbers of a region (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=112, help="images looked up together (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=500, help="(default: %(default)s)")
+    options = parser.parse_args()
+    if options.folder.exists():
+        parser.error(f"{options.folder} is there already: name a new folder")
+    counts = np.random.default_rng(0).poisson(options.regions, options.images)
+    settings = StoreSettings("teacher", FINGERPRINT, options.columns, options.images)
+    try:
+        start = time.perf_counter()
+        write(options.folder, settings, counts)
+        writing = time.perf_counter() - start
+        disk = sum(path.stat().st_size for path in options.folder.iterdir()) / 1e9
+        start, before = time.perf_counter(), memory_mb()
+        store = TeacherCache.open(options.folder, FINGERPRINT)
+        opening, opened = time.perf_counter() - start, memory_mb() - before
+        seconds, growth = look_up(store, counts, options.batch, options.batches)
+    finally:
+        shutil.rmtree(options.folder, ignore_errors=True)
+    sys.stdout.write(
+        "| images | regions | disk GB | writing s | opening s, MB | images of a batch | look-up ms | batches | MB |\n"
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        f"| {options.images} | {counts.sum()} | {disk:.2f} | {writing:.0f} | {opening:.2f}, {opened:.1f} | "
+        f"{options.batch} | {1000 * seconds:.0f} | {options.batches} | {growth:.1f} |\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
