@@ -11,10 +11,12 @@ from train.data import (
     check_dataset,
     decode_ids,
     encode_ids,
+    expand_masks,
     read_row,
 )
-from train.data.schema import annotated_segments
-from train.data.transforms import resize
+from train.data.samples import augmented_row
+from train.data.schema import annotated_segments, ids_within, learnable_ids
+from train.data.transforms import resize_window, scaled_size
 
 from .training_toys import VOCABULARY, toy_dataset, toy_row
 
@@ -75,15 +77,43 @@ def test_missing_columns_are_named():
         check_dataset(toy_dataset(2).remove_columns("segments"), VOCABULARY.labels, progress=False)
 
 
+def whole(shape: tuple[int, int], factor: float) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    scaled = scaled_size(shape, factor)
+    return scaled, (0, 0, *scaled)
+
+
 def test_resizing_moves_image_and_ids_alike():
     ids = np.zeros((40, 60), dtype=np.int32)
     ids[10:30, 20:50] = 9
     image = np.repeat((ids == 9)[..., None] * np.uint8(255), 3, axis=2)
     for factor in (0.5, 1.0, 1.7):
-        resized, resized_ids = resize(image, ids, factor)
+        resized, resized_ids = resize_window(image, ids, *whole(ids.shape, factor))
         assert resized.shape[:2] == resized_ids.shape == (round(40 * factor), round(60 * factor))
         inside = resized[..., 0] > 127
         assert ((resized_ids == 9) == inside).mean() > 0.97
+
+
+@pytest.mark.parametrize("factor", [0.13, 0.7, 1.0, 1.37, 3.3])
+def test_a_window_is_that_of_the_whole_scaled_image(factor, within):
+    generator = np.random.default_rng(3)
+    image = generator.integers(0, 256, (123, 187, 3), dtype=np.uint8)
+    ids = generator.integers(0, 9, (123, 187), dtype=np.int32)
+    expected_image, expected_ids = resize_window(image, ids, *whole(ids.shape, factor))
+    by_pillow = Image.fromarray(image).resize(expected_image.shape[1::-1], Image.Resampling.BILINEAR)
+    assert np.array_equal(expected_image, np.asarray(by_pillow))
+    differences = []
+    for _ in range(20):
+        height, width = (int(generator.integers(1, side + 1)) for side in expected_ids.shape)
+        top = int(generator.integers(0, expected_ids.shape[0] - height + 1))
+        left = int(generator.integers(0, expected_ids.shape[1] - width + 1))
+        window = slice(top, top + height), slice(left, left + width)
+        cropped, cropped_ids = resize_window(image, ids, expected_ids.shape, (top, left, height, width))
+        assert np.array_equal(cropped_ids, expected_ids[window])
+        differences.append(np.abs(cropped.astype(int) - expected_image[window]).ravel())
+    # At a scale such as 187 : 256 many values lie exactly between two of 0..255 and go either way.
+    differences = np.concatenate(differences)
+    within("cropped then scaled - scaled then cropped, values 0..255 of noise", differences.max(), 1)
+    within("cropped then scaled - scaled then cropped, share that differs", (differences > 0).mean(), 0.1)
 
 
 def test_flip_mirrors_both():
@@ -137,42 +167,113 @@ def test_workers_see_the_epoch_and_draw_as_the_main_process():
         assert all(np.array_equal(row, augmented[index]["image"]) for index, row in enumerate(rows))
 
 
-def test_batch_has_masks_classes_and_ids():
+def test_batch_has_ids_classes_and_seeds():
     augmented = AugmentedDataset(toy_dataset(2), NO_CHANGE, seed=0)
-    batch = SegmentationCollator(GKCImageProcessor(), num_classes=3)([augmented[0], augmented[1]])
+    rows = [augmented[0], augmented[1]]
+    batch = SegmentationCollator(GKCImageProcessor(), num_classes=3)(rows)
     assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["pixel_mask"].shape == (2, 64, 64)
-    assert batch["image_ids"] == ["toy-0", "toy-1"]
+    assert batch["segmentation"].shape == (2, 64, 64) and batch["segmentation"].dtype == torch.int32
+    assert batch["image_ids"] == ["toy-0", "toy-1"] and batch["nouns"] == [[], []]
+    assert batch["draw_seeds"] == [row["draw_seed"] for row in rows]
     assert [ids.tolist() for ids in batch["segment_ids"]] == [[7, 300, 70_000], [7, 300, 70_000, 70_001]]
     assert [labels.tolist() for labels in batch["class_labels"]] == [[2, 0, 1], [2, 0, 1, 1]]
-    assert all(masks.dtype == torch.bool for masks in batch["mask_labels"])
-    assert torch.equal(batch["mask_labels"][0].sum(dim=0), torch.ones(64, 64, dtype=torch.long))
-    _, ids = read_row(toy_row(0))
-    assert np.array_equal(batch["mask_labels"][0][1].numpy(), ids == 300)
+    assert {ids.dtype for ids in batch["segment_ids"] + batch["class_labels"]} == {torch.int64}
+    assert np.array_equal(batch["segmentation"][0].numpy(), read_row(toy_row(0))[1])
+    assert "images" not in batch and "mask_labels" not in batch
 
 
-def test_masks_are_padded_with_the_images():
+def test_batch_keeps_the_pictures_when_asked():
+    augmented = AugmentedDataset(toy_dataset(2), JointTransform(crop_size=48), seed=0)
+    collate = SegmentationCollator(GKCImageProcessor(), num_classes=3, keep_images=True)
+    images = collate([augmented[0], augmented[1]])["images"]
+    assert all(image.dtype == torch.uint8 and image.shape == (48, 48, 3) for image in images)
+    assert np.array_equal(images[1].numpy(), augmented[1]["image"])
+
+
+def test_masks_are_those_of_the_ids():
+    augmented = AugmentedDataset(toy_dataset(3), NO_CHANGE, seed=0)
+    batch = SegmentationCollator(GKCImageProcessor(), num_classes=3)([augmented[index] for index in range(3)])
+    masks = expand_masks(batch["segmentation"], batch["segment_ids"])
+    for index, image_masks in enumerate(masks):
+        ids = read_row(toy_row(index))[1]
+        expected = [ids == segment["id"] for segment in toy_row(index)["segments"]]
+        assert image_masks.dtype == torch.bool and np.array_equal(image_masks.numpy(), np.stack(expected))
+    nothing = expand_masks(batch["segmentation"], [ids[:0] for ids in batch["segment_ids"]])
+    assert [tuple(image_masks.shape) for image_masks in nothing] == [(0, 64, 64)] * 3
+
+
+def test_segmentations_are_padded_with_the_images():
     rows = [AugmentedDataset(toy_dataset(1, size=size), NO_CHANGE, seed=0)[0] for size in (40, 64)]
     batch = SegmentationCollator(GKCImageProcessor(), num_classes=3)(rows)
     assert batch["pixel_values"].shape[-2:] == (64, 64)
-    assert batch["mask_labels"][0].shape == (3, 64, 64)
-    assert not batch["mask_labels"][0][:, 40:].any() and not batch["mask_labels"][0][:, :, 40:].any()
-    assert torch.equal(batch["mask_labels"][0].any(dim=0), batch["pixel_mask"][0].bool())
+    assert torch.equal(batch["segmentation"][0] != 0, batch["pixel_mask"][0].bool())
+    assert batch["pixel_mask"][0].sum() == 40 * 40
 
 
 def test_crowds_and_vanished_segments_are_left_out():
-    row = toy_row(0)
-    row["segments"][1]["iscrowd"] = True
-    assert [segment["id"] for segment in annotated_segments(row)] == [7, 70_000]
-    image, ids = read_row(row)
-    ids[ids == 70_000] = 7
+    crowd = alter(0, segments=[{**s, "iscrowd": s["id"] == 300} for s in toy_row(0)["segments"]])
+    row = AugmentedDataset(toy_dataset(1, change=crowd), NO_CHANGE, seed=0)[0]
+    assert [segment["id"] for segment in row["segments"]] == [7, 70_000] and set(np.unique(row["ids"])) == {
+        0,
+        7,
+        70_000,
+    }
+    row["ids"][row["ids"] == 70_000] = 7
     collate = SegmentationCollator(GKCImageProcessor(), num_classes=3)
-    batch = collate([{"image": image, "ids": ids, "segments": annotated_segments(row), "image_id": "a"}])
-    assert batch["segment_ids"][0].tolist() == [7] and batch["mask_labels"][0].shape == (1, 64, 64)
-    batch = collate([{"image": image, "ids": ids, "segments": [], "image_id": "a"}])
-    assert batch["mask_labels"][0].shape == (0, 64, 64) and batch["class_labels"][0].shape == (0,)
+    batch = collate([row])
+    assert batch["segment_ids"][0].tolist() == [7] and batch["class_labels"][0].tolist() == [2]
+    batch = collate([{**row, "segments": []}])
+    assert batch["segment_ids"][0].shape == batch["class_labels"][0].shape == (0,)
+
+
+def test_segments_without_a_class_are_void():
+    row = toy_row(1)
+    row["segments"][0]["category_id"] = -1
+    assert [segment["id"] for segment in annotated_segments(row)] == [300, 70_000, 70_001]
+    ids = read_row(row)[1]
+    assert np.array_equal(learnable_ids(row, ids), np.where(ids == 7, 0, ids))
+    check_dataset(toy_dataset(2, change=alter(1, segments=row["segments"])), VOCABULARY.labels, progress=False)
+
+
+def test_nouns_of_the_caption_come_along():
+    row = augmented_row(toy_row(0) | {"nouns": ["disc", "grass"]}, NO_CHANGE, (0, 0, 0))
+    assert row["nouns"] == ["disc", "grass"]
+    assert SegmentationCollator(GKCImageProcessor(), 3)([row])["nouns"] == [["disc", "grass"]]
+
+
+def test_draw_seeds_depend_on_seed_epoch_and_place_only():
+    def seeds(seed: int, epoch: int) -> list[int]:
+        augmented = AugmentedDataset(toy_dataset(4), JointTransform(crop_size=32), seed)
+        augmented.set_epoch(epoch)
+        return [augmented[index]["draw_seed"] for index in range(4)]
+
+    drawn = [*seeds(0, 0), *seeds(0, 1), *seeds(1, 0)]
+    assert seeds(0, 0) == drawn[:4] and len(set(drawn)) == 12
+    assert all(0 <= seed < 2**63 for seed in drawn)
+
+
+def test_ids_within_are_all_of_them():
+    generator = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 7), (7, 1), (30, 40)):
+        ids = generator.integers(0, 20, shape).astype(np.int32)
+        assert np.array_equal(ids_within(ids), np.unique(ids)) and np.array_equal(ids_within(ids.T), np.unique(ids))
 
 
 def test_batch_with_a_class_outside_the_vocabulary_is_refused():
     augmented = AugmentedDataset(toy_dataset(1), NO_CHANGE, seed=0)
     with pytest.raises(ValueError, match=r"'toy-0': category ids \[2\]"):
         SegmentationCollator(GKCImageProcessor(), num_classes=2)([augmented[0]])
+
+
+def test_a_segmentation_that_is_no_rgb_picture_is_refused():
+    grey = {**toy_row(0), "segmentation": Image.new("L", (64, 64), 7)}
+    with pytest.raises(ValueError, match="'toy-0': it is a picture of mode L; segment ids are stored in RGB"):
+        read_row(grey)
+
+
+def test_a_quick_check_reads_some_rows_of_the_whole():
+    dataset = toy_dataset(9, change=alter(8, segments=[]))
+    with pytest.raises(ValueError, match="'toy-8': ids"):
+        check_dataset(dataset, VOCABULARY.labels, progress=False, sample=2)
+    check_dataset(dataset.select(range(8)), VOCABULARY.labels, progress=False, sample=2)
+    check_dataset(toy_dataset(9, change=alter(5, segments=[])), VOCABULARY.labels, progress=False, sample=2)

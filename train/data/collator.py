@@ -1,4 +1,4 @@
-"""Rows -> one batch of tensors for the model and the trainer."""
+"""Rows -> one batch of tensors for the model and the trainer; masks stay ids until they are on the training device."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,48 +9,77 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .schema import VOID, ids_within
+
 
 @dataclass
 class SegmentationCollator:
-    """Turns rows of an `AugmentedDataset` into a batch.
+    """Turns rows of an `AugmentedDataset` or a `StreamingDataset` into a batch.
 
-    The batch has `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W); lists over the images of `mask_labels`
-    (N, H, W) bool, `class_labels` (N,) and `segment_ids` (N,), where N segments are those with a pixel left; and
-    `image_ids`, a list of strings.
+    The batch has `pixel_values` (B, 3, H, W) float, `pixel_mask` (B, H, W), `segmentation` (B, H, W) int32, the
+    segment of every pixel, 0 for void and padding; lists over the images of `segment_ids` (N,) and `class_labels` (N,)
+    int64, where N segments are those with a pixel left, in the order of the row; `image_ids`, strings; `draw_seeds`,
+    integers that every random draw about a sample starts from; `nouns`, lists of strings. `expand_masks` makes masks.
 
     Attributes:
         image_processor: Normalises and pads; its resizing is not used.
         num_classes: Size of the vocabulary.
+        keep_images: Also give `images`, the augmented pictures (h, w, 3) uint8 before normalisation and padding.
     """
 
     image_processor: BaseImageProcessor
     num_classes: int
+    keep_images: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Batch rows."""
+        """Batch rows.
+
+        Raises:
+            ValueError: a class is not in the vocabulary; the sample is named.
+        """
         images = [row["image"] for row in rows]
         batch = dict(self.image_processor(images=images, do_resize=False, return_tensors="pt"))
-        size = batch["pixel_values"].shape[-2:]
-        targets = [self._targets(row, size) for row in rows]
-        for position, key in enumerate(("mask_labels", "class_labels", "segment_ids")):
-            batch[key] = [target[position] for target in targets]
+        segmentation = np.full((len(rows), *batch["pixel_values"].shape[-2:]), VOID, dtype=np.int32)
+        for padded, row in zip(segmentation, rows, strict=True):
+            height, width = row["ids"].shape
+            padded[:height, :width] = row["ids"]
+        batch["segmentation"] = torch.from_numpy(segmentation)
+        targets = [self._targets(row) for row in rows]
+        batch["segment_ids"] = [segment_ids for segment_ids, _ in targets]
+        batch["class_labels"] = [classes for _, classes in targets]
         batch["image_ids"] = [row["image_id"] for row in rows]
+        batch["draw_seeds"] = [row["draw_seed"] for row in rows]
+        batch["nouns"] = [list(row["nouns"]) for row in rows]
+        if self.keep_images:
+            batch["images"] = [torch.tensor(image) for image in images]
         return batch
 
-    def _targets(self, row: Mapping[str, Any], size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks (N, H, W), classes (N,) and ids (N,) of the segments that are still there."""
-        height, width = row["ids"].shape
-        ids = torch.from_numpy(np.pad(row["ids"], ((0, size[0] - height), (0, size[1] - width))))
-        segment_ids = torch.tensor([segment["id"] for segment in row["segments"]], dtype=torch.int64)
-        classes = torch.tensor([segment["category_id"] for segment in row["segments"]], dtype=torch.int64)
-        self._check_classes(row["image_id"], classes)
-        masks = ids[None] == segment_ids[:, None, None]
-        visible = masks.flatten(1).any(dim=1)
-        return masks[visible], classes[visible], segment_ids[visible]
+    def _targets(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Ids (N,) and classes (N,) of the segments that are still there."""
+        self._check_classes(row)
+        present = set(ids_within(row["ids"]).tolist())
+        visible = [segment for segment in row["segments"] if segment["id"] in present]
+        segment_ids = torch.tensor([segment["id"] for segment in visible], dtype=torch.int64)
+        return segment_ids, torch.tensor([segment["category_id"] for segment in visible], dtype=torch.int64)
 
-    def _check_classes(self, image_id: str, classes: Tensor) -> None:
-        outside = classes[(classes < 0) | (classes >= self.num_classes)].tolist()
+    def _check_classes(self, row: Mapping[str, Any]) -> None:
+        classes = [segment["category_id"] for segment in row["segments"]]
+        outside = [category for category in classes if not 0 <= category < self.num_classes]
         if outside:
             raise ValueError(
-                f"Sample {image_id!r}: category ids {outside} are not in the vocabulary of {self.num_classes} classes."
+                f"Sample {row['image_id']!r}: category ids {outside} are not in the vocabulary of {self.num_classes} "
+                "classes."
             )
+
+
+def expand_masks(segmentation: Tensor, segment_ids: Sequence[Tensor]) -> list[Tensor]:
+    """Masks of the segments of a batch, on the device that its segmentation is on.
+
+    Args:
+        segmentation: (B, H, W) integers, the segment of every pixel.
+        segment_ids: For each image (N,).
+
+    Returns:
+        For each image (N, H, W) bool.
+    """
+    return [ids[None] == wanted.to(ids)[:, None, None] for ids, wanted in zip(segmentation, segment_ids, strict=True)]

@@ -1,0 +1,54 @@
+"""Reading data for hours takes no more memory than reading it for a minute."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.data import AugmentedDataset, JointTransform, SegmentationCollator, StreamingDataset
+
+from .training_toys import toy_dataset, toy_processor
+
+WARM_UP, BATCHES, BATCH_SIZE = 100, 500, 2
+BOUND_MB = 8
+
+
+def own_memory_mb(process: int) -> float:
+    """Memory of a process that is its own, not shared with others or of a mapped file."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def own_memory_of_all(iterator) -> dict[str, float]:
+    workers = {f"worker {worker.pid}": own_memory_mb(worker.pid) for worker in iterator._workers}
+    return {"main process": own_memory_mb(os.getpid())} | workers
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("streaming", [False, True], ids=["random access", "streaming"])
+def test_memory_does_not_grow_with_the_batches(streaming, within):
+    rows = (WARM_UP + BATCHES + 20) * BATCH_SIZE
+    small = toy_dataset(4, size=32)
+    dataset = small.select([index % 4 for index in range(rows)])
+    transform = JointTransform(crop_size=32, scale_range=(0.1, 2.0))
+    source = (
+        StreamingDataset(dataset, transform, seed=0) if streaming else AugmentedDataset(dataset, transform, seed=0)
+    )
+    if streaming:
+        source.share(0, 1, workers=2, batch_size=BATCH_SIZE)
+    loader = torch.utils.data.DataLoader(
+        source, BATCH_SIZE, num_workers=2, collate_fn=SegmentationCollator(toy_processor().image_processor, 3)
+    )
+    iterator = iter(loader)
+    for _ in range(WARM_UP):
+        next(iterator)
+    before = own_memory_of_all(iterator)
+    for _ in range(BATCHES):
+        next(iterator)
+    after = own_memory_of_all(iterator)
+    assert len(before) == 3
+    kind = "streaming" if streaming else "random access"
+    for process, megabytes in after.items():
+        grown = megabytes - before[process]
+        within(f"memory grown over {BATCHES} batches, MB, {kind}, {process.split()[0]}", grown, BOUND_MB)

@@ -1,0 +1,80 @@
+"""Base and novel classes: training on some classes of a vocabulary, as the zero-shot experiments do."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from modeling_gkc.vocabulary import Vocabulary
+from modeling_gkc.vocabulary_files import packaged_facts
+
+from .schema import NO_CLASS
+
+VARIANTS = ("ignore", "delete")
+
+
+def novel_positions(vocabulary_name: str) -> list[int]:
+    """Positions, in a packaged vocabulary, of the classes that the method's zero-shot experiments hold out.
+
+    Raises:
+        ValueError: there is no such vocabulary, or it marks no class as novel.
+    """
+    facts = packaged_facts(vocabulary_name)
+    if not facts.get("novel_ids"):
+        raise ValueError(
+            f"The vocabulary {vocabulary_name!r} marks no class as novel: set the recipe's `category_split` to 'all', "
+            "or use coco_panoptic_133 or vipseg_124."
+        )
+    novel = set(facts["novel_ids"])
+    return [position for position, entry in enumerate(facts["classes"]) if entry["id"] in novel]
+
+
+def split_categories(
+    dataset: Dataset, vocabulary: Vocabulary, novel: str | Collection[int], variant: str, keep: str = "base"
+) -> tuple[Dataset, Vocabulary]:
+    """A dataset of the base classes alone, or of the novel ones, and their vocabulary.
+
+    Classes are numbered anew within the subset, in their old order. Segments of other classes become void: their class
+    is -1; images and segmentations stay as they are.
+
+    Args:
+        dataset: in the schema of `train.data`.
+        vocabulary: the classes that its `category_id` counts.
+        novel: name of the packaged vocabulary whose novel classes these are, or their positions.
+        variant: `ignore` keeps the images that have a segment of the kept classes; `delete` only those of them that
+            have no segment of another class at all. Crowds count as segments.
+        keep: `base` or `novel`.
+
+    Raises:
+        ValueError: an unknown variant, no class is left on one side, or no image is left.
+    """
+    if variant not in VARIANTS or keep not in ("base", "novel"):
+        raise ValueError(f"Variants are {', '.join(VARIANTS)}, of base or novel; got {variant!r} and {keep!r}.")
+    positions = set(novel_positions(novel) if isinstance(novel, str) else novel)
+    kept = [index for index in range(len(vocabulary.names)) if (index in positions) == (keep == "novel")]
+    if not 0 < len(kept) < len(vocabulary.names) or not positions <= set(range(len(vocabulary.names))):
+        raise ValueError(f"Novel classes must be some of the {len(vocabulary.names)}, got {sorted(positions)}.")
+    new_ids = {old: new for new, old in enumerate(kept)}
+    all_segments = dataset.select_columns("segments")["segments"]
+    rows = [index for index, segments in enumerate(all_segments) if _stays(segments, new_ids, variant == "delete")]
+    if not rows:
+        raise ValueError(f"No image of the dataset has segments of the {keep} classes as `{variant}` needs them.")
+    renumbered = [_renumbered(segments, new_ids) for segments in all_segments]
+    feature = dataset.features["segments"]
+    # A column of its own: `map` would write every picture anew.
+    subset = dataset.remove_columns("segments").add_column("segments", renumbered, feature=feature).select(rows)
+    return subset, _subset_of(vocabulary, kept)
+
+
+def _stays(segments: list[dict[str, Any]], new_ids: Mapping[int, int], delete: bool) -> bool:
+    classes = {segment["category_id"] for segment in segments} - {NO_CLASS}
+    return bool(classes & new_ids.keys()) and not (delete and classes - new_ids.keys())
+
+
+def _renumbered(segments: list[dict[str, Any]], new_ids: Mapping[int, int]) -> list[dict[str, Any]]:
+    return [{**segment, "category_id": new_ids.get(segment["category_id"], NO_CLASS)} for segment in segments]
+
+
+def _subset_of(vocabulary: Vocabulary, kept: list[int]) -> Vocabulary:
+    columns = vocabulary.names, vocabulary.is_thing, vocabulary.colors, vocabulary.templates
+    return Vocabulary(*(None if column is None else [column[index] for index in kept] for column in columns))
