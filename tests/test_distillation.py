@@ -97,16 +97,43 @@ def test_unknown_relation_is_refused():
         text_guided_distillation_loss(*[unit_vectors(2, 4)] * 3, torch.zeros(2), 1.0, "manhattan")
 
 
-@pytest.mark.parametrize(("embedding", "parameters"), [("shared", 1), ("query", 3), ("projected", 3)])
-def test_head_gives_unit_vectors_and_starts_with_scale_one(embedding, parameters):
-    head = DistillationHead(embedding, hidden_size=12, projection_dim=6)
+@pytest.mark.parametrize("counts", [(3, 5), (2, 9)])
+def test_given_counts_are_what_the_sums_are_divided_by(counts):
+    student, teacher, text = (unit_vectors(4, 6) for _ in range(3))
+    given = student, teacher, text, torch.tensor([0, 0, 0, 1]), 0.7
+    feature, relation, joint = text_guided_distillation_loss(*given)
+    terms = text_guided_distillation_loss(*given, counts=torch.tensor(counts))
+    regions, pairs = counts  # there are 4 regions and 10 pairs
+    expected = feature * 4 / regions, relation * 10 / pairs, joint * 14 / (regions + pairs)
+    torch.testing.assert_close(terms, expected)
+
+
+HEADS = [("shared", None, 1), ("query", None, 3), ("projected", None, 3), ("query", 2, 5), ("projected", 2, 5)]
+
+
+@pytest.mark.parametrize(("embedding", "num_stages", "parameters"), HEADS)
+def test_head_gives_unit_vectors_and_starts_with_scale_one(embedding, num_stages, parameters):
+    head = DistillationHead(embedding, hidden_size=12, projection_dim=6, num_stages=num_stages)
     stage = GKCStageOutput(query_embeds=unit_vectors(2, 5, 6), query_features=torch.randn(2, 5, 12))
-    embeds = head(stage)
-    assert embeds.shape == (2, 5, 6)
-    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(2, 5))
+    first, second = head([stage, stage])
+    assert first.shape == second.shape == (2, 5, 6)
+    torch.testing.assert_close(first.norm(dim=-1), torch.ones(2, 5))
+    # The same query has another embedding in another stage only with a map of its own.
+    assert torch.equal(first, second) == (num_stages is None)
     assert head.scale == 1 and len(list(head.parameters())) == parameters
     if embedding == "shared":
-        assert torch.equal(embeds, stage.query_embeds)
+        assert torch.equal(first, stage.query_embeds)
+
+
+@pytest.mark.parametrize("embedding", ["query", "projected"])
+def test_head_looks_at_what_its_name_says(embedding):
+    head = DistillationHead(embedding, hidden_size=12, projection_dim=6)
+    stage = GKCStageOutput(query_embeds=unit_vectors(2, 5, 6), query_features=torch.randn(2, 5, 12))
+    for value in (stage.query_embeds, stage.query_features):
+        value.requires_grad_()
+    head([stage])[0].sum().backward()
+    reached = [value.grad is not None for value in (stage.query_features, stage.query_embeds)]
+    assert reached == [embedding == "query", embedding == "projected"]
 
 
 def test_unknown_embedding_is_refused():

@@ -1,14 +1,17 @@
 """Text-guided distillation: the student's matched queries learn what a frozen CLIP image encoder sees in the regions.
 
-Letters: N matched regions of a batch, D width of CLIP's image-text space, B images, Q queries, C hidden.
+Letters: N matched regions of a batch, D width of CLIP's image-text space, B images, Q queries, C hidden, S decoder
+stages.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configuration.recipe import DISTILLATION_EMBEDDINGS, RELATIONS
-from modeling_gkc.loss_gkc import divisor_over_processes
+from modeling_gkc.loss_gkc import mean_over_processes
 from modeling_gkc.modeling_gkc import GKCStageOutput
 
 
@@ -19,6 +22,7 @@ def text_guided_distillation_loss(
     image_index: Tensor,
     scale: Tensor | float,
     relation: str = "cosine",
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Distance to the teacher's embeddings, and of the student-teacher relations to those of the regions' names.
 
@@ -38,6 +42,8 @@ def text_guided_distillation_loss(
         image_index: (N,) which image a region belongs to.
         scale: the learned scalar s.
         relation: `cosine` as in the released code or `euclidean` as in the paper.
+        counts: (2,) regions and pairs that the sums are divided by; by default those that are there, averaged over
+            processes.
 
     Returns:
         The feature term, the relation term and the joint term.
@@ -48,9 +54,10 @@ def text_guided_distillation_loss(
     same_image = image_index[:, None] == image_index[None, :]
     relation_residuals = _relation_residuals(student, teacher, text, scale, relation)[same_image]
     feature_sum, relation_sum = feature_residuals.sum(), relation_residuals.sum()
-    regions, pairs = len(feature_residuals), len(relation_residuals)
-    divisors = divisor_over_processes(student.new_tensor([regions, pairs, regions + pairs]))
-    return tuple(torch.stack([feature_sum, relation_sum, feature_sum + relation_sum]) / divisors)
+    if counts is None:
+        counts = mean_over_processes(student.new_tensor([len(feature_residuals), len(relation_residuals)]))
+    regions, pairs = counts.to(student).clamp(min=torch.finfo(student.dtype).tiny)
+    return feature_sum / regions, relation_sum / pairs, (feature_sum + relation_sum) / (regions + pairs)
 
 
 def _relation_residuals(
@@ -75,9 +82,10 @@ class DistillationHead(nn.Module):
             published); `projected` a linear map of the class embedding.
         hidden_size: C, width of the query features.
         projection_dim: D.
+        num_stages: S for a map of its own for every decoder stage; None for one map.
     """
 
-    def __init__(self, embedding: str, hidden_size: int, projection_dim: int):
+    def __init__(self, embedding: str, hidden_size: int, projection_dim: int, num_stages: int | None = None):
         super().__init__()
         if embedding not in DISTILLATION_EMBEDDINGS:
             raise ValueError(
@@ -85,14 +93,22 @@ class DistillationHead(nn.Module):
             )
         self.embedding = embedding
         self.scale = nn.Parameter(torch.ones(()))
-        if embedding == "query":
-            self.projection = nn.Linear(hidden_size, projection_dim)
-        elif embedding == "projected":
-            self.projection = nn.Linear(projection_dim, projection_dim)
+        if embedding == "shared":
+            return
+        width = hidden_size if embedding == "query" else projection_dim
+        if num_stages is None:
+            self.projection = nn.Linear(width, projection_dim)
+        else:
+            self.projections = nn.ModuleList(nn.Linear(width, projection_dim) for _ in range(num_stages))
 
-    def forward(self, stage: GKCStageOutput) -> Tensor:
-        """Distillation embeddings (B, Q, D), L2-normalised, of one decoder stage."""
+    def forward(self, stages: Sequence[GKCStageOutput]) -> tuple[Tensor, ...]:
+        """For each decoder stage distillation embeddings (B, Q, D), L2-normalised."""
         if self.embedding == "shared":
-            return stage.query_embeds
-        source = stage.query_features if self.embedding == "query" else stage.query_embeds
-        return F.normalize(self.projection(source), dim=-1)
+            return tuple(stage.query_embeds for stage in stages)
+        common = getattr(self, "projection", None)
+        projections = self.projections if common is None else [common] * len(stages)
+        source = "query_features" if self.embedding == "query" else "query_embeds"
+        return tuple(
+            F.normalize(projection(stage[source]), dim=-1)
+            for projection, stage in zip(projections, stages, strict=True)
+        )

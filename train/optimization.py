@@ -1,4 +1,4 @@
-"""Which parameters learn how fast, and when."""
+"""Which parameters learn, how fast, and when."""
 
 from typing import Any
 
@@ -10,6 +10,58 @@ from configuration import Recipe
 _UNDECAYED = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 
+def freeze_stages(backbone: nn.Module, count: int) -> list[nn.Module]:
+    """Freeze the stem and the first `count` stages of a backbone.
+
+    Normalisations of the feature maps that a backbone gives out belong to no stage and are trained.
+
+    Args:
+        backbone: `CLIPResNetBackbone` or a backbone of transformers with a stem and a list of stages, such as those of
+            ResNet, ConvNeXt and Swin.
+        count: 0 freezes nothing.
+
+    Returns:
+        The frozen modules.
+
+    Raises:
+        ValueError: the backbone has fewer stages, or none that can be found.
+    """
+    if count == 0:
+        return []
+    stem, stages = _stem_and_stages(backbone)
+    if count > len(stages):
+        raise ValueError(f"`frozen_stages` = {count}, but the backbone has {len(stages)} stages; choose fewer.")
+    frozen = [stem, *stages[:count]]
+    for module in frozen:
+        module.requires_grad_(False).eval()
+    return frozen
+
+
+def freeze_unused(backbone: nn.Module) -> None:
+    """Freeze the last normalisation of a backbone that normalises each feature map apart, as Swin does.
+
+    No loss reaches it, which would stop distributed training.
+    """
+    unused = getattr(getattr(backbone, "base_model", backbone), "layernorm", None)
+    if unused is not None and hasattr(backbone, "hidden_states_norms"):
+        unused.requires_grad_(False)
+
+
+def _stem_and_stages(backbone: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    # Some backbones of transformers hold the model that they are made of.
+    model = getattr(backbone, "base_model", backbone)
+    encoder = getattr(model, "encoder", None)
+    stages = getattr(encoder, "stages", None) or getattr(encoder, "layers", None)
+    stems = (getattr(encoder, "stem", None), *(getattr(model, name, None) for name in ("embedder", "embeddings")))
+    stem = next((stem for stem in stems if stem is not None), None)
+    if stem is None or stages is None:
+        raise ValueError(
+            f"The stages of {type(backbone).__name__} cannot be told apart: set frozen_stages=0, or freeze what you "
+            "want before training."
+        )
+    return stem, stages
+
+
 def parameter_groups(model: nn.Module, args: TrainingArguments, recipe: Recipe) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and decay.
 
@@ -18,9 +70,10 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, recipe: Recipe) 
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
+        # The first kind of sharding (FSDP1) puts its wrappers' names in between.
+        in_backbone = "student.model.backbone." in f"{module_name}.".replace("_fsdp_wrapped_module.", "")
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                in_backbone = "student.model.backbone." in f"{module_name}."
                 decays = not isinstance(module, _UNDECAYED) and name.endswith(("weight", "bias"))
                 groups.setdefault((in_backbone, decays), []).append(parameter)
     return [

@@ -22,6 +22,7 @@ def clustered_synonym_loss(
     no_object_weight: float,
     mode: str,
     num_classes: int | None = None,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over the per-class mean (`average`) or maximum (`max`) of the logits of a class's words.
 
@@ -33,11 +34,12 @@ def clustered_synonym_loss(
         no_object_weight: weight of the no-object class.
         mode: `average` or `max`.
         num_classes: K, if it is known: a training step then need not count and check `class_ids` at every stage.
+        divisor: see `modeling_gkc.loss_gkc.classification_loss`.
     """
     if mode not in CLUSTER_REDUCTIONS:
         raise ValueError(f"`mode` must be one of {', '.join(CLUSTER_REDUCTIONS)}, got {mode!r}.")
     logits = reduce_prompt_logits(prompt_logits, class_ids, CLUSTER_REDUCTIONS[mode], num_classes)
-    return classification_loss(logits, class_labels, matches, no_object_weight)
+    return classification_loss(logits, class_labels, matches, no_object_weight, divisor)
 
 
 def sampled_synonym_loss(
@@ -46,6 +48,7 @@ def sampled_synonym_loss(
     slot_labels: list[Tensor],
     matches: Matches,
     no_object_weight: float,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy over each image's own slots.
 
@@ -55,9 +58,10 @@ def sampled_synonym_loss(
         slot_labels: per image (N,) the slot of each region.
         matches: per image the matched queries and regions.
         no_object_weight: weight of the no-object class.
+        divisor: see `modeling_gkc.loss_gkc.classification_loss`.
     """
     logits = gather_slot_logits(prompt_logits, slot_prompts)
-    return classification_loss(logits, slot_labels, matches, no_object_weight)
+    return classification_loss(logits, slot_labels, matches, no_object_weight, divisor)
 
 
 def gather_slot_logits(prompt_logits: Tensor, slot_prompts: list[Tensor]) -> Tensor:

@@ -1,66 +1,56 @@
-"""The losses of a step, all from the same matches: plain names and masks, synonyms, distillation.
+"""The losses of a step, all from the same matches: plain names and masks, synonyms, distillation, grounding.
 
-Letters: B images, Q queries, N regions of the batch, D width of the image-text space, P words of the vocabulary,
+Letters: B images, Q queries, N regions of a micro-batch, D width of the image-text space, P words of the vocabulary,
 S decoder stages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configuration import Recipe
-from modeling_gkc.loss_gkc import GKCCriterion, Matches
-from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentationOutput
+from modeling_gkc.loss_gkc import GKCCriterion, LossDivisors, Matches, mean_over_processes
+from modeling_gkc.padding import hide_padding
 
+from .captions import NounBank
+from .data import expand_masks
 from .distillation import text_guided_distillation_loss
-from .teacher import TeacherEmbeddings, TextBank
-from .text_diversification import (
-    assign_slots,
-    clustered_synonym_loss,
-    draw_synonyms,
-    sampled_synonym_loss,
-    synonym_probabilities,
-    synonym_table,
-)
+from .grounding import gather_with_gradients, grounding_loss
+from .step_regions import Batch, Regions
+from .teacher import TextBank
+from .text_diversification import clustered_synonym_loss, sampled_synonym_loss
 from .training_model import TrainingOutput
 
 
-@dataclass
-class Regions:
-    """The annotated regions of a batch, side by side, and what the losses compare them with.
+@dataclass(frozen=True)
+class StepDivisors:
+    """What the sums of a micro-batch are divided by: means over the micro-batches and processes of a step.
+
+    The trainer averages micro-batches, and processes average their gradients; with these divisors, the result is that
+    of one batch of all images, however they are split.
 
     Attributes:
-        counts: regions of each image.
-        classes: (N,) positions in the vocabulary.
-        prompts: (N,) the word that each region goes by in this step.
-        teacher: (N, D) the teacher's embeddings, None without.
-        distilled: (N,) bool, which regions distillation uses.
-        slot_prompts, slot_labels: see `train.text_diversification.assign_slots`; in mode `sample`.
+        labels: of plain names, synonyms and masks.
+        distillation: (2,) distilled regions, and pairs of them. Annotated regions are counted: with more segments than
+            queries, those that stay unmatched count as residuals of zero.
     """
 
-    counts: list[int]
-    classes: Tensor
-    prompts: Tensor
-    teacher: Tensor | None
-    distilled: Tensor
-    slot_prompts: list[Tensor] | None = None
-    slot_labels: list[Tensor] | None = None
+    labels: LossDivisors
+    distillation: Tensor
 
-    def pairs(self, matches: Matches) -> tuple[Tensor, Tensor, Tensor]:
-        """Matched (image, query, region), each (pairs,), of the regions that are distilled."""
-        device = self.classes.device
-        first = 0
-        images, queries, regions = [], [], []
-        for image, ((matched_queries, matched_regions), count) in enumerate(zip(matches, self.counts, strict=True)):
-            images.append(torch.full_like(matched_queries, image))
-            queries.append(matched_queries)
-            regions.append(matched_regions + first)
-            first += count
-        image, query, region = (torch.cat(parts).to(device) for parts in (images, queries, regions))
-        kept = self.distilled[region]
-        return image[kept], query[kept], region[kept]
+    @classmethod
+    def of(cls, step: Sequence[Regions], criterion: GKCCriterion) -> "StepDivisors":
+        """Counted in all micro-batches of a step; all processes must call this together."""
+        config, device = criterion.config, step[0].classes.device
+        sums = torch.zeros(4, dtype=torch.float64)
+        for regions in step:
+            labels = LossDivisors.of(regions.counts, config.num_queries, config.no_object_weight)
+            sums += torch.tensor([labels.num_masks, labels.class_weight, *regions.distilled_counts()])
+        means = mean_over_processes((sums / len(step)).float().to(device))
+        return cls(LossDivisors(means[0], means[1]), means[2:])
 
 
 class TrainingLosses:
@@ -68,85 +58,106 @@ class TrainingLosses:
 
     Args:
         recipe: which losses, and their weights.
+        criterion: the student's.
         text_bank: embeddings of the vocabulary's words, on the device of the losses.
-        teacher_embeddings: of the dataset's regions; needed for distillation.
+        noun_bank: embeddings of the captions' nouns, on the same device; needed for grounding.
     """
 
-    def __init__(self, recipe: Recipe, text_bank: TextBank, teacher_embeddings: TeacherEmbeddings | None = None):
+    def __init__(
+        self, recipe: Recipe, criterion: GKCCriterion, text_bank: TextBank, noun_bank: NounBank | None = None
+    ):
         self.recipe = recipe
+        self.criterion = criterion
         self.text_bank = text_bank
-        self.teacher_embeddings = teacher_embeddings
-        self._synonym_table = synonym_table(text_bank.class_ids)
+        self.noun_bank = noun_bank
 
-    def __call__(self, outputs: TrainingOutput, inputs: dict[str, Any], regions: Regions) -> dict[str, Tensor]:
-        """Every loss by name, each (S,)."""
-        losses = _student_losses(outputs.student)
+    def __call__(
+        self, outputs: TrainingOutput, batch: Batch, regions: Regions, divisors: StepDivisors, training: bool = True
+    ) -> tuple[dict[str, Tensor], list[Matches]]:
+        """Every loss of an image by itself, by name, each (S,), and the matches of each stage.
+
+        Raises:
+            ValueError: something cannot be matched; the sample's place in the batch is named.
+        """
+        losses, matches = self._label_losses(outputs, batch, divisors, training)
         if outputs.prompt_logits is not None:
-            losses |= self._synonym_losses(outputs, inputs, regions)
+            losses |= self._synonym_losses(outputs, batch, regions, matches, divisors)
         if outputs.distillation_embeds is not None:
-            losses |= self._distillation_losses(outputs, regions)
-        return losses
+            losses |= self._distillation_losses(outputs, regions, matches, divisors)
+        return losses, matches
+
+    def grounding(self, outputs: TrainingOutput, regions: Regions, matches: list[Matches]) -> dict[str, Tensor]:
+        """The loss that compares the images of a micro-batch of all processes with each other; (1,), or nothing.
+
+        Its regions are the class embeddings of the last stage's matched queries: those that words are compared with
+        when the model is used. All processes must call this together.
+        """
+        if outputs.grounding_scale is None:
+            return {}
+        image, query, _ = regions.pairs(matches[-1], regions.kept)
+        per_image = torch.bincount(image, minlength=len(regions.counts)).tolist()
+        embeds = outputs.student.stages[-1].query_embeds[image, query].split(per_image)
+        ones = [part.new_ones(len(part), dtype=torch.bool) for part in embeds]
+        region_embeds, region_mask = (
+            torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in (embeds, ones)
+        )
+        word_embeds, word_mask = self.noun_bank.embed(regions.nouns)
+        gathered = map(gather_with_gradients, (word_embeds, region_embeds, word_mask, region_mask))
+        return {"loss_grounding": grounding_loss(*gathered, outputs.grounding_scale)[None]}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum over losses and stages."""
         return sum(weight * losses[name].sum() for name, weight in self._weights().items() if name in losses)
 
-    def regions(self, inputs: dict[str, Any]) -> Regions:
-        """Look up what the losses compare the regions with, and make this step's draws."""
-        # Seeded from the random state that checkpoints hold, and on the CPU: the same on every device and resumed.
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        classes = torch.cat(inputs["class_labels"])
-        teacher = None
-        if self.teacher_embeddings is not None:
-            teacher = self.teacher_embeddings.lookup(inputs["image_ids"], inputs["segment_ids"])
-            teacher = torch.cat(teacher).to(classes.device)
-        regions = Regions(
-            counts=[len(labels) for labels in inputs["class_labels"]],
-            classes=classes,
-            prompts=self._draw_prompts(classes, teacher, generator),
-            teacher=teacher,
-            distilled=_choose(len(classes), self.recipe.distillation_max_regions, generator).to(classes.device),
+    def _label_losses(
+        self, outputs: TrainingOutput, batch: Batch, divisors: StepDivisors, training: bool
+    ) -> tuple[dict[str, Tensor], list[Matches]]:
+        """Plain names and masks; as `GKCForOpenVocabSegmentation` computes them, but for the divisors."""
+        stages, content_sizes = outputs.student.stages, outputs.student.content_sizes
+        masks = [stage.masks_queries_logits for stage in stages]
+        # The student has padded its input; in training it learns that there is nothing, in evaluation it cannot err.
+        padded = [4 * side for side in masks[-1].shape[-2:]]
+        if content_sizes is not None and not training:
+            masks = [hide_padding(stage, content_sizes) for stage in masks]
+        height, width = batch["segmentation"].shape[-2:]
+        segmentation = F.pad(batch["segmentation"], (0, padded[1] - width, 0, padded[0] - height))
+        values, matches = self.criterion(
+            [stage.class_queries_logits for stage in stages],
+            masks,
+            expand_masks(segmentation.to(masks[-1].device), batch["segment_ids"]),
+            batch["class_labels"],
+            divisors=divisors.labels,
+            point_seeds=point_seeds(batch),
         )
-        if self.recipe.synonym_mode == "sample":
-            words = regions.prompts.split(regions.counts)
-            slots = [
-                assign_slots(labels, prompts, self.text_bank.name_prompts)
-                for labels, prompts in zip(inputs["class_labels"], words, strict=True)
-            ]
-            regions.slot_prompts, regions.slot_labels = map(list, zip(*slots, strict=True))
-        return regions
+        return _by_stage(values, len(stages)), matches
 
-    def _draw_prompts(self, classes: Tensor, teacher: Tensor | None, generator: torch.Generator) -> Tensor:
-        """(N,) the word that each region goes by: its class's name, or a drawn synonym in mode `sample`."""
-        if self.recipe.synonym_mode != "sample":
-            return self.text_bank.name_prompts[classes]
-        probabilities = None
-        if self.recipe.synonym_probabilities == "teacher":
-            probabilities = synonym_probabilities(
-                teacher, classes, self._synonym_table, self.text_bank.embeds, self.recipe.synonym_logit_scale
-            )
-        return draw_synonyms(classes, self._synonym_table, generator, probabilities, self.recipe.synonym_threshold)
-
-    def _synonym_losses(self, outputs: TrainingOutput, inputs: dict[str, Any], regions: Regions) -> dict[str, Tensor]:
+    def _synonym_losses(
+        self,
+        outputs: TrainingOutput,
+        batch: Batch,
+        regions: Regions,
+        all_matches: list[Matches],
+        divisors: StepDivisors,
+    ) -> dict[str, Tensor]:
         mode, no_object_weight = self.recipe.synonym_mode, self.recipe.no_object_weight
+        divisor = divisors.labels.class_weight
         losses = []
-        for logits, matches in zip(outputs.prompt_logits, outputs.student.matches, strict=True):
+        for logits, matches in zip(outputs.prompt_logits, all_matches, strict=True):
             if mode == "sample":
                 slots = regions.slot_prompts, regions.slot_labels
-                losses.append(sampled_synonym_loss(logits, *slots, matches, no_object_weight))
+                losses.append(sampled_synonym_loss(logits, *slots, matches, no_object_weight, divisor))
             else:
-                targets = self.text_bank.class_ids, inputs["class_labels"]
-                losses.append(
-                    clustered_synonym_loss(
-                        logits, *targets, matches, no_object_weight, mode, self.text_bank.num_classes
-                    )
-                )
+                targets = self.text_bank.class_ids, batch["class_labels"]
+                settings = matches, no_object_weight, mode, self.text_bank.num_classes, divisor
+                losses.append(clustered_synonym_loss(logits, *targets, *settings))
         return {"loss_synonym": torch.stack(losses)}
 
-    def _distillation_losses(self, outputs: TrainingOutput, regions: Regions) -> dict[str, Tensor]:
+    def _distillation_losses(
+        self, outputs: TrainingOutput, regions: Regions, all_matches: list[Matches], divisors: StepDivisors
+    ) -> dict[str, Tensor]:
         losses = []
-        for embeds, matches in zip(outputs.distillation_embeds, outputs.student.matches, strict=True):
-            image, query, region = regions.pairs(matches)
+        for embeds, matches in zip(outputs.distillation_embeds, all_matches, strict=True):
+            image, query, region = regions.pairs(matches, regions.distilled)
             terms = text_guided_distillation_loss(
                 student=embeds[image, query].float(),
                 teacher=regions.teacher[region],
@@ -154,6 +165,7 @@ class TrainingLosses:
                 image_index=image,
                 scale=outputs.distillation_scale,
                 relation=self.recipe.distillation_relation,
+                counts=divisors.distillation,
             )
             losses.append(torch.stack(terms))
         feature, relation, joint = torch.stack(losses, dim=1)
@@ -167,26 +179,27 @@ class TrainingLosses:
         """Weight of each loss that is learned from; the others are only logged."""
         recipe = self.recipe
         terms = {"split": ("feature", "relation")}.get(recipe.distillation_terms, (recipe.distillation_terms,))
-        return {
+        weights = {
             "loss_cross_entropy": recipe.class_weight,
             "loss_mask": recipe.mask_weight,
             "loss_dice": recipe.dice_weight,
             "loss_synonym": recipe.synonym_weight,
+            "loss_grounding": recipe.grounding_weight,
             **{f"loss_distillation_{term}": recipe.distillation_weight for term in terms},
         }
+        if recipe.distillation_terms == "split" and recipe.distillation_relation_weight is not None:
+            weights["loss_distillation_relation"] = recipe.distillation_relation_weight
+        return weights
 
 
-def _student_losses(outputs: GKCForOpenVocabSegmentationOutput) -> dict[str, Tensor]:
-    """The student's losses by name, each (S,)."""
-    auxiliary = range(len(outputs.stages) - 1)
+def point_seeds(batch: Batch) -> list[int]:
+    """Seed of the points at which each image's masks are compared; another stream than that of its other draws."""
+    return [seed ^ 1 for seed in batch["draw_seeds"]]
+
+
+def _by_stage(losses: dict[str, Tensor], num_stages: int) -> dict[str, Tensor]:
+    """The criterion's losses by name, each (S,)."""
     return {
-        name: torch.stack([*(outputs.loss_dict[f"{name}_{stage}"] for stage in auxiliary), outputs.loss_dict[name]])
+        name: torch.stack([*(losses[f"{name}_{stage}"] for stage in range(num_stages - 1)), losses[name]])
         for name in GKCCriterion.names
     }
-
-
-def _choose(count: int, limit: int, generator: torch.Generator) -> Tensor:
-    """(count,) bool, at most `limit` of them true, at random."""
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.randperm(count, generator=generator)[:limit]] = True
-    return chosen
