@@ -25,9 +25,10 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class Recipe:
     """A training run.
 
-    The defaults are the settings of the paper's R-50 row but for three, which its recipe `coco_clip_r50` sets:
-    `precision` (published: mixed), `synonym_probabilities` (published: those of the teacher) and
-    `distillation_embedding` (published: `query`).
+    The defaults are the settings of the paper's R-50 row but for six, which its recipe `coco_clip_r50` sets:
+    `precision` (published: mixed), `synonym_probabilities` (published: those of CLIP for the region's box),
+    `distillation_embedding` (published: `query`), `distillation_max_regions` (published: 200 on each of 8 GPUs),
+    `region_dropout` (published: 0.5) and `grounding_weight` (published: 10).
 
     Attributes:
         vocabulary: Name of the training vocabulary, or None where the caller gives one.
@@ -54,6 +55,8 @@ class Recipe:
         max_broken_samples: Samples that cannot be read are logged and skipped up to this number; one more stops.
         num_workers: Processes that read and augment, for each training process.
         clip: Folder or Hub name of the CLIP that gives backbone, text tower and teacher, as `gkc convert` writes it.
+        backbone: Folder or Hub name of another backbone's pretrained weights, such as those of an ImageNet ResNet; its
+            `backbone_config` may stand in `model`. None takes CLIP's image tower.
         init_from: Folder or Hub name of a GKC checkpoint to start from instead.
         save_every, evaluate_every, log_every: Steps between checkpoints, evaluations and log lines.
         seed: Of weights, data order, augmentation and draws.
@@ -75,13 +78,13 @@ class Recipe:
         distillation_relation_weight: Weight of the relation term in `split`, where `distillation_weight` is that of
             the feature term; None for the same.
         distillation_max_regions: Regions of one step, over all processes and accumulated batches, that are distilled
-            at most. Published: 200 on each of 8 GPUs.
-        distillation_heads: One map for all decoder stages (`common`) or one each (`per_stage`).
+            at most; which ones is drawn. Published: 200 on each of 8 GPUs.
+        distillation_heads: One map for all decoder stages (`common`) or one each (`per_stage`); `shared` has none.
         teacher: Where the teacher's embeddings of regions come from: made once (`cached`, `train.cache teacher`), or
             computed in every step from the augmented crops (`online`).
         region_dropout: Share of the annotated regions that distillation and grounding leave out, drawn anew each time
             an image is seen.
-        grounding_weight: Weight of caption grounding; zero leaves it out.
+        grounding_weight: Weight of caption grounding, on the class embeddings of the last stage; zero leaves it out.
         grounding_noun_dropout: Share of a caption's nouns that are left out.
         grounding_max_nouns: Nouns of a caption at most.
     """
@@ -116,6 +119,7 @@ class Recipe:
     max_broken_samples: int = 100
     num_workers: int = 4
     clip: str | None = None
+    backbone: str | None = None
     init_from: str | None = None
     save_every: int = 1000
     evaluate_every: int = 5000
@@ -155,6 +159,10 @@ class Recipe:
         _require(
             list(self.milestones) == sorted(self.milestones) and all(0 < share < 1 for share in self.milestones),
             f"`milestones` must be rising shares of the steps between 0 and 1, got {self.milestones}.",
+        )
+        _require(
+            self.distillation_heads == "common" or self.distillation_embedding != "shared",
+            "`distillation_heads` = 'per_stage' needs a map, which `distillation_embedding` = 'shared' has not.",
         )
         clash = sorted(self.model.keys() & _MODEL_FIELDS)
         _require(not clash, f"`model` must not hold {clash}: set the recipe's own fields of these names.")
@@ -201,16 +209,17 @@ class Recipe:
     def to_training_arguments(self, output_dir: str | os.PathLike, **overrides: Any) -> TrainingArguments:
         """Arguments for `GKCTrainer`.
 
-        Processes share a batch exactly; accumulated batches do so only nearly, see `GKCTrainer`.
+        The batch is shared by processes and accumulated micro-batches, which changes no gradient, see `GKCTrainer`.
 
         Args:
             output_dir: Where checkpoints go.
-            overrides: Any further `TrainingArguments`, such as `gradient_accumulation_steps` or `save_steps`.
+            overrides: Any further `TrainingArguments`, such as `save_steps`.
 
         Raises:
             ValueError: the batch cannot be divided among processes and accumulated batches.
         """
-        parts = int(os.environ.get("WORLD_SIZE", "1")) * overrides.get("gradient_accumulation_steps", 1)
+        accumulation = overrides.get("gradient_accumulation_steps", self.accumulation)
+        parts = int(os.environ.get("WORLD_SIZE", "1")) * accumulation
         _require(
             self.batch_size % parts == 0,
             f"`batch_size` = {self.batch_size} cannot be divided among {parts} processes times accumulated batches; "
@@ -219,6 +228,7 @@ class Recipe:
         settings = {
             "max_steps": self.steps,
             "per_device_train_batch_size": self.batch_size // parts,
+            "gradient_accumulation_steps": accumulation,
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,

@@ -1,13 +1,20 @@
 import json
 from dataclasses import FrozenInstanceError, asdict, replace
+from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from configuration import Recipe, load_recipe, recipe
 from modeling_gkc.configuration_gkc import GKCConfig
 from train import distillation, text_diversification
+from train.command import recipe_names
 
-RECIPES = ("coco_clip_r50", "coco_r101", "miniworld")
+COCO_RECIPES = ("coco_clip_r50", "coco_r101", "coco_clip_r50_opentrans", "coco_convnext_b")
+RECIPES = (*COCO_RECIPES, "miniworld", "own_folder")
+ACCELERATE = Path(__file__).parent.parent / "configuration" / "accelerate"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -27,6 +34,12 @@ def test_every_recipe_opens_with_command_hardware_and_expectation(name):
     module = __import__(f"configuration.recipes.{name}", fromlist=["RECIPE"])
     for word in ("Command:", "Hardware:", "Expect:"):
         assert word in module.__doc__
+    assert len(module.__doc__.splitlines()[0]) <= 110, "one line of `python -m train --help`"
+    assert ("Not run here" in module.__doc__) == name.startswith("coco")
+
+
+def test_every_recipe_is_tested():
+    assert sorted(RECIPES) == sorted(recipe_names())
 
 
 def test_published_settings():
@@ -35,21 +48,82 @@ def test_published_settings():
     assert (r50.learning_rate, r50.backbone_factor, r50.weight_decay, r50.max_grad_norm) == (3e-4, 0.1, 0.05, 0.01)
     assert [round(share * r50.steps) for share in r50.milestones] == [40_000, 45_000]
     assert (r50.class_weight, r101.class_weight) == (2, 10)
-    assert (r50.distillation_weight, r50.synonym_weight, r50.no_object_weight) == (10, 10, 0.1)
-    assert (r50.train_num_points, r50.oversample_ratio, r50.importance_sample_ratio) == (12544, 3, 0.75)
-    assert r50.distillation_max_regions == 200
     for row in (r50, r101):
-        assert row.precision == "bf16"
-        assert (row.synonym_mode, row.synonym_probabilities) == ("sample", "teacher")
+        assert (row.distillation_weight, row.synonym_weight, row.grounding_weight) == (10, 10, 10)
+        assert (row.no_object_weight, row.region_dropout, row.distillation_max_regions) == (0.1, 0.5, 8 * 200)
+        assert (row.train_num_points, row.oversample_ratio, row.importance_sample_ratio) == (12544, 3, 0.75)
+        assert (row.crop_size, row.scale_range, row.precision) == (512, (0.8, 1.2), "bf16")
+        assert (row.synonym_mode, row.synonym_probabilities) == ("sample", "boxes")
         assert (row.synonym_threshold, row.synonym_logit_scale) == (0.1, 100)
         assert (row.distillation_embedding, row.distillation_terms) == ("query", "joint")
 
 
+def test_settings_of_the_re_run():
+    recipe = load_recipe("coco_clip_r50_opentrans")
+    assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (50_000, 28, 1.5e-4)
+    assert (recipe.class_weight, recipe.distillation_weight, recipe.grounding_weight) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("name", COCO_RECIPES)
+@pytest.mark.parametrize("split", ["ignore", "delete"])
+def test_base_and_novel_classes_are_a_field(name, split):
+    assert load_recipe(name, category_split=split).category_split == split
+
+
 def test_the_defaults_differ_from_the_published_settings_only_where_the_recipe_says_so():
     default, published = asdict(Recipe()), asdict(load_recipe("coco_clip_r50"))
-    differing = {name for name in default if default[name] != published[name]}
-    assert differing == {"vocabulary", "precision", "synonym_probabilities", "distillation_embedding"}
-    assert all(f"`{name}` (published" in Recipe.__doc__ for name in differing - {"vocabulary"})
+    differing = {name for name in default if default[name] != published[name]} - {"precision"}
+    places = {"vocabulary", "dataset", "clip", "eval_split"}
+    method = {"synonym_probabilities", "distillation_embedding", "distillation_max_regions"}
+    assert differing == places | method | {"grounding_weight", "region_dropout"}
+    assert all(f"`{name}` (published" in Recipe.__doc__ for name in (differing - places) | {"precision"})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes", "machines"),
+    [
+        ("1gpu", DistributedType.NO, 1, 1),
+        ("8gpu", DistributedType.MULTI_GPU, 8, 1),
+        ("2nodes", DistributedType.MULTI_GPU, 16, 2),
+        ("fsdp", DistributedType.FSDP, 8, 1),
+    ],
+)
+def test_accelerate_reads_our_configurations(name, kind, processes, machines):
+    """As `accelerate launch --config_file` reads them; an unknown key is an error there."""
+    path = ACCELERATE / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig) and config.distributed_type == kind
+    assert (config.num_processes, config.num_machines) == (processes, machines)
+    assert config.mixed_precision == "no", "the recipe decides"
+    assert not config.use_cpu and f"configuration/accelerate/{name}.yaml" in path.read_text()
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "train", "coco_clip_r50"])
+    launched, *_ = _validate_launch_command(arguments)
+    assert launched.num_processes == processes and launched.num_machines == machines
+    assert launched.multi_gpu == (kind == DistributedType.MULTI_GPU) and launched.use_fsdp == (name == "fsdp")
+
+
+def test_every_accelerate_configuration_is_tested():
+    assert sorted(path.stem for path in ACCELERATE.iterdir()) == ["1gpu", "2nodes", "8gpu", "fsdp"]
+
+
+def test_the_fsdp_configuration_makes_a_plugin(monkeypatch):
+    """With the values as `accelerate launch` hands them to the processes, in the environment."""
+    settings = load_config_from_file(str(ACCELERATE / "fsdp.yaml")).fsdp_config
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    for key, value in settings.items():
+        monkeypatch.setenv(names.get(key, key.upper()), str(value).lower() if isinstance(value, bool) else str(value))
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert plugin.transformer_cls_names_to_wrap == ["ConvNextStage"]
+
+
+@pytest.mark.parametrize(("name", "processes"), [("1gpu", 1), ("8gpu", 8), ("2nodes", 16)])
+def test_published_batches_can_be_divided_among_the_configured_processes(name, processes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    recipe = load_recipe("coco_clip_r50", accumulation=8 if name == "1gpu" else 1)
+    args = recipe.to_training_arguments(tmp_path, bf16=False)
+    assert args.per_device_train_batch_size * processes * args.gradient_accumulation_steps == 112
 
 
 def test_a_recipe_is_changed_by_replacing_fields():
@@ -91,7 +165,7 @@ def test_recipes_and_training_know_the_same_choices():
 
 
 def test_unknown_recipes_and_fields_are_refused():
-    with pytest.raises(ValueError, match="coco_clip_r50, coco_r101, miniworld"):
+    with pytest.raises(ValueError, match=r"coco_clip_r50, .*coco_r101, miniworld, own_folder"):
         load_recipe("coco")
     with pytest.raises(ValueError, match="no field stepz"):
         load_recipe("miniworld", stepz=3)

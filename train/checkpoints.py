@@ -1,11 +1,64 @@
-"""Checkpoints: which one is complete."""
+"""Checkpoints that a kill can hit at any moment: sealed when they are whole, and only then counted.
+
+A checkpoint is a folder `checkpoint-<step>` as transformers' Trainer writes it. `seal` writes, last and at once, a
+manifest of its files and their sizes; what has no manifest that fits is half written or half deleted, and is passed
+over when a run is resumed. `sealing` makes the Trainer keep that order: the new checkpoint is sealed before an old one
+is deleted.
+"""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-TRAINER_STATE_NAME = "trainer_state.json"  # as transformers names it
+MANIFEST_NAME = "checkpoint_manifest.json"
+
+
+def seal(folder: str | Path) -> None:
+    """Bring a checkpoint's files to the disk, then write its manifest in one move."""
+    folder = Path(folder)
+    sizes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
+        _flush(path)
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    unfinished = folder / f"{MANIFEST_NAME}.tmp"
+    unfinished.write_text(json.dumps({"files": sizes}, indent=2) + "\n")
+    _flush(unfinished)
+    unfinished.replace(folder / MANIFEST_NAME)
+    _flush(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint is sealed and every file of its manifest is there in its size."""
+    folder = Path(folder)
+    try:
+        sizes = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints, complete or not, of few steps first."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path:
@@ -14,13 +67,58 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    checkpoints = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix(prefix)), reverse=True):
-        try:
-            # The Trainer writes this file last.
-            json.loads((path / TRAINER_STATE_NAME).read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        return path
+    for path in reversed(checkpoints(output_dir)):
+        if is_complete(path):
+            return path
     raise ValueError(f"There is no complete checkpoint in {output_dir}; train without `resume_from_checkpoint`.")
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; from the first moment on it no longer counts as complete."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = None) -> None:
+    """Keep the newest `limit` complete checkpoints and the best; leftovers older than the newest go as well.
+
+    Without a limit nothing is deleted. A folder of more steps than the newest complete one is left alone: it is
+    deleted when its step is saved again.
+    """
+    folders = checkpoints(output_dir)
+    complete = [path for path in folders if is_complete(path)]
+    if not limit or limit < 0 or not complete:
+        return
+    kept = {*complete[-limit:], *([] if best is None else [Path(best)])}
+    for path in folders[: folders.index(complete[-1])]:
+        if path not in kept:
+            delete_checkpoint(path)
+
+
+@contextmanager
+def sealing(args: TrainingArguments, step: int, best: str | None = None) -> Iterator[Path]:
+    """Around the Trainer's writing of a checkpoint: delete what a killed run left of it, seal it, then rotate.
+
+    The Trainer's own rotation, which would delete the last complete checkpoint before the new one is sealed, is put
+    off. All processes must enter: the checkpoint is sealed when the last of them has written its part.
+    """
+    folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if args.should_save and folder.exists():
+        delete_checkpoint(folder)
+    _wait_for_all()
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield folder
+    finally:
+        args.save_total_limit = limit
+    _wait_for_all()
+    if args.should_save:
+        seal(folder)
+        rotate(args.output_dir, limit, best)
+    # Nobody goes on, and is perhaps told to stop, before the checkpoint counts.
+    _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()

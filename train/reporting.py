@@ -1,9 +1,24 @@
-"""What a run tells: averages of its losses."""
+"""What a run tells: averages of its losses, its speed, and lines that a person can read."""
+
+import time
+from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
+from configuration import Recipe
 from modeling_gkc.loss_gkc import mean_over_processes
+
+# What the line on the screen shows, in its order; the reporters get everything.
+_ON_SCREEN = ("loss", "eval_loss", "grad_norm", "learning_rate", "matched_regions", "images_per_second", "eta_hours")
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says at which step and images, and why."""
 
 
 class Averages:
@@ -28,3 +43,103 @@ class Averages:
         averages = dict(zip(self.sums, means.tolist(), strict=True))
         self.sums, self.count = {}, 0
         return averages
+
+
+class Speed(TrainerCallback):
+    """Images per second, share of the time spent waiting for data, and hours to the end.
+
+    Images per second count steps and waiting for data since the last log line, without evaluations and saving; the
+    hours to the end count all. Waiting for data is the time from the end of a step to the begin of the next one.
+
+    Args:
+        batch_size: images of a step over all processes.
+        clock: seconds; another one for tests.
+    """
+
+    def __init__(self, batch_size: int, clock=time.perf_counter):
+        self.batch_size = batch_size
+        self.clock = clock
+        self._mark = self._begin = clock()
+        self._first_step = self._steps = self._step = self._last_step = 0
+        self._waited = self._worked = 0.0
+
+    def _lap(self) -> float:
+        now = self.clock()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
+        self._begin = self._mark = self.clock()
+        self._first_step, self._last_step = state.global_step, state.max_steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """The data are there."""
+        self._waited += self._lap()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """The step is done, also on the accelerator."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self._worked += self._lap()
+        self._steps += 1
+        self._step = state.global_step
+
+    def on_log(self, args, state, control, **kwargs):
+        """What was done meanwhile counts neither as work nor as waiting."""
+        self._lap()
+
+    on_evaluate = on_save = on_log
+
+    def log_values(self) -> dict[str, float]:
+        """Figures of the steps since the last call; none before the first step."""
+        seconds = self._worked + self._waited
+        if not self._steps or not seconds:
+            return {}
+        per_step = (self.clock() - self._begin) / (self._step - self._first_step)
+        values = {
+            "images_per_second": self._steps * self.batch_size / seconds,
+            "data_wait_share": self._waited / seconds,
+            "eta_hours": (self._last_step - self._step) * per_step / 3600,
+        }
+        self._steps, self._waited, self._worked = 0, 0.0, 0.0
+        return values
+
+
+class Screen(ProgressCallback):
+    """A progress bar, and one short line for each log; everything else goes to the reporters."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write the line, above the bar."""
+        shown = [_as_text(name, logs[name]) for name in _ON_SCREEN if name in logs]
+        if state.is_world_process_zero and self.training_bar is not None and shown:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}")
+
+
+def _as_text(name: str, value: float) -> str:
+    if name == "eta_hours":
+        return f"ends in {timedelta(seconds=round(value * 3600))}"
+    return f"{name} {value:.4g}"
+
+
+def extra_log_values(callbacks: Iterable[TrainerCallback]) -> dict[str, float]:
+    """What callbacks with a method `log_values` add to a log line; the Trainer asks before the reporters get it."""
+    values = {}
+    for callback in callbacks:
+        if hasattr(callback, "log_values"):
+            values |= callback.log_values()
+    return values
+
+
+class LastEvaluation(TrainerCallback):
+    """Evaluates after the last step too, where anything is evaluated."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for it."""
+        if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
+            control.should_evaluate = True
+
+
+def default_callbacks(recipe: Recipe) -> list[TrainerCallback]:
+    """What every run of a recipe reports besides its losses. To be added last: `Speed` leaves out what others do."""
+    return [LastEvaluation(), Speed(recipe.batch_size)]

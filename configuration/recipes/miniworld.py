@@ -19,7 +19,7 @@ RECIPE = Recipe(
         "num_queries": 20,
         "class_feature": "query+pooled",
     },
-    steps=900,
+    steps=400,
     batch_size=12,
     crop_size=None,
     learning_rate=1e-3,
@@ -32,5 +32,5 @@ RECIPE = Recipe(
     distillation_terms="split",
     synonym_weight=2.0,
     synonym_probabilities="teacher",
-    synonym_logit_scale=12.0,  # at which the tiny CLIP's temperature is capped
+    synonym_logit_scale=11.0,  # at which the tiny CLIP's temperature is capped
 )
