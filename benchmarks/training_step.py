@@ -1,0 +1,402 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What a training step costs with everything frozen cached, and as published, with CLIP run in every step.
+
+    python benchmarks/training_step.py                    # about 80 s a round on two cores of 2.5 GHz, 8 GB
+    python benchmarks/training_step.py --preset toy       # seconds
+
+Both steps train the same student on the same batch with the same losses and optimiser, in turn. As published, CLIP's
+image tower embeds the 224 x 224 crop of every region, which is cut out in the step, and its text tower encodes the
+names of all classes and the synonyms that the step drew, each padded to 77 tokens: so CLIP's released code does, and
+the published step. `--text-tokens 8` encodes them at about their real length. Weights are random, numbers fp32.
+
+Times are medians over rounds with the least and the most: by the clock, and of all processor cores together. Only the
+latter holds where other programs run beside.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextConfig
+from transformers.utils.logging import disable_progress_bar
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from configuration import Recipe  # noqa: E402
+from modeling_gkc import Vocabulary  # noqa: E402
+from modeling_gkc.configuration_gkc import CLIPResNetConfig, GKCConfig  # noqa: E402
+from modeling_gkc.image_processing_gkc import GKCImageProcessor  # noqa: E402
+from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel  # noqa: E402
+from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation  # noqa: E402
+from modeling_gkc.processing_gkc import GKCProcessor  # noqa: E402
+from train.data import dataset_features, encode_ids  # noqa: E402
+from train.miniworld.tokenizer import build_tokenizer  # noqa: E402
+from train.step_regions import StepRegions  # noqa: E402
+from train.teacher import OnlineTeacher, RegionTeacher, TextBank  # noqa: E402
+from train.trainer import GKCTrainer  # noqa: E402
+from train.training_losses import StepDivisors  # noqa: E402
+
+ARMS = ("cached", "published")
+PARTS = ("CLIP", "forward", "matching", "losses", "backward", "optimiser")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of what is measured; `backbone`, `text` and `student` are fields of their configurations."""
+
+    batch_size: int
+    image_size: int
+    regions: int
+    text_tokens: int
+    vocabulary: str
+    backbone: dict[str, Any]
+    text: dict[str, int]
+    student: dict[str, int]
+
+
+PRESETS = {
+    "coco": Preset(  # student with CLIP RN50 as backbone, CLIP RN50's two towers
+        batch_size=4,
+        image_size=512,
+        regions=8,
+        text_tokens=77,
+        vocabulary="coco_panoptic_133",
+        backbone={
+            "width": 64,
+            "depths": [3, 4, 6, 3],
+            "num_attention_heads": 32,
+            "image_size": 224,
+            "projection_dim": 1024,
+        },
+        text={
+            "vocab_size": 49408,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "projection_dim": 1024,
+        },
+        student={},
+    ),
+    "toy": Preset(
+        batch_size=2,
+        image_size=64,
+        regions=3,
+        text_tokens=16,
+        vocabulary="pascal_voc_20",
+        backbone={
+            "width": 8,
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "projection_dim": 16,
+        },
+        text={
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "projection_dim": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        student={
+            "hidden_size": 32,
+            "mask_feature_size": 32,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "num_attention_heads": 4,
+            "num_queries": 10,
+        },
+    ),
+}
+
+
+def random_row(index: int, size: int, regions: int, num_classes: int) -> dict:
+    """A picture of noise whose `regions` segments are the places nearest to random points."""
+    generator = np.random.default_rng(index)
+    y, x = np.mgrid[:size, :size]
+    seeds = generator.uniform(0, size, (regions, 2))
+    nearest = np.stack([(y - row) ** 2 + (x - column) ** 2 for row, column in seeds]).argmin(axis=0)
+    return {
+        "image": Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)),
+        "segmentation": Image.fromarray(encode_ids((nearest + 1).astype(np.int32))),
+        "segments": [
+            {"id": number + 1, "category_id": int(generator.integers(num_classes)), "iscrowd": False}
+            for number in np.unique(nearest).tolist()
+        ],
+        "caption": "",
+        "image_id": f"noise-{index}",
+    }
+
+
+def make_recipe(preset: Preset) -> Recipe:
+    """The defaults, which are the paper's; `online`, so that batches keep their pictures."""
+    return Recipe(
+        batch_size=preset.batch_size,
+        crop_size=preset.image_size,
+        scale_range=(1.0, 1.0),
+        teacher="online",
+        train_num_points=min(12544, (preset.image_size // 4) ** 2),
+        distillation_embedding="query",
+        num_workers=0,
+    )
+
+
+def make_student(preset: Preset, recipe: Recipe) -> GKCForOpenVocabSegmentation:
+    """Of random weights."""
+    return GKCForOpenVocabSegmentation(
+        GKCConfig(
+            backbone_config=CLIPResNetConfig(**preset.backbone),
+            text_config=CLIPTextConfig(**preset.text),
+            **preset.student,
+            **recipe.model_settings(),
+        )
+    )
+
+
+def random_units(preset: Preset, count: int) -> Tensor:
+    """(count, D), what stands for embeddings."""
+    return F.normalize(torch.randn(count, preset.text["projection_dim"]), dim=-1)
+
+
+class RandomEmbeddings:
+    """Stands for the teacher's cached embeddings, which are looked up in fp16."""
+
+    def __init__(self, embeds: dict[str, Tensor]):
+        self.embeds = embeds
+
+    def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
+        """Those of each image's segments, which are counted from 1."""
+        return [self.embeds[image][ids - 1].float() for image, ids in zip(image_ids, segment_ids, strict=True)]
+
+
+class Workload:
+    """Trainer, teacher and cached embeddings, of random weights and pixels.
+
+    Args:
+        preset: sizes.
+        output_dir: where the trainer may write.
+        images: rows of the dataset; default: one batch.
+        training_arguments: further ones.
+    """
+
+    def __init__(self, preset: Preset, output_dir: Path, images: int | None = None, **training_arguments):
+        torch.manual_seed(0)
+        self.preset, recipe = preset, make_recipe(preset)
+        vocabulary = Vocabulary.named(preset.vocabulary)
+        rows = [
+            random_row(index, preset.image_size, preset.regions, len(vocabulary.names))
+            for index in range(images or preset.batch_size)
+        ]
+        words = tuple(vocabulary.flat_names)
+        bank = TextBank(words, torch.tensor(vocabulary.class_ids), random_units(preset, len(words)))
+        online = OnlineTeacher(RegionTeacher(CLIPResNetVisionModel(CLIPResNetConfig(**preset.backbone))))
+        embeddings = RandomEmbeddings({row["image_id"]: random_units(preset, preset.regions).half() for row in rows})
+        self.trainer = GKCTrainer(
+            make_student(preset, recipe),
+            recipe,
+            recipe.to_training_arguments(output_dir, disable_tqdm=True, save_strategy="no", **training_arguments),
+            Dataset.from_list(rows, features=dataset_features()),
+            vocabulary,
+            GKCProcessor(GKCImageProcessor(), build_tokenizer()),
+            text_bank=bank,
+            online_teacher=online,
+        )
+        bank = self.trainer.losses.text_bank
+        self.step_regions = {
+            "published": StepRegions(recipe, bank, online),
+            "cached": StepRegions(replace(recipe, teacher="cached"), bank, embeddings),
+        }
+
+    @torch.no_grad()
+    def encode_words(self, count: int) -> Tensor:
+        """What the text tower makes of as many words."""
+        preset = self.preset
+        tokens = torch.randint(1, preset.text["vocab_size"], (count, preset.text_tokens))
+        return self.trainer.student.text_model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).text_embeds
+
+
+class StepTimer:
+    """Runs training steps and times their parts, in seconds by the clock and of the processor."""
+
+    def __init__(self, workload: Workload):
+        self.workload, self.trainer = workload, workload.trainer
+        self.model = self.trainer.model.train()
+        self.trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+        self.batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
+        self.parts: dict[str, np.ndarray] = {}
+        self.model.forward = self._timed("forward", self.model.forward)
+        matcher = self.trainer.losses.criterion.matcher
+        matcher.match_stages = self._timed("matching", matcher.match_stages)
+
+    def __call__(self, arm: str) -> dict[str, np.ndarray]:
+        """One step: (clock, processor) seconds of each part and in all."""
+        self.parts = {}
+        with self._measure("all"):
+            with self._measure("CLIP"):
+                regions = self.workload.step_regions[arm]([self.batch])
+                if arm == "published":
+                    names = self.trainer.losses.text_bank.name_prompts
+                    self.workload.encode_words(len(torch.cat([names, regions[0].prompts]).unique()))
+            with self._measure("losses"):
+                divisors = StepDivisors.of(regions, self.trainer.losses.criterion)
+                inputs = {**self.batch, "regions": regions[0]}
+                loss = self.trainer.compute_loss(self.model, inputs, num_items_in_batch=divisors)
+            with self._measure("backward"):
+                loss.backward()
+            with self._measure("optimiser"):
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
+                self.trainer.optimizer.step()
+                self.model.zero_grad()
+        self.parts["losses"] -= self.parts["forward"] + self.parts["matching"]
+        return self.parts
+
+    @contextmanager
+    def _measure(self, name: str) -> Iterator[None]:
+        start = np.array([time.perf_counter(), time.process_time()])
+        yield
+        self.parts[name] = np.array([time.perf_counter(), time.process_time()]) - start
+
+    def _timed(self, name: str, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            with self._measure(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+def machine(threads: int) -> str:
+    """Processor, cores, threads, versions."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def measure(preset: Preset, rounds: int, arms: tuple[str, ...] = ARMS, warm_up: int = 1) -> dict:
+    """Seconds of each arm's steps, and of their parts, after `warm_up` rounds that do not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        timer = StepTimer(Workload(preset, Path(folder)))
+    steps: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in arms}
+    load = os.getloadavg()[0]
+    for number in range(warm_up + rounds):
+        for arm in arms if number % 2 == 0 else reversed(arms):
+            parts = timer(arm)
+            if number >= warm_up:
+                steps[arm].append(parts)
+    found = {
+        arm: {
+            clock: {part: spread([float(step[part][index]) for step in taken]) for part in ("all", *PARTS)}
+            for index, clock in enumerate(("clock", "processor"))
+        }
+        for arm, taken in steps.items()
+    }
+    return {
+        "rounds": rounds,
+        "load_average": [load, os.getloadavg()[0]],
+        "regions": sum(map(len, timer.batch["segment_ids"])),
+        "peak_mb": memory_mb("VmHWM"),
+        "seconds": found,
+        "ratios": {clock: spread(ratios(steps, index)) for index, clock in enumerate(("clock", "processor"))},
+    }
+
+
+def ratios(steps: dict[str, list[dict[str, np.ndarray]]], clock: int) -> list[float]:
+    """Of each round, what the step as published costs over the cached one; nothing to compare gives 1."""
+    first, *_, last = [*steps.values(), *steps.values()]
+    return [float(one["all"][clock] / other["all"][clock]) for one, other in zip(last, first, strict=True)]
+
+
+def memory_mb(field: str) -> float:
+    """A field of this process's status: `VmRSS`, memory held, or `VmHWM`, the most that was held."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"the status of the process has no {field}.")
+
+
+def table(found: dict) -> str:
+    """Markdown: a row for each arm and clock; shares of the parts in per cent."""
+    lines = ["| step | seconds | median (least - most) | " + " | ".join(PARTS) + " |"]
+    lines.append("| --- | --- | ---: | " + " | ".join(["---:"] * len(PARTS)) + " |")
+    for arm, clocks in found["seconds"].items():
+        for clock, parts in clocks.items():
+            whole = parts["all"]
+            shares = [f"{100 * parts[part]['median'] / whole['median']:.0f} %" for part in PARTS]
+            seconds = f"{whole['median']:.2f} ({whole['least']:.2f} - {whole['most']:.2f})"
+            lines.append(f"| {arm} | {clock} | {seconds} | " + " | ".join(shares) + " |")
+    for clock, ratio in found["ratios"].items():
+        times = f"{ratio['median']:.2f} ({ratio['least']:.2f} - {ratio['most']:.2f})"
+        lines.append(f"\nby {clock} seconds, the step as published costs {times} times as much.")
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="coco")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--regions", type=int, help="of each image")
+    parser.add_argument("--text-tokens", type=int, help="tokens that the text tower sees of each word")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each kind that count")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps of each kind before")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints one line of JSON and the table."""
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    disable_progress_bar()
+    changes = {name: getattr(options, name) for name in ("batch_size", "regions", "text_tokens")}
+    preset = replace(PRESETS[options.preset], **{name: value for name, value in changes.items() if value})
+    found = measure(preset, options.rounds, tuple(options.arms), options.warm_up)
+    sizes = {name: value for name, value in asdict(preset).items() if name not in ("backbone", "text", "student")}
+    sys.stdout.write(json.dumps({"machine": machine(options.threads), "sizes": sizes, **found}) + "\n\n")
+    sys.stdout.write(f"{machine(options.threads)}, fp32, {sizes}\n\n{table(found)}\n")
+
+
+if __name__ == "__main__":
+    main()
