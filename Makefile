@@ -35,7 +35,7 @@ demo: $(VENV)/.inference
 	@echo "Look at the overlays above, and change the words: make demo LABELS='striped square; meadow; sky'"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

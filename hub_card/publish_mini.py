@@ -1,74 +1,83 @@
-"""Turn a finished mini-world experiment into the shipped checkpoint and its card.
+"""Turn a finished mini-world experiment into the shipped checkpoint, its card, and the page of the ablation.
 
-python -m train.miniworld --out runs/miniworld
+python -m train.miniworld --arms all --seeds 0 1 2
 python -m hub_card.publish_mini runs/miniworld
 """
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 TEMPLATE = Path(__file__).parent / "gkc_mini_template.md"
 SHIPPED = Path(__file__).parent / "gkc-mini"
+PAGE = Path(__file__).parent.parent / "docs" / "miniworld.md"
 MAX_BYTES = 12_000_000
 ARM_NAMES = {
     "baseline": "plain names only",
     "synonyms": "+ text diversification",
     "distillation": "+ distillation",
     "both": "+ both",
+    "both-long": "both, three times the steps",
 }
-GROUP_NAMES = {
-    "seen": "the ten words of training",
-    "seen by 5th word": "the same, by a synonym that training never used",
-    "seen by 6th word": "the same, by another such synonym",
-    "colour": "finer: colour + shape (`red square`)",
-    "fill": "finer: fill + shape (`striped star`)",
-    "sub": "finer: sub-classes (circle and ring of `round`, brick and wood of `wall`)",
-    "void": "objects that were void in training (heart, arrow, water)",
-    "never": "objects that training pictures never held (hexagon, drop, sand)",
-    "all/seen": "all eighteen concepts at once: those named in training",
-    "all/novel": "all eighteen concepts at once: the others",
-}
+STEPS = {"both-long": 1200}  # of an arm that takes other steps than the run's
 
 
-def publish(run: Path, out: Path = SHIPPED, arm: str = "both") -> None:
+def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None = None) -> None:
     """Copy an arm's model into `out` and write its card.
 
     Args:
         run: Folder of a finished experiment.
         out: Folder of the checkpoint; replaced.
-        arm: The arm that is published; the table shows every arm of the run.
+        arm: The arm that is published; the tables show every arm and seed of the run.
+        seed: The seed that is published; the first by default.
 
     Raises:
         ValueError: the experiment is not finished, or the checkpoint is larger than 12 MB.
     """
-    if not (run / "results.json").exists():
-        raise ValueError(f"{run} holds no finished experiment: run `python -m train.miniworld --out {run}` first.")
-    results = json.loads((run / "results.json").read_text())
-    settings = json.loads((run / "settings.json").read_text())
-    size = sum(path.stat().st_size for path in (run / arm / "model").rglob("*") if path.is_file())
+    results = _read_summary(run)
+    seed = min(map(int, results["seeds"])) if seed is None else seed
+    model = run / f"seed-{seed}" / arm / "model"
+    if not model.exists():
+        raise ValueError(f"{model} is not there: run `python -m train.miniworld --out {run}` with this arm and seed.")
+    size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     if size > MAX_BYTES:
         raise ValueError(f"The checkpoint has {size} bytes, more than {MAX_BYTES}.")
+    results |= {"published": {"arm": arm, "seed": seed}}
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(run / arm / "model", out)
-    (out / "results.json").write_text(json.dumps(results | {"settings": settings}, indent=2) + "\n")
-    (out / "README.md").write_text(card(results, settings, arm, json.loads((out / "config.json").read_text())))
+    shutil.copytree(model, out)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "README.md").write_text(card(results, json.loads((out / "config.json").read_text())))
 
 
-def card(results: dict, settings: dict, arm: str, config: dict) -> str:
+def _read_summary(run: Path) -> dict:
+    path = run / "summary.json"
+    if not path.exists():
+        raise ValueError(f"{run} holds no finished experiment: run `python -m train.miniworld --out {run}` first.")
+    return json.loads(path.read_text())
+
+
+def card(results: dict, config: dict) -> str:
     """The model card as Markdown."""
+    arm, seed = results["published"]["arm"], str(results["published"]["seed"])
+    published = results["seeds"][seed]
+    settings, scores = published["settings"], published["arms"][arm]
     values = {
         "arm": ARM_NAMES[arm],
-        "arms": " ".join(results["arms"]),
-        "gate": _gate_table(results["gate"]),
-        "harmonic_mean": _per_cent(results["arms"][arm]["harmonic_mean"]),
-        "images": str(results["arms"][arm]["images"]),
-        "minutes": ", ".join(f"{name} {minutes}" for name, minutes in results["minutes"].items()),
-        "scores": _score_table(results["arms"]),
-        "seed": str(settings["seed"]),
-        "steps": str(settings["recipe"]["steps"]),
+        "seed": seed,
+        "seeds": " ".join(results["seeds"]),
+        "gate": results["tables"]["gate"],
+        "scores": results["tables"]["scores"],
+        "scores_by_seed": results["tables"]["scores_by_seed"],
+        "own_scores": _own_scores(scores),
+        "shipped_arm": arm,
+        "images": str(scores["images"]),
+        "minutes": ", ".join(f"{name} {minutes}" for name, minutes in published["minutes"].items()),
+        "steps": str(STEPS.get(arm, settings["recipe"]["steps"])),
+        "table_steps": str(settings["recipe"]["steps"]),
+        "warmup_steps": str(settings["warmup_steps"]),
         "clip_steps": str(settings["clip"]["steps"]),
         "train_scenes": str(settings["train_scenes"]),
         "words": "\n".join(f"- {names[0]}: {', '.join(names[1:])}" for names in config["vocabulary"]),
@@ -79,33 +88,25 @@ def card(results: dict, settings: dict, arm: str, config: dict) -> str:
     return text
 
 
-def _score_table(arms: dict) -> str:
-    rows = [["words asked", *(ARM_NAMES[arm] for arm in arms)], ["---", *["---:"] * len(arms)]]
-    for group, name in GROUP_NAMES.items():
-        rows.append([name, *(_per_cent(scores["scores"][group]["miou"]) for scores in arms.values())])
-    rows.append(["harmonic mean of the last two", *(_per_cent(scores["harmonic_mean"]) for scores in arms.values())])
-    return _markdown(rows)
+def _own_scores(scores: dict) -> str:
+    """mIoU of every vocabulary in one sentence; `-` for what the test pictures do not hold."""
+    measured = {name: values["miou"] for name, values in scores["scores"].items()}
+    measured["harmonic mean of all/seen and all/novel"] = scores["harmonic_mean"]
+    return ", ".join(f"{name} {'-' if miou is None else f'{100 * miou:.1f}'}" for name, miou in measured.items())
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def update_page(run: Path, page: Path = PAGE) -> None:
+    """Put the run's tables between the page's markers and its plot beside the page.
 
-
-def _per_cent(score: float | None) -> str:
-    """`-` for what the test pictures do not hold."""
-    return "-" if score is None else f"{100 * score:.1f}"
-
-
-def _decimals(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _gate_table(gate: dict) -> str:
-    rows = [["regions", "zero-shot accuracy", "cos(image, class mean)"], ["---", "---:", "---:"]]
-    rows += [[name, _decimals(row["accuracy"]), _decimals(row["collapse"])] for name, row in gate["rows"].items()]
-    cosines = ", ".join(f"{kind} {cosine:.2f}" for kind, cosine in gate["synonyms"].items())
-    missed = "Every target is reached." if not gate["misses"] else "Missed: " + "; ".join(gate["misses"]) + "."
-    return f"{_markdown(rows)}\n\nMean cosine of a name and its synonyms: {cosines}. {missed}"
+    A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+    """
+    tables = _read_summary(run)["tables"]
+    text = page.read_text()
+    for name, table in tables.items():
+        pattern = rf"(<!-- table {name} -->).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", text, flags=re.DOTALL)
+    page.write_text(text)
+    shutil.copy(run / "summary.png", page.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,8 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of a finished `python -m train.miniworld`")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the checkpoint (%(default)s)")
     parser.add_argument("--arm", default="both", choices=ARM_NAMES, help="arm to publish (%(default)s)")
+    parser.add_argument("--seed", type=int, help="seed to publish (the first)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page that gets the tables and the plot (%(default)s)")
     options = parser.parse_args(arguments)
-    publish(options.run, options.out, options.arm)
+    publish(options.run, options.out, options.arm, options.seed)
+    update_page(options.run, options.page)
 
 
 if __name__ == "__main__":

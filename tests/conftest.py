@@ -48,14 +48,31 @@ def small_config(**overrides) -> GKCConfig:
     return GKCConfig(**(values | overrides))
 
 
+def _note(config: pytest.Config, what: str, error: float, bound: float) -> None:
+    errors = config.stash.setdefault(ERRORS, {})
+    largest, _ = errors.get(what, (0.0, bound))
+    errors[what] = (max(largest, error), bound)
+
+
+def pytest_sessionfinish(session):
+    """In a worker of pytest-xdist: hand over what `within` measured."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["measured errors"] = list(session.config.stash.get(ERRORS, {}).items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """In the process that prints: collect what the workers measured."""
+    for what, (error, bound) in getattr(node, "workeroutput", {}).get("measured errors", []):
+        _note(node.config, what, error, bound)
+
+
 @pytest.fixture
 def within(request):
     """Asserts that an error lies within its bound; the largest of each name is listed at the end of the run."""
 
     def check(what: str, error: torch.Tensor | float, bound: float) -> None:
-        errors = request.config.stash.setdefault(ERRORS, {})
-        largest, _ = errors.get(what, (0.0, bound))
-        errors[what] = (max(largest, float(error)), bound)
+        _note(request.config, what, float(error), bound)
         assert float(error) <= bound, f"{what}: {float(error):.3g} is more than {bound:g}"
 
     return check

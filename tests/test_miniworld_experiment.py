@@ -1,35 +1,51 @@
-"""The whole path at toy size: world -> tiny CLIP -> gate -> segmenter by arm -> scores -> published checkpoint."""
+"""The whole path at toy size: world -> tiny CLIP -> gate -> warm-up -> segmenter by arm -> scores -> published."""
 
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from configuration import load_recipe
-from hub_card.publish_mini import GROUP_NAMES, card, publish
+from hub_card.publish_mini import PAGE, publish, update_page
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCProcessor
 from train.miniworld import clip as clip_module
 from train.miniworld.clip import CLIPTraining
-from train.miniworld.experiment import Experiment, _write, format_results, run
+from train.miniworld.experiment import ARMS, WARM_UP, Experiment, _write, run
+from train.miniworld.summary import (
+    HARMONIC_MEAN,
+    ROW_TITLES,
+    TABLE_TITLES,
+    TEACHER_COSINE,
+    by_seed,
+    mean_and_spread,
+    read_seeds,
+    score_table,
+    tables,
+    write_summary,
+)
 
 ROOT = Path(__file__).parent.parent
-ARMS = ("baseline", "both")
+TRAINED = ("baseline", "both", "both-query", "distillation-own-head", "distillation-own-head-both")
 
 
 def toy(out: Path, **changes) -> Experiment:
-    recipe = load_recipe("miniworld", steps=6, batch_size=4, train_num_points=64)
+    recipe = load_recipe("miniworld", steps=4, batch_size=4, train_num_points=64)
     values = {
         "train_scenes": 12,
         "test_scenes": 6,
         "clip": CLIPTraining(steps=4, scenes=12, batch_size=16),
         "recipe": recipe,
-        "arms": ARMS,
+        "warmup_steps": 3,
+        "arms": TRAINED,
     }
-    return Experiment(out, **(values | changes))
+    return Experiment(out / "seed-0", **(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +54,58 @@ def finished(tmp_path_factory) -> tuple[Experiment, dict]:
     experiment = toy(tmp_path_factory.mktemp("experiment"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clip_module, "OTHER_WORLD_PICTURES", 4)  # drawing 600 of each kind would take most of the time
-        return experiment, run(experiment)
+        results = run(experiment)
+    write_summary(experiment.out.parent, read_seeds(experiment.out.parent))
+    return experiment, results
 
 
 def test_results_hold_every_vocabulary_and_arm(finished):
     experiment, results = finished
-    assert set(results["arms"]) == set(ARMS)
+    assert set(results["arms"]) == set(TRAINED) <= set(ARMS)
     for scores in results["arms"].values():
-        assert set(GROUP_NAMES) <= set(scores["scores"])
-        assert scores["images"] == 6
+        assert set(ROW_TITLES) == set(scores["scores"]) | {HARMONIC_MEAN, TEACHER_COSINE}
+        assert scores["images"] == 6 and -1 <= scores["teacher_cosine"] <= 1
         mious = [values["miou"] for values in scores["scores"].values()]
         assert all(miou is None or 0 <= miou <= 1 for miou in mious)
     assert results["gate"]["rows"].keys() >= {"coarse", "colour", "fill", "sub", "void"}
-    assert json.loads((experiment.out / "results.json").read_text())["minutes"].keys() >= {"clip", "teacher", *ARMS}
-    table = format_results(results)
-    assert "baseline" in table and "seen by 5th word" in table
+    trained = {"clip", "teacher", WARM_UP, *TRAINED} - {"distillation-own-head-both"}
+    assert json.loads((experiment.out / "results.json").read_text())["minutes"].keys() >= trained
 
 
 def test_arms_share_everything_but_the_losses(finished):
     experiment, _ = finished
     baseline, both = (
-        GKCForOpenVocabSegmentation.from_pretrained(experiment.out / arm / "model").state_dict() for arm in ARMS
+        GKCForOpenVocabSegmentation.from_pretrained(experiment.out / arm / "model").state_dict()
+        for arm in ("baseline", "both")
     )
     assert baseline.keys() == both.keys()
     frozen = [name for name in both if name.startswith("text_model")]
     assert frozen and all(torch.equal(baseline[name], both[name]) for name in frozen)
     assert any(not torch.equal(baseline[name], both[name]) for name in both)
     assert not any("distillation" in name for name in both)
+
+
+def test_arms_start_from_the_warm_up_that_learned_masks_without_classes(finished):
+    experiment, _ = finished
+    warm_up = load_file(experiment.out / WARM_UP / "model.safetensors")
+    # A decoder bias starts at zero, so what an arm has is what the warm-up gave it and what it added itself.
+    name = "model.mask_decoder.layers.0.self_attn.q_proj.weight"
+    arms = [load_file(experiment.out / arm / "model" / "model.safetensors")[name] for arm in ("baseline", "both")]
+    moved = [(arm - warm_up[name]).abs().max() for arm in arms]
+    assert all(0 < distance < 0.02 for distance in moved)  # four steps of 1e-3; initial weights differ by about 0.2
+    config = json.loads((experiment.out / "both-query" / "model" / "config.json").read_text())
+    assert config["class_feature"] == "query"
+
+
+def test_an_arm_that_only_tests_differently_has_the_same_weights(finished):
+    experiment, results = finished
+    names = ("distillation-own-head", "distillation-own-head-both")
+    first, second = (load_file(experiment.out / name / "model" / "model.safetensors") for name in names)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    cosines = [
+        results["arms"][name]["teacher_cosine"] for name in ("distillation-own-head", "distillation-own-head-both")
+    ]
+    assert cosines[1] > cosines[0]  # only the head's own embedding was drawn to the teacher's
 
 
 def test_a_second_run_does_nothing(finished):
@@ -83,9 +124,9 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         replace(experiment, arms=("nonsense",))
 
 
-def test_publishing_writes_a_checkpoint_and_its_card(finished, tmp_path):
+def test_publishing_writes_a_checkpoint_its_card_and_the_page(finished, tmp_path):
     experiment, results = finished
-    publish(experiment.out, tmp_path / "gkc-mini")
+    publish(experiment.out.parent, tmp_path / "gkc-mini")
     model = GKCForOpenVocabSegmentation.from_pretrained(tmp_path / "gkc-mini")
     GKCProcessor.from_pretrained(tmp_path / "gkc-mini")
     assert len(model.config.id2label) == 18
@@ -94,23 +135,53 @@ def test_publishing_writes_a_checkpoint_and_its_card(finished, tmp_path):
     assert "nothing of photographs" in card and "<<" not in card
     assert f"{100 * results['arms']['both']['scores']['colour']['miou']:.1f}" in card
     assert "circle: disc, dot" in card
+    (tmp_path / "page.md").write_text(PAGE.read_text())
+    for _ in range(2):  # the second time replaces tables by the same tables
+        update_page(experiment.out.parent, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    found = tables({0: results})
+    assert set(found) == set(TABLE_TITLES)
+    for name, table in found.items():
+        assert page.count(f"<!-- table {name} -->\n{table}\n<!-- end -->") == 1, name
+    assert Image.open(tmp_path / "page.png").width > 1000
+
+
+def test_publishing_what_was_not_run_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match="seed-7/both/model is not there"):
+        publish(finished[0].out.parent, tmp_path / "gkc-mini", seed=7)
+    assert not (tmp_path / "gkc-mini").exists()
+
+
+def test_tables_give_mean_spread_and_every_seed(finished):
+    _, results = finished
+    other = json.loads(json.dumps(results))
+    del other["arms"]["both-query"]
+    for scores in other["arms"].values():
+        scores["scores"]["seen"]["miou"] = 0.5
+    first = 100 * results["arms"]["both"]["scores"]["seen"]["miou"]
+    seeds = {0: results, 3: other}
+    line = next(line for line in tables(seeds)["scores"].splitlines() if line.startswith(f"| {ROW_TITLES['seen']} |"))
+    assert line.endswith(f" {mean([first, 50]):.1f} ± {stdev([first, 50]):.1f} |")
+    line = next(line for line in tables(seeds)["scores_by_seed"].splitlines() if ROW_TITLES["seen"] in line)
+    assert line.endswith(f" {first:.1f} / 50.0 |")
+    assert mean_and_spread([0.25]) == "25.0" and mean_and_spread([None, None]) == "-"
+    assert by_seed([0.1, None]) == "10.0 / -"
+    assert score_table(seeds, ["synonyms-max"]) == ""
 
 
 def test_what_was_not_measured_is_null_in_files_and_a_dash_in_tables(finished, tmp_path):
     experiment, results = finished
-    for path in (experiment.out / "results.json", *(experiment.out / arm / "scores.json" for arm in ARMS)):
+    for path in (experiment.out / "results.json", *(experiment.out / arm / "scores.json" for arm in TRAINED)):
         json.loads(path.read_text(), parse_constant=pytest.fail)  # called for NaN and infinity only
     results = json.loads(json.dumps(results, allow_nan=False))
     for scores in results["arms"].values():
         scores["scores"]["void"] = {"miou": None, "region_accuracy": None}
         scores["harmonic_mean"] = None
     results["gate"]["rows"]["void"] = {"accuracy": None, "collapse": None, "regions": 0}
-    table = format_results(results)
-    assert "| void | - | - |" in table and "seen and novel | - | - |" in table
-    settings = json.loads((experiment.out / "settings.json").read_text())
-    text = card(results, settings, "both", {"vocabulary": [["circle", "disc"]]})
-    assert f"| {GROUP_NAMES['void']} | - | - |" in text and "last two | - | - |" in text
-    assert "| void | - | - |" in text
+    found = tables({0: results})
+    assert f"| {ROW_TITLES['void']} | - | - |" in found["scores"]
+    assert f"| {ROW_TITLES[HARMONIC_MEAN]} | - | - |" in found["scores"]
+    assert "| void | - | - |" in found["gate"]
     with pytest.raises(ValueError, match="JSON"):
         _write(tmp_path / "scores.json", {"miou": float("nan")})
 

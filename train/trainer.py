@@ -243,9 +243,11 @@ class GKCTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss by name, averaged over micro-batches and processes, and what callbacks tell."""
+        """Add each loss by name, averaged over micro-batches and processes, broken samples, and words of callbacks."""
         if "loss" in logs:
             logs |= self._averages.take() | extra_log_values(self.callback_handler.callbacks)
+            if hasattr(self.train_dataset, "broken_count"):
+                logs["broken_samples"] = self.train_dataset.broken_count()
         super().log(logs, start_time)
 
     def prediction_step(

@@ -1,10 +1,11 @@
-"""The mini-world experiment: draw the world, train a tiny CLIP and its segmenter, print what was learned.
+"""The mini-world experiment: draw the world, train a tiny CLIP and its segmenters, print and draw what was learned.
 
-    python -m train.miniworld                                    the paper's method, about an hour on two CPU cores
-    python -m train.miniworld --arms baseline both               and the same without synonyms and distillation
-    python -m train.miniworld --out runs/toy --clip-steps 20 --steps 20 --train-scenes 60 --test-scenes 10
+    python -m train.miniworld                                    the paper's method, one seed, about half an hour
+    python -m train.miniworld --arms all --seeds 0 1 2           the whole ablation, 2 to 4 hours on two CPU cores
+    python -m train.miniworld --out runs/toy --clip-steps 9 --warmup-steps 9 --steps 9 --train-scenes 60
 
-A killed run continues where it last saved when the same command is given again.
+A killed run continues where it last saved when the same command is given again. Several seeds can also be run side by
+side, each by a command of its own with the same --out; the last to finish has the whole table.
 """
 
 import argparse
@@ -13,11 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from configuration import load_recipe
 
 from .clip import CLIPTraining
-from .experiment import ARMS, Experiment, run, show
+from .experiment import ARMS, MAIN_ARMS, VARIANTS, Experiment, run
+from .summary import read_seeds, write_summary
+
+GROUPS = {"main": tuple(MAIN_ARMS), "all": tuple(ARMS)}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -27,13 +32,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     clip, recipe, defaults = CLIPTraining(), load_recipe("miniworld"), Experiment(Path("runs/miniworld"))
     parser.add_argument("--out", type=Path, default=defaults.out, help="folder of all results (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of world, CLIP and segmenter (%(default)s)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(defaults.arms), help="losses (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of world, CLIP, segmenter (%(default)s)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=[*GROUPS, *ARMS],
+        metavar="ARM",
+        default=list(defaults.arms),
+        help=f"`main`: {', '.join(MAIN_ARMS)}; `all`: also {', '.join(VARIANTS)}; or some of them (both)",
+    )
     parser.add_argument("--train-scenes", type=int, default=defaults.train_scenes, help="pictures (%(default)s)")
     parser.add_argument("--test-scenes", type=int, default=defaults.test_scenes, help="pictures (%(default)s)")
     parser.add_argument("--clip-steps", type=int, default=clip.steps, help="steps of the tiny CLIP (%(default)s)")
     parser.add_argument("--clip-scenes", type=int, default=clip.scenes, help="pictures for CLIP (%(default)s)")
-    parser.add_argument("--steps", type=int, default=recipe.steps, help="steps of the segmenter (%(default)s)")
+    parser.add_argument(
+        "--warmup-steps", type=int, default=defaults.warmup_steps, help="steps that all arms share (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=recipe.steps, help="steps of an arm (%(default)s)")
     parser.add_argument("--num-proc", type=int, default=1, help="processes that draw scenes (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch; beside other jobs, 1 is often faster than 2")
     return parser.parse_args(arguments)
@@ -44,17 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    experiment = Experiment(
-        out=options.out,
-        seed=options.seed,
-        train_scenes=options.train_scenes,
-        test_scenes=options.test_scenes,
-        clip=replace(CLIPTraining(), steps=options.clip_steps, scenes=options.clip_scenes),
-        recipe=load_recipe("miniworld", steps=options.steps),
-        arms=tuple(options.arms),
-        num_proc=options.num_proc,
-    )
-    show(run(experiment))
+    arms = [arm for name in options.arms for arm in GROUPS.get(name, (name,))]
+    for seed in options.seeds:
+        experiment = Experiment(
+            out=options.out / f"seed-{seed}",
+            seed=seed,
+            train_scenes=options.train_scenes,
+            test_scenes=options.test_scenes,
+            clip=replace(CLIPTraining(), steps=options.clip_steps, scenes=options.clip_scenes),
+            recipe=load_recipe("miniworld", steps=options.steps),
+            warmup_steps=options.warmup_steps,
+            arms=tuple(dict.fromkeys(arms)),
+            num_proc=options.num_proc,
+        )
+        run(experiment)
+    tqdm.write(write_summary(options.out, read_seeds(options.out)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The tiny CLIP of the mini-world: model, training, gate.
 
-python -m train.miniworld.clip --out run/clip --steps 2800 --scenes 6000 --seed 0
+python -m train.miniworld.clip --out run/clip --steps 3000 --scenes 8000 --seed 0
 """
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -34,14 +35,14 @@ OTHER_WORLD_PICTURES = 600  # of every kind
 class CLIPTraining:
     """All that decides the weights of a tiny CLIP."""
 
-    steps: int = 2800
-    scenes: int = 6000
+    steps: int = 3000
+    scenes: int = 8000
     seed: int = 0
     batch_size: int = 128
     learning_rate: float = 1e-3
     lean: float = 0.35  # how much the choice of a word depends on the region, see Lexicon
     other_world_share: float = 0.2  # share of a batch that gives words a second sense
-    logit_scale_cap: float = 12.0
+    logit_scale_cap: float = 11.0
     half_size_share: float = 0.7  # share of the steps, the first ones, on pictures of half the side: 4 times cheaper
     bfloat16: bool = False  # only faster where the processor has bfloat16 units
 
@@ -236,11 +237,16 @@ def gate_of(model: MiniCLIP, crops: CropSet) -> dict:
 
 
 def save_clip(model: MiniCLIP, out: str | Path) -> None:
-    """Save the towers as `vision/` and `text/` (safetensors) and the tokenizer beside the text tower."""
+    """Save the towers as `vision/` and `text/` (safetensors), the tokenizer with the latter, and the temperature.
+
+    `clip=FOLDER` of a recipe and `--clip FOLDER` of `train.cache` read it.
+    """
     out = Path(out)
     model.vision.save_pretrained(out / "vision")
     model.text.save_pretrained(out / "text")
     model.tokenizer.save_pretrained(out / "text")
+    temperature = {"logit_scale": model.logit_scale.exp().item()}
+    (out / "clip.json").write_text(json.dumps(temperature) + "\n")
 
 
 def load_clip(path: str | Path) -> MiniCLIP:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -15,6 +16,8 @@ from modeling_gkc.class_embeddings import encode_vocabulary
 from modeling_gkc.post_processing import resize_masks
 
 from ..data.schema import read_row
+from ..distillation import DistillationHead
+from ..teacher import TeacherEmbeddings
 from .protocols import IGNORED, Protocol, all_protocols
 
 
@@ -22,9 +25,11 @@ from .protocols import IGNORED, Protocol, all_protocols
 class _Image:
     """One picture as the segmenter and as the world see it."""
 
+    image_id: str
     query_embeds: Tensor  # (Q, D)
     masks: Tensor  # (Q, H, W) probabilities
     region_index: Tensor  # (H, W), -1 for pixels of no segment
+    segment_ids: Tensor  # (N,)
     attributes: list[dict]  # of the N regions
 
 
@@ -101,6 +106,8 @@ def evaluate(
     protocols: Sequence[Protocol] | None = None,
     prompt_reduction: str | None = None,
     batch_size: int = 16,
+    teacher: TeacherEmbeddings | None = None,
+    distillation_head: DistillationHead | None = None,
     show_progress: bool = True,
 ) -> dict:
     """Measure a segmenter under every vocabulary; each picture passes through it once.
@@ -112,23 +119,36 @@ def evaluate(
         protocols: vocabularies; all of the mini-world's by default.
         prompt_reduction: as in the model's `forward`; its configured one by default.
         batch_size: pictures at a time.
+        teacher: embeddings of the dataset's regions, to compare the segmenter's with.
+        distillation_head: of training; if given, queries are classified by the mean of class and distillation
+            embedding.
         show_progress: show a progress bar.
 
     Returns:
         `{"scores": {group: {"miou", "region_accuracy"}}, "harmonic_mean": of the mIoU of seen and novel concepts when
-        all are asked at once, "images": their number}`; all scores 0..1, None where there is no ground truth.
+        all are asked at once, "teacher_cosine": mean cosine of the best query's embedding and the teacher's over all
+        regions, "images": their number}`; all scores 0..1, None where there is no ground truth or no teacher.
     """
     model.eval()
     scores = [_score(model, processor, protocol) for protocol in protocols or all_protocols()]
-    images = _segmented(model, processor, dataset, batch_size)
+    images = _segmented(model, processor, dataset, batch_size, distillation_head)
+    cosines: list[Tensor] = []
     for image in tqdm(images, "evaluation", len(dataset), unit="image", disable=not show_progress):
         best_queries = _best_queries(image)
+        if teacher is not None:
+            seen_by_teacher = teacher.lookup([image.image_id], [image.segment_ids])[0]
+            cosines.append((image.query_embeds[best_queries] * seen_by_teacher).sum(dim=1))
         for score in scores:
             words = score.class_embeds, score.class_ids, prompt_reduction
             logits = model.classify(image.query_embeds[None].to(model.device), *words)[0]  # (Q, K + 1)
             score.update(image, logits.softmax(dim=-1)[:, :-1].cpu(), best_queries)
     results = {group: values for score in scores for group, values in score.result().items()}
-    return {"scores": results, "harmonic_mean": _seen_and_novel(results), "images": len(dataset)}
+    return {
+        "scores": results,
+        "harmonic_mean": _seen_and_novel(results),
+        "teacher_cosine": torch.cat(cosines).mean().item() if cosines else None,
+        "images": len(dataset),
+    }
 
 
 def _seen_and_novel(results: Mapping[str, Mapping[str, float | None]]) -> float | None:
@@ -143,19 +163,30 @@ def _score(model, processor, protocol: Protocol) -> ProtocolScore:
     return ProtocolScore(protocol, encoded.class_embeds, encoded.class_ids)
 
 
-def _segmented(model, processor, dataset: Sequence[Mapping], batch_size: int) -> Iterator[_Image]:
+def _segmented(
+    model, processor, dataset: Sequence[Mapping], batch_size: int, distillation_head: DistillationHead | None
+) -> Iterator[_Image]:
     """The pictures of a dataset with the model's masks and query embeddings, at the pictures' own size."""
     some_words = torch.eye(1, model.config.projection_dim, device=model.device)  # the words are asked later
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
         inputs = processor(images=[row["image"] for row in rows], return_tensors="pt").to(model.device)
-        outputs = model(**inputs, class_embeds=some_words, output_stages=False)
+        outputs = model(**inputs, class_embeds=some_words, output_stages=distillation_head is not None)
+        embeds = _embeds(outputs, distillation_head).float().cpu()
         sizes = [None] * len(rows) if outputs.content_sizes is None else outputs.content_sizes.tolist()
         for number, row in enumerate(rows):
             region_index = _region_index(row)
             masks = outputs.masks_queries_logits[number].cpu()
             masks = resize_masks(masks, sizes[number], tuple(region_index.shape)).sigmoid()
-            yield _Image(outputs.query_embeds[number].float().cpu(), masks, region_index, row["attributes"])
+            segment_ids = torch.tensor([segment["id"] for segment in row["segments"]])
+            yield _Image(row["image_id"], embeds[number], masks, region_index, segment_ids, row["attributes"])
+
+
+def _embeds(outputs, distillation_head: DistillationHead | None) -> Tensor:
+    """(B, Q, D) unit vectors: what is classified."""
+    if distillation_head is None:
+        return outputs.query_embeds
+    return F.normalize(outputs.query_embeds + distillation_head(outputs.stages)[-1], dim=-1)
 
 
 def _region_index(row: Mapping) -> Tensor:

@@ -1,13 +1,19 @@
-"""The mini-world experiment: pictures -> tiny CLIP -> gate -> segmenter by arm -> scores; finished parts are kept."""
+"""The mini-world experiment of one seed: pictures -> tiny CLIP -> gate -> warm-up -> segmenter by arm -> scores.
+
+Finished parts are kept: a run that was killed goes on where it stopped.
+"""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
+import torch
 from datasets import Dataset, load_from_disk
-from tqdm.auto import tqdm
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -23,18 +29,68 @@ from ..teacher import RegionTeacher, TeacherEmbeddings
 from ..trainer import GKCTrainer
 from .clip import CLIPTraining, MiniCLIP, load_clip, train_clip
 from .dataset import build_dataset, training_vocabulary
-from .evaluate import evaluate, per_cent
+from .evaluate import evaluate
 from .words import CONCEPTS, SHAPES, WORDS
 
 SCENE_SIZE = 96  # side in pixels of the pictures
 
-# What each arm changes in the recipe. `both` is the method of the paper.
-ARMS = {
-    "baseline": {"synonym_mode": "none", "distillation_weight": 0.0},
-    "synonyms": {"distillation_weight": 0.0},
-    "distillation": {"synonym_mode": "none"},
-    "both": {},
+WARM_UP = "warmup"
+WARM_UP_WORD = "thing"  # a word of the tiny CLIP that says nothing about what a region is
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm changes, and how it is called.
+
+    Attributes:
+        title: For tables.
+        changes: Fields of the recipe.
+        class_feature: Field of the model's configuration, None for the recipe's own.
+        test_on_both: Classify by the mean of class and distillation embedding, which must be different ones.
+        trained_as: The arm whose weights are tested, where this one only tests differently.
+    """
+
+    title: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    class_feature: str | None = None
+    test_on_both: bool = False
+    trained_as: str | None = None
+
+
+NO_SYNONYMS, NO_DISTILLATION = {"synonym_mode": "none"}, {"distillation_weight": 0.0}
+OWN_HEAD = {"distillation_embedding": "query"}
+# `both` is the method of the paper; these four are the ablation.
+MAIN_ARMS = {
+    "baseline": Arm("plain names only", NO_SYNONYMS | NO_DISTILLATION),
+    "synonyms": Arm("+ text diversification", NO_DISTILLATION),
+    "distillation": Arm("+ distillation", NO_SYNONYMS),
+    "both": Arm("+ both"),
 }
+# Further questions: one thing changed in one of the four.
+VARIANTS = {
+    "synonyms-unfiltered": Arm(
+        "synonyms, drawn from all words", NO_DISTILLATION | {"synonym_probabilities": "uniform"}
+    ),
+    "synonyms-average": Arm("synonyms, average of the words' logits", NO_DISTILLATION | {"synonym_mode": "average"}),
+    "synonyms-max": Arm("synonyms, maximum of the words' logits", NO_DISTILLATION | {"synonym_mode": "max"}),
+    "distillation-own-head": Arm("distillation by a head of its own", NO_SYNONYMS | OWN_HEAD),
+    "distillation-own-head-both": Arm(
+        "the same, tested on both embeddings",
+        NO_SYNONYMS | OWN_HEAD,
+        test_on_both=True,
+        trained_as="distillation-own-head",
+    ),
+    "both-own-head": Arm("both, distillation by a head of its own", OWN_HEAD),
+    "both-own-head-both": Arm(
+        "the same, tested on both embeddings", OWN_HEAD, test_on_both=True, trained_as="both-own-head"
+    ),
+    "both-long": Arm("both, three times the steps", {"steps": 1200}),
+    "both-query": Arm("both, classes read from the query alone", class_feature="query"),
+    "baseline-query": Arm(
+        "plain names only, classes read from the query alone", NO_SYNONYMS | NO_DISTILLATION, class_feature="query"
+    ),
+}
+ARMS = MAIN_ARMS | VARIANTS
 
 
 @dataclass(frozen=True)
@@ -47,6 +103,7 @@ class Experiment:
         train_scenes, test_scenes: Pictures.
         clip: Training of the tiny CLIP.
         recipe: Training of the segmenter, before an arm's changes.
+        warmup_steps: Steps that all arms share, before their own: masks alone, every region under the same word.
         arms: Names of `ARMS`.
         num_proc: Processes that draw scenes.
     """
@@ -57,6 +114,7 @@ class Experiment:
     test_scenes: int = 500
     clip: CLIPTraining = field(default_factory=CLIPTraining)
     recipe: Recipe = field(default_factory=lambda: load_recipe("miniworld"))
+    warmup_steps: int = 350
     arms: tuple[str, ...] = ("both",)
     num_proc: int = 1
 
@@ -75,13 +133,30 @@ def run(experiment: Experiment) -> dict:
     test_set = _dataset(experiment, "test", experiment.test_scenes)
     clip = _clip(experiment)
     teacher = RegionTeacher(clip.vision, keep_aspect=True)
-    embeddings = _timed(out, "teacher", lambda: teacher.embed_dataset(train_set, out / "teacher.safetensors"))
-    results = {"gate": json.loads((out / "clip" / "gate.json").read_text()), "arms": {}}
+    embeddings = {
+        name: _timed(out, "teacher", partial(teacher.embed_dataset, dataset, out / f"teacher-{name}.safetensors"))
+        for name, dataset in {"train": train_set, "test": test_set}.items()
+    }
+    parts = Parts(clip, train_set, test_set, embeddings["train"], embeddings["test"])
+    results = {"gate": _read(out / "clip" / "gate.json"), "settings": _read(out / "settings.json")}
     for arm in experiment.arms:
-        results["arms"][arm] = _arm(experiment, arm, clip, train_set, test_set, embeddings)
+        _arm(experiment, arm, parts)
+    finished = {arm: out / arm / "scores.json" for arm in ARMS}
+    results["arms"] = {arm: _read(path) for arm, path in finished.items() if path.exists()}
     results["minutes"] = {name: round(seconds / 60, 1) for name, seconds in _read(out / "seconds.json").items()}
     _write(out / "results.json", results)
     return results
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all arms of a seed share; embeddings are the teacher's, of the regions of either set."""
+
+    clip: MiniCLIP
+    train_set: Dataset
+    test_set: Dataset
+    train_embeddings: TeacherEmbeddings
+    test_embeddings: TeacherEmbeddings
 
 
 def _dataset(experiment: Experiment, split: str, scenes: int) -> Dataset:
@@ -108,43 +183,95 @@ def _clip(experiment: Experiment) -> MiniCLIP:
     return load_clip(folder)
 
 
-def _arm(
-    experiment: Experiment,
-    arm: str,
-    clip: MiniCLIP,
-    train_set: Dataset,
-    test_set: Dataset,
-    embeddings: TeacherEmbeddings,
-) -> dict:
-    """Train and measure one arm; its scores."""
-    folder = Path(experiment.out) / arm
+def _arm(experiment: Experiment, name: str, parts: Parts) -> None:
+    """Train and measure one arm, unless that is done."""
+    folder, arm = Path(experiment.out) / name, ARMS[name]
     if not (folder / "scores.json").exists():
-        recipe = replace(experiment.recipe, seed=experiment.seed, **ARMS[arm])
-        model, processor = _timed(
-            experiment.out, arm, lambda: _train(recipe, clip, train_set, embeddings, folder / "training")
-        )
+        trained_as = arm.trained_as or name
+        start = _warm_up(experiment, parts)
+        trainer = _timed(experiment.out, trained_as, partial(_train_arm, experiment, trained_as, parts, start))
+        model, processor = trainer.student.eval(), trainer.processing_class
+        head = trainer.training_model.distillation_head if arm.test_on_both else None
+        scores = evaluate(model, processor, parts.test_set, teacher=parts.test_embeddings, distillation_head=head)
         model.set_vocabulary(all_concepts(), processor)
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-        _write(folder / "scores.json", evaluate(model, processor, test_set))
-    return _read(folder / "scores.json")
+        _write(folder / "scores.json", scores)
+
+
+def _train_arm(experiment: Experiment, name: str, parts: Parts, start: Path) -> GKCTrainer:
+    """Train an arm from the weights of the file `start`."""
+    arm = ARMS[name]
+    recipe = replace(experiment.recipe, seed=experiment.seed, **arm.changes)
+    if arm.class_feature is not None:
+        recipe = replace(recipe, model={**recipe.model, "class_feature": arm.class_feature})
+    model = make_student(parts.clip, recipe)
+    _load_warm_up(model, start)
+    embeddings = parts.train_embeddings if _needs_teacher(recipe) else None
+    folder = Path(experiment.out) / name / "training"
+    return _train(recipe, model, parts.clip, parts.train_set, training_vocabulary(), embeddings, folder)
+
+
+def _needs_teacher(recipe: Recipe) -> bool:
+    return recipe.distillation_weight > 0 or recipe.synonym_probabilities == "teacher"
+
+
+def _warm_up(experiment: Experiment, parts: Parts) -> Path:
+    """Weights that every arm starts from: trained to find regions, all of them under one word."""
+    weights = Path(experiment.out) / WARM_UP / "model.safetensors"
+    if not weights.exists():
+        changes = NO_SYNONYMS | NO_DISTILLATION | {"steps": experiment.warmup_steps, "milestones": ()}
+        recipe = replace(experiment.recipe, seed=experiment.seed, synonym_probabilities="uniform", **changes)
+        regions = parts.train_set.map(_without_classes, desc="Regions without classes")
+        train = partial(
+            _train,
+            recipe,
+            make_student(parts.clip, recipe),
+            parts.clip,
+            regions,
+            Vocabulary([[WARM_UP_WORD]]),
+            None,
+            weights.parent / "training",
+        )
+        student = _timed(experiment.out, WARM_UP, train).student
+        partial_file = weights.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in student.state_dict().items()}, partial_file)
+        partial_file.replace(weights)
+    return weights
+
+
+def _without_classes(row: dict) -> dict:
+    return {"segments": [segment | {"category_id": 0} for segment in row["segments"]]}
+
+
+def _load_warm_up(model: GKCForOpenVocabSegmentation, weights: Path) -> None:
+    """Load all that fits: another `class_feature` has class heads of other shapes, which start anew."""
+    own = model.state_dict()
+    saved = {
+        name: value for name, value in load_file(weights).items() if name in own and own[name].shape == value.shape
+    }
+    model.load_state_dict(saved, strict=False)
 
 
 def _train(
-    recipe: Recipe, clip: MiniCLIP, train_set: Dataset, embeddings: TeacherEmbeddings, folder: Path
-) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+    recipe: Recipe,
+    model: GKCForOpenVocabSegmentation,
+    clip: MiniCLIP,
+    train_set: Dataset,
+    vocabulary: Vocabulary,
+    embeddings: TeacherEmbeddings | None,
+    folder: Path,
+) -> GKCTrainer:
     """Train a segmenter; a killed training continues at its last checkpoint."""
     set_seed(recipe.seed)
-    processor = make_processor(clip)
-    model = make_student(clip, recipe)
     arguments = recipe.to_training_arguments(
         folder, logging_steps=max(1, recipe.steps // 20), save_steps=max(1, recipe.steps // 5), save_total_limit=1
     )
     trainer = GKCTrainer(
-        model, recipe, arguments, train_set, training_vocabulary(), processor, teacher_embeddings=embeddings
+        model, recipe, arguments, train_set, vocabulary, make_processor(clip), teacher_embeddings=embeddings
     )
     trainer.train(resume_from_checkpoint=_checkpoint(folder))
-    return trainer.student.eval(), processor
+    return trainer
 
 
 def _checkpoint(folder: Path) -> str | None:
@@ -156,13 +283,19 @@ def _checkpoint(folder: Path) -> str | None:
 
 def make_student(clip: MiniCLIP, recipe: Recipe) -> GKCForOpenVocabSegmentation:
     """A segmenter that starts from the tiny CLIP: its image tower as backbone, its text tower."""
-    config = GKCConfig(
-        backbone_config=clip.vision.config.to_dict(), text_config=clip.text.config, **recipe.model_settings()
-    )
-    model = GKCForOpenVocabSegmentation(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        model = _random_student(clip, recipe)
     model.model.backbone.encoder.load_state_dict(clip.vision.encoder.state_dict())
     model.text_model.load_state_dict(clip.text.state_dict())
     return model
+
+
+def _random_student(clip: MiniCLIP, recipe: Recipe) -> GKCForOpenVocabSegmentation:
+    config = GKCConfig(
+        backbone_config=clip.vision.config.to_dict(), text_config=clip.text.config, **recipe.model_settings()
+    )
+    return GKCForOpenVocabSegmentation(config)
 
 
 def make_processor(clip: MiniCLIP) -> GKCProcessor:
@@ -188,6 +321,7 @@ def _check_same_settings(experiment: Experiment) -> None:
         "seed": experiment.seed,
         "train_scenes": experiment.train_scenes,
         "test_scenes": experiment.test_scenes,
+        "warmup_steps": experiment.warmup_steps,
         "clip": asdict(experiment.clip),
         "recipe": json.loads(json.dumps(asdict(experiment.recipe))),
     }
@@ -219,20 +353,3 @@ def _read(path: Path) -> dict:
 def _write(path: Path, values: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-
-
-def format_results(results: dict) -> str:
-    """Markdown table of the mIoU of every vocabulary (rows) by arm (columns), in per cent; `-` where there is none."""
-    arms = results["arms"]
-    rows = [["words asked", *arms], ["---", *["---:"] * len(arms)]]
-    groups: Sequence[str] = list(next(iter(arms.values()))["scores"])
-    for group in groups:
-        rows.append([group, *(per_cent(scores["scores"][group]["miou"]) for scores in arms.values())])
-    rows.append(["all, harmonic mean of seen and novel", *(per_cent(s["harmonic_mean"]) for s in arms.values())])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def show(results: dict) -> None:
-    """Print the table and the time that each part took."""
-    tqdm.write(format_results(results))
-    tqdm.write("minutes: " + ", ".join(f"{name} {minutes}" for name, minutes in results["minutes"].items()))
