@@ -14,7 +14,7 @@
 """
 What a training step costs with everything frozen cached, and as published, with CLIP run in every step.
 
-    python benchmarks/training_step.py                    # about 80 s a round on two cores of 2.5 GHz, 8 GB
+    python benchmarks/training_step.py                    # about 95 s a round on two cores of 2.5 GHz, 9 GB
     python benchmarks/training_step.py --preset toy       # seconds
 
 Both steps train the same student on the same batch with the same losses and optimiser, in turn. As published, CLIP's
