@@ -7,10 +7,9 @@ import pytest
 from datasets import Dataset, load_from_disk
 from nltk.tag.perceptron import PerceptronTagger
 
-from tests.wordnet_miniature import real_wordnet, write_wordnet
-from train import wordnet as wordnet_module
+from tests.wordnet_miniature import hide_wordnet, real_wordnet, write_wordnet
 from train.nouns import LexiconTagger, PerceptronNouns, add_nouns, caption_nouns, open_tagger
-from train.wordnet import WORDNET_VARIABLE, open_wordnet
+from train.wordnet import open_wordnet
 
 CAPTIONS = [
     "A white dog and two Dogs standing in the park.",
@@ -31,9 +30,7 @@ TAGGED = [
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path_factory):
     """No data of nltk's and no WordNet but what a test writes."""
-    monkeypatch.delenv(WORDNET_VARIABLE, raising=False)
-    monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(wordnet_module, "DEBIAN_FOLDER", tmp_path_factory.mktemp("debian") / "none")
+    hide_wordnet(monkeypatch, tmp_path_factory.mktemp("debian"))
 
 
 @pytest.fixture

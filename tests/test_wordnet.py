@@ -6,7 +6,7 @@ import shutil
 import nltk
 import pytest
 
-from tests.wordnet_miniature import SYNSETS, real_wordnet, write_wordnet
+from tests.wordnet_miniature import SYNSETS, hide_wordnet, real_wordnet, write_wordnet
 from train import wordnet as module
 from train.wordnet import FILES, WORDNET_VARIABLE, find_wordnet, lexnames_table, open_wordnet
 
@@ -14,9 +14,7 @@ from train.wordnet import FILES, WORDNET_VARIABLE, find_wordnet, lexnames_table,
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path_factory):
     """No WordNet but what a test writes."""
-    monkeypatch.delenv(WORDNET_VARIABLE, raising=False)
-    monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", tmp_path_factory.mktemp("debian") / "none")
+    hide_wordnet(monkeypatch, tmp_path_factory.mktemp("debian"))
 
 
 @pytest.fixture

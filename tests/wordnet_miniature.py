@@ -5,9 +5,11 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+import nltk
 import pytest
 
-from train.wordnet import WordNet, open_wordnet
+from train import wordnet as wordnet_module
+from train.wordnet import WORDNET_VARIABLE, WordNet, open_wordnet
 
 TYPES = {"n": ("noun", 1), "v": ("verb", 2), "a": ("adj", 3), "r": ("adv", 4)}
 TOPS, ANIMAL, ARTIFACT, FOOD, PERSON, PLANT, POSSESSION = 3, 5, 6, 13, 18, 20, 21
@@ -64,6 +66,13 @@ def write_wordnet(folder: Path, with_lexnames: bool = False) -> Path:
     if with_lexnames:
         (folder / "lexnames").write_text("".join(f"{n:02d}\tnoun.own{n}\t1\n" for n in range(45)))
     return folder
+
+
+def hide_wordnet(monkeypatch: pytest.MonkeyPatch, empty_folder: Path) -> None:
+    """Make the machine one without WordNet and without nltk's data, but for what a test writes."""
+    monkeypatch.delenv(WORDNET_VARIABLE, raising=False)
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(wordnet_module, "DEBIAN_FOLDER", empty_folder / "none")
 
 
 def real_wordnet() -> WordNet:
