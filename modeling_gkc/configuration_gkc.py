@@ -26,6 +26,7 @@ from .remote_code import CodeSavingMixin
 CLASSIFIERS = ("projection", "convex_combination")
 CLASS_FEATURES = ("query", "pooled", "query+pooled")
 PROMPT_REDUCTIONS = ("mean", "max", "embedding_mean")
+DEFORMABLE_ATTENTION_KERNELS = ("grid_sample", "embedding_bag", "triton")
 BACKBONE_STRIDES = (4, 8, 16, 32)
 NUM_FEATURE_LEVELS = 3
 GROUP_NORM_GROUPS = 32
@@ -139,6 +140,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         num_attention_heads: Heads of every attention in both decoders.
         num_queries: Segment queries Q.
         dropout: Dropout in both decoders.
+        deformable_attention: Kernel of the pixel decoder's attention, one of `grid_sample`, `embedding_bag`, `triton`;
+            default: the fastest for the device (see `multi_scale_deformable_attention`).
         classifier: How a query gets its words: by a learned `projection` into the text space and cosines there, or by
             a `convex_combination` of the text embeddings of the classes of a closed-vocabulary head (Norouzi et al.,
             ICLR 2014; see `GKCConvexClassEmbedder`), as `from_mask2former` makes it. The latter needs
@@ -185,6 +188,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     num_attention_heads: int = 8
     num_queries: int = 100
     dropout: float | int = 0.0
+    deformable_attention: str | None = None
     classifier: str = "projection"
     source_vocabulary: list[list[str]] | None = None
     class_feature: str = "query"
@@ -257,6 +261,11 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             "decoder's normalisation.",
         )
         _require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
+        _require(
+            self.deformable_attention in (None, *DEFORMABLE_ATTENTION_KERNELS),
+            f"`deformable_attention` must be None or one of {', '.join(DEFORMABLE_ATTENTION_KERNELS)}, got "
+            f"{self.deformable_attention!r}.",
+        )
 
     def _check_classifier(self):
         _require(

@@ -21,6 +21,7 @@ Letters in the comments: B images, C hidden, T positions of the three levels tog
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,31 @@ def reference_points(spatial_shapes: list[tuple[int, int]], device: torch.device
     return torch.cat(points)
 
 
+class SamplingGrid(NamedTuple):
+    """Reference points and cells written out for all samples of a position, M heads x levels x R points x (x, y).
+
+    Every layer makes its locations of them in one pass; broadcasting over a few points would be slow.
+
+    Attributes:
+        points: (T, M * levels * R * 2) reference points, relative to the map.
+        cells: (M * levels * R * 2,) size of a cell, likewise.
+    """
+
+    points: Tensor
+    cells: Tensor
+
+    @classmethod
+    def of(
+        cls, points: Tensor, spatial_shapes: list[tuple[int, int]], num_heads: int, num_points: int
+    ) -> "SamplingGrid":
+        """From the reference points (T, 2) of maps with `spatial_shapes`."""
+        cells = 1 / points.new_tensor([(width, height) for height, width in spatial_shapes])
+        return cls(
+            points.repeat(1, num_heads * len(spatial_shapes) * num_points),
+            cells[None, :, None].expand(num_heads, -1, num_points, -1).flatten(),
+        )
+
+
 class GKCDeformableAttention(nn.Module):
     """Self-attention of all positions of all levels, each to a few learned locations per head and level."""
 
@@ -84,6 +110,7 @@ class GKCDeformableAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_points = config.encoder_num_points
+        self.config = config
         width = config.hidden_size
         samples = self.num_heads * NUM_FEATURE_LEVELS * self.num_points
         self.sampling_offsets = nn.Linear(width, samples * 2)
@@ -92,19 +119,18 @@ class GKCDeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def forward(
-        self, hidden_states: Tensor, positions: Tensor, points: Tensor, spatial_shapes: list[tuple[int, int]]
+        self, hidden_states: Tensor, positions: Tensor, grid: SamplingGrid, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """Attends (B, T, C) states with position embeddings (T, C) around the reference points (T, 2)."""
+        """Attends (B, T, C) states with position embeddings (T, C) around the reference points of the grid."""
         queries = hidden_states + positions
         value = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
-        offsets = self.sampling_offsets(queries).unflatten(
-            -1, (self.num_heads, NUM_FEATURE_LEVELS, self.num_points, 2)
-        )  # (B, T, M, levels, R, 2), in cells of the sampled level
+        offsets = self.sampling_offsets(queries)  # in cells of the sampled level
+        locations = torch.addcmul(grid.points, offsets.to(grid.points.dtype), grid.cells)
+        locations = locations.unflatten(-1, (self.num_heads, NUM_FEATURE_LEVELS, self.num_points, 2))
         weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (NUM_FEATURE_LEVELS, self.num_points))
-        sizes = points.new_tensor([(width, height) for height, width in spatial_shapes])
-        locations = points[None, :, None, None, None] + offsets.to(points.dtype) / sizes[None, None, None, :, None]
-        return self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights))
+        kernel = self.config.deformable_attention
+        return self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights, kernel))
 
 
 class GKCPixelDecoderLayer(GradientCheckpointingLayer):
@@ -121,9 +147,9 @@ class GKCPixelDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, hidden_states: Tensor, positions: Tensor, points: Tensor, spatial_shapes: list[tuple[int, int]]
+        self, hidden_states: Tensor, positions: Tensor, grid: SamplingGrid, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        attended = self.self_attn(hidden_states, positions, points, spatial_shapes)
+        attended = self.self_attn(hidden_states, positions, grid, spatial_shapes)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
         transformed = self.fc2(self.dropout(F.relu(self.fc1(hidden_states))))
         return self.final_layer_norm(hidden_states + self.dropout(transformed))
@@ -150,6 +176,7 @@ class GKCPixelDecoder(nn.Module):
         self.input_projections = nn.ModuleList(
             _normalized_convolution(channels, width, 1, bias=True) for channels in backbone_channels[:0:-1]
         )
+        self.samples = config.num_attention_heads, config.encoder_num_points
         self.level_embedding = nn.Parameter(torch.empty(NUM_FEATURE_LEVELS, width))
         self.layers = nn.ModuleList(GKCPixelDecoderLayer(config) for _ in range(config.encoder_layers))
         self.lateral_projection = _normalized_convolution(backbone_channels[0], width, 1, bias=False)
@@ -172,8 +199,9 @@ class GKCPixelDecoder(nn.Module):
         # In fp32 at least: bf16 would be off by up to a cell on a map of 100 x 168.
         precision = torch.promote_types(hidden_states.dtype, torch.float32)
         points = reference_points(spatial_shapes, hidden_states.device, precision)
+        grid = SamplingGrid.of(points, spatial_shapes, *self.samples)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, positions, points, spatial_shapes)
+            hidden_states = layer(hidden_states, positions, grid, spatial_shapes)
         split = hidden_states.split([height * width for height, width in spatial_shapes], dim=1)
         return tuple(
             level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(split, spatial_shapes, strict=True)

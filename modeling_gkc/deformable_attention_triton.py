@@ -1,0 +1,375 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Triton kernels, forward and backward, of multi-scale deformable attention (Zhu et al., ICLR 2021) for NVIDIA GPUs.
+
+Imported where it is used: Triton is optional, and `deformable_attention` holds kernels that do without it.
+
+A program computes one head of a block of queries of one image. Channels lie side by side in memory, so a warp reads a
+corner of a sample in whole cache lines. The forward and the backward pass are custom operators of torch (no
+`torch.library.triton_op`, whose tracing knows no tuples of sizes and no interpreter): `torch.compile` keeps them whole
+in one graph and records them in CUDA graphs. Sizes of the maps are arguments of the kernels; nothing is copied to the
+device and nothing waits for it. A kernel is compiled at its first call for dtypes, head size, levels and points.
+
+Where TRITON_INTERPRET=1 was set before Triton was imported, all of this runs on the CPU, slowly, for tests.
+"""
+
+import math
+import re
+import warnings
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+_THREADS = 128
+_BYTES_PER_LOAD = 16
+# Imported a second time, as code beside a checkpoint, the module must not replace the operators of the first.
+_OPERATORS = re.sub(r"\W", "_", __name__)
+
+
+def is_available() -> bool:
+    """Whether `triton_deformable_attention` can run here: Triton is there, and a CUDA device or its interpreter."""
+    return triton is not None and (_INTERPRETED or torch.cuda.is_available())
+
+
+def triton_deformable_attention(
+    value: Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Sums values sampled bilinearly at given locations of several feature maps; differentiable once.
+
+    Letters: B images, T positions of all levels together, N queries, M heads, E channels of a head, L levels,
+    R sampling points per head and level. Computed in fp32 (fp64 if an input is), whatever the dtypes. Gradients of the
+    values are summed by atomic additions, so their last bits differ from run to run.
+
+    Args:
+        value: (B, T, M, E) values, the levels' maps flattened row by row and concatenated, T = sum of h * w.
+        spatial_shapes: (height, width) of each level's map.
+        sampling_locations: (B, N, M, L, R, 2) locations (x, y) relative to the map, 0..1 from edge to edge; outside of
+            it, and where a location is not finite, values are zero.
+        attention_weights: (B, N, M, L, R) weights of the samples.
+
+    Returns:
+        (B, N, M * E) weighted sums, heads concatenated, in the dtype of `value`.
+
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: the tensors are not on a CUDA device, not of floating point, or their shapes do not fit together.
+    """
+    _check_place(value, sampling_locations, attention_weights)
+    _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+    sizes = [length for shape in spatial_shapes for length in shape]
+    return _forward(value, sizes, sampling_locations, attention_weights)
+
+
+def _check_place(*tensors: Tensor) -> None:
+    if triton is None:
+        raise ImportError("The Triton kernel needs Triton: pip install triton, or choose the kernel 'grid_sample'.")
+    device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
+        raise ValueError(
+            f"Put all inputs on one device, not on {', '.join(str(tensor.device) for tensor in tensors)}."
+        )
+    if device.type != "cuda" and not _INTERPRETED:
+        raise ValueError(f"The Triton kernel needs CUDA tensors, not {device}: choose the kernel 'grid_sample'.")
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        raise ValueError(
+            f"Inputs must be of floating point, not {', '.join(str(tensor.dtype) for tensor in tensors)}."
+        )
+
+
+def _check_shapes(
+    value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
+) -> None:
+    # The kernels trust these shapes: a wrong one would read memory that is not the tensor's.
+    num_positions = sum(height * width for height, width in spatial_shapes)
+    if num_positions != value.shape[1]:
+        raise ValueError(
+            f"`spatial_shapes` {spatial_shapes} hold {num_positions} positions, `value` {value.shape[1]}."
+        )
+    batch_size, _, num_heads, _ = value.shape
+    num_queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
+    samples = (batch_size, num_queries, num_heads, len(spatial_shapes), num_points)
+    if tuple(sampling_locations.shape) != (*samples, 2) or tuple(attention_weights.shape) != samples:
+        raise ValueError(
+            f"`sampling_locations` {tuple(sampling_locations.shape)} and `attention_weights` "
+            f"{tuple(attention_weights.shape)} do not fit `value` {tuple(value.shape)} of {len(spatial_shapes)} maps."
+        )
+
+
+@torch.library.custom_op(f"{_OPERATORS}::forward", mutates_args=())
+def _forward(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+    batch_size, _, num_heads, head_dim = value.shape
+    output = value.new_empty(batch_size, sampling_locations.shape[1], num_heads * head_dim)
+    inputs = [tensor.contiguous() for tensor in (value, sampling_locations, attention_weights)]
+    _launch(_forward_kernel, inputs, [output], sizes, value.dtype)
+    return output
+
+
+@_forward.register_fake
+def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+    batch_size, _, num_heads, head_dim = value.shape
+    return value.new_empty(batch_size, sampling_locations.shape[1], num_heads * head_dim)
+
+
+@torch.library.custom_op(f"{_OPERATORS}::backward", mutates_args=())
+def _backward(
+    grad_output: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse_determinism(value)
+    inputs = [tensor.contiguous() for tensor in (value, sampling_locations, attention_weights, grad_output)]
+    # Atomic additions sum many small parts: in the precision of the computation, whatever that of the values.
+    # The values are read in its layout too, so that their products need not change threads before they are added.
+    precision = _precision(*inputs[:3])
+    grad_value = torch.zeros_like(inputs[0], dtype=precision)
+    grads = [grad_value, torch.empty_like(inputs[1]), torch.empty_like(inputs[2])]
+    block_samples = triton.next_power_of_2(math.prod(sampling_locations.shape[3:5]))
+    _launch(_backward_kernel, inputs, grads, sizes, precision, BLOCK_SAMPLES=block_samples)
+    return grad_value.to(value.dtype), grads[1], grads[2]
+
+
+@_backward.register_fake
+def _(
+    grad_output: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (value, sampling_locations, attention_weights)
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    value, ctx.sizes, sampling_locations, attention_weights = inputs
+    ctx.save_for_backward(value, sampling_locations, attention_weights)
+
+
+def _differentiate(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    value, sampling_locations, attention_weights = ctx.saved_tensors
+    grads = _backward(grad_output, value, ctx.sizes, sampling_locations, attention_weights)
+    return grads[0], None, *grads[1:]
+
+
+def _refuse_second_derivative(ctx, *grads: Tensor) -> None:
+    raise NotImplementedError("The Triton kernel has no second derivative: choose the kernel 'grid_sample'.")
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse_second_derivative)
+
+
+def _refuse_determinism(value: Tensor) -> None:
+    """As torch's own backward of `grid_sample` does, which adds atomically too."""
+    if value.is_cuda and torch.are_deterministic_algorithms_enabled():
+        message = "The gradient of deformable attention is not deterministic on a GPU: compute it on the CPU."
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def _precision(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _launch(kernel, inputs: list[Tensor], outputs: list[Tensor], sizes: list[int], loaded: torch.dtype, **blocks: int):
+    """Runs a kernel with as many queries in a program as its threads can load at once values of the dtype `loaded`."""
+    value, sampling_locations = inputs[:2]
+    batch_size, num_positions, num_heads, head_dim = value.shape
+    num_queries, _, num_levels, num_points = sampling_locations.shape[1:5]
+    block_channels = triton.next_power_of_2(head_dim)
+    block_queries = _queries_of_a_program(block_channels, loaded)
+    num_programs = batch_size * triton.cdiv(num_queries, block_queries) * num_heads
+    if num_programs == 0:
+        return
+    with torch.cuda.device_of(value):
+        kernel[(num_programs,)](
+            *inputs,
+            *outputs,
+            # As floats, exact up to 2**24: Triton compiles variants for some values of integers, of floats none.
+            tuple(float(length) for length in sizes),
+            num_positions,
+            num_queries,
+            LEVELS=num_levels,
+            POINTS=num_points,
+            HEADS=num_heads,
+            CHANNELS=head_dim,
+            BLOCK_QUERIES=block_queries,
+            BLOCK_CHANNELS=block_channels,
+            PRECISION=tl.float64 if _precision(*inputs[:3]) == torch.float64 else tl.float32,
+            num_warps=_THREADS // 32,
+            **blocks,
+        )
+
+
+def _queries_of_a_program(block_channels: int, loaded: torch.dtype) -> int:
+    return min(max(_THREADS * _BYTES_PER_LOAD // loaded.itemsize // block_channels, 1), 64)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _program_rows(num_queries, HEADS: tl.constexpr, BLOCK_QUERIES: tl.constexpr):
+        """This program's image and head, and its rows of (image, query, head), with whether their query exists."""
+        head = tl.program_id(0) % HEADS
+        block = tl.program_id(0) // HEADS
+        num_blocks = tl.cdiv(num_queries, BLOCK_QUERIES)
+        image = (block // num_blocks).to(tl.int64)
+        queries = block % num_blocks * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        return image, head, (image * num_queries + queries) * HEADS + head, queries < num_queries
+
+    @triton.jit
+    def _cell_before(locations, exists, length, PRECISION: tl.constexpr):
+        """Index of the cell whose centre is at or before each location on one axis, and the share of the next cell.
+
+        What is out of reach of every cell becomes -2: that cell and its next are both outside, for infinities too.
+        """
+        location = tl.load(locations, mask=exists, other=-1).to(PRECISION) * length - 0.5
+        location = tl.where((location >= -1) & (location < length), location, -2)
+        before = tl.floor(location)
+        return before.to(tl.int32), location - before
+
+    @triton.jit
+    def _cell(row, column, height, width, first, used, STRIDE: tl.constexpr):
+        """Offset of cells from the first value, and where to read it: in the map, and a channel that exists."""
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        return ((first + row.to(tl.int64) * width + column) * STRIDE)[:, None], inside[:, None] & used[None, :]
+
+    @triton.jit(do_not_specialize=["num_positions", "num_queries"])
+    def _forward_kernel(
+        value,
+        locations,
+        weights,
+        output,
+        sizes,
+        num_positions,
+        num_queries,
+        LEVELS: tl.constexpr,
+        POINTS: tl.constexpr,
+        HEADS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        BLOCK_QUERIES: tl.constexpr,
+        BLOCK_CHANNELS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        image, head, rows, exists = _program_rows(num_queries, HEADS, BLOCK_QUERIES)
+        channels = tl.arange(0, BLOCK_CHANNELS)
+        used = channels < CHANNELS
+        value += (head * CHANNELS + channels)[None, :]
+        first = image * num_positions
+        STRIDE: tl.constexpr = HEADS * CHANNELS
+        total = tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), PRECISION)
+        for level in tl.static_range(LEVELS):
+            height, width = tl.cast(sizes[2 * level], tl.int32), tl.cast(sizes[2 * level + 1], tl.int32)
+            # The reads of two points overlap. A last one by itself would multiply the time that compilation takes.
+            for point in tl.range(0, POINTS, loop_unroll_factor=2 - POINTS % 2):
+                samples = (rows * LEVELS + level) * POINTS + point
+                weight = tl.load(weights + samples, mask=exists, other=0).to(PRECISION)
+                left, right_share = _cell_before(locations + 2 * samples, exists, sizes[2 * level + 1], PRECISION)
+                top, bottom_share = _cell_before(locations + 2 * samples + 1, exists, sizes[2 * level], PRECISION)
+                for below in tl.static_range(2):
+                    for right in tl.static_range(2):
+                        offsets, mask = _cell(top + below, left + right, height, width, first, used, STRIDE)
+                        share = weight * (bottom_share if below else 1 - bottom_share)
+                        share *= right_share if right else 1 - right_share
+                        total += share[:, None] * tl.load(value + offsets, mask=mask, other=0).to(PRECISION)
+            first += height.to(tl.int64) * width
+        tl.store(output + rows[:, None] * CHANNELS + channels[None, :], total, mask=exists[:, None] & used[None, :])
+
+    @triton.jit(do_not_specialize=["num_positions", "num_queries"])
+    def _backward_kernel(
+        value,
+        locations,
+        weights,
+        grad_output,
+        grad_value,
+        grad_locations,
+        grad_weights,
+        sizes,
+        num_positions,
+        num_queries,
+        LEVELS: tl.constexpr,
+        POINTS: tl.constexpr,
+        HEADS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        BLOCK_QUERIES: tl.constexpr,
+        BLOCK_SAMPLES: tl.constexpr,
+        BLOCK_CHANNELS: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
+        image, head, rows, exists = _program_rows(num_queries, HEADS, BLOCK_QUERIES)
+        channels = tl.arange(0, BLOCK_CHANNELS)
+        used = channels < CHANNELS
+        value += (head * CHANNELS + channels)[None, :]
+        grad_value += (head * CHANNELS + channels)[None, :]
+        grad_output += rows[:, None] * CHANNELS + channels[None, :]
+        grad = tl.load(grad_output, mask=exists[:, None] & used[None, :], other=0).to(PRECISION)
+        # Gradients of a sample's location and weight are kept, to be written at the end in whole rows.
+        grad_weight_tile = tl.zeros((BLOCK_QUERIES, BLOCK_SAMPLES), PRECISION)
+        grad_x_tile = tl.zeros((BLOCK_QUERIES, BLOCK_SAMPLES), PRECISION)
+        grad_y_tile = tl.zeros((BLOCK_QUERIES, BLOCK_SAMPLES), PRECISION)
+        first = image * num_positions
+        STRIDE: tl.constexpr = HEADS * CHANNELS
+        for level in tl.static_range(LEVELS):
+            height, width = tl.cast(sizes[2 * level], tl.int32), tl.cast(sizes[2 * level + 1], tl.int32)
+            for point in tl.range(0, POINTS):
+                samples = (rows * LEVELS + level) * POINTS + point
+                weight = tl.load(weights + samples, mask=exists, other=0).to(PRECISION)
+                left, x = _cell_before(locations + 2 * samples, exists, sizes[2 * level + 1], PRECISION)
+                top, y = _cell_before(locations + 2 * samples + 1, exists, sizes[2 * level], PRECISION)
+                # All reads stand before the additions, which no read could pass.
+                cell_00, mask_00 = _cell(top, left, height, width, first, used, STRIDE)
+                cell_01, mask_01 = _cell(top, left + 1, height, width, first, used, STRIDE)
+                cell_10, mask_10 = _cell(top + 1, left, height, width, first, used, STRIDE)
+                cell_11, mask_11 = _cell(top + 1, left + 1, height, width, first, used, STRIDE)
+                value_00 = tl.load(value + cell_00, mask=mask_00, other=0).to(PRECISION)
+                value_01 = tl.load(value + cell_01, mask=mask_01, other=0).to(PRECISION)
+                value_10 = tl.load(value + cell_10, mask=mask_10, other=0).to(PRECISION)
+                value_11 = tl.load(value + cell_11, mask=mask_11, other=0).to(PRECISION)
+                dot_00, dot_01 = tl.sum(grad * value_00, axis=1), tl.sum(grad * value_01, axis=1)
+                dot_10, dot_11 = tl.sum(grad * value_10, axis=1), tl.sum(grad * value_11, axis=1)
+
+                this = tl.arange(0, BLOCK_SAMPLES)[None, :] == level * POINTS + point
+                grad_weight = (1 - y) * ((1 - x) * dot_00 + x * dot_01) + y * ((1 - x) * dot_10 + x * dot_11)
+                grad_x = weight * width * ((1 - y) * (dot_01 - dot_00) + y * (dot_11 - dot_10))
+                grad_y = weight * height * ((1 - x) * (dot_10 - dot_00) + x * (dot_11 - dot_01))
+                grad_weight_tile = tl.where(this, grad_weight[:, None], grad_weight_tile)
+                grad_x_tile = tl.where(this, grad_x[:, None], grad_x_tile)
+                grad_y_tile = tl.where(this, grad_y[:, None], grad_y_tile)
+
+                above, below = weight * (1 - y), weight * y
+                _add(grad_value + cell_00, (above * (1 - x))[:, None] * grad, mask_00)
+                _add(grad_value + cell_01, (above * x)[:, None] * grad, mask_01)
+                _add(grad_value + cell_10, (below * (1 - x))[:, None] * grad, mask_10)
+                _add(grad_value + cell_11, (below * x)[:, None] * grad, mask_11)
+            first += height.to(tl.int64) * width
+
+        samples = tl.arange(0, BLOCK_SAMPLES)[None, :]
+        mask = exists[:, None] & (samples < LEVELS * POINTS)
+        samples += rows[:, None] * (LEVELS * POINTS)
+        tl.store(grad_weights + samples, grad_weight_tile, mask=mask)
+        tl.store(grad_locations + 2 * samples, grad_x_tile, mask=mask)
+        tl.store(grad_locations + 2 * samples + 1, grad_y_tile, mask=mask)
+
+    @triton.jit
+    def _add(pointers, values, mask):
+        # Sums are read after the kernel only: the order that atomics keep by default would cost, and serve nobody.
+        tl.atomic_add(pointers, values, mask=mask, sem="relaxed")
+
+
+__all__ = ["is_available", "triton_deformable_attention"]
