@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .configuration_gkc import GKCConfig
+from .mask_decoder import predict_matched_masks
 
 Matches = list[tuple[Tensor, Tensor]]
 
@@ -65,6 +66,24 @@ class LossDivisors:
         unmatched = len(segment_counts) * num_queries - matched
         weight = matched + unmatched * no_object_weight
         return cls(*torch.tensor([sum(segment_counts), weight], dtype=torch.float32, device=device))
+
+
+@dataclass(frozen=True)
+class MaskParts:
+    """What mask logits are products of.
+
+    Attributes:
+        embeds: For each stage (B, Q, C).
+        features: (B, C, h, w).
+    """
+
+    embeds: Sequence[Tensor]
+    features: Tensor
+
+    @classmethod
+    def of(cls, stages: Sequence, mask_features: Tensor | None) -> "MaskParts | None":
+        """From a model's stages; None where it gives no parts, as in evaluation."""
+        return None if mask_features is None else cls([stage.mask_embeds for stage in stages], mask_features)
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -328,6 +347,7 @@ class GKCCriterion:
         class_labels: Sequence[Tensor],
         divisors: LossDivisors | None = None,
         point_seeds: Sequence[int] | None = None,
+        mask_parts: MaskParts | None = None,
     ) -> tuple[dict[str, Tensor], list[Matches]]:
         """Computes losses and matches.
 
@@ -339,6 +359,8 @@ class GKCCriterion:
             divisors: Of the sums; by default counted here and averaged over processes.
             point_seeds: For each image the seed of its random points, which then do not depend on what else is in the
                 batch; by default they are drawn from torch's own generator.
+            mask_parts: What the mask logits are products of. With them the matched masks are computed once more, and
+                gradients go that way: through a few masks of an image, not through those of all queries.
 
         Returns:
             Losses by name, and for each stage the matches of all images.
@@ -360,9 +382,8 @@ class GKCCriterion:
             divisors.class_weight,
         )
         num_masks = _one_for_zero(divisors.num_masks)
-        values = zip(
-            cross_entropies, *self._mask_losses(mask_logits, mask_labels, pairs, draws, num_masks), strict=True
-        )
+        predicted = _matched_masks(mask_logits, mask_parts, pairs)
+        values = zip(cross_entropies, *self._mask_losses(predicted, mask_labels, pairs, draws, num_masks), strict=True)
         losses = {}
         for stage, stage_values in enumerate(values):
             suffix = "" if stage == len(class_logits) - 1 else f"_{stage}"
@@ -389,16 +410,13 @@ class GKCCriterion:
 
     def _mask_losses(
         self,
-        mask_logits: Sequence[Tensor],
+        predicted: Tensor,
         mask_labels: Sequence[Tensor],
         pairs: _Pairs,
         draws: "_PointDraws",
         num_masks: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The binary cross-entropies (S,) and dice losses (S,) of the matched pairs."""
-        predicted = torch.stack(
-            [logits[pairs.images, queries] for logits, queries in zip(mask_logits, pairs.queries, strict=True)]
-        ).float()  # (S, M, h, w)
+        """The binary cross-entropies (S,) and dice losses (S,) of the matched pairs' logits (S, M, h, w)."""
         if predicted.shape[1] == 0:
             zeros = predicted.flatten(1).sum(dim=1)
             return zeros, zeros
@@ -419,6 +437,15 @@ class GKCCriterion:
         chosen = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
         uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
         return torch.cat([uncertain, draws(counts, num_points - num_uncertain)], dim=1)
+
+
+def _matched_masks(mask_logits: Sequence[Tensor], mask_parts: MaskParts | None, pairs: _Pairs) -> Tensor:
+    """(S, M, h, w) mask logits of the matched pairs in fp32, with gradients to what they are made of."""
+    if mask_parts is not None:
+        return predict_matched_masks(mask_parts.embeds, mask_parts.features, pairs.counts, pairs.queries).float()
+    return torch.stack(
+        [logits[pairs.images, queries] for logits, queries in zip(mask_logits, pairs.queries, strict=True)]
+    ).float()
 
 
 class _PointDraws:
@@ -504,6 +531,7 @@ __all__ = [
     "GKCCriterion",
     "GKCMatcher",
     "LossDivisors",
+    "MaskParts",
     "classification_loss",
     "dice_loss",
     "divisor_over_processes",

@@ -58,6 +58,27 @@ def predict_masks(mask_embeds: Tensor, mask_features: Tensor) -> Tensor:
     return torch.einsum("bqc,bchw->bqhw", mask_embeds, mask_features.to(mask_embeds.device))
 
 
+def predict_matched_masks(
+    mask_embeds: Sequence[Tensor], mask_features: Tensor, counts: Sequence[int], queries: Tensor
+) -> Tensor:
+    """Mask logits of a few queries of each image only, so that gradients are not computed for all the others.
+
+    Args:
+        mask_embeds: For each of the S stages (B, Q, C).
+        mask_features: (B, C, h, w).
+        counts: Queries wanted of each image, M in all.
+        queries: (S, M) which, image after image.
+
+    Returns:
+        (S, M, h, w), what `predict_masks` has at these images and queries.
+    """
+    masks = []
+    for image, (features, chosen) in enumerate(zip(mask_features, queries.split(list(counts), dim=1), strict=True)):
+        embeds = torch.stack([stage[image, each] for stage, each in zip(mask_embeds, chosen, strict=True)])
+        masks.append(torch.einsum("smc,chw->smhw", embeds, features.to(embeds.device)))
+    return torch.cat(masks, dim=1)
+
+
 def pool_under_masks(mask_logits: Tensor, feature_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Averages feature maps under soft masks.
 
@@ -203,7 +224,7 @@ class GKCMaskDecoder(nn.Module):
         ]
         index = torch.arange(self.query_features.num_embeddings, device=device)
         query_positions = self.query_positions(index)[None]
-        queries = self.query_features(index).expand(len(multi_scale_features[0]), -1, -1)
+        queries = self.query_features(index).expand(multi_scale_features[0].shape[0], -1, -1)
         stages = [self._predict(queries)]
         for number, layer in enumerate(self.layers):
             level = number % NUM_FEATURE_LEVELS
@@ -231,4 +252,4 @@ def _keys_and_values(level: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
     return values + positions, values
 
 
-__all__ = ["GKCMaskDecoder", "GKCMaskDecoderStage", "pool_under_masks", "predict_masks"]
+__all__ = ["GKCMaskDecoder", "GKCMaskDecoderStage", "pool_under_masks", "predict_masks", "predict_matched_masks"]

@@ -20,6 +20,7 @@ instead of average pooling at the end.
 Letters in the comments: B images, C channels, (H, W) input size, (h, w) size of the last feature map, D projection.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,13 @@ class CLIPResNetVisionOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+def channels_last(pixel_values: Tensor) -> Tensor:
+    """Images (B, 3, H, W) with the channels of a pixel side by side in memory, where convolutions are faster so."""
+    if pixel_values.device.type not in ("cpu", "cuda"):
+        return pixel_values
+    return pixel_values.contiguous(memory_format=torch.channels_last)
+
+
 class CLIPResNetConvLayer(nn.Module):
     """Convolution, BatchNorm, and ReLU if `activation`."""
 
@@ -72,10 +80,52 @@ class CLIPResNetConvLayer(nn.Module):
             in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
         )
         self.normalization = nn.BatchNorm2d(out_channels)
-        self.activation = nn.ReLU() if activation else nn.Identity()
+        self.activation = nn.ReLU(inplace=True) if activation else nn.Identity()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self._is_cheaper_folded(hidden_states):
+            return self.activation(self._folded(hidden_states))
         return self.activation(self.normalization(self.convolution(hidden_states)))
+
+    def _is_cheaper_folded(self, hidden_states: Tensor) -> bool:
+        """Whether to scale the weights costs less than to scale the map; an image's neighbours have no say in it.
+
+        Only where BatchNorm's statistics are fixed, and both modules are what they seem: adapters and offloading work
+        by being called. Not in mixed precision, where the factors' gradients would be summed from rounded numbers.
+        """
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return False
+        convolution, normalization = self.convolution, self.normalization
+        if type(convolution) is not nn.Conv2d or type(normalization) is not nn.BatchNorm2d or normalization.training:
+            return False
+        if _has_hooks(convolution) or _has_hooks(normalization):
+            return False
+        pixels = hidden_states.shape[-2] * hidden_states.shape[-1] // math.prod(convolution.stride)
+        return pixels >= convolution.weight[0].numel()
+
+    def _folded(self, hidden_states: Tensor) -> Tensor:
+        """Convolution with the normalisation's factors in its weights: the map before it is not kept for gradients."""
+        convolution, normalization = self.convolution, self.normalization
+        dtype = convolution.weight.dtype
+        precision = torch.promote_types(dtype, torch.float32)
+        scale = (
+            normalization.weight.to(precision) * (normalization.running_var.to(precision) + normalization.eps).rsqrt()
+        )
+        bias = normalization.bias - normalization.running_mean * scale
+        weight = convolution.weight * scale[:, None, None, None]
+        return F.conv2d(
+            hidden_states, weight.to(dtype), bias.to(dtype), stride=convolution.stride, padding=convolution.padding
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hasattr(module, "_hf_hook")
+    )
 
 
 class CLIPResNetStem(nn.Module):
@@ -129,7 +179,7 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
         if self.shortcut is not None:
             residual = self.shortcut(self.pooler(residual))
         hidden_states = self.expand(self.pooler(self.spatial(self.reduce(hidden_states))))
-        return F.relu(hidden_states + residual)
+        return hidden_states.add_(residual).relu_()
 
 
 class CLIPResNetEncoder(nn.Module):
@@ -150,7 +200,7 @@ class CLIPResNetEncoder(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        hidden_states = (self.stem(pixel_values),)
+        hidden_states = (self.stem(channels_last(pixel_values)),)
         for stage in self.stages:
             hidden_states += (stage(hidden_states[-1]),)
         return hidden_states

@@ -57,9 +57,9 @@ from .class_embeddings import (
     weights_state,
 )
 from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
-from .loss_gkc import GKCCriterion, Matches
+from .loss_gkc import GKCCriterion, MaskParts, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
-from .modeling_clip_resnet import GKCModelMixin
+from .modeling_clip_resnet import GKCModelMixin, channels_last
 from .padding import extend_masks, hide_padding, pad_to_stride, round_up
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 from .vocabulary import Vocabulary, VocabularyLike
@@ -78,7 +78,9 @@ class GKCModelOutput(ModelOutput):
         pooled_features: (B, Q, F) backbone features pooled under the last stage's masks; only if
             `config.class_feature` asks for them.
         mask_is_empty: (B, Q) whether the last stage's mask holds no pixel; only with `pooled_features`.
-        stages: for each of the S stages the same four values, if asked for.
+        mask_embeds: (B, Q, mask_feature_size) embeddings of the last stage; in training only, as the next.
+        mask_features: (B, mask_feature_size, H/4, W/4), whose products with `mask_embeds` are the mask logits.
+        stages: for each of the S stages the same values but the last, if asked for.
         encoder_hidden_states: four maps (B, C_i, h_i, w_i) of the backbone, of strides 4, 8, 16, 32; this and the next
             two with `output_hidden_states=True`.
         pixel_decoder_hidden_states: three maps (B, C, h, w) of strides 32, 16, 8.
@@ -92,6 +94,8 @@ class GKCModelOutput(ModelOutput):
     masks_queries_logits: Tensor | None = None
     pooled_features: Tensor | None = None
     mask_is_empty: Tensor | None = None
+    mask_embeds: Tensor | None = None
+    mask_features: Tensor | None = None
     stages: tuple["GKCModelOutput", ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
@@ -109,12 +113,15 @@ class GKCStageOutput(ModelOutput):
         masks_queries_logits: (B, Q, H/4, W/4) mask logits.
         query_embeds: (B, Q, D) L2-normalised embeddings that are classified.
         query_features: (B, Q, C) normalised queries.
+        mask_embeds: (B, Q, mask_feature_size), whose products with the output's `mask_features` are the mask logits;
+            in training only.
     """
 
     class_queries_logits: Tensor | None = None
     masks_queries_logits: Tensor | None = None
     query_embeds: Tensor | None = None
     query_features: Tensor | None = None
+    mask_embeds: Tensor | None = None
 
 
 @dataclass
@@ -129,6 +136,7 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
         query_embeds: (B, Q, D) L2-normalised embeddings of the queries in the text space.
         content_sizes: (B, 2) height and width in pixels of each image inside its padded input; None when the whole
             input is image. Post-processing cuts the padding off with it.
+        mask_features: (B, mask_feature_size, H/4, W/4), see `GKCStageOutput.mask_embeds`; in training only.
         stages: the S stages' predictions, in training or with `output_stages=True`.
         matches: for each stage and image the matched (queries, segments); given with labels.
         encoder_hidden_states, pixel_decoder_hidden_states, transformer_decoder_hidden_states, attentions,
@@ -141,6 +149,7 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
     masks_queries_logits: Tensor | None = None
     query_embeds: Tensor | None = None
     content_sizes: Tensor | None = None
+    mask_features: Tensor | None = None
     stages: tuple[GKCStageOutput, ...] | None = None
     matches: list[Matches] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
@@ -288,7 +297,7 @@ class GKCModel(GKCPreTrainedModel):
                 have other strides than 4, 8, 16 and 32.
         """
         requested = self.requested_outputs(output_hidden_states, output_attentions)
-        feature_maps = self.backbone(pixel_values, return_dict=True).feature_maps
+        feature_maps = self.backbone(channels_last(pixel_values), return_dict=True).feature_maps
         _check_strides(pixel_values.shape, feature_maps)
         decoded = self.pixel_decoder(feature_maps)
         levels = decoded.multi_scale_features
@@ -303,6 +312,8 @@ class GKCModel(GKCPreTrainedModel):
             for stage in (stages if output_stages else stages[-1:])
         )
         output = GKCModelOutput(**outputs[-1], stages=outputs if output_stages else None)
+        if self.training:
+            output.mask_features = decoded.mask_features
         if requested["output_hidden_states"]:
             output.encoder_hidden_states = tuple(feature_maps)
             output.pixel_decoder_hidden_states = tuple(levels)
@@ -328,6 +339,7 @@ class GKCModel(GKCPreTrainedModel):
             masks_queries_logits=predict_masks(stage.mask_embeds, mask_features),
             pooled_features=pooled,
             mask_is_empty=is_empty,
+            mask_embeds=stage.mask_embeds if self.training else None,
         )
 
 
@@ -545,7 +557,9 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         last = stages[-1] if wants_stages else self._classify(segments, -1, words)
         loss, loss_dict, matches = None, None, None
         if has_labels:
-            loss, loss_dict, matches = self._losses(stages, mask_labels, class_labels, content_sizes)
+            loss, loss_dict, matches = self._losses(
+                stages, mask_labels, class_labels, content_sizes, segments.mask_features
+            )
         return GKCForOpenVocabSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -553,6 +567,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             masks_queries_logits=last.masks_queries_logits,
             query_embeds=last.query_embeds,
             content_sizes=content_sizes,
+            mask_features=segments.mask_features,
             stages=stages,
             matches=matches,
             **{name: states for name, states in segments.items() if name.endswith(("hidden_states", "attentions"))},
@@ -671,6 +686,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             masks_queries_logits=stage.masks_queries_logits,
             query_embeds=query_embeds,
             query_features=stage.last_hidden_state,
+            mask_embeds=stage.mask_embeds,
         )
 
     def _name(self, query_embeds: Tensor, words: GKCWords) -> Tensor:
@@ -691,6 +707,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         mask_labels: Sequence[Tensor],
         class_labels: Sequence[Tensor],
         content_sizes: Tensor | None,
+        mask_features: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], list[Matches]]:
         masks = [stage.masks_queries_logits for stage in stages]
         if content_sizes is not None and not self.training:
@@ -700,6 +717,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             masks,
             mask_labels,
             class_labels,
+            mask_parts=MaskParts.of(stages, mask_features),
         )
         return self.criterion.total(losses), losses, matches
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoBackbone, AutoModel
 
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
 from modeling_gkc.conversion import clip_resnet_from_openai
-from modeling_gkc.modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
+from modeling_gkc.modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetConvLayer, CLIPResNetVisionModel
 
 GOLDEN = Path(__file__).parent / "golden" / "clip_resnet.npz"
 
@@ -107,3 +108,46 @@ def test_weights_of_something_else_are_refused(golden):
     weights["visual.layer2.0.extra"] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"spatial\.convolution\.weight.*extra"):
         clip_resnet_from_openai(weights)
+
+
+class TestFolding:
+    """BatchNorm with fixed statistics goes into the convolution's weights where that is less work."""
+
+    @pytest.fixture
+    def layer(self) -> CLIPResNetConvLayer:
+        layer = CLIPResNetConvLayer(4, 6, 3, stride=2).eval()
+        normalization = layer.normalization
+        for statistic in (normalization.weight, normalization.running_var):
+            nn.init.uniform_(statistic, 0.5, 2)
+        for statistic in (normalization.bias, normalization.running_mean):
+            nn.init.normal_(statistic)
+        return layer.double()
+
+    def test_it_changes_neither_values_nor_gradients(self, layer, monkeypatch):
+        pixels = torch.randn(2, 4, 32, 32, dtype=torch.float64, requires_grad=True)
+        leaves = [pixels, *layer.parameters()]
+        results = []
+        for folds in (True, False):
+            monkeypatch.setattr(layer, "_is_cheaper_folded", lambda hidden_states, folds=folds: folds, raising=False)
+            output = layer(pixels)
+            results.append([output, *torch.autograd.grad((output**2).sum(), leaves)])
+        for folded, apart in zip(*results, strict=True):
+            torch.testing.assert_close(folded, apart, rtol=1e-10, atol=1e-10)
+
+    def test_it_is_done_where_it_is_less_work(self, layer):
+        large, small = torch.zeros(1, 4, 32, 32), torch.zeros(8, 4, 6, 6)
+        assert layer._is_cheaper_folded(large) and not layer._is_cheaper_folded(small)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not layer._is_cheaper_folded(large)
+        layer.train()
+        assert not layer._is_cheaper_folded(large), "the statistics are learned"
+
+    def test_modules_that_must_be_called_are(self, layer):
+        large = torch.zeros(1, 4, 32, 32, dtype=torch.float64)
+        called = []
+        hook = layer.convolution.register_forward_hook(lambda *args: called.append(args))
+        layer(large)
+        assert called and not layer._is_cheaper_folded(large)
+        hook.remove()
+        layer.convolution = nn.Sequential(layer.convolution)
+        assert not layer._is_cheaper_folded(large)

@@ -285,7 +285,7 @@ class TestOutputs:
         embeddings.register_forward_hook(lambda module, args, output: seen.append(args[0]))
         inputs = case.inputs()
         run(model, inputs)
-        assert len(seen) == 1 and seen[0] is inputs["pixel_values"]
+        assert len(seen) == 1 and torch.equal(seen[0], inputs["pixel_values"])
         replacement = copy.deepcopy(embeddings)
         model.set_input_embeddings(replacement)
         assert model.get_input_embeddings() is replacement and model.get_output_embeddings() is None

@@ -14,6 +14,7 @@ from modeling_gkc.loss_gkc import (
     GKCCriterion,
     GKCMatcher,
     LossDivisors,
+    MaskParts,
     classification_loss,
     dice_loss,
     mask_costs,
@@ -21,6 +22,7 @@ from modeling_gkc.loss_gkc import (
     sample_all_maps,
     sample_points,
 )
+from modeling_gkc.mask_decoder import predict_masks
 
 from .conftest import small_config
 
@@ -375,3 +377,24 @@ def test_all_maps_are_sampled_like_one(size, within):
     for values, sampled in zip(maps, sample_all_maps(maps, points), strict=True):
         error = (sampled - sample_points(values, points)).abs().max()
         within("maps sampled together against one by one, max abs", error, 1e-5)
+
+
+@pytest.mark.parametrize("counts", [(3, 1, 2), (0, 2, 0), (0, 0, 0)])
+def test_matched_masks_made_anew_have_the_same_losses_and_gradients(counts, within):
+    """Those of all queries' masks, of which most have no gradient, and of products of what they are made of."""
+    config, stages, size = small_config(), 3, 12
+    generator = torch.Generator().manual_seed(0)
+    embeds = [torch.randn(3, 8, 5, generator=generator, dtype=torch.float64) for _ in range(stages)]
+    features = torch.randn(3, 5, size, size, generator=generator, dtype=torch.float64)
+    leaves = [each.requires_grad_() for each in (*embeds, features)]
+    class_logits = [torch.randn(3, 8, 5, generator=generator) for _ in range(stages)]
+    labels = [torch.rand(count, 4 * size, 4 * size, generator=generator) < 0.5 for count in counts]
+    classes = [torch.randint(4, (count,), generator=generator) for count in counts]
+    found = []
+    for parts in (None, MaskParts(embeds, features)):
+        masks = [predict_masks(each, features) for each in embeds]
+        losses, _ = GKCCriterion(config)(class_logits, masks, labels, classes, point_seeds=[1, 2, 3], mask_parts=parts)
+        total = sum(loss for name, loss in losses.items() if "entropy" not in name)
+        found.append((total, *torch.autograd.grad(total, leaves)))
+    for one, other in zip(*found, strict=True):
+        within("losses and gradients by matched masks alone, max abs", (one - other).abs().max().detach(), 1e-6)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configuration import Recipe
-from modeling_gkc.loss_gkc import GKCCriterion, LossDivisors, Matches, mean_over_processes
+from modeling_gkc.loss_gkc import GKCCriterion, LossDivisors, MaskParts, Matches, mean_over_processes
 from modeling_gkc.padding import hide_padding
 
 from .captions import NounBank
@@ -128,6 +128,7 @@ class TrainingLosses:
             batch["class_labels"],
             divisors=divisors.labels,
             point_seeds=point_seeds(batch),
+            mask_parts=MaskParts.of(stages, outputs.student.mask_features) if training else None,
         )
         return _by_stage(values, len(stages)), matches
 
