@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from .cli_common import UserError
 from .cli_convert import add_command as add_convert
+from .cli_export import add_command as add_export
 from .cli_segment import add_command as add_segment
 from .cli_words import add_command as add_words
 
@@ -29,6 +30,7 @@ examples:
   gkc vocab list
   gkc embed --labels ade20k_847 --out words.safetensors
   gkc convert clip-resnet RN50.pt --out rn50
+  gkc export my-checkpoint --vocab ade20k_150 --out ade-onnx
 
 `gkc COMMAND --help` explains each command.
 """
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in (add_segment, add_words, add_convert):
+    for add_command in (add_segment, add_words, add_convert, add_export):
         add_command(commands)
     return parser
 

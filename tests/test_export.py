@@ -1,0 +1,361 @@
+"""Exported graphs: equal to the model for any number of images and words, and run without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import ConvNextConfig
+
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, export, export_graph
+from modeling_gkc.class_embeddings import GKCClassEmbeddings, encode_vocabulary
+from modeling_gkc.cli import main
+from modeling_gkc.export import export_segmenter, write_class_embeds
+from modeling_gkc.export_graph import ExportableSegmenter, one_embed_per_class
+
+from .common_models import STAGES, convex_config, swin_config, tiny_config
+from .conftest import small_config, word_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "hub_card" / "gkc-mini"
+PICTURE = ROOT / "examples" / "scene-1.png"
+SIZE = (96, 128)
+WORDS = "red disc; lawn, grass; sky; square, box"
+BATCHES, CLASSES = (1, 3), (1, 20, 150)
+OUTPUTS = ("class_queries_logits", "masks_queries_logits", "query_embeds")
+LAYERS = {"encoder_layers": 1, "decoder_layers": 1}
+
+
+def convnext_config():
+    backbone = ConvNextConfig(hidden_sizes=[16, 16, 32, 32], depths=[1] * 4, out_features=STAGES)
+    return tiny_config(backbone_config=backbone, class_feature="pooled", **LAYERS)
+
+
+def processor() -> GKCProcessor:
+    return GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
+
+
+def toy(config) -> GKCForOpenVocabSegmentation:
+    model = GKCForOpenVocabSegmentation(config).eval()
+    if model.is_convex:
+        names = encode_vocabulary([["dog"], ["sofa", "couch"], ["lamp"]], model, processor())
+        head = nn.Linear(config.hidden_size, 4)
+        model.class_embedder.set_source(head, names.class_embeds, names.class_ids)
+    return model
+
+
+def onnx_runner(folder: Path):
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+    def run(**inputs):
+        values = session.run(list(OUTPUTS), {name: value.numpy() for name, value in inputs.items()})
+        return dict(zip(OUTPUTS, map(torch.from_numpy, values), strict=True))
+
+    return run
+
+
+def program_runner(folder: Path):
+    return torch.export.load(folder / "model.pt2").module()
+
+
+@torch.no_grad()
+def check(within, name: str, run, model, size, numbers, words=None) -> None:
+    """Compares all outputs for several numbers of images and, where `words` are not baked in, of classes."""
+    for batch, num_classes in numbers:
+        pixel_values = torch.randn(batch, 3, *size)
+        inputs = {"pixel_values": pixel_values}
+        if words is None:
+            inputs["class_embeds"] = F.normalize(torch.randn(num_classes, model.config.projection_dim), dim=-1)
+        expected = model(pixel_values, **(words or {"class_embeds": inputs["class_embeds"]}))
+        found = run(**inputs)
+        for key in OUTPUTS:
+            assert found[key].shape == expected[key].shape and found[key].dtype == torch.float32
+            within(f"{name}: {key}", (found[key] - expected[key]).abs().max(), 1e-3)
+
+
+# The shipped checkpoint, through the command
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+    return GKCForOpenVocabSegmentation.from_pretrained(SHIPPED).eval(), GKCProcessor.from_pretrained(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "words"
+    size = "x".join(map(str, SIZE))
+    arguments = ["export", SHIPPED, "--vocab", WORDS, "--size", size, "--out", folder]
+    assert main([str(argument) for argument in arguments]) == 0
+    return folder
+
+
+def test_onnx_equals_the_model_for_any_number_of_images_and_classes(folder, shipped, within):
+    numbers = [(batch, classes) for batch in BATCHES for classes in CLASSES]
+    check(within, "ONNX, gkc-mini", onnx_runner(folder), shipped[0], SIZE, numbers)
+
+
+def test_classes_with_synonyms_get_the_logits_of_the_model(folder, shipped, within):
+    model, processor = shipped
+    words = encode_vocabulary(WORDS, model, processor)
+    assert model.config.prompt_reduction == "mean" and len(words.class_ids) > 4
+    stored = np.load(folder / "class_embeds.npz")
+    assert stored["names"].tolist() == ["red disc", "lawn", "sky", "square"]
+    pixel_values = torch.randn(1, 3, *SIZE)
+    with torch.no_grad():
+        expected = model(pixel_values, **words).class_queries_logits
+    found = onnx_runner(folder)(pixel_values=pixel_values, class_embeds=torch.from_numpy(stored["class_embeds"]))
+    within("ONNX, synonyms: class_queries_logits", (found["class_queries_logits"] - expected).abs().max(), 1e-3)
+
+
+def test_folder_says_all_that_is_needed(folder, shipped):
+    _, processor = shipped
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "export.json", "class_embeds.npz", "run.py"}
+    assert [path.name for path in folder.parent.iterdir()] == ["words"]
+    settings = json.loads((folder / "export.json").read_text())
+    images = processor.image_processor
+    assert settings["size"] == list(SIZE) and settings["opset"] == 18 and settings["words"] == "input"
+    assert settings["image_mean"] == list(images.image_mean) and settings["image_std"] == list(images.image_std)
+    assert settings["rescale_factor"] == 1 / 255 and settings["resample"] == "bilinear"
+    assert settings["versions"] == {
+        "torch": torch.__version__,
+        "transformers": sys.modules["transformers"].__version__,
+    }
+    assert 0 <= settings["largest_mask_difference"] <= 1e-3
+    lawn = settings["classes"][1]
+    assert lawn["name"] == "lawn" and lawn["synonyms"] == ["grass"] and lawn["is_thing"] is False
+    assert lawn["color"] == list(Vocabulary.parse(WORDS).palette[1])
+    session = onnxruntime.InferenceSession(folder / settings["graph"])
+    assert {value.name: value.shape for value in session.get_inputs()} == settings["inputs"]
+    shapes = {value.name: value.shape for value in session.get_outputs()}
+    assert list(shapes) == list(settings["outputs"]) and shapes == settings["outputs"]
+
+
+def without_torch(folder: Path, picture: Path, labels: Path) -> subprocess.CompletedProcess:
+    """Runs the folder's run.py where torch, transformers and this library cannot be imported."""
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'transformers', 'modeling_gkc', 'safetensors'): sys.modules[name] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, folder / "run.py", folder, picture, labels]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def label_map_of(model, processor, image: Image.Image, size, words) -> np.ndarray:
+    height, width = size
+    inputs = processor(images=image, size={"height": height, "width": width}, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs, **words)
+    return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].numpy()
+
+
+def test_a_picture_becomes_a_label_map_without_torch(folder, shipped, tmp_path, within):
+    model, processor = shipped
+    finished = without_torch(folder, PICTURE, tmp_path / "labels.png")
+    assert finished.returncode == 0, finished.stderr
+    image = Image.open(PICTURE).convert("RGB")
+    found = np.array(Image.open(tmp_path / "labels.png"))
+    expected = label_map_of(model, processor, image, SIZE, encode_vocabulary(WORDS, model, processor))
+    assert found.shape == expected.shape == image.size[::-1] and len(np.unique(expected)) > 1
+    within("run.py without torch: share of pixels that differ", (found != expected).mean(), 1e-3)
+    printed = {line.partition(":")[0] for line in finished.stdout.splitlines()}
+    assert printed == {["red disc", "lawn", "sky", "square"][index] for index in np.unique(found)}
+
+
+def test_words_can_be_changed_afterwards(folder, shipped, tmp_path):
+    model, processor = shipped
+    other = Vocabulary.parse("water; star; ring; wood; brick")
+    copied = tmp_path / "words"
+    copied.mkdir()
+    for path in folder.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    write_class_embeds(copied / "class_embeds.npz", model, encode_vocabulary(other, model, processor), other)
+    finished = without_torch(copied, PICTURE, tmp_path / "labels.png")
+    assert finished.returncode == 0, finished.stderr
+    assert {line.partition(":")[0] for line in finished.stdout.splitlines()} <= set(other.labels)
+
+
+# Other configurations
+
+
+def test_swin_with_words_baked_in_of_which_the_best_counts(tmp_path, within):
+    config = swin_config()
+    config.decoder_layers, config.prompt_reduction = 1, "max"
+    model = toy(config)
+    vocabulary = "lamp; red disc, box, star; sofa, couch"
+    words = encode_vocabulary(vocabulary, model, processor())
+    exported = export_segmenter(model, processor(), tmp_path / "fixed", size=64, vocabulary=vocabulary, fixed=True)
+    assert exported.settings["words"] == "fixed" and not (tmp_path / "fixed" / "class_embeds.npz").exists()
+    run = onnx_runner(tmp_path / "fixed")
+    check(within, "ONNX, Swin, words baked in", run, model, (64, 64), [(1, 3), (3, 3)], words)
+
+
+def test_converted_heads(tmp_path, within):
+    config = convex_config()
+    config.decoder_layers = 1
+    model = toy(config)
+    export_segmenter(model, processor(), tmp_path / "convex", size=64)
+    numbers = [(1, 1), (3, 20)]
+    check(within, "ONNX, convex combination", onnx_runner(tmp_path / "convex"), model, (64, 64), numbers)
+
+
+def test_torch_export_of_another_backbone_with_pooled_features(tmp_path, within):
+    model = toy(convnext_config())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    exported = export_segmenter(model, processor(), tmp_path / "program", format="torch-export", size=(64, 96))
+    assert {path.name for path in exported.folder.iterdir()} == {"model.pt2", "export.json"}
+    assert exported.settings["classes"] == [] and exported.difference <= 1e-3
+    numbers = [(batch, classes) for batch in BATCHES for classes in CLASSES]
+    check(within, "torch.export, ConvNeXt", program_runner(exported.folder), model, (64, 96), numbers)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.config.deformable_attention is None and model.config._attn_implementation == "sdpa"
+
+
+# Without tracing: what is traced equals the model, and what is refused
+
+
+@pytest.mark.parametrize("reduction", ["mean", "max", "embedding_mean"])
+@pytest.mark.parametrize("make", [tiny_config, convex_config])
+@pytest.mark.parametrize("is_fixed", [True, False])
+@torch.no_grad()
+def test_what_is_traced_equals_the_model(make, reduction, is_fixed, within):
+    config = make()
+    config.prompt_reduction = reduction
+    model = toy(config)
+    words = encode_vocabulary("dog; sofa, couch, red box; lamp, star", model, processor())
+    pixel_values = torch.randn(2, 3, 64, 96)
+    expected = model(pixel_values, **words)
+    if is_fixed:
+        found = ExportableSegmenter(model, words)(pixel_values)
+    elif reduction == "embedding_mean" or (reduction == "mean" and not model.is_convex):
+        found = ExportableSegmenter(model)(pixel_values, one_embed_per_class(model, words))
+    else:
+        with pytest.raises(ValueError, match="bake the words in"):
+            one_embed_per_class(model, words)
+        return
+    for key in OUTPUTS:
+        within("what is traced against the model", (found[key] - expected[key]).abs().max(), 2e-5)
+
+
+def test_one_embedding_per_class_follows_the_class_ids():
+    model = toy(tiny_config())
+    embeds = F.normalize(torch.randn(3, 16), dim=-1)
+    words = GKCClassEmbeddings(class_embeds=embeds, class_ids=torch.tensor([2, 0, 1]))
+    assert torch.equal(one_embed_per_class(model, words), embeds[[1, 2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"size": 100}, ValueError, "multiples of 32, got 100x100: take 96x96"),
+        ({"size": (64, 0)}, ValueError, "multiples of 32, got 64x0: take 64x32"),
+        ({"format": "tflite"}, ValueError, "one of onnx, torch-export, got 'tflite'"),
+        ({"opset": 17}, ValueError, "at least 18, got 17"),
+        ({"fixed": True}, ValueError, "no words to bake in"),
+        (
+            {
+                "vocabulary": "dog",
+                "class_embeddings": GKCClassEmbeddings(class_embeds=torch.ones(1, 8), class_ids=torch.zeros(1).long()),
+            },
+            ValueError,
+            r"\(1, 8\), but this model's text space has the width 16",
+        ),
+        (
+            {
+                "vocabulary": "dog; lamp",
+                "class_embeddings": GKCClassEmbeddings(
+                    class_embeds=torch.ones(1, 16), class_ids=torch.zeros(1).long()
+                ),
+            },
+            ValueError,
+            "of 1 classes, the vocabulary has 2",
+        ),
+    ],
+)
+def test_refuses(changes, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        export_segmenter(toy(tiny_config()), processor(), tmp_path / "new", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_writes_over_nothing(is_file, tmp_path):
+    target = tmp_path / "there"
+    kept = target if is_file else target / "kept.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    with pytest.raises(FileExistsError, match="there already: name a new folder"):
+        export_segmenter(toy(tiny_config()), processor(), target)
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("missing", [["onnx"], ["onnx", "onnxscript"]])
+def test_names_missing_packages(missing, tmp_path, monkeypatch):
+    find_spec = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
+    with pytest.raises(ImportError, match=f"pip install {' '.join(missing)}$"):
+        export_segmenter(toy(tiny_config()), processor(), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnxruntime_a_graph_is_not_compared_unless_asked(monkeypatch):
+    find_spec = export.importlib.util.find_spec
+    absent = "onnxruntime"
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
+    assert export.check_packages("onnx") is False and export.check_packages("torch-export") is True
+    with pytest.raises(ImportError, match=r"pip install onnxruntime$"):
+        export.check_packages("onnx", check=True)
+
+
+@pytest.fixture
+def quick_graphs(monkeypatch):
+    """Exports without the time that tracing takes; the graphs that come back are the module itself, made wrong."""
+    monkeypatch.setattr(export, "trace", lambda segmenter, *sizes: segmenter)
+    monkeypatch.setattr(export, "write_onnx", lambda program, path, *settings: torch.save(0, path))
+    monkeypatch.setattr(export_graph, "CHECKED_IMAGES", 2)
+
+
+@pytest.mark.parametrize("key", OUTPUTS[:2])
+def test_a_wrong_graph_is_refused_and_leaves_nothing(key, quick_graphs, monkeypatch, tmp_path):
+    model = toy(small_config())
+    segmenter = ExportableSegmenter(model)
+
+    def run(inputs):
+        outputs = segmenter(**inputs)
+        outputs[key] = outputs[key] + 2e-3
+        return outputs
+
+    monkeypatch.setattr(export, "load_graph", lambda graph: run)
+    with pytest.raises(ValueError, match=r"differ from the model's by .*0\.002.* it was not written"):
+        export_segmenter(model, processor(), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_no_folder_of_the_name(quick_graphs, monkeypatch, tmp_path):
+    def interrupted(graph):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "load_graph", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_segmenter(toy(small_config()), processor(), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_weights_become_a_graph_in_fp32(quick_graphs, monkeypatch, tmp_path):
+    traced = []
+    monkeypatch.setattr(export, "trace", lambda segmenter, *sizes: traced.append(segmenter))
+    model = toy(small_config()).bfloat16()
+    exported = export_segmenter(model, processor(), tmp_path / "new", vocabulary="dog; lamp", fixed=True, check=False)
+    assert {value.dtype for value in traced[0].state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert exported.difference is None and exported.settings["largest_mask_difference"] is None
+    assert model.dtype == torch.bfloat16
