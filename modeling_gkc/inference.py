@@ -1,0 +1,83 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `GKCForOpenVocabSegmentation.optimize_for_inference` is made of: folding, compiling, warming up."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from transformers.utils import logging
+
+from .padding import round_up
+
+logger = logging.get_logger(__name__)
+
+
+def fold_batch_norms(model: nn.Module) -> int:
+    """Puts every BatchNorm that follows a convolution into its weights, and says how many.
+
+    Such pairs are the children `convolution` and `normalization` of one module, as in transformers' ResNets and here.
+    """
+    folded = 0
+    for module in model.modules():
+        convolution, normalization = getattr(module, "convolution", None), getattr(module, "normalization", None)
+        if type(convolution) is nn.Conv2d and type(normalization) is nn.BatchNorm2d:
+            module.convolution = fuse_conv_bn_eval(convolution.eval(), normalization.eval())
+            module.normalization = nn.Identity()
+            folded += 1
+    return folded
+
+
+def compile_image_path(image_path: nn.Module) -> None:
+    """Lets the forward pass be compiled at its first call: one graph for each padded size and number of images.
+
+    On CUDA the graph is recorded as a CUDA graph; on processors the weights become constants of it, laid out once as
+    the kernels want them.
+    """
+    if next(image_path.parameters()).device.type == "cuda":
+        image_path.compile(dynamic=False, mode="reduce-overhead")
+    else:
+        image_path.compile(dynamic=False, options={"freezing": True})
+
+
+def warm_up(
+    image_path: nn.Module, run: Callable[[Tensor], object], sizes: Sequence[tuple[int, int]], batch_size: int
+) -> None:
+    """Runs blank images (height, width) of each size, padded as images are, so that none has to wait for a compiler.
+
+    Where nothing can be compiled, this is said once, and the model goes on as it is.
+    """
+    weight = next(image_path.parameters())
+    for height, width in sizes:
+        blank = torch.zeros(batch_size, 3, round_up(height), round_up(width), device=weight.device)
+        try:
+            # A CUDA graph is recorded when a compiled one is called again.
+            for _ in range(2 if weight.device.type == "cuda" else 1):
+                run(blank)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = _first_line(error.inner_exception)
+            logger.warning(
+                f"The model runs uncompiled: torch.compile does not work here ({reason}). Install a C++ compiler, or "
+                "give `compile=False`."
+            )
+            image_path._compiled_call_impl = None
+            run(blank)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+__all__ = ["compile_image_path", "fold_batch_norms", "warm_up"]

@@ -1,0 +1,158 @@
+"""Optimised for inference: the same results, and what an optimised model refuses."""
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from modeling_gkc import GKCForOpenVocabSegmentation, inference
+from modeling_gkc.inference import fold_batch_norms
+
+from .common_models import CASES, SEGMENTERS, Case, tiny_config
+
+
+@pytest.fixture(params=SEGMENTERS)
+def case(request) -> Case:
+    return CASES[request.param]
+
+
+def random_statistics(model: torch.nn.Module) -> torch.nn.Module:
+    """BatchNorms that do something: those of a new model change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for statistic in (module.weight, module.running_var):
+                torch.nn.init.uniform_(statistic, 0.5, 2, generator=generator)
+            for statistic in (module.bias, module.running_mean):
+                torch.nn.init.normal_(statistic, 0, 0.2, generator=generator)
+    return model
+
+
+def outputs(model: GKCForOpenVocabSegmentation, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        output = model(**inputs)
+    return output.class_queries_logits.softmax(-1), output.masks_queries_logits
+
+
+def test_results_stay(case, within):
+    model, inputs = random_statistics(case.model().eval()), case.inputs()
+    before = outputs(model, inputs)
+    folds = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert model.optimize_for_inference(compile=False) is model
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    for what, one, other in zip(("probabilities", "masks"), outputs(model, inputs), before, strict=True):
+        error = (one - other).abs().max() / other.abs().max().clamp(min=1)
+        within(f"{what} of a model optimised for inference, relative", error, 1e-4)
+    assert folds or not fold_batch_norms(model)
+
+
+def test_half_precision_takes_images_as_they_come(within):
+    case = CASES["segmenter"]
+    model, inputs = random_statistics(case.model().eval()), case.inputs()
+    before = outputs(model, inputs)
+    model.optimize_for_inference(torch.bfloat16, compile=False)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    probabilities, _ = outputs(model, inputs)
+    within("probabilities of a model optimised for bf16, max abs", (probabilities - before[0]).abs().max(), 0.05)
+
+
+def test_only_the_last_stage_is_kept():
+    model = CASES["segmenter"].model()
+    stages = len(model.class_embedder.stage_projections)
+    model.optimize_for_inference(compile=False)
+    assert stages > 1 and len(model.class_embedder.stage_projections) == 1
+
+
+def test_every_call_looks_the_same_to_a_compiler(monkeypatch):
+    """With gradients on or off, in inference mode, in either memory format: or each would be compiled anew."""
+    case = CASES["segmenter"]
+    model = case.model().eval().optimize_for_inference(compile=False)
+    seen = []
+
+    def record(module, args, kwargs):
+        (pixel_values,) = args
+        seen.append(
+            (
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                pixel_values.is_inference(),
+                pixel_values.is_contiguous(memory_format=torch.channels_last),
+                tuple(kwargs.items()),
+            )
+        )
+
+    model.model.register_forward_pre_hook(record, with_kwargs=True)
+    requested = {"output_hidden_states": False, "output_attentions": False}
+    inference.warm_up(model.model, lambda blank: model._segment(blank, None, False, requested), [(64, 64)], 1)
+    model(**case.inputs())
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            inputs = case.inputs()
+            model(**inputs | {"pixel_values": inputs["pixel_values"].to(memory_format=torch.channels_last)})
+    assert len(seen) == 4 and len(set(seen)) == 1
+
+
+def test_it_is_compiled_once_for_a_size(monkeypatch):
+    """For each size given, and only then; with the compiler's front end alone, which does not take a minute."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(example_inputs)
+        return graph
+
+    monkeypatch.setattr(
+        "modeling_gkc.modeling_gkc.compile_image_path",
+        lambda image_path: image_path.compile(dynamic=False, backend=count),
+    )
+    case = CASES["segmenter"]
+    model, inputs = case.model().eval(), case.inputs()
+    expected = outputs(model, inputs)
+    batch_size, _, *size = inputs["pixel_values"].shape
+    model.optimize_for_inference(sizes=[size], batch_size=batch_size)
+    assert len(graphs) == 1, "in one graph"
+    for one, other in zip(outputs(model, inputs), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+def test_without_a_compiler_it_runs_all_the_same(monkeypatch, transformers_log):
+    def fail(graph, example_inputs):
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(
+        "modeling_gkc.modeling_gkc.compile_image_path", lambda image_path: image_path.compile(backend=fail)
+    )
+    logging.set_verbosity_warning()
+    case = CASES["segmenter"]
+    model, inputs = case.model().eval(), case.inputs()
+    expected = outputs(model, inputs)
+    model.optimize_for_inference(sizes=[(64, 64)])
+    assert (
+        "The model runs uncompiled: torch.compile does not work here (no C++ compiler found)" in transformers_log.text
+    )
+    for one, other in zip(outputs(model, inputs), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "use"),
+    [
+        ("train it", lambda model, folder: model.train()),
+        ("save it", lambda model, folder: model.save_pretrained(folder)),
+        ("optimise it otherwise", lambda model, folder: model.optimize_for_inference()),
+        ("get all its stages", lambda model, folder: model(**CASES["segmenter"].inputs(), output_stages=True)),
+    ],
+)
+def test_what_an_optimised_model_refuses(purpose, use, tmp_path):
+    model = CASES["segmenter"].model().optimize_for_inference(compile=False)
+    with pytest.raises(ValueError, match=f"load the checkpoint again to {purpose}"):
+        use(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+    assert not model.eval().training
+
+
+def test_weights_of_the_original_are_its_own():
+    """What is folded is this model's; another of the same configuration is not touched."""
+    config = tiny_config()
+    one, other = (GKCForOpenVocabSegmentation(config).eval() for _ in range(2))
+    one.optimize_for_inference(compile=False)
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in other.modules()) and not other.is_optimized
