@@ -15,7 +15,7 @@
 
 `GKC_DEFORMABLE_ATTENTION` in the environment names the kernel to be used, as does `GKCConfig.deformable_attention`:
 
-* `grid_sample`: plain torch, for any device, for exported graphs, and for gradients of any order;
+* `grid_sample`: plain torch, for any device, and for graphs that are exported;
 * `embedding_bag`: for processors, where it is several times faster;
 * `triton`: for CUDA, where Triton is installed.
 """

@@ -20,7 +20,9 @@ Letters in the comments: B images, C hidden, T positions of the three levels tog
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -46,6 +48,35 @@ class GKCPixelDecoderOutput(ModelOutput):
     multi_scale_features: tuple[Tensor, ...] | None = None
 
 
+SIZES_KEPT = 12
+
+
+def kept_per_size(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps what a function makes of sizes, device and dtype, for the last few of them: images mostly have one size.
+
+    What is kept is not to be written to. A graph that is traced gets its own.
+    """
+    kept: dict[tuple, Tensor] = {}
+
+    @wraps(function)
+    def look_up(*sizes) -> Tensor:
+        if torch.compiler.is_compiling():
+            return function(*sizes)
+        made = kept.get(sizes)
+        if made is None:
+            # Tensors made in inference mode could not be used in training later.
+            with torch.inference_mode(False):
+                made = function(*sizes)
+            if type(made) is Tensor:  # and no tracer's stand-in for one
+                kept[sizes] = made
+            while len(kept) > SIZES_KEPT:
+                kept.pop(next(iter(kept)), None)
+        return made
+
+    return look_up
+
+
+@kept_per_size
 def sine_position_embedding(
     height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -85,7 +116,7 @@ class SamplingGrid(NamedTuple):
 
     Attributes:
         points: (T, M * levels * R * 2) reference points, relative to the map.
-        cells: (M * levels * R * 2,) size of a cell, likewise.
+        cells: (1, M * levels * R * 2) size of a cell, likewise.
     """
 
     points: Tensor
@@ -93,14 +124,40 @@ class SamplingGrid(NamedTuple):
 
     @classmethod
     def of(
-        cls, points: Tensor, spatial_shapes: list[tuple[int, int]], num_heads: int, num_points: int
+        cls,
+        spatial_shapes: list[tuple[int, int]],
+        num_heads: int,
+        num_points: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> "SamplingGrid":
-        """From the reference points (T, 2) of maps with `spatial_shapes`."""
-        cells = 1 / points.new_tensor([(width, height) for height, width in spatial_shapes])
-        return cls(
-            points.repeat(1, num_heads * len(spatial_shapes) * num_points),
-            cells[None, :, None].expand(num_heads, -1, num_points, -1).flatten(),
-        )
+        """For maps with these shapes."""
+        sizes = (tuple(spatial_shapes), num_heads, num_points, device, dtype)
+        return cls(_written_out_points(*sizes), _written_out_cells(*sizes))
+
+
+@kept_per_size
+def _written_out_points(
+    spatial_shapes: tuple[tuple[int, int], ...],
+    num_heads: int,
+    num_points: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    points = reference_points(list(spatial_shapes), device, dtype)
+    return points.repeat(1, num_heads * len(spatial_shapes) * num_points)
+
+
+@kept_per_size
+def _written_out_cells(
+    spatial_shapes: tuple[tuple[int, int], ...],
+    num_heads: int,
+    num_points: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    cells = 1 / torch.tensor([(width, height) for height, width in spatial_shapes], device=device, dtype=dtype)
+    return cells[None, :, None].expand(num_heads, -1, num_points, -1).flatten()[None]
 
 
 class GKCDeformableAttention(nn.Module):
@@ -198,8 +255,7 @@ class GKCPixelDecoder(nn.Module):
         positions = self._positions(spatial_shapes, hidden_states)
         # In fp32 at least: bf16 would be off by up to a cell on a map of 100 x 168.
         precision = torch.promote_types(hidden_states.dtype, torch.float32)
-        points = reference_points(spatial_shapes, hidden_states.device, precision)
-        grid = SamplingGrid.of(points, spatial_shapes, *self.samples)
+        grid = SamplingGrid.of(spatial_shapes, *self.samples, hidden_states.device, precision)
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, grid, spatial_shapes)
         split = hidden_states.split([height * width for height, width in spatial_shapes], dim=1)
@@ -221,4 +277,4 @@ class GKCPixelDecoder(nn.Module):
         return self.mask_projection(F.relu(self.output_projection(merged)))
 
 
-__all__ = ["GKCPixelDecoder", "GKCPixelDecoderOutput", "reference_points", "sine_position_embedding"]
+__all__ = ["GKCPixelDecoder", "GKCPixelDecoderOutput", "kept_per_size", "reference_points", "sine_position_embedding"]

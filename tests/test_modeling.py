@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +25,7 @@ from modeling_gkc.modeling_gkc import (
     pool_under_masks,
     reduce_prompt_logits,
 )
+from modeling_gkc.pixel_decoder import SIZES_KEPT, kept_per_size
 
 from .conftest import small_config, word_tokenizer
 
@@ -513,3 +515,45 @@ def test_configuration_round_trip(config, tmp_path):
         "_name_or_path": "",
         "transformers_version": AutoConfig.from_pretrained(tmp_path).transformers_version,
     }
+
+
+class TestKeptPerSize:
+    """Positions depend on sizes alone, so they are made once."""
+
+    @pytest.fixture
+    def made(self) -> list[tuple]:
+        return []
+
+    @pytest.fixture
+    def kept(self, made):
+        def ramp(length: int, dtype: torch.dtype) -> torch.Tensor:
+            made.append((length, dtype))
+            return torch.arange(length, dtype=dtype)
+
+        return kept_per_size(ramp)
+
+    def test_each_size_and_type_is_made_once(self, kept, made):
+        first = kept(3, torch.float32)
+        assert kept(3, torch.float32) is first and kept(3, torch.float64).dtype == torch.float64
+        assert kept(4, torch.float32).tolist() == [0, 1, 2, 3]
+        assert made == [(3, torch.float32), (3, torch.float64), (4, torch.float32)]
+
+    def test_only_the_last_sizes_are_kept(self, kept, made):
+        for length in (*range(SIZES_KEPT + 1), SIZES_KEPT, 0):
+            kept(length, torch.float32)
+        assert [length for length, _ in made] == [*range(SIZES_KEPT + 1), 0]
+
+    def test_what_inference_made_serves_training(self, kept):
+        with torch.inference_mode():
+            kept(3, torch.float32)
+        weight = torch.ones(3, requires_grad=True)
+        (weight * kept(3, torch.float32)).sum().backward()
+        assert weight.grad.tolist() == [0, 1, 2]
+
+    def test_tracers_leave_nothing_behind(self, kept, made):
+        with FakeTensorMode():
+            assert type(kept(3, torch.float32)) is FakeTensor
+        assert type(kept(3, torch.float32)) is torch.Tensor
+        compiled = torch.compile(lambda tensor: tensor + kept(5, torch.float32), backend="eager", fullgraph=True)
+        compiled(torch.zeros(5))
+        assert kept(5, torch.float32).tolist() == [0, 1, 2, 3, 4]
