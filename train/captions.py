@@ -3,17 +3,12 @@
 Letters: B images, T nouns of a caption, D width of the image-text space, W different nouns.
 """
 
-import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -72,29 +67,17 @@ class NounBank:
     embeds: Tensor
 
     @classmethod
-    def encode(
-        cls,
-        nouns: Iterable[str],
-        model: GKCForOpenVocabSegmentation,
-        processor: GKCProcessor,
-        cache_file: str | Path | None = None,
-    ) -> "NounBank":
+    def encode(cls, nouns: Iterable[str], model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> "NounBank":
         """Encode every noun once.
 
         Args:
             nouns: in any case, repeated or not.
             model, processor: encode text.
-            cache_file: read from here if it holds exactly these nouns by this text tower, else written here.
         """
         different = sorted({noun.casefold() for noun in nouns})
         if not different:
             raise ValueError("There are no nouns: no caption could be grounded. Set grounding_weight=0.")
-        fingerprint = _fingerprint(different, model)
-        if cache_file is not None and (embeds := _read_cache(Path(cache_file), fingerprint)) is not None:
-            return cls(tuple(different), embeds)
         embeds = TextBank.from_vocabulary(Vocabulary([[noun] for noun in different]), model, processor).embeds
-        if cache_file is not None:
-            _write_cache(Path(cache_file), embeds, fingerprint)
         return cls(tuple(different), embeds)
 
     @cached_property
@@ -121,29 +104,3 @@ class NounBank:
     def to(self, device: torch.device | str) -> "NounBank":
         """The same bank on another device."""
         return NounBank(self.nouns, self.embeds.to(device))
-
-
-def _fingerprint(nouns: Sequence[str], model: GKCForOpenVocabSegmentation) -> str:
-    """Hash of nouns and text tower."""
-    digest = hashlib.sha256("\n".join(nouns).encode())
-    for name, tensor in sorted(model.text_model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
-
-
-def _read_cache(path: Path, fingerprint: str) -> Tensor | None:
-    """Embeddings that were made from the same; None if there are none."""
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        fits = (file.metadata() or {}).get("fingerprint") == fingerprint
-        return file.get_tensor("embeds") if fits else None
-
-
-def _write_cache(path: Path, embeds: Tensor, fingerprint: str) -> None:
-    """Write in one move, so that no process ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({"embeds": embeds.contiguous()}, unfinished, {"fingerprint": fingerprint})
-    unfinished.replace(path)
