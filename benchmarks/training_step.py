@@ -14,7 +14,7 @@
 """
 What a training step costs: with everything frozen cached, with CLIP run in every step, and the published way.
 
-    python benchmarks/training_step.py                    # about 100 s a round on two cores of 2.5 GHz, 9 GB
+    python benchmarks/training_step.py                    # about 3 minutes a round on two cores of 2.5 GHz, 9 GB
     python benchmarks/training_step.py --preset toy       # seconds
 
 All steps train on the same batch, in turn:
@@ -371,16 +371,19 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measure(preset: Preset, rounds: int, arms: tuple[str, ...] = ARMS, warm_up: int = 1) -> dict:
-    """Seconds of each arm's steps, and of their parts, after `warm_up` rounds that do not count."""
+    """Seconds of each arm's steps, and of their parts.
+
+    Every step that counts follows `warm_up` of its own kind, as it does in training: the first after another kind
+    waits for memory that is laid out otherwise.
+    """
     with tempfile.TemporaryDirectory() as folder:
         timer = StepTimer(Workload(preset, Path(folder)))
     steps: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in arms}
     load = os.getloadavg()[0]
-    for number in range(warm_up + rounds):
+    for number in range(rounds):
         for arm in arms if number % 2 == 0 else reversed(arms):
-            parts = timer(arm)
-            if number >= warm_up:
-                steps[arm].append(parts)
+            *_, parts = [timer(arm) for _ in range(warm_up + 1)]
+            steps[arm].append(parts)
     found = {
         arm: {
             clock: {part: spread([float(step[part][index]) for step in taken]) for part in ("all", *PARTS)}
@@ -440,8 +443,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--regions", type=int, help="of each image")
     parser.add_argument("--text-tokens", type=int, help="tokens that the text tower sees of each word")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each kind that count")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps of each kind before")
+    parser.add_argument("--rounds", type=int, default=2, help="steps of each kind that count")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps of the same kind before each that counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     return parser.parse_args(arguments)
