@@ -9,11 +9,12 @@ LABELS ?= red cross; orange square; yellow square; yellow star; cyan hoop; cyan 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help:
 	@echo "make demo    cut the shipped pictures into words: LABELS='red disc; lawn, grass' OUT=out/demo"
 	@echo "make test    the whole test suite"
+	@echo "make bench   how fast it is, beside its rivals: BENCH='--preset quick' (a quarter of an hour without)"
 	@echo "make lint    ruff: lint and format check"
 	@echo "make format  ruff: fix and format"
 	@echo "make clean   remove .venv and caches"
@@ -36,6 +37,10 @@ demo: $(VENV)/.inference
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/.test
+	@command -v $${CXX:-g++} > /dev/null || echo "No C++ compiler: what needs torch.compile is left out"
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
