@@ -132,32 +132,23 @@ class SamplingGrid(NamedTuple):
         dtype: torch.dtype,
     ) -> "SamplingGrid":
         """For maps with these shapes."""
-        sizes = (tuple(spatial_shapes), num_heads, num_points, device, dtype)
-        return cls(_written_out_points(*sizes), _written_out_cells(*sizes))
+        rows = _sampling_rows(tuple(spatial_shapes), num_heads, num_points, device, dtype)
+        return cls(rows[:-1], rows[-1:])
 
 
 @kept_per_size
-def _written_out_points(
+def _sampling_rows(
     spatial_shapes: tuple[tuple[int, int], ...],
     num_heads: int,
     num_points: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
+    """(T + 1, M * levels * R * 2) the points of a `SamplingGrid` and, last, its cells."""
     points = reference_points(list(spatial_shapes), device, dtype)
-    return points.repeat(1, num_heads * len(spatial_shapes) * num_points)
-
-
-@kept_per_size
-def _written_out_cells(
-    spatial_shapes: tuple[tuple[int, int], ...],
-    num_heads: int,
-    num_points: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
     cells = 1 / torch.tensor([(width, height) for height, width in spatial_shapes], device=device, dtype=dtype)
-    return cells[None, :, None].expand(num_heads, -1, num_points, -1).flatten()[None]
+    cells = cells[None, :, None].expand(num_heads, -1, num_points, -1).flatten()
+    return torch.cat([points.repeat(1, len(cells) // 2), cells[None]])
 
 
 class GKCDeformableAttention(nn.Module):
