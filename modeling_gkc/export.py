@@ -228,12 +228,13 @@ def export_segmenter(
         progress: Called with a line before each step.
 
     Raises:
-        ValueError: a setting is wrong, there are no words to bake in, the words do not fit, torch cannot export the
-            model, or the graph's logits differ from the model's by more than 1e-3.
+        ValueError: a setting is wrong, the model was optimised for inference, there are no words to bake in, the words
+            do not fit, torch cannot export the model, or the graph's logits differ from the model's by more than 1e-3.
         FileExistsError: the folder is there already and not empty.
         ImportError: onnx or onnxscript is missing.
     """
     folder, (height, width) = Path(folder), check_size(size)
+    model.refuse_if_optimized("export it")
     check_new_folder(folder)
     compares = check_packages(format, check)
     if format == "onnx" and opset < DEFAULT_OPSET:

@@ -403,7 +403,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
     def train(self, mode: bool = True) -> "GKCForOpenVocabSegmentation":
         """Sets training mode; the frozen text tower stays in evaluation mode."""
         if mode:
-            self._refuse_if_optimized("train it")
+            self.refuse_if_optimized("train it")
         super().train(mode)
         self.text_model.eval()
         return self
@@ -433,7 +433,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         Example:
             `model.optimize_for_inference(torch.bfloat16, sizes=[(512, 512)])`
         """
-        self._refuse_if_optimized("optimise it otherwise")
+        self.refuse_if_optimized("optimise it otherwise")
         self.eval().requires_grad_(False)
         fold_batch_norms(self.model.backbone)
         if not self.is_convex:
@@ -449,10 +449,11 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         """Saves the model as every transformers model; refused once it was optimised for inference."""
-        self._refuse_if_optimized("save it")
+        self.refuse_if_optimized("save it")
         return super().save_pretrained(*args, **kwargs)
 
-    def _refuse_if_optimized(self, purpose: str) -> None:
+    def refuse_if_optimized(self, purpose: str) -> None:
+        """Raises a ValueError if the model was optimised for inference and can no longer serve the purpose."""
         if self.is_optimized:
             raise ValueError(
                 "The model was optimised for inference, which cannot be undone: load the checkpoint again to "
@@ -708,7 +709,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         segment = partial(self.model, output_stages=output_stages, return_dict=True, **requested)
         if self.is_optimized:
             if output_stages:
-                self._refuse_if_optimized("get all its stages")
+                self.refuse_if_optimized("get all its stages")
             segment = partial(self._segment_optimized, **requested)
         if content_sizes is None or self.training:
             return segment(pixel_values)

@@ -5,6 +5,7 @@ import torch
 from transformers.utils import logging
 
 from modeling_gkc import GKCForOpenVocabSegmentation, inference
+from modeling_gkc.export import export_segmenter
 from modeling_gkc.inference import fold_batch_norms
 
 from .common_models import CASES, SEGMENTERS, Case, tiny_config
@@ -138,6 +139,7 @@ def test_without_a_compiler_it_runs_all_the_same(monkeypatch, transformers_log):
     [
         ("train it", lambda model, folder: model.train()),
         ("save it", lambda model, folder: model.save_pretrained(folder)),
+        ("export it", lambda model, folder: export_segmenter(model, None, folder / "graph")),
         ("optimise it otherwise", lambda model, folder: model.optimize_for_inference()),
         ("get all its stages", lambda model, folder: model(**CASES["segmenter"].inputs(), output_stages=True)),
     ],
