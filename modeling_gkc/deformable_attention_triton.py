@@ -167,7 +167,7 @@ def _differentiate(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tens
 
 
 def _refuse_second_derivative(ctx, *grads: Tensor) -> None:
-    raise NotImplementedError("The Triton kernel has no second derivative: choose the kernel 'grid_sample'.")
+    raise NotImplementedError("Deformable attention has no second derivative, by Triton or otherwise.")
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
