@@ -88,12 +88,12 @@ class CLIPResNetConvLayer(nn.Module):
         return self.activation(self.normalization(self.convolution(hidden_states)))
 
     def _is_cheaper_folded(self, hidden_states: Tensor) -> bool:
-        """Whether to scale the weights costs less than to scale the map; an image's neighbours have no say in it.
+        """Whether training is cheaper with BatchNorm in the weights: less work, and a map less to keep for gradients.
 
         Only where BatchNorm's statistics are fixed, and both modules are what they seem: adapters and offloading work
         by being called. Not in mixed precision, where the factors' gradients would be summed from rounded numbers.
         """
-        if torch.is_autocast_enabled(hidden_states.device.type):
+        if not self.training or torch.is_autocast_enabled(hidden_states.device.type):
             return False
         convolution, normalization = self.convolution, self.normalization
         if type(convolution) is not nn.Conv2d or type(normalization) is not nn.BatchNorm2d or normalization.training:

@@ -111,12 +111,12 @@ def test_weights_of_something_else_are_refused(golden):
 
 
 class TestFolding:
-    """BatchNorm with fixed statistics goes into the convolution's weights where that is less work."""
+    """In training, BatchNorm with fixed statistics goes into the convolution's weights where that is less work."""
 
     @pytest.fixture
     def layer(self) -> CLIPResNetConvLayer:
-        layer = CLIPResNetConvLayer(4, 6, 3, stride=2).eval()
-        normalization = layer.normalization
+        layer = CLIPResNetConvLayer(4, 6, 3, stride=2)
+        normalization = layer.normalization.eval()
         for statistic in (normalization.weight, normalization.running_var):
             nn.init.uniform_(statistic, 0.5, 2)
         for statistic in (normalization.bias, normalization.running_mean):
@@ -139,8 +139,8 @@ class TestFolding:
         assert layer._is_cheaper_folded(large) and not layer._is_cheaper_folded(small)
         with torch.autocast("cpu", torch.bfloat16):
             assert not layer._is_cheaper_folded(large)
-        layer.train()
-        assert not layer._is_cheaper_folded(large), "the statistics are learned"
+        assert not layer.train()._is_cheaper_folded(large), "the statistics are learned"
+        assert not layer.eval()._is_cheaper_folded(large), "results are the same wherever the weights are kept"
 
     def test_modules_that_must_be_called_are(self, layer):
         large = torch.zeros(1, 4, 32, 32, dtype=torch.float64)
