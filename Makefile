@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make demo    cut the shipped pictures into words: LABELS='red disc; lawn, grass' OUT=out/demo"
 	@echo "make test    the whole test suite"
-	@echo "make bench   how fast it is, beside its rivals: BENCH='--preset quick' (a quarter of an hour without)"
+	@echo "make bench   how fast it is, beside its rivals: BENCH='--preset quick' (20 minutes and more without)"
 	@echo "make lint    ruff: lint and format check"
 	@echo "make format  ruff: fix and format"
 	@echo "make clean   remove .venv and caches"

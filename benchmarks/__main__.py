@@ -14,7 +14,7 @@
 """
 How fast the segmenter is, beside what people would otherwise use: measured in one run, shown as one table.
 
-  python -m benchmarks                                 # a quarter of an hour on two quiet cores
+  python -m benchmarks                                 # 20 minutes for fp32 on two quiet cores, most of it compiling
   python -m benchmarks --preset quick                  # a few minutes: one size, fewer rounds, without torch.compile
   python -m benchmarks --preset complete               # torch.compile everywhere, more rounds
   python -m benchmarks --only image operator           # some of it
