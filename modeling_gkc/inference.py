@@ -52,27 +52,28 @@ def compile_image_path(image_path: nn.Module) -> None:
         image_path.compile(dynamic=False, options={"freezing": True})
 
 
-def warm_up(
-    image_path: nn.Module, run: Callable[[Tensor], object], sizes: Sequence[tuple[int, int]], batch_size: int
-) -> None:
-    """Runs blank images (height, width) of each size, padded as images are, so that none has to wait for a compiler.
+def run_or_uncompile(image_path: nn.Module, *inputs, **settings) -> object:
+    """Calls the image path. Where it cannot be compiled, this is said once, and it goes on as it is."""
+    try:
+        return image_path(*inputs, **settings)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = _first_line(error.inner_exception)
+        logger.warning(
+            f"The model runs uncompiled: torch.compile does not work here ({reason}). Install a C++ compiler, or give "
+            "`compile=False`."
+        )
+        image_path._compiled_call_impl = None
+        return image_path(*inputs, **settings)
 
-    Where nothing can be compiled, this is said once, and the model goes on as it is.
-    """
-    weight = next(image_path.parameters())
+
+def warm_up(
+    run: Callable[[Tensor], object], sizes: Sequence[tuple[int, int]], batch_size: int, device: torch.device
+) -> None:
+    """Runs blank images (height, width) of each size, padded as images are: what is slow once, such as compiling."""
     for height, width in sizes:
-        blank = torch.zeros(batch_size, 3, round_up(height), round_up(width), device=weight.device)
-        try:
-            # A CUDA graph is recorded when a compiled one is called again.
-            for _ in range(2 if weight.device.type == "cuda" else 1):
-                run(blank)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = _first_line(error.inner_exception)
-            logger.warning(
-                f"The model runs uncompiled: torch.compile does not work here ({reason}). Install a C++ compiler, or "
-                "give `compile=False`."
-            )
-            image_path._compiled_call_impl = None
+        blank = torch.zeros(batch_size, 3, round_up(height), round_up(width), device=device)
+        # A CUDA graph is recorded when a compiled one is called again.
+        for _ in range(2 if device.type == "cuda" else 1):
             run(blank)
 
 
@@ -80,4 +81,4 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-__all__ = ["compile_image_path", "fold_batch_norms", "warm_up"]
+__all__ = ["compile_image_path", "fold_batch_norms", "run_or_uncompile", "warm_up"]

@@ -57,7 +57,7 @@ from .class_embeddings import (
     weights_state,
 )
 from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
-from .inference import compile_image_path, fold_batch_norms, warm_up
+from .inference import compile_image_path, fold_batch_norms, run_or_uncompile, warm_up
 from .loss_gkc import GKCCriterion, MaskParts, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
 from .modeling_clip_resnet import GKCModelMixin, channels_last
@@ -444,7 +444,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         if compile:
             compile_image_path(self.model)
         requested = {"output_hidden_states": False, "output_attentions": False}
-        warm_up(self.model, lambda blank: self._segment(blank, None, False, requested), sizes, batch_size)
+        warm_up(lambda blank: self._segment(blank, None, False, requested), sizes, batch_size, self.device)
         return self
 
     def save_pretrained(self, *args, **kwargs):
@@ -738,7 +738,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         """The image path in one and the same grad mode and memory format, or it would be compiled for each."""
         with torch.inference_mode(False), torch.no_grad():
             pixel_values = pixel_values.to(self.dtype, copy=True, memory_format=torch.channels_last)
-            return self.model(pixel_values, output_stages=False, return_dict=True, **requested)
+            return run_or_uncompile(self.model, pixel_values, output_stages=False, return_dict=True, **requested)
 
     def _classify(self, stage: GKCModelOutput, index: int, words: GKCWords) -> GKCStageOutput:
         if self.is_convex:

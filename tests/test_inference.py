@@ -83,7 +83,7 @@ def test_every_call_looks_the_same_to_a_compiler(monkeypatch):
 
     model.model.register_forward_pre_hook(record, with_kwargs=True)
     requested = {"output_hidden_states": False, "output_attentions": False}
-    inference.warm_up(model.model, lambda blank: model._segment(blank, None, False, requested), [(64, 64)], 1)
+    inference.warm_up(lambda blank: model._segment(blank, None, False, requested), [(64, 64)], 1, model.device)
     model(**case.inputs())
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
@@ -115,7 +115,8 @@ def test_it_is_compiled_once_for_a_size(monkeypatch):
     assert len(graphs) == 1
 
 
-def test_without_a_compiler_it_runs_all_the_same(monkeypatch, transformers_log):
+@pytest.mark.parametrize("sizes", [[(64, 64)], []], ids=["found when warming up", "found at the first call"])
+def test_without_a_compiler_it_runs_all_the_same(sizes, monkeypatch, transformers_log):
     def fail(graph, example_inputs):
         raise RuntimeError("no C++ compiler found")
 
