@@ -34,6 +34,10 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.harness import memory_mb  # noqa: E402
+
 TASKS = {
     "semantic": ("semantic", {}),
     "panoptic": ("panoptic", {}),
@@ -41,14 +45,6 @@ TASKS = {
     "instance, run lengths": ("instance", {"return_coco_annotation": True}),
     "instance, whole masks": ("instance", {"return_binary_maps": True}),
 }
-
-
-def memory_mb(field: str) -> float:
-    """A field of this process's status: `VmRSS`, memory held, or `VmHWM`, the most that was held."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"the status of the process has no {field}.")
 
 
 def random_outputs(classes: int, queries: int, height: int, width: int) -> SimpleNamespace:

@@ -32,18 +32,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.harness import memory_mb
 from train.shards import StoreSettings, StoreWriter
 from train.teacher import TeacherCache
 
 FINGERPRINT = {"data": "synthetic"}
-
-
-def memory_mb() -> float:
-    """Resident memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError("the status of the process has no VmRSS.")
 
 
 def write(folder: Path, settings: StoreSettings, counts: np.ndarray) -> None:
@@ -71,8 +64,8 @@ def look_up(store: TeacherCache, counts: np.ndarray, batch: int, batches: int) -
         start = time.perf_counter()
         store.lookup(image_ids, segment_ids)
         seconds.append(time.perf_counter() - start)
-        before = before or memory_mb()
-    return float(np.median(seconds[1:])), memory_mb() - before
+        before = before or memory_mb("VmRSS")
+    return float(np.median(seconds[1:])), memory_mb("VmRSS") - before
 
 
 def main() -> None:
@@ -94,9 +87,9 @@ def main() -> None:
         write(options.folder, settings, counts)
         writing = time.perf_counter() - start
         disk = sum(path.stat().st_size for path in options.folder.iterdir()) / 1e9
-        start, before = time.perf_counter(), memory_mb()
+        start, before = time.perf_counter(), memory_mb("VmRSS")
         store = TeacherCache.open(options.folder, FINGERPRINT)
-        opening, opened = time.perf_counter() - start, memory_mb() - before
+        opening, opened = time.perf_counter() - start, memory_mb("VmRSS") - before
         seconds, growth = look_up(store, counts, options.batch, options.batches)
     finally:
         shutil.rmtree(options.folder, ignore_errors=True)

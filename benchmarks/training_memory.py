@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.training_step import ARMS, PRESETS, Workload, machine, memory_mb  # noqa: E402
+from benchmarks.harness import memory_mb  # noqa: E402
+from benchmarks.training_step import ARMS, PRESETS, Workload, machine  # noqa: E402
 
 
 class MemoryReader(TrainerCallback):

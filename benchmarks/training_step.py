@@ -35,9 +35,6 @@ latter holds where other programs run beside.
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -60,6 +57,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import harness  # noqa: E402
+from benchmarks.harness import load_average, memory_mb, spread  # noqa: E402
 from configuration import Recipe  # noqa: E402
 from modeling_gkc import Vocabulary  # noqa: E402
 from modeling_gkc.configuration_gkc import CLIPResNetConfig, GKCConfig  # noqa: E402
@@ -359,15 +358,8 @@ class StepTimer:
 
 def machine(threads: int) -> str:
     """Processor, cores, threads, versions."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    found = harness.machine(threads)
+    return f"{found['processor']}, {found['cores']} cores, {threads} threads, torch {found['torch']}"
 
 
 def measure(preset: Preset, rounds: int, arms: tuple[str, ...] = ARMS, warm_up: int = 1) -> dict:
@@ -379,7 +371,7 @@ def measure(preset: Preset, rounds: int, arms: tuple[str, ...] = ARMS, warm_up: 
     with tempfile.TemporaryDirectory() as folder:
         timer = StepTimer(Workload(preset, Path(folder)))
     steps: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in arms}
-    load = os.getloadavg()[0]
+    load = load_average()
     for number in range(rounds):
         for arm in arms if number % 2 == 0 else reversed(arms):
             *_, parts = [timer(arm) for _ in range(warm_up + 1)]
@@ -393,7 +385,7 @@ def measure(preset: Preset, rounds: int, arms: tuple[str, ...] = ARMS, warm_up: 
     }
     return {
         "rounds": rounds,
-        "load_average": [load, os.getloadavg()[0]],
+        "load_average": [load, load_average()],
         "regions": sum(map(len, timer.batch["segment_ids"])),
         "peak_mb": memory_mb("VmHWM"),
         "seconds": found,
@@ -408,14 +400,6 @@ def ratios(steps: dict[str, list[dict[str, np.ndarray]]], arm: str, clock: int) 
     """Of each round, what a step of the arm costs over one of the first arm."""
     first = next(iter(steps.values()))
     return [float(one["all"][clock] / other["all"][clock]) for one, other in zip(steps[arm], first, strict=True)]
-
-
-def memory_mb(field: str) -> float:
-    """A field of this process's status: `VmRSS`, memory held, or `VmHWM`, the most that was held."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"the status of the process has no {field}.")
 
 
 def table(found: dict) -> str:
