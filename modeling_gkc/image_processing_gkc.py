@@ -145,7 +145,8 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
             height, width = resized_size((image.height, image.width), dict(settings["size"]))
             if (height, width) != (image.height, image.width):
                 image = image.resize((width, height), settings["resample"])
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+        # Bytes are reordered, not floats: that is four times less to move.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()
         if settings["do_rescale"]:
             pixels *= settings["rescale_factor"]
         elif holds_unit_range:

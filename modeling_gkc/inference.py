@@ -18,9 +18,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from transformers.models.resnet.modeling_resnet import (
+    ResNetBasicLayer,
+    ResNetBottleNeckLayer,
+    ResNetConvLayer,
+)
 from transformers.utils import logging
 
 from .padding import round_up
+
+RESNET_PARTS = (ResNetBasicLayer, ResNetBottleNeckLayer, ResNetConvLayer)
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +45,13 @@ def fold_batch_norms(model: nn.Module) -> int:
             module.normalization = nn.Identity()
             folded += 1
     return folded
+
+
+def work_in_place(model: nn.Module) -> None:
+    """Lets the ReLUs of transformers' ResNets overwrite what they are given, which nothing else reads."""
+    for module in model.modules():
+        if isinstance(module, RESNET_PARTS) and type(module.activation) is nn.ReLU:
+            module.activation.inplace = True
 
 
 def compile_image_path(image_path: nn.Module) -> None:
@@ -81,4 +95,4 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-__all__ = ["compile_image_path", "fold_batch_norms", "run_or_uncompile", "warm_up"]
+__all__ = ["compile_image_path", "fold_batch_norms", "run_or_uncompile", "warm_up", "work_in_place"]

@@ -57,7 +57,7 @@ from .class_embeddings import (
     weights_state,
 )
 from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
-from .inference import compile_image_path, fold_batch_norms, run_or_uncompile, warm_up
+from .inference import compile_image_path, fold_batch_norms, run_or_uncompile, warm_up, work_in_place
 from .loss_gkc import GKCCriterion, MaskParts, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
 from .modeling_clip_resnet import GKCModelMixin, channels_last
@@ -436,6 +436,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         self.refuse_if_optimized("optimise it otherwise")
         self.eval().requires_grad_(False)
         fold_batch_norms(self.model.backbone)
+        work_in_place(self.model.backbone)
         if not self.is_convex:
             self.class_embedder.stage_projections = self.class_embedder.stage_projections[-1:]
         if dtype is not None:

@@ -151,6 +151,15 @@ def _sampling_rows(
     return torch.cat([points.repeat(1, len(cells) // 2), cells[None]])
 
 
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over a short last axis, in fp32 at least; on CPUs torch's own takes three times as long."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logits.device.type != "cpu":
+        return logits.softmax(-1)
+    shares = (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    return shares / shares.sum(-1, keepdim=True)
+
+
 class GKCDeformableAttention(nn.Module):
     """Self-attention of all positions of all levels, each to a few learned locations per head and level."""
 
@@ -175,7 +184,7 @@ class GKCDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries)  # in cells of the sampled level
         locations = torch.addcmul(grid.points, offsets.to(grid.points.dtype), grid.cells)
         locations = locations.unflatten(-1, (self.num_heads, NUM_FEATURE_LEVELS, self.num_points, 2))
-        weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        weights = _softmax(self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)))
         weights = weights.unflatten(-1, (NUM_FEATURE_LEVELS, self.num_points))
         kernel = self.config.deformable_attention
         return self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights, kernel))
@@ -199,7 +208,7 @@ class GKCPixelDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         attended = self.self_attn(hidden_states, positions, grid, spatial_shapes)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
-        transformed = self.fc2(self.dropout(F.relu(self.fc1(hidden_states))))
+        transformed = self.fc2(self.dropout(F.relu(self.fc1(hidden_states), inplace=True)))
         return self.final_layer_norm(hidden_states + self.dropout(transformed))
 
 
@@ -250,8 +259,9 @@ class GKCPixelDecoder(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, grid, spatial_shapes)
         split = hidden_states.split([height * width for height, width in spatial_shapes], dim=1)
+        # In this order: one image's map that is transposed first does not pass for channels last when it is resized.
         return tuple(
-            level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(split, spatial_shapes, strict=True)
+            level.unflatten(1, shape).permute(0, 3, 1, 2) for level, shape in zip(split, spatial_shapes, strict=True)
         )
 
     def _positions(self, spatial_shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
@@ -265,7 +275,7 @@ class GKCPixelDecoder(nn.Module):
         """Adds the stride-8 map to the stride-4 map and makes mask features of the sum."""
         lateral = self.lateral_projection(finest)
         merged = lateral + F.interpolate(coarser, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_projection(F.relu(self.output_projection(merged)))
+        return self.mask_projection(F.relu(self.output_projection(merged), inplace=True))
 
 
 __all__ = ["GKCPixelDecoder", "GKCPixelDecoderOutput", "kept_per_size", "reference_points", "sine_position_embedding"]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import ModelOutput
 
-from modeling_gkc import mask_resampling
+from modeling_gkc import mask_resampling, post_processing
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.post_processing import (
     decode_rle,
@@ -85,6 +85,33 @@ class TestSemantic:
         clear = direct.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-5
         assert torch.equal(labels[clear], direct.argmax(0)[clear]) and clear.float().mean() > 0.99
         assert labels.dtype == torch.int64
+
+    @pytest.mark.parametrize(
+        ("confidence", "favour", "most_computed"),
+        [(0, 0, 300), (1, 0, 299), (12, 0, 150), (1, 20, 8)],
+        ids=["all alike", "hesitant", "confident", "one wins everywhere"],
+    )
+    @pytest.mark.parametrize("size", [(37, 90), (150, 131)])
+    def test_classes_that_are_left_out_win_nowhere(self, confidence, favour, most_computed, size, within, monkeypatch):
+        """Of 300 classes at most a few are computed, all, or what lies between; each has a double."""
+        logits, masks = random_logits(queries=30, classes=300)
+        logits = confidence * logits
+        logits[:, 150:300] = logits[:, :150]
+        logits[:, 7] += favour
+        masks[:15] *= 20
+        computed = []
+        sums = post_processing._weighted_sums
+        monkeypatch.setattr(
+            post_processing,
+            "_weighted_sums",
+            lambda class_scores, masks: computed.append(class_scores.shape[1]) or sums(class_scores, masks),
+        )
+        labels, scores = semantic_segmentation(logits, masks, target_size=size)
+        assert max(computed) <= most_computed and (max(computed) == 300) == (confidence == 0)
+        direct = torch.einsum("qk,qhw->khw", logits.softmax(-1)[:, :-1], resize_masks(masks, None, size).sigmoid())
+        within("best semantic scores against the direct formula, max abs", (scores - direct.amax(0)).abs().max(), 1e-5)
+        chosen = direct.gather(0, labels[None])[0]
+        within("semantic scores of the chosen classes below the best, max", (direct.amax(0) - chosen).max(), 1e-5)
 
     @pytest.mark.parametrize(("classes", "void"), [(1, 255), (255, 255), (256, 65535), (847, 65535)])
     def test_void_is_never_a_class(self, classes, void):
