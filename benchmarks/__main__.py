@@ -59,7 +59,7 @@ from transformers.utils import logging as transformers_logging
 
 from .harness import DTYPES, Options, Result, load_average, machine, progress
 from .inference import OURS, THEIRS, measure_batch, measure_images, measure_memory, modes
-from .models import EAGER, PRESETS, mode_name
+from .models import EAGER, OPTIMIZED, PRESETS, mode_name
 from .operator_kernels import measure_operator
 from .report import markdown, update_document
 from .rivals import measure_clipseg, measure_rival_memory, measure_two_stage
@@ -93,7 +93,10 @@ def measurements(options: Options) -> dict[str, Callable[[], list[Result]]]:
     found[f"two-stage {first}"] = partial(measure_two_stage, *given, first)
     found[f"clipseg {first}"] = partial(measure_clipseg, *given, first)
     for mode, dtype in modes(preset, options, first):
-        for side in (THEIRS, OURS) if mode == EAGER or preset.compiled_memory else ():
+        measured = mode in (EAGER, OPTIMIZED) or preset.compiled_memory
+        for side in (THEIRS, OURS) if measured else ():
+            if (side, mode) == (THEIRS, OPTIMIZED):  # which is ours alone
+                continue
             found[f"memory {side}, {mode_name(mode, dtype)}"] = partial(measure_memory, *given, side, mode, dtype)
     for rival in ("two-stage", "clipseg"):
         found[f"memory {rival}"] = partial(measure_rival_memory, *given, rival)

@@ -58,13 +58,13 @@ from .harness import (
     progress,
     take_turns,
 )
-from .models import COMPILED, EAGER, GRAPHS, Preset, mode_name
+from .models import COMPILED, EAGER, GRAPHS, OPTIMIZED, Preset, is_compiled, mode_name
 
 THEIRS, OURS = "transformers", "ours"
 BACKBONE = "backbone of ours"
 FP32_BOUND = 1e-3  # in standard deviations of the mask logits: an attention bit may flip by rounding
 BF16_BOUND = 0.05
-MODEL_GOALS = {("eager", "fp32"): 2.5, ("compiled", "fp32"): 1.6, ("compiled", "bf16"): 2.0}
+MODEL_GOALS = {(EAGER, "fp32"): 2.5, (OPTIMIZED, "fp32"): 2.5, (COMPILED, "fp32"): 1.6, (COMPILED, "bf16"): 2.0}
 AGAINST_FP32_GOAL = 5.0
 WHOLE_GOAL = 3.0
 WORDS_GOAL = 1.1
@@ -97,8 +97,8 @@ def modes(preset: Preset, options: Options, size: int) -> list[tuple[str, str]]:
     return [
         (mode, dtype)
         for dtype in options.dtypes
-        for mode in [EAGER, *compiled]
-        if mode != EAGER or dtype == "fp32" or options.device != "cpu"
+        for mode in [EAGER, OPTIMIZED, *compiled]
+        if is_compiled(mode) or dtype == "fp32" or options.device != "cpu"
     ]
 
 
@@ -118,7 +118,7 @@ def _first_line(error: Exception) -> str:
 
 def lacks_compiler(result: Result, mode: str, arm: str, options: Options) -> bool:
     """Whether the mode cannot be measured here, which is then noted."""
-    missing = no_compiler() if mode != EAGER and options.device == "cpu" else None
+    missing = no_compiler() if is_compiled(mode) and options.device == "cpu" else None
     if missing:
         result.not_measured[arm] = missing
     return bool(missing)
@@ -138,10 +138,11 @@ def make_pairs(preset: Preset, options: Options, size: int, result: Result, batc
         progress(f"    preparing {name}")
         pair = Pair(mode, dtype, models.prepare_ours(converted, mode, dtype, options.device, size, batch_size))
         masks = None
-        with _reason(result, f"{THEIRS}, {name}"):
-            theirs = models.prepare_source(source, mode, dtype, options.device)
-            masks = first_masks(theirs, pair, size, batch_size)
-            pair.theirs = theirs
+        if mode != OPTIMIZED:  # which is ours alone
+            with _reason(result, f"{THEIRS}, {name}"):
+                theirs = models.prepare_source(source, mode, dtype, options.device)
+                masks = first_masks(theirs, pair, size, batch_size)
+                pair.theirs = theirs
         result.agreement += check_agreement(pair, size, masks, expected, batch_size)
         pairs.append(pair)
     return pairs
@@ -275,7 +276,7 @@ def _measure_whole(result: Result, pairs: list[Pair], preset: Preset, options: O
 
 def _floor_ratio(taken: Rounds, pair: Pair, num_classes: int, batch_size: int = 1) -> dict | None:
     """Ours over its backbone; the goal is for what is served: compiled, and on a GPU in batches and bf16."""
-    is_served = pair.mode != EAGER and (taken.device == "cpu" or (batch_size > 1 and pair.dtype == "bf16"))
+    is_served = is_compiled(pair.mode) and (taken.device == "cpu" or (batch_size > 1 and pair.dtype == "bf16"))
     goal = {"at_most": FLOOR_GOALS[taken.device]} if is_served else {}
     over, under = arm_name(OURS, pair.name, num_classes), f"{BACKBONE}, {pair.name}"
     return taken.ratio(f"ours / its backbone, {pair.name}", over, under, **goal)
@@ -294,13 +295,22 @@ def _ratios(taken: Rounds, pairs: list[Pair], preset: Preset, goals: dict) -> li
             goal = {"at_least": goals[pair.mode, pair.dtype]} if (pair.mode, pair.dtype) in goals else {}
             if pair.dtype == "bf16":
                 goal |= {"needs": "amx"} if taken.device == "cpu" else {}
-            over, under = (arm_name(side, pair.name, count) for side in (THEIRS, OURS))
-            found.append(taken.ratio(f"{THEIRS} / ours, {pair.name}, {count} words", over, under, **goal))
+            found.append(_against_theirs(taken, pair, count, **goal))
             if pair.dtype == "bf16" and taken.device == "cpu":
                 name = f"{THEIRS}, eager, fp32 / ours, {pair.name}, {count} words"
                 over = arm_name(THEIRS, mode_name(EAGER, "fp32"), count)
+                under = arm_name(OURS, pair.name, count)
                 found.append(taken.ratio(name, over, under, at_least=AGAINST_FP32_GOAL, needs="amx"))
     return found
+
+
+def _against_theirs(taken: Rounds, pair: Pair, count: int, **goal: float) -> dict | None:
+    """Transformers over ours in the same mode; in the one that is ours alone, over transformers as it was loaded."""
+    mode, name = pair.name, f"{THEIRS} / ours, {pair.name}, {count} words"
+    if pair.mode == OPTIMIZED:
+        mode = mode_name(EAGER, pair.dtype)
+        name = f"{THEIRS}, eager / ours, {pair.name}, {count} words"
+    return taken.ratio(name, arm_name(THEIRS, mode, count), arm_name(OURS, pair.name, count), **goal)
 
 
 def _words_ratios(taken: Rounds, pairs: list[Pair], preset: Preset) -> list[dict | None]:
@@ -320,7 +330,7 @@ def _words_ratios(taken: Rounds, pairs: list[Pair], preset: Preset) -> list[dict
 def backbone_call(model: GKCForOpenVocabSegmentation, mode: str, pixels: Tensor) -> Call:
     """The backbone as the image path calls it."""
     backbone, pixels = model.model.backbone, channels_last(pixels)
-    if mode != EAGER:
+    if is_compiled(mode):
         backbone = torch.compile(backbone, **models.compile_options(mode, pixels.device.type))
     return lambda: backbone(pixels, return_dict=True)
 
@@ -340,8 +350,7 @@ def measure_batch(preset: Preset, options: Options, size: int) -> list[Result]:
     taken = _turns(calls, preset, options, f"batches of {count}")
     result.add(taken)
     for pair in pairs:
-        sides = (arm_name(side, pair.name, words) for side in (THEIRS, OURS))
-        result.add_ratio(taken.ratio(f"{THEIRS} / ours, {pair.name}", *sides))
+        result.add_ratio(_against_theirs(taken, pair, words))
         result.add_ratio(_floor_ratio(taken, pair, words, count))
     for arm, seconds in result.seconds.items():
         result.notes.append(f"{arm}: {count / seconds['clock']['median']:.1f} images a second.")

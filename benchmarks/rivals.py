@@ -40,7 +40,7 @@ from train.regions import crop_region, normalize_crops
 from . import models
 from .harness import DTYPES, Options, Result, take_turns
 from .inference import BACKBONE, backbone_call, lacks_compiler, memory_of, memory_title
-from .models import COMPILED, EAGER, Preset, mode_name
+from .models import EAGER, Preset, is_compiled, mode_name
 
 CLIPSEG_SIDE = 352
 TWO_STAGE_GOAL = 10.0
@@ -90,7 +90,7 @@ def make_two_stage(preset: Preset, mode: str, dtype: str, options: Options, size
     torch.manual_seed(1)
     tower = CLIPResNetVisionModel(CLIPResNetConfig(**preset.clip_resnet)).eval().to(options.device, DTYPES[dtype])
     tower = tower.to(memory_format=torch.channels_last)
-    if mode != EAGER:
+    if is_compiled(mode):
         tower = torch.compile(tower, **models.compile_options(mode, options.device))
     words = models.random_words(preset.num_classes, segmenter.config.projection_dim, options.device)
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
@@ -99,7 +99,7 @@ def make_two_stage(preset: Preset, mode: str, dtype: str, options: Options, size
 
 def _rival_modes(preset: Preset, options: Options) -> list[tuple[str, str]]:
     kept = [(mode, dtype) for mode, dtype in preset.rival_modes if dtype in options.dtypes]
-    return [(mode, dtype) for mode, dtype in kept if options.compile or mode != COMPILED]
+    return [(mode, dtype) for mode, dtype in kept if options.compile or not is_compiled(mode)]
 
 
 @torch.no_grad()

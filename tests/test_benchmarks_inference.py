@@ -190,19 +190,22 @@ def test_image_measurement():
     model, whole = inference.measure_images(TOY, EAGER_ONLY, SIZE)
     check_table([model, whole])
     arms = {arm_name(side, "eager, fp32", count) for side in (THEIRS, OURS) for count in TOY.classes}
-    assert set(whole.seconds) == arms and set(model.seconds) == arms | {"backbone of ours, eager, fp32"}
+    arms |= {arm_name(OURS, "optimised, fp32", count) for count in TOY.classes}
+    backbones = {"backbone of ours, eager, fp32", "backbone of ours, optimised, fp32"}
+    assert set(whole.seconds) == arms and set(model.seconds) == arms | backbones
     firsts = list(model.seconds)
     rounds = [model.order[start : start + len(firsts)] for start in range(0, len(model.order), len(firsts))]
     assert rounds == [firsts, firsts[::-1], firsts]
     names = [ratio["name"] for ratio in model.ratios]
     assert "ours, eager, fp32, 7 words / 3 words" in names and "ours / its backbone, eager, fp32" in names
-    assert len(model.agreement) == 2
+    assert "transformers, eager / ours, optimised, fp32, 5 words" in names
+    assert len(model.agreement) == 3
 
 
 def test_compiled_arms(uncompiled):
     """Ours by `optimize_for_inference`, transformers' by torch.compile, each in every type, against the fp32."""
     model, whole = inference.measure_images(TOY, Options("toy", threads=1), SIZE)
-    assert not model.not_measured and len(model.agreement) == 6
+    assert not model.not_measured and len(model.agreement) == 7
     check_table([model, whole])
     for mode in ("eager, fp32", "compiled, fp32", "compiled, bf16"):
         assert {arm_name(side, mode, 5) for side in (THEIRS, OURS)} <= set(whole.seconds)
@@ -232,7 +235,7 @@ def test_what_transformers_cannot_run_does_not_stop_the_rest(monkeypatch, uncomp
     monkeypatch.setattr(models, "prepare_source", lambda *args: (prepare if args[1] == models.EAGER else fail)(*args))
     model, _ = inference.measure_images(TOY, Options("toy", dtypes=("fp32",), threads=1), SIZE)
     assert model.not_measured == {"transformers, compiled, fp32": "the compiler gave up"}
-    assert arm_name(OURS, "compiled, fp32", 5) in model.seconds and len(model.agreement) == 3
+    assert arm_name(OURS, "compiled, fp32", 5) in model.seconds and len(model.agreement) == 4
 
 
 def test_operator_measurement():
@@ -254,7 +257,7 @@ def test_ours_that_fell_back_to_eager_is_no_compiled_arm(monkeypatch):
 @torch.no_grad()
 def test_two_stage_measurement():
     (result,) = measure_two_stage(TOY, EAGER_ONLY, SIZE)
-    assert "two stages / ours, eager, fp32" in check_table([result])
+    assert "two stages / ours, optimised, fp32" in check_table([result])
     rival = make_two_stage(TOY, models.EAGER, "fp32", EAGER_ONLY, SIZE)
     masks = torch.full((1, 2, SIZE // 4, SIZE // 4), -1.0)
     masks[0, 0, :, : SIZE // 8] = 1
