@@ -80,10 +80,12 @@ def _areas(shapes: Sequence[tuple[int, int]]) -> list[int]:
 def _per_sample(numbers: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A number for each level, written out for every sample of a query, (M * S,); `like` is (B, N, M, L, R, ...).
 
-    Broadcasting over the few points of a level would be slow.
+    Broadcasting over the few points of a level would be slow, and written out by torch it would still be one to a
+    compiler, whose code is then not vectorised.
     """
-    numbers = torch.tensor(numbers, device=like.device, dtype=dtype or like.dtype)
-    return numbers[:, None].expand(like.shape[2:5]).flatten()
+    num_heads, _, num_points = like.shape[2:5]
+    written_out = [number for number in numbers for _ in range(num_points)] * num_heads
+    return torch.tensor(written_out, device=like.device, dtype=dtype or like.dtype)
 
 
 def pad_maps(value: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -126,11 +128,12 @@ def locate(locations: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Samp
     *starts, area = accumulate(_areas(shapes), initial=0)
     num_rows = batch_size * area * num_heads
     dtype = torch.int32 if num_rows < 2**31 else torch.int64
-    heads = torch.arange(num_heads, device=locations.device, dtype=dtype).repeat_interleave(num_levels * num_points)
+    heads = [head for head in range(num_heads) for _ in range(num_levels * num_points)]
     images = torch.arange(batch_size, device=locations.device, dtype=dtype)[:, None, None] * (area * num_heads)
     rows = lines.to(dtype) * _per_sample([width * num_heads for _, width in shapes], locations, dtype)
     rows += columns.to(dtype) * num_heads
-    rows += _per_sample([start * num_heads for start in starts], locations, dtype) + heads
+    rows += _per_sample([start * num_heads for start in starts], locations, dtype)
+    rows += torch.tensor(heads, device=locations.device, dtype=dtype)
     rows += images
     rows, x, y = (each.view(-1, num_levels * num_points) for each in (rows, x, y))
     return Samples(rows.clamp_(0, num_rows - 1), x, y)
@@ -141,8 +144,9 @@ def corner_steps(spatial_shapes: Sequence[tuple[int, int]], num_heads: int, like
 
     `like` is (bags, S).
     """
-    below = torch.tensor([width * num_heads for _, width in _padded(spatial_shapes)], device=like.device)
-    below = below.to(like.dtype).repeat_interleave(like.shape[1] // len(spatial_shapes))
+    num_points = like.shape[1] // len(spatial_shapes)
+    below = [width * num_heads for _, width in _padded(spatial_shapes) for _ in range(num_points)]
+    below = torch.tensor(below, device=like.device, dtype=like.dtype)
     return [0, num_heads, below, below + num_heads]
 
 

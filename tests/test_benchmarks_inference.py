@@ -303,11 +303,12 @@ def test_the_command(in_process, tmp_path, capsys):
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     typed = [*TYPED, "--out", str(out), "--docs", str(document), "--only"]
     assert command.main([*typed, "operator", "memory"]) == 0
-    arms = ["memory transformers, eager, fp32", "memory ours, eager, fp32", "memory two-stage", "memory clipseg"]
+    sides = ["memory transformers, eager, fp32", "memory ours, eager, fp32", "memory ours, optimised, fp32"]
+    arms = [*sides, "memory two-stage", "memory clipseg"]
     assert in_process == ["operator 64", *arms]
     record, printed = json.loads((out / "results.json").read_text()), capsys.readouterr()
     table = (out / "results.md").read_text()
-    assert printed.out == table == markdown(record) and "[2/5] memory" in printed.err
+    assert printed.out == table == markdown(record) and "[2/6] memory" in printed.err
     assert document.read_text() == f"before\n{BEGIN}\n\n{table}\n{END}\nafter\n"
     memory = table.split("### Memory")[1]
     assert table.count("### Memory") == 1 and all(f"| {arm}" in memory for arm in ("ours", "two stages", "CLIPSeg"))
