@@ -107,7 +107,7 @@ PRESETS = {
         operator_sizes=(512, 1024),
         classes=(20, 150, 847),
         rounds=5,
-        limit=70,
+        limit=110,
     ),
     "quick": Preset(
         sizes=(512,),
