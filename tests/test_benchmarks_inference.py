@@ -137,7 +137,7 @@ def test_both_sides_agree_on_the_same_weights_only(dtype):
     assert [each["name"].split()[2] for each in found] == [f"{THEIRS},", f"{OURS},"]
     assert found[1]["largest"] < 1e-3 if dtype == "fp32" else 0 < found[1]["rms"] < 0.5
     with torch.no_grad():
-        pair.ours.model.mask_decoder.query_features.weight += 1
+        pair.ours.model.pixel_decoder.mask_projection.weight.neg_()
     with pytest.raises(Disagreement, match=f"masks of {OURS}"):
         check_agreement(pair, SIZE, theirs, expected)
 
