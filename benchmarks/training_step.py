@@ -165,8 +165,10 @@ def random_row(index: int, size: int, regions: int, num_classes: int) -> dict:
             {"id": number + 1, "category_id": int(generator.integers(num_classes)), "iscrowd": False}
             for number in np.unique(nearest).tolist()
         ],
-        "caption": "",
+        "captions": [],
         "image_id": f"noise-{index}",
+        "video_id": "",
+        "frame": 0,
     }
 
 

@@ -47,7 +47,8 @@ class Recipe:
         accumulation: Micro-batches that a process accumulates before each optimiser step.
         frozen_stages: Stages of the backbone, the stem counted with the first, that are not trained.
         compile: Compile the student with `torch.compile`.
-        dataset: Folder of a dataset that `save_to_disk` or `train.data.from_folder` wrote, or its name on the Hub.
+        dataset: Folder that `save_to_disk`, `train.data.prepare` or `train.data.from_folder` wrote, or a dataset's
+            name on the Hub.
         train_split, eval_split: Its splits; None evaluates nothing.
         category_split: All classes (`all`); or only those that the vocabulary does not mark as novel, the regions of
             the others void (`ignore`), or images with such regions left out (`delete`).

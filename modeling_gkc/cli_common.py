@@ -161,13 +161,13 @@ def user_errors(option: str) -> Iterator[None]:
 
 
 @contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Warnings for the user become lines on the error stream."""
+def warnings_as_lines(program: str = "gkc") -> Iterator[None]:
+    """Warnings for the user become lines on the error stream, once the work is done."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
     for warning in caught:
-        print(f"gkc: warning: {warning.message}", file=sys.stderr)
+        print(f"{program}: warning: {warning.message}", file=sys.stderr)
 
 
 __all__ = [

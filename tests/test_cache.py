@@ -457,7 +457,7 @@ def test_rows_left_out_or_moved_change_the_fingerprint(plain_fingerprint):
 
 
 def test_storage_captions_and_further_columns_do_not_matter(tmp_path, plain_fingerprint):
-    dataset = small_dataset(lambda index, row: {**row, "caption": str(index)})
+    dataset = small_dataset(lambda index, row: {**row, "captions": [str(index)]})
     dataset = dataset.add_column("nouns", [["disc"]] * 100)
     dataset.save_to_disk(tmp_path / "data", num_shards=3)
     assert data_fingerprint(load_from_disk(str(tmp_path / "data")), progress=False) == plain_fingerprint
@@ -584,13 +584,15 @@ def test_other_words_or_another_temperature_make_probabilities_stale(tmp_path, c
 
 def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_path, clip, capsys):
     wordnet = write_wordnet(tmp_path / "wordnet")
-    DatasetDict(train=toy_dataset(4, change=change_of(1, caption="a dog and a dog"))).save_to_disk(tmp_path / "data")
+    captioned = toy_dataset(4, change=change_of(1, captions=["a dog and a dog", "on it"]))
+    DatasetDict(train=captioned).save_to_disk(tmp_path / "data")
     assert run(tmp_path / "data", "--clip", clip) == 0
     arguments = ["nouns", str(tmp_path / "data"), "--wordnet", str(wordnet)]
     (tmp_path / ".data-nouns.partial").mkdir()  # of a killed run
     assert cache.main(arguments) == 0
     found = load_from_disk(str(tmp_path / "data-nouns"))["train"]
-    assert found["nouns"][1] == ["dog"] and "nouns" not in load_from_disk(str(tmp_path / "data"))["train"].column_names
+    assert found["nouns"][1] == [["dog"], []]
+    assert "nouns" not in load_from_disk(str(tmp_path / "data"))["train"].column_names
     teacher = RegionTeacher(load_vision_tower(clip))
     store = TeacherCache.open(folder_of(tmp_path / "data-nouns"), teacher.fingerprint(found, progress=False))
     assert store.lookup(["toy-3"], [torch.tensor([300])])[0].shape == (1, 16)

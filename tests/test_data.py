@@ -241,6 +241,14 @@ def test_nouns_of_the_caption_come_along():
     assert SegmentationCollator(GKCImageProcessor(), 3)([row])["nouns"] == [["disc", "grass"]]
 
 
+def test_the_nouns_of_one_caption_are_drawn_by_the_key_of_the_sample():
+    captions = [["disc"], ["grass", "lawn"], []]
+    drawn = [augmented_row(toy_row(0) | {"nouns": captions}, NO_CHANGE, (0, epoch, 0))["nouns"] for epoch in range(30)]
+    assert {tuple(nouns) for nouns in drawn} == {("disc",), ("grass", "lawn"), ()}
+    again = augmented_row(toy_row(0) | {"nouns": captions}, NO_CHANGE, (0, 7, 0))
+    assert again["nouns"] == drawn[7]
+
+
 def test_draw_seeds_depend_on_seed_epoch_and_place_only():
     def seeds(seed: int, epoch: int) -> list[int]:
         augmented = AugmentedDataset(toy_dataset(4), JointTransform(crop_size=32), seed)

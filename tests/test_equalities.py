@@ -11,6 +11,7 @@ GroupNorms has two channels: with one channel the bias before it would be such a
 import os
 import shutil
 import socket
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,8 +90,10 @@ def row(index: int) -> dict:
         "image": Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)),
         "segmentation": Image.fromarray(encode_ids(ids)),
         "segments": segments,
-        "caption": "",
+        "captions": [],
         "image_id": f"image-{index}",
+        "video_id": "",
+        "frame": 0,
     }
 
 
@@ -340,12 +343,16 @@ def test_when_one_process_stops_all_stop_and_say_why(of_processes):
         assert "the gradient's norm is nan, of finite losses: {'loss_" in gradient
 
 
-def test_bf16_stays_close_to_fp32(tmp_path, within):
-    """Over ten steps from the same weights; the band is what eight bits of mantissa leave of the sum of all losses."""
-    recipe = replace(RECIPE, steps=10, synonym_mode="sample", distillation_embedding="query")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bf16_stays_close_to_fp32(seed, tmp_path, within):
+    """The mean loss of ten steps from the same weights.
+
+    That of a single step may lie 8 % apart, and elsewhere after any change of rounding: another match is another loss.
+    """
+    recipe = replace(RECIPE, steps=10, synonym_mode="sample", distillation_embedding="query", seed=seed)
     full = run(tmp_path, recipe)
     half = run(tmp_path, replace(recipe, precision="bf16"))
-    pairs = [(h["loss"], f["loss"]) for h, f in zip(half["losses"], full["losses"], strict=True)]
-    assert len(pairs) == 10
-    within("loss of ten steps, bf16 against fp32, relative", max(abs(h - f) / f for h, f in pairs), 0.05)
+    means = [statistics.fmean(step["loss"] for step in steps["losses"]) for steps in (half, full)]
+    assert len(half["losses"]) == len(full["losses"]) == 10
+    within("mean loss of ten steps, bf16 against fp32, relative", abs(means[0] / means[1] - 1), 0.01)
     assert half["losses"] != full["losses"]

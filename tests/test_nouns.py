@@ -19,6 +19,9 @@ CAPTIONS = [
     None,
 ]
 NOUNS = [["dog", "dogs", "park"], ["dog", "bottle"], ["mice", "park"], [], []]
+# Of four images: two captions, one, an empty one, none.
+IMAGES = [CAPTIONS[:2], [CAPTIONS[2]], [CAPTIONS[3]], []]
+IMAGE_NOUNS = [NOUNS[:2], [NOUNS[2]], [NOUNS[3]], []]
 # Enough for the tagger to learn its own tests.
 TAGGED = [
     [("A", "DT"), ("white", "JJ"), ("dog", "NN"), ("stands", "VBZ"), ("in", "IN"), ("London", "NNP")],
@@ -112,23 +115,23 @@ class TestTagger:
 
 class TestColumn:
     def dataset(self) -> Dataset:
-        rows = {"caption": CAPTIONS, "image_id": [str(index) for index in range(len(CAPTIONS))]}
+        rows = {"captions": IMAGES, "image_id": [str(index) for index in range(len(IMAGES))]}
         return Dataset.from_dict(rows)
 
     def test_it_is_kept_with_the_data(self, folder, tmp_path):
         dataset = add_nouns(self.dataset(), folder)
         dataset.save_to_disk(tmp_path / "saved")
         loaded = load_from_disk(tmp_path / "saved")
-        assert loaded["nouns"][:] == NOUNS and loaded["caption"][:] == CAPTIONS
+        assert loaded["nouns"][:] == IMAGE_NOUNS and loaded["captions"][:] == IMAGES
         assert loaded["image_id"][:] == self.dataset()["image_id"][:]
-        assert add_nouns(loaded.select([2, 0]), folder)["nouns"][:] == [NOUNS[2], NOUNS[0]]
+        assert add_nouns(loaded.select([2, 0]), folder)["nouns"][:] == [IMAGE_NOUNS[2], IMAGE_NOUNS[0]]
 
     def test_no_noun_at_all_is_a_column_of_words_too(self, folder):
-        features = add_nouns(self.dataset().select([3, 4]), folder).features
+        features = add_nouns(self.dataset().select([2, 3]), folder).features
         assert features == add_nouns(self.dataset(), folder).features
 
     def test_processes_find_the_same(self, folder):
-        assert add_nouns(self.dataset(), folder, num_proc=2)["nouns"][:] == NOUNS
+        assert add_nouns(self.dataset(), folder, num_proc=2)["nouns"][:] == IMAGE_NOUNS
 
     def test_other_columns_are_not_read(self, folder):
         def explode(rows):
@@ -136,8 +139,8 @@ class TestColumn:
 
         dataset = self.dataset()
         dataset.set_transform(explode, columns=["image_id"])
-        assert add_nouns(dataset, folder).data.column("nouns").to_pylist() == NOUNS
+        assert add_nouns(dataset, folder).data.column("nouns").to_pylist() == IMAGE_NOUNS
 
     def test_without_captions(self, folder):
-        with pytest.raises(ValueError, match=r"no column 'caption'.*\['image_id'\]"):
-            add_nouns(self.dataset().remove_columns("caption"), folder)
+        with pytest.raises(ValueError, match=r"no column 'captions'.*\['image_id'\]"):
+            add_nouns(self.dataset().remove_columns("captions"), folder)

@@ -47,8 +47,10 @@ def toy_row(index: int, size: int = SIZE) -> dict:
             for segment_id, category in classes.items()
             if segment_id in visible
         ],
-        "caption": "a disc on grass",
+        "captions": ["a disc on grass"],
         "image_id": f"toy-{index}",
+        "video_id": "",
+        "frame": 0,
     }
 
 

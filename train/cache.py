@@ -16,13 +16,15 @@ import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
 from torch import nn
 from tqdm.auto import tqdm
 
 from modeling_gkc.vocabulary import Vocabulary
 
 from .box_synonyms import BoxSynonyms
+from .data.prepared import VOCABULARY_NAME
+from .data.stored import load_split, load_splits
 from .region_rows import ImageRegions, RegionSource, embed_images, read_regions
 from .shards import StoreSettings, StoreWriter
 from .teacher import RegionTeacher, load_clip_towers, load_vision_tower
@@ -41,8 +43,8 @@ examples:
   python -m train.cache nouns data/coco
   torchrun --nproc_per_node 4 -m train.cache teacher data/coco --clip clip-rn50     several processes without a GPU
 
-DATASET is a folder that `save_to_disk` wrote, or a name on the Hub (then --out is needed). CLIP is a folder that
-`gkc convert clip-resnet` wrote, or a CLIPModel of transformers.
+DATASET is a folder that `save_to_disk` or `python -m train.data.prepare` wrote, or a name on the Hub (then --out is
+needed). CLIP is a folder that `gkc convert clip-resnet` wrote, or a CLIPModel of transformers.
 
 A cache is written in shards, each whole or not there. The same command given again goes on where a killed one stopped,
 with any number of processes. A cache of other data, another teacher or other crops is refused, here and in training,
@@ -98,28 +100,6 @@ def cache_folder(dataset_folder: str | Path, split: str, kind: str) -> Path:
 def fingerprint_file(dataset_folder: str | Path, split: str) -> Path | None:
     """Where the data's fingerprint is remembered, for `fingerprint(dataset, remember)`; None if that is no folder."""
     return cache_folder(dataset_folder, split, DATA_FINGERPRINT) if Path(dataset_folder).is_dir() else None
-
-
-def load_split(dataset: str | Path, split: str) -> Dataset:
-    """Load one split of a dataset.
-
-    Args:
-        dataset: folder that `save_to_disk` wrote, with one split or several; or a name on the Hub.
-        split: of a folder with a single one, any name will do.
-
-    Raises:
-        ValueError: there is no such dataset or split.
-    """
-    try:
-        loaded = load_from_disk(str(dataset)) if Path(dataset).is_dir() else load_dataset(str(dataset), split=split)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"DATASET: {dataset} cannot be loaded: {reason}") from error
-    if isinstance(loaded, DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"--split: {dataset} has no split {split!r}, it has {', '.join(loaded)}.")
-        return loaded[split]
-    return loaded
 
 
 def write_cache(
@@ -373,12 +353,14 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
     unfinished = out.with_name(f".{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        loaded = load_from_disk(str(source))
+        loaded = load_splits(source)
     except OSError as error:
         raise ValueError(f"DATASET: {source} cannot be loaded: {str(error).splitlines()[0]}") from error
     parts = loaded if isinstance(loaded, DatasetDict) else {"": loaded}
     parts = {name: add_nouns(part, options.wordnet, options.num_proc) for name, part in parts.items()}
     (DatasetDict(parts) if "" not in parts else parts[""]).save_to_disk(str(unfinished))
+    if (source / VOCABULARY_NAME).is_file():
+        shutil.copy2(source / VOCABULARY_NAME, unfinished)
     if (source / CACHES).is_dir():
         shutil.copytree(source / CACHES, unfinished / CACHES, copy_function=_link)
     os.rename(unfinished, out)

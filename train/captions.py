@@ -50,8 +50,9 @@ def _nouns_of(dataset: Dataset | IterableDataset) -> Iterable[str]:
         )
     reads = dataset.select_columns(["nouns"]).iter(batch_size=_ROWS_PER_READ)
     for rows in tqdm(reads, desc="Reading nouns", unit=f"{_ROWS_PER_READ} images", leave=False):
-        for caption in rows["nouns"]:
-            yield from caption or []
+        for nouns in rows["nouns"]:
+            for noun in nouns or []:  # of one caption, or lists of several
+                yield from [noun] if isinstance(noun, str) else noun
 
 
 @dataclass(frozen=True)

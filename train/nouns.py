@@ -5,6 +5,7 @@ otherwise by WordNet: a word is a noun if WordNet's tagged texts have it as a no
 """
 
 import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -126,29 +127,31 @@ def caption_nouns(caption: str | None, tagger: LexiconTagger | PerceptronNouns |
 
 
 def add_nouns(dataset: Dataset, wordnet: WordNet | str | os.PathLike | None = None, num_proc: int = 1) -> Dataset:
-    """Add the nouns of each sample's caption.
+    """Add the nouns of each sample's captions.
 
     Images are neither read nor copied.
 
     Args:
-        dataset: With a column `caption`; one of `nouns` is replaced.
+        dataset: With a column `captions`, lists of sentences; one of `nouns` is replaced.
         wordnet: WordNet or its folder, instead of nltk's tagger; see `open_tagger`.
         num_proc: Processes.
 
     Returns:
-        The dataset with a column `nouns`, lists of strings; nothing is written until `save_to_disk`.
+        The dataset with a column `nouns`, for each caption the list of its nouns; nothing is written until
+        `save_to_disk`.
 
     Raises:
         ValueError: it has no captions.
         RuntimeError: as `open_tagger`.
     """
-    if "caption" not in dataset.column_names:
-        raise ValueError(f"The dataset has no column 'caption' to take nouns from; it has {dataset.column_names}.")
-    captions = dataset.with_format(None).select_columns(["caption"])["caption"]
-    tagger = open_tagger(wordnet)
-    nouns = _all_nouns(list(captions), tagger, num_proc)
+    if "captions" not in dataset.column_names:
+        raise ValueError(f"The dataset has no column 'captions' to take nouns from; it has {dataset.column_names}.")
+    captions = [list(row or []) for row in dataset.with_format(None).select_columns(["captions"])["captions"]]
+    flat = [caption for row in captions for caption in row]
+    found = iter(_all_nouns(flat, open_tagger(wordnet), num_proc))
+    nouns = [list(itertools.islice(found, len(row))) for row in captions]
     others = dataset.remove_columns("nouns") if "nouns" in dataset.column_names else dataset
-    return others.add_column("nouns", nouns, feature=List(Value("string")))
+    return others.add_column("nouns", nouns, feature=List(List(Value("string"))))
 
 
 def _all_nouns(captions: list[str | None], tagger: LexiconTagger | PerceptronNouns, num_proc: int) -> list[list[str]]:

@@ -21,13 +21,14 @@ from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
 from .box_synonyms import BoxSynonyms
-from .cache import cache_folder, fingerprint_file, load_split
+from .cache import cache_folder, fingerprint_file
 from .clip_towers import CLIPTowers, load_clip_towers
+from .data.prepared import VOCABULARY_NAME, is_prepared
 from .data.splits import split_categories
+from .data.stored import load_split
 from .shards import MANIFEST, RegionStore
 from .teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities, TeacherCache
 
-VOCABULARY_NAME = "vocabulary.json"
 _OF_THE_DATASET = "dataset"
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
@@ -41,6 +42,7 @@ def load_data(recipe: Recipe) -> dict[str, Dataset]:
     if recipe.dataset is None:
         raise ValueError("The recipe names no dataset: give dataset=FOLDER, see README for making one.")
     several = not Path(recipe.dataset).is_dir() or (Path(recipe.dataset) / "dataset_dict.json").exists()
+    several = several or is_prepared(recipe.dataset)
     if recipe.eval_split is not None and not several:
         raise ValueError(f"{recipe.dataset} has one split only, nothing to evaluate on: set eval_split=none.")
     splits = {}

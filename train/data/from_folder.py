@@ -20,14 +20,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_gkc.image_processing_gkc import read_image
-from modeling_gkc.vocabulary import Vocabulary
 
 from . import coco_json, mask_folder
 from .pictures import Picture, Source
+from .prepared import VOCABULARY_NAME, vocabulary_json
 from .samples import stable_number
 from .schema import dataset_features, encode_ids
 
-VOCABULARY_NAME = "vocabulary.json"
 REPORT_NAME = "report.json"
 SPLITS = ("train", "val")
 
@@ -79,8 +78,9 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
     shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
     part.mkdir(parents=True)
     writer = _Writer(source)
-    shares = _shares(source, val_share)
-    splits = {split: writer.write(split, pictures, part / f"{split}.arrow") for split, pictures in shares}
+    splits = {
+        split: writer.write(split, pictures, part / f"{split}.arrow") for split, pictures in shares(source, val_share)
+    }
     if not any(map(len, splits.values())):
         raise ValueError("\n  ".join(["No picture can be used.", *source.problems[:10]]))
     DatasetDict({split: rows for split, rows in splits.items() if len(rows)}).save_to_disk(part)
@@ -93,7 +93,7 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
     return report
 
 
-def _shares(source: Source, val_share: float) -> Iterator[tuple[str, list[Picture]]]:
+def shares(source: Source, val_share: float) -> Iterator[tuple[str, list[Picture]]]:
     """The pictures of each split; drawn by their names, so that a picture stays where it is when others join."""
     free = sorted((p for p in source.pictures if p.split is None), key=lambda p: stable_number(p.image_id))
     has_own = any(picture.split == "val" for picture in source.pictures)
@@ -132,8 +132,10 @@ class _Writer:
             "image": {"bytes": picture.image.read_bytes(), "path": None},
             "segmentation": Image.fromarray(encode_ids(ids)),
             "segments": segments,
-            "caption": "",
+            "captions": list(picture.captions),
             "image_id": picture.image_id,
+            "video_id": picture.video_id,
+            "frame": picture.frame,
         }
 
     def report(self, images: dict[str, int]) -> dict[str, Any]:
@@ -144,17 +146,6 @@ class _Writer:
             "classes": {label: {"segments": segments, "images": number} for label, segments, number in counts},
             "problems": self.source.problems,
         }
-
-
-def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """A vocabulary in the form that `Vocabulary.from_file` reads; synonyms may be added by hand."""
-    kinds = vocabulary.is_thing or [None] * len(vocabulary)
-    return {
-        "classes": [
-            {"name": names[0], "synonyms": names[1:], "is_thing": kind}
-            for names, kind in zip(vocabulary.names, kinds, strict=True)
-        ]
-    }
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def read_mask_folder(images: Path, masks: Path, names: Path, instances: Collecti
     problems = [f"{image_paths[name]}: there is no mask of this name in {masks}" for name in alone[0]]
     problems += [f"{mask_paths[name]}: there is no image of this name in {images}" for name in alone[1]]
     pictures = [
-        Picture(name, path, partial(_read_mask, mask_paths[name], names.name, values, things), split_named(name))
+        Picture(name, path, partial(read_mask, mask_paths[name], names.name, values, things), split_named(name))
         for name, path in image_paths.items()
         if name in mask_paths
     ]
@@ -123,9 +123,21 @@ def _value(key: int | str, path: Path) -> int:
     raise ValueError(f'{path}, key "{key}": it must be a number 0..65535, or a colour as #rrggbb or red,green,blue.')
 
 
-def _read_mask(
+def read_mask(
     path: Path, names: str, values: Mapping[int, int], things: Collection[int], shape: tuple[int, int]
 ) -> Segmentation:
+    """The segments of a mask.
+
+    Args:
+        path: of the mask.
+        names: name of the file of names, for errors.
+        values: as `read_names` gives them.
+        things: positions of the classes whose connected components are segments of their own.
+        shape: height and width that it must have.
+
+    Raises:
+        ValueError, OSError: it cannot be used; the file is named.
+    """
     pixels = mask_values(path)
     if pixels.shape != shape:
         raise ValueError(f"{path}: the mask is {pixels.shape} (height, width), its image {shape}")

@@ -25,12 +25,20 @@ class Picture:
         read: height and width -> ids (H, W) int32 and segments as in `train.data.schema`; a ValueError or OSError says
             what is wrong, and where.
         split: `train`, `val`, or None where the data does not say.
+        captions: sentences about the image.
+        video_id: the video that it is a frame of, "" of an image alone.
+        frame: its place in the video, from 0.
+        problem: why it cannot be used, if that is known before it is read.
     """
 
     image_id: str
     image: Path
     read: Callable[[tuple[int, int]], Segmentation]
     split: str | None = None
+    captions: Sequence[str] = ()
+    video_id: str = ""
+    frame: int = 0
+    problem: str = ""
 
 
 @dataclass

@@ -24,8 +24,8 @@ def augmented_row(row: Mapping[str, Any], transform: JointTransform, key: tuple[
 
     Returns:
         `image` (H, W, 3) uint8, `ids` (H, W) int32 of the segments or void, `segments` (crowds left out), `image_id`,
-        `draw_seed` for all other draws about this sample, at least 0 and below 2**63, and `nouns` of the caption, if
-        the dataset has them.
+        `draw_seed` for all other draws about this sample, at least 0 and below 2**63, and `nouns`, those of one of the
+        captions, drawn, if the dataset has them.
 
     Raises:
         ValueError: the sample cannot be read, or its segmentation has ids that its segments do not list.
@@ -38,13 +38,21 @@ def augmented_row(row: Mapping[str, Any], transform: JointTransform, key: tuple[
         "segments": annotated_segments(row),
         "image_id": row["image_id"],
         "draw_seed": draw_seed(key),
-        "nouns": list(row.get("nouns") or []),
+        "nouns": _nouns_of_one_caption(row, key),
     }
 
 
 def draw_seed(key: tuple[int, int, int]) -> int:
     """A seed from (seed, epoch, number of the row), other than that of the augmentation."""
     return int(np.random.SeedSequence(key, spawn_key=(0,)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _nouns_of_one_caption(row: Mapping[str, Any], key: tuple[int, int, int]) -> list[str]:
+    nouns = list(row.get("nouns") or [])
+    if not nouns or isinstance(nouns[0], str):  # a dataset with a single caption an image may list its nouns as such
+        return nouns
+    generator = np.random.default_rng(np.random.SeedSequence(key, spawn_key=(1,)))
+    return list(nouns[generator.integers(len(nouns))])
 
 
 class BrokenSamples:

@@ -1,8 +1,9 @@
-"""The one dataset schema of training: image, id-coded segmentation image, segments, caption, image id.
+"""The one dataset schema: image, id-coded segmentation image, segments, captions, image id, video and frame.
 
 A segmentation is an RGB PNG as in COCO panoptic: id = R + 256 G + 65536 B, 0 is void. `category_id` of a segment is
 the position of its class in the vocabulary given beside the dataset, or -1 where the vocabulary has no class for it:
-such a segment is void. A dataset may have a column `nouns`, lists of a caption's nouns, and further columns.
+such a segment is void. `video_id` and `frame` say where a frame of a video stands, "" and 0 of an image alone.
+A dataset may have a column `nouns`, for each caption the list of its nouns, and further columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,18 +19,21 @@ from modeling_gkc.image_processing_gkc import read_image
 VOID = 0
 NO_CLASS = -1
 PICTURE_COLUMNS = ("image", "segmentation")
+OPTIONAL_COLUMNS = {"captions", "video_id", "frame"}
 _REPORTED_PROBLEMS = 10
 
 
 def dataset_features() -> Features:
-    """Features of a `datasets.Dataset` that training reads."""
+    """Features of a `datasets.Dataset` that training and evaluation read."""
     return Features(
         {
             "image": Image(),
             "segmentation": Image(),
             "segments": [{"id": Value("int32"), "category_id": Value("int32"), "iscrowd": Value("bool")}],
-            "caption": Value("string"),
+            "captions": [Value("string")],
             "image_id": Value("string"),
+            "video_id": Value("string"),
+            "frame": Value("int32"),
         }
     )
 
@@ -114,13 +118,40 @@ def learnable_ids(row: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: there are ids that the row's segments do not list; sample and ids are named.
     """
-    undescribed, left_out = _undescribed_ids(row, ids), _left_out_ids(row)
+    _refuse_undescribed_ids(row, ids)
+    left_out = _left_out_ids(row)
+    return np.where(np.isin(ids, left_out), np.int32(VOID), ids) if left_out else ids
+
+
+def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS) -> np.ndarray:
+    """The class of every pixel of a row, crowds included, as benchmarks score semantic segmentation.
+
+    Args:
+        row: with its `segments`.
+        ids: its segment ids (H, W).
+        ignore: the value of void pixels, and of segments without a class.
+
+    Returns:
+        (H, W) int32.
+
+    Raises:
+        ValueError: there are ids that the row's segments do not list; sample and ids are named.
+    """
+    _refuse_undescribed_ids(row, ids)
+    classes = {segment["id"]: segment["category_id"] for segment in row["segments"]}
+    present = ids_within(ids)
+    values = [classes.get(number, NO_CLASS) for number in present.tolist()]
+    values = np.array([ignore if value == NO_CLASS else value for value in values], dtype=np.int32)
+    return values[np.searchsorted(present, ids)]
+
+
+def _refuse_undescribed_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
+    undescribed = _undescribed_ids(row, ids)
     if undescribed:
         raise ValueError(
             f"Sample {row['image_id']!r}: ids {undescribed} of the segmentation are not in its segments "
             f"{[segment['id'] for segment in row['segments']]}."
         )
-    return np.where(np.isin(ids, left_out), np.int32(VOID), ids) if left_out else ids
 
 
 def _undescribed_ids(row: Mapping[str, Any], ids: np.ndarray) -> list[int]:
@@ -143,7 +174,7 @@ def check_dataset(
     Raises:
         ValueError: naming the first wrong samples and what is wrong with each.
     """
-    missing = dataset_features().keys() - {"caption"} - set(dataset.column_names)
+    missing = dataset_features().keys() - OPTIONAL_COLUMNS - set(dataset.column_names)
     if missing:
         raise ValueError(f"The dataset lacks the columns {sorted(missing)}; it has {dataset.column_names}.")
     dataset = without_decoding(dataset)

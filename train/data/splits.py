@@ -1,6 +1,6 @@
 """Base and novel classes: training on some classes of a vocabulary, as the zero-shot experiments do."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -63,7 +63,7 @@ def split_categories(
     feature = dataset.features["segments"]
     # A column of its own: `map` would write every picture anew.
     subset = dataset.remove_columns("segments").add_column("segments", renumbered, feature=feature).select(rows)
-    return subset, _subset_of(vocabulary, kept)
+    return subset, vocabulary_subset(vocabulary, kept)
 
 
 def _stays(segments: list[dict[str, Any]], new_ids: Mapping[int, int], delete: bool) -> bool:
@@ -75,6 +75,7 @@ def _renumbered(segments: list[dict[str, Any]], new_ids: Mapping[int, int]) -> l
     return [{**segment, "category_id": new_ids.get(segment["category_id"], NO_CLASS)} for segment in segments]
 
 
-def _subset_of(vocabulary: Vocabulary, kept: list[int]) -> Vocabulary:
+def vocabulary_subset(vocabulary: Vocabulary, kept: Sequence[int]) -> Vocabulary:
+    """The classes of a vocabulary at some positions, in that order."""
     columns = vocabulary.names, vocabulary.is_thing, vocabulary.colors, vocabulary.templates
-    return Vocabulary(*(None if column is None else [column[index] for index in kept] for column in columns))
+    return Vocabulary.trusted(*(None if column is None else [column[index] for index in kept] for column in columns))

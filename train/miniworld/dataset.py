@@ -86,7 +86,9 @@ def _row(scene: Scene, labels: Sequence[str | None], classes: Sequence[str]) -> 
         "image": _png(scene.image),
         "segmentation": _png(encode_ids(ids[scene.region_index])),
         "segments": segments,
-        "caption": " and ".join(f"a {labels[number]}" for number in reversed(labelled)),
+        "captions": [" and ".join(f"a {labels[number]}" for number in reversed(labelled))],
+        "video_id": "",
+        "frame": 0,
         "attributes": [scene.regions[number] for number in labelled],
     }
 

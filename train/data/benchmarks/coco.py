@@ -1,0 +1,197 @@
+"""COCO panoptic (Kirillov et al., *Panoptic Segmentation*, CVPR 2019) and COCO-Stuff (Caesar et al., CVPR 2018)."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..benchmark import (
+    KEPT_WITH_ANY,
+    KEPT_WITH_ONLY,
+    Benchmark,
+    look_up,
+    raw_ids,
+    read_colour_ids,
+    read_numbers,
+    read_table,
+    require,
+    semantic_segments,
+)
+from ..pictures import Picture, Segmentation
+from ..schema import NO_CLASS, VOID, ids_within
+from ..splits import novel_positions
+from .pairs import paired
+
+PANOPTIC, STUFF = "coco_panoptic_133", "coco_stuff_171"
+IMAGES = {"train": 118_287, "val": 5_000}
+_VOID_PIXEL = 255
+
+_FOLDER = """\
+
+    DIR/train2017/*.jpg                         DIR/val2017/*.jpg
+    DIR/annotations/panoptic_train2017.json     DIR/annotations/panoptic_val2017.json
+    DIR/panoptic_train2017/*.png                DIR/panoptic_val2017/*.png        (or in DIR/annotations)
+    DIR/annotations/captions_train2017.json     DIR/annotations/captions_val2017.json    if there, for captions
+
+The PNGs come as zip files inside of the archive of the annotations. Needed are only the splits that are prepared."""
+PANOPTIC_LAYOUT = f"COCO panoptic: 80 things and 53 kinds of stuff, with captions.\n{_FOLDER}"
+IGNORE_LAYOUT = f"""\
+COCO panoptic without 18 novel classes, whose segments are void.
+{_FOLDER}
+
+Images with at least one segment of the 115 base classes stay; classes are numbered anew, in their order."""
+DELETE_LAYOUT = f"""\
+COCO panoptic without the images that show any of 18 novel classes.
+{_FOLDER}
+
+Of train, images without any segment of a novel class stay; of val, images with at least one of a base class, as in
+coco_panoptic_base_ignore. The 115 base classes are numbered anew, in their order."""
+NOVEL_LAYOUT = f"""\
+COCO panoptic, the 18 novel classes alone, for evaluation.
+{_FOLDER}
+
+Images with at least one segment of them stay; classes are numbered anew, in their order."""
+_STUFF_FOLDER = """
+
+    DIR/train2017/*.jpg                                  DIR/val2017/*.jpg
+    DIR/stuffthingmaps_trainval2017/train2017/*.png      DIR/stuffthingmaps_trainval2017/val2017/*.png
+
+The maps may also lie in DIR/stuffthingmaps. Their pixels count from 0, one less than labels.txt does."""
+STUFF_LAYOUT = f"COCO-Stuff: semantic maps of 80 things and 91 kinds of stuff.{_STUFF_FOLDER}"
+STUFF_133_LAYOUT = f"""\
+COCO-Stuff with the 133 classes of COCO panoptic: its labels merged, 12 of them void.{_STUFF_FOLDER}"""
+STUFF_COUNTS = "Images whose map is void all over are kept; some projects leave them out, which changes no score."
+
+
+def find_panoptic(source: Path, split: str) -> list[Picture]:
+    """The images of `panoptic_{split}2017.json`, in its order."""
+    path = require(source / "annotations" / f"panoptic_{split}2017.json")
+    images = require(source / f"{split}2017", "the folder of the images")
+    masks = next(
+        (place for place in (source, source / "annotations") if (place / f"panoptic_{split}2017").is_dir()), source
+    )
+    masks = require(masks / f"panoptic_{split}2017", "the folder of the segmentations: unzip it")
+    content = _load(path, ("images", "annotations"))
+    captions = _captions(source / "annotations" / f"captions_{split}2017.json")
+    annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
+    names = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+    names |= {number: Path(entry["file_name"]).stem for number, entry in annotations.items() if number not in names}
+    return [
+        Picture(
+            stem,
+            images / f"{stem}.jpg",
+            partial(_read_panoptic, path, masks, *_compact(annotations.get(number))),
+            split,
+            tuple(captions.get(number, ())),
+        )
+        for number, stem in names.items()
+    ]
+
+
+def _load(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
+        raise ValueError(f"{path} lacks {', '.join(missing) if isinstance(content, dict) else 'an object'}.")
+    return content
+
+
+def _captions(path: Path) -> dict[int, list[str]]:
+    """The captions of each image; none where the file is not there."""
+    captions = defaultdict(list)
+    if path.is_file():
+        for annotation in sorted(_load(path, ("annotations",))["annotations"], key=lambda entry: entry["id"]):
+            captions[annotation["image_id"]].append(annotation["caption"].strip())
+    return captions
+
+
+def _compact(annotation: dict[str, Any] | None) -> tuple[str | None, np.ndarray]:
+    """The name of a PNG and its segments (N, 3): id, category, crowd. Objects of JSON take ten times the room."""
+    if annotation is None:
+        return None, np.zeros((0, 3), dtype=np.int32)
+    segments = [(info["id"], info["category_id"], info.get("iscrowd", 0)) for info in annotation["segments_info"]]
+    return annotation["file_name"], np.array(segments, dtype=np.int32).reshape(-1, 3)
+
+
+def _read_panoptic(path: Path, masks: Path, name: str | None, infos: np.ndarray, shape: tuple) -> Segmentation:
+    if name is None:
+        raise ValueError(f"{path.name} has no annotation of this image")
+    ids = read_colour_ids(masks / name, shape)
+    listed = infos[:, 0].tolist()
+    if unknown := sorted(set(ids_within(ids).tolist()) - {VOID, *listed}):
+        raise ValueError(f"{masks / name}: the ids {unknown[:10]} are not in the segments_info of {path.name}")
+    if len(set(listed)) < len(listed) or VOID in listed:
+        raise ValueError(f"{path}, {name}: ids of segments repeat or are {VOID}: {listed}")
+    table = raw_ids(PANOPTIC)
+    if wrong := sorted(set(infos[:, 1].tolist()) - table.keys()):
+        raise ValueError(f"{path}, {name}: there are no categories {wrong[:10]} in COCO panoptic")
+    return ids, [
+        {"id": number, "category_id": table[category], "iscrowd": bool(crowd)}
+        for number, category, crowd in infos.tolist()
+    ]
+
+
+def find_stuff(vocabulary: str, source: Path, split: str) -> list[Picture]:
+    """The images of COCO-Stuff, by their names, with its classes or those of COCO panoptic."""
+    images = require(source / f"{split}2017", "the folder of the images")
+    folders = [source / "stuffthingmaps_trainval2017", source / "stuffthingmaps"]
+    maps = require(next((folder for folder in folders if folder.is_dir()), folders[0]) / f"{split}2017")
+    return paired(images, maps, partial(_read_stuff, vocabulary), split)
+
+
+@cache
+def stuff_pixels(vocabulary: str) -> Mapping[int, int]:
+    """Pixel of COCO-Stuff -> train id of a vocabulary, -1 for labels that it has not."""
+    if vocabulary == STUFF:
+        return raw_ids(STUFF)
+    merged = read_table("coco_stuff_171_to_panoptic_133")
+    return {pixel: merged.get(train_id, NO_CLASS) for pixel, train_id in raw_ids(STUFF).items()}
+
+
+def _read_stuff(vocabulary: str, path: Path, shape: tuple[int, int]) -> Segmentation:
+    return semantic_segments(look_up(read_numbers(path, shape), stuff_pixels(vocabulary), (_VOID_PIXEL,), path))
+
+
+def _positions(novel: bool) -> tuple[int, ...]:
+    held_out = set(novel_positions(PANOPTIC))
+    return tuple(position for position in range(len(raw_ids(PANOPTIC))) if (position in held_out) == novel)
+
+
+BENCHMARKS = (
+    Benchmark(PANOPTIC, PANOPTIC, PANOPTIC_LAYOUT, find_panoptic, IMAGES),
+    Benchmark(
+        "coco_panoptic_base_ignore",
+        PANOPTIC,
+        IGNORE_LAYOUT,
+        find_panoptic,
+        IMAGES,
+        subset=_positions(novel=False),
+        kept_images={"train": KEPT_WITH_ANY, "val": KEPT_WITH_ANY},
+    ),
+    Benchmark(
+        "coco_panoptic_base_delete",
+        PANOPTIC,
+        DELETE_LAYOUT,
+        find_panoptic,
+        IMAGES,
+        subset=_positions(novel=False),
+        kept_images={"train": KEPT_WITH_ONLY, "val": KEPT_WITH_ANY},
+    ),
+    Benchmark(
+        "coco_panoptic_novel",
+        PANOPTIC,
+        NOVEL_LAYOUT,
+        find_panoptic,
+        {"val": IMAGES["val"]},
+        subset=_positions(novel=True),
+        kept_images={"val": KEPT_WITH_ANY},
+    ),
+    Benchmark(STUFF, STUFF, STUFF_LAYOUT, partial(find_stuff, STUFF), IMAGES, STUFF_COUNTS),
+    Benchmark("coco_stuff_133", PANOPTIC, STUFF_133_LAYOUT, partial(find_stuff, PANOPTIC), IMAGES, STUFF_COUNTS),
+)

@@ -1,0 +1,75 @@
+"""One's own pictures: a folder of images and masks, COCO JSON, or a list."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from modeling_gkc.vocabulary import Vocabulary
+
+from .. import coco_json, list_file, mask_folder
+from ..benchmark import Benchmark
+from ..from_folder import find_source, shares
+from ..pictures import Picture, Segmentation, Source
+
+_VAL_SHARE = 0.1
+_SPLITS = "Where no picture has a split of its own, a tenth of them, drawn by their names, becomes val."
+FOLDER_LAYOUT = f"""\
+Your own pictures in a folder, with id masks or COCO JSON.
+
+{_SPLITS}
+
+(1) {mask_folder.__doc__.strip()}
+
+(2) {coco_json.__doc__.strip()}"""
+LIST_LAYOUT = f"""\
+Your own pictures in a list, in Parquet, CSV or JSON lines.
+
+{_SPLITS}
+
+{list_file.__doc__.strip()}
+
+{mask_folder.__doc__.strip().split("splits.", 1)[1].strip()}"""
+
+
+def _find(read: Callable[[Path], Source], source: Path, split: str) -> list[Picture]:
+    """The pictures of a split; what was wrong with others comes as pictures that cannot be used, in `train`."""
+    found = read(source)
+    pictures = dict(shares(found, _VAL_SHARE))[split]
+    if split == "train":
+        pictures = [*pictures, *(_unusable(number, problem) for number, problem in enumerate(found.problems))]
+    return pictures
+
+
+def _unusable(number: int, problem: str) -> Picture:
+    return Picture(f"problem-{number}", Path(problem.split(": ")[0]), _never_read, "train", problem=problem)
+
+
+def _never_read(shape: tuple[int, int]) -> Segmentation:
+    raise ValueError("the picture cannot be used")
+
+
+def find_folder(source: Path, split: str) -> list[Picture]:
+    """The pictures of a folder that `train.data.from_folder` knows."""
+    return _find(find_source, source, split)
+
+
+def find_list(source: Path, split: str) -> list[Picture]:
+    """The pictures of a list."""
+    return _find(list_file.read_list, source, split)
+
+
+def folder_classes(source: Path) -> Vocabulary:
+    """The classes that a folder names."""
+    return find_source(source).vocabulary
+
+
+def list_classes(source: Path) -> Vocabulary:
+    """The classes that a folder with a list names."""
+    return mask_folder.read_names(source / mask_folder.NAMES_FILE)[1]
+
+
+_COUNTS = {"train": None, "val": None}
+
+BENCHMARKS = (
+    Benchmark("folder", "", FOLDER_LAYOUT, find_folder, _COUNTS, make_vocabulary=folder_classes),
+    Benchmark("list", "", LIST_LAYOUT, find_list, _COUNTS, make_vocabulary=list_classes),
+)

@@ -1,0 +1,191 @@
+"""PASCAL VOC 2012 (Everingham et al., IJCV 2015) and PASCAL-Context (Mottaghi et al., CVPR 2014)."""
+
+import json
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..benchmark import Benchmark, check_size, look_up, raw_ids, read_numbers, require, semantic_segments
+from ..pictures import Picture, Segmentation
+from .pairs import listed, names_in
+
+VOC_20, VOC_21, CONTEXT_59, CONTEXT_459 = "pascal_voc_20", "pascal_voc_21", "pascal_context_59", "pascal_context_459"
+_BOUNDARY = 255
+_LAST_LABEL = 459
+
+_VOC_FOLDER = """
+
+    DIR/VOC2012/JPEGImages/*.jpg
+    DIR/VOC2012/SegmentationClass/*.png                       palette pictures, the index is the class
+    DIR/VOC2012/ImageSets/Segmentation/train.txt, val.txt
+
+DIR is VOCdevkit, or VOC2012 itself. """
+VOC_20_LAYOUT = f"PASCAL VOC 2012: 20 kinds of objects, the background is void.{_VOC_FOLDER}0 and 255 are void."
+VOC_21_LAYOUT = f"PASCAL VOC 2012: 20 kinds of objects, and the background as class 0.{_VOC_FOLDER}255 is void."
+VOC_20B_LAYOUT = (
+    "PASCAL VOC 2012: 20 kinds of objects, and the background as the last class, for scores with background words."
+    f"{_VOC_FOLDER}255 is void."
+)
+_CONTEXT_FOLDER = """
+
+    DIR/VOC2010/JPEGImages/*.jpg
+    DIR/VOC2010/trainval/*.mat                    LabelMap, 0..459; or, where this folder is not there,
+    DIR/VOC2010/trainval_merged.json              the same as run lengths (also in DIR)
+    DIR/VOC2010/ImageSets/Main/train.txt, val.txt
+
+DIR is VOCdevkit, or VOC2010 itself. The images of a split are those of `phase` in trainval_merged.json; without that
+file those of ImageSets/SegmentationContext/train.txt and val.txt, or of ImageSets/Main. 0 is void"""
+CONTEXT_59_LAYOUT = f"PASCAL-Context: the 59 frequent classes.{_CONTEXT_FOLDER}, and so are the other 400 labels."
+CONTEXT_459_LAYOUT = f"PASCAL-Context: all 459 classes.{_CONTEXT_FOLDER}."
+CONTEXT_COUNTS = {"train": 4_998, "val": 5_105}
+CONTEXT_NOTE = (
+    "Some projects share a list of 5,104 validation images, one fewer; which one is left out, and why, is unknown."
+)
+
+
+def find_voc(void: tuple[int, ...], source: Path, split: str) -> list[Picture]:
+    """The images of a list of VOC 2012, in its order."""
+    folder = _year(source, "VOC2012")
+    names = names_in(folder / "ImageSets" / "Segmentation" / f"{split}.txt")
+    images, maps = require(folder / "JPEGImages"), require(folder / "SegmentationClass")
+    return listed(names, images, maps, partial(_read_voc, void), split)
+
+
+def _year(source: Path, year: str) -> Path:
+    return source / year if (source / year).is_dir() else source
+
+
+def _read_voc(void: tuple[int, ...], path: Path, shape: tuple[int, int]) -> Segmentation:
+    table = {raw: index for raw, index in raw_ids(VOC_21).items() if raw not in void}
+    if 0 in void:
+        table = raw_ids(VOC_20)
+    return semantic_segments(look_up(read_numbers(path, shape, ("P", "L")), table, void, path))
+
+
+def find_context(vocabulary: str, source: Path, split: str) -> list[Picture]:
+    """The images of PASCAL-Context, from the .mat files or from the merged JSON."""
+    folder = _year(source, "VOC2010")
+    images = require(folder / "JPEGImages", "the images of VOC 2010")
+    merged = next(
+        (p / "trainval_merged.json" for p in (folder, source) if (p / "trainval_merged.json").is_file()), None
+    )
+    if (folder / "trainval").is_dir():
+        names = _names(folder, merged, split)
+        return listed(names, images, folder / "trainval", partial(_read_mat, vocabulary), split, (".jpg", ".mat"))
+    if merged is None:
+        raise ValueError(
+            f"There is neither {folder / 'trainval'}, the folder of the .mat files, nor "
+            f"{folder / 'trainval_merged.json'}: the folder is not laid out as published."
+        )
+    return _find_merged(vocabulary, images, merged, split)
+
+
+def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
+    if merged is not None:
+        return [Path(image["file_name"]).stem for image in _load(merged)["images"] if image["phase"] == split]
+    lists = [folder / "ImageSets" / place / f"{split}.txt" for place in ("SegmentationContext", "Main")]
+    # Lists of Main have a second column in some releases.
+    return [name.split()[0] for name in names_in(next((path for path in lists if path.is_file()), lists[-1]))]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or "images" not in content or "annos_segmentation" not in content:
+        raise ValueError(f"{path} lacks images or annos_segmentation.")
+    return content
+
+
+def _find_merged(vocabulary: str, images: Path, path: Path, split: str) -> list[Picture]:
+    content = _load(path)
+    masks = defaultdict(list)
+    for annotation in content["annos_segmentation"]:
+        masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
+    return [
+        Picture(
+            Path(image["file_name"]).stem,
+            images / image["file_name"],
+            partial(_read_merged, vocabulary, path, image["file_name"], masks[image["image_id"]]),
+            split,
+        )
+        for image in content["images"]
+        if image["phase"] == split
+    ]
+
+
+def _segmentation(vocabulary: str, labels: np.ndarray, path: Path | str) -> Segmentation:
+    table = raw_ids(vocabulary)
+    void = set(range(_LAST_LABEL + 1)) - table.keys()
+    return semantic_segments(look_up(labels, table, void, path))
+
+
+def _read_mat(vocabulary: str, path: Path, shape: tuple[int, int]) -> Segmentation:
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise RuntimeError("The .mat files of PASCAL-Context are read by scipy: pip install scipy") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the file is missing")
+    try:
+        labels = loadmat(path)["LabelMap"]
+    except Exception as error:  # scipy raises errors of many types
+        raise ValueError(f"{path}: its LabelMap cannot be read: {error}") from error
+    check_size(path, labels.shape, shape)
+    return _segmentation(vocabulary, labels, path)
+
+
+def _read_merged(
+    vocabulary: str, path: Path, name: str, masks: list[tuple[int, dict[str, Any]]], shape: tuple[int, int]
+) -> Segmentation:
+    place = f"{path}, {name}"
+    if not masks:
+        raise ValueError(f"{path.name} has no annotation of this image")
+    labels = np.zeros(shape, dtype=np.int32)
+    for category, code in masks:
+        mask = _decode(code, place)
+        check_size(place, mask.shape, shape)
+        taken = labels[mask]
+        if wrong := sorted(set(taken.tolist()) - {0, category}):
+            raise ValueError(f"{place}: the masks of the classes {wrong} and {category} overlap")
+        labels[mask] = category
+    return _segmentation(vocabulary, labels, place)
+
+
+def _decode(code: dict[str, Any], place: str) -> np.ndarray:
+    """(H, W) bool of a run-length code, compressed or not."""
+    try:
+        from pycocotools import mask as coder
+    except ImportError as error:
+        raise RuntimeError("Run lengths are decoded by pycocotools: pip install pycocotools") from error
+    try:
+        if isinstance(code["counts"], list):
+            code = coder.frPyObjects(code, *code["size"])
+        return coder.decode(code).astype(bool)
+    except Exception as error:  # pycocotools raises errors of many types
+        raise ValueError(f"{place}: a run-length code cannot be read: {error}") from error
+
+
+_VOC_COUNTS = {"train": 1_464, "val": 1_449}
+_OTHER_COUNTS = {"val": (5_104,)}
+
+BENCHMARKS = (
+    Benchmark(VOC_20, VOC_20, VOC_20_LAYOUT, partial(find_voc, (0, _BOUNDARY)), _VOC_COUNTS),
+    Benchmark(VOC_21, VOC_21, VOC_21_LAYOUT, partial(find_voc, (_BOUNDARY,)), _VOC_COUNTS),
+    Benchmark(
+        "pascal_voc_20b",
+        VOC_21,
+        VOC_20B_LAYOUT,
+        partial(find_voc, (_BOUNDARY,)),
+        _VOC_COUNTS,
+        subset=(*range(1, 21), 0),
+    ),
+    *(
+        Benchmark(name, name, layout, partial(find_context, name), CONTEXT_COUNTS, CONTEXT_NOTE, _OTHER_COUNTS)
+        for name, layout in ((CONTEXT_59, CONTEXT_59_LAYOUT), (CONTEXT_459, CONTEXT_459_LAYOUT))
+    ),
+)

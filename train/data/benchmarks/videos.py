@@ -1,0 +1,315 @@
+"""VSPW (Miao et al., CVPR 2021) and VIPSeg (Miao et al., CVPR 2022): videos, semantic and panoptic.
+
+An `image_id` is VIDEO/FRAME, which leads to the names of the files; `frame` counts the frames of a video from 0, and
+keeps counting where one cannot be read. Segments of VIPSeg keep their id over the frames of a video.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from modeling_gkc.vocabulary_files import packaged_facts
+
+from ..benchmark import Benchmark, look_up, raw_ids, read_colour_ids, read_numbers, require, semantic_segments
+from ..pictures import IMAGE_SUFFIXES, Picture, Segmentation
+from ..schema import VOID, ids_within
+from ..splits import novel_positions
+from .raw_segments import BITS_16, segments_of_values
+
+VSPW, VIPSEG = "vspw_124", "vipseg_124"
+VSPW_LAYOUT = """\
+VSPW: semantic segmentation of videos
+
+    the archive VSPW_480p, not the full-size release
+    train.txt, val.txt               names of 2,806 and 343 videos
+    data/VIDEO/origin/FRAME.jpg      data/VIDEO/mask/FRAME.png    0 and 255 void, else 1..124"""
+VIPSEG_LAYOUT = """\
+VIPSeg: panoptic segmentation of videos
+
+    the archive, and what the owners' scripts make of it at 720p, which is taken where it is there
+    train.txt, val.txt               names of 2,806 and 343 videos
+    imgs/VIDEO/FRAME.jpg             panomasks/VIDEO/FRAME.png    16 bits: 0 void, 1..124, 100 * class + instance
+    VIPSeg_720P/images/VIDEO/FRAME.jpg    VIPSeg_720P/panomasksRGB/VIDEO/FRAME.png
+    VIPSeg_720P/panoptic_gt_VIPSeg.json, or ..._train.json and ..._val.json"""
+DAMAGED_VIDEO = "988_f_Xvy_DCPt8"
+_VSPW_DISCREPANCY = (
+    f"Frames of the video {DAMAGED_VIDEO} are empty files (0 bytes) in the first release: download a later one, or go "
+    "on without them. The number of frames of val, 24502, is told in the literature, not in the release."
+)
+VSPW_VOID = (0, 255)
+_VIDEOS = {"train": 2806, "val": 343}
+_VSPW_HEIGHT, _VIPSEG_HEIGHT = 480, 720
+_SMALL = "VIPSeg_720P"
+_LAST_STUFF, _INSTANCES_OF_A_CLASS = 124, 100
+
+
+def find_vspw(folder: Path, split: str) -> list[Picture]:
+    """The frames of a split of VSPW, a segment per class.
+
+    Raises:
+        ValueError: the folder is not laid out as published; what is missing is named.
+
+    Warns:
+        UserWarning: there are more or fewer videos than published, or frames are not 480 pixels high.
+    """
+    root = folder / "VSPW_480p" if (folder / "VSPW_480p").is_dir() else folder
+    data, read = require(root / "data", "the videos"), partial(_read_vspw, raw_ids(VSPW))
+    pictures = []
+    for video in _video_names(root / f"{split}.txt", split):
+        pictures += _frames(video, data / video / "origin", data / video / "mask", lambda _, mask: partial(read, mask))
+    advice = "this seems to be the full-size release, on which no numbers are published: use VSPW_480p"
+    _warn_of_heights(pictures, _VSPW_HEIGHT, advice)
+    return pictures
+
+
+def _read_vspw(table: Mapping[int, int], mask: Path, shape: tuple[int, int]) -> Segmentation:
+    return semantic_segments(look_up(read_numbers(mask, shape), table, VSPW_VOID, mask))
+
+
+def find_vipseg(folder: Path, split: str) -> list[Picture]:
+    """The frames of a split of VIPSeg, a segment per object or kind of stuff.
+
+    Raises:
+        ValueError: the folder is not laid out as published, or the JSON has other categories; what differs is named.
+
+    Warns:
+        UserWarning: there are more or fewer videos than published, or frames are not 720 pixels high.
+    """
+    small = folder / _SMALL if (folder / _SMALL).is_dir() else folder
+    has_own_list = folder.name != _SMALL or (folder / f"{split}.txt").is_file()
+    names = folder if has_own_list else folder.parent
+    found = [small / f"panoptic_gt_VIPSeg{end}.json" for end in (f"_{split}", "")]
+    annotations = next((path for path in found if path.is_file()), None)
+    if annotations is not None and (small / "panomasksRGB").is_dir():
+        pictures = _find_vipseg_json(small, annotations, names / f"{split}.txt", split)
+    else:
+        root = small if (small / "panomasks").is_dir() else folder
+        pictures = _find_vipseg_raw(root, names / f"{split}.txt", split)
+    advice = "numbers are published at that height, which the owners' scripts bring them to; see --help"
+    _warn_of_heights(pictures, _VIPSEG_HEIGHT, advice)
+    return pictures
+
+
+def _find_vipseg_raw(folder: Path, names: Path, split: str) -> list[Picture]:
+    images = next((folder / name for name in ("imgs", "images") if (folder / name).is_dir()), folder / "imgs")
+    require(images, "the images")
+    masks = require(folder / "panomasks", "the masks")
+    things = [bool(entry["is_thing"]) for entry in packaged_facts(VIPSEG)["classes"]]
+    read = partial(_read_vipseg_raw, things)
+    pictures = []
+    for video in _video_names(names, split):
+        pictures += _frames(video, images / video, masks / video, lambda _, mask: partial(read, mask))
+    return pictures
+
+
+def _read_vipseg_raw(things: Sequence[bool], mask: Path, shape: tuple[int, int]) -> Segmentation:
+    return segments_of_values(read_numbers(mask, shape, BITS_16), partial(_vipseg_meaning, things), mask)
+
+
+def _vipseg_meaning(things: Sequence[bool], value: int) -> tuple[int, bool] | None:
+    """Class of a value of a raw mask, which counts classes from 1; objects without a number are one segment."""
+    if value <= _LAST_STUFF:
+        return value - 1, False  # 0 becomes -1, void
+    category = value // _INSTANCES_OF_A_CLASS - 1
+    return (category, False) if category < len(things) and things[category] else None
+
+
+def _find_vipseg_json(root: Path, path: Path, names: Path, split: str) -> list[Picture]:
+    content = _load(path)
+    _check_categories(content["categories"], path)
+    annotated = {video["video_id"]: _by_frame(video["annotations"]) for video in content["annotations"]}
+    # The JSON of all splits needs the list; that of one split is checked against it where there is one.
+    needs_list = names.is_file() or not path.stem.endswith(f"_{split}")
+    videos = _video_names(names, split) if needs_list else sorted(annotated)
+    if not needs_list:
+        _warn_of_number(videos, split, path)
+    pictures = []
+    for video in videos:
+        frames = annotated.get(video, {})
+        read = partial(_vipseg_json_reader, path, frames)
+        pictures += _frames(video, root / "images" / video, root / "panomasksRGB" / video, read, frames)
+    return pictures
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: this is no JSON, it may be cut off: {error}") from error
+    missing = {"annotations", "categories"} - (content.keys() if isinstance(content, dict) else set())
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}: make it with the owners' script.")
+    return content
+
+
+def _check_categories(categories: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse a JSON whose numbers mean other classes: counted from 1, say, or of a part of the classes."""
+    entries = packaged_facts(VIPSEG)["classes"]
+    expected = {entry["id"]: entry.get("official_name", entry["name"]) for entry in entries}
+    found = {category["id"]: category["name"] for category in categories}
+    if found != expected:
+        number = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+        raise ValueError(
+            f"{path}: its category {number} is {found.get(number)!r}, but in VIPSeg {expected.get(number)!r}; use the "
+            "owners' panoVIPSeg_categories.json, which counts 124 classes from 0."
+        )
+
+
+def _by_frame(annotations: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, int]]:
+    """By frame, the category of each segment id."""
+    return {
+        Path(frame["file_name"]).stem: {info["id"]: info["category_id"] for info in frame["segments_info"]}
+        for frame in annotations
+    }
+
+
+def _vipseg_json_reader(path: Path, frames: Mapping[str, Mapping[int, int]], frame: str, mask: Path) -> partial:
+    return partial(_read_vipseg_json, path, frames, frame, mask)
+
+
+def _read_vipseg_json(
+    path: Path, frames: Mapping[str, Mapping[int, int]], frame: str, mask: Path, shape: tuple[int, int]
+) -> Segmentation:
+    if frame not in frames:
+        raise ValueError(f"{mask}: {path} does not describe this frame")
+    listed, ids = frames[frame], read_colour_ids(mask, shape)
+    present = set(ids_within(ids).tolist()) - {VOID}
+    if present != listed.keys():
+        raise ValueError(
+            f"{mask}: ids in the picture alone {sorted(present - listed.keys())}, in {path} alone "
+            f"{sorted(listed.keys() - present)}"
+        )
+    num_classes = len(raw_ids(VIPSEG))
+    unknown = sorted(set(listed.values()) - set(range(num_classes)))
+    if unknown:
+        raise ValueError(f"{mask}: {path} gives it the categories {unknown}, expected 0 to {num_classes - 1}")
+    changed = _changed_ids(frames, listed)
+    if changed:
+        raise ValueError(f"{mask}: the segments {changed} have another category in other frames of the video")
+    return ids, [{"id": key, "category_id": listed[key], "iscrowd": False} for key in sorted(listed)]
+
+
+def _changed_ids(frames: Mapping[str, Mapping[int, int]], listed: Mapping[int, int]) -> list[int]:
+    """Ids of a frame that stand for another category elsewhere in the video."""
+    return sorted(
+        key for key in listed if any(other.get(key, listed[key]) != listed[key] for other in frames.values())
+    )
+
+
+def _video_names(path: Path, split: str) -> list[str]:
+    """The videos of a split, in the order of its list.
+
+    Raises:
+        ValueError: there is no such list, or it names nothing, or a video twice.
+    """
+    require(path, "the list of videos")
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated or not names:
+        raise ValueError(f"{path} names {f'{repeated[:5]} more than once' if repeated else 'no video'}.")
+    _warn_of_number(names, split, path)
+    return names
+
+
+def _warn_of_number(videos: Sequence[str], split: str, path: Path) -> None:
+    if len(videos) != _VIDEOS[split]:
+        warnings.warn(f"{path} names {len(videos)} videos; {_VIDEOS[split]} are published.", UserWarning, stacklevel=2)
+
+
+def _frames(
+    video: str, images: Path, masks: Path, reader: Callable[[str, Path], partial], listed: Collection[str] = ()
+) -> list[Picture]:
+    """The frames of a video in order: those with an image, with a mask, or listed, so that a missing file is reported.
+
+    Args:
+        video: its name.
+        images: folder of its images.
+        masks: folder of its masks.
+        reader: a frame's name and the file of its mask -> what reads it.
+        listed: further frames that must be there.
+    """
+    image_files, mask_files = _files(images), _files(masks)
+    names = sorted({*image_files, *mask_files, *listed}, key=_frame_order)
+    if not names:  # without this, a video that is not there would just not be counted
+        return [Picture(video, images / "(no frames)", reader("", masks), video_id=video)]
+    return [
+        Picture(
+            f"{video}/{name}",
+            image_files.get(name, images / f"{name}.jpg"),
+            reader(name, mask_files.get(name, masks / f"{name}.png")),
+            video_id=video,
+            frame=number,
+        )
+        for number, name in enumerate(names)
+    ]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder by their name without suffix."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return {p.stem: p for p in found if p.suffix.casefold() in IMAGE_SUFFIXES and not p.name.startswith(".")}
+
+
+def _frame_order(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isdecimal() else (0, name)
+
+
+def _warn_of_heights(pictures: Sequence[Picture], expected: int, advice: str) -> None:
+    """Look at one frame of each video, without decoding it."""
+    first = {picture.video_id: picture.image for picture in reversed(pictures)}
+    heights = {video: _height(path) for video, path in first.items()}
+    other = [video for video, height in heights.items() if height not in (expected, None)]
+    if other:
+        warnings.warn(
+            f"frames of {len(other)} of {len(heights)} videos are not {expected} pixels high ({other[-1]}: "
+            f"{heights[other[-1]]}): {advice}.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _height(path: Path) -> int | None:
+    try:
+        with Image.open(path) as picture:
+            return picture.height
+    except Exception:  # reported with the file's name when it is read; Pillow's decoders raise errors of many types
+        return None
+
+
+def _subset(name: str, novel: bool) -> Benchmark:
+    positions = novel_positions(VIPSEG)
+    kept = [index for index in range(len(raw_ids(VIPSEG))) if (index in positions) == novel]
+    return Benchmark(
+        name=name,
+        vocabulary=VIPSEG,
+        layout=VIPSEG_LAYOUT,
+        find=find_vipseg,
+        splits=dict.fromkeys(_VIDEOS),
+        subset=kept,
+    )
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="vspw_124",
+        vocabulary=VSPW,
+        layout=VSPW_LAYOUT,
+        find=find_vspw,
+        splits={"train": None, "val": 24502},
+        discrepancy=_VSPW_DISCREPANCY,
+    ),
+    Benchmark(
+        name="vipseg_124",
+        vocabulary=VIPSEG,
+        layout=VIPSEG_LAYOUT,
+        find=find_vipseg,
+        splits=dict.fromkeys(_VIDEOS),
+    ),
+    _subset("vipseg_124_base", novel=False),
+    _subset("vipseg_124_novel", novel=True),
+)

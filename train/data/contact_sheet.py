@@ -1,0 +1,258 @@
+"""A picture of samples for people: images, overlays and legends, so that names and colours can be checked."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from modeling_gkc.visualization import MAX_SIDE, MIN_SIDE, DrawnSegment, draw_overlay, shade
+from modeling_gkc.vocabulary import Vocabulary
+
+from .schema import NO_CLASS, ids_within
+
+PAPER, INK, FAINT_INK = (255, 255, 255), (25, 25, 25), (110, 110, 110)
+_MARGIN, _LINE, _SWATCH, _FONT_SIZE = 12, 26, 18, 16
+_HATCH_STEP, _HATCH_WIDTH = 14, 3
+Color = tuple[int, int, int]
+
+
+@dataclass
+class Sample:
+    """An image (H, W, 3) uint8, its segment ids (H, W) and its segments as in `train.data.schema`."""
+
+    image: np.ndarray
+    ids: np.ndarray
+    segments: Sequence[Mapping[str, Any]]
+
+    @property
+    def classes(self) -> dict[int, int]:
+        """Class by segment id, of the segments that have one."""
+        return {segment["id"]: segment["category_id"] for segment in self.segments if segment["category_id"] >= 0}
+
+
+@dataclass
+class SheetRow:
+    """One or more samples, such as frames of a video, with one legend."""
+
+    title: str
+    samples: Sequence[Sample] = ()
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LegendEntry:
+    """A class, its colour (None: void), its share of the pixels of a row, its objects and crowds."""
+
+    label: str
+    color: Color | None
+    share: float
+    objects: int = 0
+    crowds: int = 0
+
+    @property
+    def text(self) -> str:
+        """The entry in words."""
+        parts = [self.label, f"{100 * self.share:.0f} %" if self.share >= 0.01 else "< 1 %"]
+        parts += [f"{self.objects} objects"] if self.objects > 1 else []
+        parts += [f"{self.crowds} crowd"] if self.crowds else []
+        return "   ".join(parts)
+
+
+def draw_sheet(heading: str, rows: Sequence[SheetRow], vocabulary: Vocabulary) -> Image.Image:
+    """Draw rows below each other.
+
+    A row shows images and, at their right or below them, overlays with outlines and names. Classes have the colours of
+    the vocabulary, further objects of a class shades of it; void is hatched and listed apart.
+
+    Args:
+        heading: a line above all.
+        rows: what to show.
+        vocabulary: names and colours of the classes.
+
+    Returns:
+        An RGB picture.
+    """
+    drawn = [_draw_row(row, vocabulary) for row in rows]
+    heading_height = _LINE + 2 * _MARGIN
+    width = max([row.width for row in drawn] + [_text_width(heading) + 2 * _MARGIN])
+    sheet = Image.new("RGB", (width, heading_height + sum(row.height for row in drawn)), PAPER)
+    ImageDraw.Draw(sheet).text((_MARGIN, heading_height / 2), heading, INK, _font(), anchor="lm")
+    top = heading_height
+    for row in drawn:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def legend(samples: Sequence[Sample], vocabulary: Vocabulary) -> list[LegendEntry]:
+    """What is in some samples, the largest class first and void, pixels without a class, last.
+
+    Args:
+        samples: one image, or frames of one video: an object has the same id in all of them.
+        vocabulary: names and colours.
+    """
+    areas, objects, crowds = Counter(), {}, {}
+    for sample in samples:
+        classes = sample.classes
+        kept = {segment["id"]: segment["iscrowd"] for segment in sample.segments}
+        for number, area in _areas(sample.ids).items():
+            category = classes.get(number, NO_CLASS)
+            areas[category] += area
+            if category != NO_CLASS:
+                (crowds if kept[number] else objects).setdefault(category, set()).add(number)
+    total, palette = sum(areas.values()), vocabulary.palette
+    entries = [
+        LegendEntry(
+            vocabulary.labels[category],
+            palette[category],
+            area / total,
+            len(objects.get(category, ())),
+            len(crowds.get(category, ())),
+        )
+        for category, area in areas.most_common()
+        if category != NO_CLASS
+    ]
+    void = [LegendEntry("(void)", None, areas[NO_CLASS] / total)] if areas[NO_CLASS] else []
+    return entries + void
+
+
+def overlay(sample: Sample, vocabulary: Vocabulary, shades: Mapping[int, int] | None = None) -> Image.Image:
+    """A sample's image with its segments, outlines and names, void hatched.
+
+    Args:
+        sample: what to draw.
+        vocabulary: names and colours.
+        shades: by segment id, which shade of its class's colour it has; None: as `shade_steps` of this sample.
+
+    Returns:
+        An RGB picture as large as `enlarged` makes the image.
+    """
+    shades = shade_steps([sample]) if shades is None else shades
+    image = enlarged(sample.image)
+    size = image.size
+    classes, palette = sample.classes, vocabulary.palette
+    # Ids are as large as 2**24; those that are there are counted from 0.
+    present = [number for number in ids_within(sample.ids).tolist() if number in classes]
+    small = np.full(sample.ids.shape, len(present), dtype=np.int32)
+    for index, number in enumerate(present):
+        small[sample.ids == number] = index
+    small = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.NEAREST))
+    crowds = {segment["id"] for segment in sample.segments if segment["iscrowd"]}
+    drawn = [
+        DrawnSegment(
+            index,
+            vocabulary.labels[classes[number]] + (" (crowd)" if number in crowds else ""),
+            shade(palette[classes[number]], shades.get(number, 0)),
+        )
+        for index, number in enumerate(present)
+    ]
+    hatched = np.where((small == len(present))[..., None] & _hatching(size)[..., None], 255, np.asarray(image))
+    # Of this size, the picture is neither enlarged nor reduced again; its legend is left off.
+    return draw_overlay(Image.fromarray(hatched.astype(np.uint8)), small, drawn).crop((0, 0, *size))
+
+
+def shade_steps(samples: Sequence[Sample]) -> dict[int, int]:
+    """By segment id its place among the objects of its class, the same in all frames of a video."""
+    classes = {number: category for sample in samples for number, category in sample.classes.items()}
+    earlier: Counter[int] = Counter()
+    steps = {}
+    for number in sorted(classes):
+        steps[number] = earlier[classes[number]]
+        earlier[classes[number]] += 1
+    return steps
+
+
+def enlarged(image: np.ndarray) -> Image.Image:
+    """An image at the size at which `draw_overlay` keeps it: its short side `MIN_SIDE`, or its long one `MAX_SIDE`."""
+    picture = Image.fromarray(image)
+    scale = min(MIN_SIDE / min(picture.size), MAX_SIDE / max(picture.size))
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
+def _hatching(size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool: diagonal lines."""
+    columns, rows = np.arange(size[0]), np.arange(size[1])
+    return (columns[None] + rows[:, None]) % _HATCH_STEP < _HATCH_WIDTH
+
+
+def _areas(ids: np.ndarray) -> dict[int, int]:
+    numbers, counts = np.unique(ids, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def _draw_row(row: SheetRow, vocabulary: Vocabulary) -> Image.Image:
+    """Title, images beside or above their overlays, and the legend."""
+    pictures = _pictures(row.samples, vocabulary)
+    entries = legend(row.samples, vocabulary) if row.samples else []
+    body = max(pictures.height, 8 * _LINE if entries else 0)
+    key = _draw_legend(entries, body)
+    lines = [row.title, *row.problems]
+    head = len(lines) * _LINE + _MARGIN
+    width = max(pictures.width + key.width, *map(_text_width, lines)) + 3 * _MARGIN
+    canvas = Image.new("RGB", (width, head + max(body, key.height) + 2 * _MARGIN), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.line((_MARGIN, 0, width - _MARGIN, 0), FAINT_INK)
+    for number, line in enumerate(lines):
+        draw.text((_MARGIN, _MARGIN + number * _LINE), line, INK, _font())
+    canvas.paste(pictures, (_MARGIN, head))
+    canvas.paste(key, (pictures.width + 2 * _MARGIN, head))
+    return canvas
+
+
+def _pictures(samples: Sequence[Sample], vocabulary: Vocabulary) -> Image.Image:
+    """One sample as image and overlay side by side; several as a line of images and one of overlays."""
+    if not samples:
+        return Image.new("RGB", (1, 1), PAPER)
+    shades = shade_steps(samples)
+    pairs = [(enlarged(sample.image), overlay(sample, vocabulary, shades)) for sample in samples]
+    if len(pairs) == 1:
+        return _line_up(pairs[0])
+    above, below = (_line_up([pair[place] for pair in pairs]) for place in (0, 1))
+    return _line_up([above, below], downwards=True)
+
+
+def _line_up(pictures: Sequence[Image.Image], downwards: bool = False) -> Image.Image:
+    gap, axis = _MARGIN // 2, int(downwards)
+    size = [max(picture.size[side] for picture in pictures) for side in (0, 1)]
+    size[axis] = sum(picture.size[axis] + gap for picture in pictures) - gap
+    canvas, place = Image.new("RGB", size, PAPER), [0, 0]
+    for picture in pictures:
+        canvas.paste(picture, tuple(place))
+        place[axis] += picture.size[axis] + gap
+    return canvas
+
+
+def _draw_legend(entries: Sequence[LegendEntry], height: int) -> Image.Image:
+    """Entries in as many columns as the height asks for."""
+    if not entries:
+        return Image.new("RGB", (1, 1), PAPER)
+    per_column = max(1, height // _LINE)
+    columns = -(-len(entries) // per_column)
+    column_width = _SWATCH + 3 * _MARGIN + max(_text_width(entry.text) for entry in entries)
+    canvas = Image.new("RGB", (columns * column_width, min(per_column, len(entries)) * _LINE), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for index, entry in enumerate(entries):
+        column, row = divmod(index, per_column)
+        left, middle = column * column_width, row * _LINE + _LINE // 2
+        canvas.paste(_swatch(entry.color), (left, middle - _SWATCH // 2))
+        draw.text((left + _SWATCH + _MARGIN, middle), entry.text, INK, _font(), anchor="lm")
+    return canvas
+
+
+def _swatch(color: Color | None) -> Image.Image:
+    swatch = Image.new("RGB", (_SWATCH, _SWATCH), color or FAINT_INK)
+    if color is None:
+        swatch.paste(PAPER, mask=Image.fromarray(_hatching(swatch.size)))
+    ImageDraw.Draw(swatch).rectangle((0, 0, _SWATCH - 1, _SWATCH - 1), outline=FAINT_INK)
+    return swatch
+
+
+def _text_width(text: str) -> int:
+    return round(_font().getlength(text))
+
+
+def _font() -> ImageFont.ImageFont:
+    return ImageFont.load_default(size=_FONT_SIZE)

@@ -1,0 +1,385 @@
+"""Turn a benchmark, as it is published, into a dataset of Parquet files that training and evaluation read.
+
+    python -m train.data.prepare ade20k_150 --source ADEChallengeData2016 --out data/ade20k_150
+    python -m train.data.prepare coco_panoptic_133 --source coco --out data/coco --split val --num-proc 8
+
+Images are stored as the bytes of their files, labels without loss. Every value of every annotation is checked; files
+that are missing, damaged, of another size than their image or with unexpected values are listed by name, and nothing
+counts as finished while there is one, unless --skip-broken allows it. A killed command, given again, goes on with
+the files that are finished; given once more after that, it does nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from modeling_gkc.cli_common import warnings_as_lines
+from modeling_gkc.vocabulary import Vocabulary
+
+from .benchmark import Benchmark
+from .benchmarks import all_benchmarks, benchmark_named
+from .pictures import Picture
+from .prepared import ARROW_FOLDER, FORMAT, MANIFEST_NAME, VOCABULARY_NAME, read_manifest, vocabulary_json, write_json
+from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, finished_report, plan_shards, write_shards
+
+IMAGES_PER_SHARD = 500
+_SHOWN_PROBLEMS = 50
+_EPILOG = """\
+OUT then holds vocabulary.json, prepared.json (what was found, class by class) and SPLIT-00000-of-00007.parquet, ...;
+name it as the dataset of a recipe or as --data of `python -m train.evaluate`.
+
+`python -m train.data.prepare BENCHMARK --help` shows how the published folder must be laid out.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prepare.
+
+    Attributes:
+        num_proc: processes; nothing that is written depends on them.
+        skip_broken: go on though so many images at most cannot be used or are missing; None allows none.
+        limit: only the first images of each split, for a trial.
+        any_count: do not compare the number of images with the published one.
+        images_per_shard: of each Parquet file.
+        progress: show progress bars.
+    """
+
+    num_proc: int = 1
+    skip_broken: int | None = None
+    limit: int | None = None
+    any_count: bool = False
+    images_per_shard: int = IMAGES_PER_SHARD
+    progress: bool = True
+
+    def stored(self) -> dict[str, Any]:
+        """What of them decides about what is written."""
+        return {"limit": self.limit, "images_per_shard": self.images_per_shard}
+
+
+def prepare(
+    benchmark: Benchmark,
+    source: Path,
+    out: Path,
+    splits: Sequence[str] | None = None,
+    settings: Settings | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Prepare splits of a benchmark; see the module.
+
+    Args:
+        benchmark: one of `train.data.benchmarks`.
+        source: its folder, as it is published.
+        out: folder to make, or to go on with.
+        splits: which; None for all that the benchmark has.
+        settings: see `Settings`.
+
+    Returns:
+        For each split what `prepared.json` holds of it; where `complete` is false, `problems` say why.
+
+    Raises:
+        ValueError: `source` is not laid out as published, or `out` holds something else; what to do is said.
+        RuntimeError: a library is missing, or a worker process was killed.
+    """
+    settings, source, out = settings or Settings(), Path(source), Path(out)
+    splits = _check_splits(benchmark, splits)
+    manifest = _open_folder(benchmark, source, out, settings)
+    for split in splits:
+        known = manifest["splits"].get(split)
+        if known is None or not known["complete"] or _missing_files(out, known):
+            _prepare_split(benchmark, source, out, split, settings, manifest)
+    if not any((out / PROGRESS_FOLDER).glob("*")):
+        shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
+    return {split: manifest["splits"][split] for split in splits}
+
+
+def _check_splits(benchmark: Benchmark, splits: Sequence[str] | None) -> list[str]:
+    wrong = sorted(set(splits or ()) - set(benchmark.splits))
+    if wrong:
+        raise ValueError(f"{benchmark.name} has no split {', '.join(wrong)}, but {', '.join(benchmark.splits)}.")
+    return list(dict.fromkeys(splits or benchmark.splits))
+
+
+def _missing_files(out: Path, split: dict[str, Any]) -> list[str]:
+    return [shard["file"] for shard in split["shards"] if not (out / shard["file"]).is_file()]
+
+
+def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settings) -> dict[str, Any]:
+    """The manifest to go on with, or that of a new folder."""
+    if (out / MANIFEST_NAME).is_file():
+        manifest = read_manifest(out)
+        wanted = {"benchmark": benchmark.name} | settings.stored()
+        found = {"benchmark": manifest["benchmark"]} | manifest["options"]
+        differing = [
+            f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found[name] != value
+        ]
+        if differing:
+            raise ValueError(f"{out} was begun with {'; '.join(differing)}: give the same, or name another --out.")
+        return manifest
+    if not source.is_dir():
+        raise ValueError(f"--source: {source} is no folder.")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out: {out} holds other files: name an empty or a new folder.")
+    vocabulary = benchmark.classes(source)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / VOCABULARY_NAME, vocabulary_json(vocabulary))
+    manifest = {
+        "format": FORMAT,
+        "benchmark": benchmark.name,
+        "source": str(source.resolve()),
+        "options": settings.stored(),
+        "splits": {},
+    }
+    write_json(out / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def _prepare_split(
+    benchmark: Benchmark, source: Path, out: Path, split: str, settings: Settings, manifest: dict[str, Any]
+) -> None:
+    if not source.is_dir():
+        raise ValueError(f"--source: {source} is no folder.")
+    pictures = benchmark.find(source, split)[: settings.limit]
+    _refuse_repeated_ids(pictures)
+    digest = _digest(source, pictures)
+    if (manifest["splits"].get(split) or {}).get("digest") != digest:
+        _forget(out, split)  # the source was another when a killed run began
+    manifest["splits"][split] = {"complete": False, "digest": digest, "shards": [], "problems": []}
+    write_json(out / MANIFEST_NAME, manifest)
+    vocabulary = _unchanged_classes(benchmark, source, out)
+    reports = _write(Work(benchmark, split, pictures, len(vocabulary), out), settings)
+    record = _record(benchmark, split, len(pictures), reports, vocabulary, settings) | {"digest": digest}
+    manifest["splits"][split] = record
+    _settle(out, split, reports, record["complete"])
+    write_json(out / MANIFEST_NAME, manifest)
+
+
+def _unchanged_classes(benchmark: Benchmark, source: Path, out: Path) -> Vocabulary:
+    vocabulary = benchmark.classes(source)
+    written = json.loads((out / VOCABULARY_NAME).read_text(encoding="utf-8"))["classes"]
+    if [entry["name"] for entry in written] != vocabulary.labels:
+        raise ValueError(f"{source} has other classes than {out / VOCABULARY_NAME}: name another --out.")
+    return vocabulary
+
+
+def _refuse_repeated_ids(pictures: Sequence[Picture]) -> None:
+    repeated = [name for name, count in Counter(picture.image_id for picture in pictures).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Several images are called {repeated[0]!r} ({len(repeated)} names are repeated in all).")
+
+
+def _digest(source: Path, pictures: Sequence[Picture]) -> str:
+    """By which pictures of the same names in the same order are known again."""
+    digest = hashlib.sha256(str(source.resolve()).encode())
+    for picture in pictures:
+        path = picture.image.relative_to(source) if picture.image.is_relative_to(source) else picture.image
+        digest.update(json.dumps([picture.image_id, path.as_posix()]).encode())
+    return digest.hexdigest()
+
+
+def _forget(out: Path, split: str) -> None:
+    for place in (out, out / PROGRESS_FOLDER):
+        for path in place.glob(f"{split}-*-of-*.parquet*"):
+            path.unlink()
+    shutil.rmtree(out / ARROW_FOLDER, ignore_errors=True)
+
+
+def _write(work: Work, settings: Settings) -> list[ShardReport]:
+    """The reports of all files, those of finished ones from the earlier run."""
+    plans = plan_shards(work.split, len(work.pictures), settings.images_per_shard)
+    for path in (work.out / PROGRESS_FOLDER).glob(f"{work.split}-*.parquet.*[0-9]"):
+        path.unlink()  # half a file of a killed run
+    done = {plan.file: report for plan in plans if (report := finished_report(work.out, plan))}
+    rest = [plan for plan in plans if plan.file not in done]
+    finished = sum(plan.stop - plan.start for plan in plans if plan.file in done)
+    label = f"{work.benchmark.name} {work.split}"
+    if done:
+        tqdm.write(f"{label}: going on with {finished} of {len(work.pictures)} images finished", file=sys.stderr)
+    total = len(work.pictures)
+    with tqdm(total=total, initial=finished, desc=label, unit="image", disable=not settings.progress) as bar:
+        written = write_shards(work, rest, settings.num_proc, bar.update)
+    found = done | {report.file: report for report in written}
+    return [found[plan.file] for plan in plans]
+
+
+def _record(
+    benchmark: Benchmark,
+    split: str,
+    found: int,
+    reports: Sequence[ShardReport],
+    vocabulary: Vocabulary,
+    settings: Settings,
+) -> dict[str, Any]:
+    """What `prepared.json` says of a split."""
+    problems = [problem for report in reports for problem in report.problems]
+    missing, notes = _compare_counts(benchmark, split, found, settings)
+    segments, images = Counter(), Counter()
+    for report in reports:
+        segments.update(report.segments)
+        images.update(report.class_images)
+    return {
+        "complete": len(problems) + missing <= (settings.skip_broken or 0),
+        "images": sum(report.images for report in reports),
+        "found": found,
+        "expected": benchmark.splits[split],
+        "left_out": sum(report.left_out for report in reports),
+        "notes": notes,
+        "problems": problems,
+        "classes": {
+            label: {"segments": segments[index], "images": images[index]}
+            for index, label in enumerate(vocabulary.labels)
+        },
+        "shards": [{"file": report.file, "images": report.images, "sha256": report.sha256} for report in reports],
+    }
+
+
+def _compare_counts(benchmark: Benchmark, split: str, found: int, settings: Settings) -> tuple[int, list[str]]:
+    """How many images too few or too many there are, and what is to be said about it."""
+    expected, others = benchmark.splits[split], benchmark.other_counts.get(split, ())
+    if settings.limit is not None or expected is None or found == expected:
+        return 0, []
+    note = f"{found} images were found, {expected} are published."
+    note += f" {benchmark.discrepancy}" if benchmark.discrepancy else ""
+    if found in others or settings.any_count:
+        return 0, [note]
+    return abs(expected - found), [f"{note} If the folder is meant to hold others, give --any-count."]
+
+
+def _settle(out: Path, split: str, reports: Sequence[ShardReport], complete: bool) -> None:
+    """Of a finished split drop the notes for going on, of another the files that are not in order."""
+    for report in reports:
+        note = out / PROGRESS_FOLDER / f"{report.file}.json"
+        if complete or report.problems:
+            note.unlink(missing_ok=True)
+        if not complete and report.problems:
+            (out / report.file).unlink(missing_ok=True)
+
+
+def describe(benchmark: Benchmark, splits: dict[str, dict[str, Any]], out: Path) -> str:
+    """The outcome for people."""
+    lines = []
+    for split, record in splits.items():
+        expected = f" of {record['expected']} published" if record["expected"] is not None else ""
+        left_out = f", {record['left_out']} left out by the rule of the variant" if record["left_out"] else ""
+        state = "finished" if record["complete"] else "NOT finished"
+        lines.append(f"{benchmark.name} {split}: {state}, {record['images']} images{expected}{left_out}, in {out}")
+        lines += [f"  {note}" for note in record["notes"]]
+        absent = [label for label, counts in record["classes"].items() if counts["images"] == 0]
+        if absent:
+            shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+            lines.append(f"  {len(absent)} of {len(record['classes'])} classes are in no image: {shown}")
+        lines += _problem_lines(record, out)
+    return "\n".join(lines)
+
+
+def _problem_lines(record: dict[str, Any], out: Path) -> list[str]:
+    problems = record["problems"]
+    if not problems:
+        return []
+    lines = [f"  {len(problems)} images cannot be used:", *(f"    {line}" for line in problems[:_SHOWN_PROBLEMS])]
+    if len(problems) > _SHOWN_PROBLEMS:
+        lines.append(f"    ... and {len(problems) - _SHOWN_PROBLEMS} more, all in {out / MANIFEST_NAME}")
+    if not record["complete"]:
+        lines.append(f"  Mend the files and give the command again, or leave them out: --skip-broken {len(problems)}")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m train.data.prepare", description=__doc__, epilog=_EPILOG, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK", title="benchmarks")
+    for name, benchmark in all_benchmarks().items():
+        summary = benchmark.layout.strip().splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary.replace("%", "%%"), description=_layout_help(benchmark), formatter_class=raw
+        )
+        _add_arguments(command, benchmark)
+    return parser
+
+
+def _layout_help(benchmark: Benchmark) -> str:
+    counts = ", ".join(
+        f"{split} ({'number not published' if number is None else f'{number:,} images'})"
+        for split, number in benchmark.splits.items()
+    )
+    notes = f"\n\n{benchmark.discrepancy}" if benchmark.discrepancy else ""
+    return f"{benchmark.layout.strip()}\n\nsplits: {counts}{notes}"
+
+
+def _add_arguments(command: argparse.ArgumentParser, benchmark: Benchmark) -> None:
+    add = command.add_argument
+    add("--source", type=Path, required=True, metavar="DIR", help="the published folder")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to make, or to go on with")
+    add("--split", nargs="+", choices=list(benchmark.splits), help="which splits (default: all)")
+    add("--num-proc", type=_positive, default=1, metavar="N", help="worker processes (%(default)s)")
+    strictness = command.add_mutually_exclusive_group()
+    strictness.add_argument(
+        "--strict", action="store_true", help="the default: check everything, report all that is wrong, then stop"
+    )
+    strictness.add_argument(
+        "--skip-broken", type=_positive, metavar="N", help="go on if at most N images are wrong or missing"
+    )
+    add("--any-count", action="store_true", help="accept another number of images than the published one")
+    add("--limit", type=_positive, metavar="N", help="only the first N images of each split, for a trial")
+    add(
+        "--images-per-shard",
+        type=_positive,
+        default=IMAGES_PER_SHARD,
+        metavar="N",
+        help="images in each Parquet file (%(default)s)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit code is 1 if an image cannot be used or is missing, 2 if nothing could be done."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    benchmark = benchmark_named(options.benchmark)
+    settings = Settings(
+        options.num_proc, options.skip_broken, options.limit, options.any_count, options.images_per_shard
+    )
+    try:
+        if _finished(benchmark, options, settings):
+            return 0
+        with warnings_as_lines(parser.prog):
+            splits = prepare(benchmark, options.source, options.out, options.split, settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        tqdm.write(f"{parser.prog} {benchmark.name}: {error}", file=sys.stderr)
+        return 2
+    tqdm.write(describe(benchmark, splits, options.out))
+    in_order = all(record["complete"] and not record["problems"] for record in splits.values())
+    return 0 if in_order else 1
+
+
+def _finished(benchmark: Benchmark, options: argparse.Namespace, settings: Settings) -> bool:
+    """Whether there is nothing left to do, which is said."""
+    if not (options.out / MANIFEST_NAME).is_file():
+        return False
+    known = _open_folder(benchmark, options.source, options.out, settings)["splits"]
+    wanted = _check_splits(benchmark, options.split)
+    if not all(
+        known.get(split, {}).get("complete") and not _missing_files(options.out, known[split]) for split in wanted
+    ):
+        return False
+    tqdm.write(f"{options.out}: {benchmark.name} {', '.join(wanted)} is finished already, nothing to do")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""Parquet files of a prepared benchmark: each whole or not there, the same bytes from any number of processes."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from modeling_gkc.image_processing_gkc import read_image
+
+from .benchmark import Benchmark
+from .pictures import Picture
+from .prepared import write_json
+from .schema import NO_CLASS, VOID, dataset_features, encode_ids, ids_within
+
+PROGRESS_FOLDER = ".unfinished"
+_ROWS_PER_GROUP = 32  # that are held in memory
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which pictures of a split go into a file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass
+class ShardReport:
+    """What became of a file.
+
+    Attributes:
+        file: its name.
+        images: rows in it.
+        left_out: images that the benchmark's rule leaves out.
+        problems: images that could not be used, one line each.
+        segments, class_images: how many of each class, by train id.
+        sha256: of the file.
+    """
+
+    file: str
+    images: int = 0
+    left_out: int = 0
+    problems: list[str] = field(default_factory=list)
+    segments: Counter[int] = field(default_factory=Counter)
+    class_images: Counter[int] = field(default_factory=Counter)
+    sha256: str = ""
+
+    def add(self, segments: Sequence[dict[str, Any]]) -> None:
+        """Count the segments of one more image."""
+        classes = Counter(segment["category_id"] for segment in segments)
+        del classes[NO_CLASS]
+        self.images += 1
+        self.segments.update(classes)
+        self.class_images.update(classes.keys())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all files of a split have in common."""
+
+    benchmark: Benchmark
+    split: str
+    pictures: Sequence[Picture]
+    num_classes: int
+    out: Path
+
+
+def plan_shards(split: str, images: int, per_shard: int) -> list[ShardPlan]:
+    """The files of a split."""
+    number = max(1, -(-images // per_shard))
+    return [
+        ShardPlan(
+            f"{split}-{index:05d}-of-{number:05d}.parquet", index * per_shard, min(images, (index + 1) * per_shard)
+        )
+        for index in range(number)
+    ]
+
+
+def finished_report(out: Path, plan: ShardPlan) -> ShardReport | None:
+    """The report of a file that an earlier run finished without a problem."""
+    report = _report_path(out, plan.file)
+    if not (out / plan.file).is_file() or not report.is_file():
+        return None
+    found = ShardReport(**json.loads(report.read_text(encoding="utf-8")))
+    # Keys of JSON are strings.
+    found.segments, found.class_images = (
+        Counter({int(key): value for key, value in counts.items()}) for counts in (found.segments, found.class_images)
+    )
+    return None if found.problems else found
+
+
+def _report_path(out: Path, file: str) -> Path:
+    return out / PROGRESS_FOLDER / f"{file}.json"
+
+
+def write_shards(
+    work: Work, plans: Sequence[ShardPlan], num_proc: int, advance: Callable[[int], Any]
+) -> list[ShardReport]:
+    """Write files, each by one process, and tell of every image that is done.
+
+    Args:
+        work: the split.
+        plans: the files.
+        num_proc: processes; the files do not depend on it.
+        advance: is told of so many images more.
+    """
+    (work.out / PROGRESS_FOLDER).mkdir(exist_ok=True)
+    if num_proc <= 1 or len(plans) <= 1:
+        return [_write_shard(work, plan, lambda: advance(1)) for plan in plans]
+    # Forked processes see the pictures without a copy; where there is no fork, each gets its own.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    counter = context.Value("q", 0)
+    processes = min(num_proc, len(plans))
+    with ProcessPoolExecutor(processes, context, _start_process, (work, counter)) as pool:
+        futures = [pool.submit(_write_in_process, plan) for plan in plans]
+        try:
+            _watch(futures, counter, advance)
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "A worker process was killed, perhaps for want of memory: give the command again with a smaller "
+                "--num-proc; it goes on with the finished files."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _watch(futures: Sequence[Future], counter: Any, advance: Callable[[int], Any]) -> None:
+    """Pass on how many images the processes have done, until they are through or one has failed."""
+    told, waiting = 0, True
+    while waiting:
+        done, running = wait(futures, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
+        waiting = bool(running) and not any(future.exception() for future in done)
+        now = counter.value
+        advance(now - told)
+        told = now
+
+
+_process: dict[str, Any] = {}
+
+
+def _start_process(work: Work, counter: Any) -> None:
+    _process["work"], _process["counter"] = work, counter
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it was killed."""
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
+
+
+def _write_in_process(plan: ShardPlan) -> ShardReport:
+    def advance() -> None:
+        with _process["counter"].get_lock():
+            _process["counter"].value += 1
+
+    return _write_shard(_process["work"], plan, advance)
+
+
+def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> ShardReport:
+    """Write a file under another name, then its report, then give it its name."""
+    features = dataset_features()
+    report, schema = ShardReport(plan.file), features.arrow_schema
+    partial = work.out / PROGRESS_FOLDER / f"{plan.file}.{os.getpid()}"
+    with pq.ParquetWriter(partial, schema, compression="snappy", use_dictionary=False) as writer:
+        rows = _rows(work, work.pictures[plan.start : plan.stop], report, advance)
+        for group in _groups(rows):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    with partial.open("rb") as file:
+        report.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    write_json(_report_path(work.out, plan.file), vars(report))
+    os.replace(partial, work.out / plan.file)
+    return report
+
+
+def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == _ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _rows(
+    work: Work, pictures: Sequence[Picture], report: ShardReport, advance: Callable[[], Any]
+) -> Iterator[dict[str, Any]]:
+    for picture in pictures:
+        try:
+            row = make_row(work, picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            report.problems.append(problem_line(picture, error))
+        else:
+            if row is None:
+                report.left_out += 1
+            else:
+                report.add(row["segments"])
+                yield row
+        advance()
+
+
+def problem_line(picture: Picture, error: Exception) -> str:
+    """What is wrong with a picture, beginning with the file that is at fault."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if picture.problem or text.startswith(("/", str(picture.image))) else f"{picture.image}: {text}"
+
+
+def make_row(work: Work, picture: Picture) -> dict[str, Any] | None:
+    """A row in the schema of `train.data.schema`, or None where the benchmark's rule leaves the image out.
+
+    Raises:
+        ValueError, OSError: image or annotation cannot be used; the file is named.
+    """
+    if picture.problem:
+        raise ValueError(picture.problem)
+    try:
+        content = picture.image.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{picture.image}: the file is missing") from None
+    shape = read_image(content, name=str(picture.image)).size[::-1]
+    ids, segments = picture.read(shape)
+    if not work.benchmark.keeps(work.split, segments):
+        return None
+    segments = work.benchmark.renumbered(segments)
+    _check(picture, shape, ids, segments, work.num_classes)
+    return {
+        "image": {"bytes": content, "path": picture.image.name},
+        "segmentation": {"bytes": _png(ids), "path": None},
+        "segments": segments,
+        "captions": list(picture.captions),
+        "image_id": picture.image_id,
+        "video_id": picture.video_id,
+        "frame": picture.frame,
+    }
+
+
+def _check(picture: Picture, shape: tuple, ids: Any, segments: Sequence[dict[str, Any]], num_classes: int) -> None:
+    """That what a reader gave is in order, whatever it read."""
+    if ids.shape != shape:
+        raise ValueError(f"{picture.image}: the annotation is {ids.shape} (height, width), the image {shape}")
+    listed = [segment["id"] for segment in segments]
+    unlisted = sorted(set(ids_within(ids).tolist()) - {VOID, *listed})
+    if unlisted or len(set(listed)) < len(listed) or VOID in listed:
+        raise ValueError(f"{picture.image}: the ids {unlisted or listed} of its annotation are not listed just once")
+    classes = {segment["category_id"] for segment in segments}
+    if unknown := sorted(classes - {NO_CLASS, *range(num_classes)}):
+        raise ValueError(f"{picture.image}: the classes {unknown} are not in the vocabulary of {num_classes}")
+
+
+def _png(ids: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(encode_ids(ids)).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
