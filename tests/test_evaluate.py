@@ -1,0 +1,375 @@
+"""`python -m train.evaluate`: from a drawn benchmark to its numbers, by any number of processes, under `kill -9`."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from modeling_gkc.vocabulary import Vocabulary
+from train.data import prepare
+from train.data.benchmarks import miniworld
+from train.data.prepared import load_prepared, vocabulary_json
+from train.data.schema import dataset_features, decode_ids, encode_ids, read_row, semantic_map
+from train.evaluation import chunks as chunks_module
+from train.evaluation.chunks import ChunkFolder, plan_chunks
+from train.evaluation.command import main
+from train.evaluation.result import read_result
+from train.metrics import PanopticMetric, SemanticMetric
+from train.miniworld.dataset import build_dataset, training_vocabulary
+from train.miniworld.dataset import test_vocabulary as evaluation_vocabulary
+from train.miniworld.evaluate import evaluate
+from train.miniworld.protocols import concepts
+from train.miniworld.words import CONCEPTS
+
+SHIPPED = Path(__file__).parent.parent / "hub_card" / "gkc-mini"
+TASKS = ("semantic", "panoptic", "instance", "boundary")
+SCENES, PER_CHUNK = 7, 3  # three chunks, the last one smaller
+
+
+def start_child(action: Callable[[], object]) -> int:
+    """Run something in a process of its own; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        PartialState._reset_state()
+        os._exit(int(action() or 0))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(99)
+
+
+def exit_code(pid: int) -> int:
+    """Exit code of a child, or the negative number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def as_rank(number: int, of: int, port: int, action: Callable[[], object]) -> Callable[[], object]:
+    """The action as one of the processes of `accelerate launch --cpu`."""
+
+    def run():
+        os.environ.update(
+            RANK=str(number),
+            WORLD_SIZE=str(of),
+            LOCAL_RANK=str(number),
+            LOCAL_WORLD_SIZE=str(of),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            ACCELERATE_USE_CPU="true",
+        )
+        return action()
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def png(pixels: np.ndarray) -> dict:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def row(name: str, image: np.ndarray, ids: np.ndarray, classes: Sequence[int], **more: Any) -> dict:
+    """A row whose segment i + 1 is of class classes[i]."""
+    segments = [{"id": i, "category_id": label, "iscrowd": False} for i, label in enumerate(classes, start=1)]
+    pictures = {"image": png(image), "segmentation": png(encode_ids(ids))}
+    return {**pictures, "segments": segments, "captions": [], "image_id": name, "video_id": "", "frame": 0} | more
+
+
+def write_prepared(folder: Path, benchmark: str, vocabulary: Vocabulary, rows: Sequence[dict]) -> Path:
+    """A prepared benchmark of these rows, as `train.data.prepare` writes it."""
+    folder.mkdir(parents=True)
+    shard = folder / "val-00000-of-00001.parquet"
+    Dataset.from_list(list(rows), features=dataset_features()).to_parquet(str(shard))
+    sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
+    split = {"complete": True, "images": len(rows), "expected": None, "problems": []}
+    split["shards"] = [{"file": shard.name, "images": len(rows), "sha256": sha256}]
+    manifest = {"format": 1, "benchmark": benchmark, "source": "", "options": {}, "splits": {"val": split}}
+    (folder / "prepared.json").write_text(json.dumps(manifest))
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary_json(vocabulary)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The mini-world, drawn and prepared by the commands that a user types."""
+    folder = tmp_path_factory.mktemp("world")
+    drawn = ["--out", str(folder / "drawn"), "--train-scenes", "2", "--val-scenes", str(SCENES)]
+    assert miniworld.main(drawn) == 0
+    prepared = ["--source", str(folder / "drawn"), "--out", str(folder / "prepared"), "--split", "val"]
+    assert prepare.main(["miniworld", *prepared]) == 0
+    return folder / "prepared"
+
+
+def run(data: Path, out: Path, *options: object) -> int:
+    given = ["--model", SHIPPED, "--benchmark", "miniworld", "--data", data, "--out", out, "--cpu"]
+    return main([*map(str, given), "--images-per-chunk", str(PER_CHUNK), *map(str, options)])
+
+
+def numbers(result: dict) -> dict:
+    """What must not depend on how the work was shared."""
+    return {name: result[name] for name in ("scores", "per_cent", "groups", "classes", "images", "fingerprint")}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> tuple[Path, dict]:
+    """The result of one undisturbed process."""
+    out = tmp_path_factory.mktemp("whole") / "result.json"
+    assert exit_code(start_child(lambda: run(data, out, "--tasks", *TASKS))) == 0
+    return out, read_result(out)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModel.from_pretrained(SHIPPED).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "world"), [("miniworld", "val", "test"), ("miniworld_train", "train", "train")]
+)
+def test_the_drawn_world_is_that_of_the_mini_world(data, tmp_path, name, split, world):
+    prepared = ["--source", str(data.parent / "drawn"), "--out", str(tmp_path / "p"), "--split", split]
+    assert prepare.main([name, *prepared]) == 0
+    found = load_prepared(tmp_path / "p", split)
+    expected = build_dataset(world, len(found.dataset), show_progress=False)
+    assert found.vocabulary.labels == (evaluation_vocabulary if world == "test" else training_vocabulary)().labels
+    for ours, theirs in zip(found.dataset, expected, strict=True):
+        (image, ids), (other_image, other_ids) = read_row(ours), read_row(theirs)
+        np.testing.assert_array_equal(image, other_image)
+        np.testing.assert_array_equal(semantic_map(ours, ids), semantic_map(theirs, other_ids))
+        assert sum(part["category_id"] >= 0 for part in ours["segments"]) == len(theirs["segments"])
+
+
+def test_numbers_are_those_of_an_independent_evaluation(whole, model, within):
+    """The mini-world's own evaluation, which shares neither data path nor post-processing nor metric."""
+    _, result = whole
+    protocol = concepts("all", CONCEPTS)
+    scenes = build_dataset("test", SCENES, show_progress=False)
+    processor = AutoProcessor.from_pretrained(SHIPPED)
+    expected = evaluate(model, processor, scenes, [protocol], batch_size=1, show_progress=False)["scores"]["all"]
+    difference = abs(result["scores"]["semantic"]["miou"] - expected["miou"])
+    within("mIoU of train.evaluate and of the mini-world's own evaluation", difference, 1e-4)
+    assert result["images"] == {"evaluated": SCENES, "prepared": SCENES, "published": None, "broken": []}
+    assert 0.2 < expected["miou"] < 1
+
+
+def test_result_says_what_was_done(whole):
+    _, result = whole
+    assert set(result["scores"]) == set(TASKS)
+    assert result["per_cent"]["semantic"]["miou"] == round(100 * result["scores"]["semantic"]["miou"], 2)
+    assert result["model"]["parameters"] > 1e5 and len(result["model"]["sha256"]) == 64
+    assert result["protocol"]["short_side"] == 96 and result["prompts"]["templates"] == ["{}"]
+    assert result["times"]["images_per_second"] > 0 and set(result["times"]["seconds"]) > {"model", "post_processing"}
+    assert [entry["name"] for entry in result["classes"]] == list(CONCEPTS)
+    groups = result["groups"]
+    ious = {entry["name"]: entry["scores"]["semantic"]["iou"] for entry in result["classes"]}
+    novel = [iou for name, iou in ious.items() if name in ("ring", "circle", "brick", "wood", "heart", "arrow")]
+    assert groups["base"]["classes"] + groups["novel"]["classes"] == len(CONCEPTS) and novel
+    first, second = (groups[name]["semantic"]["miou"] for name in ("base", "novel"))
+    joint = groups["harmonic mean of base and novel"]["semantic"]["miou"]
+    assert joint == pytest.approx(2 / (1 / first + 1 / second))
+
+
+def test_three_processes_give_the_bits_of_one(data, whole, tmp_path):
+    _, expected = whole
+    out, port = tmp_path / "result.json", free_port()
+    tasks = ["--tasks", *TASKS]
+    ranks = [start_child(as_rank(number, 3, port, lambda: run(data, out, *tasks))) for number in range(3)]
+    assert [exit_code(rank) for rank in ranks] == [0, 0, 0]
+    result = read_result(out)
+    assert numbers(result) == numbers(expected) and result["times"]["processes"] == 3
+    assert not (tmp_path / "result.json.parts").exists()
+
+
+@pytest.mark.parametrize("moment", ["after a chunk", "within a chunk's file"])
+def test_a_killed_run_goes_on(data, whole, tmp_path, moment, monkeypatch):
+    _, expected = whole
+    out = tmp_path / "result.json"
+    tasks = ["--tasks", *TASKS]
+
+    def killed() -> int:
+        replace, done = os.replace, []
+
+        def kill_at_the_second(source, target):
+            if "chunk-" in str(target):
+                done.append(target)
+                if moment == "after a chunk":
+                    replace(source, target)
+                if len(done) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            if not os.path.exists(target):
+                replace(source, target)
+
+        os.replace = kill_at_the_second
+        return run(data, out, *tasks)
+
+    assert exit_code(start_child(killed)) == -signal.SIGKILL
+    (parts,) = (tmp_path / "result.json.parts").iterdir()
+    finished = {path.name: path.stat().st_mtime_ns for path in parts.glob("chunk-*")}
+    assert len(finished) == (2 if moment == "after a chunk" else 1) and not out.exists()
+
+    written = []
+    monkeypatch.setattr(
+        chunks_module.ChunkFolder,
+        "write",
+        lambda self, chunk, *rest: written.append(chunk) or WRITE(self, chunk, *rest),
+    )
+    assert run(data, out, *tasks) == 0
+    assert written == list(range(len(finished), 3))
+    assert numbers(read_result(out)) == numbers(expected)
+
+
+WRITE = ChunkFolder.write
+
+
+def test_done_is_done_and_other_options_are_not_mixed_in(data, whole, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    shutil.copy(whole[0], out)
+    before = out.stat().st_mtime_ns
+    tasks = ["--tasks", *TASKS]
+    assert run(data, out, *tasks) == 0 and out.stat().st_mtime_ns == before
+    assert run(data, out, "--prompts", "synonyms") == 2
+    assert "is a result with other tasks, prompts" in capsys.readouterr().err
+
+
+def test_chunks_of_another_run_are_never_read(data, tmp_path):
+    """A damaged chunk of the same options stops the run; one of other options does not even lie in its way."""
+    out = tmp_path / "result.json"
+    assert run(data, out, "--limit", "3", "--tasks", "semantic") == 0
+    fingerprint = read_result(out)["fingerprint"]
+    out.unlink()
+    parts = tmp_path / "result.json.parts" / fingerprint
+    parts.mkdir(parents=True)
+    (parts / "chunk-00000-of-00001.npz").write_bytes(b"PK\x03\x04 cut")
+    assert run(data, out, "--limit", "3", "--tasks", "semantic") == 2 and not out.exists()
+    assert run(data, out, "--limit", "3", "--tasks", "semantic", "--batch-size", "2") == 0
+    assert read_result(out)["images"]["evaluated"] == 3
+
+
+def test_broken_samples_are_named_and_counted(data, tmp_path, capsys):
+    rows = [
+        dict(sample)
+        for sample in load_prepared(data, "val")
+        .dataset.cast_column("image", _stored())
+        .cast_column("segmentation", _stored())
+    ]
+    rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:200]
+    rows[5]["segments"] = rows[5]["segments"][1:]
+    damaged = write_prepared(tmp_path / "damaged", "miniworld", load_prepared(data, "val").vocabulary, rows)
+    out = tmp_path / "result.json"
+    assert run(damaged, out, "--tasks", "semantic", "--batch-size", "3") == 1
+    images = read_result(out)["images"]
+    assert images["evaluated"] == SCENES - 2 and len(images["broken"]) == 2
+    assert rows[1]["image_id"] in images["broken"][0] and rows[5]["image_id"] in images["broken"][1]
+    assert rows[5]["image_id"] in capsys.readouterr().err
+
+
+def _stored():
+    from datasets import Image as Pictures
+
+    return Pictures(decode=False)
+
+
+def test_written_predictions_score_what_the_result_says(data, whole, tmp_path):
+    """Read back from their files with the benchmark's own ids, by nothing that wrote them."""
+    folder, out = tmp_path / "predictions", tmp_path / "result.json"
+    assert run(data, out, "--write-predictions", folder, "--tasks", "semantic", "panoptic") == 0
+    prepared = load_prepared(data, "val")
+    semantic, panoptic = SemanticMetric(len(CONCEPTS)), PanopticMetric(prepared.vocabulary.is_thing)
+    listed = json.loads((folder / "panoptic.json").read_text())["annotations"]
+    entries = {entry["image_id"]: entry for entry in listed}
+    for sample in prepared.dataset:
+        name = f"{sample['image_id']}.png"
+        _, ids = read_row(sample)
+        classes = np.asarray(Image.open(folder / "semantic" / name))
+        assert classes.dtype == np.uint8
+        semantic.update(classes.astype(int), semantic_map(sample, ids))
+        found = decode_ids(np.asarray(Image.open(folder / "panoptic" / name)))
+        segments = entries[sample["image_id"]]["segments_info"]
+        assert all(segment["area"] == (found == segment["id"]).sum() for segment in segments)
+        panoptic.update(found, segments, ids, sample["segments"])
+    result = read_result(out)
+    assert result["scores"]["semantic"]["miou"] == semantic.compute()["miou"] == whole[1]["scores"]["semantic"]["miou"]
+    assert result["scores"]["panoptic"]["pq"] == panoptic.compute()["pq"]
+
+
+def test_prompts_change_what_is_asked(data, tmp_path):
+    results = {}
+    for prompts in ("plain", "templates", "synonyms"):
+        out = tmp_path / f"{prompts}.json"
+        assert run(data, out, "--prompts", prompts, "--tasks", "semantic", "--limit", "3") == 0
+        results[prompts] = read_result(out)
+    assert len({result["fingerprint"] for result in results.values()}) == 3
+    assert [len(result["prompts"]["templates"]) for result in results.values()] == [1, 14, 1]
+    assert results["plain"]["scores"] != results["templates"]["scores"]  # the tiny text tower was trained on names
+
+
+def test_half_precision_and_batches_hardly_matter(data, whole, tmp_path, within):
+    out = tmp_path / "result.json"
+    assert run(data, out, "--tasks", "semantic", "--dtype", "bfloat16", "--batch-size", "4") == 0
+    difference = read_result(out)["scores"]["semantic"]["miou"] - whole[1]["scores"]["semantic"]["miou"]
+    within("mIoU in bf16 and fp32", abs(difference), 0.005)
+    out.unlink()
+    assert run(data, out, "--tasks", "semantic", "--batch-size", "3") == 0
+    difference = read_result(out)["scores"]["semantic"]["miou"] - whole[1]["scores"]["semantic"]["miou"]
+    within("mIoU of batches of three and of single images", abs(difference), 1e-4)
+
+
+def test_augmentation_and_seen_classes_by_command(data, tmp_path):
+    out = tmp_path / "result.json"
+    words = "square, box; star; lawn, grass"
+    assert run(data, out, "--tasks", "semantic", "--tta", "--trained-on", words, "--limit", "3") == 0
+    result = read_result(out)
+    assert result["model"]["notes"]["views"] == 10 and result["prompts"]["tta"]
+    assert result["groups"]["seen"]["classes"] == 3 and result["groups"]["unseen"]["classes"] == len(CONCEPTS) - 3
+    assert run(data, tmp_path / "other.json", "--tasks", "semantic", "--trained-on", "a; a") == 2
+
+
+def test_profile_counts_what_the_model_computes(data, tmp_path, model):
+    out = tmp_path / "result.json"
+    assert run(data, out, "--profile", "--limit", "1", "--tasks", "semantic") == 0
+    result = read_result(out)
+    assert result["profile"]["gigaflops"] > 0.05 and result["profile"]["height"] == 96
+    assert result["model"]["parameters"] == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "train"], "has no split 'train'"),
+        (["--tasks", "video"], "miniworld has no videos"),
+        (["--benchmark", "ade20k_150"], "holds 'miniworld', not 'ade20k_150'"),
+        (["--tta"], "give --tasks semantic"),
+        (["--model", "nowhere/at/all"], "holds no model"),
+    ],
+)
+def test_misuse_is_one_line(data, tmp_path, options, message, capsys):
+    assert run(data, tmp_path / "result.json", *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "result.json").exists()
+
+
+def test_chunks_never_divide_a_video():
+    videos = ["a"] * 3 + ["b"] * 5 + ["c"] + [""] * 6
+    chunks = plan_chunks(videos, 4)
+    assert [list(chunk) for chunk in chunks] == [list(range(8)), list(range(8, 12)), list(range(12, 15))]
+    assert [len(chunk) for chunk in plan_chunks([""] * 9, 4)] == [4, 4, 1] and plan_chunks([], 4) == []

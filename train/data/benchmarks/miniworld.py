@@ -1,0 +1,136 @@
+"""The mini-world as a benchmark: drawn into a folder as others are downloaded, so that the whole path can be tried.
+
+    python -m train.data.benchmarks.miniworld --out worlds/mini --train-scenes 600 --val-scenes 200
+    python -m train.data.prepare miniworld --source worlds/mini --out data/miniworld --split val
+    python -m train.evaluate --model hub_card/gkc-mini --benchmark miniworld --data data/miniworld
+
+`miniworld` asks for every concept under its own name, as evaluation does; `miniworld_train` has the labels of
+training, in which some concepts go by their hypernym and others are void.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from modeling_gkc.vocabulary import Vocabulary
+
+from ...miniworld.dataset import test_vocabulary, training_vocabulary
+from ...miniworld.words import COARSE, CONCEPTS, coarse_label
+from ...miniworld.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
+from ..benchmark import Benchmark, read_colour_ids, require
+from ..pictures import Picture, Segmentation
+from ..schema import NO_CLASS, encode_ids
+
+LAYOUT = """\
+DIR/{train,val}/SCENE.png                       a drawn scene
+DIR/{train,val}/SCENE.ids.png                   its segments, id = R + 256 G + 65536 B
+DIR/{train,val}.json                            for every scene the concept of each id
+`python -m train.data.benchmarks.miniworld --out DIR` draws it.
+"""
+SPLITS = ("train", "val")
+_WORLDS = {"train": 0, "val": 1}  # with the seed, the worlds that `train.miniworld` trains and tests on
+
+
+def draw_world(out: Path, split: str, scenes: int, seed: int = 0, size: int = 96, progress: bool = True) -> None:
+    """Draw one split of a world.
+
+    Args:
+        out: folder, in which `LAYOUT` is made; scenes that are there already are drawn over with the same.
+        split: `train`, where some concepts never occur, or `val`, where all do.
+        scenes: their number; scene i is the same whatever their number.
+        seed: of the world; 0 with 96 pixels is that of the published mini-world.
+        size: side in pixels.
+    """
+    chosen = (TRAINING_SHAPES, TRAINING_STUFFS) if split == "train" else ()
+    folder, concepts = out / split, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(scenes), f"{split} scenes", unit="scene", disable=not progress):
+        name = f"{split}-{seed}-{index:06d}"
+        scene = draw_scene((seed, _WORLDS[split]), index, size, *chosen)
+        Image.fromarray(scene.image).save(folder / f"{name}.png")
+        Image.fromarray(encode_ids(scene.region_index + 1)).save(folder / f"{name}.ids.png")
+        concepts[name] = [region["concept"] for region in scene.regions]
+    (out / f"{split}.json").write_text(json.dumps(concepts, indent=0) + "\n", encoding="utf-8")
+
+
+def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
+    """The scenes of a split.
+
+    Args:
+        classes: train id of every concept that has one.
+        folder: laid out as in `LAYOUT`.
+        split: `train` or `val`.
+
+    Raises:
+        ValueError: the folder was not drawn by this module; what is missing is named.
+    """
+    listed = require(folder / f"{split}.json", "which `python -m train.data.benchmarks.miniworld` writes")
+    concepts = json.loads(listed.read_text(encoding="utf-8"))
+    pictures = require(folder / split)
+    return [
+        Picture(name, pictures / f"{name}.png", partial(_read, pictures / f"{name}.ids.png", names, classes), split)
+        for name, names in concepts.items()
+    ]
+
+
+def _read(path: Path, concepts: Sequence[str], classes: Mapping[str, int], shape: tuple[int, int]) -> Segmentation:
+    ids = read_colour_ids(path, shape)
+    if ids.max() > len(concepts):
+        raise ValueError(f"{path}: it holds the id {ids.max()}, but the scene has {len(concepts)} segments")
+    segments: list[dict[str, Any]] = [
+        {"id": number, "category_id": classes.get(concept, NO_CLASS), "iscrowd": False}
+        for number, concept in enumerate(concepts, start=1)
+    ]
+    return ids.astype(np.int32), segments
+
+
+def _training_classes() -> dict[str, int]:
+    labels = {concept: coarse_label(concept) for concept in CONCEPTS}
+    return {concept: COARSE.index(label) for concept, label in labels.items() if label is not None}
+
+
+def _benchmark(name: str, classes: Mapping[str, int], vocabulary: Vocabulary) -> Benchmark:
+    return Benchmark(
+        name=name,
+        vocabulary="",
+        layout=LAYOUT,
+        find=partial(find, classes),
+        splits=dict.fromkeys(SPLITS),
+        make_vocabulary=lambda source: vocabulary,
+    )
+
+
+BENCHMARKS = (
+    _benchmark("miniworld", {concept: index for index, concept in enumerate(CONCEPTS)}, test_vocabulary()),
+    _benchmark("miniworld_train", _training_classes(), training_vocabulary()),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.data.benchmarks.miniworld",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to draw into")
+    parser.add_argument("--train-scenes", type=int, default=600, metavar="N", help="(%(default)s)")
+    parser.add_argument("--val-scenes", type=int, default=200, metavar="N", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the world (%(default)s)")
+    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of a scene (%(default)s)")
+    options = parser.parse_args(arguments)
+    for split, scenes in (("train", options.train_scenes), ("val", options.val_scenes)):
+        if scenes:
+            draw_world(options.out, split, scenes, options.seed, options.size)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,176 @@
+"""The work of one process: images of its chunks through the model, into the scores."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .predictions import PredictionWriter
+from .samples import Sample, read_sample
+from .scores import Prediction, Score
+from .segmenter import Segmenter
+
+PHASES = ("waiting_for_data", "model", "post_processing", "scoring")
+
+
+@dataclass
+class Batch:
+    """Images that were read, the model's input for them, and what could not be read."""
+
+    samples: list[Sample]
+    inputs: Any
+    broken: list[str]
+
+
+@dataclass
+class Evaluation:
+    """
+    What is done with every image.
+
+    Attributes:
+        dataset: rows in the schema of `train.data`, pictures not decoded.
+        segmenter: the model.
+        make_scores: new, empty scores by name.
+        batch_size: images that the model sees at once.
+        shrink_above: as in `Protocol`.
+        writer: of predictions, None to write none.
+    """
+
+    dataset: Dataset
+    segmenter: Segmenter
+    make_scores: Callable[[], dict[str, Score]]
+    batch_size: int
+    shrink_above: int | None = None
+    writer: PredictionWriter | None = None
+    needs: frozenset[str] = field(init=False)
+
+    def __post_init__(self):
+        self.needs = frozenset(need for score in self.make_scores().values() for need in score.needs)
+
+    def run_chunk(self, rows: range, on_image: Callable[[], None]) -> tuple[dict[str, Score], dict[str, Any]]:
+        """
+        Evaluate some rows.
+
+        Args:
+            rows: of the dataset.
+            on_image: called after each.
+
+        Returns:
+            The scores, and `images`, `broken` (one line each), `seconds` of every phase and in all, and `written`.
+        """
+        scores, clock = self.make_scores(), _Clock()
+        broken, written, images = [], [], 0
+        for batch in _ahead(self._batches(rows)):
+            clock.lap("waiting_for_data")
+            broken += batch.broken
+            for sample, prediction in self._predict(batch, clock):
+                for score in scores.values():
+                    score.update(sample, prediction)
+                if self.writer is not None:
+                    written += self.writer.write(sample, prediction)
+                images += 1
+                clock.lap("scoring")
+                on_image()
+            for _ in batch.broken:
+                on_image()
+        for score in scores.values():
+            score.finish()
+        clock.lap("scoring")
+        return scores, {"images": images, "broken": broken, "seconds": clock.seconds, "written": written}
+
+    def _batches(self, rows: range) -> Iterator[Callable[[], Batch]]:
+        """Makers of the batches, in order."""
+        for start in range(rows.start, rows.stop, self.batch_size):
+            chosen = range(start, min(start + self.batch_size, rows.stop))
+            yield lambda chosen=chosen: self._read(chosen)
+
+    def _read(self, rows: range) -> Batch:
+        samples, broken = [], []
+        for row in rows:
+            try:
+                samples.append(read_sample(self.dataset[row], self.shrink_above))
+            except ValueError as error:
+                broken.append(str(error).splitlines()[0])
+        inputs = self.segmenter.prepare([sample.image for sample in samples]) if samples else None
+        return Batch(samples, inputs, broken)
+
+    def _predict(self, batch: Batch, clock: "_Clock") -> Iterator[tuple[Sample, Prediction]]:
+        if not batch.samples:
+            return
+        with torch.inference_mode():
+            outputs = self.segmenter.forward(batch.inputs)
+        synchronize()
+        clock.lap("model")
+        for index, sample in enumerate(batch.samples):
+            prediction = predict(self.segmenter, outputs, index, sample.size, self.needs)
+            clock.lap("post_processing")
+            yield sample, prediction
+
+
+@torch.inference_mode()
+def predict(
+    segmenter: Segmenter, outputs: Any, index: int, size: tuple[int, int], needs: frozenset[str]
+) -> Prediction:
+    """What the segmenter finds in image `index` of a batch, in the benchmark's classes."""
+    # The last entry serves -1, what the model leaves out.
+    class_of = np.append(segmenter.class_of, np.int32(-1))
+    prediction = Prediction()
+    if "classes" in needs:
+        prediction.classes = class_of[segmenter.semantic(outputs, index, size)]
+    if "ids" in needs:
+        prediction.ids, segments = segmenter.panoptic(outputs, index, size)
+        named = [{"id": part["id"], "category_id": int(class_of[part["label_id"]])} for part in segments]
+        prediction.segments = [part for part in named if part["category_id"] >= 0]
+        lost = [part["id"] for part in named if part["category_id"] < 0]
+        if lost:
+            prediction.ids = np.where(np.isin(prediction.ids, lost), np.int32(0), prediction.ids)
+    if "instances" in needs:
+        found = [(int(class_of[part["label_id"]]), part) for part in segmenter.instances(outputs, index, size)]
+        prediction.instances = [
+            {"category_id": label, "score": part["score"], "mask": part["mask"]} for label, part in found if label >= 0
+        ]
+    return prediction
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, so that times are of the work they are said to be of."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+class _Clock:
+    """Seconds of every phase."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys((*PHASES, "total"), 0.0)
+        self._mark = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last call belongs to this phase."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._mark
+        self.seconds["total"] += now - self._mark
+        self._mark = now
+
+
+def _ahead(makers: Iterator[Callable[[], Batch]]) -> Iterator[Batch]:
+    """Batches in order; while one is used, the next is made in another thread."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        future = None
+        for make in makers:
+            following = reader.submit(make)
+            if future is not None:
+                yield future.result()
+            future = following
+        if future is not None:
+            yield future.result()
+
+
+def total_seconds(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sum of the phases over chunks."""
+    return {phase: sum(part[phase] for part in parts) for phase in (*PHASES, "total")}

@@ -1,0 +1,85 @@
+"""The words a model is asked, and which of a benchmark's classes each of them stands for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modeling_gkc.prompt_templates import resolve_templates
+from modeling_gkc.vocabulary import Vocabulary
+
+from .protocol import Protocol
+
+PROMPTS = {  # name of a way to ask: template set, and whether synonyms are asked too
+    "plain": ("plain", False),
+    "templates": ("vild14", False),
+    "synonyms": ("plain", True),
+}
+REDUCTIONS = ("max", "mean", "embedding_mean")
+
+
+@dataclass(frozen=True)
+class Words:
+    """
+    What a model is asked.
+
+    Attributes:
+        vocabulary: the A classes that are asked for.
+        class_of: (A,) int32, the benchmark's class that each stands for.
+        prompts: a key of `PROMPTS`.
+        reduction: how the logits of several names of a class become one, as in the model's `forward`.
+    """
+
+    vocabulary: Vocabulary
+    class_of: np.ndarray
+    prompts: str
+    reduction: str
+
+    @property
+    def templates(self) -> list[str]:
+        """The sentences that every name is put into."""
+        return resolve_templates(PROMPTS[self.prompts][0])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the result file."""
+        return {
+            "kind": self.prompts,
+            "templates": self.templates,
+            "reduction": self.reduction,
+            "classes_asked": len(self.vocabulary),
+            "names_asked": len(self.vocabulary.flat_names),
+        }
+
+
+def words_of(vocabulary: Vocabulary, protocol: Protocol, prompts: str = "plain", reduction: str = "max") -> Words:
+    """
+    The words for a benchmark.
+
+    Args:
+        vocabulary: the benchmark's K classes.
+        protocol: says which words stand for the background.
+        prompts: `plain` names, names in the packaged sentences (`templates`), or all names (`synonyms`).
+        reduction: of several names of one class; `max` is what the published evaluations take.
+
+    Raises:
+        ValueError: the protocol's background class is not among the K.
+    """
+    names = vocabulary.names if PROMPTS[prompts][1] else [[label] for label in vocabulary.labels]
+    # Templates of single classes are left out, so that all classes are asked in one way.
+    asked = Vocabulary.trusted([list(synonyms) for synonyms in names], vocabulary.is_thing, vocabulary.colors)
+    class_of = np.arange(len(asked), dtype=np.int32)
+    if protocol.background_class is None:
+        return Words(asked, class_of, prompts, reduction)
+    background, words = protocol.background_class, Vocabulary.named(protocol.background_words)
+    if background >= len(vocabulary):
+        raise ValueError(
+            f"the protocol's background is class {background}, but the data have {len(vocabulary)} classes: prepare "
+            "them again with this version."
+        )
+    if protocol.background_as == "names":
+        asked.names[background] += words.labels
+        return Words(asked, class_of, prompts, reduction)
+    kept = [index for index in range(len(asked)) if index != background]
+    names = [*(asked.names[index] for index in kept), *([label] for label in words.labels)]
+    class_of = np.array([*kept, *[background] * len(words)], dtype=np.int32)
+    return Words(Vocabulary.trusted(names), class_of, prompts, reduction)
