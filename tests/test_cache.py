@@ -3,16 +3,13 @@
 import os
 import shutil
 import signal
-import socket
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image
 from transformers import CLIPTextModelWithProjection
@@ -33,6 +30,7 @@ from train.teacher import (
 )
 
 from .conftest import small_config
+from .processes import as_rank, exit_code, free_port, start_child
 from .training_toys import VOCABULARY, toy_dataset, toy_row, toy_tokenizer, toy_vision_model
 from .wordnet_miniature import write_wordnet
 
@@ -77,22 +75,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def start_child(action: Callable[[], object]) -> int:
-    """Run something in a process of its own; its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        PartialState._reset_state()
-        os._exit(int(action() or 0))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(99)
-
-
 def in_child(action: Callable[[], object]) -> int:
     """Exit code of something in a process of its own, or the negative number of the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_child(action), 0)[1])
+    return exit_code(start_child(action))
 
 
 @pytest.fixture(scope="module")
@@ -185,34 +170,10 @@ def test_going_on_embeds_only_what_is_missing(bare, clip, undisturbed, monkeypat
     assert contents(folder) == undisturbed
 
 
-def rank(number: int, of: int, port: int, action: Callable[[], object]) -> Callable[[], object]:
-    """The action as one of the processes of `accelerate launch --cpu`."""
-
-    def as_rank():
-        os.environ.update(
-            RANK=str(number),
-            WORLD_SIZE=str(of),
-            LOCAL_RANK=str(number),
-            LOCAL_WORLD_SIZE=str(of),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            ACCELERATE_USE_CPU="true",
-        )
-        return action()
-
-    return as_rank
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_two_processes_write_what_one_writes(bare, clip, undisturbed):
     port = free_port()
-    children = [start_child(rank(number, 2, port, lambda: run(bare, "--clip", clip))) for number in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    children = [start_child(as_rank(number, 2, port, lambda: run(bare, "--clip", clip))) for number in range(2)]
+    assert [exit_code(child) for child in children] == [0, 0]
     assert contents(folder_of(bare)) == undisturbed
 
 
@@ -222,8 +183,8 @@ def test_two_processes_are_killed_and_one_goes_on(bare, clip, undisturbed):
         return run(bare, "--clip", clip)
 
     port = free_port()
-    first = start_child(rank(0, 2, port, lambda: run(bare, "--clip", clip)))
-    assert in_child(rank(1, 2, port, killed)) == -signal.SIGKILL
+    first = start_child(as_rank(0, 2, port, lambda: run(bare, "--clip", clip)))
+    assert in_child(as_rank(1, 2, port, killed)) == -signal.SIGKILL
     while not (folder_of(bare) / shards.shard_name(2)).exists():  # the first one writes shards 0 and 2, and then waits
         time.sleep(0.02)
     os.kill(first, signal.SIGKILL)

@@ -10,7 +10,6 @@ GroupNorms has two channels: with one channel the bias before it would be such a
 
 import os
 import shutil
-import socket
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from train.sharding import full_state_dict
 from train.teacher import RegionTeacher
 from train.trainer import HEADS_NAME, GKCTrainer
 
+from .processes import free_port
 from .test_trainer import assert_equal
 from .training_toys import COLOURS, VOCABULARY, toy_model, toy_processor, toy_vision_model
 
@@ -182,12 +182,6 @@ RUNS = {  # name: mode, optimiser
 def run_named(folder: str | Path, name: str, accumulation: int = 1, **overrides) -> dict:
     mode, optimizer = RUNS[name]
     return run(folder, replace(RECIPE, accumulation=accumulation, **MODES[mode]), optim=optimizer, **overrides)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_process(rank: int, folder: str, port: int) -> None:

@@ -6,15 +6,12 @@ import json
 import os
 import shutil
 import signal
-import socket
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -35,51 +32,11 @@ from train.miniworld.evaluate import evaluate
 from train.miniworld.protocols import concepts
 from train.miniworld.words import CONCEPTS
 
+from .processes import as_rank, exit_code, free_port, start_child
+
 SHIPPED = Path(__file__).parent.parent / "hub_card" / "gkc-mini"
 TASKS = ("semantic", "panoptic", "instance", "boundary")
 SCENES, PER_CHUNK = 7, 3  # three chunks, the last one smaller
-
-
-def start_child(action: Callable[[], object]) -> int:
-    """Run something in a process of its own; its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        PartialState._reset_state()
-        os._exit(int(action() or 0))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(99)
-
-
-def exit_code(pid: int) -> int:
-    """Exit code of a child, or the negative number of the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def as_rank(number: int, of: int, port: int, action: Callable[[], object]) -> Callable[[], object]:
-    """The action as one of the processes of `accelerate launch --cpu`."""
-
-    def run():
-        os.environ.update(
-            RANK=str(number),
-            WORLD_SIZE=str(of),
-            LOCAL_RANK=str(number),
-            LOCAL_WORLD_SIZE=str(of),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            ACCELERATE_USE_CPU="true",
-        )
-        return action()
-
-    return run
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def png(pixels: np.ndarray) -> dict:

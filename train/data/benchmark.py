@@ -178,6 +178,21 @@ def _read(path: Path, shape: tuple[int, int] | None, modes: Collection[str]) -> 
     return pixels
 
 
+def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The object of a JSON file that has at least these keys.
+
+    Raises:
+        ValueError: it cannot be read, is no object or lacks a key; the file is named.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if missing := [key for key in keys if not isinstance(content, dict) or key not in content]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    return content
+
+
 def check_size(path: Path | str, found: tuple[int, ...], shape: tuple[int, int]) -> None:
     """Refuse an annotation that is not of the size (height, width) of its image.
 

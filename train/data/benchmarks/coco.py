@@ -1,6 +1,5 @@
 """COCO panoptic (Kirillov et al., *Panoptic Segmentation*, CVPR 2019) and COCO-Stuff (Caesar et al., CVPR 2018)."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache, partial
@@ -16,6 +15,7 @@ from ..benchmark import (
     look_up,
     raw_ids,
     read_colour_ids,
+    read_json,
     read_numbers,
     read_table,
     require,
@@ -75,7 +75,7 @@ def find_panoptic(source: Path, split: str) -> list[Picture]:
         (place for place in (source, source / "annotations") if (place / f"panoptic_{split}2017").is_dir()), source
     )
     masks = require(masks / f"panoptic_{split}2017", "the folder of the segmentations: unzip it")
-    content = _load(path, ("images", "annotations"))
+    content = read_json(path, ("images", "annotations"))
     captions = _captions(source / "annotations" / f"captions_{split}2017.json")
     annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
     names = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
@@ -92,21 +92,11 @@ def find_panoptic(source: Path, split: str) -> list[Picture]:
     ]
 
 
-def _load(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
-        raise ValueError(f"{path} lacks {', '.join(missing) if isinstance(content, dict) else 'an object'}.")
-    return content
-
-
 def _captions(path: Path) -> dict[int, list[str]]:
     """The captions of each image; none where the file is not there."""
     captions = defaultdict(list)
     if path.is_file():
-        for annotation in sorted(_load(path, ("annotations",))["annotations"], key=lambda entry: entry["id"]):
+        for annotation in sorted(read_json(path, ("annotations",))["annotations"], key=lambda entry: entry["id"]):
             captions[annotation["image_id"]].append(annotation["caption"].strip())
     return captions
 

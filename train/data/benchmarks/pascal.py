@@ -1,6 +1,5 @@
 """PASCAL VOC 2012 (Everingham et al., IJCV 2015) and PASCAL-Context (Mottaghi et al., CVPR 2014)."""
 
-import json
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -8,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmark import Benchmark, check_size, look_up, raw_ids, read_numbers, require, semantic_segments
+from ..benchmark import Benchmark, check_size, look_up, raw_ids, read_json, read_numbers, require, semantic_segments
 from ..pictures import Picture, Segmentation
 from .pairs import listed, names_in
 
 VOC_20, VOC_21, CONTEXT_59, CONTEXT_459 = "pascal_voc_20", "pascal_voc_21", "pascal_context_59", "pascal_context_459"
 _BOUNDARY = 255
 _LAST_LABEL = 459
+_MERGED_KEYS = ("images", "annos_segmentation")
 
 _VOC_FOLDER = """
 
@@ -85,24 +85,18 @@ def find_context(vocabulary: str, source: Path, split: str) -> list[Picture]:
 
 def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
     if merged is not None:
-        return [Path(image["file_name"]).stem for image in _load(merged)["images"] if image["phase"] == split]
+        return [
+            Path(image["file_name"]).stem
+            for image in read_json(merged, _MERGED_KEYS)["images"]
+            if image["phase"] == split
+        ]
     lists = [folder / "ImageSets" / place / f"{split}.txt" for place in ("SegmentationContext", "Main")]
     # Lists of Main have a second column in some releases.
     return [name.split()[0] for name in names_in(next((path for path in lists if path.is_file()), lists[-1]))]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or "images" not in content or "annos_segmentation" not in content:
-        raise ValueError(f"{path} lacks images or annos_segmentation.")
-    return content
-
-
 def _find_merged(vocabulary: str, images: Path, path: Path, split: str) -> list[Picture]:
-    content = _load(path)
+    content = read_json(path, _MERGED_KEYS)
     masks = defaultdict(list)
     for annotation in content["annos_segmentation"]:
         masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
