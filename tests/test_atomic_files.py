@@ -1,0 +1,48 @@
+"""Atomic writing: what is at the final name is the old file or the whole new one."""
+
+import os
+import stat
+
+import pytest
+
+from modeling_gkc.atomic_files import atomic_path, atomic_write, atomic_write_json
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+    target = tmp_path / "result.json"
+    atomic_write(target, "old")
+    with pytest.raises(OSError, match="disk"), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_the_temporary_file_lies_beside_the_target_and_keeps_its_suffix(tmp_path):
+    with atomic_path(tmp_path / "map.png") as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".png"
+        assert not (tmp_path / "map.png").exists()
+        temporary.write_bytes(b"whole")
+    assert (tmp_path / "map.png").read_bytes() == b"whole"
+
+
+def test_results_have_the_permissions_of_ordinary_files(tmp_path):
+    mask = os.umask(0o022)
+    try:
+        atomic_write(tmp_path / "result.txt", b"x", sync=True)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "result.txt").stat().st_mode) == 0o644
+
+
+def test_long_names_fit_into_the_limit_of_the_file_system(tmp_path):
+    name = "n" * 250 + ".json"
+    atomic_write_json(tmp_path / name, {"a": 1})
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_json_refuses_what_json_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        atomic_write_json(tmp_path / "result.json", {"score": float("nan")})
+    assert not list(tmp_path.iterdir())
