@@ -198,15 +198,15 @@ VARIANTS = {  # benchmark: split: image -> (base or novel) train ids of the lett
 }
 
 
-@pytest.mark.parametrize("benchmark", VARIANTS)
-def test_coco_zero_shot_variants(benchmark, tmp_path):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_coco_zero_shot_variants(variant, tmp_path):
     """Novel raw ids, typed by hand: bicycle, the second class of all, is the first of the 18."""
-    mini = minis.coco_panoptic(tmp_path / "coco", benchmark)
-    novel = benchmark.endswith("novel")
+    mini = minis.coco_panoptic(tmp_path / "coco", variant)
+    novel = variant.endswith("novel")
     mini.train_ids = (
         {"a": -1, "b": -1, "c": -1, "x": 0, "-": -1} if novel else {"a": 0, "b": 114, "c": 0, "x": -1, "-": -1}
     )
-    for split, expected in VARIANTS[benchmark].items():
+    for split, expected in VARIANTS[variant].items():
         rows = rows_of(mini, tmp_path / "out", split)
         assert sorted(rows) == sorted(mini.names[split].get(name, name) for name in expected)
         for image_id, row in rows.items():
@@ -447,12 +447,12 @@ RELABELLED = {  # benchmark: miniature, its letters with other classes
 }
 
 
-@pytest.mark.parametrize("benchmark", RELABELLED)
-def test_relabelled_benchmarks_equal_the_maps_made_by_hand(benchmark, tmp_path):
+@pytest.mark.parametrize("variant", RELABELLED)
+def test_relabelled_benchmarks_equal_the_maps_made_by_hand(variant, tmp_path):
     """COCO-Stuff's wood is void, ADE20K-Full's adding machine too."""
-    build, train_ids = RELABELLED[benchmark]
+    build, train_ids = RELABELLED[variant]
     mini = build(tmp_path / "source")
-    mini.benchmark, mini.train_ids = benchmark, train_ids
+    mini.benchmark, mini.train_ids = variant, train_ids
     for image_id, row in rows_of(mini, tmp_path / "out", "val").items():
         assert np.array_equal(semantic_map(row, read_row(row)[1]), mini.truth("val")[image_id])
 
