@@ -231,7 +231,7 @@ class RandomEmbeddings:
 
     def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
         """Those of each image's segments, which are counted from 1."""
-        return [self.embeds[image][ids - 1].float() for image, ids in zip(image_ids, segment_ids, strict=True)]
+        return [self.embeds[image][ids.cpu() - 1].float() for image, ids in zip(image_ids, segment_ids, strict=True)]
 
 
 class Workload:
@@ -277,7 +277,8 @@ class Workload:
     def encode_words(self, count: int) -> Tensor:
         """What the text tower makes of as many words."""
         preset = self.preset
-        tokens = torch.randint(1, preset.text["vocab_size"], (count, preset.text_tokens))
+        device = self.trainer.args.device
+        tokens = torch.randint(1, preset.text["vocab_size"], (count, preset.text_tokens), device=device)
         return self.trainer.student.text_model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).text_embeds
 
 
@@ -289,7 +290,7 @@ class StepTimer:
         self.model = self.trainer.model.train()
         self.trainer.create_optimizer_and_scheduler(num_training_steps=1000)
         self.batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
-        self.published = workload.published_student.train()
+        self.published = workload.published_student.train().to(self.trainer.args.device)
         self.published_optimizer = torch.optim.AdamW(self.published.parameters(), lr=1e-4, fused=True)
         self.parts: dict[str, np.ndarray] = {}
         self.model.forward = self._timed("forward", self.model.forward)
@@ -343,9 +344,15 @@ class StepTimer:
 
     @contextmanager
     def _measure(self, name: str) -> Iterator[None]:
-        start = np.array([time.perf_counter(), time.process_time()])
+        start = self._clocks()
         yield
-        self.parts[name] = np.array([time.perf_counter(), time.process_time()]) - start
+        self.parts[name] = self._clocks() - start
+
+    def _clocks(self) -> np.ndarray:
+        """Wall-clock and processor time in seconds, once the device has done what it was given."""
+        if self.trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        return np.array([time.perf_counter(), time.process_time()])
 
     def _timed(self, name: str, function: Callable) -> Callable:
         def timed(*args, **kwargs):

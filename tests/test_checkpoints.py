@@ -392,3 +392,10 @@ def test_killed_and_resumed_equals_undisturbed(killed, moment):
     assert [log["step"] for log in got["log_history"]] == list(range(1, 7))
     assert draws_of(folder) == draws_of(killed / "undisturbed")
     assert all(len(drawn) == 1 for drawn in draws_of(folder).values())
+
+
+def test_optimizer_states_are_restored_to_an_indexed_cpu(tmp_path):
+    """The device of CPU processes under accelerate, to which transformers 5.17 restores the optimizer's state."""
+    torch.save({"exp_avg": torch.arange(3.0)}, tmp_path / "optimizer.pt")
+    restored = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu", 0), weights_only=True)
+    assert torch.equal(restored["exp_avg"], torch.arange(3.0))

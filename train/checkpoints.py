@@ -13,11 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST_NAME = "checkpoint_manifest.json"
+
+
+def _restore_to_indexed_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """Restore a storage whose location is an indexed CPU ("cpu:0") as if it were plain "cpu"."""
+    return storage if location.startswith("cpu:") else None
+
+
+# The Trainer of transformers 5.17 restores the optimizer state of several CPU processes to the device "cpu:0" of
+# accelerate, which torch cannot do by itself.
+torch.serialization.register_package(12, lambda storage: None, _restore_to_indexed_cpu)
 
 
 def seal(folder: str | Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+import modeling_gkc
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..data.benchmarks import benchmark_named
@@ -29,7 +30,7 @@ from .profiling import profile
 from .result import SCHEMA_NAME, per_cent, read_result, write_result
 from .session import Session, video_ids
 
-PACKAGES = ("gkc", "torch", "transformers", "datasets", "numpy", "pillow", "accelerate")
+PACKAGES = ("torch", "transformers", "datasets", "numpy", "pillow", "accelerate")
 
 
 def run(session: Session, state: PartialState, progress: bool = True) -> dict[str, Any] | None:
@@ -137,7 +138,8 @@ def _result(session: Session, computed: Mapping[str, tuple], metas: list[dict], 
         },
         **_circumstances(session),
         "settings": _plain(session.settings),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "gkc": modeling_gkc.__version__}
+        | {name: version(name) for name in PACKAGES},
         "command": request.command,
         "machine": machine(state),
         "times": times(metas),

@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
+import modeling_gkc
 from modeling_gkc.cli_common import load_checkpoint, without_progress_bars
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -201,7 +201,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Everything that the numbers depend on."""
     return {
-        "gkc": version("gkc"),
+        "gkc": modeling_gkc.__version__,
         "model": sha256,
         "benchmark": prepared.benchmark,
         "split": request.split,
