@@ -175,6 +175,20 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
 
     model_type = "gkc"
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig}
+    # The predictions that transformers' Trainer gathers are class logits and mask logits, as of Mask2Former.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "query_embeds",
+        "content_sizes",
+        "loss_dict",
+        "mask_features",
+        "stages",
+        "matches",
+        "encoder_hidden_states",
+        "pixel_decoder_hidden_states",
+        "transformer_decoder_hidden_states",
+        "attentions",
+        "cross_attentions",
+    ]
 
     backbone_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

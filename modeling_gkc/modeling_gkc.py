@@ -131,12 +131,13 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, weighted sum of `loss_dict`; given with labels.
-        loss_dict: Unweighted losses by name; `_0`, `_1`, ... mark stages before the last.
-        class_queries_logits: (B, Q, K + 1) class logits, the last column no-object.
+        class_queries_logits: (B, Q, K + 1) class logits, the last column no-object. These and the mask logits come
+            next in `to_tuple()`, as Mask2Former's do.
         masks_queries_logits: (B, Q, H/4, W/4) mask logits.
         query_embeds: (B, Q, D) L2-normalised embeddings of the queries in the text space.
         content_sizes: (B, 2) height and width in pixels of each image inside its padded input; None when the whole
             input is image. Post-processing cuts the padding off with it.
+        loss_dict: Unweighted losses by name; `_0`, `_1`, ... mark stages before the last.
         mask_features: (B, mask_feature_size, H/4, W/4), see `GKCStageOutput.mask_embeds`; in training only.
         stages: the S stages' predictions, in training or with `output_stages=True`.
         matches: for each stage and image the matched (queries, segments); given with labels.
@@ -145,11 +146,11 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
     class_queries_logits: Tensor | None = None
     masks_queries_logits: Tensor | None = None
     query_embeds: Tensor | None = None
     content_sizes: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
     mask_features: Tensor | None = None
     stages: tuple[GKCStageOutput, ...] | None = None
     matches: list[Matches] | None = None
