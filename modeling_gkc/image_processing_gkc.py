@@ -14,6 +14,7 @@
 """Images of any kind to padded, normalised `pixel_values`. All sizes are (height, width)."""
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO, TypedDict
@@ -35,6 +36,7 @@ from transformers.image_utils import (
 # From its module: the top level of transformers 5.17 hides it where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .argument_checks import check_flags, check_number, check_whole_number, shown
 from .configuration_gkc import GKCConfig
 from .post_processing import PostProcessingMixin
 from .remote_code import CodeSavingMixin
@@ -45,6 +47,8 @@ _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _URL_SCHEMES = ("http://", "https://", "data:")
 URL_TIMEOUT_S = 30
+MAX_SIDE = 2**16
+SMALLEST_SCALE = 1e-12  # a divisor or factor below is a slip
 _VALUES_AT_ONCE = 2**20
 _FLOAT_SLACK = 1e-5  # what computing in fp32 adds to values at the ends of 0..1
 _SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"}, {"height", "width"})
@@ -57,12 +61,12 @@ class GKCImagesKwargs(TypedDict, total=False):
     size: Any
     resample: Any
     do_rescale: bool
-    rescale_factor: float
+    rescale_factor: Any
     do_normalize: bool
     image_mean: Any
     image_std: Any
     do_pad: bool
-    size_divisor: int
+    size_divisor: Any
     input_data_format: Any
     return_tensors: Any
 
@@ -116,7 +120,26 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        _check_size(dict(self.size))
+        _check_settings({name: getattr(self, name, None) for name in GKCImagesKwargs.__annotations__})
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike], *args, **kwargs) -> BatchFeature:
+        """Prepare images, as a call of the processor does."""
+        # Before transformers checks the types of the settings, whose error is no ValueError.
+        _check_settings({name: value for name, value in kwargs.items() if name != "size"})
+        return super().preprocess(images, *args, **kwargs)
+
+    def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
+        size = kwargs.get("size")
+        if isinstance(size, list | tuple) and len(size) != 2:  # transformers would ignore the third
+            raise ValueError(f"`size` as a list must be [height, width], got {shown(size)}.")
+        try:
+            return super()._standardize_kwargs(**kwargs)
+        except (TypeError, ValueError) as error:  # of `size`, the only setting that is converted
+            raise ValueError(f"`size` is no size of images: {error}") from error
+
+    def _validate_preprocess_kwargs(self, **kwargs) -> None:
+        _check_settings(kwargs)
+        super()._validate_preprocess_kwargs(**kwargs)
 
     def _preprocess_image_like_inputs(self, images: ImageLike | Sequence[ImageLike], *args, **kwargs) -> BatchFeature:
         images = _as_list(images)
@@ -214,13 +237,52 @@ def resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int
     return min(max(resized[0], 1), limit), min(max(resized[1], 1), limit)
 
 
+def _check_settings(settings: dict[str, Any]) -> None:
+    """
+    Refuse settings of the image processor that cannot be meant.
+
+    Args:
+        settings: By name, some of `GKCImagesKwargs`; None stands for a default.
+
+    Raises:
+        ValueError: a setting has a wrong type, is not finite or lies outside its range; the message names it.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    check_flags(**{name: value for name, value in given.items() if name.startswith("do_")})
+    if "size" in given:
+        _check_size(dict(given["size"]))
+    if "rescale_factor" in given:
+        check_number("rescale_factor", given["rescale_factor"], SMALLEST_SCALE)
+    for name, low in (("image_mean", -math.inf), ("image_std", SMALLEST_SCALE)):
+        if name in given:
+            _check_channels(name, given[name], low)
+    if "size_divisor" in given:
+        check_whole_number("size_divisor", given["size_divisor"], 0)
+    for name, kind in (("resample", PILImageResampling), ("input_data_format", ChannelDimension)):
+        if name in given:
+            try:
+                kind(given[name])
+            except ValueError as error:
+                choices = ", ".join(repr(choice.value) for choice in kind)
+                raise ValueError(f"`{name}` must be one of {choices}, got {shown(given[name])}.") from error
+
+
+def _check_channels(name: str, value: Any, low: float) -> None:
+    values = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
+    values = values if isinstance(values, list | tuple) else [values]
+    if len(values) not in (1, 3):
+        raise ValueError(f"`{name}` must be one number, or one for each of the 3 channels, got {shown(value)}.")
+    for number in values:
+        check_number(name, number, low)
+
+
 def _check_size(size: dict[str, int]) -> None:
     if set(size) not in _SIZE_KEYS:
         raise ValueError(
             "`size` needs 'shortest_edge' and/or 'longest_edge', or 'height' and 'width'; got " + ", ".join(size) + "."
         )
-    if min(size.values()) < 1:
-        raise ValueError(f"`size` must be positive, got {size}.")
+    for side, pixels in size.items():
+        check_whole_number(f"size['{side}']", pixels, 1, MAX_SIDE if side in ("height", "width") else 2**31 - 1)
 
 
 def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:

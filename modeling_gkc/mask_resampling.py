@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .argument_checks import Size, check_size, shown
 from .configuration_gkc import BACKBONE_STRIDES
 
 MASK_STRIDE = BACKBONE_STRIDES[0]
 TILE_BYTES = 32 * 2**20
-
-Size = tuple[int, int]
 
 
 def rows_per_tile(width: int, planes: int) -> int:
@@ -53,17 +52,22 @@ class MaskResampler:
         target_size: Pixels H, W to resample the content to; None keeps the grid and only cuts the padding off.
 
     Raises:
-        ValueError: the content is empty or larger than the grid, or the target is empty.
+        ValueError: the logits are no tensor (Q, h, w) of floating point; a size is no pair of whole numbers of at
+            least 1; the content is larger than the grid; the target has more than 2^31 - 1 pixels.
     """
 
     def __init__(self, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None):
+        if not isinstance(mask_logits, Tensor) or not mask_logits.is_floating_point() or mask_logits.ndim != 3:
+            raise ValueError(
+                f"`mask_logits` must be a tensor (Q, h, w) of floating-point numbers, got {shown(mask_logits)}."
+            )
+        content_size = None if content_size is None else check_size("content_size", content_size)
+        target_size = None if target_size is None else check_size("target_size", target_size)
         grid = tuple(mask_logits.shape[-2:])
         content = tuple(MASK_STRIDE * side for side in grid) if content_size is None else content_size
         cut = tuple(math.ceil(side / MASK_STRIDE) for side in content)
         if not all(0 < side <= limit for side, limit in zip(cut, grid, strict=True)):
             raise ValueError(f"content of {content} pixels does not fit masks of {grid} cells of 4 x 4 pixels.")
-        if target_size is not None and min(target_size) < 1:
-            raise ValueError(f"target sizes (height, width) must be at least 1 x 1, got {target_size}.")
         self.device = mask_logits.device
         self.num_masks = len(mask_logits)
         self._mask_logits = mask_logits.detach()[:, : cut[0], : cut[1]]

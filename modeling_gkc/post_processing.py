@@ -33,10 +33,21 @@ All is computed in fp32, under autocast too, and without gradients. Logits must 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .argument_checks import (
+    check_flags,
+    check_label_ids,
+    check_logits,
+    check_number,
+    check_shares,
+    check_whole_number,
+    pair,
+    shown,
+)
 from .mask_resampling import MaskResampler, Size, resize_masks, rows_per_tile
 from .run_length import decode_rle, encode_rle
 
@@ -51,44 +62,21 @@ INSTANCE_VOID = -1
 
 
 def void_label(num_classes: int) -> int:
-    """Value of a void pixel in a semantic map: 255, or where that is a class 65535, or where that is one 2^31 - 1."""
+    """
+    Value of a void pixel in a semantic map: 255, or where that is a class 65535, or where that is one 2^31 - 1.
+
+    Raises:
+        ValueError: `num_classes` is no whole number in 0..2^31 - 1.
+    """
+    check_whole_number("num_classes", num_classes, 0, VOID_LABELS[-1])
     return next(value for value in VOID_LABELS if value >= num_classes)
-
-
-def _as_int(value: Any) -> int | None:
-    """A whole number of Python, numpy or torch as int; None for anything else, booleans and text too."""
-    try:
-        value = value.item() if hasattr(value, "item") else value
-        return int(value) if not isinstance(value, bool) and int(value) == value else None
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, NaN, a tensor of many numbers, infinity
-        return None
-
-
-def _label_ids(name: str, label_ids: Collection[int], num_classes: int) -> set[int]:
-    """The checked classes of the argument `name`."""
-    given = label_ids.tolist() if isinstance(label_ids, Tensor) else label_ids
-    if not isinstance(given, Collection):
-        raise ValueError(f"`{name}` must be a list of classes, or another collection, got {label_ids!r}.")
-    ids = {_as_int(label) for label in given}
-    if None in ids:
-        raise ValueError(f"`{name}` must hold the numbers of classes, such as [0, 3], got {label_ids!r}.")
-    if ids and not 0 <= min(ids) <= max(ids) < num_classes:
-        raise ValueError(f"`{name}` must be classes in 0..{num_classes - 1}, got {sorted(ids)}.")
-    return ids
 
 
 def _void_classes(void_label_ids: Collection[int], num_classes: int) -> Tensor:
     """Which classes (K,) become void."""
     is_void = torch.zeros(num_classes, dtype=torch.bool)
-    is_void[list(_label_ids("void_label_ids", void_label_ids, num_classes))] = True
+    is_void[list(check_label_ids("void_label_ids", void_label_ids, num_classes))] = True
     return is_void
-
-
-def _whole_void_id(void_id: int) -> int:
-    whole = _as_int(void_id)
-    if whole is None:
-        raise ValueError(f"`void_id` must be a whole number, got {void_id!r}.")
-    return whole
 
 
 def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
@@ -96,7 +84,9 @@ def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
     shown = (~is_void).nonzero().flatten().tolist()
     if void_id is None:
         return void_label(shown[-1] + 1 if shown else 0)
-    void_id = _whole_void_id(void_id)
+    void_id = check_whole_number("void_id", void_id)
+    if not -(2**63) <= void_id < 2**63:
+        raise ValueError(f"`void_id` {void_id} does not fit into the map's 64-bit integers: choose a smaller number.")
     if void_id in shown:
         raise ValueError(
             f"`void_id` {void_id} is a class: choose a number that is none, such as {void_label(len(is_void))}."
@@ -106,7 +96,7 @@ def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
 
 def _segment_void_id(void_id: int, most_segments: int) -> int:
     """The checked value of void pixels in a map of at most so many segments, in int32."""
-    void_id = _whole_void_id(void_id)
+    void_id = check_whole_number("void_id", void_id)
     if not (-(2**31) <= void_id < 1 or most_segments < void_id < 2**31):
         raise ValueError(
             f"`void_id` {void_id} may be the id of a segment, which count from 1 to at most {most_segments}: choose "
@@ -119,6 +109,7 @@ def _prepare(
     class_logits: Tensor, mask_logits: Tensor, content_size: Size | None, target_size: Size | None
 ) -> tuple[Tensor, MaskResampler]:
     """The checked class logits (Q, K + 1) in fp32 and masks of one image, both without gradients."""
+    check_logits(class_logits, mask_logits)
     class_logits = class_logits.detach().float()
     # The best logit of a query is NaN or infinite if one is NaN or +inf, or if all are -inf.
     for name, numbers in (("class", class_logits.amax(dim=-1)), ("mask", mask_logits)):
@@ -203,7 +194,12 @@ def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> li
 
     Returns:
         For each class that has a pixel `id` and `label_id`, both the class, and `score`, the mean over its pixels.
+
+    Raises:
+        ValueError: the map holds no integers, the scores are not finite or of another shape, or `num_classes` is no
+            whole number of at least 1.
     """
+    _check_semantic_map(class_map, scores, num_classes)
     # On the CPU: MPS has no fp64, and CUDA no deterministic sums per class.
     labels, scores = class_map.flatten().cpu(), scores.detach().flatten().cpu()
     is_class = (labels >= 0) & (labels < num_classes)
@@ -217,6 +213,20 @@ def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> li
     ]
 
 
+def _check_semantic_map(class_map: Tensor, scores: Tensor, num_classes: int) -> None:
+    check_whole_number("num_classes", num_classes, 1)
+    is_map = isinstance(class_map, Tensor) and class_map.ndim == 2
+    if not is_map or class_map.is_floating_point() or class_map.is_complex() or class_map.dtype == torch.bool:
+        raise ValueError(f"`class_map` must be a tensor (H, W) of integers, got {shown(class_map)}.")
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != class_map.shape:
+        raise ValueError(
+            f"`scores` must be a tensor {tuple(class_map.shape)} of floating-point numbers, as the map, got "
+            f"{shown(scores)}."
+        )
+    if not scores.isfinite().all():
+        raise ValueError("`scores` must be finite, but some are NaN or infinite.")
+
+
 def _best_classes(
     resampler: MaskResampler,
     class_logits: Tensor,
@@ -228,6 +238,9 @@ def _best_classes(
     """Class map (H, W) of `semantic_segmentation`; the best scores are written into `scores` (H, W), if given."""
     is_void = _void_classes(void_label_ids, class_logits.shape[1] - 1)
     void_id = _semantic_void_id(void_id, is_void)
+    if void_threshold is not None:
+        meaning = ", the number of queries: a score is a sum over queries"
+        void_threshold = check_number("void_threshold", void_threshold, 0, len(class_logits), meaning)
     is_void = is_void.to(class_logits.device)
     labels = torch.empty(resampler.size, dtype=torch.int64, device=class_logits.device)
     for rows, best, winners in _winners(resampler, class_logits):
@@ -344,11 +357,17 @@ def panoptic_segmentation(
         ValueError: `void_label_ids` or `label_ids_to_fuse` holds what is no class, `void_id` may be a segment, logits
             are not finite, or a size is impossible.
     """
+    threshold, mask_threshold, overlap_mask_area_threshold, void_threshold = check_shares(
+        threshold=threshold,
+        mask_threshold=mask_threshold,
+        overlap_mask_area_threshold=overlap_mask_area_threshold,
+        void_threshold=void_threshold,
+    )
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     num_queries, num_classes = class_logits.shape[0], class_logits.shape[1] - 1
     void_id = _segment_void_id(PANOPTIC_VOID if void_id is None else void_id, num_queries)
     is_void = _void_classes(void_label_ids, num_classes)
-    label_ids_to_fuse = _label_ids("label_ids_to_fuse", label_ids_to_fuse, num_classes)
+    label_ids_to_fuse = check_label_ids("label_ids_to_fuse", label_ids_to_fuse, num_classes)
     scores, labels = class_logits.softmax(dim=-1).max(dim=-1)
     kept = (labels < num_classes) & (scores > threshold)
     scores, labels = scores[kept], labels[kept].cpu()
@@ -485,14 +504,21 @@ def instance_segmentation(
             `void_label_ids` holds what is no class, `void_id` may be a segment, logits are not finite, or a size is
             impossible.
     """
+    threshold, mask_threshold, overlap_mask_area_threshold, void_threshold = check_shares(
+        threshold=threshold,
+        mask_threshold=mask_threshold,
+        overlap_mask_area_threshold=overlap_mask_area_threshold,
+        void_threshold=void_threshold,
+    )
+    check_flags(return_binary_maps=return_binary_maps, return_coco_annotation=return_coco_annotation)
     if return_binary_maps and return_coco_annotation:
         raise ValueError("choose one of `return_binary_maps` and `return_coco_annotation`.")
-    if (_as_int(top_k) or 0) < 1:
-        raise ValueError(f"`top_k` must be a whole number of at least 1, got {top_k!r}.")
+    top_k = check_whole_number("top_k", top_k, 1)
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
-    void_id = _segment_void_id(INSTANCE_VOID if void_id is None else void_id, top_k)
+    num_pairs = min(top_k, class_logits[:, :-1].numel())
+    void_id = _segment_void_id(INSTANCE_VOID if void_id is None else void_id, num_pairs)
     is_void_class = _void_classes(void_label_ids, class_logits.shape[1] - 1).to(class_logits.device)
-    pairs = _rank_pairs(class_logits, resampler, threshold, mask_threshold, top_k)
+    pairs = _rank_pairs(class_logits, resampler, threshold, mask_threshold, num_pairs)
     is_void = is_void_class[pairs.labels]
     if return_binary_maps:
         segmentation, kept = _whole_masks(resampler, pairs, is_void, mask_threshold, void_threshold)
@@ -512,11 +538,11 @@ def instance_segmentation(
 
 
 def _rank_pairs(
-    class_logits: Tensor, resampler: MaskResampler, threshold: float, mask_threshold: float, top_k: int
+    class_logits: Tensor, resampler: MaskResampler, threshold: float, mask_threshold: float, num_pairs: int
 ) -> _Pairs:
     """The pairs with a mask and a score of at least `threshold`, best first."""
     class_scores = class_logits.softmax(dim=-1)[:, :-1]
-    class_scores, pairs = class_scores.flatten().topk(min(int(top_k), class_scores.numel()))
+    class_scores, pairs = class_scores.flatten().topk(num_pairs)
     possible = class_scores >= threshold
     class_scores, pairs = class_scores[possible], pairs[possible]
     queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)
@@ -762,6 +788,7 @@ def _split_batch(
     mask_logits = _field(outputs, "masks_queries_logits")
     if class_logits is None or mask_logits is None:
         raise ValueError("the outputs need `class_queries_logits` and `masks_queries_logits`, as the model's have.")
+    check_logits(class_logits, mask_logits, ("class_queries_logits", "masks_queries_logits"), batch=True)
     batch = len(class_logits)
     contents = _sizes(_field(outputs, "content_sizes"), batch, "content_sizes")
     targets = _sizes(target_sizes, batch, "target_sizes")
@@ -776,23 +803,16 @@ def _field(outputs: Any, name: str) -> Any:
 def _sizes(sizes: Sequence[Size] | Tensor | None, batch: int, name: str) -> list[Size | None]:
     if sizes is None:
         return [None] * batch
-    sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    sizes = sizes.tolist() if isinstance(sizes, Tensor | np.ndarray) else sizes
     expected = f"`{name}` must give one (height, width) per image, such as [(480, 640)] for one image"
-    if not isinstance(sizes, Collection):
-        raise ValueError(f"{expected}: got {sizes!r}.")
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
+        raise ValueError(f"{expected}: got {shown(sizes)}.")
     if len(sizes) != batch:
         raise ValueError(f"{expected}: got {len(sizes)} for {batch} images.")
-    checked = [None if size is None else _size(size) for size in sizes]
-    for size, given in zip(checked, sizes, strict=True):
-        if size is None and given is not None:
-            raise ValueError(f"{expected}: got {given!r} for one of them.")
-    return checked
-
-
-def _size(size: Any) -> Size | None:
-    """Height and width, None for anything else."""
-    sides = [_as_int(side) for side in size] if isinstance(size, Collection) else []
-    return None if len(sides) != 2 or None in sides else (sides[0], sides[1])
+    for size in sizes:
+        if size is not None and pair(size) is None:
+            raise ValueError(f"{expected}: got {shown(size)} for one of them.")
+    return [None if size is None else pair(size) for size in sizes]
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -384,3 +385,39 @@ class TestSaving:
         root = Path(__file__).parent.parent
         finished = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
         assert (finished.stdout, finished.stderr) == ("GKCImageProcessor\n", "")
+
+
+WRONG_SETTINGS = {
+    "do_resize": ["no", 1],
+    "image_mean": [[0.5, 0.5], math.nan, "grey", [0.5, 0.5, "0.5"]],
+    "image_std": [0, [0.2, 0.0, 0.2], -1, math.inf, True, [[0.2, 0.2, 0.2]]],
+    "input_data_format": ["last", 3],
+    "resample": [99, "bilinear"],
+    "rescale_factor": [math.nan, 0, -1, "1", [1]],
+    "size": [
+        0,
+        "large",
+        [1, 2, 3],
+        {"shortest_edge": "64"},
+        {"height": 3.5, "width": 2},
+        {"height": 64, "width": 2**20},
+    ],
+    "size_divisor": [-1, 2.5, "32"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_SETTINGS.items() for value in values]
+)
+def test_a_setting_that_cannot_be_meant_is_refused_by_name(name, value):
+    picture = np.zeros((8, 9, 3), dtype=np.uint8)
+    for use in (lambda: GKCImageProcessor(**{name: value}), lambda: GKCImageProcessor()(picture, **{name: value})):
+        with pytest.raises(ValueError, match=f"`{name}"):
+            use()
+
+
+def test_settings_of_any_kind_of_number():
+    picture = np.full((8, 9, 3), 100, dtype=np.uint8)
+    settings = {"rescale_factor": 1, "image_mean": np.array([1, 2, 3]), "image_std": (2, 2.0, np.float32(2))}
+    (pixels,) = GKCImageProcessor(do_resize=False)(picture, **settings).pixel_values
+    assert pixels[:, 0, 0].tolist() == [49.5, 49.0, 48.5]

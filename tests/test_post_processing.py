@@ -1,5 +1,6 @@
 """Results against golden numbers, direct formulas and pycocotools."""
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -414,7 +415,7 @@ class TestMethods:
         assert [tuple(labels.shape) for labels in maps] == [(9, 12)] * 3
 
     def test_void_threshold(self, outputs):
-        maps = GKCImageProcessor().post_process_semantic_segmentation(outputs, void_threshold=100.0)
+        maps = GKCImageProcessor().post_process_semantic_segmentation(outputs, void_threshold=7.0)
         assert all((labels == 255).all() for labels in maps)
 
     def test_one_target_size_per_image(self, outputs):
@@ -514,6 +515,111 @@ class TestFinite:
         logits[2] = -torch.inf
         with pytest.raises(ValueError, match="the class logits hold"):
             function(logits, masks)
+
+
+SHARES = ("threshold", "mask_threshold", "overlap_mask_area_threshold", "void_threshold")
+
+
+class TestArguments:
+    """A wrong argument is refused by its name; `tests.fuzz.post_processing` tries many more."""
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -1, 1.5, "0.5", True, [0.5]])
+    @pytest.mark.parametrize("name", SHARES)
+    @pytest.mark.parametrize("function", [panoptic_segmentation, instance_segmentation])
+    def test_thresholds_are_shares(self, function, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number between 0 and 1, got"):
+            function(*random_logits(), **{name: value})
+
+    @pytest.mark.parametrize("value", [math.nan, -0.1, 7.5, "1"])
+    def test_the_void_threshold_of_a_semantic_map_lies_between_0_and_the_number_of_queries(self, value):
+        for call in (semantic_segmentation, semantic_by_method):
+            with pytest.raises(ValueError, match="`void_threshold` must be a number between 0 and 7, the number of"):
+                call(*random_logits(queries=7), void_threshold=value)
+
+    def test_numbers_of_numpy_and_torch_are_numbers(self):
+        logits = random_logits()
+        expected = panoptic_segmentation(*logits, threshold=0.25, target_size=(4, 5))
+        for number in (np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
+            got = panoptic_segmentation(*logits, threshold=number, target_size=np.array([4, 5]))
+            assert torch.equal(got["segmentation"], expected["segmentation"])
+
+    @pytest.mark.parametrize(
+        "function", [semantic_scores, semantic_segmentation, panoptic_segmentation, instance_segmentation]
+    )
+    @pytest.mark.parametrize(
+        ("which", "change", "message"),
+        [
+            (0, lambda logits: logits.numpy(), r"`class_logits` must be a tensor \(Q, K \+ 1\) .*, got a ndarray"),
+            (1, lambda logits: "masks", r"`mask_logits` must be a tensor \(Q, h, w\) .*, got a str"),
+            (1, lambda logits: logits > 0, "`mask_logits` must be a tensor .* got of torch.bool"),
+            (0, lambda logits: logits[None], r"`class_logits` must have the shape \(Q, K \+ 1\), got \(1, 7, 6\)"),
+            (
+                0,
+                lambda logits: logits[:, :1],
+                "`class_logits` must have at least two columns, one class and no-object",
+            ),
+            (0, lambda logits: logits[:5], "`class_logits` and `mask_logits` must be of the same queries"),
+        ],
+    )
+    def test_logits_that_do_not_fit(self, function, which, change, message):
+        logits = list(random_logits())
+        logits[which] = change(logits[which])
+        with pytest.raises(ValueError, match=message):
+            function(*logits)
+
+    def test_batches_of_logits_that_do_not_fit(self):
+        logits, masks = torch.zeros(2, 7, 6), torch.zeros(2, 7, 9, 12)
+        for outputs in ((logits, masks[:1]), (logits[0], masks), (logits.numpy(), masks), (logits[..., :1], masks)):
+            with pytest.raises(ValueError, match="`class_queries_logits`"):
+                GKCImageProcessor().post_process_panoptic_segmentation(Outputs(*outputs))
+
+    @pytest.mark.parametrize("size", ["ab", 5, (3,), (3, 4.5), (0, 3), (-1, 3), {3, 4}, (2**20, 2**20)])
+    @pytest.mark.parametrize("name", ["content_size", "target_size"])
+    def test_sizes_that_are_none(self, name, size):
+        for function in (semantic_segmentation, panoptic_segmentation, instance_segmentation, semantic_scores):
+            with pytest.raises(ValueError, match=f"`{name}`"):
+                function(*random_logits(), **{name: size})
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            resize_masks(random_logits()[1], **{name: size})
+
+    @pytest.mark.parametrize("ids", [3, "12", b"\1", torch.tensor(1), np.array(1), [9], [True]])
+    def test_classes_that_are_none(self, ids):
+        for name in ("void_label_ids", "label_ids_to_fuse"):
+            with pytest.raises(ValueError, match=f"`{name}` must"):
+                panoptic_segmentation(*random_logits(), **{name: ids})
+
+    @pytest.mark.parametrize("value", ["no", 1, None])
+    @pytest.mark.parametrize("name", ["return_binary_maps", "return_coco_annotation"])
+    def test_flags_are_booleans(self, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` must be True or False, got {value!r}"):
+            instance_segmentation(*random_logits(), **{name: value})
+
+    def test_a_void_id_fits_into_the_map(self):
+        with pytest.raises(ValueError, match=f"`void_id` {2**70} does not fit"):
+            semantic_segmentation(*random_logits(), void_id=2**70)
+        found = instance_segmentation(*random_logits(queries=2, classes=1), top_k=10**9, void_id=3)
+        assert 3 in found["segmentation"]
+
+    def test_segments_of_maps_that_are_none(self):
+        class_map, scores = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        for name, arguments in {
+            "class_map": (class_map.float(), scores, 3),
+            "scores": (class_map, scores[:1], 3),
+            "`scores` must be finite": (class_map, scores * math.nan, 3),
+            "num_classes": (class_map, scores, 0),
+        }.items():
+            with pytest.raises(ValueError, match=name):
+                semantic_segments(*arguments)
+
+    @pytest.mark.parametrize("value", [math.nan, -1, "5", 2**31])
+    def test_void_label_of_no_number_of_classes(self, value):
+        with pytest.raises(ValueError, match="`num_classes` must be a whole number"):
+            void_label(value)
+
+
+def semantic_by_method(class_logits, mask_logits, **arguments):
+    outputs = Outputs(class_logits[None], mask_logits[None])
+    return GKCImageProcessor().post_process_semantic_segmentation(outputs, **arguments)
 
 
 def test_methods_refuse_logits_that_are_no_numbers():

@@ -85,7 +85,7 @@ class TestSemantic:
     )
     def test_the_default_is_no_class_that_is_shown(self, classes, void_ids, void):
         logits, masks = random_logits(queries=2, classes=classes, height=2, width=2)
-        labels, _ = semantic_segmentation(logits, masks, void_threshold=3.0, void_label_ids=void_ids)
+        labels, _ = semantic_segmentation(logits, masks, void_threshold=2.0, void_label_ids=void_ids)
         assert (labels == void).all() and labels.dtype == torch.int64
         assert void_label(max(set(range(classes)) - set(void_ids), default=-1) + 1) == void
 

@@ -1,0 +1,209 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checks of arguments: each returns the value in its plain form, or raises a ValueError that names the argument."""
+
+import math
+import numbers
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Size = tuple[int, int]
+
+MAX_PIXELS = 2**31 - 1  # areas are counted in int32
+
+
+def whole_number(value: Any) -> int | None:
+    """Convert a whole number of Python, numpy or torch to int; None for anything else, booleans and text too."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return int(value) if not isinstance(value, bool | str | bytes) and int(value) == value else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # NaN, a tensor of many numbers, infinity
+        return None
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, meaning: str = "") -> float:
+    """
+    Check a real number.
+
+    Args:
+        name: Name of the argument.
+        value: Number of Python, numpy or torch.
+        low: Smallest allowed value.
+        high: Largest allowed value; infinity itself is never allowed.
+        meaning: Added to the message to explain the range.
+
+    Raises:
+        ValueError: `value` is no number, not finite, or outside of the range.
+    """
+    given = value
+    try:
+        value = value.item() if isinstance(value, Tensor | np.generic | np.ndarray) else value
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except (ValueError, RuntimeError, OverflowError):  # a tensor of many numbers, an integer beyond fp64
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        extent = f"of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"`{name}` must be a number {extent}{meaning}, got {shown(given)}.")
+    return number
+
+
+def check_shares(**shares: Any) -> list[float | None]:
+    """
+    Check thresholds that are probabilities or shares, given by their names; None is allowed for `void_threshold`.
+
+    Returns:
+        The thresholds in the given order.
+
+    Raises:
+        ValueError: one of them is no number between 0 and 1.
+    """
+    return [
+        None if value is None and name == "void_threshold" else check_number(name, value, 0, 1)
+        for name, value in shares.items()
+    ]
+
+
+def check_flags(**flags: Any) -> None:
+    """
+    Check arguments that are True or False, given by their names.
+
+    Raises:
+        ValueError: one of them is neither; text such as "no" would count as True.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"`{name}` must be True or False, got {shown(value)}.")
+
+
+def check_logits(
+    class_logits: Any, mask_logits: Any, names: Sequence[str] = ("class_logits", "mask_logits"), batch: bool = False
+) -> None:
+    """
+    Check type and shape of the class logits (Q, K + 1) and mask logits (Q, h, w) of an image; with `batch` of images.
+
+    Raises:
+        ValueError: one of them is no tensor of floating point or has another shape, or they do not fit each other.
+    """
+    axes = ("Q, K + 1", "Q, h, w")
+    for name, logits, shape in zip(names, (class_logits, mask_logits), axes, strict=True):
+        shape = f"(B, {shape})" if batch else f"({shape})"
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            kind = f"of {logits.dtype}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {kind}.")
+        if logits.ndim != shape.count(",") + 1:
+            raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(logits.shape)}.")
+    if class_logits.shape[:-1] != mask_logits.shape[:-2]:
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` must be of the same {'images and ' if batch else ''}queries, got the "
+            f"shapes {tuple(class_logits.shape)} and {tuple(mask_logits.shape)}."
+        )
+    if class_logits.shape[-1] < 2:
+        raise ValueError(
+            f"`{names[0]}` must have at least two columns, one class and no-object, got the shape "
+            f"{tuple(class_logits.shape)}."
+        )
+    if class_logits.shape[-2] < 1:
+        raise ValueError(f"`{names[0]}` must have at least one query, got the shape {tuple(class_logits.shape)}.")
+    if class_logits.device != mask_logits.device:
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` must be on one device, got {class_logits.device} and {mask_logits.device}."
+        )
+
+
+def check_size(name: str, size: Any) -> Size:
+    """
+    Check a (height, width) in pixels.
+
+    Raises:
+        ValueError: it is no pair of whole numbers, a side is below 1, or it has more than 2^31 - 1 pixels.
+    """
+    checked = pair(size)
+    if checked is None:
+        raise ValueError(f"`{name}` must be a pair of whole numbers (height, width), got {shown(size)}.")
+    if min(checked) < 1:
+        raise ValueError(f"`{name}` (height, width) must be at least 1 x 1, got {checked}.")
+    if checked[0] * checked[1] > MAX_PIXELS:
+        raise ValueError(f"`{name}` (height, width) must have at most {MAX_PIXELS} pixels, got {checked}.")
+    return checked
+
+
+def pair(value: Any) -> Size | None:
+    """Convert a collection of two whole numbers to a tuple; None for anything else, sets and text too."""
+    is_ordered = isinstance(value, Sequence | np.ndarray | Tensor) and not isinstance(value, str | bytes)
+    if not is_ordered or (isinstance(value, np.ndarray | Tensor) and value.ndim != 1) or len(value) != 2:
+        return None
+    sides = [whole_number(side) for side in value]
+    return None if None in sides else (sides[0], sides[1])
+
+
+def check_label_ids(name: str, label_ids: Collection[int], num_classes: int) -> set[int]:
+    """
+    Check a collection of classes.
+
+    Raises:
+        ValueError: it is no collection, or holds what is no number of a class, 0..num_classes - 1.
+    """
+    given = label_ids.tolist() if isinstance(label_ids, Tensor | np.ndarray) else label_ids
+    if not isinstance(given, Collection) or isinstance(given, str | bytes):
+        raise ValueError(f"`{name}` must be a list of classes, or another collection, got {shown(label_ids)}.")
+    ids = {whole_number(label) for label in given}
+    if None in ids:
+        raise ValueError(f"`{name}` must hold the numbers of classes, such as [0, 3], got {shown(label_ids)}.")
+    if ids and not 0 <= min(ids) <= max(ids) < num_classes:
+        raise ValueError(f"`{name}` must be classes in 0..{num_classes - 1}, got {shown(sorted(ids))}.")
+    return ids
+
+
+def check_whole_number(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """
+    Check a whole number.
+
+    Raises:
+        ValueError: it is none, or outside of low..high; an end that is None does not limit.
+    """
+    number = whole_number(value)
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        extent = "" if low is None else f" of at least {low}" if high is None else f" in {low}..{high}"
+        raise ValueError(f"`{name}` must be a whole number{extent}, got {shown(value)}.")
+    return number
+
+
+def shown(value: Any, limit: int = 200) -> str:
+    """Short form of a value for a message; never fails, whatever the value is."""
+    try:
+        if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) > 8:
+            return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+        text = repr(value)
+    except Exception:  # such as an integer with more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+__all__ = [
+    "MAX_PIXELS",
+    "Size",
+    "check_flags",
+    "check_label_ids",
+    "check_logits",
+    "check_number",
+    "check_shares",
+    "check_size",
+    "check_whole_number",
+    "pair",
+    "shown",
+    "whole_number",
+]
