@@ -32,10 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .atomic_files import atomic_path
+from .sealed_files import UNSEALED, require_sealed, seal_safetensors
 from .vocabulary import Vocabulary, VocabularyLike
 
 MAX_CACHED_PROMPTS = 32_768
-FILE_FORMAT = "gkc-class-embeddings-1"
+FILE_FORMAT = "gkc-class-embeddings-2"
 PROBE_PROMPTS = 16
 SAME_TOWER_COSINE = 0.995
 WEIGHTS_SAMPLED = 16
@@ -288,8 +290,10 @@ def save_class_embeddings(
     """
     tensors = {"probe": _probe(model), "class_embeds": embeddings.class_embeds, "class_ids": embeddings.class_ids}
     words = dataclasses.asdict(vocabulary)
-    metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(words, ensure_ascii=False)}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(words, ensure_ascii=False), **UNSEALED}
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        seal_safetensors(temporary)
 
 
 def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddings, Vocabulary]:
@@ -301,13 +305,17 @@ def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddi
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds something else, or words encoded by another text tower than the model's.
+        ValueError: the file is damaged or holds something else, or words encoded by another text tower than the
+            model's.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no file {path}: write it with `gkc embed`.")
     try:
         with safe_open(path, framework="pt", device=str(_input_device(model))) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FILE_FORMAT:
                 raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
+            require_sealed(path, "write it anew with `gkc embed`.")
             probe, embeds, class_ids = (file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids"))
         vocabulary = Vocabulary.trusted(**json.loads(metadata["vocabulary"]))
         num_classes = count_classes(class_ids, len(embeds))

@@ -1,5 +1,6 @@
 """`python -m train.cache`: written in shards by any number of processes, killed at any moment, never used if stale."""
 
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from train.box_synonyms import BoxSynonyms
 from train.data import dataset_features, read_row
 from train.fingerprints import data_fingerprint
 from train.shards import StoreSettings, StoreWriter
+from train.stored_files import SUM, write_sealed_json
 from train.teacher import (
     CLIPTowers,
     RegionTeacher,
@@ -106,15 +108,18 @@ def bare(whole) -> Path:
 
 def kill_after_rename(number: int) -> None:
     """From now on the process is killed once it has given that many files their names."""
-    done, rename = [], shards._rename
+    done = []
 
-    def renamed(temporary, path):
-        rename(temporary, path)
-        done.append(path)
-        if len(done) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def counted(write: Callable) -> Callable:
+        def written(path, *arguments, **options):
+            write(path, *arguments, **options)
+            done.append(path)
+            if len(done) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    shards._rename = renamed
+        return written
+
+    shards._save, shards.write_sealed_json = counted(shards._save), counted(shards.write_sealed_json)
 
 
 def kill_while_writing(number: int) -> None:
@@ -207,7 +212,8 @@ def test_a_stale_cache_is_refused_by_what_differs(tmp_path, data, clip, differin
     folder = folder_of(data)
     if state == "half-written":
         manifest = folder / shards.MANIFEST
-        manifest.write_text(manifest.read_text().replace('"shards"', '"unfinished"'))
+        content = json.loads(manifest.read_text())
+        write_sealed_json(manifest, {name: content[name] for name in content if name not in ("shards", SUM)})
     before = contents(folder)
     other_data, other_clip, options = data, clip, []
     if differing == "data":

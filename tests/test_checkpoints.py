@@ -20,9 +20,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from configuration import Recipe
+from modeling_gkc.sealed_files import DamagedFileError
 from train import checkpoints as checkpoints_module
 from train import trainer as trainer_module
-from train.checkpoints import MANIFEST_NAME, checkpoints, is_complete, last_complete_checkpoint, rotate, seal, sealing
+from train.checkpoints import (
+    MANIFEST_NAME,
+    checkpoints,
+    is_complete,
+    last_complete_checkpoint,
+    require_undamaged,
+    rotate,
+    seal,
+    sealing,
+)
 from train.trainer import GKCTrainer
 
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor
@@ -47,9 +57,23 @@ def sealed(folder: Path) -> Path:
 def test_a_sealed_checkpoint_is_complete_and_lists_its_files(tmp_path):
     folder = sealed(tmp_path / "checkpoint-3")
     assert is_complete(folder) and last_complete_checkpoint(tmp_path) == folder
-    assert json.loads((folder / MANIFEST_NAME).read_text())["files"] == FILES
+    first = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+    assert {name: file["bytes"] for name, file in first.items()} == FILES
     seal(folder)
-    assert json.loads((folder / MANIFEST_NAME).read_text())["files"] == FILES
+    assert json.loads((folder / MANIFEST_NAME).read_text())["files"] == first
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path, name):
+    folder = sealed(tmp_path / "checkpoint-3")
+    assert require_undamaged(folder) == folder
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    assert is_complete(folder)  # of its size it is
+    advice = rf"{folder / name} is damaged, .*delete {folder} \(`rm -r {folder}`\) to go on from the checkpoint before"
+    with pytest.raises(DamagedFileError, match=advice):
+        require_undamaged(folder)
 
 
 @pytest.mark.parametrize("name", FILES)

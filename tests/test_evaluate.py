@@ -208,7 +208,7 @@ def test_done_is_done_and_other_options_are_not_mixed_in(data, whole, tmp_path, 
     assert "is a result with other tasks, prompts" in capsys.readouterr().err
 
 
-def test_chunks_of_another_run_are_never_read(data, tmp_path):
+def test_chunks_of_another_run_are_never_read(data, tmp_path, capsys):
     """A damaged chunk of the same options stops the run; one of other options does not even lie in its way."""
     out = tmp_path / "result.json"
     assert run(data, out, "--limit", "3", "--tasks", "semantic") == 0
@@ -216,8 +216,13 @@ def test_chunks_of_another_run_are_never_read(data, tmp_path):
     out.unlink()
     parts = tmp_path / "result.json.parts" / fingerprint
     parts.mkdir(parents=True)
-    (parts / "chunk-00000-of-00001.npz").write_bytes(b"PK\x03\x04 cut")
+    chunk = ChunkFolder(parts, 1).path(0)
+    chunk.write_bytes(b"PK\x03\x04 cut")
+    capsys.readouterr()
     assert run(data, out, "--limit", "3", "--tasks", "semantic") == 2 and not out.exists()
+    assert f"{chunk} is damaged, its checksum is another than when written: delete it (`rm {chunk}`)" in (
+        capsys.readouterr().err
+    )
     assert run(data, out, "--limit", "3", "--tasks", "semantic", "--batch-size", "2") == 0
     assert read_result(out)["images"]["evaluated"] == 3
 

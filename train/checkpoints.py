@@ -1,24 +1,31 @@
 """Checkpoints that a kill can hit at any moment: sealed when they are whole, and only then counted.
 
 A checkpoint is a folder `checkpoint-<step>` as transformers' Trainer writes it. `seal` writes, last and at once, a
-manifest of its files and their sizes; what has no manifest that fits is half written or half deleted, and is passed
-over when a run is resumed. `sealing` makes the Trainer keep that order: the new checkpoint is sealed before an old one
-is deleted.
+manifest of its files with their sizes and checksums; what has no manifest that fits is half written or half deleted,
+and is passed over when a run is resumed. A checkpoint whose files have their sizes but not their checksums was damaged
+later: it is refused by name before anything is read from it. `sealing` makes the Trainer keep that order: the new
+checkpoint is sealed before an old one is deleted.
 """
 
-import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from modeling_gkc.sealed_files import DamagedFileError
+
+from .stored_files import Each, file_xxh3, read_sealed_json, write_sealed_json
+
 MANIFEST_NAME = "checkpoint_manifest.json"
+_SHAPE = {"files": Each({"bytes": int, "xxh3": str})}
 
 
 def _restore_to_indexed_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
@@ -33,15 +40,12 @@ torch.serialization.register_package(12, lambda storage: None, _restore_to_index
 
 def seal(folder: str | Path) -> None:
     """Bring a checkpoint's files to the disk, then write its manifest in one move."""
-    folder = Path(folder)
-    sizes = {}
+    folder, files = Path(folder), {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
         _flush(path)
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    unfinished = folder / f"{MANIFEST_NAME}.tmp"
-    unfinished.write_text(json.dumps({"files": sizes}, indent=2) + "\n")
-    _flush(unfinished)
-    unfinished.replace(folder / MANIFEST_NAME)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "xxh3": file_xxh3(path)}
+    write_sealed_json(folder / MANIFEST_NAME, {"files": files}, sync=True)
     _flush(folder)
     _flush(folder.parent)
 
@@ -59,10 +63,41 @@ def is_complete(folder: str | Path) -> bool:
     """Whether a checkpoint is sealed and every file of its manifest is there in its size."""
     folder = Path(folder)
     try:
-        sizes = json.loads((folder / MANIFEST_NAME).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = _read_manifest(folder)
+        return all((folder / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (OSError, DamagedFileError):
         return False
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    return read_sealed_json(folder / MANIFEST_NAME, _SHAPE, _remedy(folder))["files"]
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) to go on from the checkpoint before it."
+
+
+def require_undamaged(folder: str | Path) -> Path:
+    """
+    Compare all files of a complete checkpoint with their checksums, which reads them once.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DamagedFileError: naming the first file that does not hold what was written.
+    """
+    folder = Path(folder)
+    for name, file in _read_manifest(folder).items():
+        try:
+            found = file_xxh3(folder / name)
+        except OSError as error:
+            raise DamagedFileError(f"{folder / name} cannot be read ({error.strerror}): {_remedy(folder)}") from error
+        if found != file["xxh3"]:
+            raise DamagedFileError(
+                f"{folder / name} is damaged, its checksum is another than when written: {_remedy(folder)}"
+            )
+    return folder
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

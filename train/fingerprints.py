@@ -19,6 +19,10 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
+from modeling_gkc.sealed_files import DamagedFileError
+
+from .stored_files import read_sealed_json, write_sealed_json
+
 _PICTURES = ("image", "segmentation")
 _ROWS_PER_PASS = 256
 # What weights do not tell about a CLIP tower. Other fields of a configuration come and go with versions.
@@ -148,19 +152,20 @@ def _files_key(dataset: Dataset) -> dict[str, Any] | None:
     return {"files": states, "rows": len(dataset), "datasets": dataset._fingerprint}
 
 
+_REMEMBERED = {"key": {"files": [list], "rows": int, "datasets": str}, "fingerprint": str}
+
+
 def _recall(path: Path, key: Mapping[str, Any]) -> str | None:
     try:
-        known = json.loads(path.read_text())
-        return known["fingerprint"] if known["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        known = read_sealed_json(path, _REMEMBERED, "")
+    except DamagedFileError:  # or it is not there: the data are read again
         return None
+    return known["fingerprint"] if known["key"] == key else None
 
 
 def _keep(path: Path, key: Mapping[str, Any], fingerprint: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"key": key, "fingerprint": fingerprint}) + "\n")
-        os.replace(temporary, path)
+        write_sealed_json(path, {"key": key, "fingerprint": fingerprint})
     except OSError as error:  # a dataset that cannot be written to is read again each time
         logging.getLogger(__name__).warning("The data's fingerprint cannot be kept: %s", error)

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from configuration import Recipe
 
-from .checkpoints import checkpoints, is_complete
+from .checkpoints import checkpoints, is_complete, require_undamaged
 from .data import check_dataset
 from .pictures import PICTURES_FOLDER, EvaluationPictures
 from .recipe_parts import load_data, load_student, load_teacher, load_towers, load_vocabulary, split_classes
@@ -78,6 +78,7 @@ def check_folder(output_dir: str | Path, recipe: Recipe, resume: bool) -> Path |
         )
     complete = [path for path in found if is_complete(path)]
     if complete:
+        require_undamaged(complete[-1])
         _check_same_recipe(complete[-1], recipe)
         return complete[-1]
     _refuse_other_files(folder)

@@ -5,7 +5,7 @@ space, P words, K classes.
 """
 
 import json
-import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,9 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from modeling_gkc.atomic_files import atomic_path
 from modeling_gkc.class_embeddings import average_class_embeds, encode_vocabulary
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
+from modeling_gkc.sealed_files import UNSEALED, require_sealed, seal_safetensors
 from modeling_gkc.vocabulary import Vocabulary
 
 from .clip_towers import CLIPTowers, load_clip_towers, load_vision_tower
@@ -94,20 +96,22 @@ class TeacherEmbeddings:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        metadata = {"fingerprint": json.dumps(self.fingerprint), "rows": json.dumps(self.rows)}
+        metadata = {"fingerprint": json.dumps(self.fingerprint), "rows": json.dumps(self.rows), **UNSEALED}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        save_file({"embeddings": self.embeddings, "segment_ids": self.segment_ids}, temporary, metadata)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            save_file({"embeddings": self.embeddings, "segment_ids": self.segment_ids}, temporary, metadata)
+            seal_safetensors(temporary)
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: Mapping[str, str]) -> "TeacherEmbeddings":
         """Read a file written by `save`.
 
         Raises:
-            ValueError: it was made from another dataset, by another teacher, or with other crop settings.
+            ValueError: it is damaged, or was made from another dataset, by another teacher, or with other crop
+                settings.
         """
+        require_sealed(path, f"delete it (`rm {shlex.quote(str(path))}`) to embed anew.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if differing := _differing(metadata.get("fingerprint"), fingerprint):

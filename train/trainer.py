@@ -26,7 +26,7 @@ from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
 from .captions import NounBank, distinct_nouns
-from .checkpoints import last_complete_checkpoint, sealing
+from .checkpoints import is_complete, last_complete_checkpoint, require_undamaged, sealing
 from .data import AugmentedDataset, JointTransform, SegmentationCollator, StreamingDataset, streaming_loader
 from .optimization import learning_rate_factor, parameter_groups
 from .reporting import Averages, TrainingStopped, extra_log_values
@@ -278,10 +278,16 @@ class GKCTrainer(Trainer):
         return self.lr_scheduler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train; `resume_from_checkpoint=True` continues from the last checkpoint that was written to its end."""
+        """Train; `resume_from_checkpoint=True` continues from the last checkpoint that was written to its end.
+
+        Raises:
+            DamagedFileError: a file of the checkpoint holds other bytes than when it was written.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
+            if is_complete(resume_from_checkpoint):
+                require_undamaged(resume_from_checkpoint)
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= self.args.max_steps:
                 # transformers would take one step more.

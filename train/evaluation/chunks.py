@@ -2,22 +2,28 @@
 
 The pieces depend on the data alone, not on the number of processes. Each is one file, written whole or not at all, in
 a folder named by the fingerprint of everything that the numbers depend on; files of another model, other data or other
-options lie elsewhere and are never read.
+options lie elsewhere and are never read. A file begins with the SHA-256 of its folder's and its own name and of what
+follows, so that a damaged one, or that of another piece under its name, is found before numpy reads it.
 """
 
+import hashlib
+import io
 import json
-import os
-import zipfile
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from modeling_gkc.atomic_files import atomic_write
+from modeling_gkc.sealed_files import DamagedFileError
+
 from .scores import Score
 
 IMAGES_PER_CHUNK = 64
 _META = "meta"
+_DIGEST_BYTES = 32
 
 
 def plan_chunks(video_ids: Sequence[str], images_per_chunk: int = IMAGES_PER_CHUNK) -> list[range]:
@@ -52,7 +58,7 @@ class ChunkFolder:
 
     def path(self, chunk: int) -> Path:
         """File of a chunk."""
-        return self.folder / f"chunk-{chunk:05d}-of-{self.count:05d}.npz"
+        return self.folder / f"chunk-{chunk:05d}-of-{self.count:05d}.counts"
 
     def pending(self) -> list[int]:
         """Chunks that are not done."""
@@ -63,12 +69,13 @@ class ChunkFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"{name}/{key}": value for name, score in scores.items() for key, value in score.state().items()}
         arrays[_META] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-        temporary = self.path(chunk).with_name(f".{self.path(chunk).name}.{os.getpid()}")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path(chunk))
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        atomic_write(self.path(chunk), self._digest(chunk, content.getvalue()) + content.getvalue(), sync=True)
+
+    def _digest(self, chunk: int, content: bytes) -> bytes:
+        place = f"{self.folder.name}/{self.path(chunk).name}\n"
+        return hashlib.sha256(place.encode() + content).digest()
 
     def merge_into(self, chunk: int, scores: dict[str, Score]) -> dict[str, Any]:
         """
@@ -78,16 +85,20 @@ class ChunkFolder:
             What was stored beside them.
 
         Raises:
-            ValueError: the file is damaged.
+            DamagedFileError: the file is missing or damaged.
         """
+        path = self.path(chunk)
+        remedy = f"delete it (`rm {shlex.quote(str(path))}`) and give the command again, which counts its images anew."
         try:
-            with np.load(self.path(chunk)) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            meta = json.loads(arrays.pop(_META).tobytes())
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{self.path(chunk)} cannot be read ({error}): delete it and give the command again."
-            ) from error
+            stored = path.read_bytes()
+        except OSError as error:
+            raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+        content = stored[_DIGEST_BYTES:]
+        if stored[:_DIGEST_BYTES] != self._digest(chunk, content):
+            raise DamagedFileError(f"{path} is damaged, its checksum is another than when written: {remedy}")
+        with np.load(io.BytesIO(content)) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+        meta = json.loads(arrays.pop(_META).tobytes())
         for name, score in scores.items():
             prefix = f"{name}/"
             state = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
