@@ -17,8 +17,8 @@
 
     model.onnx or model.pt2   the graph, fp32
     export.json               what it takes and gives: see `describe`
-    class_embeds.npz          unless the words are in the graph: `names` (K,), `class_embeds` (K, D)
-    run.py                    for ONNX: an image to a label map with numpy, Pillow and onnxruntime only
+    class_embeds.npz          unless the words are in the graph: `names` (K,), `class_embeds` (K, D), `colors` (K, 3)
+    run.py, image_reading.py  for ONNX: an image to a label map with numpy, Pillow and onnxruntime only
 
 The graph takes `pixel_values` (B, 3, H, W) and, unless the words are in it, `class_embeds` (K, D), one row per class.
 It gives `class_queries_logits` (B, Q, K + 1), the last column no-object, `masks_queries_logits` (B, Q, H/4, W/4) and
@@ -65,43 +65,8 @@ WORDS_FILE = "class_embeds.npz"
 RUNNER_FILE = "run.py"
 DEFAULT_OPSET = 18
 ONNX_PACKAGES = ("onnx", "onnxscript")
-
-RUNNER = """\
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-folder, picture, label_file = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-settings = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-session = onnxruntime.InferenceSession(folder / settings["graph"])
-names, inputs = [entry["name"] for entry in settings["classes"]], {}
-if settings["words"] == "input":  # any number of words, each with its embedding
-    words = np.load(folder / "class_embeds.npz")
-    names, inputs["class_embeds"] = words["names"].tolist(), words["class_embeds"]
-
-image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
-height, width = settings["size"]
-resized = image.resize((width, height), Image.Resampling[settings["resample"].upper()])
-pixels = np.asarray(resized, np.float32) * np.float32(settings["rescale_factor"])
-pixels = (pixels - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
-inputs["pixel_values"] = pixels.transpose(2, 0, 1)[None]
-class_logits, mask_logits = session.run(["class_queries_logits", "masks_queries_logits"], inputs)
-
-shares = np.exp(class_logits[0] - class_logits[0].max(axis=-1, keepdims=True))  # (queries, classes + 1)
-shares /= shares.sum(axis=-1, keepdims=True)
-masks = [Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR) for mask in mask_logits[0]]
-masks = 0.5 + 0.5 * np.tanh(np.stack(masks) / 2)  # sigmoid, (queries, height, width)
-scores = np.tensordot(shares[:, :-1], masks, (0, 0))  # the last column is no-object
-label_map = scores.argmax(axis=0)  # (height, width), the number of a class
-
-Image.fromarray(label_map.astype(np.uint8 if len(names) <= 256 else np.uint16)).save(label_file)
-for index, count in zip(*np.unique(label_map, return_counts=True)):
-    print(f"{names[index]}: {count / label_map.size:.1%}")
-"""
+# Sources of this library that are copied beside an ONNX graph, by the names they get there.
+RUNNER_SOURCES = {RUNNER_FILE: "export_runner.py", "image_reading.py": "image_reading.py"}
 
 
 @dataclass
@@ -124,7 +89,9 @@ class ExportedSegmenter:
 
 def write_class_embeds(path: str | Path, model: Any, words: GKCClassEmbeddings, vocabulary: Vocabulary) -> None:
     """
-    Write words for a graph that takes them as input: `names` (K,) and `class_embeds` (K, D), without pickle.
+    Write words for a graph that takes them as input: `names` (K,), `class_embeds` (K, D) and `colors` (K, 3).
+
+    Nothing in the file is pickled.
 
     Args:
         path: File to write, .npz.
@@ -137,7 +104,12 @@ def write_class_embeds(path: str | Path, model: Any, words: GKCClassEmbeddings, 
     """
     class_embeds = one_embed_per_class(model, words).numpy()
     with open(path, "wb") as file:
-        np.savez(file, names=np.array(vocabulary.labels), class_embeds=class_embeds)
+        np.savez(
+            file,
+            names=np.array(vocabulary.labels),
+            class_embeds=class_embeds,
+            colors=np.array(vocabulary.palette, np.uint8),
+        )
 
 
 def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -260,7 +232,7 @@ def export_segmenter(
         settings["largest_mask_difference"] = difference
         _write_json(unfinished / SETTINGS_FILE, settings)
         if format == "onnx":
-            (unfinished / RUNNER_FILE).write_text(RUNNER, encoding="utf-8")
+            _write_runner(unfinished)
     return ExportedSegmenter(folder, folder / FORMATS[format], settings, difference)
 
 
@@ -370,6 +342,13 @@ def _classes(vocabulary: Vocabulary) -> list[dict[str, Any]]:
         {"name": names[0], "synonyms": list(names[1:]), "is_thing": is_thing, "color": list(color)}
         for names, is_thing, color in columns
     ]
+
+
+def _write_runner(folder: Path) -> None:
+    """Copy what turns a picture into a label map; a script imports its neighbors without a leading dot."""
+    for name, source in RUNNER_SOURCES.items():
+        text = Path(__file__).with_name(source).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace("from .image_reading", "from image_reading"), encoding="utf-8")
 
 
 def _write_json(path: Path, settings: dict[str, Any]) -> None:

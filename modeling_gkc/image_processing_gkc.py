@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -38,19 +38,16 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .argument_checks import check_flags, check_number, check_whole_number, shown
 from .configuration_gkc import GKCConfig
+from .image_reading import open_rgb, refuse_empty, rescale, to_rgb
 from .post_processing import PostProcessingMixin
 from .remote_code import CodeSavingMixin
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
-_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _URL_SCHEMES = ("http://", "https://", "data:")
 URL_TIMEOUT_S = 30
 MAX_SIDE = 2**16
 SMALLEST_SCALE = 1e-12  # a divisor or factor below is a slip
-_VALUES_AT_ONCE = 2**20
-_FLOAT_SLACK = 1e-5  # what computing in fp32 adds to values at the ends of 0..1
 _SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"}, {"height", "width"})
 
 
@@ -312,30 +309,22 @@ def as_batch(data: dict[str, torch.Tensor], return_tensors: str | None) -> Batch
 
 def _decode(image: ImageLike, input_data_format: str | ChannelDimension | None, timeout: float) -> Image.Image:
     if isinstance(image, np.ndarray | torch.Tensor):
-        return _to_rgb(_from_array(image, input_data_format))
+        return to_rgb(_from_array(image, input_data_format))
     if isinstance(image, Image.Image):
-        _refuse_empty(image.size[::-1])
-        return _to_rgb(_upright(image))
+        return to_rgb(image)
     if isinstance(image, str | os.PathLike | bytes):
-        with _file_of(image, timeout) as file, Image.open(file) as opened:
-            return _to_rgb(_upright(opened))
+        return open_rgb(_file_of(image, timeout))
     raise TypeError(f"an image is a path, URL, bytes, PIL image, array or tensor, not {type(image).__name__}.")
 
 
-def _file_of(image: str | os.PathLike | bytes, timeout: float) -> BinaryIO:
+def _file_of(image: str | os.PathLike | bytes, timeout: float) -> str | os.PathLike | BinaryIO:
     if isinstance(image, bytes):
         return io.BytesIO(image)
     if isinstance(image, str) and image.startswith(_URL_SCHEMES):
         # Some servers refuse a client without a name.
         with urlopen(Request(image, headers={"User-Agent": "gkc"}), timeout=timeout) as response:
             return io.BytesIO(response.read())
-    # Opened here: Pillow maps files it opens by name into memory, which garbles a TIFF that is stored on its side.
-    return open(image, "rb")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    is_stored_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    return image if is_stored_upright else ImageOps.exif_transpose(image)
+    return image
 
 
 def _from_array(image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None) -> Image.Image:
@@ -352,7 +341,7 @@ def _from_array(image: np.ndarray | torch.Tensor, input_data_format: str | Chann
         values = np.moveaxis(values, 0, -1) if data_format is ChannelDimension.FIRST else values
         if values.shape[-1] not in (1, 3, 4):
             raise ValueError(f"an image needs 1, 3 or 4 channels, got {values.shape[-1]} ({data_format.value}).")
-    _refuse_empty(values.shape[:2])
+    refuse_empty(values.shape[:2])
     values = np.ascontiguousarray(_to_8_bits(values))
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 
@@ -374,49 +363,12 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        return _rescale(values, 65535)
+        return rescale(values, 65535)
     if values.dtype.kind == "f":
-        return _rescale(values, 1)
+        return rescale(values, 1)
     if values.dtype.kind in "iu":
-        return _rescale(values, 255)
+        return rescale(values, 255)
     raise TypeError(f"images have boolean, integer or float values, not {values.dtype}.")
-
-
-def _rescale(values: np.ndarray, limit: int) -> np.ndarray:
-    lowest, highest = values.min(), values.max()
-    slack = _FLOAT_SLACK if values.dtype.kind == "f" else 0
-    if not (lowest >= -slack and highest <= limit + slack):  # the slack is rounded away below
-        raise ValueError(
-            f"values of type {values.dtype} must lie in 0..{limit}, got {lowest}..{highest}; use 8-bit integers "
-            "0..255 or floats 0..1."
-        )
-    scale = np.float32(255 / limit)
-    scaled = np.empty(values.shape, dtype=np.uint8)
-    step = max(1, _VALUES_AT_ONCE // values[0].size)
-    for start in range(0, len(values), step):  # a large image in wider numbers would be many times its own size
-        np.rint(values[start : start + step] * scale, out=scaled[start : start + step], casting="unsafe")
-    return scaled
-
-
-def _refuse_empty(size: tuple[int, ...]) -> None:
-    if 0 in size:
-        raise ValueError(f"it has no pixels, its height and width are {tuple(size)}.")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.asarray(image)
-        grey = _rescale(values, 65535)
-        if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
-        image = Image.fromarray(grey)
-    elif image.mode == "F":
-        image = Image.fromarray(_rescale(np.asarray(image), 1))
-    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
-        opaque = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
-        image = image.convert(opaque).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 AutoImageProcessor.register(

@@ -1,6 +1,10 @@
 """Exported graphs: equal to the model for any number of images and words, and run without torch."""
 
+import importlib.util
+import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +23,12 @@ from modeling_gkc.class_embeddings import GKCClassEmbeddings, encode_vocabulary
 from modeling_gkc.cli import main
 from modeling_gkc.export import export_segmenter, write_class_embeds
 from modeling_gkc.export_graph import ExportableSegmenter, one_embed_per_class
+from modeling_gkc.image_processing_gkc import read_image
+from modeling_gkc.post_processing import semantic_segmentation
 
 from .common_models import STAGES, convex_config, swin_config, tiny_config
 from .conftest import small_config, word_tokenizer
+from .image_kinds import KINDS, encoded
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "hub_card" / "gkc-mini"
@@ -117,7 +124,8 @@ def test_classes_with_synonyms_get_the_logits_of_the_model(folder, shipped, with
 
 def test_folder_says_all_that_is_needed(folder, shipped):
     _, processor = shipped
-    assert {path.name for path in folder.iterdir()} == {"model.onnx", "export.json", "class_embeds.npz", "run.py"}
+    runner = {"run.py", "image_reading.py"}
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "export.json", "class_embeds.npz", *runner}
     assert [path.name for path in folder.parent.iterdir()] == ["words"]
     settings = json.loads((folder / "export.json").read_text())
     images = processor.image_processor
@@ -138,50 +146,145 @@ def test_folder_says_all_that_is_needed(folder, shipped):
     assert list(shapes) == list(settings["outputs"]) and shapes == settings["outputs"]
 
 
-def without_torch(folder: Path, picture: Path, labels: Path) -> subprocess.CompletedProcess:
-    """Runs the folder's run.py where torch, transformers and this library cannot be imported."""
+def run_without_torch(folder: Path, *commands: list) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of run.py, once per command, where none of the named packages can be imported."""
     code = (
-        "import runpy, sys\n"
+        "import contextlib, io, json, runpy, sys\n"
         "for name in ('torch', 'transformers', 'modeling_gkc', 'safetensors'): sys.modules[name] = None\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "results = []\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    sys.argv, out, err = [arguments[0], *arguments[1:]], io.StringIO(), io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "        sys.path[0], code = str(arguments[0]).rpartition('/')[0], 0\n"
+        "        try: runpy.run_path(arguments[0], run_name='__main__')\n"
+        "        except SystemExit as end: code = end.code\n"
+        "    results.append([code, out.getvalue(), err.getvalue()])\n"
+        "print(json.dumps(results))\n"
     )
-    command = [sys.executable, "-c", code, folder / "run.py", folder, picture, labels]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    asked = json.dumps([[str(folder / "run.py"), *map(str, arguments)] for arguments in commands])
+    finished = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
 
 
-def label_map_of(model, processor, image: Image.Image, size, words) -> np.ndarray:
+@pytest.fixture(scope="module")
+def runner(folder):
+    """The folder's run.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        spec = importlib.util.spec_from_file_location("exported_run", folder / "run.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+        sys.modules.pop("image_reading", None)
+
+
+def label_map_of(model, processor, image, size, words) -> np.ndarray:
     height, width = size
     inputs = processor(images=image, size={"height": height, "width": width}, return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs, **words)
-    return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].numpy()
+    target = read_image(image).size[::-1]
+    return processor.post_process_semantic_segmentation(outputs, target_sizes=[target])[0].numpy()
+
+
+def pictures_of_every_kind() -> dict[str, bytes]:
+    """Files of all kinds, and a photograph with each orientation."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=np.uint8)
+    noise = np.asarray(Image.fromarray(noise[::8, ::8]).resize((56, 40)))
+    pictures = {
+        f"{kind} as {file_format}": data
+        for kind, make in KINDS.items()
+        for file_format, data in make(noise).files.items()
+    }
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        pictures[f"orientation {orientation}"] = encoded(Image.fromarray(noise[..., :3]), "jpeg", exif=exif)
+    return pictures
+
+
+def test_run_sees_pictures_of_every_kind_as_the_library_does(folder, shipped, runner, within):
+    """Each file gives the same input to the graph and to the model, and then the same label map."""
+    model, processor = shipped
+    settings = json.loads((folder / "export.json").read_text())
+    words = encode_vocabulary(WORDS, model, processor)
+    _, _, inputs = runner.load_classes(folder, settings)
+    pictures, differing, pixels = pictures_of_every_kind(), 0, 0
+    assert len(pictures) > 40
+    session = onnx_runner(folder)
+    seen = {name: runner.pixel_values(runner.open_rgb(io.BytesIO(data)), settings) for name, data in pictures.items()}
+    height, width = SIZE
+    for name, data in pictures.items():
+        expected = processor(images=data, size={"height": height, "width": width}, return_tensors="pt").pixel_values
+        np.testing.assert_array_equal(seen[name], expected.numpy(), err_msg=name)
+    class_embeds = torch.from_numpy(inputs["class_embeds"])
+    found = session(pixel_values=torch.from_numpy(np.concatenate(list(seen.values()))), class_embeds=class_embeds)
+    for index, (name, data) in enumerate(pictures.items()):
+        if index % 3 and "16-bit" not in name and "orientation" not in name:
+            continue
+        expected = label_map_of(model, processor, data, SIZE, words)
+        logits = (found[key][index].numpy() for key in OUTPUTS[:2])
+        labels = runner.label_map(*logits, expected.shape)
+        differing, pixels = differing + (labels != expected).sum(), pixels + expected.size
+    within("run.py, pictures of every kind: share of pixels that differ", differing / pixels, 1e-3)
 
 
 def test_a_picture_becomes_a_label_map_without_torch(folder, shipped, tmp_path, within):
+    """Of its own words, and of others that were put beside the graph afterwards."""
     model, processor = shipped
-    finished = without_torch(folder, PICTURE, tmp_path / "labels.png")
-    assert finished.returncode == 0, finished.stderr
-    image = Image.open(PICTURE).convert("RGB")
-    found = np.array(Image.open(tmp_path / "labels.png"))
-    expected = label_map_of(model, processor, image, SIZE, encode_vocabulary(WORDS, model, processor))
-    assert found.shape == expected.shape == image.size[::-1] and len(np.unique(expected)) > 1
-    within("run.py without torch: share of pixels that differ", (found != expected).mean(), 1e-3)
-    printed = {line.partition(":")[0] for line in finished.stdout.splitlines()}
-    assert printed == {["red disc", "lawn", "sky", "square"][index] for index in np.unique(found)}
-
-
-def test_words_can_be_changed_afterwards(folder, shipped, tmp_path):
-    model, processor = shipped
-    other = Vocabulary.parse("water; star; ring; wood; brick")
-    copied = tmp_path / "words"
-    copied.mkdir()
-    for path in folder.iterdir():
-        (copied / path.name).write_bytes(path.read_bytes())
+    other, copied = Vocabulary.parse("water; star; ring; wood; brick"), tmp_path / "words"
+    shutil.copytree(folder, copied)
     write_class_embeds(copied / "class_embeds.npz", model, encode_vocabulary(other, model, processor), other)
-    finished = without_torch(copied, PICTURE, tmp_path / "labels.png")
-    assert finished.returncode == 0, finished.stderr
-    assert {line.partition(":")[0] for line in finished.stdout.splitlines()} <= set(other.labels)
+    plain, changed = run_without_torch(
+        folder,
+        [folder, PICTURE, tmp_path / "labels.png"],
+        [copied, PICTURE, tmp_path / "others.png"],
+    )
+    assert (plain[0], changed[0]) == (0, 0), plain[2] + changed[2]
+    vocabulary = Vocabulary.parse(WORDS)
+    image = Image.open(tmp_path / "labels.png")
+    found = np.array(image)
+    expected = label_map_of(model, processor, PICTURE, SIZE, encode_vocabulary(WORDS, model, processor))
+    assert found.shape == expected.shape and len(np.unique(expected)) > 1
+    within("run.py without torch: share of pixels that differ", (found != expected).mean(), 1e-3)
+    printed = {line.partition(":")[0] for line in plain[1].splitlines()}
+    assert printed == {vocabulary.labels[index] for index in np.unique(found)}
+    np.testing.assert_array_equal(np.array(image.convert("RGB")), np.array(vocabulary.palette)[found])
+    assert {line.partition(":")[0] for line in changed[1].splitlines()} <= set(other.labels)
+    shown = np.array(Image.open(tmp_path / "others.png").convert("RGB")).reshape(-1, 3)
+    assert set(map(tuple, shown.tolist())) <= set(other.palette)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: run.py"),
+        (["FOLDER", "PICTURE", "labels.jpg"], r"labels\.jpg: name a \.png file"),
+        (["FOLDER", "gone.png", "labels.png"], r"gone\.png cannot be read as an image: .*No such file"),
+        (["FOLDER", "FOLDER/export.json", "labels.png"], r"export\.json cannot be read as an image"),
+    ],
+)
+def test_run_refuses_in_one_line(folder, runner, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    names = {"FOLDER": str(folder), "PICTURE": str(PICTURE), "labels.png": str(tmp_path / "labels.png")}
+    arguments = [names.get(name, name.replace("FOLDER", str(folder))) for name in arguments]
+    with pytest.raises(SystemExit) as end:
+        runner.main(arguments)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.startswith("usage: run.py") and re.search(message, printed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_label_maps_are_those_of_the_library_at_any_size(runner, monkeypatch):
+    """Also smaller than the masks, of more than 256 classes, and a few rows at a time."""
+    monkeypatch.setattr(runner, "_NUMBERS_AT_ONCE", 5000)
+    class_logits, mask_logits = 3 * torch.randn(7, 301), 5 * torch.randn(7, 12, 16)
+    for size in [(48, 64), (5, 7), (100, 33), (12, 16), (1, 1)]:
+        expected, _ = semantic_segmentation(class_logits, mask_logits, target_size=size)
+        found = runner.label_map(class_logits.numpy(), mask_logits.numpy(), size)
+        assert found.dtype == np.uint16
+        assert (found != expected.numpy()).mean() <= 1e-3
 
 
 # Other configurations

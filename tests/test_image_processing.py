@@ -19,7 +19,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from modeling_gkc import image_processing_gkc
+from modeling_gkc import image_reading
 from modeling_gkc.image_processing_gkc import GKCImageProcessor, read_image, resized_size
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
@@ -136,7 +136,7 @@ class TestReading:
 
     @pytest.mark.parametrize("values_at_once", [1, 7, 40, 2**20])
     def test_wide_numbers_are_narrowed_a_few_rows_at_a_time(self, values_at_once, monkeypatch):
-        monkeypatch.setattr(image_processing_gkc, "_VALUES_AT_ONCE", values_at_once)
+        monkeypatch.setattr(image_reading, "_VALUES_AT_ONCE", values_at_once)
         values = np.arange(8 * 5 * 3, dtype=np.uint16).reshape(8, 5, 3) * 546
         np.testing.assert_array_equal(as_array(values), np.rint(values / 257))
         first = torch.from_numpy(values / 65535).permute(2, 0, 1)

@@ -13,7 +13,7 @@ LIBRARY = sorted((ROOT / "modeling_gkc").glob("*.py"))
 OURS = ("modeling_gkc", "configuration", "train", "hub_card", "benchmarks", "tests")
 # Third-party packages that inference may need, and those of single modules, imported where they are used.
 INFERENCE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tqdm"}
-OPTIONAL = {"loss_gkc": {"scipy"}, "deformable_attention_triton": {"triton"}}
+OPTIONAL = {"export_runner": {"onnxruntime"}, "loss_gkc": {"scipy"}, "deformable_attention_triton": {"triton"}}
 ALLOWED = {
     "train": {"modeling_gkc", "configuration", "train"},
     "hub_card": {"modeling_gkc", "hub_card"},
@@ -22,6 +22,7 @@ ALLOWED = {
 }
 PROCESSORS = (
     "image_processing_gkc",
+    "image_reading",
     "post_processing",
     "processing_gkc",
     "prompt_templates",
@@ -70,6 +71,14 @@ def test_library_imports_itself_only_with_single_dots(path):
 def test_inference_needs_no_training_package(path):
     outside = {top(module) for level, module in imports(path) if not level} - set(sys.stdlib_module_names) - INFERENCE
     assert outside <= OPTIONAL.get(path.stem, set()), f"{path.name} imports {outside}"
+
+
+@pytest.mark.parametrize(("name", "neighbors"), [("image_reading", set()), ("export_runner", {"image_reading"})])
+def test_what_is_copied_beside_a_graph_needs_no_torch(name, neighbors):
+    found = imports(ROOT / "modeling_gkc" / f"{name}.py")
+    assert {module for level, module in found if level} == neighbors
+    outside = {top(module) for level, module in found if not level} - set(sys.stdlib_module_names)
+    assert outside <= {"numpy", "PIL", "onnxruntime"}
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

@@ -1,0 +1,114 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Image files and PIL images as upright 8-bit RGB pictures, with numpy and Pillow only.
+
+`export` copies this file beside an ONNX graph, so that its run.py shows a graph the pixels that the library shows a
+model.
+"""
+
+import os
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_VALUES_AT_ONCE = 2**20
+_FLOAT_SLACK = 1e-5  # what computing in fp32 adds to values at the ends of 0..1
+
+
+def open_rgb(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """
+    An image file as an upright 8-bit RGB picture; of an animation the first frame.
+
+    Args:
+        file: Path, or a file opened for reading bytes.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the picture is empty or has values outside its range; Pillow's decoders raise other errors, too.
+    """
+    if not hasattr(file, "read"):
+        # Opened here: Pillow maps files it opens by name into memory, which garbles a TIFF that is stored on its side.
+        with open(file, "rb") as opened:
+            return open_rgb(opened)
+    with Image.open(file) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    A PIL image as an upright 8-bit RGB picture.
+
+    It is turned as its EXIF orientation says; transparency is laid on white; 16-bit values are scaled to 8 bits, not
+    clipped; floats are 0..1.
+
+    Args:
+        image: Of any mode.
+
+    Raises:
+        ValueError: it is empty or has values outside its range.
+    """
+    refuse_empty(image.size[::-1])
+    image = _upright(image)
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = np.asarray(image)
+        grey = rescale(values, 65535)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        image = Image.fromarray(grey)
+    elif image.mode == "F":
+        image = Image.fromarray(rescale(np.asarray(image), 1))
+    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+        opaque = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+        image = image.convert(opaque).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def rescale(values: np.ndarray, limit: int) -> np.ndarray:
+    """
+    Values 0..limit of any number type as 8-bit integers, rounded.
+
+    Raises:
+        ValueError: a value lies outside, by more than what computing in fp32 adds to floats.
+    """
+    lowest, highest = values.min(), values.max()
+    slack = _FLOAT_SLACK if values.dtype.kind == "f" else 0
+    if not (lowest >= -slack and highest <= limit + slack):  # the slack is rounded away below
+        raise ValueError(
+            f"values of type {values.dtype} must lie in 0..{limit}, got {lowest}..{highest}; use 8-bit integers "
+            "0..255 or floats 0..1."
+        )
+    scale = np.float32(255 / limit)
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    step = max(1, _VALUES_AT_ONCE // values[0].size)
+    for start in range(0, len(values), step):  # a large image in wider numbers would be many times its own size
+        np.rint(values[start : start + step] * scale, out=scaled[start : start + step], casting="unsafe")
+    return scaled
+
+
+def refuse_empty(size: tuple[int, ...]) -> None:
+    """Raise a ValueError for a height or width of zero."""
+    if 0 in size:
+        raise ValueError(f"it has no pixels, its height and width are {tuple(size)}.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    is_stored_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image if is_stored_upright else ImageOps.exif_transpose(image)
+
+
+__all__ = ["open_rgb", "refuse_empty", "rescale", "to_rgb"]
