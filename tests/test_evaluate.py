@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from modeling_gkc.vocabulary import Vocabulary
 from train.data import prepare
 from train.data.benchmarks import miniworld
-from train.data.prepared import load_prepared, vocabulary_json
+from train.data.prepared import load_prepared, vocabulary_json, write_manifest
 from train.data.schema import dataset_features, decode_ids, encode_ids, read_row, semantic_map
 from train.evaluation import chunks as chunks_module
 from train.evaluation.chunks import ChunkFolder, plan_chunks
@@ -60,9 +60,8 @@ def write_prepared(folder: Path, benchmark: str, vocabulary: Vocabulary, rows: S
     sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
     split = {"complete": True, "images": len(rows), "expected": None, "problems": []}
     split["shards"] = [{"file": shard.name, "images": len(rows), "sha256": sha256}]
-    manifest = {"format": 1, "benchmark": benchmark, "source": "", "options": {}, "splits": {"val": split}}
-    (folder / "prepared.json").write_text(json.dumps(manifest))
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary_json(vocabulary)))
+    write_manifest(folder, {"benchmark": benchmark, "source": "", "options": {}, "splits": {"val": split}})
     return folder
 
 

@@ -148,11 +148,11 @@ def test_a_killed_run_goes_on_with_its_finished_shards(num_proc, tmp_path):
     assert not (out / "val-00002-of-00004.parquet").exists() and not read_manifest(out)["splits"]["val"]["complete"]
     with pytest.raises(ValueError, match=r"half-written: finish it with `python -m train.data.prepare toy"):
         load_prepared(out, "val")
+    # Processes of the killed one end by themselves.
+    wait_for(lambda: not any(is_running(int(path.name[8:])) for path in source.glob("process-*")))
     finished = [path.name for path in out.glob("*.parquet")]
     (source / "stop").unlink()
     was_read(source)
-    # Processes of the killed one end by themselves.
-    wait_for(lambda: not any(is_running(int(path.name[8:])) for path in source.glob("process-*")))
     prepare(benchmark, source, out, None, Settings(num_proc=3 - num_proc, **QUICK))
     assert files_of(out) == files_of(tmp_path / "undisturbed")
     again = {f"val-{int(name) // 3:05d}-of-00004.parquet" for name in was_read(source)}

@@ -14,9 +14,10 @@ from PIL import Image
 from modeling_gkc.visualization import COLOR_SHARE, VOID_DIMMING, shade
 from modeling_gkc.vocabulary import Vocabulary
 from train.data.contact_sheet import Sample, SheetRow, draw_sheet, enlarged, legend, overlay, shade_steps
-from train.data.prepared import FORMAT, MANIFEST_NAME
+from train.data.prepared import read_manifest, write_manifest
 from train.data.schema import dataset_features, encode_ids
 from train.data.view import choose, main, open_dataset
+from train.stored_files import file_sha256
 
 CITY = Vocabulary.named("cityscapes_19")
 ROAD, CAR, PERSON = CITY.labels.index("road"), CITY.labels.index("car"), CITY.labels.index("person")
@@ -75,11 +76,11 @@ def save_prepared(folder: Path, rows: list[dict], per_shard: int = 5, per_group:
     for start in range(0, len(rows), per_shard):
         part, file = rows[start : start + per_shard], f"val-{start}.parquet"
         pq.write_table(pa.Table.from_pylist(part, schema=schema), folder / file, row_group_size=per_group)
-        shards.append({"file": file, "images": len(part)})
+        shards.append({"file": file, "images": len(part), "sha256": file_sha256(folder / file)})
     record = {"complete": True, "images": len(rows), "shards": shards}
-    manifest = {"format": FORMAT, "benchmark": "cityscapes_19", "source": "here", "splits": {"val": record}}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
     (folder / "vocabulary.json").write_text(json.dumps({"classes": [{"name": name} for name in CITY.labels]}))
+    manifest = {"benchmark": "cityscapes_19", "source": "here", "options": {}, "splits": {"val": record}}
+    write_manifest(folder, manifest)
     return folder
 
 
@@ -253,9 +254,9 @@ def test_broken_samples_are_named_and_the_others_drawn(tmp_path, capsys):
 def test_misuse_is_told_in_one_line(tmp_path, capsys):
     folder = save_dataset(tmp_path / "data", [row("i0")])
     prepared = save_prepared(tmp_path / "prepared", [row("i0")])
-    manifest = json.loads((prepared / MANIFEST_NAME).read_text())
+    manifest = read_manifest(prepared)
     manifest["splits"]["val"]["complete"] = False
-    (prepared / MANIFEST_NAME).write_text(json.dumps(manifest))
+    write_manifest(prepared, manifest)
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         ([tmp_path / "nowhere"], "there is no folder"),

@@ -24,7 +24,7 @@ from modeling_gkc.vocabulary import Vocabulary
 
 from .box_synonyms import BoxSynonyms
 from .data.prepared import VOCABULARY_NAME
-from .data.stored import load_split, load_splits
+from .data.stored import load_split, load_splits, seal_dataset
 from .region_rows import ImageRegions, RegionSource, embed_images, read_regions
 from .shards import StoreSettings, StoreWriter
 from .teacher import RegionTeacher, load_clip_towers, load_vision_tower
@@ -354,11 +354,12 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         loaded = load_splits(source)
-    except OSError as error:
-        raise ValueError(f"DATASET: {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"DATASET: {error}") from error
     parts = loaded if isinstance(loaded, DatasetDict) else {"": loaded}
     parts = {name: add_nouns(part, options.wordnet, options.num_proc) for name, part in parts.items()}
     (DatasetDict(parts) if "" not in parts else parts[""]).save_to_disk(str(unfinished))
+    seal_dataset(unfinished, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and give `{command}` again.")
     if (source / VOCABULARY_NAME).is_file():
         shutil.copy2(source / VOCABULARY_NAME, unfinished)
     if (source / CACHES).is_dir():

@@ -22,10 +22,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_gkc.sealed_files import DamagedFileError
 
-from .stored_files import Each, file_xxh3, read_sealed_json, write_sealed_json
+from .stored_files import FILES, describe_files, read_sealed_json, require_files, write_sealed_json
 
 MANIFEST_NAME = "checkpoint_manifest.json"
-_SHAPE = {"files": Each({"bytes": int, "xxh3": str})}
+_SHAPE = {"files": FILES}
 
 
 def _restore_to_indexed_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
@@ -40,12 +40,11 @@ torch.serialization.register_package(12, lambda storage: None, _restore_to_index
 
 def seal(folder: str | Path) -> None:
     """Bring a checkpoint's files to the disk, then write its manifest in one move."""
-    folder, files = Path(folder), {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
+    folder = Path(folder)
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME]
+    for path in paths:
         _flush(path)
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "xxh3": file_xxh3(path)}
-    write_sealed_json(folder / MANIFEST_NAME, {"files": files}, sync=True)
+    write_sealed_json(folder / MANIFEST_NAME, {"files": describe_files(folder, paths)}, sync=True)
     _flush(folder)
     _flush(folder.parent)
 
@@ -88,15 +87,7 @@ def require_undamaged(folder: str | Path) -> Path:
         DamagedFileError: naming the first file that does not hold what was written.
     """
     folder = Path(folder)
-    for name, file in _read_manifest(folder).items():
-        try:
-            found = file_xxh3(folder / name)
-        except OSError as error:
-            raise DamagedFileError(f"{folder / name} cannot be read ({error.strerror}): {_remedy(folder)}") from error
-        if found != file["xxh3"]:
-            raise DamagedFileError(
-                f"{folder / name} is damaged, its checksum is another than when written: {_remedy(folder)}"
-            )
+    require_files(folder, _read_manifest(folder), _remedy(folder))
     return folder
 
 

@@ -9,7 +9,7 @@ file on purpose can write its checksum too. SHA-256 stands where a result tells 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def write_sealed_json(path: str | Path, content: Mapping[str, Any], sync: bool =
         ValueError: the content holds NaN or Infinity.
         OSError: the file cannot be written.
     """
+    content = json.loads(json.dumps(content))  # as it will be read: keys are strings
     sealed = {**content, SUM: _json_sum(content)}
     atomic_write(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n", sync=sync)
 
@@ -170,3 +171,37 @@ def file_xxh3(path: str | Path) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+# Shape of what `describe_files` gives.
+FILES = Each({"bytes": int, "xxh3": str})
+
+
+def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and xxh3 of files, by their paths within a folder."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": file_xxh3(path)}
+        for path in sorted(paths)
+    }
+
+
+def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: str) -> None:
+    """
+    Compare files with what `describe_files` gave of them; all of them are read.
+
+    Args:
+        folder: where they are.
+        files: what `describe_files` gave.
+        remedy: what to do about a damaged file, the end of a sentence.
+
+    Raises:
+        DamagedFileError: naming the first file that is missing or does not hold what was written.
+    """
+    for name, file in files.items():
+        path = folder / name
+        try:
+            is_whole = path.stat().st_size == file["bytes"] and file_xxh3(path) == file["xxh3"]
+        except OSError as error:
+            raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+        if not is_whole:
+            raise DamagedFileError(f"{path} is damaged, its checksum is another than when written: {remedy}")

@@ -7,6 +7,7 @@ The folder is one of
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from .pictures import Picture, Source
 from .prepared import VOCABULARY_NAME, vocabulary_json
 from .samples import stable_number
 from .schema import dataset_features, encode_ids
+from .stored import seal_dataset
 
 REPORT_NAME = "report.json"
 SPLITS = ("train", "val")
@@ -86,6 +88,8 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
     DatasetDict({split: rows for split, rows in splits.items() if len(rows)}).save_to_disk(part)
     for split in splits:
         (part / f"{split}.arrow").unlink()
+    command = shlex.join(["python", "-m", "train.data.from_folder", str(folder), "--out", str(out)])
+    seal_dataset(part, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and make it again with `{command}`.")
     _write_json(part / VOCABULARY_NAME, vocabulary_json(source.vocabulary))
     report = writer.report({split: len(rows) for split, rows in splits.items()})
     _write_json(part / REPORT_NAME, report)

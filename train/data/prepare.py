@@ -6,7 +6,8 @@
 Images are stored as the bytes of their files, labels without loss. Every value of every annotation is checked; files
 that are missing, damaged, of another size than their image or with unexpected values are listed by name, and nothing
 counts as finished while there is one, unless --skip-broken allows it. A killed command, given again, goes on with
-the files that are finished; given once more after that, it does nothing.
+the files that are finished; given once more after that, it compares every file with its SHA-256, and writes the split
+anew if one is missing or damaged.
 """
 
 import argparse
@@ -22,13 +23,22 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from modeling_gkc.atomic_files import atomic_write_json
 from modeling_gkc.cli_common import warnings_as_lines
 from modeling_gkc.vocabulary import Vocabulary
 
 from .benchmark import Benchmark
 from .benchmarks import all_benchmarks, benchmark_named
 from .pictures import Picture
-from .prepared import ARROW_FOLDER, FORMAT, MANIFEST_NAME, VOCABULARY_NAME, read_manifest, vocabulary_json, write_json
+from .prepared import (
+    ARROW_FOLDER,
+    MANIFEST_NAME,
+    VOCABULARY_NAME,
+    is_damaged,
+    read_manifest,
+    vocabulary_json,
+    write_manifest,
+)
 from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, finished_report, plan_shards, write_shards
 
 IMAGES_PER_SHARD = 500
@@ -94,7 +104,7 @@ def prepare(
     manifest = _open_folder(benchmark, source, out, settings)
     for split in splits:
         known = manifest["splits"].get(split)
-        if known is None or not known["complete"] or _missing_files(out, known):
+        if known is None or not known["complete"] or _damaged_files(out, known):
             _prepare_split(benchmark, source, out, split, settings, manifest)
     if not any((out / PROGRESS_FOLDER).glob("*")):
         shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
@@ -108,8 +118,9 @@ def _check_splits(benchmark: Benchmark, splits: Sequence[str] | None) -> list[st
     return list(dict.fromkeys(splits or benchmark.splits))
 
 
-def _missing_files(out: Path, split: dict[str, Any]) -> list[str]:
-    return [shard["file"] for shard in split["shards"] if not (out / shard["file"]).is_file()]
+def _damaged_files(out: Path, split: dict[str, Any]) -> list[str]:
+    """Files of a finished split that are missing, damaged or rewritten; all are read."""
+    return [shard["file"] for shard in split["shards"] if is_damaged(out / shard["file"], shard["sha256"])]
 
 
 def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settings) -> dict[str, Any]:
@@ -123,6 +134,8 @@ def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settin
         ]
         if differing:
             raise ValueError(f"{out} was begun with {'; '.join(differing)}: give the same, or name another --out.")
+        if is_damaged(out / VOCABULARY_NAME, manifest["vocabulary_sha256"]):
+            _restore_vocabulary(benchmark, source, out, manifest["vocabulary_sha256"])
         return manifest
     if not source.is_dir():
         raise ValueError(f"--source: {source} is no folder.")
@@ -130,16 +143,24 @@ def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settin
         raise ValueError(f"--out: {out} holds other files: name an empty or a new folder.")
     vocabulary = benchmark.classes(source)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / VOCABULARY_NAME, vocabulary_json(vocabulary))
+    atomic_write_json(out / VOCABULARY_NAME, vocabulary_json(vocabulary), indent=1)
     manifest = {
-        "format": FORMAT,
         "benchmark": benchmark.name,
         "source": str(source.resolve()),
         "options": settings.stored(),
         "splits": {},
     }
-    write_json(out / MANIFEST_NAME, manifest)
-    return manifest
+    write_manifest(out, manifest)
+    return read_manifest(out)
+
+
+def _restore_vocabulary(benchmark: Benchmark, source: Path, out: Path, sha256: str) -> None:
+    """Write a vocabulary again that was lost, damaged or edited."""
+    if not source.is_dir():
+        raise ValueError(f"--source: {source} is no folder.")
+    atomic_write_json(out / VOCABULARY_NAME, vocabulary_json(benchmark.classes(source)), indent=1)
+    if is_damaged(out / VOCABULARY_NAME, sha256):
+        raise ValueError(f"{source} has other classes than {out} was begun with: name another --out.")
 
 
 def _prepare_split(
@@ -153,13 +174,13 @@ def _prepare_split(
     if (manifest["splits"].get(split) or {}).get("digest") != digest:
         _forget(out, split)  # the source was another when a killed run began
     manifest["splits"][split] = {"complete": False, "digest": digest, "shards": [], "problems": []}
-    write_json(out / MANIFEST_NAME, manifest)
+    write_manifest(out, manifest)
     vocabulary = _unchanged_classes(benchmark, source, out)
     reports = _write(Work(benchmark, split, pictures, len(vocabulary), out), settings)
     record = _record(benchmark, split, len(pictures), reports, vocabulary, settings) | {"digest": digest}
     manifest["splits"][split] = record
     _settle(out, split, reports, record["complete"])
-    write_json(out / MANIFEST_NAME, manifest)
+    write_manifest(out, manifest)
 
 
 def _unchanged_classes(benchmark: Benchmark, source: Path, out: Path) -> Vocabulary:
@@ -374,10 +395,11 @@ def _finished(benchmark: Benchmark, options: argparse.Namespace, settings: Setti
     known = _open_folder(benchmark, options.source, options.out, settings)["splits"]
     wanted = _check_splits(benchmark, options.split)
     if not all(
-        known.get(split, {}).get("complete") and not _missing_files(options.out, known[split]) for split in wanted
+        known.get(split, {}).get("complete") and not _damaged_files(options.out, known[split]) for split in wanted
     ):
         return False
-    tqdm.write(f"{options.out}: {benchmark.name} {', '.join(wanted)} is finished already, nothing to do")
+    splits = ", ".join(wanted)
+    tqdm.write(f"{options.out}: {benchmark.name} {splits} is finished already, nothing to do; every file is undamaged")
     return True
 
 

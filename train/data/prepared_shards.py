@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import threading
@@ -20,15 +19,26 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from modeling_gkc.image_processing_gkc import read_image
+from modeling_gkc.sealed_files import DamagedFileError
 
+from ..stored_files import Each, read_sealed_json, write_sealed_json
 from .benchmark import Benchmark
 from .pictures import Picture
-from .prepared import write_json
+from .prepared import is_damaged
 from .schema import NO_CLASS, VOID, dataset_features, encode_ids, ids_within
 
 PROGRESS_FOLDER = ".unfinished"
 _ROWS_PER_GROUP = 32  # that are held in memory
 _SECONDS_BETWEEN_LOOKS = 0.2
+_REPORT = {
+    "file": str,
+    "images": int,
+    "left_out": int,
+    "problems": [str],
+    "segments": Each(int),
+    "class_images": Each(int),
+    "sha256": str,
+}
 
 
 @dataclass(frozen=True)
@@ -93,16 +103,18 @@ def plan_shards(split: str, images: int, per_shard: int) -> list[ShardPlan]:
 
 
 def finished_report(out: Path, plan: ShardPlan) -> ShardReport | None:
-    """The report of a file that an earlier run finished without a problem."""
-    report = _report_path(out, plan.file)
-    if not (out / plan.file).is_file() or not report.is_file():
+    """The report of a file that an earlier run finished without a problem; None if either is missing or damaged."""
+    try:
+        found = ShardReport(**read_sealed_json(_report_path(out, plan.file), _REPORT, ""))
+    except DamagedFileError:
         return None
-    found = ShardReport(**json.loads(report.read_text(encoding="utf-8")))
+    if found.problems or is_damaged(out / plan.file, found.sha256):
+        return None
     # Keys of JSON are strings.
     found.segments, found.class_images = (
         Counter({int(key): value for key, value in counts.items()}) for counts in (found.segments, found.class_images)
     )
-    return None if found.problems else found
+    return found
 
 
 def _report_path(out: Path, file: str) -> Path:
@@ -187,7 +199,7 @@ def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> Sha
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
     with partial.open("rb") as file:
         report.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    write_json(_report_path(work.out, plan.file), vars(report))
+    write_sealed_json(_report_path(work.out, plan.file), vars(report))
     os.replace(partial, work.out / plan.file)
     return report
 

@@ -14,23 +14,25 @@ of what has a class hatched (void)?
 """
 
 import argparse
+import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from modeling_gkc.vocabulary import Vocabulary
 
 from .contact_sheet import Sample, SheetRow, draw_sheet
-from .prepared import VOCABULARY_NAME, is_prepared, prepare_command, read_manifest
+from .prepared import VOCABULARY_NAME, is_prepared, prepare_command, read_manifest, require_parquet
 from .schema import dataset_features, learnable_ids, read_row, without_decoding
+from .stored import load_saved
 
 ROWS, FRAMES, MAX_ROWS = 8, 4, 100
 _PLACE = {"image_id": "", "video_id": "", "frame": 0}  # columns, and what a dataset without videos has in them
@@ -71,10 +73,9 @@ def open_dataset(folder: Path, split: str | None = None, vocabulary: str | None 
     words = _vocabulary(folder, vocabulary)
     if is_prepared(folder):
         return _open_prepared(folder, split, words)
-    try:
-        found = load_from_disk(str(folder))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is neither a prepared benchmark nor a dataset of `save_to_disk`.") from error
+    if not {"dataset_dict.json", "dataset_info.json"} & {path.name for path in folder.iterdir()}:
+        raise ValueError(f"{folder} is neither a prepared benchmark nor a dataset of `save_to_disk`.")
+    found = load_saved(folder)
     splits = dict(found) if isinstance(found, DatasetDict) else {"all": found}
     split = _chosen(split, list(splits), folder)
     return _open_saved(f"{folder} {split}", splits[split], words)
@@ -118,18 +119,32 @@ def _open_prepared(folder: Path, split: str | None, vocabulary: Vocabulary) -> V
     paths = [folder / shard["file"] for shard in record["shards"]]
     if not record["complete"] or not all(path.is_file() for path in paths):
         raise ValueError(f"the split {split!r} of {folder} is half-written: finish it with `{command}`.")
-    files = [pq.ParquetFile(path) for path in paths]
-    tables = [file.read(list(_PLACE)).to_pydict() for file in files]
+    sums = {path: shard["sha256"] for path, shard in zip(paths, record["shards"], strict=True)}
+    files, tables = {}, []
+    for path in paths:
+        try:
+            files[path] = pq.ParquetFile(path)
+            tables.append(files[path].read(list(_PLACE)).to_pydict())
+        except Exception:  # Arrow raises errors of many types where a file is damaged
+            require_parquet(path, sums[path], f"`{command}`")
+            raise
+    require = functools.cache(lambda path: require_parquet(path, sums[path], f"`{command}`"))
     places = [place for table in tables for place in zip(*(table[column] for column in _PLACE), strict=True)]
-    return Viewed(f"{folder} {split}", vocabulary, places, lambda number: _parquet_row(files, number))
+    return Viewed(f"{folder} {split}", vocabulary, places, lambda number: _parquet_row(files, number, require))
 
 
-def _parquet_row(files: Iterable[pq.ParquetFile], number: int) -> Mapping[str, Any]:
-    """A row of several files, counted over all of them; only the rows stored together with it are read."""
-    for file in files:
+def _parquet_row(
+    files: Mapping[Path, pq.ParquetFile], number: int, require: Callable[[Path], None]
+) -> Mapping[str, Any]:
+    """A row of several files, counted over all of them; only the rows stored together with it are read.
+
+    `require` is called with the file that holds it, to refuse a damaged one.
+    """
+    for path, file in files.items():
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if number < size:
+                require(path)
                 (row,) = file.read_row_group(group, list(dataset_features())).slice(number, 1).to_pylist()
                 return row
             number -= size

@@ -1,0 +1,336 @@
+"""Damaged stored files: flipped bytes, truncated, deleted and exchanged files, changed JSON, in every kind of store.
+
+A store is copied, one file of it is damaged, and all of it is read. What is read must equal what was stored, or the
+reader must refuse it by a `ValueError` of one line that names the damaged file or its folder.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from PIL import Image
+
+from modeling_gkc.class_embeddings import encode_vocabulary, load_class_embeddings, save_class_embeddings
+from train.checkpoints import last_complete_checkpoint, require_undamaged, seal
+from train.data.benchmark import Benchmark, semantic_segments
+from train.data.from_folder import convert
+from train.data.pictures import Picture
+from train.data.prepare import Settings, prepare
+from train.data.prepared import load_prepared
+from train.data.schema import without_decoding
+from train.data.stored import load_split
+from train.evaluation.chunks import ChunkFolder
+from train.evaluation.result import read_result, write_result
+from train.evaluation.scores import SemanticScore
+from train.metrics import SemanticMetric
+from train.shards import StoreSettings, StoreWriter
+from train.teacher import TeacherCache, TeacherEmbeddings
+
+from ..test_evaluate_report import result
+from ..training_toys import VOCABULARY, toy_model, toy_processor
+
+FINGERPRINT = {"data": "d" * 32, "teacher": "t" * 32}
+REGIONS = {f"image-{number}": number % 4 for number in range(7)}
+CHUNKS = 3
+
+
+@dataclass
+class Store:
+    """
+    A valid store, and how it is read.
+
+    Args:
+        folder: its files; copies of it are damaged.
+        read: reads all of a copy; the values of two copies are compared.
+        stored: what `read` gives of the undamaged store, or a function that says whether a value is right.
+    """
+
+    folder: Path
+    read: Callable[[Path], Any]
+    stored: Any = None
+
+    def __post_init__(self):
+        if self.stored is None:
+            self.stored = self.read(self.folder)
+
+
+@dataclass
+class Context:
+    """The stores by their kind, and the folder where copies are damaged."""
+
+    stores: dict[str, Store]
+    scratch: Path
+
+
+def setup(folder: Path) -> Context:
+    """Build a store of each kind."""
+    disable_progress_bars()
+    (folder / "copy").mkdir()
+    makers = {
+        "prepared": _prepared,
+        "dataset": _dataset,
+        "regions": _regions,
+        "rows": _rows,
+        "chunks": _chunks,
+        "results": _results,
+        "embeddings": _embeddings,
+        "checkpoints": _checkpoints,
+    }
+    return Context({kind: make(folder / kind) for kind, make in makers.items()}, folder / "copy")
+
+
+def check(context: Context, rng: random.Random) -> str:
+    """Damage a store of a random kind and read it."""
+    return check_kind(context, rng.choice(list(context.stores)), rng)
+
+
+def check_kind(context: Context, kind: str, rng: random.Random) -> str:
+    """Damage a store and read it."""
+    store = context.stores[kind]
+    copy = context.scratch / "store"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(store.folder, copy)
+    damage = _damage(copy, rng)
+    try:
+        value = store.read(copy)
+    except ValueError as error:
+        text = str(error)
+        assert "\n" not in text.strip(), f"{kind}, {damage}: the message has several lines: {text}"
+        assert str(copy) in text, f"{kind}, {damage}: the message names no file of the store: {text}"
+        return "refused"
+    except Exception as error:
+        raise RuntimeError(f"{kind}, {damage}: {type(error).__name__}: {error}") from error
+    right = store.stored(value) if callable(store.stored) else value == store.stored
+    assert right, f"{kind}, {damage}: what was read is not what was stored"
+    return "accepted"
+
+
+# ---- damage
+
+
+def _damage(folder: Path, rng: random.Random) -> str:
+    """Damage one file of a folder, or exchange two; return what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = rng.choice(files)
+    kind = rng.choice(
+        ("flip", "flip", "flip", "json", "truncate", "delete", "exchange", "overwrite", "append", "fill")
+    )
+    if kind == "json" and path.suffix != ".json":
+        kind, path = (
+            ("flip", path) if not (texts := [f for f in files if f.suffix == ".json"]) else (kind, rng.choice(texts))
+        )
+    content = bytearray(path.read_bytes())
+    if kind == "delete":
+        path.unlink()
+    elif kind in ("exchange", "overwrite"):
+        other = rng.choice([file for file in files if file.suffix == path.suffix])
+        taken = other.read_bytes()
+        if kind == "exchange":
+            other.write_bytes(content)
+        path.write_bytes(taken)
+    elif kind == "json":
+        value = json.loads(content)
+        value = _changed(value, rng)
+        path.write_text(json.dumps(value))
+    elif kind == "truncate":
+        path.write_bytes(content[: rng.randrange(len(content) + 1)])
+    elif kind == "append":
+        path.write_bytes(content + rng.randbytes(rng.randrange(1, 40)))
+    elif content:
+        length = 1 if kind == "flip" else rng.randrange(1, 64)
+        start = rng.randrange(len(content))
+        for place in range(start, min(start + length, len(content))):
+            content[place] = content[place] ^ (1 << rng.randrange(8)) if kind == "flip" else 0
+        path.write_bytes(content)
+    return f"{kind} of {path.relative_to(folder)}"
+
+
+def _changed(value: Any, rng: random.Random) -> Any:
+    """A JSON value with one change at a random depth."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        changed = dict(value)
+        action = rng.random()
+        if action < 0.15:
+            del changed[key]
+        elif action < 0.25:
+            changed[f"{key}x"] = changed.pop(key)
+        else:
+            changed[key] = _changed(value[key], rng)
+        return changed
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        position = rng.randrange(len(value))
+        return [_changed(item, rng) if index == position else item for index, item in enumerate(value)]
+    if isinstance(value, bool):
+        return rng.choice([not value, "no", None])
+    if isinstance(value, int | float) and rng.random() < 0.6:
+        return rng.choice([value + 1, -value - 1, 2**70, float("nan"), float("inf"), 0, str(value)])
+    if isinstance(value, str) and rng.random() < 0.6:
+        return rng.choice(["", value[:-1], value + "/../x", value.upper(), "\ud800"])
+    return rng.choice([None, [], {}, 0, -1, 1.5, "x", True, [[]], {"a": []}])
+
+
+# ---- stores
+
+
+def _picture(folder: Path, number: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return folder / f"{number:03d}.png"
+
+
+def _rows_of(dataset: Any) -> list[dict]:
+    return list(without_decoding(dataset))
+
+
+def _prepared(folder: Path) -> Store:
+    """Five pictures in two Parquet files, read once before, so that what was made for reading is damaged too."""
+    source = folder.with_name("source")
+    paths = [_picture(source / "images", number) for number in range(5)]
+
+    def find(_: Path, split: str) -> list[Picture]:
+        return [
+            Picture(path.stem, path, lambda shape, n=number: semantic_segments(np.full(shape, n)), split)
+            for number, path in enumerate(paths)
+        ]
+
+    toy = Benchmark("toy", "pascal_voc_20", "A toy.", find, {"val": None})
+    prepare(toy, source, folder, None, Settings(progress=False, images_per_shard=3))
+
+    def read(copy: Path) -> tuple:
+        found = load_prepared(copy, "val")
+        return _rows_of(found.dataset), found.vocabulary, found.benchmark, found.info
+
+    return Store(folder, read)
+
+
+def _dataset(folder: Path) -> Store:
+    """What `train.data.from_folder` writes: a dataset of `save_to_disk` with a train and a val split."""
+    source = folder.with_name("annotated")
+    for number in range(5):
+        _picture(source / "images", number)
+        (source / "masks").mkdir(exist_ok=True)
+        mask = np.arange(20, dtype=np.uint8).reshape(4, 5) % (number + 2)
+        Image.fromarray(mask).save(source / "masks" / f"{number:03d}.png")
+    (source / "names.json").write_text(json.dumps([f"class {number}" for number in range(8)]))
+    convert(source, folder, val_share=0.4)
+    for name in ("report.json", "vocabulary.json"):  # for people: one may be changed by hand
+        (folder / name).unlink()
+    return Store(folder, lambda copy: [_rows_of(load_split(copy, split)) for split in ("train", "val")])
+
+
+def _region_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Segment ids (R,) and rows (R, 6) of REGIONS."""
+    count = sum(REGIONS.values())
+    return np.arange(1, count + 1), np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32)
+
+
+def _lookups(store: Any) -> list[list]:
+    ids = iter(np.array_split(_region_rows()[0], np.cumsum(list(REGIONS.values()))[:-1]))
+    return [rows.tolist() for rows in store.lookup(list(REGIONS), [torch.from_numpy(next(ids)) for _ in REGIONS])]
+
+
+def _regions(folder: Path) -> Store:
+    """A region store of three shards, as the teacher's embeddings and the probabilities of synonyms are kept."""
+    settings = StoreSettings("teacher", FINGERPRINT, 6, len(REGIONS), images_per_shard=3, command="make it again")
+    writer = StoreWriter(folder, settings)
+    writer.begin()
+    segment_ids, rows = _region_rows()
+    ends = np.cumsum([0, *REGIONS.values()])
+    for shard in range(settings.num_shards):
+        images = settings.images_of(shard)
+        part = slice(ends[images.start], ends[images.stop])
+        names = list(REGIONS)[images.start : images.stop]
+        writer.write(shard, names, [REGIONS[name] for name in names], segment_ids[part], rows[part])
+    writer.finish()
+    return Store(folder, lambda copy: _lookups(TeacherCache.open(copy, FINGERPRINT)))
+
+
+def _rows(folder: Path) -> Store:
+    """The teacher's embeddings in one file, as `RegionTeacher.embed_dataset` keeps them."""
+    segment_ids, rows = _region_rows()
+    ends = np.cumsum(list(REGIONS.values())).tolist()
+    places = {name: (end - REGIONS[name], end) for name, end in zip(REGIONS, ends, strict=True)}
+    embeddings = TeacherEmbeddings(torch.from_numpy(rows).half(), torch.from_numpy(segment_ids), places, FINGERPRINT)
+    embeddings.save(folder / "rows.safetensors")
+
+    def read(copy: Path) -> list:
+        if not (copy / "rows.safetensors").exists():  # the embeddings are then computed
+            return _lookups(embeddings)
+        return _lookups(TeacherEmbeddings.load(copy / "rows.safetensors", FINGERPRINT))
+
+    return Store(folder, read)
+
+
+def _chunks(folder: Path) -> Store:
+    """The counts of three finished pieces of an evaluation."""
+    chunks, generator = ChunkFolder(folder, CHUNKS), np.random.default_rng(0)
+    for number in range(CHUNKS):
+        score = SemanticScore(SemanticMetric(4))
+        score.metric.update(generator.integers(0, 5, (9, 9)), generator.integers(-1, 4, (9, 9)))
+        chunks.write(number, {"semantic": score}, {"images": number, "broken": ["one"], "seconds": {"model": 0.5}})
+
+    def read(copy: Path) -> Any:
+        scores, found = {"semantic": SemanticScore(SemanticMetric(4))}, ChunkFolder(copy, CHUNKS)
+        if found.pending():  # these are evaluated again
+            return "again"
+        metas = [found.merge_into(number, scores) for number in range(CHUNKS)]
+        return metas, scores["semantic"].metric.confusion.tolist()
+
+    stored = read(folder)
+    return Store(folder, read, lambda value: value in ("again", stored))
+
+
+def _results(folder: Path) -> Store:
+    """The file of an evaluation."""
+    write_result(result(), folder / "result.json")
+    return Store(folder, lambda copy: read_result(copy / "result.json"))
+
+
+def _embeddings(folder: Path) -> Store:
+    """Class embeddings, as `gkc embed` writes them."""
+    folder.mkdir()
+    model, processor = toy_model().eval(), toy_processor()
+    with torch.no_grad():
+        embeddings = encode_vocabulary(VOCABULARY, model, processor)
+        save_class_embeddings(folder / "words.safetensors", model, embeddings, VOCABULARY)
+
+    def read(copy: Path) -> tuple:
+        with torch.no_grad():
+            try:
+                found, words = load_class_embeddings(copy / "words.safetensors", model)
+            except FileNotFoundError as error:
+                raise ValueError(str(error)) from error
+        return found.class_embeds.tolist(), found.class_ids.tolist(), words
+
+    return Store(folder, read)
+
+
+def _checkpoints(folder: Path) -> Store:
+    """Two checkpoints of training; the older one is right where the newer one is not whole."""
+    for step in (10, 20):
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+            content = random.Random(f"{step} {name}").randbytes(300)
+            (checkpoint / name).write_bytes(b"{}" if name.endswith("json") else content)
+        seal(checkpoint)
+
+    def read(copy: Path) -> dict[str, bytes]:
+        checkpoint = require_undamaged(last_complete_checkpoint(copy))
+        names = ("model.safetensors", "optimizer.pt", "trainer_state.json")
+        return {name: (checkpoint / name).read_bytes() for name in names}
+
+    stored = [read(folder)]
+    shutil.move(folder / "checkpoint-20", folder.with_name("newest"))
+    stored.append(read(folder))
+    shutil.move(folder.with_name("newest"), folder / "checkpoint-20")
+    return Store(folder, read, lambda value: value in stored)
