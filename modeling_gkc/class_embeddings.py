@@ -269,7 +269,13 @@ def add_void_words(
     if void_labels is None:
         return vocabulary, embeddings, []
     joined, void_ids = vocabulary.with_void(void_labels)
-    void = encode_vocabulary(void_labels, model, processor)
+    # Not `void_labels`, which are read already, with what there is to warn of.
+    added = slice(len(vocabulary), None)
+    void = encode_vocabulary(
+        Vocabulary.trusted(joined.names[added], templates=joined.templates and joined.templates[added]),
+        model,
+        processor,
+    )
     embeddings = GKCClassEmbeddings(
         class_embeds=torch.cat([embeddings.class_embeds, void.class_embeds]),
         class_ids=torch.cat([embeddings.class_ids, void.class_ids + len(vocabulary)]),

@@ -52,7 +52,8 @@ examples:
   gkc vocab show ade20k_150 --json > my-words.json  a file to change, for gkc segment --labels my-words.json
 
 Files of your own are .json, .csv (columns name, synonyms, is_thing, color; several synonyms separated by "|") or .txt
-(a class per line, its synonyms after commas).
+(a class per line, its synonyms after commas). Lists of FC-CLIP ("1:wall,walls" per line), id2label of a model's
+config.json, and COCO's categories are read too.
 """
 EMBED_EXAMPLES = f"""\
 {WORDS_HELP}

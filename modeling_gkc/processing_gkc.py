@@ -81,7 +81,8 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             (P,) in 0..N-1, the name that each prompt stands for.
 
         Raises:
-            ValueError: neither images nor text; labels that `Vocabulary` refuses; a label with more tokens than the
+            ValueError: neither images nor text; labels that `Vocabulary` refuses; a label without a token or with a
+                special one; two labels with the same tokens; a label with more tokens than the
                 tokenizer's `model_max_length` (nothing is truncated); images that `GKCImageProcessor` refuses; another
                 `return_tensors`.
 
@@ -110,6 +111,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         return ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids", "name_ids"]
 
     def _encode(self, vocabulary: Vocabulary, templates: list[str]) -> dict[str, torch.Tensor]:
+        self._refuse_unreadable(vocabulary)
         own_templates = vocabulary.templates or [None] * len(vocabulary)
         names = list(zip(vocabulary.class_ids, vocabulary.flat_names, strict=True))
         prompts, name_ids = [], []
@@ -134,6 +136,40 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             row[: len(prompt)] = torch.tensor(prompt)
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _refuse_unreadable(self, vocabulary: Vocabulary) -> None:
+        """
+        Refuse names that the text encoder cannot read as such, and labels that it cannot tell apart.
+
+        Labels with unknown words, which all have the same token, are no matter of this check.
+        """
+        tokenizer = self.tokenizer
+        tokens = tokenizer(vocabulary.flat_names, add_special_tokens=False, verbose=False)["input_ids"]
+        special = set(tokenizer.all_special_ids)
+        if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            special -= {tokenizer.unk_token_id}
+        tokens_of = dict(zip(vocabulary.flat_names, tokens, strict=True))
+        for name, ids in tokens_of.items():
+            if not ids:
+                raise ValueError(f"the tokenizer makes no token of the label {name!r}: write it in other characters.")
+            if special.intersection(ids):
+                token = tokenizer.convert_ids_to_tokens(next(token for token in ids if token in special))
+                raise ValueError(
+                    f"the tokenizer reads a part of the label {name!r} as its special token {token!r}: write it in "
+                    "other characters."
+                )
+        first: dict[tuple, int] = {}
+        for index, label in enumerate(vocabulary.labels):
+            ids, templates = tokens_of[label], vocabulary.templates and vocabulary.templates[index]
+            if tokenizer.unk_token_id in ids:
+                continue
+            earlier = first.setdefault((*ids, *(templates or ())), index)
+            if earlier != index:
+                raise ValueError(
+                    f"labels {earlier + 1} and {index + 1} ({vocabulary.labels[earlier]!r} and {label!r}) have the "
+                    "same tokens, so that the text encoder cannot tell them apart: make one class of them, or give "
+                    "one of them another name."
+                )
 
     def _refuse_long(self, prompts: list[str], tokens: list[list[int]]) -> None:
         limit = self.tokenizer.model_max_length

@@ -18,6 +18,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from .argument_checks import shown
+from .label_text import tidy
+
 TemplatesLike = str | Sequence[str]
 
 # "vild14" is the set that open-vocabulary segmentation took over from ViLD (Gu et al., 2022) and that ODISE, SAN and
@@ -85,7 +88,11 @@ def resolve_templates(value: TemplatesLike) -> list[str]:
         )
     for template in value:
         if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"a prompt template needs exactly one '{{}}' for the name, got {template!r}.")
+            raise ValueError(f"a prompt template needs exactly one '{{}}' for the name, got {shown(template)}.")
+        try:
+            tidy(template)
+        except ValueError as error:
+            raise ValueError(f"the prompt template {template!r} {error}") from error
     return list(value)
 
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from .argument_checks import shown
+from .label_text import comparison_key, refuse_other_separators, tidy
 from .prompt_templates import resolve_templates
 from .vocabulary_files import (
     PACKAGED_NAMES,
@@ -43,15 +45,17 @@ class Vocabulary:
 
     Args:
         names: K lists of names; the first name of a class is its label, the others are synonyms. Spaces at the ends
-            are dropped and runs of spaces become one; a name given twice to one class counts once.
+            are dropped and runs of spaces become one; characters without width, such as U+200B, are dropped; a name
+            given twice to one class counts once. Two names are the same that look the same in any case: an accent may
+            be a character of its own or not.
         is_thing: For each class whether it is countable (thing), not (stuff), or unknown (None).
         colors: For each class an (red, green, blue) triple, 0..255, or None; None chooses well-spread ones.
         templates: For each class its own prompt templates, as `resolve_templates` takes them, or None for those of
             the processor.
 
     Raises:
-        ValueError: no class, an empty name, two classes with the same label, a kind, colour or template that is none,
-            or lists that differ in length. The message names the positions.
+        ValueError: no class, an empty or invisible name, two classes with the same label, a kind, colour or template
+            that is none, or lists that differ in length. The message names the positions.
 
     Warns:
         UserWarning: one name belongs to several classes.
@@ -97,18 +101,20 @@ class Vocabulary:
         Read a vocabulary in any of the forms that users type.
 
         Args:
-            text: A string, classes separated by `;` and synonyms by `,` ("dog; sofa, couch; lamp"); the name of a
+            text: A string, classes separated by `;` and synonyms by `,` ("dog; sofa, couch; lamp"), with or without a
+                `;` at the end; the name of a
                 packaged vocabulary ("ade20k_150"); a file, as a path object or a string without `;` that ends in
                 .json, .csv or .txt; a sequence whose items are a name, taken as it stands, or a sequence of synonyms
                 (["dog", ["sofa", "couch"]]); or a Vocabulary, returned as it is.
 
         Raises:
             ValueError: as for `Vocabulary`, `named` and `from_file`; a word that is a packaged name misspelt; a
-                string with a line break inside a class, or that is the path of another file.
+                string with a line break inside a class, with other separators ("dog | lamp", "dog . lamp ."), or that
+                is the path of another file.
             TypeError: an item is neither a string nor a sequence of strings.
 
         Warns:
-            UserWarning: as for `Vocabulary`; a string of three or more names has no `;`, so that all are one class.
+            UserWarning: as for `Vocabulary`; a string of two or more names has no `;`, so that all are one class.
         """
         if isinstance(text, cls):
             return text
@@ -164,7 +170,10 @@ class Vocabulary:
         if is_file_name(text.strip()):
             return cls.from_file(text.strip())
         refuse_misspelt_name(text)
+        refuse_other_separators(text)
         labels = text.split(";")
+        if len(labels) > 1 and not labels[-1].strip():
+            labels.pop()
         for label in labels:
             if label.strip() in PACKAGED_NAMES:
                 raise ValueError(
@@ -176,9 +185,13 @@ class Vocabulary:
                     "file with a class per line."
                 )
         vocabulary = cls([label.split(",") for label in labels])
-        if len(vocabulary) == 1 and len(vocabulary.flat_names) > 2:
+        if ";" not in text and len(vocabulary.flat_names) > 1:
+            label, *others = vocabulary.flat_names
             warnings.warn(
-                f"{text.strip()!r} is one class with synonyms; separate classes by ';'.", UserWarning, stacklevel=3
+                f"1 class: {label} (also: {', '.join(others)}); separate classes by ';', or put one at the end if "
+                "one class is meant.",
+                UserWarning,
+                stacklevel=3,
             )
         return vocabulary
 
@@ -235,10 +248,12 @@ class Vocabulary:
             return self
         kinds: dict[str, bool | None] = {}
         for names, is_thing in zip(other.names, other.is_thing, strict=True):
-            for key in map(_key, names[1:]):
+            for key in map(comparison_key, names[1:]):
                 kinds[key] = is_thing if kinds.get(key, is_thing) is is_thing else None
-        kinds |= {_key(label): is_thing for label, is_thing in zip(other.labels, other.is_thing, strict=True)}
-        found = [kinds.get(_key(label)) for label in self.labels]
+        kinds |= {
+            comparison_key(label): is_thing for label, is_thing in zip(other.labels, other.is_thing, strict=True)
+        }
+        found = [kinds.get(comparison_key(label)) for label in self.labels]
         if not any(is_thing is not None for is_thing in found):
             return self
         described = copy.copy(self)
@@ -265,12 +280,11 @@ class Vocabulary:
             void = Vocabulary.parse(void_labels)
         except ValueError as error:
             raise ValueError(f"void labels: {error}") from error
-        owners = {_key(name): names[0] for names in self.names for name in names}
+        owners = {comparison_key(name): names[0] for names in self.names for name in names}
         for name in void.flat_names:
-            if _key(name) in owners:
-                raise ValueError(
-                    f"{name!r} is a void label and a name of the class {owners[_key(name)]!r}: take it out of one."
-                )
+            owner = owners.get(comparison_key(name))
+            if owner is not None:
+                raise ValueError(f"{name!r} is a void label and a name of the class {owner!r}: take it out of one.")
         joined = copy.copy(self)
         joined.names = self.names + void.names
         for field in ("is_thing", "colors", "templates"):
@@ -395,56 +409,62 @@ def _checked_values(values: Sequence | None, check: Callable[[Any], Any], places
 
 def _checked_kind(value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"is_thing must be true (thing), false (stuff) or null, got {value!r}.")
+        raise ValueError(f"is_thing must be true (thing), false (stuff) or null, got {shown(value)}.")
     return bool(value)
 
 
 def _checked_color(value: Sequence[int]) -> tuple[int, ...]:
     is_triple = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) and len(value) == 3
     if not is_triple or not all(type(v) is int or isinstance(v, np.integer) for v in value):
-        raise ValueError(f"a color must be three whole numbers, red, green and blue, got {value!r}.")
+        raise ValueError(f"a color must be three whole numbers, red, green and blue, got {shown(value)}.")
     if not all(0 <= channel <= 255 for channel in value):
-        raise ValueError(f"a color must lie in 0..255, got {value!r}.")
+        raise ValueError(f"a color must lie in 0..255, got {shown(value)}.")
     return tuple(int(channel) for channel in value)
 
 
 def _clean_names(names: Sequence[str], place: str) -> list[str]:
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{place} must be a name or a sequence of names, got {names!r}.")
+        raise TypeError(f"{place} must be a name or a sequence of names, got {shown(names)}.")
     if not names:
         raise ValueError(f"{place} is empty: give every class a name.")
     cleaned: dict[str, str] = {}
     for position, name in enumerate(names):
         if not isinstance(name, str):
-            raise TypeError(f"name {position + 1} of {place} must be a string, got {name!r}.")
-        name = " ".join(name.split())
+            raise TypeError(f"name {position + 1} of {place} must be a string, got {shown(name)}.")
+        what = place if len(names) == 1 else f"name {position + 1} of {place}"
+        try:
+            name = tidy(name)
+        except ValueError as error:
+            raise ValueError(f"{what} {error}") from error
         if not name:
-            what = place if len(names) == 1 else f"name {position + 1} of {place}"
             raise ValueError(f"{what} is empty: give every class a name.")
-        cleaned.setdefault(_key(name), name)
+        cleaned.setdefault(comparison_key(name), name)
     return list(cleaned.values())
-
-
-def _key(name: str) -> str:
-    return name.casefold()
 
 
 def _refuse_repeated_labels(labels: list[str], places: _Places) -> None:
     first = {}
     for index, label in enumerate(labels):
-        earlier = first.setdefault(_key(label), index)
+        earlier = first.setdefault(comparison_key(label), index)
         if earlier != index:
             raise ValueError(
-                f"{places.two(earlier, index)} are both {label!r}: make one class of them, or give them names that "
-                "differ."
+                f"{places.two(earlier, index)} are both {label!r}{_difference(labels[earlier], label)}: make one "
+                "class of them, or give them names that differ."
             )
+
+
+def _difference(first: str, second: str) -> str:
+    """The characters in which two labels differ that look the same."""
+    if first.casefold() == second.casefold():
+        return ""
+    return f" to the eye ({first!a} and {second!a})"
 
 
 def _warn_shared_names(names: list[list[str]]) -> None:
     owners: dict[str, list[int]] = {}
     for index, class_names in enumerate(names):
         for name in class_names:
-            owners.setdefault(_key(name), []).append(index)
+            owners.setdefault(comparison_key(name), []).append(index)
     shared = {name: classes for name, classes in owners.items() if len(classes) > 1}
     if shared:
         listed = "; ".join(

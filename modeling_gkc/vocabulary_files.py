@@ -34,6 +34,14 @@ Users' files are UTF-8 and say the same with less:
   or tabs between them. Several synonyms or templates of a cell are separated by `|`; is_thing is "thing" or "stuff",
   "true" or "false", or empty; color is "#rrggbb" or empty.
 * Text: one class per line, its synonyms after commas; `#` at the start of a line or after a blank begins a comment.
+
+Files of other projects are read too:
+
+* lists of names by number as FC-CLIP has them, "1:wall,walls" per line: the numbers must ascend and are dropped, lines
+  with the name `invalid_class_id` are no classes;
+* JSON {"0": "wall", "1": "sky"} or {"wall": 0, "sky": 1}, transformers' `id2label` and `label2id`, alone or in a
+  model's config.json: the ids must be 0, 1, 2 .. or 1, 2, 3 .., in any order;
+* COCO's categories, as list or in an annotation file: `name`, `isthing` and `color`, in the order of the list.
 """
 
 import bisect
@@ -49,6 +57,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .argument_checks import shown
+from .label_text import refuse_other_separators
 
 PACKAGED_NAMES = (
     "ade20k_150",
@@ -78,6 +89,9 @@ _FACTS = (
     "category",
     "stuff35",
     "labels59_txt_id",
+    "isthing",
+    "keypoints",
+    "skeleton",
 )
 _HEAD = (
     "name",
@@ -91,6 +105,7 @@ _HEAD = (
     "classes",
 )
 _KINDS = {"": None, "thing": True, "true": True, "stuff": False, "false": False}
+UNUSED_NUMBER = "invalid_class_id"
 _LISTS_OF_NAMES = {"categories", "class_names", "labels", "names", "vocabulary", "words"}
 
 
@@ -259,9 +274,31 @@ def _read_text(source: _Source) -> list[VocabularyEntry]:
         words = re.sub(r"(^|\s)#.*", "", line).strip()
         if ";" in words:
             raise source.error(number, "a ';' separates classes in typed words; in a file each has a line of its own.")
+        try:
+            refuse_other_separators(words)
+        except ValueError as error:
+            raise source.error(number, str(error)) from error
         if words:
             entries.append(VocabularyEntry(words.split(","), number))
-    return entries
+    return _without_numbers(entries, source)
+
+
+def _without_numbers(entries: list[VocabularyEntry], source: _Source) -> list[VocabularyEntry]:
+    """The classes of a file whose lines begin with a number and a colon; others as they are."""
+    numbered = [re.match(r"\s*(\d{1,9})\s*:", entry.names[0]) for entry in entries]
+    if not any(numbered):
+        return entries
+    classes, last = [], -1
+    for entry, match in zip(entries, numbered, strict=True):
+        if match is None:
+            raise source.error(entry.line, "other lines begin with a number and ':', this one does not.")
+        if int(match[1]) <= last:
+            raise source.error(entry.line, f"the numbers of the classes must ascend, got {match[1]} after {last}.")
+        last = int(match[1])
+        entry.names = [entry.names[0][match.end() :], *entry.names[1:]]
+        if [name.strip() for name in entry.names] != [UNUSED_NUMBER]:
+            classes.append(entry)
+    return classes
 
 
 def _read_csv(source: _Source) -> list[VocabularyEntry]:
@@ -319,16 +356,28 @@ class _Pairs(list):
 def _read_json(source: _Source) -> list[VocabularyEntry]:
     try:
         json.loads(source.text)
+        return _json_entries(source)
     except json.JSONDecodeError as error:
         raise source.error(error.lineno, f"this is no JSON: {error.msg} (column {error.colno}).") from error
     except RecursionError as error:
         raise ValueError(f"{source.name} is nested too deeply.") from error
+    except ValueError as error:
+        if source.name in str(error):
+            raise
+        # Python's own, of an integer of thousands of digits.
+        raise ValueError(f"{source.name} holds a number that cannot be read: {error}.") from error
+
+
+def _json_entries(source: _Source) -> list[VocabularyEntry]:
     start = len(source.text) - len(source.text.lstrip())
     if source.text[start] == "{":
         start = _classes_position(start, source)
     if source.text[start] not in "[{":
         raise source.error(source.line_at(start), "classes must be a list, or an object of names and synonyms.")
     items = list(_json_items(start, source))
+    by_id = _entries_by_id(items, source)
+    if by_id is not None:
+        return by_id
     if len(items) == 1 and items[0].key in _LISTS_OF_NAMES:
         raise source.error(items[0].line, f"call the list of names 'classes', not {items[0].key!r}.")
     return [_json_entry(item, source) for item in items]
@@ -363,10 +412,46 @@ def _skip(pattern: str, text: str, position: int) -> int:
     return re.compile(pattern + r"\s*").match(text, position).end()
 
 
+def _entries_by_id(items: list[_JsonItem], source: _Source) -> list[VocabularyEntry] | None:
+    """The classes of {"0": "wall"} or {"wall": 0} in the order of their ids; None if the object is none of these."""
+    if not items or any(item.key is None for item in items):
+        return None
+    if all(re.fullmatch(r"\d{1,9}", item.key) for item in items):
+        pairs = [(int(item.key), item) for item in items]
+        for _, item in pairs:
+            is_names = isinstance(item.value, list) and not isinstance(item.value, _Pairs)
+            item.value = item.value if is_names else [item.value]
+    elif all(type(item.value) is int for item in items):
+        pairs = [(item.value, item) for item in items]
+        for _, item in pairs:
+            item.value = [item.key]
+    else:
+        return None
+    pairs.sort(key=lambda pair: pair[0])
+    for position, (number, item) in enumerate(pairs, start=min(1, max(0, pairs[0][0]))):
+        if number != position:
+            raise source.error(
+                item.line,
+                f"the ids of the classes must be 0, 1, 2 .. or 1, 2, 3 .. without gap, got {shown(number)} instead of "
+                f"{position}: give the names as a list.",
+            )
+    return [VocabularyEntry(item.value, item.line) for _, item in pairs]
+
+
 def _classes_position(start: int, source: _Source) -> int:
-    """Where the value of `classes` begins in the object that opens at `start`; `start` if there is none."""
+    """Where the value of `classes` begins in the object that opens at `start`; `start` if there is none.
+
+    COCO's `categories` and transformers' `id2label` stand for it in their files.
+    """
     items = list(_json_items(start, source))
     found = [item.position for item in items if item.key == "classes"]
+    for item in items:
+        is_categories = (
+            item.key == "categories" and isinstance(item.value, list) and not isinstance(item.value, _Pairs)
+        )
+        is_foreign = is_categories and any(isinstance(entry, _Pairs) for entry in item.value)
+        if not found and (is_foreign or (item.key == "id2label" and isinstance(item.value, _Pairs))):
+            return item.position
     if not found:
         return start
     for index, item in enumerate(items):
@@ -388,6 +473,10 @@ def _json_class(pairs: _Pairs, line: int, source: _Source) -> VocabularyEntry:
     for index, key in enumerate(keys):
         _refuse_key(key, _COLUMNS + _FACTS, keys[:index], line, source)
     fields = dict(pairs)
+    if "isthing" in fields:
+        if fields["isthing"] not in (0, 1) or "is_thing" in fields:
+            raise source.error(line, f"COCO's 'isthing' must be 0 or 1, got {shown(fields['isthing'])}.")
+        fields["is_thing"] = bool(fields["isthing"])
     if "name" not in fields:
         raise source.error(line, "this class has no 'name'.")
     synonyms, color = fields.get("synonyms"), fields.get("color")
@@ -402,7 +491,7 @@ def _json_class(pairs: _Pairs, line: int, source: _Source) -> VocabularyEntry:
 
 def _synonyms(name: Any, value: Any, line: int, source: _Source) -> list[Any]:
     if not isinstance(value, list) or isinstance(value, _Pairs):
-        raise source.error(line, f"the synonyms of {name!r} must be a list of names.")
+        raise source.error(line, f"the synonyms of {shown(name)} must be a list of names.")
     return value
 
 

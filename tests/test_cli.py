@@ -283,6 +283,12 @@ class TestUserErrors:
         [
             (["--labels", "dog;;cat"], "--labels: label 2 (index 1) is empty"),
             (["--labels", "dog;dog"], "--labels: labels 1 and 2"),
+            (["--labels", "sky . grass ."], "--labels: classes are separated by ';'"),
+            (["--labels", "sky", "--void-labels", "red | blue"], "--void-labels: "),
+            (
+                ["--labels", "sky; <end>"],
+                "--labels: the tokenizer reads a part of the label '<end>' as its special token",
+            ),
             (["--labels", "dog " * 15], "--labels: the label 'dog dog"),
             (["--labels", ""], "--labels: label 1 (index 0) is empty"),
             (["--device", "toaster"], "--device: "),

@@ -184,6 +184,18 @@ class TestEmbed:
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
         assert load_class_embeddings(out, model)[1] == Vocabulary.named("cityscapes_19")
 
+    def test_what_was_understood_is_said_where_it_is_one_class(self, checkpoint, tmp_path, capsys):
+        command = ["embed", "--model", checkpoint, "--out", tmp_path / "words.safetensors", "--labels"]
+        assert gkc(*command, "red disc, sky") == 0
+        assert capsys.readouterr().err.splitlines() == [
+            "gkc: warning: 1 class: red disc (also: sky); separate classes by ';', or put one at the end if one class "
+            "is meant."
+        ]
+        assert gkc(*command, "red disc, sky;") == 0
+        assert capsys.readouterr().err == ""
+        with pytest.raises(UserError, match=r"--labels: classes are separated by ';' .*, not by '\|'"):
+            gkc(*command, "red disc | sky")
+
     def test_the_bar_moves_on_a_terminal(self, checkpoint, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         command = ["embed", "--labels", "dog; sky", "--model", checkpoint, "--out", tmp_path / "w.safetensors"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import CLIPTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import AutoProcessor
@@ -170,6 +171,24 @@ class TestWords:
             processor(text=["dog", *(f"beast{index}" for index in range(25))], prompt_templates=["a red {}."])
         listed = ", ".join(repr(word) for word in ["a", *(f"beast{index}" for index in range(19))])
         assert str(caught[0].message) == f"the text encoder does not know these words: {listed} and 6 more."
+
+    def test_labels_with_the_same_tokens_are_refused(self, processor):
+        with pytest.raises(ValueError, match=r"labels 1 and 3 \('red disc' and 'red-disc'\) have the same tokens"):
+            plain = word_tokenizer()
+            plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s-]"), "removed")
+            GKCProcessor(processor.image_processor, plain)(text=["red disc", "sky", "red-disc"])
+        with pytest.warns(UserWarning, match="does not know"):  # unknown words are another matter
+            processor(text="unicorn; dragon")
+
+    def test_a_label_without_tokens_is_refused(self, processor):
+        processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+        with pytest.raises(ValueError, match="the tokenizer makes no token of the label '~~': write it in other"):
+            processor(text="dog; ~~")
+
+    @pytest.mark.parametrize("label", ["<end>", "dog <end> sofa", "<pad>"])
+    def test_a_label_with_a_special_token_is_refused(self, processor, label):
+        with pytest.raises(ValueError, match=f"reads a part of the label '{label}' as its special token"):
+            processor(text=["dog", ["sofa", label]])
 
     def test_known_words_do_not_warn(self, processor):
         with warnings.catch_warnings():

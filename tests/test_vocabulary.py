@@ -1,6 +1,7 @@
 """Words in every form, refused with their position when they cannot be."""
 
 import json
+import re
 import time
 import warnings
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_spaces_are_tidied_and_a_name_repeated_in_its_class_counts_once():
         ("", r"label 1 \(index 0\)"),
         ("   ", r"label 1 \(index 0\)"),
         ("dog; ; lamp", r"label 2 \(index 1\)"),
-        ("dog; sofa;", r"label 3 \(index 2\)"),
+        ("dog; sofa;;", r"label 3 \(index 2\)"),
+        (";", r"label 1 \(index 0\)"),
         (["dog", ""], r"label 2 \(index 1\)"),
         (["dog", []], r"label 2 \(index 1\)"),
         ("dog; sofa,, couch", r"name 2 of label 2 \(index 1\)"),
@@ -71,6 +73,55 @@ def test_spaces_are_tidied_and_a_name_repeated_in_its_class_counts_once():
 def test_an_empty_label_is_refused_with_its_position(text, place):
     with pytest.raises(ValueError, match=f"^{place} is empty"):
         Vocabulary.parse(text)
+
+
+@pytest.mark.parametrize(
+    "label", ["\u200b", " \u2060 \ufeff", "\u3164", "\u2800\u2800", "\x00", "\u200d\ufe0f", "\u00ad"]
+)
+def test_a_label_that_cannot_be_seen_is_refused_with_its_position(label):
+    for names in (["dog", label], [["dog"], ["sofa", label]], f"dog; {label}"):
+        with pytest.raises(ValueError, match=r"label 2 \(index 1\) has only characters that cannot be seen \(U\+"):
+            Vocabulary.parse(names)
+
+
+def test_characters_without_width_are_dropped():
+    assert Vocabulary.parse(["\ufeffdog", "so\u00adfa\u200b", "trafﬁc\u2060 light"]).labels == [
+        "dog",
+        "sofa",
+        "trafﬁc light",
+    ]
+    assert Vocabulary.parse(["می\u200cخواهم", "👩\u200d🔬"]).labels == ["می\u200cخواهم", "👩\u200d🔬"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("Stra\u00dfe", "strasse"),
+        ("dog", "do\u200bg"),
+        ("dog", "do\u3164g"),
+        ("İ", "i\u0307"),
+    ],
+)
+def test_one_label_in_two_forms_is_the_same_class_twice(first, second):
+    with pytest.raises(ValueError, match=r"labels 1 and 3 \(indexes 0 and 2\) are both"):
+        Vocabulary.parse([first, "cat", second])
+    with pytest.raises(ValueError, match="is a void label and a name of the class"):
+        Vocabulary.parse([first]).with_void([second])
+    assert len(Vocabulary.parse([[first, second]]).flat_names) == 1
+
+
+def test_the_characters_are_shown_where_two_labels_look_the_same():
+    with pytest.raises(ValueError, match=r"to the eye \('caf\\xe9' and 'cafe\\u0301'\)"):
+        Vocabulary.parse(["caf\u00e9", "cafe\u0301"])
+
+
+def test_half_a_character_is_refused():
+    for names in (["dog", "\ud83d"], "dog; \ud83d", [["dog"], ["sofa", "x\udc00"]]):
+        with pytest.raises(ValueError, match=r"label 2 \(index 1\) has U\+D[8C]3?[D0]0?, half of a character"):
+            Vocabulary.parse(names)
+    with pytest.raises(ValueError, match=r"the prompt template .* has U\+D83D, half"):
+        Vocabulary([["dog"]], templates=["a \ud83d {}"])
 
 
 def test_no_labels_are_refused():
@@ -315,14 +366,52 @@ class TestTyped:
         for label in ("dog", "st. bernard", "and/or", "x" * 5000, "nul\0l"):
             assert Vocabulary.parse(label).labels == [label]
 
-    @pytest.mark.parametrize("text", ["dog, sofa, lamp", " dog,sofa,lamp,sky\n"])
-    def test_names_separated_by_commas_alone_warn_once_at_the_caller(self, text):
+    @pytest.mark.parametrize(
+        ("text", "others"), [("dog, sofa, lamp", "sofa, lamp"), (" dog,sofa\n", "sofa"), ("dog, Dog, hound", "hound")]
+    )
+    def test_names_separated_by_commas_alone_warn_once_at_the_caller(self, text, others):
         with pytest.warns(UserWarning) as caught:
             vocabulary = Vocabulary.parse(text)
         assert len(vocabulary) == 1 and len(caught) == 1 and caught[0].filename == __file__
-        assert str(caught[0].message) == f"{text.strip()!r} is one class with synonyms; separate classes by ';'."
+        assert str(caught[0].message) == (
+            f"1 class: dog (also: {others}); separate classes by ';', or put one at the end if one class is meant."
+        )
 
-    @pytest.mark.parametrize("text", ["sofa, couch", "dog, Dog, dog", "sofa, couch, settee; dog", [["a", "b", "c"]]])
+    @pytest.mark.parametrize(
+        ("text", "mark"),
+        [
+            ("red disc | sky", "|"),
+            ("sky . grass .", "."),
+            ("sky .", "."),
+            ("a cat. a remote control.", "."),
+            ("red disc；sky", "；"),
+            ("red disc，sky", "，"),
+            ("红色、天空", "、"),
+            ("sky ｜ grass", "｜"),
+            ("sky; grass | lawn", "|"),
+            ("sky · grass", "·"),
+        ],
+    )
+    def test_separators_of_others_are_refused(self, text, mark, tmp_path):
+        with pytest.raises(ValueError, match=rf"separated by ';' and .* by ',', not by '{re.escape(mark)}'"):
+            Vocabulary.parse(text)
+        if ";" not in text:
+            with pytest.raises(ValueError, match=rf"x\.txt, line 2: .* not by '{re.escape(mark)}'"):
+                Vocabulary.parse(write(tmp_path, "x.txt", f"dog\n{text}"))
+        assert Vocabulary.parse([text.replace(";", ",")]).labels  # in a list all is taken as it stands
+
+    @pytest.mark.parametrize("text", ['["dog", "cat"]', "[['dog'], ['cat']]", '{"0": "dog"}'])
+    def test_a_typed_list_of_python_is_refused(self, text):
+        with pytest.raises(ValueError, match="this is a list as programs write it"):
+            Vocabulary.parse(text)
+
+    def test_a_semicolon_at_the_end_is_harmless(self):
+        assert Vocabulary.parse("dog; sofa, couch; lamp; ").names == NAMES
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert Vocabulary.parse("sofa, couch;").names == [["sofa", "couch"]]
+
+    @pytest.mark.parametrize("text", ["sofa, couch;", "dog, Dog, dog", "sofa, couch, settee; dog", [["a", "b", "c"]]])
     def test_other_synonyms_do_not_warn(self, text):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -389,6 +478,40 @@ class TestFiles:
     def test_what_no_class_has_is_none(self, tmp_path):
         vocabulary = Vocabulary.from_file(write(tmp_path, "x.csv", "name,is_thing,color,templates\ndog,,,\n"))
         assert vocabulary.is_thing is vocabulary.colors is vocabulary.templates is None
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("fcclip.txt", "0:invalid_class_id\n1:dog\n2:invalid_class_id\n3:sofa,couch\n 7 : lamp"),
+            ("id2label.json", '{"0": "dog", "2": "lamp", "1": ["sofa", "couch"]}'),
+            ("id2label.json", '{"1": "dog", "2": ["sofa", "couch"], "3": "lamp"}'),
+            ("config.json", '{"model_type": "x", "id2label": {"0": "dog", "1": ["sofa", "couch"], "2": "lamp"}}'),
+        ],
+    )
+    def test_files_of_other_projects(self, tmp_path, name, text):
+        assert Vocabulary.parse(write(tmp_path, name, text)).names == NAMES
+
+    def test_a_label2id_is_read(self, tmp_path):
+        assert Vocabulary.parse(write(tmp_path, "x.json", '{"sky": 1, "wall, brick": 0}')).labels == [
+            "wall, brick",
+            "sky",
+        ]
+
+    @pytest.mark.parametrize("head", ["", '{"info": {}, "images": [], "annotations": [], "categories": '])
+    def test_categories_of_coco_are_read(self, tmp_path, head):
+        categories = [
+            {
+                "supercategory": "animal",
+                "isthing": 1,
+                "color": [1, 2, 3],
+                "id": 18,
+                "name": "dog",
+                "keypoints": ["nose"],
+            },
+            {"supercategory": "plant", "isthing": 0, "color": [4, 5, 6], "id": 3, "name": "grass"},
+        ]
+        read = Vocabulary.parse(write(tmp_path, "x.json", head + json.dumps(categories) + ("}" if head else "")))
+        assert (read.labels, read.is_thing, read.colors) == (["dog", "grass"], [True, False], [(1, 2, 3), (4, 5, 6)])
 
     def test_names_are_taken_as_they_stand(self, tmp_path):
         names = [["building, edifice; house"], ['5" nail', "Größe 草 😀"]]
@@ -467,8 +590,8 @@ BAD_FILES = [
     ("x.json", '[\n{"label": "dog"}]', r"x\.json, line 2: the key 'label' is unknown; there are name, synonyms"),
     (
         "x.json",
-        '[\n{"name": "dog",\n"isthing": true}]',
-        r"x\.json, line 2: the key 'isthing' .*did you mean 'is_thing'",
+        '[\n{"name": "dog",\n"is_thng": true}]',
+        r"x\.json, line 2: the key 'is_thng' .*did you mean 'is_thing'",
     ),
     ("x.json", '[{"synonyms": ["dog"]}]', r"x\.json, line 1: this class has no 'name'"),
     ("x.json", '[{"name": "dog", "name": "cat"}]', r"x\.json, line 1: the key 'name' is given twice"),
@@ -483,6 +606,29 @@ BAD_FILES = [
     ),
     ("x.json", '["cat",\n{"name": "dog", "is_thing": 1}]', r"entry 2 \(line 2\) of .*x\.json: is_thing must be true"),
     ("x.json", '[{"name": "dog", "templates": ["{} {}"]}]', r"entry 1 \(line 1\) of .*x\.json: a prompt template"),
+    ("x.json", '["dog", ' + "9" * 5000 + "]", r"x\.json holds a number that cannot be read: Exceeds the limit"),
+    (
+        "x.json",
+        '["dog",\n' + "[" * 500 + "]" * 500 + "]",
+        r"name 1 of entry 2 \(line 2\) of .*x\.json must be a string",
+    ),
+    (
+        "x.json",
+        "[" * 3000 + '"dog"' + "]" * 3000,
+        r"x\.json is nested too deeply|must be a string, got a list|got \[\[",
+    ),
+    ("x.json", '["dog",\n"\\ud83d"]', r"entry 2 \(line 2\) of .*x\.json has U\+D83D"),
+    (
+        "x.json",
+        '{"0": "dog",\n"2": "cat"}',
+        r"x\.json, line 2: the ids .* got 2 instead of 1: give the names as a list",
+    ),
+    ("x.json", '{"dog": 0,\n"cat": 0}', r"x\.json, line 2: the ids of the classes must be 0, 1, 2"),
+    ("x.json", '{"5": "dog"}', r"x\.json, line 1: the ids .* got 5 instead of 1"),
+    ("x.json", '[{"name": "dog",\n"isthing": 2}]', r"x\.json, line 1: COCO's 'isthing' must be 0 or 1, got 2"),
+    ("x.txt", "0:invalid_class_id\n1:dog\ncat", r"x\.txt, line 3: other lines begin with a number and ':'"),
+    ("x.txt", "1:dog\n1:cat", r"x\.txt, line 2: the numbers of the classes must ascend, got 1 after 1"),
+    ("x.txt", "1:dog\n2:", r"entry 2 \(line 2\) of .*x\.txt is empty"),
     ("x.json", "[" * 100_000, r"x\.json is nested too deeply|no JSON"),
     # Files that are no text.
     ("x.txt", "dog\nK\xe4se".encode("latin-1"), r"x\.txt, line 2: byte 0xe4 is not UTF-8; save the file"),

@@ -1,0 +1,84 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The characters of labels: what cannot be seen or read, when two labels are the same, which separators people use."""
+
+import re
+import unicodedata
+
+# Format characters without width or meaning of their own: they stick to text that is copied from web pages and tables.
+_DROPPED = dict.fromkeys(
+    [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
+)
+# These join letters in some scripts and emoji, or fill a place: they are kept, but tell no two labels apart.
+_FILLERS = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, *range(0x180B, 0x1810)}
+_FILLERS |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
+_INVISIBLE_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
+
+# "|" and full stops are the separators of Grounding DINO and GLIP, the others those of other keyboards.
+_SEPARATORS = re.compile(r"[；﹔؛|｜¦，﹐、､،]|\s[.·•](?=\s|$)|\.(?=\s.*\.\s*$)")
+
+
+def tidy(label: str) -> str:
+    """
+    Remove format characters without width; trim spaces at the ends, and make runs of spaces one.
+
+    Raises:
+        ValueError: the label has half of a surrogate pair, or nothing in it can be seen. The message has no subject.
+    """
+    surrogate = re.search("[\ud800-\udfff]", label)
+    if surrogate:
+        raise ValueError(
+            f"has U+{ord(surrogate[0]):04X}, half of a character that was cut in two: write the whole character."
+        )
+    tidied = " ".join(label.translate(_DROPPED).split())
+    if not comparison_key(tidied) and label.strip():
+        codes = ", ".join(dict.fromkeys(f"U+{ord(char):04X}" for char in label if not char.isspace()))
+        raise ValueError(f"has only characters that cannot be seen ({codes[:100]}): give every class a name.")
+    return tidied
+
+
+def comparison_key(label: str) -> str:
+    """Form in which two labels are equal when they look the same in any case: composed or not, with fillers or not."""
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", label).casefold())
+    seen = (char for char in folded if char.isspace() or not is_invisible(char))
+    return " ".join("".join(seen).split())
+
+
+def is_invisible(char: str) -> bool:
+    """Tell if a character leaves no mark: spaces, controls, format characters and fillers."""
+    return ord(char) in _FILLERS or unicodedata.category(char) in _INVISIBLE_CATEGORIES
+
+
+def refuse_other_separators(text: str) -> None:
+    """
+    Refuse typed labels that are separated by anything but ';' and ','.
+
+    Raises:
+        ValueError: with the separator that was found; or the text is a list in JSON.
+    """
+    if re.match(r"\s*[\[{]\s*[\"'\[{]", text):
+        raise ValueError(
+            f"this is a list as programs write it, {text.strip()[:200]!r}: write 'dog; sofa, couch; lamp'."
+        )
+    found = _SEPARATORS.search(text)
+    if found:
+        mark = found[0].strip()
+        raise ValueError(
+            f"classes are separated by ';' and several names of one class by ',', not by {mark!r} "
+            f"(U+{ord(mark):04X}): {text.strip()[:200]!r}. (A label with {mark!r} in it can be given in a list or a "
+            ".json file.)"
+        )
+
+
+__all__ = ["comparison_key", "is_invisible", "refuse_other_separators", "tidy"]
