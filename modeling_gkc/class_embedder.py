@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .class_embeddings import average_class_embeds
+from .class_embeddings import SAME_TEXT, average_class_embeds
 from .configuration_gkc import GKCConfig
 
 # A word covers the source class nearest to it fully, others by this power of how much nearer that one is: "puppy"
@@ -31,8 +31,6 @@ from .configuration_gkc import GKCConfig
 COVERAGE_POWER = 4
 # Words compete for a class by a higher power, so that hundreds of remote words do not outweigh the one that is meant.
 COMPETITION_POWER = 8
-# Cosine distance up to which two embeddings are of the same text: encoded in other company they differ by rounding.
-SAME_TEXT = 1e-6
 # Keeps logarithms finite; far below what a head is ever sure of, so that its gradients never vanish for it.
 SMALLEST_PROBABILITY = 1e-30
 # Steps that correct the rounding of `decoder`; each leaves a tenth or less of what half precision has of it.

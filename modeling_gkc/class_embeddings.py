@@ -19,6 +19,7 @@ Letters: P prompts, N names (a prompt is a name put into a template), K classes,
 import dataclasses
 import json
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -34,13 +35,16 @@ from transformers.utils import ModelOutput
 
 from .atomic_files import atomic_path
 from .sealed_files import UNSEALED, require_sealed, seal_safetensors
-from .vocabulary import Vocabulary, VocabularyLike
+from .vocabulary import KNOWING_CHECKPOINT, Vocabulary, VocabularyLike
 
 MAX_CACHED_PROMPTS = 32_768
 FILE_FORMAT = "gkc-class-embeddings-2"
 PROBE_PROMPTS = 16
 SAME_TOWER_COSINE = 0.995
 WEIGHTS_SAMPLED = 16
+# Cosine distances up to which two embeddings are of the same text: in other company, they differ by rounding.
+SAME_TEXT = 1e-6
+SAME_TEXT_IN_HALF = 2e-5
 
 
 @dataclass
@@ -241,9 +245,70 @@ def average_templates(
     return embeds, classes
 
 
-def encode_vocabulary(vocabulary: VocabularyLike, model: Any, processor: Any) -> GKCClassEmbeddings:
-    """Encodes words of any form with a `GKCForOpenVocabSegmentation` and its `GKCProcessor`."""
-    return model.get_class_embeddings(**processor(text=vocabulary, return_tensors="pt").to(_input_device(model)))
+def encode_vocabulary(
+    vocabulary: VocabularyLike, model: Any, processor: Any, distinct: bool = False
+) -> GKCClassEmbeddings:
+    """Encodes words of any form with a `GKCForOpenVocabSegmentation` and its `GKCProcessor`.
+
+    Args:
+        vocabulary, model, processor: The words and the checkpoint.
+        distinct: Refuse classes that the text encoder cannot tell apart, as training and evaluation need; by default
+            they are refused only if that is all of them, and a warning names them else.
+
+    Raises:
+        ValueError: as `GKCProcessor`, or classes cannot be told apart.
+
+    Warns:
+        UserWarning: as `GKCProcessor`; some classes cannot be told apart.
+    """
+    words = Vocabulary.parse(vocabulary)
+    embeddings = model.get_class_embeddings(**processor(text=words, return_tensors="pt").to(_input_device(model)))
+    check_distinct(words, embeddings, processor, distinct)
+    return embeddings
+
+
+def check_distinct(
+    vocabulary: Vocabulary, embeddings: GKCClassEmbeddings, processor: Any, distinct: bool = False
+) -> None:
+    """Refuses or names classes that a text encoder cannot tell apart; arguments and errors as `encode_vocabulary`.
+
+    They are classes whose names have the same embeddings, to rounding, and classes of which the tokenizer knows no
+    name: "hammer" and "claw hammer" may differ by the number of unknown words and still say nothing.
+    """
+    equal = equal_classes(embeddings.class_embeds, embeddings.class_ids)
+    unknown = processor.unknown_classes(vocabulary) if equal or distinct else []
+    groups = [group for group in equal if not set(group) <= set(unknown)]
+    if distinct and len(unknown) > 1:
+        groups.append(unknown)
+    if not groups:
+        return
+    listed = "; ".join(" = ".join(repr(vocabulary.labels[index]) for index in group) for group in groups[:10])
+    listed += f"; and {len(groups) - 10} more groups" if len(groups) > 10 else ""
+    message = f"These classes have equal embeddings, so that the checkpoint cannot tell them apart: {listed}."
+    if distinct or len(groups[0]) == len(vocabulary):
+        raise ValueError(f"{message} {KNOWING_CHECKPOINT}")
+    warnings.warn(f"{message} Which of them a result shows means nothing.", UserWarning, stacklevel=3)
+
+
+def equal_classes(class_embeds: Tensor, class_ids: Tensor) -> list[list[int]]:
+    """Groups of two or more classes whose names have the same embeddings, to rounding.
+
+    A name that two classes share does not make them equal as long as one of them has another name beside it.
+
+    Args:
+        class_embeds: (N, D) embeddings of names.
+        class_ids: (N,) class of each name.
+    """
+    tolerance = SAME_TEXT if class_embeds.dtype in (torch.float32, torch.float64) else SAME_TEXT_IN_HALF
+    units = F.normalize(class_embeds.detach().cpu().double(), dim=-1)
+    first_equal = torch.cat([(part @ units.T >= 1 - tolerance).int().argmax(dim=1) for part in units.split(1024)])
+    texts: dict[int, set[int]] = {}
+    for class_id, text in zip(class_ids.tolist(), first_equal.tolist(), strict=True):
+        texts.setdefault(class_id, set()).add(text)
+    groups: dict[frozenset[int], list[int]] = {}
+    for class_id in sorted(texts):
+        groups.setdefault(frozenset(texts[class_id]), []).append(class_id)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def add_void_words(
@@ -364,8 +429,10 @@ __all__ = [
     "add_void_words",
     "average_class_embeds",
     "average_templates",
+    "check_distinct",
     "count_classes",
     "encode_vocabulary",
+    "equal_classes",
     "has_adapters",
     "load_class_embeddings",
     "reduce_prompt_logits",

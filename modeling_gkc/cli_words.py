@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from .class_embeddings import GKCClassEmbeddings, save_class_embeddings
+from .class_embeddings import GKCClassEmbeddings, check_distinct, save_class_embeddings
 from .cli_common import (
     WORDS_HELP,
     UserError,
@@ -198,6 +198,8 @@ def _embed(arguments: argparse.Namespace) -> int:
     with user_errors("--labels"), warnings_as_lines():
         prompts = processor(text=vocabulary, prompt_templates=templates, return_tensors="pt").to(model.device)
     embeddings = _encode(model, prompts)
+    with user_errors("--labels"), warnings_as_lines():
+        check_distinct(vocabulary, embeddings, processor)
     try:
         save_class_embeddings(path, model, embeddings, vocabulary)
     except (OSError, SafetensorError) as error:

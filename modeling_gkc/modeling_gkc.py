@@ -516,9 +516,12 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             vocabulary: Words in any form `GKCProcessor` takes: list, nested list of synonyms, "dog; sofa, couch", the
                 name of a packaged vocabulary ("ade20k_150"), a file, or `Vocabulary`.
             processor: `GKCProcessor` of this checkpoint.
+
+        Raises:
+            ValueError: labels that `Vocabulary` refuses, or classes that the text encoder cannot tell apart.
         """
         vocabulary = Vocabulary.parse(vocabulary)
-        encoded = encode_vocabulary(vocabulary, self, processor)
+        encoded = encode_vocabulary(vocabulary, self, processor, distinct=True)
         # A configuration of its own, so that no other model made from the same one claims these words.
         self.config = copy.deepcopy(self.config)
         self.vocabulary_embeds = encoded.class_embeds

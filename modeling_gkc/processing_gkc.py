@@ -14,7 +14,7 @@
 """`GKCProcessor`: images and words to tensors, tensors to segmentations."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import BatchFeature
@@ -26,7 +26,7 @@ from .image_processing_gkc import ImageLike, as_batch, check_return_tensors
 from .post_processing import PostProcessingMixin
 from .prompt_templates import TemplatesLike, fill_template, resolve_templates
 from .remote_code import CodeSavingMixin
-from .vocabulary import Vocabulary, VocabularyLike
+from .vocabulary import KNOWING_CHECKPOINT, Vocabulary, VocabularyLike
 
 MAX_LISTED_WORDS = 20
 
@@ -82,8 +82,9 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
 
         Raises:
             ValueError: neither images nor text; labels that `Vocabulary` refuses; a label without a token or with a
-                special one; two labels with the same tokens; a label with more tokens than the
-                tokenizer's `model_max_length` (nothing is truncated); images that `GKCImageProcessor` refuses; another
+                special one; two labels with the same tokens; the tokenizer knows none of the words in `text`, or none
+                in `void_labels`; a label with more tokens than the tokenizer's `model_max_length` (nothing is
+                truncated); images that `GKCImageProcessor` refuses; another
                 `return_tensors`.
 
         Warns:
@@ -100,9 +101,9 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         if images is not None:
             data.update(self.image_processor(images, return_tensors="pt", **kwargs))
         if text is not None:
-            vocabulary, _ = Vocabulary.parse(text).with_void(void_labels)
+            vocabulary, void_ids = Vocabulary.parse(text).with_void(void_labels)
             templates = self.prompt_templates if prompt_templates is None else prompt_templates
-            data.update(self._encode(vocabulary, resolve_templates(templates)))
+            data.update(self._encode(vocabulary, void_ids, resolve_templates(templates)))
         return as_batch(data, return_tensors)
 
     @property
@@ -110,7 +111,22 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         """Names of the tensors that a call may return."""
         return ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids", "name_ids"]
 
-    def _encode(self, vocabulary: Vocabulary, templates: list[str]) -> dict[str, torch.Tensor]:
+    def unknown_classes(self, vocabulary: Vocabulary) -> list[int]:
+        """
+        Classes of which the tokenizer knows no name: all their words become its token for unknown words.
+
+        Such classes all look the same to the text encoder, whatever they are called.
+        """
+        tokens = self.tokenizer(vocabulary.flat_names, add_special_tokens=False, verbose=False)["input_ids"]
+        unknown_ids = set() if self._unknown_id is None else {self._unknown_id}
+        known = {
+            class_id
+            for class_id, ids in zip(vocabulary.class_ids, tokens, strict=True)
+            if not unknown_ids.issuperset(ids)
+        }
+        return [class_id for class_id in range(len(vocabulary)) if class_id not in known]
+
+    def _encode(self, vocabulary: Vocabulary, void_ids: list[int], templates: list[str]) -> dict[str, torch.Tensor]:
         self._refuse_unreadable(vocabulary)
         own_templates = vocabulary.templates or [None] * len(vocabulary)
         names = list(zip(vocabulary.class_ids, vocabulary.flat_names, strict=True))
@@ -121,7 +137,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
                 name_ids.append(name_id)
         tokens = self.tokenizer(prompts, verbose=False)["input_ids"]
         self._refuse_long(prompts, tokens)
-        self._warn_unknown(prompts, tokens)
+        self._check_known(vocabulary, void_ids, prompts, tokens)
         encoded = self._pad(tokens) | {"class_ids": torch.tensor([names[name_id][0] for name_id in name_ids])}
         if len(prompts) > len(names):
             encoded["name_ids"] = torch.tensor(name_ids)
@@ -180,25 +196,55 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
                     f"reads at most {limit}: shorten it."
                 )
 
-    def _warn_unknown(self, prompts: list[str], tokens: list[list[int]]) -> None:
+    @property
+    def _unknown_id(self) -> int | None:
+        """Token of unknown words, None where the tokenizer spells every word."""
         unknown_id = self.tokenizer.unk_token_id
-        if unknown_id is None or unknown_id == self.tokenizer.eos_token_id:
+        return None if unknown_id == self.tokenizer.eos_token_id else unknown_id
+
+    def _check_known(
+        self, vocabulary: Vocabulary, void_ids: list[int], prompts: list[str], tokens: list[list[int]]
+    ) -> None:
+        """Refuse classes of which none is known, and warn of unknown words."""
+        if not any(self._unknown_id in ids for ids in tokens):
             return
+        labels, unknown = vocabulary.labels, self.unknown_classes(vocabulary)
+        asked = list(range(len(vocabulary) - len(void_ids)))
+        for group, place in ((asked, ""), (void_ids, "void labels: ")):
+            if group and set(group) <= set(unknown):
+                raise ValueError(
+                    f"{place}The text encoder knows none of these words, which all look the same to this checkpoint: "
+                    f"{list_words(labels[index] for index in group)}. {KNOWING_CHECKPOINT}"
+                )
+        message = f"The text encoder does not know these words: {list_words(self._unknown_words(prompts, tokens))}."
+        if unknown:
+            message += (
+                " Classes named by nothing else all look the same to this checkpoint, and their results mean nothing: "
+                f"{list_words(labels[index] for index in unknown)}. {KNOWING_CHECKPOINT}"
+            )
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+    def _unknown_words(self, prompts: list[str], tokens: list[list[int]]) -> list[str]:
+        """Words of the prompts that become the tokenizer's token for unknown words, each once."""
+        unknown_id = self._unknown_id
         suspects = dict.fromkeys(
             word.strip(".,")
             for prompt, ids in zip(prompts, tokens, strict=True)
             if unknown_id in ids
             for word in prompt.split()
         )
-        unknown = [
+        return [
             word
             for word in suspects
             if unknown_id in self.tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
         ]
-        if unknown:
-            listed = ", ".join(map(repr, unknown[:MAX_LISTED_WORDS]))
-            more = f" and {len(unknown) - MAX_LISTED_WORDS} more" if len(unknown) > MAX_LISTED_WORDS else ""
-            warnings.warn(f"the text encoder does not know these words: {listed}{more}.", UserWarning, stacklevel=4)
+
+
+def list_words(words: Iterable[str]) -> str:
+    """Words for a message, in quotes, the first twenty of them."""
+    listed = [repr(word) for word in words]
+    more = f" and {len(listed) - MAX_LISTED_WORDS} more" if len(listed) > MAX_LISTED_WORDS else ""
+    return ", ".join(listed[:MAX_LISTED_WORDS]) + more
 
 
 AutoProcessor.register(GKCConfig, GKCProcessor, exist_ok=True)

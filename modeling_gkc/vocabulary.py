@@ -37,6 +37,11 @@ from .vocabulary_files import (
     refuse_misspelt_name,
 )
 
+# For messages about words that the text encoder of a checkpoint does not know.
+KNOWING_CHECKPOINT = (
+    "Take a checkpoint whose text encoder knows them: `gkc convert mask2former --help` makes one for photographs."
+)
+
 
 @dataclass
 class Vocabulary:
@@ -476,4 +481,4 @@ def _warn_shared_names(names: list[list[str]]) -> None:
 
 VocabularyLike = str | os.PathLike | Sequence[str | Sequence[str]] | Vocabulary
 
-__all__ = ["Vocabulary", "VocabularyLike", "color_palette"]
+__all__ = ["KNOWING_CHECKPOINT", "Vocabulary", "VocabularyLike", "color_palette"]

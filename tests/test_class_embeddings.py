@@ -16,6 +16,8 @@ from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProc
 from modeling_gkc.class_embeddings import (
     TextEmbeddingCache,
     average_templates,
+    encode_vocabulary,
+    equal_classes,
     load_class_embeddings,
     save_class_embeddings,
 )
@@ -54,6 +56,44 @@ def large_vocabulary() -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
     config.text_config.vocab_size = 1000
     processor = GKCProcessor(GKCImageProcessor(), word_tokenizer(" ".join([*NUMBERED, "other"])))
     return GKCForOpenVocabSegmentation(config).eval(), processor
+
+
+class TestClassesThatCannotBeToldApart:
+    def test_equal_are_classes_with_the_same_set_of_embeddings(self):
+        first, second, third = torch.eye(3, 8)
+        near = torch.nn.functional.normalize(first + 1e-4 * third, dim=0)  # to rounding
+        rows = torch.stack([first, second, first, near, second, second, third, second])
+        class_ids = torch.tensor([0, 0, 1, 2, 3, 4, 4, 5])
+        assert equal_classes(rows, class_ids) == [[1, 2], [3, 5]]
+        assert equal_classes(rows.bfloat16(), class_ids) == [[1, 2], [3, 5]]
+        assert equal_classes(torch.eye(3, 8), torch.arange(3)) == []
+
+    @pytest.mark.parametrize("words", ["red; zebra; okapi, gnu", "red; zebra; big okapi"])
+    def test_they_are_not_stored(self, model, processor, words):
+        """Also those that differ only in how many unknown words they have."""
+        with (
+            pytest.warns(UserWarning, match="results mean nothing"),
+            pytest.raises(ValueError, match=r"'zebra' = '.*oka"),
+        ):
+            model.set_vocabulary(words, processor)
+        assert model.vocabulary is None
+        with pytest.warns(UserWarning, match="does not know these words: 'zebra'"):
+            model.set_vocabulary("red; zebra; dog", processor)
+
+    def test_one_name_of_several_classes_makes_them_no_less_distinct(self, model, processor, recwarn):
+        with pytest.warns(UserWarning, match="one name is shared"):
+            model.set_vocabulary("dog, lamp; sofa, lamp", processor)
+
+    def test_a_tower_that_ignores_its_words_is_noticed(self, model, processor):
+        known = model.text_model.get_input_embeddings()
+        with torch.no_grad():
+            known.weight[processor.tokenizer.convert_tokens_to_ids("couch")] = known.weight[
+                processor.tokenizer.convert_tokens_to_ids("sofa")
+            ]
+        with pytest.warns(UserWarning, match=r"equal embeddings.*'sofa' = 'couch'"):
+            encode_vocabulary("dog; sofa; couch", model, processor)
+        with pytest.raises(ValueError, match=r"equal embeddings.*'sofa' = 'couch'"):
+            encode_vocabulary("sofa; couch", model, processor)
 
 
 class TestCache:

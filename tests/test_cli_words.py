@@ -180,7 +180,7 @@ class TestEmbed:
     def test_a_packaged_vocabulary_keeps_kinds_and_colours(self, checkpoint, tmp_path, capsys):
         out = tmp_path / "words.safetensors"
         assert gkc("embed", "--labels", "cityscapes_19", "--model", checkpoint, "--out", out) == 0
-        assert capsys.readouterr().err.startswith("gkc: warning: the text encoder does not know these words: 'road'")
+        assert capsys.readouterr().err.startswith("gkc: warning: The text encoder does not know these words: 'road'")
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
         assert load_class_embeddings(out, model)[1] == Vocabulary.named("cityscapes_19")
 

@@ -305,6 +305,19 @@ def test_augmentation_and_seen_classes_by_command(data, tmp_path):
     assert run(data, tmp_path / "other.json", "--tasks", "semantic", "--trained-on", "a; a") == 2
 
 
+def test_words_that_the_model_cannot_tell_apart_are_not_scored(data, tmp_path, capsys):
+    """The drawn world under names that the checkpoint does not know: every score would be that of chance."""
+    renamed = shutil.copytree(data, tmp_path / "renamed")
+    vocabulary = json.loads((renamed / "vocabulary.json").read_text())
+    for index, entry in enumerate(vocabulary["classes"][:2]):
+        entry["name"], entry["synonyms"] = f"tool{index}", []
+    (renamed / "vocabulary.json").write_text(json.dumps(vocabulary))
+    assert run(renamed, tmp_path / "result.json") == 2
+    error = capsys.readouterr().err
+    assert "--model: These classes have equal embeddings" in error and "'tool0' = 'tool1'" in error
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_profile_counts_what_the_model_computes(data, tmp_path, model):
     out = tmp_path / "result.json"
     assert run(data, out, "--profile", "--limit", "1", "--tasks", "semantic") == 0

@@ -17,7 +17,7 @@ from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.prompt_templates import PROMPT_TEMPLATES
-from modeling_gkc.vocabulary import Vocabulary
+from modeling_gkc.vocabulary import KNOWING_CHECKPOINT, Vocabulary
 
 from .conftest import small_config, word_tokenizer
 
@@ -116,7 +116,7 @@ class TestWords:
     def test_braces_in_a_name_are_no_template(self, processor):
         processor.prompt_templates = ["red {}"]
         with pytest.warns(UserWarning, match=r"\{0\}"):
-            processor(text=["{0}"])
+            processor(text=["dog", "{0}"])
 
     @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"], "fotos"])
     def test_templates_that_cannot_be(self, templates, processor):
@@ -163,14 +163,38 @@ class TestWords:
         with pytest.warns(UserWarning) as caught:
             inputs = processor(text="red zebra; dog; okapi, zebra lamp")
         assert len(caught) == 1
-        assert str(caught[0].message) == "the text encoder does not know these words: 'zebra', 'okapi'."
+        assert str(caught[0].message) == "The text encoder does not know these words: 'zebra', 'okapi'."
         assert inputs["input_ids"].shape[0] == 4
 
     def test_unknown_words_of_sentences_and_of_long_lists(self, processor):
         with pytest.warns(UserWarning) as caught:
             processor(text=["dog", *(f"beast{index}" for index in range(25))], prompt_templates=["a red {}."])
         listed = ", ".join(repr(word) for word in ["a", *(f"beast{index}" for index in range(19))])
-        assert str(caught[0].message) == f"the text encoder does not know these words: {listed} and 6 more."
+        message = str(caught[0].message)
+        assert message.startswith(f"The text encoder does not know these words: {listed} and 6 more. Classes named by")
+        assert message.endswith(f" and 5 more. {KNOWING_CHECKPOINT}")
+
+    def test_classes_of_unknown_words_only_are_named_with_what_that_means(self, processor):
+        with pytest.warns(UserWarning, match="results mean nothing: 'zebra', 'big okapi'. Take a checkpoint"):
+            processor(text="red disc; zebra, gnu; big okapi; okapi, sofa")
+        with pytest.warns(UserWarning, match="results mean nothing: 'okapi'"):
+            processor(text="red disc", void_labels="lamp; okapi")
+
+    @pytest.mark.parametrize(
+        ("text", "void"),
+        [("zebra", None), ("zebra, gnu; big okapi", None), (["zebra"], "sky"), ("sky", ["zebra", "!"])],
+    )
+    @pytest.mark.parametrize("templates", ["plain", ["a red {}"]])
+    def test_words_of_which_none_is_known_are_refused(self, processor, text, void, templates):
+        with pytest.raises(ValueError, match=r"knows none of these words.*'zebra'.*gkc convert mask2former"):
+            processor(text=text, void_labels=void, prompt_templates=templates)
+
+    def test_a_tokenizer_that_spells_every_word_knows_all(self, tmp_path):
+        processor = GKCProcessor(GKCImageProcessor(), clip_tokenizer(tmp_path))
+        assert processor.unknown_classes(Vocabulary.parse("zebra; okapi")) == []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            processor(text="zebra; okapi")
 
     def test_labels_with_the_same_tokens_are_refused(self, processor):
         with pytest.raises(ValueError, match=r"labels 1 and 3 \('red disc' and 'red-disc'\) have the same tokens"):
@@ -178,7 +202,7 @@ class TestWords:
             plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s-]"), "removed")
             GKCProcessor(processor.image_processor, plain)(text=["red disc", "sky", "red-disc"])
         with pytest.warns(UserWarning, match="does not know"):  # unknown words are another matter
-            processor(text="unicorn; dragon")
+            processor(text="dog; unicorn; dragon")
 
     def test_a_label_without_tokens_is_refused(self, processor):
         processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")

@@ -138,7 +138,10 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
     sources = load_teacher(recipe, towers, stored, all_classes, vocabulary)
     model, processor = load_student(recipe, towers)
     # Stored now, so that every checkpoint answers in these words; the text tower does not change.
-    model.set_vocabulary(vocabulary, processor)
+    try:
+        model.set_vocabulary(vocabulary, processor)
+    except ValueError as error:
+        raise ValueError(f"`vocabulary`: {error} Name another with init_from=CHECKPOINT.") from error
     trainer = GKCTrainer(
         model=model,
         recipe=recipe,

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling_gkc.class_embeddings import encode_vocabulary
+from modeling_gkc.class_embeddings import GKCClassEmbeddings, check_distinct, encode_vocabulary
 from modeling_gkc.mask_resampling import MaskResampler
 from modeling_gkc.post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation
+from modeling_gkc.vocabulary import Vocabulary
 
 from .words import Words
 
@@ -81,6 +82,9 @@ class GKCSegmenter:
         views: shown to the model; scores of several are summed before the arg-max.
         dtype: that the image path computes in.
         compile: compile it.
+
+    Raises:
+        ValueError: the text encoder cannot tell classes of the benchmark apart.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class GKCSegmenter:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             self.encoded = encode_vocabulary(words.vocabulary, model, processor)  # in fp32, before the model is cast
+        _refuse_indistinct(words, self.encoded, processor)
         if dtype != "float32" or compile:
             model.optimize_for_inference(DTYPES[dtype], compile=compile)
         self.model, self.processor, self.words = model, processor, words
@@ -146,6 +151,22 @@ class GKCSegmenter:
     def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
         """See `Segmenter`."""
         return detections(*_image(outputs[0], index), size)
+
+
+def _refuse_indistinct(words: Words, encoded: GKCClassEmbeddings, processor: Any) -> None:
+    """Refuse words whose scores would mean nothing; several words that stand for one class may be equal."""
+    names: dict[int, list[str]] = {}
+    for asked, name in zip(
+        words.class_of[words.vocabulary.class_ids].tolist(), words.vocabulary.flat_names, strict=True
+    ):
+        names.setdefault(asked, []).append(name)
+    order = sorted(names)
+    classes = Vocabulary.trusted([names[index] for index in order])
+    class_ids = torch.tensor([order.index(index) for index in words.class_of[encoded.class_ids.tolist()]])
+    try:
+        check_distinct(classes, GKCClassEmbeddings(encoded.class_embeds, class_ids), processor, distinct=True)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
 
 
 def detections(class_logits: Tensor, mask_logits: Tensor, content: Size | None, size: Size) -> list[dict[str, Any]]:
