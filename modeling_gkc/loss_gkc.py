@@ -519,6 +519,11 @@ def check_labels(class_logits: Tensor, mask_labels: Sequence[Tensor], class_labe
                 f"Sample {image}: `mask_labels` must be (N, height, width) with N = {len(classes)} as in "
                 f"`class_labels`, got {tuple(masks.shape)}."
             )
+        if masks.dtype != torch.bool and masks.numel() and not bool(((masks >= 0) & (masks <= 1)).all()):
+            raise ValueError(
+                f"Sample {image}: `mask_labels` must be 0 outside and 1 inside a segment, got values from "
+                f"{masks.min().item():g} to {masks.max().item():g}; turn masks of 0 and 255 into `masks > 0`."
+            )
         outside = classes[(classes < 0) | (classes >= num_columns - 1)]
         if len(outside):
             raise ValueError(

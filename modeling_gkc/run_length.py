@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+_MAX_PIXELS = 2**31
+_MAX_GROUPS = 7  # of 5 bits: with them a run of a mask of `_MAX_PIXELS`, or a difference of two, can be written
+
 
 def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
     """
@@ -38,7 +41,7 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
     """
     mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask).astype(bool)
     if mask.ndim != 2:
-        raise ValueError(f"a mask is (height, width), got the shape {mask.shape}: encode masks one by one.")
+        raise ValueError(f"A mask is (height, width), got the shape {mask.shape}: encode masks one by one.")
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     starts = np.concatenate([[0] if flat.size and flat[0] else [], [0], edges, [flat.size]]).astype(np.int64)
@@ -61,27 +64,90 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     Mask (H, W) bool of an encoding by `encode_rle` or pycocotools, or of COCO's uncompressed one, a list of runs.
 
     Raises:
-        ValueError: `counts` break off inside a number, a run is negative or no whole number, or the runs do not cover
-            the `size` [H, W].
+        ValueError: as in `checked_runs`.
     """
+    runs = checked_runs(rle)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(tuple(map(int, rle["size"])), order="F")
+
+
+def checked_runs(rle: Mapping[str, Any], shape: tuple[int, int] | None = None) -> np.ndarray:
+    """
+    Read the runs of an encoding, compressed or not, and refuse what does not describe a mask.
+
+    pycocotools checks nothing of this: its C code reads and writes outside its memory.
+
+    Args:
+        rle: `size` [H, W] and `counts`, a string, bytes or a list of whole numbers.
+        shape: Height and width that the mask must have; None allows any below 2**31 pixels.
+
+    Returns:
+        Runs (N,) int64, of zeros and of ones in turn, whose sum is H * W.
+
+    Raises:
+        ValueError: a key is missing, `size` is not two whole numbers or not `shape`, `counts` hold what is no number
+            or break off, a run is negative or no whole number, or the runs do not cover the `size`.
+    """
+    if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
+        raise ValueError("A run-length encoding needs the keys `size` and `counts`.")
+    height, width = _checked_size(rle["size"], shape)
     counts = rle["counts"]
-    runs = _runs(counts) if isinstance(counts, str | bytes | bytearray) else np.asarray(counts)
-    if runs.ndim != 1 or (runs.size and (runs.dtype.kind not in "iu" or runs.min() < 0)):
-        raise ValueError("the `counts` of the encoding must be a string, or a list of runs of 0 or more pixels.")
-    height, width = rle["size"]
-    if runs.sum() != height * width:
-        raise ValueError(f"the runs cover {runs.sum()} pixels, but `size` is {height} x {width}.")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs.astype(np.int64)).reshape((height, width), order="F")
+    runs = _compressed_runs(counts) if isinstance(counts, str | bytes | bytearray) else _listed_runs(counts)
+    if runs.size and runs.min() < 0:
+        raise ValueError("The `counts` of the encoding hold a negative run: every run is 0 or more pixels.")
+    area = height * width
+    # The sum of few runs that are none of them larger than the mask does not overflow.
+    if (runs.size and runs.max() > area) or runs.sum() != area:
+        covered = sum(runs.tolist())
+        raise ValueError(f"The runs of the encoding cover {covered} pixels, but `size` is {height} x {width}.")
+    return runs
 
 
-def _runs(counts: str | bytes | bytearray) -> np.ndarray:
-    """The runs that a compressed encoding holds."""
-    codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, dtype=np.uint8) - 48
+def _checked_size(size: Any, shape: tuple[int, int] | None) -> tuple[int, int]:
+    sides = size.tolist() if isinstance(size, np.ndarray) else size
+    if (
+        not isinstance(sides, list | tuple)
+        or len(sides) != 2
+        or not all(isinstance(side, int | np.integer) and not isinstance(side, bool) and side >= 0 for side in sides)
+    ):
+        raise ValueError(f"The `size` of an encoding is [height, width] in whole numbers, got {str(size)[:80]}.")
+    height, width = map(int, sides)
+    if shape is not None and (height, width) != tuple(shape):
+        raise ValueError(f"The `size` of the encoding is {(height, width)} (height, width), its image {tuple(shape)}.")
+    if height * width >= _MAX_PIXELS:
+        raise ValueError(f"The `size` of the encoding is {height} x {width}: a mask has fewer than 2**31 pixels.")
+    return height, width
+
+
+def _listed_runs(counts: Any) -> np.ndarray:
+    wrong = "The `counts` of the encoding must be a string, or a list of runs of 0 or more pixels in whole numbers."
+    try:
+        runs = np.asarray(counts)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(wrong) from error
+    if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
+        raise ValueError(wrong)
+    if runs.size and not isinstance(counts, np.ndarray) and any(isinstance(run, bool) for run in counts):
+        raise ValueError(wrong)
+    if runs.size and runs.max() >= _MAX_PIXELS:
+        raise ValueError(f"The `counts` of the encoding hold a run of {runs.max()} pixels, more than a mask has.")
+    return runs.astype(np.int64)
+
+
+def _compressed_runs(counts: str | bytes | bytearray) -> np.ndarray:
+    try:
+        codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, dtype=np.uint8)
+    except UnicodeEncodeError as error:
+        raise ValueError("The `counts` of the encoding hold characters that compressed runs never have.") from error
+    if codes.size and (codes.min() < 48 or codes.max() > 111):
+        raise ValueError("The `counts` of the encoding hold characters that compressed runs never have.")
+    codes = codes - 48
     ends = np.flatnonzero((codes & 32) == 0) + 1
     if len(codes) == 0 or codes[-1] & 32:
-        raise ValueError("the `counts` of the encoding break off.")
+        raise ValueError("The `counts` of the encoding break off.")
     starts = np.concatenate([[0], ends[:-1]])
     lengths = ends - starts
+    if lengths.max() > _MAX_GROUPS:
+        raise ValueError("The `counts` of the encoding hold a run of more pixels than a mask has.")
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((codes & 31).astype(np.int64) << shifts, starts)
     runs -= np.where(codes[ends - 1] & 16, 1 << 5 * lengths, 0)
@@ -90,4 +156,4 @@ def _runs(counts: str | bytes | bytearray) -> np.ndarray:
     return runs
 
 
-__all__ = ["decode_rle", "encode_rle"]
+__all__ = ["checked_runs", "decode_rle", "encode_rle"]

@@ -162,6 +162,16 @@ def test_labels_that_do_not_fit(mask_shape, classes, message):
         )
 
 
+@pytest.mark.parametrize("value", [255, -1, float("nan")])
+def test_masks_that_are_not_0_to_1_are_refused(value):
+    stages = [[tensor] for tensor in stage_logits(batch_size=1)]
+    mask = torch.zeros(1, 24, 40).index_fill(1, torch.arange(9), value)
+    mask = mask if isinstance(value, float) else mask.to(torch.int16)
+    with pytest.raises(ValueError, match="Sample 0: `mask_labels` must be 0 outside and 1 inside"):
+        GKCCriterion(small_config())(*stages, [mask], [torch.tensor([0])])
+    GKCCriterion(small_config())(*stages, [torch.full((1, 24, 40), 0.5)], [torch.tensor([0])])
+
+
 def test_unknown_loss_name():
     with pytest.raises(KeyError, match="loss_boxes"):
         GKCCriterion(small_config()).weight("loss_boxes")

@@ -174,6 +174,22 @@ def test_masks_may_be_run_lengths_of_any_kind():
     assert states == [states[0]] * 4
 
 
+@pytest.mark.parametrize("counts", [[10], [-1, 31], [1.5, 28.5], "0", b"oooooooo0", None])
+def test_run_lengths_that_make_no_mask_are_refused(counts):
+    ids = np.ones((5, 6), dtype=np.uint8)
+    detection = {"category_id": 0, "score": 0.5, "mask": {"size": [5, 6], "counts": counts}}
+    with pytest.raises(ValueError, match="of the encoding"):
+        scored(("a", [detection], ids, [segment(1, 0)]))
+
+
+def test_a_state_with_run_lengths_that_make_no_mask_is_refused():
+    ids = np.ones((5, 6), dtype=np.uint8)
+    state = scored(("a", [found(ids, 1, 0, 0.5)], ids, [segment(1, 0)])).state()
+    state["detections_runs"][-1] += 1
+    with pytest.raises(ValueError, match="of the encoding"):
+        InstanceMetric.from_state(state)
+
+
 def test_things_alone_may_be_scored():
     ids = row("1 1 2 2")
     image = ("a", [found(ids, 1, 0, 0.5)], ids, [segment(1, 0), segment(2, 3)])

@@ -338,7 +338,18 @@ def test_context_masks_that_overlap_or_are_missing_are_named(tmp_path):
     path.write_text(json.dumps(content))
     first, second = problems_of(mini, tmp_path / "out")
     assert "overlap" in first and "2008_first.jpg" in first
-    assert re.search(r"2008_third.jpg: it is \(2, 2\)", second)
+    assert re.search(r"2008_third.jpg: .* encoding is \(2, 2\)", second)
+
+
+@pytest.mark.parametrize("counts", [[10], "oooooooooo0", [1.5, 4.5], None])
+def test_context_run_lengths_that_make_no_mask_are_named(counts, tmp_path):
+    mini = minis.pascal_context_merged(tmp_path / "source", "pascal_context_59")
+    path = mini.source / "VOC2010" / "trainval_merged.json"
+    content = json.loads(path.read_text())
+    content["annos_segmentation"][0]["segmentation"]["counts"] = counts
+    path.write_text(json.dumps(content))
+    (problem,) = problems_of(mini, tmp_path / "out")
+    assert "2008_first.jpg" in problem and "of the encoding" in problem
 
 
 def test_context_splits_follow_the_merged_json_where_it_is_there(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from pycocotools import mask as coco
 
-from modeling_gkc.run_length import decode_rle, encode_rle
+from modeling_gkc.run_length import checked_runs, decode_rle, encode_rle
 
 
 @settings(deadline=None, max_examples=300)
@@ -65,5 +65,37 @@ def test_runs_that_make_no_mask_are_refused(counts, message):
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), ()])
 def test_only_one_mask_is_encoded(shape):
-    with pytest.raises(ValueError, match=r"a mask is \(height, width\), got the shape"):
+    with pytest.raises(ValueError, match=r"A mask is \(height, width\), got the shape"):
         encode_rle(np.ones(shape, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ({"size": [20, 24], "counts": [10]}, "cover 10 pixels"),
+        ({"size": [2, 3], "counts": [2.0, 4.0]}, "whole numbers"),
+        ({"size": [2, 3], "counts": [True, 5]}, "whole numbers"),
+        ({"size": [2, 3], "counts": [float("nan"), 6]}, "whole numbers"),
+        ({"size": [2, 3], "counts": [10**30]}, "whole numbers"),
+        ({"size": [2, 3], "counts": [2**63 - 1, 2**63 - 1, 8]}, "more than a mask has"),
+        ({"size": [2, 3], "counts": [[6]]}, "whole numbers"),
+        ({"size": [2, 3], "counts": "0\xe9"}, "characters"),
+        ({"size": [2, 3], "counts": "0 6"}, "characters"),
+        ({"size": [2, 3], "counts": "oooooooooo0"}, "more pixels than a mask has"),
+        ({"size": [2**20, 2**20], "counts": [2**40]}, r"fewer than 2\*\*31"),
+        ({"size": [-2, -3], "counts": [6]}, "whole numbers"),
+        ({"size": [2.0, 3], "counts": [6]}, "whole numbers"),
+        ({"size": "23", "counts": [6]}, "whole numbers"),
+        ({"size": [6], "counts": [6]}, "whole numbers"),
+        ({"size": [2, 3]}, "needs the keys"),
+        ([6], "needs the keys"),
+    ],
+)
+def test_what_would_make_pycocotools_read_outside_its_memory_is_refused(code, message):
+    with pytest.raises(ValueError, match=message):
+        decode_rle(code)
+
+
+def test_an_encoding_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3\) \(height, width\), its image \(3, 2\)"):
+        checked_runs({"size": [2, 3], "counts": [6]}, (3, 2))

@@ -21,6 +21,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from modeling_gkc.run_length import checked_runs
+
 from .base import Metric, State, check_num_classes, chosen_classes
 from .panoptic import NO_CLASS, SegmentList, Segments, shared_runs
 
@@ -143,7 +145,9 @@ class InstanceMetric(Metric):
             columns = (state[f"{kind}_{column}"].tolist() for column in _COLUMNS)
             for place, index, score, crowd, length in zip(*columns, strict=True):
                 row = (index, score, crowd, runs[start : start + length])
-                getattr(metric.images[names[place]], kind).append(row)
+                image = metric.images[names[place]]
+                checked_runs({"size": image.shape, "counts": row[-1]})  # pycocotools would read outside its memory
+                getattr(image, kind).append(row)
                 start += length
         return metric
 
@@ -184,11 +188,9 @@ def _coder() -> Any:
 def _run_lengths(mask: Any, shape: tuple[int, int]) -> bytes:
     """COCO's compressed run lengths of a mask (H, W) or of any run lengths."""
     if isinstance(mask, Mapping):
-        if tuple(mask["size"]) != shape:
-            raise ValueError(f"A mask is {tuple(mask['size'])} (height, width), its image {shape}.")
-        counts = mask["counts"]
-        if isinstance(counts, list):
-            counts = _coder().frPyObjects(dict(mask), *shape)["counts"]
+        runs, counts = checked_runs(mask, shape), mask["counts"]
+        if not isinstance(counts, str | bytes | bytearray):
+            counts = _coder().frPyObjects({"size": list(shape), "counts": runs.tolist()}, *shape)["counts"]
         return counts.encode() if isinstance(counts, str) else bytes(counts)
     mask = np.asarray(mask)
     if mask.shape != shape:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..benchmark import Benchmark, check_size, look_up, raw_ids, read_json, read_numbers, require, semantic_segments
+from ..coco_masks import run_length_mask
 from ..pictures import Picture, Segmentation
 from .pairs import listed, names_in
 
@@ -141,27 +142,15 @@ def _read_merged(
         raise ValueError(f"{path.name} has no annotation of this image")
     labels = np.zeros(shape, dtype=np.int32)
     for category, code in masks:
-        mask = _decode(code, place)
-        check_size(place, mask.shape, shape)
+        try:
+            mask = run_length_mask(code, shape)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         taken = labels[mask]
         if wrong := sorted(set(taken.tolist()) - {0, category}):
             raise ValueError(f"{place}: the masks of the classes {wrong} and {category} overlap")
         labels[mask] = category
     return _segmentation(vocabulary, labels, place)
-
-
-def _decode(code: dict[str, Any], place: str) -> np.ndarray:
-    """(H, W) bool of a run-length code, compressed or not."""
-    try:
-        from pycocotools import mask as coder
-    except ImportError as error:
-        raise RuntimeError("Run lengths are decoded by pycocotools: pip install pycocotools") from error
-    try:
-        if isinstance(code["counts"], list):
-            code = coder.frPyObjects(code, *code["size"])
-        return coder.decode(code).astype(bool)
-    except Exception as error:  # pycocotools raises errors of many types
-        raise ValueError(f"{place}: a run-length code cannot be read: {error}") from error
 
 
 _VOC_COUNTS = {"train": 1_464, "val": 1_449}
