@@ -195,6 +195,7 @@ def read_image(
     Raises:
         ValueError: the image cannot be read, is empty, or has values outside its range; the file or `name` is named.
         FileNotFoundError: the path does not exist.
+        TypeError: `image` is none of these, or an array of what are no numbers.
     """
     if isinstance(image, str | os.PathLike):
         name = str(image) if len(str(image)) < 500 else f"{str(image)[:60]}..."
@@ -205,6 +206,10 @@ def read_image(
     except FileNotFoundError:
         raise
     except TypeError as error:
+        if isinstance(
+            image, str | os.PathLike | bytes | Image.Image
+        ):  # of a damaged file, by one of Pillow's decoders
+            raise ValueError(f"{name}: cannot be read as an image: {error}") from error
         raise TypeError(f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error

@@ -25,6 +25,8 @@ from PIL import ExifTags, Image, ImageOps
 
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_LIMITS_OF_PACKED_GRAY = {"L;2": 3, "L;4": 15}
+_IMAGE_SIZE, _BITS_PER_SAMPLE, _PHOTOMETRIC_INTERPRETATION = (256, 257), 258, 262  # tags of TIFF
 _VALUES_AT_ONCE = 2**20
 _FLOAT_SLACK = 1e-5  # what computing in fp32 adds to values at the ends of 0..1
 
@@ -62,20 +64,52 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: it is empty or has values outside its range.
     """
     refuse_empty(image.size[::-1])
+    _refuse_missing_strips(image)
+    limit, white_is_zero = _scale_of(image)  # asked first: once the pixels are loaded, their packing is not known
     image = _upright(image)
-    if image.mode in _SIXTEEN_BIT_MODES:
+    if image.mode in (*_SIXTEEN_BIT_MODES, "F"):
         values = np.asarray(image)
-        grey = rescale(values, 65535)
+        gray = rescale(values, limit)
+        gray = 255 - gray if white_is_zero else gray
         if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
-        image = Image.fromarray(grey)
-    elif image.mode == "F":
-        image = Image.fromarray(rescale(np.asarray(image), 1))
-    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+            gray[values == image.info["transparency"]] = 255
+        image = Image.fromarray(gray)
+    elif image.mode == "L" and "transparency" in image.info and limit < 255:
+        gray = np.array(image)
+        gray[gray == image.info["transparency"] * (255 // limit)] = 255
+        image = Image.fromarray(gray)
+    elif image.mode in _ALPHA_MODES or "transparency" in image.info or _has_palette_with_opacities(image):
         opaque = {"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
         image = image.convert(opaque).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _scale_of(image: Image.Image) -> tuple[int, bool]:
+    """The largest value that the samples of a gray picture can have, and whether it is black instead of white."""
+    if image.mode == "L":
+        tiles = getattr(image, "tile", [])
+        return _LIMITS_OF_PACKED_GRAY.get(tiles[0].args if tiles else None, 255), False
+    tags = getattr(image, "tag_v2", {})
+    # Pillow unpacks 12 bits, and leaves gray of more than 8 bits with white as zero, as they are stored.
+    limit = 1 if image.mode == "F" else 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
+    return limit, tags.get(_PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _has_palette_with_opacities(image: Image.Image) -> bool:
+    return image.mode == "P" and getattr(image.palette, "mode", "RGB") == "RGBA"
+
+
+def _refuse_missing_strips(image: Image.Image) -> None:
+    """Raise a ValueError for a TIFF file whose strips do not fill the picture: Pillow leaves the rest black."""
+    if image.format == "TIFF" and getattr(image, "tile", []):
+        rows = max(bottom for _, (_, _, _, bottom), *_ in image.tile)
+        columns = max(right for _, (_, _, right, _), *_ in image.tile)
+        width, height = (
+            image.tag_v2[tag] for tag in _IMAGE_SIZE
+        )  # as stored, while `size` is that of the upright one
+        if rows < height or columns < width:
+            raise ValueError(f"it holds {columns} x {rows} of its {width} x {height} pixels.")
 
 
 def rescale(values: np.ndarray, limit: int) -> np.ndarray:

@@ -40,17 +40,50 @@ def encoded(image: Image.Image, kind: str = "png", **settings) -> bytes:
     return buffer.getvalue()
 
 
+def png_file(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG file of these chunks (kind, content), with their checksums."""
+    written = [b"\x89PNG\r\n\x1a\n"]
+    for kind, content in chunks:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        written.append(struct.pack(">I", len(content)) + kind + content + checksum)
+    return b"".join(written)
+
+
 def png(values: np.ndarray, color_type: int, transparency: bytes = b"") -> bytes:
     """A 16-bit PNG file, which Pillow does not write in colour."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + (chunk(b"tRNS", transparency) if transparency else b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    chunks = [(b"IHDR", header), *([(b"tRNS", transparency)] if transparency else [])]
+    return png_file([*chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")])
+
+
+def packed(values: np.ndarray, bits: int, big_endian: bool = True) -> bytes:
+    """Rows of samples (H, W * C), each row ending on a whole byte."""
+    if bits == 16:
+        return values.astype(">u2" if big_endian else "<u2").tobytes()
+    places = values[..., None] >> np.arange(bits - 1, -1, -1) & 1
+    return np.packbits(places.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
+
+
+def tiff(
+    content: bytes, shape: tuple[int, ...], bits: int, sample_format: int, photometric: int, big_endian: bool
+) -> bytes:
+    """A TIFF file of one strip; the tags' numbers are those of TIFF 6.0, section 8."""
+    (height, width, channels), order = shape, ">" if big_endian else "<"
+    start = 8 + 2 + 12 * 10 + 4
+    short, long = 3, 4
+    entries = [(256, long, 1, width), (257, long, 1, height), (258, short, channels, bits), (259, short, 1, 1)]
+    entries += [(262, short, 1, photometric), (273, long, 1, start + 6), (277, short, 1, channels)]
+    entries += [(278, long, 1, height), (279, long, 1, len(content)), (339, short, 1, sample_format)]
+    table = struct.pack(order + "H", len(entries))
+    for tag, kind, count, value in entries:
+        # One short stands in the first two of four bytes; of three shorts their place does.
+        stored = struct.pack(order + "HH", value, 0) if (kind, count) == (short, 1) else None
+        table += struct.pack(order + "HHI", tag, kind, count)
+        table += stored or struct.pack(order + "I", start if count == 3 else value)
+    header = (b"MM" if big_endian else b"II") + struct.pack(order + "HI", 42, 8)
+    return header + table + struct.pack(order + "I", 0) + struct.pack(order + "HHH", *[bits] * 3) + content
 
 
 def grey(values: np.ndarray) -> np.ndarray:
@@ -183,6 +216,24 @@ def float_grey(noise: np.ndarray) -> Example:
     return Example({"tiff": encoded(Image.fromarray(values), "tiff")}, grey(noise[..., 0]), arrays=[values])
 
 
+def twelve_bit_grey(noise: np.ndarray) -> Example:
+    values = _wide(noise)[..., 0] >> 4
+    content = packed(values.astype(int), 12)
+    return Example({"tiff": tiff(content, (*values.shape, 1), 12, 1, 1, False)}, grey(np.rint(values / 4095 * 255)))
+
+
+def sixteen_bit_grey_with_white_as_zero(noise: np.ndarray) -> Example:
+    values = _wide(noise)[..., 0]
+    data = tiff(packed(values, 16, False), (*values.shape, 1), 16, 1, 0, False)
+    return Example({"tiff": data}, grey(255 - np.rint(values / 257)))
+
+
+def float_grey_with_white_as_zero(noise: np.ndarray) -> Example:
+    values = (noise[..., 0] / 255).astype(">f4")
+    data = tiff(values.tobytes(), (*values.shape, 1), 32, 3, 0, True)
+    return Example({"tiff": data}, grey(255 - noise[..., 0]))
+
+
 def photograph(noise: np.ndarray) -> Example:
     image = Image.fromarray(np.ascontiguousarray(noise[..., :3]))
     return Example({"jpeg": encoded(image, "jpeg"), "webp": encoded(image, "webp")}, None)
@@ -225,6 +276,9 @@ KINDS: dict[str, Callable[[np.ndarray], Example]] = {
     "16-bit RGBA": sixteen_bit_colour_with_opacity,
     "32-bit integer grey": wide_integer_grey,
     "float grey": float_grey,
+    "12-bit grey": twelve_bit_grey,
+    "16-bit grey, white as zero": sixteen_bit_grey_with_white_as_zero,
+    "float grey, white as zero": float_grey_with_white_as_zero,
     "lossy RGB": photograph,
     "lossy grey": grey_photograph,
     "lossy CMYK": printed_photograph,

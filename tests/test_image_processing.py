@@ -4,8 +4,10 @@ import io
 import json
 import logging
 import math
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from modeling_gkc import image_reading
 from modeling_gkc.image_processing_gkc import GKCImageProcessor, read_image, resized_size
+
+from .image_kinds import packed, png_file
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -116,6 +120,24 @@ class TestReading:
         seen = Image.open(io.BytesIO(encoded(image, transparency=1)))
         assert as_array(seen).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
+    def test_a_palette_that_holds_opacities(self):
+        image = Image.new("P", (2, 1))
+        image.putpalette([10, 20, 30, 255, 200, 100, 50, 0], "RGBA")
+        image.putdata([0, 1])
+        assert as_array(image).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+    @pytest.mark.parametrize("bits", [2, 4])
+    def test_one_transparent_value_of_packed_grey(self, bits, tmp_path):
+        """Pillow spreads the pixels over 0..255, and leaves the transparent value as it is stored."""
+        values, path = np.arange(4).reshape(1, 4), tmp_path / "packed.png"
+        header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+        rows = zlib.compress(b"\0" + packed(values, bits))
+        chunks = [(b"IHDR", header), (b"tRNS", b"\0\2"), (b"IDAT", rows), (b"IEND", b"")]
+        path.write_bytes(png_file(chunks))
+        step = 255 // (2**bits - 1)
+        for image in (path, path.read_bytes(), Image.open(path)):
+            assert as_array(image)[0, :, 0].tolist() == [0, step, 255, 3 * step]
+
     @pytest.mark.parametrize("channels_first", [False, True])
     def test_transparency_lies_on_white(self, channels_first):
         array = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], dtype=np.uint8)
@@ -197,6 +219,16 @@ class TestRefusing:
         if content == "truncated":
             with pytest.raises(ValueError, match=rf"broken\.{kind}"):
                 read_image(Image.open(path))
+
+    def test_a_tiff_file_without_its_last_strips(self, picture, tmp_path):
+        """Pillow would leave the rest black."""
+        path, whole = tmp_path / "strips.tiff", encoded(Image.fromarray(picture), "tiff")
+        tag = struct.pack("<HHI", 257, 4, 1)
+        height = whole.index(tag) + len(tag)
+        path.write_bytes(whole[:height] + struct.pack("<I", 90) + whole[height + 4 :])
+        for image in (path, path.read_bytes(), Image.open(path)):
+            with pytest.raises(ValueError, match="cannot be read as an image: it holds 70 x 45 of its 70 x 90 pixels"):
+                read_image(image)
 
     def test_a_broken_image_of_a_batch_is_named(self, picture):
         with pytest.raises(ValueError, match=r"image 2 \(index 1\)"):
