@@ -20,17 +20,17 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm.auto import tqdm
 
-from modeling_gkc.image_processing_gkc import read_image
-
-from . import coco_json, mask_folder
-from .pictures import Picture, Source
+from . import coco_json, labelme_json, mask_folder, yolo_text
+from .pictures import SPLITS, Picture, Source, check_classes, read_annotated
 from .prepared import VOCABULARY_NAME, vocabulary_json
 from .samples import stable_number
-from .schema import dataset_features, encode_ids
+from .schema import NO_CLASS, dataset_features, encode_ids
 from .stored import seal_dataset
 
 REPORT_NAME = "report.json"
-SPLITS = ("train", "val")
+_MODULES = (mask_folder, coco_json, labelme_json, yolo_text)
+LAYOUTS = "\n\n".join(f"({number}) {module.__doc__.strip()}" for number, module in enumerate(_MODULES, start=1))
+_SHOWN = 20
 
 
 def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
@@ -39,17 +39,24 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
     Raises:
         ValueError: it is laid out in no way that is known, or holds no annotated picture.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder.")
     masks = mask_folder.find_mask_folder(folder)
     if masks:
-        source = mask_folder.read_mask_folder(*masks, instances)
+        source = mask_folder.read_mask_folder(masks, instances)
+    elif instances:
+        raise ValueError("Only masks do not say where their objects end: leave `--instances` out.")
     elif files := coco_json.find_coco_files(folder):
-        if instances:
-            raise ValueError("COCO files know their instances: leave `--instances` out.")
         source = coco_json.read_coco(folder, files)
+    elif contents := labelme_json.find_labelme_files(folder):
+        source = labelme_json.read_labelme(folder, contents)
+    elif names := yolo_text.find_yolo_names(folder):
+        source = yolo_text.read_yolo(folder, names)
     else:
         raise ValueError(
-            f"{folder} has neither folders images and masks with a file {mask_folder.NAMES_FILE}, nor COCO's JSON; "
-            f"`python -m train.data.from_folder --help` shows both."
+            f"{folder} has neither folders images and masks with a file {mask_folder.NAMES_FILE}, nor COCO's or "
+            "labelme's JSON, nor YOLO's text files with their names; `python -m train.data.from_folder --help` shows "
+            "the layouts."
         )
     if not source.pictures:
         raise ValueError("\n  ".join([f"{folder} has no annotated picture.", *source.problems[:10]]))
@@ -68,7 +75,8 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
         instances: see `mask_folder.read_mask_folder`.
 
     Returns:
-        The report: `images` of each split; for each class its `segments` and `images`; `problems`.
+        The report: `layout`, as what the folder was read; `images` of each split; for each class its `segments` and
+        `images`; `problems`, pictures left out; `left_out`, what was left out of the annotations of others; `notes`.
 
     Raises:
         ValueError: `out` is there already, or no picture can be used.
@@ -91,7 +99,7 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
     command = shlex.join(["python", "-m", "train.data.from_folder", str(folder), "--out", str(out)])
     seal_dataset(part, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and make it again with `{command}`.")
     _write_json(part / VOCABULARY_NAME, vocabulary_json(source.vocabulary))
-    report = writer.report({split: len(rows) for split, rows in splits.items()})
+    report = writer.report({split: len(rows) for split, rows in splits.items() if len(rows) or split != "test"})
     _write_json(part / REPORT_NAME, report)
     part.rename(out)
     return report
@@ -114,6 +122,7 @@ class _Writer:
         self.source = source
         self.segments = np.zeros(len(source.vocabulary), dtype=int)
         self.images = np.zeros(len(source.vocabulary), dtype=int)
+        self.left_out: list[str] = []
 
     def write(self, split: str, pictures: list[Picture], path: Path) -> Dataset:
         features = dataset_features()
@@ -127,13 +136,14 @@ class _Writer:
         return Dataset.from_file(str(path))
 
     def _row(self, picture: Picture) -> dict[str, Any]:
-        size = read_image(picture.image).size
-        ids, segments = picture.read(size[::-1])
-        classes = [segment["category_id"] for segment in segments]
+        content, ids, segments = read_annotated(picture)
+        check_classes(picture, segments, len(self.source.vocabulary))
+        self.left_out += picture.notes
+        classes = [segment["category_id"] for segment in segments if segment["category_id"] != NO_CLASS]
         self.segments += np.bincount(classes, minlength=len(self.segments))
         self.images[list(set(classes))] += 1
         return {
-            "image": {"bytes": picture.image.read_bytes(), "path": None},
+            "image": {"bytes": content, "path": None},
             "segmentation": Image.fromarray(encode_ids(ids)),
             "segments": segments,
             "captions": list(picture.captions),
@@ -146,9 +156,12 @@ class _Writer:
         labels = self.source.vocabulary.labels
         counts = zip(labels, self.segments.tolist(), self.images.tolist(), strict=True)
         return {
+            "layout": self.source.layout,
             "images": images,
             "classes": {label: {"segments": segments, "images": number} for label, segments, number in counts},
             "problems": self.source.problems,
+            "left_out": self.left_out,
+            "notes": self.source.notes,
         }
 
 
@@ -159,25 +172,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def describe(report: dict[str, Any], out: Path) -> str:
     """The report for people."""
     sizes = ", ".join(f"{number} {split}" for split, number in report["images"].items())
-    lines = [f"{out}: {sizes}", f"{'class':<30}{'segments':>10}{'images':>10}"]
+    lines = [f"Read as {report['layout']}", f"{out}: {sizes}", f"{'class':<30}{'segments':>10}{'images':>10}"]
     for label, counts in report["classes"].items():
         note = "   in no picture" if counts["segments"] == 0 else ""
         lines.append(f"{label:<30}{counts['segments']:>10}{counts['images']:>10}{note}")
-    if report["problems"]:
-        lines.append(f"Left out, {len(report['problems'])} in all (see {out / REPORT_NAME}):")
-        lines += [f"  {problem}" for problem in report["problems"][:20]]
+    lines += report["notes"]
+    for part, title in (
+        ("problems", "Left out"),
+        ("left_out", "Left out of annotations, their pictures are kept"),
+    ):
+        if report[part]:
+            lines.append(f"{title}, {len(report[part])} in all (see {out / REPORT_NAME}):")
+            lines += [f"  {line}" for line in report[part][:_SHOWN]]
     return "\n".join(lines)
-
-
-def _help() -> str:
-    return "\n".join([__doc__, "(1) " + mask_folder.__doc__, "(2) " + coco_json.__doc__])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit code is 1 if something was left out, 2 if nothing was written."""
     parser = argparse.ArgumentParser(
         prog="python -m train.data.from_folder",
-        description=_help(),
+        description=f"{__doc__}\n{LAYOUTS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"DATASET also holds {VOCABULARY_NAME}, to which synonyms may be added by hand, and {REPORT_NAME}.",
     )
@@ -205,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tqdm.write(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     tqdm.write(describe(report, options.out))
-    return 1 if report["problems"] else 0
+    return 1 if report["problems"] or report["left_out"] else 0
 
 
 if __name__ == "__main__":

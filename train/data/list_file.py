@@ -3,7 +3,7 @@
     DIR/list.parquet, or list.csv, or list.jsonl        DIR/names.json
 
 The list has a row for each image: `image` and `mask`, the paths of their files, from DIR unless they are absolute; and
-if wanted `image_id`, `split` (train or val), `captions` (in CSV one, in a column `caption`), `video_id` and `frame`.
+if wanted `image_id`, `split` (train, val, test), `captions` (in CSV one, in a column `caption`), `video_id`, `frame`.
 Masks and `names.json` are as in a folder of images and masks.
 """
 
@@ -33,7 +33,7 @@ def read_list(folder: Path) -> Source:
     path = next((folder / name for name in LIST_FILES if (folder / name).is_file()), None)
     if path is None or not (folder / NAMES_FILE).is_file():
         raise ValueError(f"{folder} lacks {' or '.join(LIST_FILES) if path is None else NAMES_FILE}.")
-    values, vocabulary = read_names(folder / NAMES_FILE)
+    names, vocabulary = read_names(folder / NAMES_FILE)
     pictures = []
     for number, row in enumerate(_rows(path), start=1):
         place = f"{path}, row {number}"
@@ -46,7 +46,7 @@ def read_list(folder: Path) -> Source:
             Picture(
                 str(row.get("image_id") or Path(row["image"]).with_suffix("").as_posix()),
                 image,
-                partial(read_mask, mask, NAMES_FILE, values, ()),
+                partial(read_mask, mask, names, (), image),
                 _split(row.get("split"), place),
                 _captions(row),
                 str(row.get("video_id") or ""),
@@ -55,7 +55,7 @@ def read_list(folder: Path) -> Source:
         )
     if not pictures:
         raise ValueError(f"{path} has no row.")
-    return Source(vocabulary, pictures)
+    return Source(vocabulary, pictures, layout=f"a list of images and masks, {path.name}")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _split(name: str | None, place: str) -> str | None:
     if name and name not in SPLIT_NAMES:
-        raise ValueError(f"{place}: the split must be train or val, got {name!r}.")
+        raise ValueError(f"{place}: the split must be train, val or test, got {name!r}.")
     return SPLIT_NAMES[name] if name else None
 
 

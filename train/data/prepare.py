@@ -252,7 +252,7 @@ def _record(
         "found": found,
         "expected": benchmark.splits[split],
         "left_out": sum(report.left_out for report in reports),
-        "notes": notes,
+        "notes": [*notes, *(note for report in reports for note in report.notes)],
         "problems": problems,
         "classes": {
             label: {"segments": segments[index], "images": images[index]}
@@ -292,7 +292,11 @@ def describe(benchmark: Benchmark, splits: dict[str, dict[str, Any]], out: Path)
         left_out = f", {record['left_out']} left out by the rule of the variant" if record["left_out"] else ""
         state = "finished" if record["complete"] else "NOT finished"
         lines.append(f"{benchmark.name} {split}: {state}, {record['images']} images{expected}{left_out}, in {out}")
-        lines += [f"  {note}" for note in record["notes"]]
+        lines += [f"  {note}" for note in record["notes"][:_SHOWN_PROBLEMS]]
+        if len(record["notes"]) > _SHOWN_PROBLEMS:
+            lines.append(f"  ... and {len(record['notes']) - _SHOWN_PROBLEMS} more, all in {out / MANIFEST_NAME}")
+        if not record["found"]:
+            continue
         absent = [label for label, counts in record["classes"].items() if counts["images"] == 0]
         if absent:
             shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")

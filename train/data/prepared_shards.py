@@ -18,14 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from modeling_gkc.image_processing_gkc import read_image
 from modeling_gkc.sealed_files import DamagedFileError
 
 from ..stored_files import Each, read_sealed_json, write_sealed_json
 from .benchmark import Benchmark
-from .pictures import Picture
+from .pictures import Picture, check_classes, read_annotated
 from .prepared import is_damaged
-from .schema import NO_CLASS, VOID, dataset_features, encode_ids, ids_within
+from .schema import NO_CLASS, dataset_features, encode_ids
 
 PROGRESS_FOLDER = ".unfinished"
 _ROWS_PER_GROUP = 32  # that are held in memory
@@ -35,6 +34,7 @@ _REPORT = {
     "images": int,
     "left_out": int,
     "problems": [str],
+    "notes": [str],
     "segments": Each(int),
     "class_images": Each(int),
     "sha256": str,
@@ -59,6 +59,7 @@ class ShardReport:
         images: rows in it.
         left_out: images that the benchmark's rule leaves out.
         problems: images that could not be used, one line each.
+        notes: what was left out of the annotations of others, one line each.
         segments, class_images: how many of each class, by train id.
         sha256: of the file.
     """
@@ -67,6 +68,7 @@ class ShardReport:
     images: int = 0
     left_out: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     segments: Counter[int] = field(default_factory=Counter)
     class_images: Counter[int] = field(default_factory=Counter)
     sha256: str = ""
@@ -228,6 +230,7 @@ def _rows(
                 report.left_out += 1
             else:
                 report.add(row["segments"])
+                report.notes += picture.notes
                 yield row
         advance()
 
@@ -244,18 +247,11 @@ def make_row(work: Work, picture: Picture) -> dict[str, Any] | None:
     Raises:
         ValueError, OSError: image or annotation cannot be used; the file is named.
     """
-    if picture.problem:
-        raise ValueError(picture.problem)
-    try:
-        content = picture.image.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{picture.image}: the file is missing") from None
-    shape = read_image(content, name=str(picture.image)).size[::-1]
-    ids, segments = picture.read(shape)
+    content, ids, segments = read_annotated(picture)
     if not work.benchmark.keeps(work.split, segments):
         return None
     segments = work.benchmark.renumbered(segments)
-    _check(picture, shape, ids, segments, work.num_classes)
+    check_classes(picture, segments, work.num_classes)
     return {
         "image": {"bytes": content, "path": picture.image.name},
         "segmentation": {"bytes": _png(ids), "path": None},
@@ -265,19 +261,6 @@ def make_row(work: Work, picture: Picture) -> dict[str, Any] | None:
         "video_id": picture.video_id,
         "frame": picture.frame,
     }
-
-
-def _check(picture: Picture, shape: tuple, ids: Any, segments: Sequence[dict[str, Any]], num_classes: int) -> None:
-    """That what a reader gave is in order, whatever it read."""
-    if ids.shape != shape:
-        raise ValueError(f"{picture.image}: the annotation is {ids.shape} (height, width), the image {shape}")
-    listed = [segment["id"] for segment in segments]
-    unlisted = sorted(set(ids_within(ids).tolist()) - {VOID, *listed})
-    if unlisted or len(set(listed)) < len(listed) or VOID in listed:
-        raise ValueError(f"{picture.image}: the ids {unlisted or listed} of its annotation are not listed just once")
-    classes = {segment["category_id"] for segment in segments}
-    if unknown := sorted(classes - {NO_CLASS, *range(num_classes)}):
-        raise ValueError(f"{picture.image}: the classes {unknown} are not in the vocabulary of {num_classes}")
 
 
 def _png(ids: Any) -> bytes:

@@ -1,25 +1,26 @@
-"""One's own pictures: a folder of images and masks, COCO JSON, or a list."""
+"""One's own pictures: a folder of images and masks, COCO JSON, labelme's or YOLO's files, or a list."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from modeling_gkc.vocabulary import Vocabulary
 
-from .. import coco_json, list_file, mask_folder
+from .. import list_file, mask_folder
 from ..benchmark import Benchmark
-from ..from_folder import find_source, shares
+from ..from_folder import LAYOUTS, find_source, shares
 from ..pictures import Picture, Segmentation, Source
 
 _VAL_SHARE = 0.1
 _SPLITS = "Where no picture has a split of its own, a tenth of them, drawn by their names, becomes val."
 FOLDER_LAYOUT = f"""\
-Your own pictures in a folder, with id masks or COCO JSON.
+Your own pictures in a folder, with masks, COCO JSON, or files of labelme or YOLO.
 
 {_SPLITS}
 
-(1) {mask_folder.__doc__.strip()}
-
-(2) {coco_json.__doc__.strip()}"""
+{LAYOUTS}"""
 LIST_LAYOUT = f"""\
 Your own pictures in a list, in Parquet, CSV or JSON lines.
 
@@ -33,6 +34,8 @@ Your own pictures in a list, in Parquet, CSV or JSON lines.
 def _find(read: Callable[[Path], Source], source: Path, split: str) -> list[Picture]:
     """The pictures of a split; what was wrong with others comes as pictures that cannot be used, in `train`."""
     found = read(source)
+    for line in (f"read as {found.layout}", *found.notes):
+        tqdm.write(f"{source}, {split}: {line}", file=sys.stderr)
     pictures = dict(shares(found, _VAL_SHARE))[split]
     if split == "train":
         pictures = [*pictures, *(_unusable(number, problem) for number, problem in enumerate(found.problems))]
@@ -67,7 +70,7 @@ def list_classes(source: Path) -> Vocabulary:
     return mask_folder.read_names(source / mask_folder.NAMES_FILE)[1]
 
 
-_COUNTS = {"train": None, "val": None}
+_COUNTS = {"train": None, "val": None, "test": None}
 
 BENCHMARKS = (
     Benchmark("folder", "", FOLDER_LAYOUT, find_folder, _COUNTS, make_vocabulary=folder_classes),
