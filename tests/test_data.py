@@ -15,7 +15,7 @@ from train.data import (
     read_row,
 )
 from train.data.samples import augmented_row
-from train.data.schema import annotated_segments, ids_within, learnable_ids
+from train.data.schema import annotated_segments, ids_within, learnable_ids, semantic_map
 from train.data.transforms import resize_window, scaled_size
 
 from .training_toys import VOCABULARY, toy_dataset, toy_row
@@ -285,3 +285,35 @@ def test_a_quick_check_reads_some_rows_of_the_whole():
         check_dataset(dataset, VOCABULARY.labels, progress=False, sample=2)
     check_dataset(dataset.select(range(8)), VOCABULARY.labels, progress=False, sample=2)
     check_dataset(toy_dataset(9, change=alter(5, segments=[])), VOCABULARY.labels, progress=False, sample=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"segments": [{"id": 7, "category_id": 3, "iscrowd": False}]},
+            r"category ids \[3\] are not in the vocabulary",
+        ),
+        ({"segments": [{"id": 7, "category_id": -2, "iscrowd": False}]}, r"category ids \[-2\] are not in"),
+        ({"segments": [{"id": 0, "category_id": 2, "iscrowd": False}]}, r".* unique and not 0 \(void\), got \[0\]"),
+        ({"segments": [{"id": 7, "category_id": c, "iscrowd": False} for c in (0, 2)]}, r".* unique .*, got \[7, 7\]"),
+        ({"segments": [{"id": 7, "category_id": None, "iscrowd": False}]}, "segments or parts of them are missing"),
+        ({"segments": None}, "segments or parts of them are missing: None"),
+        ({"image_id": "toy-3"}, "another sample has the same image_id"),
+        ({"image_id": None}, "it has no image_id"),
+    ],
+)
+def test_a_quick_check_looks_at_the_segments_of_all_rows(changes, message):
+    dataset = toy_dataset(7, change=alter(5, **changes))
+    image_id = changes.get("image_id", "toy-5")
+    with pytest.raises(ValueError, match=rf"sample {image_id!r}: {message}"):
+        check_dataset(dataset, VOCABULARY.labels, progress=False, sample=2)
+
+
+def test_segments_listed_twice_are_found_while_training():
+    twice = [{"id": 7, "category_id": c, "iscrowd": False} for c in (0, 2)]
+    row = toy_row(0) | {"segments": twice + toy_row(0)["segments"][1:]}
+    ids = read_row(row)[1]
+    for read in (learnable_ids, semantic_map):
+        with pytest.raises(ValueError, match=r"Sample 'toy-0': segment ids must be unique"):
+            read(row, ids)

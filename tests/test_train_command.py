@@ -1,6 +1,7 @@
 """`python -m train` as a user runs it: on a dataset folder and a CLIP folder, killed and continued, and used after."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,19 @@ def test_a_loss_that_is_not_finite_ends_the_command(workplace, tmp_path, capsys,
     assert "step 4, images ['toy-" in first and "loss_distillation_joint" in first
     assert second.startswith(f"The last checkpoint is {tmp_path}/checkpoint-2.") and "--resume" in error
     assert is_complete(tmp_path / "checkpoint-2") and not (tmp_path / "config.json").exists()
+
+
+def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_path, capsys):
+    data = shutil.copytree(workplace.data, tmp_path / "data")
+    shard = data / "gkc_cache" / "train" / "teacher" / "shard-00000.safetensors"
+    content, rows = shard.read_bytes(), load_file(shard)["rows"].numpy().tobytes()
+    shard.write_bytes(content.replace(rows, rows[::-1]))
+    given = [workplace.recipe, f"dataset={data}", "eval_split=none", "--out", str(tmp_path / "out")]
+    assert main(given) == 1
+    first, second = capsys.readouterr().err.partition("train: error: ")[2].splitlines()
+    assert first.startswith(f"{shard} is damaged, rows ")
+    assert f"`python -m train.cache teacher {workplace.data} --clip" in first and "writes it anew" in first
+    assert second == "There is no checkpoint yet: the same command starts from the beginning."
 
 
 def test_fine_tuning_the_shipped_checkpoint_on_a_folder(workplace, tmp_path):

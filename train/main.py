@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from modeling_gkc.cli_common import without_progress_bars
+from modeling_gkc.sealed_files import DamagedFileError
 
 from .checkpoints import last_complete_checkpoint
 from .command import Command, format_recipe, parse
@@ -51,7 +52,7 @@ def _train(command: Command, argv: Sequence[str]) -> int:
     trainer = build_trainer(command.recipe, command.out, report_to=command.report_to)
     try:
         train(trainer, checkpoint)
-    except TrainingStopped as error:
+    except (TrainingStopped, DamagedFileError) as error:
         return _complain(f"{error}\n{_how_to_go_on(command, argv)}", FAILED)
     except ValueError as error:  # no longer of what the user typed: the place in the code tells more
         raise RuntimeError(str(error)) from error

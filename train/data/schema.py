@@ -6,11 +6,14 @@ such a segment is void. `video_id` and `frame` say where a frame of a video stan
 A dataset may have a column `nouns`, for each caption the list of its nouns, and further columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from tqdm.auto import tqdm
 
@@ -21,6 +24,7 @@ NO_CLASS = -1
 PICTURE_COLUMNS = ("image", "segmentation")
 OPTIONAL_COLUMNS = {"captions", "video_id", "frame"}
 _REPORTED_PROBLEMS = 10
+_ROWS_AT_ONCE = 10_000
 
 
 def dataset_features() -> Features:
@@ -116,9 +120,9 @@ def learnable_ids(row: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     """The ids (H, W) of a row with void where nothing is learned from.
 
     Raises:
-        ValueError: there are ids that the row's segments do not list; sample and ids are named.
+        ValueError: there are ids that the row's segments do not list, or list twice; sample and ids are named.
     """
-    _refuse_undescribed_ids(row, ids)
+    _refuse_wrong_ids(row, ids)
     left_out = _left_out_ids(row)
     return np.where(np.isin(ids, left_out), np.int32(VOID), ids) if left_out else ids
 
@@ -135,9 +139,9 @@ def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS
         (H, W) int32.
 
     Raises:
-        ValueError: there are ids that the row's segments do not list; sample and ids are named.
+        ValueError: there are ids that the row's segments do not list, or list twice; sample and ids are named.
     """
-    _refuse_undescribed_ids(row, ids)
+    _refuse_wrong_ids(row, ids)
     classes = {segment["id"]: segment["category_id"] for segment in row["segments"]}
     present = ids_within(ids)
     values = [classes.get(number, NO_CLASS) for number in present.tolist()]
@@ -145,7 +149,10 @@ def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS
     return values[np.searchsorted(present, ids)]
 
 
-def _refuse_undescribed_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
+def _refuse_wrong_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
+    """Refuse a row whose segments are not those of its segmentation, each listed once."""
+    if problems := segment_problems(row["segments"]):
+        raise ValueError(f"Sample {row['image_id']!r}: {'; '.join(problems)}.")
     undescribed = _undescribed_ids(row, ids)
     if undescribed:
         raise ValueError(
@@ -168,8 +175,15 @@ def check_dataset(
 ) -> None:
     """Read a whole dataset once, or so many rows spread over it, and refuse it if any sample is wrong.
 
-    Checked: the columns; image and segmentation of one size; ids of the segmentation all described in `segments`;
-    segment ids unique and not void; category ids within the vocabulary; image ids unique.
+    The columns, image ids and segments of all rows are checked, also where only some pictures are read: image ids are
+    unique; segment ids unique and not void; category ids within the vocabulary. Of the rows whose pictures are read:
+    image and segmentation have one size, and all ids of the segmentation are described in `segments`.
+
+    Args:
+        dataset: the dataset.
+        class_names: of the vocabulary.
+        progress: show a bar.
+        sample: read so many pictures, spread over the dataset; None reads all.
 
     Raises:
         ValueError: naming the first wrong samples and what is wrong with each.
@@ -177,34 +191,80 @@ def check_dataset(
     missing = dataset_features().keys() - OPTIONAL_COLUMNS - set(dataset.column_names)
     if missing:
         raise ValueError(f"The dataset lacks the columns {sorted(missing)}; it has {dataset.column_names}.")
-    dataset = without_decoding(dataset)
-    if sample is not None and sample < len(dataset):
-        dataset = dataset.select(np.linspace(0, len(dataset) - 1, sample).astype(int))
-    problems, seen = [], set()
-    for row in tqdm(dataset, desc="Checking the dataset", disable=not progress):
-        problems += [f"sample {row['image_id']!r}: {problem}" for problem in _row_problems(row, len(class_names))]
-        if row["image_id"] in seen:
-            problems.append(f"sample {row['image_id']!r}: another sample has the same image_id")
-        seen.add(row["image_id"])
-        if len(problems) >= _REPORTED_PROBLEMS:
-            break
+    problems = list(islice(_listed_problems(dataset, len(class_names)), _REPORTED_PROBLEMS))
+    if not problems:
+        dataset = without_decoding(dataset)
+        if sample is not None and sample < len(dataset):
+            dataset = dataset.select(np.linspace(0, len(dataset) - 1, sample).astype(int))
+        rows = tqdm(dataset, desc="Checking the dataset", disable=not progress)
+        problems = list(islice(filter(None, map(_picture_problem, rows)), _REPORTED_PROBLEMS))
     if problems:
-        raise ValueError("The dataset cannot be trained on:\n  " + "\n  ".join(problems[:_REPORTED_PROBLEMS]))
+        raise ValueError("The dataset cannot be trained on:\n  " + "\n  ".join(problems))
 
 
-def _row_problems(row: Mapping[str, Any], num_classes: int) -> list[str]:
-    problems = []
-    described = [segment["id"] for segment in row["segments"]]
-    if len(set(described)) < len(described) or VOID in described:
-        problems.append(f"segment ids must be unique and not {VOID} (void), got {described}")
-    unknown = sorted({segment["category_id"] for segment in row["segments"]} - {NO_CLASS, *range(num_classes)})
-    if unknown:
+def _listed_problems(dataset: Dataset, num_classes: int) -> Iterator[str]:
+    """What is wrong with the image ids and segments of all rows; no picture is read."""
+    seen: set[str | None] = set()
+    for table in dataset.select_columns(["image_id", "segments"]).with_format("arrow").iter(_ROWS_AT_ONCE):
+        segments = table.column("segments").combine_chunks()
+        suspicious = _suspicious_rows(segments, num_classes)
+        for position, image_id in enumerate(table.column("image_id").to_pylist()):
+            if image_id is None or image_id in seen:
+                wrong = "it has no image_id" if image_id is None else "another sample has the same image_id"
+                yield f"sample {image_id!r}: {wrong}"
+            seen.add(image_id)
+            if position in suspicious:
+                for problem in segment_problems(segments[position].as_py(), num_classes):
+                    yield f"sample {image_id!r}: {problem}"
+
+
+def _suspicious_rows(segments: pa.ListArray, num_classes: int) -> set[int]:
+    """Rows whose segments are missing, incomplete, void, listed twice or of an unknown class."""
+    missing = np.flatnonzero(segments.is_null().to_numpy(zero_copy_only=False))
+    rows = pc.list_parent_indices(segments).to_numpy(zero_copy_only=False)
+    flat = pc.list_flatten(segments)
+    columns = {name: pc.struct_field(flat, name) for name in ("id", "category_id", "iscrowd")}
+    wrong = flat.is_null().to_numpy(zero_copy_only=False)
+    for column in columns.values():
+        wrong = wrong | column.is_null().to_numpy(zero_copy_only=False)
+    ids, classes = (
+        pc.fill_null(columns[name], VOID).to_numpy(zero_copy_only=False).astype(np.int64)
+        for name in ("id", "category_id")
+    )
+    wrong = wrong | (ids == VOID) | (classes < NO_CLASS) | (classes >= num_classes)
+    order = np.lexsort((ids, rows))
+    twice = (np.diff(rows[order]) == 0) & (np.diff(ids[order]) == 0)
+    return {*missing.tolist(), *rows[wrong].tolist(), *rows[order][1:][twice].tolist()}
+
+
+def segment_problems(segments: Sequence[Mapping[str, Any]] | None, num_classes: int | None = None) -> list[str]:
+    """
+    List what is wrong with the segments of a row, whatever its pictures hold.
+
+    Args:
+        segments: `id`, `category_id` and `iscrowd` of each.
+        num_classes: classes of the vocabulary; None does not look at the classes.
+    """
+    if segments is None or any(None in (segment or {None: None}).values() for segment in segments):
+        return [f"segments or parts of them are missing: {segments}"]
+    problems, ids = [], [segment["id"] for segment in segments]
+    if len(set(ids)) < len(ids) or VOID in ids:
+        problems.append(f"segment ids must be unique and not {VOID} (void), got {ids}")
+    classes = {segment["category_id"] for segment in segments}
+    if num_classes is not None and (unknown := sorted(classes - {NO_CLASS, *range(num_classes)})):
         problems.append(f"category ids {unknown} are not in the vocabulary of {num_classes} classes")
+    return problems
+
+
+def _picture_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the pictures of a row."""
+    sample = f"sample {row['image_id']!r}"
     try:
         _, ids = read_row(row)
     except ValueError as error:
-        return [*problems, str(error).removeprefix(f"Sample {row['image_id']!r}: ")]
-    undescribed = _undescribed_ids(row, ids)
-    if undescribed:
-        problems.append(f"ids {undescribed} of the segmentation are not in its segments {described}")
-    return problems
+        reason = str(error).removeprefix(f"Sample {row['image_id']!r}: ")
+        return f"{sample}: {reason}"
+    if undescribed := _undescribed_ids(row, ids):
+        described = [segment["id"] for segment in row["segments"]]
+        return f"{sample}: ids {undescribed} of the segmentation are not in its segments {described}"
+    return None
