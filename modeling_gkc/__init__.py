@@ -2,16 +2,23 @@
 
 Type any words, get masks, without a CLIP image encoder at inference (Han, Liu et al., *Global Knowledge Calibration
 for Fast Open-Vocabulary Segmentation*, ICCV 2023). Importing this package registers everything with transformers'
-Auto classes.
+Auto classes; torch and transformers themselves are imported when they are needed.
 """
 
-from .configuration_gkc import CLIPResNetConfig, GKCConfig
-from .image_processing_gkc import GKCImageProcessor
-from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
-from .modeling_gkc import GKCForOpenVocabSegmentation, GKCModel
-from .pipeline_gkc import GKCSegmentationPipeline
-from .processing_gkc import GKCProcessor
-from .vocabulary import Vocabulary
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from .auto_registration import register
+
+if TYPE_CHECKING:
+    from .configuration_gkc import CLIPResNetConfig, GKCConfig
+    from .image_processing_gkc import GKCImageProcessor
+    from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
+    from .modeling_gkc import GKCForOpenVocabSegmentation, GKCModel
+    from .pipeline_gkc import GKCSegmentationPipeline
+    from .processing_gkc import GKCProcessor
+    from .vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
@@ -27,3 +34,35 @@ __all__ = [
     "GKCSegmentationPipeline",
     "Vocabulary",
 ]
+
+_MODULES = {
+    "CLIPResNetBackbone": "modeling_clip_resnet",
+    "CLIPResNetConfig": "configuration_gkc",
+    "CLIPResNetVisionModel": "modeling_clip_resnet",
+    "GKCConfig": "configuration_gkc",
+    "GKCForOpenVocabSegmentation": "modeling_gkc",
+    "GKCImageProcessor": "image_processing_gkc",
+    "GKCModel": "modeling_gkc",
+    "GKCProcessor": "processing_gkc",
+    "GKCSegmentationPipeline": "pipeline_gkc",
+    "Vocabulary": "vocabulary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public class, or a module of this package, when it is first used."""
+    if name in _MODULES:
+        found = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        found = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

@@ -18,10 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli_common import UserError
-from .cli_convert import add_command as add_convert
-from .cli_export import add_command as add_export
-from .cli_segment import add_command as add_segment
-from .cli_words import add_command as add_words
+from .cli_parsers import add_convert, add_embed, add_export, add_segment, add_vocab
 
 DESCRIPTION = "Cut pictures into words: open-vocabulary segmentation."
 EXAMPLES = """\
@@ -65,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in (add_segment, add_words, add_convert, add_export):
+    for add_command in (add_segment, add_vocab, add_embed, add_convert, add_export):
         add_command(commands)
     return parser
 

@@ -20,15 +20,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
-
-from .configuration_gkc import GKCConfig
-from .processing_gkc import GKCProcessor
 from .prompt_templates import PROMPT_TEMPLATES
+
+if TYPE_CHECKING:
+    import torch
+
+    from .processing_gkc import GKCProcessor
 
 MODEL_VARIABLE = "GKC_MODEL"
 SHIPPED_MODEL = "gkc-mini"
@@ -93,14 +92,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
 
 
-def load_checkpoint(path: str | Path) -> tuple[Any, GKCProcessor]:
+def load_checkpoint(path: str | Path) -> tuple[Any, "GKCProcessor"]:
     """
     Model in evaluation mode, and processor, of a folder or of a repository `owner/name` of the Hub.
 
     Raises:
         UserError: there is none, or it is no checkpoint of gkc.
     """
+    from safetensors import SafetensorError
+
+    from .configuration_gkc import GKCConfig
     from .modeling_gkc import GKCForOpenVocabSegmentation
+    from .processing_gkc import GKCProcessor
 
     is_folder = Path(path).is_dir()
     if not is_folder and (Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
@@ -123,7 +126,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """
     The device of a name such as cpu, cuda:1 or mps; "auto" is a GPU where there is one.
 
@@ -131,6 +134,8 @@ def pick_device(name: str) -> torch.device:
         ValueError: it is not here.
         RuntimeError: torch knows no such name.
     """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -142,6 +147,8 @@ def pick_device(name: str) -> torch.device:
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Loads checkpoints without transformers' bars."""
+    from transformers.utils import logging as transformers_logging
+
     shows_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

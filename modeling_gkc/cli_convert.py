@@ -31,7 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .cli_common import UserError, add_parser, user_errors, warnings_as_lines, without_progress_bars
+from .cli_common import UserError, user_errors, warnings_as_lines, without_progress_bars
+from .cli_parsers import TEXT_FOLDER
 from .conversion_clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
 from .conversion_mask2former import (
     CONVERSION_TEMPLATES,
@@ -43,104 +44,12 @@ from .image_processing_gkc import GKCImageProcessor
 from .processing_gkc import GKCProcessor
 from .vocabulary import Vocabulary
 
-EXAMPLES = """\
-examples:
-  gkc convert mask2former facebook/mask2former-swin-small-coco-panoptic \\
-      --text-model openai/clip-vit-base-patch16 --class-names coco_panoptic_133 --out mask2former-words
-  gkc convert clip-resnet RN50.pt --text --out clip-rn50
-
-`gkc convert mask2former --help` and `gkc convert clip-resnet --help` explain each.
-"""
-MASK2FORMER_EXAMPLES = """\
-The masks stay the source's. Its classes become words: asked for their names, the result answers as the source; other
-words get what is close to them in the text space of CLIP (Norouzi et al., ICLR 2014). Nothing is trained, so a word
-that is finer than the source's classes, such as "puppy" for "dog", gets all of the class. What no word names has low
-scores: `gkc segment --void-threshold 0.3` leaves it void.
-
-Names are encoded plain, without a prompt template, here and by the processor that is written. Asked in templates
-("a photo of a dog") the source's names are other texts, and the result is near the source's, not equal to it.
-
-Give --class-names where the source's own are codes ("wall-other-merged"): words are typed, classes separated by ";"
-and several names of one thing by ","; or the name of a packaged vocabulary (`gkc vocab list`); or a .json, .csv or
-.txt file. They must stand in the order of the source's classes.
-
-examples:
-  gkc convert mask2former facebook/mask2former-swin-small-coco-panoptic \\
-      --text-model openai/clip-vit-base-patch16 --class-names coco_panoptic_133 --out mask2former-words
-  gkc convert mask2former facebook/mask2former-swin-large-ade-semantic \\
-      --text-model openai/clip-vit-large-patch14 --class-names ade20k_150 --out ade-words
-  gkc convert mask2former my-mask2former/ --text-model my-clip/ --out my-words
-
-then:
-  gkc segment photo.jpg --model mask2former-words --labels "cat; sofa, couch; lamp" --task panoptic
-"""
-CLIP_EXAMPLES = """\
-WEIGHTS is a file as OpenAI publishes it (RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt, RN50x64.pt), a dictionary of its
-tensors written by torch.save, or safetensors. Nothing in the file is run. OpenAI's archives hold both towers of CLIP.
-
-examples:
-  gkc convert clip-resnet RN50.pt --out clip-rn50          the image tower
-  gkc convert clip-resnet RN50.pt --text --out clip-rn50   and the text tower, in clip-rn50/text
-
-then, in Python:
-  CLIPResNetVisionModel.from_pretrained("clip-rn50")       the whole image tower
-  CLIPResNetBackbone.from_pretrained("clip-rn50")          without its attention pooling, as backbone
-  CLIPTextModelWithProjection.from_pretrained("clip-rn50/text")
-"""
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
-TEXT_FOLDER = "text"
 MAX_LISTED_NAMES = 6
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Adds `convert` to the parser of `gkc`."""
-    convert = add_parser(
-        commands,
-        "convert",
-        "make a checkpoint of published weights",
-        "Make a checkpoint of weights that others have published.",
-        EXAMPLES,
-    )
-    sources = convert.add_subparsers(title="sources", metavar="SOURCE", required=True)
-    _add_mask2former(sources)
-    _add_clip_resnet(sources)
-
-
-def _add_mask2former(sources: argparse._SubParsersAction) -> None:
-    mask2former = add_parser(
-        sources,
-        "mask2former",
-        "a Mask2Former of transformers, for any words",
-        "Make a segmenter of any words out of a Mask2Former, without training.",
-        MASK2FORMER_EXAMPLES,
-    )
-    mask2former.set_defaults(run=_convert_mask2former)
-    add = mask2former.add_argument
-    add("source", metavar="MASK2FORMER", help="folder, or repository of the Hub, of a Mask2Former")
-    add("--text-model", metavar="CLIP", required=True, help="folder or repository of a CLIP, for its text tower")
-    add("--tokenizer", metavar="CLIP", help="folder or repository of the tokenizer (default: that of --text-model)")
-    add("--class-names", metavar="WORDS", help="names of the source's classes (default: those in its configuration)")
-    add("--out", metavar="DIR", required=True, help="new folder of the checkpoint")
-    add("--allow-pickle", action="store_true", help="also read pytorch_model.bin where there is no safetensors file")
-
-
-def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
-    clip_resnet = add_parser(
-        sources,
-        "clip-resnet",
-        "a CLIP ResNet of OpenAI, as backbone, teacher and text tower",
-        "Make checkpoints out of OpenAI's weights of a CLIP ResNet.",
-        CLIP_EXAMPLES,
-    )
-    clip_resnet.set_defaults(run=_convert_clip_resnet)
-    add = clip_resnet.add_argument
-    add("weights", metavar="WEIGHTS", help="file of the weights")
-    add("--out", metavar="DIR", required=True, help="new folder of the image tower")
-    add("--text", action="store_true", help=f"also write the text tower, into DIR/{TEXT_FOLDER}")
-    add("--allow-jit", action="store_true", help="let torch open the archive, which runs code in it")
-
-
-def _convert_mask2former(arguments: argparse.Namespace) -> int:
+def convert_mask2former(arguments: argparse.Namespace) -> int:
+    """Run `gkc convert mask2former`; the exit code."""
     class_names = None
     if arguments.class_names is not None:
         with user_errors("--class-names"), warnings_as_lines():
@@ -235,7 +144,8 @@ def _listed(items: list[str]) -> str:
     return "; ".join(items[:MAX_LISTED_NAMES]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def _convert_clip_resnet(arguments: argparse.Namespace) -> int:
+def convert_clip_resnet(arguments: argparse.Namespace) -> int:
+    """Run `gkc convert clip-resnet`; the exit code."""
     folder = _new_folder(arguments.out)
     try:
         with warnings_as_lines():
@@ -281,4 +191,4 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-__all__ = ["add_command"]
+__all__ = ["convert_clip_resnet", "convert_mask2former"]

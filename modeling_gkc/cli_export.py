@@ -22,17 +22,13 @@ from typing import Any
 
 from .class_embeddings import GKCClassEmbeddings, load_class_embeddings
 from .cli_common import (
-    WORDS_HELP,
     UserError,
-    add_parser,
-    add_templates_option,
     default_model_path,
     load_checkpoint,
     user_errors,
     warnings_as_lines,
 )
 from .export import (
-    DEFAULT_OPSET,
     FORMATS,
     RUNNER_FILE,
     WORDS_FILE,
@@ -46,50 +42,10 @@ from .prompt_templates import resolve_templates
 from .vocabulary import Vocabulary
 
 ENCODED_SUFFIX = ".safetensors"
-EXAMPLES = f"""\
-{WORDS_HELP.rstrip()} A .safetensors file of `gkc embed` works too.
-Without --vocab the words stored in the checkpoint are taken.
-
-examples:
-  gkc export my-checkpoint --vocab "cat; sofa, couch; lamp" --size 512 --out words-onnx
-  python words-onnx/run.py words-onnx photo.jpg labels.png     numpy, Pillow and onnxruntime are all it needs
-  gkc export my-checkpoint --vocab ade20k_150 --fixed --size 480x640 --out ade-onnx
-  gkc export my-checkpoint --format torch-export --out program
-
-The folder holds the graph (model.onnx or model.pt2, fp32); export.json (size, normalisation, classes with their
-colours, names and shapes of inputs and outputs); for ONNX run.py, a picture to a label map without torch; and, unless
-the words are --fixed, class_embeds.npz, the graph's second input: one embedding per class, of any number of classes.
-
-Images of any number go through at once, all of --size (height x width). A picture is resized to it without keeping its
-aspect, so choose a size of about the aspect of your pictures.
-"""
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Adds `export` to the parser of `gkc`."""
-    export = add_parser(
-        commands,
-        "export",
-        "write a graph for onnxruntime or torch.export",
-        "Write a checkpoint's image path and words as a graph that runs without this library.",
-        EXAMPLES,
-    )
-    export.set_defaults(run=_export)
-    add = export.add_argument
-    add("model", nargs="?", metavar="DIR", help="checkpoint (default: GKC_MODEL, or the one shipped with gkc)")
-    add("--out", metavar="DIR", required=True, help="new folder to write")
-    add("--format", choices=list(FORMATS), default="onnx", help="kind of graph (default: %(default)s)")
-    add("--size", metavar="SIDE|HxW", default="512", help="pixels, multiples of 32 (default: %(default)s)")
-    add("--vocab", "--labels", metavar="WORDS", help="the words; without it, those stored in the checkpoint")
-    add("--fixed", action="store_true", help="bake the words into the graph")
-    add_templates_option(export)
-    opset_help = f"version of ONNX's operators, at least {DEFAULT_OPSET} (default: %(default)s)"
-    add("--opset", type=int, default=DEFAULT_OPSET, metavar="N", help=opset_help)
-    check_help = "compare with the model on a random image (default: if onnxruntime is installed)"
-    add("--check", action=argparse.BooleanOptionalAction, help=check_help)
-
-
-def _export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace) -> int:
+    """Run `gkc export`; the exit code."""
     # What was typed is looked at before the model is loaded, so that a slip costs no waiting.
     folder = Path(arguments.out)
     with user_errors("--out"):
@@ -194,4 +150,4 @@ def _comparison(exported: ExportedSegmenter) -> str:
     return f"masks within {exported.difference:.1g} of the model's"
 
 
-__all__ = ["add_command"]
+__all__ = ["export"]

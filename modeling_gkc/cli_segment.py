@@ -15,7 +15,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +28,7 @@ from tqdm import tqdm
 
 from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabulary, load_class_embeddings
 from .cli_common import (
-    WORDS_HELP,
     UserError,
-    add_model_options,
-    add_parser,
-    add_templates_option,
     default_model_path,
     load_checkpoint,
     pick_device,
@@ -47,30 +42,8 @@ from .prompt_templates import resolve_templates
 from .visualization import DrawnSegment, draw_overlay, label_map, shade
 from .vocabulary import Vocabulary, color_palette
 
-TASKS = ("semantic", "instance", "panoptic")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 OUTPUT_SUFFIXES = (".overlay.png", ".labels.png")
-
-EXAMPLES = f"""\
-{WORDS_HELP}
-examples:
-  gkc segment cat.jpg --labels "cat; sofa, couch; lamp"
-  gkc segment photos/ --labels ade20k_150 --out cut
-  gkc segment photos/ --task panoptic               the words stored in the checkpoint
-  gkc segment cat.jpg --labels "cat; dog" --void-labels "wall; floor; furniture"
-                                                    what is one of those three, or
-  gkc segment cat.jpg --labels "cat; dog" --void-threshold 0.4
-                                                    not clearly one of the two, stays void
-  gkc segment photos/ --vocab words.safetensors     words that `gkc embed` has encoded
-  gkc segment cat.jpg --model my-checkpoint --task instance --threshold 0.3
-
-For NAME.jpg it writes NAME.overlay.png (picture with outlines and a legend), NAME.labels.png (the ids: classes from 0
-and void 255, or 65535 with more than 255 classes, for --task semantic; else segments from 1 and void 0) and NAME.json
-(size as [height, width]; for every segment its label, score, area in pixels, bbox [x, y, width, height] and COCO
-run-length encoding).
-
-exit code: 0 all images done, 1 some could not be done (each is named), 2 the command was wrong.
-"""
 
 
 @dataclass
@@ -191,49 +164,8 @@ def output_names(images: Sequence[Path]) -> list[str]:
     return names
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Adds `segment` to the parser of `gkc`."""
-    segment = add_parser(
-        commands, "segment", "cut pictures into words", "Cut pictures into the words that you type.", EXAMPLES
-    )
-    segment.set_defaults(run=_segment)
-    add = segment.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
-    words = segment.add_mutually_exclusive_group().add_argument
-    words("--labels", metavar="WORDS", help="the words; without it, those stored in the checkpoint")
-    words("--vocab", metavar="FILE", help="words encoded by `gkc embed`, instead of --labels")
-    add("--void-labels", metavar="WORDS", help='words for "none of these": what they win becomes void')
-    add("--void-threshold", type=_score, metavar="SCORE", help="pixels whose best score is below become void")
-    add_templates_option(segment)
-    add("--task", choices=TASKS, default="semantic", help="what to find (default: %(default)s)")
-    add("--out", metavar="DIR", default="gkc-out", help="folder of the results (default: %(default)s)")
-    add("--threshold", type=_share, help="lowest score of an instance or panoptic segment, 0 to 1 (default: 0.5)")
-    add("--threads", type=_count, help="processor threads (default: as torch chooses)")
-    add_model_options(segment)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
-    return value
-
-
-def _score(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _segment(arguments: argparse.Namespace) -> int:
+def segment(arguments: argparse.Namespace) -> int:
+    """Run `gkc segment`; the exit code."""
     _check_options(arguments)
     images = find_images(arguments.images)
     if arguments.threads:
@@ -368,4 +300,4 @@ def _is_picture(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not is_result
 
 
-__all__ = ["Segmenter", "Words", "add_command", "find_images", "output_names"]
+__all__ = ["Segmenter", "Words", "find_images", "output_names", "segment"]

@@ -45,6 +45,7 @@ from transformers.image_utils import PILImageResampling
 
 from .class_embeddings import GKCClassEmbeddings, count_classes, encode_vocabulary
 from .configuration_gkc import GKCConfig
+from .export_formats import DEFAULT_OPSET, FORMATS
 from .export_graph import (
     RUNTIME_PACKAGE,
     ExportableSegmenter,
@@ -58,12 +59,10 @@ from .export_graph import (
 from .padding import SIZE_DIVISOR
 from .vocabulary import Vocabulary, VocabularyLike
 
-FORMATS = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 SETTINGS_FILE = "export.json"
 SETTINGS_FORMAT = "gkc-export-1"
 WORDS_FILE = "class_embeds.npz"
 RUNNER_FILE = "run.py"
-DEFAULT_OPSET = 18
 ONNX_PACKAGES = ("onnx", "onnxscript")
 # Sources of this library that are copied beside an ONNX graph, by the names they get there.
 RUNNER_SOURCES = {RUNNER_FILE: "export_runner.py", "image_reading.py": "image_reading.py"}

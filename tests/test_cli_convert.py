@@ -23,7 +23,7 @@ from transformers import (
 
 from modeling_gkc import CLIPResNetVisionModel, cli_common
 from modeling_gkc.cli_common import UserError
-from modeling_gkc.cli_convert import add_command
+from modeling_gkc.cli_parsers import add_convert
 from modeling_gkc.conversion import clip_resnet_from_openai, clip_text_from_openai
 from modeling_gkc.conversion_mask2former import image_processor_from_mask2former
 
@@ -110,7 +110,7 @@ def archive(tmp_path_factory) -> Path:
 
 def gkc(*arguments) -> int:
     parser = argparse.ArgumentParser(prog="gkc")
-    add_command(parser.add_subparsers(required=True))
+    add_convert(parser.add_subparsers(required=True))
     parsed = parser.parse_args(["convert", *map(str, arguments)])
     return parsed.run(parsed)
 

@@ -11,7 +11,7 @@ import torch
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, cli, cli_export, export
 from modeling_gkc.class_embeddings import encode_vocabulary, save_class_embeddings
 from modeling_gkc.cli_common import UserError
-from modeling_gkc.cli_export import add_command
+from modeling_gkc.cli_parsers import add_export
 from modeling_gkc.vocabulary import Vocabulary
 
 from .conftest import small_config, word_tokenizer
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def gkc(*arguments) -> int:
     parser = argparse.ArgumentParser(prog="gkc")
-    add_command(parser.add_subparsers(required=True))
+    add_export(parser.add_subparsers(required=True))
     parsed = parser.parse_args([str(argument) for argument in arguments])
     return parsed.run(parsed)
 

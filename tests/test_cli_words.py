@@ -12,7 +12,7 @@ import torch
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
 from modeling_gkc.class_embeddings import load_class_embeddings
 from modeling_gkc.cli_common import UserError
-from modeling_gkc.cli_words import add_command
+from modeling_gkc.cli_parsers import add_embed, add_vocab
 from modeling_gkc.vocabulary_files import packaged_facts
 
 from .conftest import small_config, word_tokenizer
@@ -29,7 +29,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def gkc(*arguments) -> int:
     parser = argparse.ArgumentParser(prog="gkc")
-    add_command(parser.add_subparsers(required=True))
+    commands = parser.add_subparsers(required=True)
+    add_vocab(commands)
+    add_embed(commands)
     parsed = parser.parse_args([str(argument) for argument in arguments])
     return parsed.run(parsed)
 
@@ -162,7 +164,7 @@ class TestEmbed:
         within("gkc embed", (embeddings.class_embeds - expected.class_embeds).abs().max(), 1e-6)
 
     def test_templates_are_averaged(self, checkpoint, tmp_path, capsys, within, monkeypatch):
-        monkeypatch.setattr("modeling_gkc.cli_words.PROMPTS_PER_STEP", 5)
+        monkeypatch.setattr("modeling_gkc.cli_embed.PROMPTS_PER_STEP", 5)
         monkeypatch.setattr(
             "modeling_gkc.prompt_templates.PROMPT_TEMPLATES", {"three": ("{}", "red {}", "blue disc {}")}
         )

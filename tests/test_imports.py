@@ -109,5 +109,57 @@ def test_importing_the_library_works_without_training_packages():
     code = "import sys; [sys.modules.__setitem__(n, None) for n in {absent}]; import modeling_gkc".format(
         absent=["scipy", "sklearn", "datasets", "accelerate", "evaluate", "nltk", "torchvision", "timm"]
     )
+    run_code(code)
+
+
+LIGHT_COMMANDS = """
+import contextlib, io, sys
+from modeling_gkc.cli import main
+for command in ("--help", "segment --help", "segment", "embed --labels", "vocab list", "vocab show cityscapes_19",
+                "convert mask2former --help", "export --format jpeg"):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main(command.split())
+    assert not {"torch", "transformers", "PIL"} & set(sys.modules), command
+"""
+AUTO_CLASSES = """
+import modeling_gkc
+from transformers.modeling_utils import PreTrainedModel
+from transformers import AutoConfig, Trainer
+assert AutoConfig.for_model("gkc").model_type == "gkc"
+from transformers import AutoBackbone, AutoImageProcessor, AutoModel, AutoProcessor
+found = AutoImageProcessor.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+assert [type(each).__name__ for each in found] == ["GKCImageProcessor", "GKCProcessor"]
+assert type(AutoBackbone.from_config(AutoConfig.for_model("clip_resnet"))) is modeling_gkc.CLIPResNetBackbone
+assert AutoModel._model_mapping[modeling_gkc.GKCConfig] is modeling_gkc.GKCForOpenVocabSegmentation
+"""
+ORDERS = {
+    "this package first": AUTO_CLASSES,
+    "transformers first": "from transformers import AutoModel, AutoProcessor" + AUTO_CLASSES,
+    "a module of this package first": "import modeling_gkc.modeling_gkc" + AUTO_CLASSES,
+}
+
+
+def run_code(code: str) -> None:
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_help_and_vocabularies_need_no_torch():
+    run_code(LIGHT_COMMANDS)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_know_this_package_in_whatever_order_it_is_imported(order):
+    folder = ROOT / "hub_card" / "gkc-mini"
+    run_code(ORDERS[order].replace("FOLDER", repr(str(folder))))
+
+
+def test_public_names_and_modules_are_attributes_of_the_package():
+    import modeling_gkc
+
+    assert {name for name in modeling_gkc.__all__ if hasattr(modeling_gkc, name)} == set(modeling_gkc.__all__)
+    assert modeling_gkc.loss_gkc.__name__ == "modeling_gkc.loss_gkc"
+    assert set(modeling_gkc.__all__) <= set(dir(modeling_gkc))
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        _ = modeling_gkc.nothing_of_this_name

@@ -1,0 +1,19 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Formats of exported graphs, for the command line and the export itself."""
+
+FORMATS = {"onnx": "model.onnx", "torch-export": "model.pt2"}
+DEFAULT_OPSET = 18
+
+__all__ = ["DEFAULT_OPSET", "FORMATS"]
