@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .label_text import shown
+
 Size = tuple[int, int]
 
 MAX_PIXELS = 2**31 - 1  # areas are counted in int32
@@ -180,17 +182,6 @@ def check_whole_number(name: str, value: Any, low: int | None = None, high: int 
         extent = "" if low is None else f" of at least {low}" if high is None else f" in {low}..{high}"
         raise ValueError(f"`{name}` must be a whole number{extent}, got {shown(value)}.")
     return number
-
-
-def shown(value: Any, limit: int = 200) -> str:
-    """Short form of a value for a message; never fails, whatever the value is."""
-    try:
-        if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) > 8:
-            return f"a {type(value).__name__} of shape {tuple(value.shape)}"
-        text = repr(value)
-    except Exception:  # such as an integer with more digits than Python prints
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 __all__ = [

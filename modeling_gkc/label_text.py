@@ -13,8 +13,10 @@
 # limitations under the License.
 """The characters of labels: what cannot be seen or read, when two labels are the same, which separators people use."""
 
+import math
 import re
 import unicodedata
+from typing import Any
 
 # Format characters without width or meaning of their own: they stick to text that is copied from web pages and tables.
 _DROPPED = dict.fromkeys(
@@ -81,4 +83,16 @@ def refuse_other_separators(text: str) -> None:
         )
 
 
-__all__ = ["comparison_key", "is_invisible", "refuse_other_separators", "tidy"]
+def shown(value: Any, limit: int = 200) -> str:
+    """Short form of a value for a message; never fails, whatever the value is."""
+    try:
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and math.prod(shape) > 8:
+            return f"a {type(value).__name__} of shape {tuple(shape)}"
+        text = repr(value)
+    except Exception:  # such as an integer with more digits than Python prints
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+__all__ = ["comparison_key", "is_invisible", "refuse_other_separators", "shown", "tidy"]

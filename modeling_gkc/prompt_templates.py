@@ -18,8 +18,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from .argument_checks import shown
-from .label_text import tidy
+from .label_text import shown, tidy
 
 TemplatesLike = str | Sequence[str]
 

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .argument_checks import shown
-from .label_text import comparison_key, refuse_other_separators, tidy
+from .label_text import comparison_key, refuse_other_separators, shown, tidy
 from .prompt_templates import resolve_templates
 from .vocabulary_files import (
     PACKAGED_NAMES,

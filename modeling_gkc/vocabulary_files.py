@@ -58,8 +58,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .argument_checks import shown
-from .label_text import refuse_other_separators
+from .label_text import refuse_other_separators, shown
 
 PACKAGED_NAMES = (
     "ade20k_150",
