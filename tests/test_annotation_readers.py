@@ -649,6 +649,14 @@ class TestLayouts:
         source = find_source(tmp_path)
         assert "1 images have no text file" in source.notes[0] and (classes_of(source, "train/a")[0] == -1).all()
 
+    def test_a_damaged_file_beside_others_does_not_vanish(self, tmp_path):
+        labelme(tmp_path / "labelme")
+        (tmp_path / "labelme" / "test" / "a.json").write_text("[]")
+        assert "test/a.json: it is no file of labelme" in find_source(tmp_path / "labelme").problems[0]
+        path = coco_folder(tmp_path / "coco") / "annotations" / "instances_val.json"
+        path.write_text(json.dumps({"images": [], "annotations": []}))
+        assert find_source(tmp_path / "coco").notes == [f"{path} is not read: it has no categories"]
+
     def test_a_folder_of_no_known_layout_is_told_of(self, tmp_path):
         shutil.copytree(Path(__file__).parent / "golden", tmp_path / "mine", dirs_exist_ok=True)
         with pytest.raises(ValueError, match="has neither folders images and masks"):

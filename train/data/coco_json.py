@@ -42,24 +42,27 @@ _NOT_IMAGES = {"annotations", "labels", "masks"}
 _SHOWN = 10
 
 
-def find_coco_files(folder: Path) -> list[Path]:
-    """The JSON files in a folder, or its sub-folders, that are COCO's, panoptic ones alone where there are both."""
+def find_coco_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """
+    Find the JSON files in a folder, or its sub-folders, that are COCO's.
+
+    Returns:
+        The files, panoptic ones alone where there are both kinds; and a line about each that is left aside.
+    """
     places = (folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-    # Thousands of files beside pictures are one a picture, as labelme writes them.
-    found = {path: _kind(path) for place in places for path in sorted(place.glob("*.json"))}
-    kinds = set(found.values()) - {None}
-    chosen = "panoptic" if "panoptic" in kinds else "instances"
-    return [path for path, kind in found.items() if kind == chosen]
-
-
-def _kind(path: Path) -> str | None:
-    """What a JSON file holds, from its content."""
-    content = load_json(path)
-    if not isinstance(content, dict) or not set(_PARTS) <= content.keys():
-        return None
-    annotations = content["annotations"] if isinstance(content["annotations"], list) else []
-    is_panoptic = any(isinstance(entry, dict) and "segments_info" in entry for entry in annotations)
-    return "panoptic" if is_panoptic else "instances"
+    kinds, notes = {}, []
+    for path in (path for place in places for path in sorted(place.glob("*.json"))):
+        content = load_json(path)
+        lacking = [part for part in _PARTS if not isinstance(content, dict) or part not in content]
+        if not lacking:
+            annotations = content["annotations"] if isinstance(content["annotations"], list) else []
+            is_panoptic = any(isinstance(entry, dict) and "segments_info" in entry for entry in annotations)
+            kinds[path] = "panoptic" if is_panoptic else "instances"
+        elif len(lacking) == 1:
+            notes.append(f"{path} is not read: it has no {lacking[0]}")
+    chosen = "panoptic" if "panoptic" in kinds.values() else "instances"
+    notes += [f"{path} is not read: panoptic files are there, too" for path, kind in kinds.items() if kind != chosen]
+    return [path for path, kind in kinds.items() if kind == chosen], notes
 
 
 def read_coco(folder: Path, files: list[Path]) -> Source:

@@ -44,10 +44,13 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
     masks = mask_folder.find_mask_folder(folder)
     if masks:
         source = mask_folder.read_mask_folder(masks, instances)
-    elif instances:
+        return _not_empty(folder, source)
+    if instances:
         raise ValueError("Only masks do not say where their objects end: leave `--instances` out.")
-    elif files := coco_json.find_coco_files(folder):
+    files, notes = coco_json.find_coco_files(folder)
+    if files:
         source = coco_json.read_coco(folder, files)
+        source.notes += notes
     elif contents := labelme_json.find_labelme_files(folder):
         source = labelme_json.read_labelme(folder, contents)
     elif names := yolo_text.find_yolo_names(folder):
@@ -56,8 +59,12 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
         raise ValueError(
             f"{folder} has neither folders images and masks with a file {mask_folder.NAMES_FILE}, nor COCO's or "
             "labelme's JSON, nor YOLO's text files with their names; `python -m train.data.from_folder --help` shows "
-            "the layouts."
+            "the layouts." + "".join(f"\n  {note}" for note in notes)
         )
+    return _not_empty(folder, source)
+
+
+def _not_empty(folder: Path, source: Source) -> Source:
     if not source.pictures:
         raise ValueError("\n  ".join([f"{folder} has no annotated picture.", *source.problems[:10]]))
     return source

@@ -22,6 +22,7 @@ from modeling_gkc.vocabulary import Vocabulary
 
 from .coco_masks import PaintedObject, UnusableObjectError, paint_objects, polygon_mask
 from .pictures import (
+    IMAGE_SUFFIXES,
     Picture,
     Segmentation,
     Source,
@@ -35,18 +36,25 @@ from .pictures import (
 from .schema import NO_CLASS
 
 VOID_LABELS = ("__ignore__", "_background_")
+_KEYS = {"shapes", "imagePath"}
 _CIRCLE_POINTS = 360
 
 
 def find_labelme_files(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Contents of the JSON files below a folder that are labelme's."""
+    """Contents of the JSON files below a folder that are labelme's, and of what is damaged beside them."""
     found = {}
     for path in sorted(folder.rglob("*.json")):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             content = load_json(path)
-            if isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys():
-                found[path] = {key: value for key, value in content.items() if key != "imageData"}
-    return found
+            content = content if isinstance(content, dict) else {}
+            found[path] = {key: value for key, value in content.items() if key != "imageData"}
+    if not any(content.keys() >= _KEYS for content in found.values()):
+        return {}
+    return {
+        path: content
+        for path, content in found.items()
+        if _KEYS & content.keys() or any(path.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
+    }
 
 
 def read_labelme(folder: Path, contents: Mapping[Path, dict[str, Any]]) -> Source:
@@ -82,9 +90,9 @@ def read_labelme(folder: Path, contents: Mapping[Path, dict[str, Any]]) -> Sourc
 
 def _checked(folder: Path, path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """The shapes of a file, the size that it says, and its image."""
-    shapes, name = content["shapes"], content["imagePath"]
+    shapes, name = content.get("shapes"), content.get("imagePath")
     if not isinstance(shapes, list) or not isinstance(name, str):
-        raise ValueError(f"{path}: `shapes` must be a list and `imagePath` text")
+        raise ValueError(f"{path}: it is no file of labelme, whose `shapes` is a list and `imagePath` text")
     for number, shape in enumerate(shapes, start=1):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or not shape["label"].strip():
             raise ValueError(f"{path}: shape {number} needs a label")
