@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig
@@ -55,6 +56,25 @@ def _require_positive(config: PreTrainedConfig, names: tuple[str, ...], part: st
         _require(value <= limit, f"`{part}{name}` must be at most {limit}, got {shown(value)}.")
 
 
+def _check_common(config: PreTrainedConfig, part: str = "") -> None:
+    """Check the fields of every configuration of transformers that it trusts when a model is built, saved or shown."""
+    dtype = config.dtype
+    _require(
+        dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
+        f"`{part}dtype` must be a floating-point type such as 'float32', got {shown(dtype)}.",
+    )
+    attention = config._attn_implementation
+    _require(
+        attention is None or isinstance(attention, str),
+        f"`{part}attn_implementation` must be a name such as 'sdpa', got {shown(attention)}.",
+    )
+    quantization = getattr(config, "quantization_config", None)
+    _require(
+        quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict"),
+        f"`{part}quantization_config` must be an object of settings, got {shown(quantization)}.",
+    )
+
+
 # Far above what anyone has trained; a damaged file is refused before a model of such a size is built.
 MAX_WIDTH = 2**16
 MAX_LAYERS = 256
@@ -78,6 +98,7 @@ def _refusing_by_value_error(config_class: _CONFIG) -> _CONFIG:
 
     @functools.wraps(init)
     def checked_init(self: PreTrainedConfig, *args, **kwargs) -> None:
+        _check_id2label(kwargs)
         try:
             init(self, *args, **kwargs)
         except _ERRORS_OF_VALUES as error:
@@ -87,11 +108,18 @@ def _refusing_by_value_error(config_class: _CONFIG) -> _CONFIG:
     return config_class
 
 
+def _check_id2label(values: dict[str, Any]) -> None:
+    labels = values.get("id2label")
+    is_map = isinstance(labels, dict) and all(re.fullmatch(r"\d{1,9}", str(key)) for key in labels)
+    _require(labels is None or is_map, f"`id2label` must map the numbers of classes to names, got {shown(labels)}.")
+
+
 def _reason(config_class: type, error: Exception, values: dict[str, Any]) -> str:
     named = re.match(r"Validation error for field '(\w+)'", str(error))
     if named is None:
-        reason = " ".join(str(error).split())[:300]
-        return f"the values make no {config_class.__name__}: {type(error).__name__}: {reason}."
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        reason = " ".join(str(cause).split())[:300]
+        return f"the values make no {config_class.__name__}: {type(cause).__name__}: {reason}"
     name = named[1]
     field = config_class.__dataclass_fields__.get(name)
     kind = str(getattr(field.type, "__name__", field.type) if isinstance(field.type, type) else field.type)
@@ -289,6 +317,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             self.id2label = {index: names[0] for index, names in enumerate(self.vocabulary)}
             self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
+        if self.vocabulary is not None:
+            self.label2id = {name: index for index, name in self.id2label.items()}
         self._check()
 
     @property
@@ -297,6 +327,12 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         return self.text_config.projection_dim
 
     def _check(self):
+        for config, part in (
+            (self, ""),
+            (self.backbone_config, "backbone_config."),
+            (self.text_config, "text_config."),
+        ):
+            _check_common(config, part)
         self._check_sizes()
         self._check_backbone()
         self._check_text()
@@ -468,6 +504,7 @@ def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConf
 def _nested(field: str, config_class: Callable[..., PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
     """A configuration inside another's field, whose errors name the field."""
     try:
+        _check_id2label(values)
         return config_class(**values)
     except _ERRORS_OF_VALUES as error:
         raise ValueError(f"`{field}`: {_reason(config_class, error, values)}") from error
