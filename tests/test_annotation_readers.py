@@ -327,6 +327,8 @@ class TestOutlines:
             ([box(3, 4, 6, 7)], "smaller objects cover it wholly"),
             ([[4, 5]], "none of its polygons has three points"),
             ([[4, 5, 6, 7]], "none of its polygons has three points"),
+            ([[]], "none of its polygons has three points"),
+            ([[4, 5], [8, 5], [8, 8], [4, 8]], "write a polygon as one list [x1, y1, x2, y2, ...]"),
             ([[*box(12, 3, 18, 9), 5]], "has 9 numbers, an odd one"),
             ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "it covers no pixel"),
         ],
@@ -424,6 +426,42 @@ class TestPanoptic:
             read_annotated(find_source(folder).pictures[0])
 
 
+class TestReports:
+    """Faults that users of other projects met."""
+
+    def test_masks_of_0_and_255_without_a_name_for_255(self, tmp_path):
+        save_picture(tmp_path / "images" / "a.png")
+        save_mask(tmp_path / "masks" / "a.png", 255)
+        (tmp_path / "names.json").write_text('{"1": "road"}')
+        with pytest.raises(ValueError, match=r"No picture has a segment of any class.*need a name for 255"):
+            convert(tmp_path, tmp_path / "data")
+        assert not (tmp_path / "data").exists()
+
+    def test_objects_that_are_all_marked_as_crowds_are_told_of(self, tmp_path, capsys):
+        main([str(coco_folder(tmp_path / "mine", [annotation(iscrowd=1)])), "--out", str(tmp_path / "data")])
+        assert "1 of 1 segments are crowds (iscrowd 1), of which training learns nothing" in capsys.readouterr().out
+
+    def test_masks_in_jpeg_are_refused(self, tmp_path):
+        save_picture(tmp_path / "images" / "a.png")
+        save_mask(tmp_path / "masks" / "a.jpg")
+        (tmp_path / "names.json").write_text('["nothing", "disc"]')
+        with pytest.raises(ValueError, match=r"a\.jpg: a mask is stored as JPEG, which changes its values"):
+            read_annotated(find_source(tmp_path).pictures[0])
+
+    def test_run_lengths_of_the_box_alone_are_refused(self, tmp_path):
+        """As CVAT stores masks."""
+        code = {"size": [HEIGHT, WIDTH], "counts": [0, 36]}
+        with pytest.raises(ValueError, match=r"annotation 1: .*cover 36 pixels"):
+            read_annotated(find_source(coco_folder(tmp_path, [annotation(segmentation=code)])).pictures[0])
+
+    def test_annotation_ids_need_not_be_unique_over_images(self, tmp_path):
+        folder = coco_folder(tmp_path, [annotation(0), annotation(0, image_id=8)], [image(), image(8, "b.png")])
+        save_picture(folder / "images" / "b.png")
+        source = find_source(folder)
+        for name in ("a", "b"):
+            assert np.array_equal(classes_of(source, name)[0], rectangle(2, 3, 8, 9))
+
+
 class TestMaskNames:
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -486,9 +524,9 @@ def mmsegmentation(folder: Path) -> str:
     return "images and masks"
 
 
-def save_mask(path: Path) -> None:
+def save_mask(path: Path, value: int = 1) -> None:
     path.parent.mkdir(parents=True)
-    Image.fromarray((rectangle(2, 3, 8, 9) + 1).astype(np.uint8)).save(path)
+    Image.fromarray(((rectangle(2, 3, 8, 9) + 1) * value).astype(np.uint8)).save(path)
 
 
 def label_studio(folder: Path) -> str:

@@ -129,18 +129,21 @@ def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str])
         ValueError: a number is none, is not finite, or lies too far outside.
         RuntimeError: pycocotools is missing.
     """
-    kept = []
+    kept, short = [], []
     for number, ring in enumerate(rings, start=1):
         name = f"ring {number} of its polygons"
         _check_numbers(ring, name, shape)
         if len(ring) % 2:
             raise UnusableObjectError(f"{name} has {len(ring)} numbers, an odd one: x and y come in pairs")
         if len(ring) < _NUMBERS_OF_A_TRIANGLE:
-            notes.append(f"{name} has {len(ring) // 2} points and encloses no area, left out")
+            short.append(f"{name} has {len(ring) // 2} points and encloses no area, left out")
         else:
             kept.append([float(value) for value in ring])
     if not kept:
-        raise UnusableObjectError("none of its polygons has three points")
+        is_paired = len(rings) > 2 and all(len(ring) == 2 for ring in rings)
+        advice = "; write a polygon as one list [x1, y1, x2, y2, ...]" if is_paired else ""
+        raise UnusableObjectError(f"none of its polygons has three points{advice}")
+    notes += short
     try:
         from pycocotools import mask as coder
     except ImportError as error:

@@ -100,6 +100,11 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
     }
     if not any(map(len, splits.values())):
         raise ValueError("\n  ".join(["No picture can be used.", *source.problems[:10]]))
+    if not writer.segments.any():
+        raise ValueError(
+            "No picture has a segment of any class, all pixels are void: nothing could be learned. Masks of 0 and 255 "
+            f'need a name for 255 in {mask_folder.NAMES_FILE}, such as {{"255": "cat"}}.'
+        )
     DatasetDict({split: rows for split, rows in splits.items() if len(rows)}).save_to_disk(part)
     for split in splits:
         (part / f"{split}.arrow").unlink()
@@ -130,6 +135,7 @@ class _Writer:
         self.segments = np.zeros(len(source.vocabulary), dtype=int)
         self.images = np.zeros(len(source.vocabulary), dtype=int)
         self.left_out: list[str] = []
+        self.crowds = 0
 
     def write(self, split: str, pictures: list[Picture], path: Path) -> Dataset:
         features = dataset_features()
@@ -146,6 +152,7 @@ class _Writer:
         content, ids, segments = read_annotated(picture)
         check_classes(picture, segments, len(self.source.vocabulary))
         self.left_out += picture.notes
+        self.crowds += sum(segment["iscrowd"] for segment in segments)
         classes = [segment["category_id"] for segment in segments if segment["category_id"] != NO_CLASS]
         self.segments += np.bincount(classes, minlength=len(self.segments))
         self.images[list(set(classes))] += 1
@@ -161,6 +168,12 @@ class _Writer:
 
     def report(self, images: dict[str, int]) -> dict[str, Any]:
         labels = self.source.vocabulary.labels
+        notes = list(self.source.notes)
+        if self.crowds:
+            notes.append(
+                f"{self.crowds} of {self.segments.sum()} segments are crowds (iscrowd 1), of which training learns "
+                "nothing; where they are single objects, as in CVAT's masks, set iscrowd to 0"
+            )
         counts = zip(labels, self.segments.tolist(), self.images.tolist(), strict=True)
         return {
             "layout": self.source.layout,
@@ -168,7 +181,7 @@ class _Writer:
             "classes": {label: {"segments": segments, "images": number} for label, segments, number in counts},
             "problems": self.source.problems,
             "left_out": self.left_out,
-            "notes": self.source.notes,
+            "notes": notes,
         }
 
 

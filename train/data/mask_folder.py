@@ -222,6 +222,8 @@ def mask_values(path: Path, names: MaskNames) -> np.ndarray:
         ValueError: it is a picture of a kind that does not fit the names; the file is named.
     """
     with Image.open(path) as picture:
+        if picture.format in ("JPEG", "MPO"):
+            raise ValueError(f"{path}: a mask is stored as JPEG, which changes its values: save masks as PNG")
         mode, picture = picture.mode, ImageOps.exif_transpose(picture)
         if names.by_color:
             if mode not in ("1", "L", "P", "RGB", "RGBA"):
