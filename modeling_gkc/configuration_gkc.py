@@ -14,21 +14,13 @@
 """Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet image tower (`CLIPResNetConfig`)."""
 
 import copy
-import functools
-import re
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
-import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .argument_checks import check_number, check_whole_number, shown
-from .label_text import tidy
 from .remote_code import CodeSavingMixin
 
 CLASSIFIERS = ("projection", "convex_combination")
@@ -38,6 +30,7 @@ DEFORMABLE_ATTENTION_KERNELS = ("grid_sample", "embedding_bag", "triton")
 BACKBONE_STRIDES = (4, 8, 16, 32)
 NUM_FEATURE_LEVELS = 3
 GROUP_NORM_GROUPS = 32
+LAST_FOUR = [-4, -3, -2, -1]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,88 +38,12 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_positive(config: PreTrainedConfig, names: tuple[str, ...], part: str = "") -> None:
-    """Refuse fields that are no whole number from 1 to their limit in `_LIMITS`."""
+def _require_positive(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        _require(is_number, f"`{part}{name}` must be a whole number, got {shown(value)}.")
-        _require(value > 0, f"`{part}{name}` must be positive, got {shown(value)}.")
-        limit = _LIMITS.get(name, MAX_WIDTH)
-        _require(value <= limit, f"`{part}{name}` must be at most {limit}, got {shown(value)}.")
+        _require(value > 0, f"`{name}` must be positive, got {value}.")
 
 
-def _check_common(config: PreTrainedConfig, part: str = "") -> None:
-    """Check the fields of every configuration of transformers that it trusts when a model is built, saved or shown."""
-    dtype = config.dtype
-    _require(
-        dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
-        f"`{part}dtype` must be a floating-point type such as 'float32', got {shown(dtype)}.",
-    )
-    attention = config._attn_implementation
-    _require(
-        attention is None or isinstance(attention, str),
-        f"`{part}attn_implementation` must be a name such as 'sdpa', got {shown(attention)}.",
-    )
-    quantization = getattr(config, "quantization_config", None)
-    _require(
-        quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict"),
-        f"`{part}quantization_config` must be an object of settings, got {shown(quantization)}.",
-    )
-
-
-# Far above what anyone has trained; a damaged file is refused before a model of such a size is built.
-MAX_WIDTH = 2**16
-MAX_LAYERS = 256
-_LIMITS = {
-    "decoder_layers": MAX_LAYERS,
-    "encoder_layers": MAX_LAYERS,
-    "num_hidden_layers": MAX_LAYERS,
-    "encoder_num_points": 1024,
-    "num_channels": 1024,
-    "vocab_size": 2**24,
-    "train_num_points": 2**24,
-}
-_CONFIG = TypeVar("_CONFIG", bound=type)
-# Raised inside transformers by values of types that it does not expect.
-_ERRORS_OF_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
-
-
-def _refusing_by_value_error(config_class: _CONFIG) -> _CONFIG:
-    """Let a class of configurations raise ValueErrors of one line for whatever is wrong with its values."""
-    init = config_class.__init__
-
-    @functools.wraps(init)
-    def checked_init(self: PreTrainedConfig, *args, **kwargs) -> None:
-        _check_id2label(kwargs)
-        try:
-            init(self, *args, **kwargs)
-        except _ERRORS_OF_VALUES as error:
-            raise ValueError(_reason(config_class, error, kwargs)) from error
-
-    config_class.__init__ = checked_init
-    return config_class
-
-
-def _check_id2label(values: dict[str, Any]) -> None:
-    labels = values.get("id2label")
-    is_map = isinstance(labels, dict) and all(re.fullmatch(r"\d{1,9}", str(key)) for key in labels)
-    _require(labels is None or is_map, f"`id2label` must map the numbers of classes to names, got {shown(labels)}.")
-
-
-def _reason(config_class: type, error: Exception, values: dict[str, Any]) -> str:
-    named = re.match(r"Validation error for field '(\w+)'", str(error))
-    if named is None:
-        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        reason = " ".join(str(cause).split())[:300]
-        return f"the values make no {config_class.__name__}: {type(cause).__name__}: {reason}"
-    name = named[1]
-    field = config_class.__dataclass_fields__.get(name)
-    kind = str(getattr(field.type, "__name__", field.type) if isinstance(field.type, type) else field.type)
-    return f"`{name}` must be of the type {kind}, got {shown(values.get(name))}."
-
-
-@_refusing_by_value_error
 @strict
 class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
@@ -166,7 +83,6 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.depths = list(self.depths)
         self._check()
-        kwargs.pop("stage_names", None)  # of a stored configuration, where they are written for others
         self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
         out_features = kwargs.pop("out_features", None)
         out_indices = kwargs.pop("out_indices", None)
@@ -178,9 +94,8 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     def _check(self):
         _require_positive(self, ("width", "num_attention_heads", "image_size", "projection_dim", "num_channels"))
         _require(
-            len(self.depths) == 4 and all(type(depth) is int and 0 < depth <= MAX_LAYERS for depth in self.depths),
-            f"`depths` needs four positive numbers of blocks, at most {MAX_LAYERS}, one per stage, got "
-            f"{shown(self.depths)}.",
+            len(self.depths) == 4 and all(depth > 0 for depth in self.depths),
+            f"`depths` needs four positive numbers of blocks, one per stage, got {self.depths}.",
         )
         _require(self.width % 2 == 0, f"`width` must be even (the stem starts with half of it), got {self.width}.")
         _require(
@@ -203,7 +118,6 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
         return 32 * self.width
 
 
-@_refusing_by_value_error
 @strict
 class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     r"""
@@ -216,7 +130,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
 
     Args:
         backbone_config: Configuration of any transformers `AutoBackbone` that returns four feature maps of strides 4,
-            8, 16 and 32, as object or dict with `model_type`. Default: `CLIPResNetConfig()`, CLIP RN50.
+            8, 16 and 32, as object or dict with `model_type`; of a dict that selects no stages, the last four are
+            taken. Default: `CLIPResNetConfig()`, CLIP RN50. timm's models (`timm_backbone`) need timm.
         text_config: `CLIPTextConfig` or dict of the frozen text tower. Default: RN50's text tower (hidden 512,
             8 heads, 12 layers, context 77, D = 1024).
         hidden_size: Width C of both decoders.
@@ -312,13 +227,10 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.backbone_config = _resolve_backbone_config(self.backbone_config)
         self.text_config = _resolve_text_config(self.text_config)
-        self._check_vocabulary()
         if self.vocabulary is not None and self.id2label is None:
             self.id2label = {index: names[0] for index, names in enumerate(self.vocabulary)}
             self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
-        if self.vocabulary is not None:
-            self.label2id = {name: index for index, name in self.id2label.items()}
         self._check()
 
     @property
@@ -327,15 +239,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         return self.text_config.projection_dim
 
     def _check(self):
-        for config, part in (
-            (self, ""),
-            (self.backbone_config, "backbone_config."),
-            (self.text_config, "text_config."),
-        ):
-            _check_common(config, part)
         self._check_sizes()
         self._check_backbone()
-        self._check_text()
         self._check_losses()
         self._check_classifier()
         _require(
@@ -346,52 +251,17 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             self.prompt_reduction in PROMPT_REDUCTIONS,
             f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.prompt_reduction!r}.",
         )
-
-    def _check_vocabulary(self):
         stored = self.vocabulary or []
-        for field in ("vocabulary", "source_vocabulary"):
-            for index, names in enumerate(getattr(self, field) or []):
-                _require(bool(names), f"`{field}` names nothing for class {index}.")
-                for name in names:
-                    _require_label(name, f"`{field}`, class {index}")
         for name in ("vocabulary_is_thing", "vocabulary_colors", "vocabulary_templates"):
             _require(
                 getattr(self, name) is None or len(getattr(self, name)) == len(stored),
                 f"`{name}` needs one entry for each of the {len(stored)} stored classes.",
             )
-        check_whole_number("vocabulary_num_prompts", self.vocabulary_num_prompts, 0, _LIMITS["vocab_size"])
         _require(
             self.vocabulary_num_prompts >= len(stored),
             f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts} cannot be less than the {len(stored)} stored "
             "classes; use `model.set_vocabulary(...)` instead of writing `vocabulary` by hand.",
         )
-        _require(
-            bool(stored) or not self.vocabulary_num_prompts,
-            f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts}, but `vocabulary` stores no class.",
-        )
-        if stored and self.id2label is not None:
-            ids = sorted(map(str, self.id2label))
-            _require(
-                ids == sorted(map(str, range(len(stored))))
-                and all(isinstance(v, str) for v in self.id2label.values()),
-                f"`id2label` must name the {len(stored)} stored classes 0..{len(stored) - 1}, got "
-                f"{shown(self.id2label)}: `model.set_vocabulary(...)` writes both.",
-            )
-
-    def _check_text(self):
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _require_positive(self.text_config, (*names, "max_position_embeddings", "projection_dim"), "text_config.")
-        text = self.text_config
-        _require(
-            text.hidden_act in ACT2FN,
-            f"`text_config.hidden_act` must be an activation of transformers, got {shown(text.hidden_act)}.",
-        )
-        check_number("text_config.layer_norm_eps", text.layer_norm_eps, 0, 1)
-        check_number("text_config.attention_dropout", text.attention_dropout or 0, 0, 1)
-        for name in ("initializer_range", "initializer_factor"):
-            check_number(f"text_config.{name}", getattr(text, name), 0)
-        # 2 stands for the largest token in OpenAI's first conversions.
-        check_whole_number("text_config.eos_token_id", text.eos_token_id, 0, max(text.vocab_size - 1, 2))
 
     def _check_sizes(self):
         sizes = ("hidden_size", "mask_feature_size", "encoder_layers", "encoder_ffn_dim", "encoder_num_points")
@@ -406,9 +276,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             f"`hidden_size` = {self.hidden_size} must be a multiple of {GROUP_NORM_GROUPS}, the groups of the pixel "
             "decoder's normalisation.",
         )
-        check_number("dropout", self.dropout, 0)
-        _require(self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
-        check_number("logit_scale_init_value", self.logit_scale_init_value, -100, 100)
+        _require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
         _require(
             self.deformable_attention in (None, *DEFORMABLE_ATTENTION_KERNELS),
             f"`deformable_attention` must be None or one of {', '.join(DEFORMABLE_ATTENTION_KERNELS)}, got "
@@ -439,25 +307,30 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         )
 
     def _check_backbone(self):
-        stages = getattr(self.backbone_config, "out_features", None)
-        _require(
-            stages is not None,
-            f"`backbone_config` of type {self.backbone_config.model_type!r} is no backbone: it has no `out_features`.",
-        )
-        _require(
-            len(stages) == 4 and "stem" not in stages,
-            f"the backbone must return four feature maps (strides 4, 8, 16, 32), but `out_features` is {stages}; set "
-            f"`out_features` to the four stages of {self.backbone_config.stage_names}.",
-        )
+        config = self.backbone_config
+        if not isinstance(config, BackboneConfigMixin):
+            raise ValueError(
+                f"`backbone_config` of type {config.model_type!r} is no backbone: use one that transformers' "
+                "AutoBackbone knows and that gives maps of strides 4, 8, 16 and 32, such as 'clip_resnet', 'resnet', "
+                "'swin' or 'convnext'."
+            )
+        # A model of timm names its stages only once it is made.
+        if stage_names := getattr(config, "stage_names", None):
+            field, stages, choice = "out_features", config.out_features, f"the four stages of {stage_names}"
+        else:
+            field, stages, choice = "out_indices", config.out_indices, f"its last four levels, {LAST_FOUR}"
+        if stages is None or len(stages) != 4 or "stem" in stages:
+            raise ValueError(
+                f"the backbone must return four feature maps (strides 4, 8, 16, 32), but `{field}` is {stages}; set "
+                f"`{field}` to {choice}."
+            )
 
     def _check_losses(self):
         _require_positive(self, ("train_num_points",))
         weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
         for name in weights:
             _require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
-            check_number(name, getattr(self, name), 0)
         _require(self.oversample_ratio >= 1, f"`oversample_ratio` must be at least 1, got {self.oversample_ratio}.")
-        check_number("oversample_ratio", self.oversample_ratio, 1, 1000)
         _require(
             0 <= self.importance_sample_ratio <= 1,
             f"`importance_sample_ratio` must lie between 0 and 1, got {self.importance_sample_ratio}.",
@@ -469,22 +342,22 @@ def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrain
         return CLIPResNetConfig()
     if isinstance(config, PreTrainedConfig):
         return _own_copy(config)
-    _require(
-        isinstance(config, dict),
-        f"`backbone_config` must be the configuration of a backbone or a dict of its fields, got {shown(config)}.",
-    )
     values = _without_origin(config)
     model_type = values.pop("model_type", CLIPResNetConfig.model_type)
     if model_type == CLIPResNetConfig.model_type:
-        return _nested("backbone_config", CLIPResNetConfig, values)
+        return CLIPResNetConfig(**values)
     _require(
-        isinstance(model_type, str) and model_type in CONFIG_MAPPING,
+        model_type in CONFIG_MAPPING,
         f"`backbone_config` has the unknown model_type {model_type!r}; use one that transformers' AutoBackbone knows, "
         "such as 'clip_resnet', 'resnet', 'swin' or 'convnext'.",
     )
-    if not {"out_features", "out_indices"} & values.keys():
-        values["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
-    return _nested("backbone_config", CONFIG_MAPPING[model_type], values)
+    config = CONFIG_MAPPING[model_type](**values)
+    if isinstance(config, BackboneConfigMixin) and not {"out_features", "out_indices"} & values.keys():
+        if stage_names := getattr(config, "stage_names", None):
+            config.out_features = stage_names[-4:]
+        else:
+            config.out_indices = LAST_FOUR
+    return config
 
 
 def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConfig:
@@ -497,26 +370,7 @@ def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConf
         f"`text_config` must be a CLIPTextConfig or a dict of its fields, got {type(config).__name__}; for a CLIP "
         "model's config pass its `text_config`.",
     )
-    values = {key: value for key, value in _without_origin(config).items() if key != "model_type"}
-    return _nested("text_config", CLIPTextConfig, values)
-
-
-def _nested(field: str, config_class: Callable[..., PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration inside another's field, whose errors name the field."""
-    try:
-        _check_id2label(values)
-        return config_class(**values)
-    except _ERRORS_OF_VALUES as error:
-        raise ValueError(f"`{field}`: {_reason(config_class, error, values)}") from error
-    except ValueError as error:
-        raise ValueError(f"`{field}`: {error}") from error
-
-
-def _require_label(name: Any, place: str) -> None:
-    try:
-        _require(bool(tidy(name)), f"{place} has an empty name.")
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+    return CLIPTextConfig(**{key: value for key, value in _without_origin(config).items() if key != "model_type"})
 
 
 def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -527,11 +381,8 @@ def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _without_origin(values: dict) -> dict:
-    """The fields without the path that they were loaded from, which a published checkpoint must not tell.
-
-    An `auto_map` would let transformers ask whether to run code of the folder.
-    """
-    return {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path", "auto_map")}
+    """The fields without the path that they were loaded from: a published checkpoint must not tell it."""
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
 
 
 AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig, exist_ok=True)

@@ -1,0 +1,92 @@
+"""Backbones of transformers and timm, by their configurations."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, TimmBackboneConfig
+from transformers.models.timm_backbone import modeling_timm_backbone
+
+from modeling_gkc import GKCForOpenVocabSegmentation
+
+from .common_models import saved_and_loaded, tiny_config
+
+NO_BACKBONES = ("vit", "swiftformer", "clip_vision_model", "mobilenet_v2", "segformer", "bert", "regnet")
+FLAT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+
+
+class StubLevels(nn.Module):
+    """Stands for a model of timm: five levels of strides 2 to 32, of which some are given."""
+
+    def __init__(self, out_indices):
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3 if level == 0 else 8, 8, 3, 2, 1) for level in range(5))
+        self.norm = nn.BatchNorm2d(8)
+        info = [{"module": f"layer{level}", "num_chs": 8, "index": level} for level in range(5)]
+        self.indices = [index % 5 for index in out_indices]
+        chosen = [info[index] for index in self.indices]
+        self.feature_info = SimpleNamespace(
+            info=info,
+            out_indices=self.indices,
+            module_name=lambda: [level["module"] for level in chosen],
+            get_dicts=lambda: chosen,
+        )
+
+    def forward(self, pixel_values):
+        maps = [pixel_values]
+        for convolution in self.convolutions:
+            maps.append(self.norm(convolution(maps[-1])))
+        return [maps[1 + index] for index in self.indices]
+
+
+@pytest.fixture
+def stub_timm(monkeypatch):
+    """Here torchvision, which timm imports, is built for another torch."""
+    timm = SimpleNamespace(create_model=lambda name, out_indices, **kwargs: StubLevels(out_indices))
+    monkeypatch.setattr(modeling_timm_backbone, "timm", timm, raising=False)
+    monkeypatch.setattr(modeling_timm_backbone, "requires_backends", lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"model_type": "timm_backbone", "backbone": "stub"},
+        {"model_type": "timm_backbone", "backbone": "stub", "out_indices": [1, 2, 3, 4]},
+        TimmBackboneConfig(backbone="stub", out_indices=(1, 2, 3, 4)),
+    ],
+    ids=["a dict", "a dict with levels", "a configuration"],
+)
+def test_backbones_of_timm(stub_timm, backbone, tmp_path):
+    model = GKCForOpenVocabSegmentation(tiny_config(backbone_config=backbone)).eval()
+    call = {"pixel_values": torch.rand(1, 3, 64, 64), "class_embeds": torch.eye(2, 16)}
+    expected = model(**call).masks_queries_logits
+    assert expected.shape[-2:] == (16, 16)
+    loaded = saved_and_loaded(model, tmp_path)
+    torch.testing.assert_close(loaded(**call).masks_queries_logits, expected)
+    assert loaded.config.backbone_config.out_indices == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("levels", [[-1], [0, 1, 2, 3, 4]])
+def test_other_levels_of_timm_are_refused(levels):
+    with pytest.raises(ValueError, match=r"`out_indices` is \[.*\]; set `out_indices` to its last four levels"):
+        tiny_config(backbone_config=TimmBackboneConfig(backbone="resnet18", out_indices=levels))
+
+
+@pytest.mark.parametrize("model_type", NO_BACKBONES)
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_what_is_no_backbone_is_refused_by_name(model_type, as_dict):
+    config = {"model_type": model_type} if as_dict else CONFIG_MAPPING[model_type](out_features=["stage1"] * 4)
+    with pytest.raises(ValueError, match=f"`backbone_config` of type '{model_type}' is no backbone"):
+        tiny_config(backbone_config=config)
+
+
+def test_the_last_four_stages_are_taken():
+    assert tiny_config(backbone_config={"model_type": "resnet"}).backbone_config.out_indices == [1, 2, 3, 4]
+    assert tiny_config(backbone_config={"model_type": "pp_lcnet"}).backbone_config.out_indices == [2, 3, 4, 5]
+
+
+def test_a_backbone_of_one_stride_says_so():
+    model = GKCForOpenVocabSegmentation(tiny_config(backbone_config={"model_type": "dinov2", **FLAT})).eval()
+    with pytest.raises(ValueError, match="must give maps of strides 4, 8, 16 and 32"):
+        model(torch.rand(1, 3, 64, 64), class_embeds=torch.eye(2, 16))
