@@ -20,9 +20,10 @@ import dataclasses
 import json
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import ModelOutput
+from transformers.utils.import_utils import is_tracing
 
 from .atomic_files import atomic_path
 from .sealed_files import UNSEALED, require_sealed, seal_safetensors
@@ -54,10 +57,13 @@ class GKCClassEmbeddings(ModelOutput):
     Attributes:
         class_embeds: (N, D) L2-normalised text embeddings of the names.
         class_ids: (N,) class of each name, 0..K-1.
+        names_per_class: (K,) number of names of each class. Its shape tells `forward` how many classes there are, so
+            that it need not read `class_ids`, which a compiled or exported graph cannot.
     """
 
     class_embeds: Tensor | None = None
     class_ids: Tensor | None = None
+    names_per_class: Tensor | None = None
 
 
 class TextEmbeddingCache:
@@ -148,23 +154,44 @@ def _prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[bytes
     ]
 
 
-def weights_state(module: nn.Module) -> tuple:
+def weights_state(module: nn.Module) -> tuple | None:
     """Something that differs once the weights of a module have changed, without reading all of them.
 
     Changes in place count up a version, unless they go through `.data`, as adapters that are merged do; a sample of
-    the values shows those.
+    the values shows those. Quantised weights are looked at where they are stored.
+
+    Returns:
+        The state; None where weights cannot be looked at, and nothing that was made of them may be remembered.
     """
-    return tuple(
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, _sample(weight))
-        for weight in module.parameters()
-    )
+    if any(isinstance(value, torch.ScriptObject) for layer in module.modules() for value in vars(layer).values()):
+        return None
+    try:
+        weights = [part for weight in chain(module.parameters(), module.buffers()) for part in _stored_parts(weight)]
+        versions = [
+            (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype) for weight in weights
+        ]
+        return tuple(versions), _samples(weights)
+    except (RuntimeError, TypeError):  # a kind of tensor that has no memory of its own, or does not show it
+        return None
 
 
-def _sample(weight: Tensor) -> float:
-    if weight.device.type == "meta":  # offloaded, and read anew for each use
-        return 0.0
-    values = weight.detach().flatten()
-    return float(values[:: max(1, len(values) // WEIGHTS_SAMPLED)].double().sum())
+def _stored_parts(weight: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a weight is stored in: itself, or what a quantised or sharded one wraps."""
+    if is_traceable_wrapper_subclass(weight):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _stored_parts(getattr(weight, name))
+    else:
+        yield weight
+
+
+def _samples(weights: list[Tensor]) -> tuple[float, ...]:
+    """Some values of each tensor, read from each device at once."""
+    samples = defaultdict(list)
+    for weight in weights:
+        if weight.device.type != "meta":  # offloaded, and read anew for each use
+            values = weight.detach().flatten()
+            samples[weight.device].append(values[:: max(1, len(values) // WEIGHTS_SAMPLED)].float())
+    return tuple(value for parts in samples.values() for value in torch.cat(parts).tolist())
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -172,18 +199,41 @@ def has_adapters(module: nn.Module) -> bool:
     return any(hasattr(layer, "base_layer") for layer in module.modules())
 
 
-def count_classes(class_ids: Tensor, num_prompts: int, name: str = "class_ids") -> int:
+def count_classes(
+    class_ids: Tensor,
+    num_prompts: int,
+    name: str = "class_ids",
+    counts: Tensor | None = None,
+    counts_name: str = "names_per_class",
+) -> int:
     """The number K of classes that (P,) class ids name.
 
+    Args:
+        class_ids: (P,).
+        num_prompts: P.
+        name, counts_name: What messages call `class_ids` and `counts`.
+        counts: (K,) number of prompts of each class, checked when the ids were made. With them ids are not read where
+            that cannot be (in a graph) or takes long (from an accelerator).
+
     Raises:
-        ValueError: the ids are not P numbers from 0 that leave none out.
+        ValueError: the ids are not P numbers from 0 that leave none out, they do not fit `counts`, or they would have
+            to be read in a graph.
     """
     if class_ids.shape != (num_prompts,):
         raise ValueError(f"`{name}` must have shape ({num_prompts},), got {tuple(class_ids.shape)}.")
+    if counts is not None and (is_tracing(class_ids) or class_ids.device.type != "cpu"):
+        return counts.shape[0]
+    if is_tracing(class_ids) and not torch.jit.is_tracing():
+        raise ValueError(
+            f"A compiled or exported model cannot read how many classes `{name}` hold: give `{counts_name}` too, as "
+            "`model.get_class_embeddings` and GKCProcessor do; pass on all that they return."
+        )
     present = class_ids.unique().tolist()
     missing = sorted(set(range(max(present) + 1)) - set(present))
     if present[0] < 0 or missing:
         raise ValueError(f"`{name}` must count from 0 and leave none out: smallest {present[0]}, missing {missing}.")
+    if counts is not None and counts.tolist() != class_ids.bincount().tolist():
+        raise ValueError(f"`{counts_name}` must count each number of `{name}`: they were not made together.")
     return len(present)
 
 
@@ -207,20 +257,37 @@ def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str, num_
     if num_classes is None:
         num_classes = count_classes(class_ids, logits.shape[-1] - 1)
     prompts, no_object = logits[..., :-1], logits[..., -1:]
+    if torch.jit.is_tracing():
+        return torch.cat([_reduce_without_scattering(prompts, class_ids, reduction, num_classes), no_object], dim=-1)
     index = class_ids.to(logits.device).expand_as(prompts)
     reduced = prompts.new_zeros(*prompts.shape[:-1], num_classes)
     reduced = reduced.scatter_reduce(-1, index, prompts, "mean" if reduction == "mean" else "amax", include_self=False)
     return torch.cat([reduced, no_object], dim=-1)
 
 
-def average_class_embeds(class_embeds: Tensor, class_ids: Tensor) -> Tensor:
-    """Averages (P, D) prompt embeddings of each class and normalises them: (K, D)."""
-    sums = class_embeds.new_zeros(count_classes(class_ids, len(class_embeds)), class_embeds.shape[-1])
+def _reduce_without_scattering(prompts: Tensor, class_ids: Tensor, reduction: str, num_classes: int) -> Tensor:
+    """(..., P) -> (..., K) by comparing all with all: the ONNX form of a traced model has no such scattering."""
+    is_member = class_ids[:, None] == torch.arange(num_classes, device=class_ids.device)  # (P, K)
+    if reduction == "max":
+        return torch.where(is_member, prompts[..., None], -torch.inf).amax(dim=-2)
+    return torch.where(is_member, prompts[..., None], 0.0).sum(dim=-2) / is_member.sum(dim=0)
+
+
+def average_class_embeds(class_embeds: Tensor, class_ids: Tensor, num_classes: int | None = None) -> Tensor:
+    """Averages (P, D) prompt embeddings of each class and normalises them: (K, D).
+
+    `num_classes` is K, if it is known and `class_ids` have been checked.
+    """
+    if num_classes is None:
+        num_classes = count_classes(class_ids, len(class_embeds))
+    if torch.jit.is_tracing():
+        return F.normalize(_reduce_without_scattering(class_embeds.T, class_ids, "mean", num_classes).T, dim=-1)
+    sums = class_embeds.new_zeros(num_classes, class_embeds.shape[-1])
     return F.normalize(sums.index_add(0, class_ids.to(class_embeds.device), class_embeds), dim=-1)
 
 
 def average_templates(
-    prompt_embeds: Tensor, class_ids: Tensor | None, name_ids: Tensor
+    prompt_embeds: Tensor, class_ids: Tensor | None, name_ids: Tensor, prompts_per_name: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Averages the prompts of each name, one per template.
 
@@ -228,6 +295,7 @@ def average_templates(
         prompt_embeds: (P, D).
         class_ids: (P,) class of each prompt, or None if each name is a class of its own.
         name_ids: (P,) name of each prompt, 0..N-1.
+        prompts_per_name: (N,) number of prompts of each name; needed in a graph, see `count_classes`.
 
     Returns:
         (N, D) normalised embeddings of the names, and the class of each (N,) or None.
@@ -235,12 +303,12 @@ def average_templates(
     Raises:
         ValueError: ids that leave one out, or a name with prompts of several classes.
     """
-    num_names = count_classes(name_ids, len(prompt_embeds), "name_ids")
-    embeds = average_class_embeds(prompt_embeds, name_ids)
+    num_names = count_classes(name_ids, len(prompt_embeds), "name_ids", prompts_per_name, "prompts_per_name")
+    embeds = average_class_embeds(prompt_embeds, name_ids, num_names)
     if class_ids is None:
         return embeds, None
     classes = class_ids.new_zeros(num_names).scatter_(0, name_ids, class_ids)
-    if not torch.equal(classes[name_ids], class_ids):
+    if not is_tracing(class_ids) and not torch.equal(classes[name_ids], class_ids):
         raise ValueError("`name_ids` gives one name to prompts of several classes; number names class by class.")
     return embeds, classes
 
@@ -341,9 +409,11 @@ def add_void_words(
         model,
         processor,
     )
+    class_ids = torch.cat([embeddings.class_ids, void.class_ids + len(vocabulary)])
     embeddings = GKCClassEmbeddings(
         class_embeds=torch.cat([embeddings.class_embeds, void.class_embeds]),
-        class_ids=torch.cat([embeddings.class_ids, void.class_ids + len(vocabulary)]),
+        class_ids=class_ids,
+        names_per_class=class_ids.bincount(),
     )
     return joined, embeddings, void_ids
 
@@ -398,7 +468,7 @@ def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddi
         raise ValueError(
             f"{path} was written with another text tower than this model's: write it anew with `gkc embed --model`."
         )
-    return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids), vocabulary
+    return GKCClassEmbeddings(embeds, class_ids, class_ids.bincount()), vocabulary
 
 
 def _probe(model: Any) -> Tensor:
@@ -409,7 +479,7 @@ def _probe(model: Any) -> Tensor:
     tokens = (steps * 7919 + 1) % config.vocab_size
     tokens[tokens == config.eos_token_id] -= 1
     tokens[:, -1] = config.eos_token_id
-    return model.get_text_features(tokens.to(_input_device(model)))
+    return model.embed_prompts(tokens.to(_input_device(model)))
 
 
 def _same_tower(first: Tensor, second: Tensor) -> bool:

@@ -77,7 +77,7 @@ def _encode(model: Any, prompts: BatchFeature) -> GKCClassEmbeddings:
     steps = [prompts[name].split(PROMPTS_PER_STEP) for name in ("input_ids", "attention_mask")]
     with tqdm(total=len(prompts["input_ids"]), unit="prompt", disable=None) as bar:
         for ids, mask in zip(*steps, strict=True):
-            model.get_text_features(ids, mask)
+            model.embed_prompts(ids, mask)
             bar.update(len(ids))
     return model.get_class_embeddings(**prompts)
 

@@ -52,7 +52,7 @@ def multi_scale_deformable_attention(
             it values are zero. In fp32 at least: half precision misses a position of a large map by a cell.
         attention_weights: (B, N, M, L, R) weights of the samples.
         kernel: `grid_sample`, `embedding_bag` or `triton`; default: what the environment's `GKC_DEFORMABLE_ATTENTION`
-            names, else the fastest for the device.
+            names, else the fastest for the device. `torch.jit.trace` always records `grid_sample`.
 
     Returns:
         (B, N, M * E) weighted sums, heads concatenated.
@@ -68,6 +68,8 @@ def multi_scale_deformable_attention(
     kernel = kernel or os.environ.get(KERNEL_VARIABLE) or fastest_kernel(value, sampling_locations, attention_weights)
     if kernel not in KERNELS:
         raise ValueError(f"The kernel of deformable attention must be one of {', '.join(KERNELS)}, got {kernel!r}.")
+    if torch.jit.is_tracing():  # which records no autograd function and no kernel of Triton's
+        kernel = "grid_sample"
     return KERNELS[kernel](value, spatial_shapes, sampling_locations, attention_weights)
 
 

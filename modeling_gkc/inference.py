@@ -25,9 +25,10 @@ from transformers.models.resnet.modeling_resnet import (
 )
 from transformers.utils import logging
 
+from .modeling_clip_resnet import CLIPResNetConvLayer
 from .padding import round_up
 
-RESNET_PARTS = (ResNetBasicLayer, ResNetBottleNeckLayer, ResNetConvLayer)
+RESNET_PARTS = (CLIPResNetConvLayer, ResNetBasicLayer, ResNetBottleNeckLayer, ResNetConvLayer)
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +49,7 @@ def fold_batch_norms(model: nn.Module) -> int:
 
 
 def work_in_place(model: nn.Module) -> None:
-    """Lets the ReLUs of transformers' ResNets overwrite what they are given, which nothing else reads."""
+    """Lets the ReLUs of ResNets overwrite what they are given, which nothing else reads."""
     for module in model.modules():
         if isinstance(module, RESNET_PARTS) and type(module.activation) is nn.ReLU:
             module.activation.inplace = True

@@ -167,7 +167,7 @@ class GKCMaskDecoderLayer(GradientCheckpointingLayer):
         positioned = queries + query_positions
         attended, self_attention = self.self_attn(positioned, positioned, queries)
         queries = self.self_attn_layer_norm(queries + self.dropout(attended))
-        transformed = self.fc2(self.dropout(F.relu(self.fc1(queries), inplace=True)))
+        transformed = self.fc2(self.dropout(F.relu(self.fc1(queries))))
         return self.final_layer_norm(queries + self.dropout(transformed)), self_attention, cross_attention
 
 

@@ -32,12 +32,15 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .attention import eager_attention
 from .configuration_gkc import CLIPResNetConfig
 from .remote_code import CodeRegistrationMixin
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -69,6 +72,12 @@ def channels_last(pixel_values: Tensor) -> Tensor:
     return pixel_values.contiguous(memory_format=torch.channels_last)
 
 
+def in_dtype_of(module: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Images in the floating-point type of the module's first weights, which are the ones that take them."""
+    dtype = next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), pixel_values.dtype)
+    return pixel_values.to(dtype) if pixel_values.is_floating_point() else pixel_values
+
+
 class CLIPResNetConvLayer(nn.Module):
     """Convolution, BatchNorm, and ReLU if `activation`."""
 
@@ -80,7 +89,7 @@ class CLIPResNetConvLayer(nn.Module):
             in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
         )
         self.normalization = nn.BatchNorm2d(out_channels)
-        self.activation = nn.ReLU(inplace=True) if activation else nn.Identity()
+        self.activation = nn.ReLU() if activation else nn.Identity()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self._is_cheaper_folded(hidden_states):
@@ -179,7 +188,7 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
         if self.shortcut is not None:
             residual = self.shortcut(self.pooler(residual))
         hidden_states = self.expand(self.pooler(self.spatial(self.reduce(hidden_states))))
-        return hidden_states.add_(residual).relu_()
+        return (hidden_states + residual).relu_()  # the sum is this block's own
 
 
 class CLIPResNetEncoder(nn.Module):
@@ -200,7 +209,7 @@ class CLIPResNetEncoder(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        hidden_states = (self.stem(channels_last(pixel_values)),)
+        hidden_states = (self.stem(channels_last(in_dtype_of(self.stem, pixel_values))),)
         for stage in self.stages:
             hidden_states += (stage(hidden_states[-1]),)
         return hidden_states
@@ -276,17 +285,18 @@ class GKCModelMixin(CodeRegistrationMixin):
     def requested_outputs(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
         """What a call asks for; where it says nothing, what the configuration says.
 
-        Raises:
-            ValueError: if attention weights are asked of an implementation that does not have them.
+        Attention weights are left out, with a warning, where the implementation does not have them.
         """
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_attentions and config._attn_implementation != "eager":
-            raise ValueError(
-                f"Attention weights exist only in eager attention, not in {config._attn_implementation!r}: call "
-                "`model.set_attn_implementation('eager')`, or load with `attn_implementation='eager'`."
-            )
+        if output_attentions and config._attn_implementation == "sdpa":
+            output_attentions = False
+            if not is_tracing():
+                logger.warning_once(
+                    "Attention weights exist only in eager attention, not in 'sdpa', and are left out: call "
+                    "`model.set_attn_implementation('eager')`, or load with `attn_implementation='eager'`."
+                )
         return {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
 
 
@@ -377,10 +387,8 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
                 32 x 32.
             output_dense_embeds: Also return the embedding at every position of the last feature map.
             output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
-            output_attentions: Also return the weights of the attention pooling; default: as configured.
-
-        Raises:
-            ValueError: if attention weights are asked for and the attention is not eager.
+            output_attentions: Also return the weights of the attention pooling; default: as configured. SDPA has
+                none, as a warning says.
         """
         requested = self.requested_outputs(output_hidden_states, output_attentions)
         hidden_states = self.encoder(pixel_values)
@@ -407,4 +415,6 @@ __all__ = [
     "CLIPResNetVisionModel",
     "CLIPResNetVisionOutput",
     "GKCModelMixin",
+    "channels_last",
+    "in_dtype_of",
 ]

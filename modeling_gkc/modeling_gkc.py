@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_BACKBONE_MAPPING,
@@ -43,6 +44,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .class_embedder import GKCClassEmbedder, GKCConvexClassEmbedder
 from .class_embeddings import (
@@ -60,8 +62,8 @@ from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
 from .inference import compile_image_path, fold_batch_norms, run_or_uncompile, warm_up, work_in_place
 from .loss_gkc import GKCCriterion, MaskParts, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
-from .modeling_clip_resnet import GKCModelMixin, channels_last
-from .padding import extend_masks, hide_padding, pad_to_stride, round_up
+from .modeling_clip_resnet import GKCModelMixin, channels_last, in_dtype_of
+from .padding import extend_masks, hide_padding, only_of_one_size, pad_to_stride, round_up
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 from .vocabulary import Vocabulary, VocabularyLike
 
@@ -185,13 +187,16 @@ class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Sets how attention is computed, as in transformers; a backbone that has no SDPA keeps what it has."""
-        if isinstance(attn_implementation, str):
-            parts = {"backbone_config": self.base_model.backbone, "text_config": getattr(self, "text_model", None)}
-            able = [
-                name for name, part in parts.items() if part and (part._supports_sdpa or attn_implementation != "sdpa")
-            ]
-            attn_implementation = {"": attn_implementation} | dict.fromkeys(able, attn_implementation)
+        asked, has_text_model = attn_implementation, hasattr(self, "text_model")
+        if isinstance(asked, str):
+            parts = {"backbone_config": self.base_model.backbone}
+            if has_text_model:
+                parts["text_config"] = self.text_model
+            able = [name for name, part in parts.items() if part._supports_sdpa or asked != "sdpa"]
+            attn_implementation = {"": asked} | dict.fromkeys(able, asked)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if isinstance(asked, str) and not has_text_model:
+            self.config.text_config._attn_implementation = asked
 
     def enable_input_require_grads(self) -> None:
         """Lets gradients start at the images, which adapters need in re-entrant checkpointing, for any backbone."""
@@ -253,6 +258,7 @@ class GKCModel(GKCPreTrainedModel):
         self.pixel_decoder = GKCPixelDecoder(config, self.backbone.channels)
         self.mask_decoder = GKCMaskDecoder(config)
         self.post_init()
+        self.train(self.training)
 
     @property
     def num_pooled_features(self) -> int:
@@ -288,17 +294,18 @@ class GKCModel(GKCPreTrainedModel):
         """Segments images.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images.
+            pixel_values: (B, 3, H, W) normalised images, cast to the dtype of the weights.
             output_stages: Give all S stages, not only the last; default: in training.
             pixel_mask: Accepted for the common call `model(**inputs)`; all of the input is looked at.
             output_hidden_states: Give what backbone and decoders compute; default: as configured.
-            output_attentions: Give the mask decoder's attention weights; default: as configured.
+            output_attentions: Give the mask decoder's attention weights; default: as configured. SDPA has none, as a
+                warning says.
 
         Raises:
-            ValueError: if attention weights are asked for and the attention is not eager, or if the backbone's maps
-                have other strides than 4, 8, 16 and 32.
+            ValueError: if the backbone's maps have other strides than 4, 8, 16 and 32.
         """
         requested = self.requested_outputs(output_hidden_states, output_attentions)
+        pixel_values = in_dtype_of(self.backbone, pixel_values)
         feature_maps = self.backbone(channels_last(pixel_values), return_dict=True).feature_maps
         _check_strides(pixel_values.shape, feature_maps)
         decoded = self.pixel_decoder(feature_maps)
@@ -350,7 +357,7 @@ def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     supported = getattr(MODEL_FOR_BACKBONE_MAPPING.get(type(config), None), "_supports_sdpa", True)
     if config._attn_implementation == "sdpa" and not supported:
         config._attn_implementation = None
-    return AutoBackbone.from_config(config, trust_remote_code=False)
+    return AutoBackbone.from_config(config)
 
 
 def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> None:
@@ -392,6 +399,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         self.text_cache = TextEmbeddingCache()
         self.is_optimized = False
         self.post_init()
+        self.train(self.training)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -462,30 +470,56 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
                 f"{purpose}."
             )
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Output of the text tower for tokenised prompts (P, L), as CLIP's method of this name gives it.
+
+        `pooler_output` (P, D) are the projected embeddings, not normalised; `embed_prompts` gives those that are
+        compared with queries. Hidden states and attentions come on request, as `CLIPTextModelWithProjection` has them.
+        """
+        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=output.text_embeds,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def embed_prompts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(P, D) L2-normalised embeddings of tokenised prompts (P, L); the text tower is frozen.
 
-        Prompts that were asked for before come from `self.text_cache`, whichever vocabulary they stood in.
+        Prompts that were asked for before come from `self.text_cache`, whichever vocabulary they stood in. A compiled
+        or exported graph always encodes them, all in one pass.
         """
+        if is_tracing(input_ids):
+            with torch.no_grad():
+                return self._encode_pass(input_ids, attention_mask)
         # Tensors made in inference mode could not be used in training later; those that are kept must be plain ones.
         with torch.inference_mode(False), torch.no_grad():
-            if has_adapters(self.text_model):
+            state = None if has_adapters(self.text_model) else self._text_state(input_ids.device.type)
+            if state is None:
                 return self._encode_prompts(input_ids, attention_mask)
-            return self.text_cache.embed(
-                input_ids, attention_mask, self._encode_prompts, self._text_state(input_ids.device.type)
-            )
+            return self.text_cache.embed(input_ids, attention_mask, self._encode_prompts, state)
 
     def _encode_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(PROMPTS_PER_PASS)
-        embeds = [
-            self.text_model(input_ids=ids, attention_mask=mask).text_embeds
-            for ids, mask in zip(input_ids.split(PROMPTS_PER_PASS), masks, strict=False)
-        ]
-        return F.normalize(torch.cat(embeds), dim=-1)
+        passes = zip(input_ids.split(PROMPTS_PER_PASS), masks, strict=False)
+        return torch.cat([self._encode_pass(ids, mask) for ids, mask in passes])
 
-    def _text_state(self, device: str) -> tuple:
-        """What text embeddings depend on beside the prompt: weights, where and in which type, and autocast."""
-        return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), weights_state(self.text_model)
+    def _encode_pass(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return F.normalize(self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output, dim=-1)
+
+    def _text_state(self, device: str) -> tuple | None:
+        """What text embeddings depend on beside the prompt: weights, where and in which type, and autocast.
+
+        None if the weights cannot be looked at.
+        """
+        weights = weights_state(self.text_model)
+        if weights is None:
+            return None
+        return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), weights
 
     def get_class_embeddings(
         self,
@@ -493,6 +527,8 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         attention_mask: Tensor | None = None,
         class_ids: Tensor | None = None,
         name_ids: Tensor | None = None,
+        names_per_class: Tensor | None = None,
+        prompts_per_name: Tensor | None = None,
     ) -> GKCClassEmbeddings:
         """Encodes a vocabulary once, for many calls of `forward`.
 
@@ -501,13 +537,25 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             class_ids: (P,) class of each prompt; default: each name its own class.
             name_ids: (P,) name of each prompt, 0..N-1, whose prompts (templates) are averaged; default: each prompt is
                 a name of its own.
+            names_per_class, prompts_per_name: (K,) and (N,) how many there are, as GKCProcessor counts them; needed in
+                compiled and exported graphs only.
+
+        Raises:
+            ValueError: if ids do not fit each other, or leave a class or a name out.
         """
-        with torch.inference_mode(False), torch.no_grad():  # as for `get_text_features`
-            embeds = self.get_text_features(input_ids, attention_mask)
+        with torch.inference_mode(False), torch.no_grad():  # as for `embed_prompts`
+            embeds = self.embed_prompts(input_ids, attention_mask)
             if name_ids is not None:
-                embeds, class_ids = average_templates(embeds, class_ids, name_ids)
-            class_ids = torch.arange(len(embeds), device=embeds.device) if class_ids is None else class_ids.clone()
-        return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids)
+                embeds, class_ids = average_templates(embeds, class_ids, name_ids, prompts_per_name)
+            if class_ids is None:
+                class_ids = torch.arange(len(embeds), device=embeds.device)
+                names_per_class = torch.ones_like(class_ids)
+            else:
+                num_classes = count_classes(class_ids, len(embeds), counts=names_per_class)
+                class_ids = class_ids.clone()
+                if names_per_class is None:
+                    names_per_class = class_ids.bincount(minlength=num_classes)
+        return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids, names_per_class=names_per_class)
 
     def set_vocabulary(self, vocabulary: VocabularyLike, processor) -> None:
         """Stores a vocabulary with the checkpoint; `config.id2label` follows.
@@ -577,6 +625,8 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         output_stages: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        names_per_class: Tensor | None = None,
+        prompts_per_name: Tensor | None = None,
     ) -> GKCForOpenVocabSegmentationOutput:
         """Segments images into words.
 
@@ -584,20 +634,24 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         checkpoint is used.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images; padded here to multiples of 32 where they are not.
+            pixel_values: (B, 3, H, W) normalised images, cast to the dtype of the weights; padded here to multiples
+                of 32 where they are not.
             pixel_mask: (B, H, W), 1 where there is image, 0 in padding to the right and below. In evaluation mode
-                images of different padded size are computed apart, so that no result depends on its neighbours.
+                images of different padded size are computed apart, so that no result depends on its neighbours; a
+                compiled or exported model takes images of one padded size at a time.
             input_ids, attention_mask: (P, L) tokenised prompts.
             class_ids: (P,) class of each prompt; default: each its own class.
             name_ids: (P,) name of each prompt of `input_ids`; the prompts of a name (templates) are averaged.
             class_embeds: (P, D) cached prompt embeddings of `get_class_embeddings`.
-            mask_labels: For each image (N, H, W) masks of 0 and 1, of the size of `pixel_values`; gives the loss
-                together with `class_labels`.
+            mask_labels: For each image (N, H, W) masks of 0 and 1, of the size of `pixel_values`, as a list or
+                stacked; gives the loss together with `class_labels`.
             class_labels: For each image (N,) classes.
             prompt_reduction: `mean`, `max` or `embedding_mean`; default: `config.prompt_reduction`.
             output_stages: Give all decoder stages; default: in training and with labels.
             output_hidden_states, output_attentions: As in `GKCModel`. In evaluation mode only for images of one padded
                 size, which the states then have.
+            names_per_class, prompts_per_name: As in `get_class_embeddings`, which returns the former with
+                `class_embeds`; needed in compiled and exported graphs only.
 
         Raises:
             ValueError: if both or none of the forms of text are there, labels do not fit, or the states asked for do
@@ -606,11 +660,13 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("`mask_labels` and `class_labels` must be given together.")
         has_labels = mask_labels is not None
-        words = self._words(input_ids, attention_mask, class_ids, name_ids, class_embeds, prompt_reduction)
+        counts = names_per_class, prompts_per_name
+        words = self._words(input_ids, attention_mask, class_ids, name_ids, class_embeds, prompt_reduction, *counts)
         pixel_values, content_sizes, mask_labels = pad_to_stride(pixel_values, pixel_mask, mask_labels)
         wants_stages = has_labels or (self.training if output_stages is None else output_stages)
         requested = self.requested_outputs(output_hidden_states, output_attentions)
-        segments = self._segment(pixel_values, content_sizes, wants_stages, requested)
+        sizes_differ = None if pixel_mask is None else content_sizes
+        segments = self._segment(pixel_values, sizes_differ, wants_stages, requested)
 
         stages = None
         if wants_stages:
@@ -640,17 +696,19 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         class_embeds: Tensor,
         class_ids: Tensor | None = None,
         prompt_reduction: str | None = None,
+        names_per_class: Tensor | None = None,
     ) -> Tensor:
         """Names segments that are already there by other words, without looking at the image again.
 
         Args:
             query_embeds: (B, Q, D) of an earlier output; they also tell how much of no-object is in a query.
-            class_embeds, class_ids, prompt_reduction: As in `forward`.
+            class_embeds, class_ids, prompt_reduction, names_per_class: As in `forward`.
 
         Returns:
             (B, Q, K + 1) class logits, the last column no-object.
         """
-        return self._name(query_embeds, self._words(None, None, class_ids, None, class_embeds, prompt_reduction))
+        words = self._words(None, None, class_ids, None, class_embeds, prompt_reduction, names_per_class)
+        return self._name(query_embeds, words)
 
     def _words(
         self,
@@ -660,6 +718,8 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         name_ids: Tensor | None,
         class_embeds: Tensor | None,
         prompt_reduction: str | None,
+        names_per_class: Tensor | None = None,
+        prompts_per_name: Tensor | None = None,
     ) -> GKCWords:
         """The vocabulary that is asked for, checked once."""
         reduction = prompt_reduction or self.config.prompt_reduction
@@ -668,17 +728,19 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         if input_ids is not None and class_embeds is not None:
             raise ValueError("Give the words as `input_ids` or as `class_embeds`, not both.")
         if input_ids is not None:
-            class_embeds, class_ids = self.get_class_embeddings(
-                input_ids, attention_mask, class_ids, name_ids
+            class_embeds, class_ids, names_per_class = self.get_class_embeddings(
+                input_ids, attention_mask, class_ids, name_ids, names_per_class, prompts_per_name
             ).to_tuple()
         elif name_ids is not None or attention_mask is not None:
             raise ValueError("`attention_mask` and `name_ids` need `input_ids` beside them.")
-        embeds, class_ids, num_classes = self._prompts(class_ids, class_embeds)
+        embeds, class_ids, num_classes = self._prompts(class_ids, class_embeds, names_per_class)
         if class_ids is not None and reduction == "embedding_mean":
-            embeds, class_ids = average_class_embeds(embeds, class_ids), None
+            embeds, class_ids = average_class_embeds(embeds, class_ids, num_classes), None
         return GKCWords(embeds, class_ids, num_classes, reduction)
 
-    def _prompts(self, class_ids: Tensor | None, class_embeds: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    def _prompts(
+        self, class_ids: Tensor | None, class_embeds: Tensor | None, names_per_class: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, int]:
         """Prompt embeddings (P, D), their classes (P,) or None if each is its own, and the number of classes."""
         if class_embeds is None:
             if class_ids is not None:
@@ -690,9 +752,10 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             )
         if class_ids is None:
             return class_embeds, None, len(class_embeds)
-        num_classes = count_classes(class_ids, len(class_embeds))
-        is_identity = class_ids.tolist() == list(range(len(class_embeds)))
-        return class_embeds, None if is_identity else class_ids, num_classes
+        num_classes = count_classes(class_ids, len(class_embeds), counts=names_per_class)
+        if num_classes == len(class_embeds):  # one name each, in the order of the classes or another
+            return class_embeds[class_ids.argsort()], None, num_classes
+        return class_embeds, class_ids, num_classes
 
     def _stored_prompts(self) -> tuple[Tensor, Tensor | None, int]:
         if self.vocabulary_embeds is None:
@@ -709,7 +772,8 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
     ) -> GKCModelOutput:
         """Runs the image path once per padded size, so that no image sees padding made for its neighbours.
 
-        In training the padding is looked at, as in Mask2Former: the losses see all of it.
+        `content_sizes` are (B, 2), or None where all images have one padded size. In training the padding is looked
+        at, as in Mask2Former: the losses see all of it.
         """
         segment = partial(self.model, output_stages=output_stages, return_dict=True, **requested)
         if self.is_optimized:
@@ -718,6 +782,8 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             segment = partial(self._segment_optimized, **requested)
         if content_sizes is None or self.training:
             return segment(pixel_values)
+        if is_tracing(pixel_values):
+            return segment(only_of_one_size(pixel_values, content_sizes))
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (height, width) in enumerate(content_sizes.tolist()):
             if not (height and width):

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
 
 from .configuration_gkc import BACKBONE_STRIDES
 
@@ -46,14 +47,15 @@ def content_sizes_of(pixel_mask: Tensor, pixel_values: Tensor) -> Tensor:
         (B, 2) height and width of each image.
 
     Raises:
-        ValueError: if a mask has another size than the input, or is no rectangle at the upper left.
+        ValueError: if a mask has another size than the input, or is no rectangle at the upper left; the latter is not
+            checked in a graph.
     """
     expected = (len(pixel_values), *pixel_values.shape[-2:])
     if tuple(pixel_mask.shape) != expected:
         raise ValueError(f"`pixel_mask` must have shape {expected}, as the images, got {tuple(pixel_mask.shape)}.")
     mask = pixel_mask.bool()
     sizes = torch.stack([mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)], dim=1)
-    if not torch.equal(mask, rectangles(sizes, *expected[1:])):
+    if not is_tracing(mask) and not torch.equal(mask, rectangles(sizes, *expected[1:])):
         raise ValueError("`pixel_mask` must be 1 on a rectangle at the upper left of each input, and 0 elsewhere.")
     return sizes
 
@@ -82,7 +84,7 @@ def pad_to_stride(
         ValueError: naming a sample whose masks have another size than the images.
     """
     height, width = pixel_values.shape[-2:]
-    for sample, masks in enumerate(mask_labels or ()):
+    for sample, masks in enumerate(() if mask_labels is None else mask_labels):
         if masks.shape[-2:] != (height, width):
             raise ValueError(
                 f"Sample {sample}: `mask_labels` are {tuple(masks.shape[-2:])}, but `pixel_values` are "
@@ -98,6 +100,30 @@ def pad_to_stride(
     return F.pad(pixel_values, padding), content_sizes, mask_labels
 
 
+def only_of_one_size(pixel_values: Tensor, content_sizes: Tensor) -> Tensor:
+    """The images for a graph, which computes all of them at their common size, if that is the padded size of each.
+
+    A graph cannot compute images of different sizes apart, and together an image's result would depend on its
+    neighbours. Graphs of torch.compile and torch.export refuse such images when they run; those of torch.jit.trace,
+    and what is made of them, cannot, and give them NaN.
+
+    Args:
+        pixel_values: (B, 3, H, W), padded to the coarsest stride.
+        content_sizes: (B, 2) height and width of each image.
+    """
+    height, width = pixel_values.shape[-2:]
+    padded = -(-content_sizes // SIZE_DIVISOR) * SIZE_DIVISOR
+    fits = (padded[:, 0] == height) & (padded[:, 1] == width)
+    if torch.jit.is_tracing():
+        return torch.where(fits[:, None, None, None], pixel_values, math.nan)
+    torch._assert_async(
+        fits.all(),
+        "The images of one call have different padded sizes, which a compiled or exported model cannot compute apart: "
+        "give it images of one size at a time, or compile the image path alone (model.optimize_for_inference()).",
+    )
+    return pixel_values
+
+
 def extend_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Continues (B, Q, h, w) masks by their border values to a larger size; resampling inside never sees the seam."""
     height, width = masks.shape[-2:]
@@ -110,4 +136,12 @@ def hide_padding(masks: Tensor, content_sizes: Tensor) -> Tensor:
     return masks.masked_fill(~seen[:, None], EMPTY_MASK_LOGIT)
 
 
-__all__ = ["content_sizes_of", "extend_masks", "hide_padding", "pad_to_stride", "rectangles", "round_up"]
+__all__ = [
+    "content_sizes_of",
+    "extend_masks",
+    "hide_padding",
+    "only_of_one_size",
+    "pad_to_stride",
+    "rectangles",
+    "round_up",
+]

@@ -60,7 +60,7 @@ def kept_per_size(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(function)
     def look_up(*sizes) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return function(*sizes)
         made = kept.get(sizes)
         if made is None:
@@ -146,7 +146,10 @@ def _sampling_rows(
 ) -> Tensor:
     """(T + 1, M * levels * R * 2) the points of a `SamplingGrid` and, last, its cells."""
     points = reference_points(list(spatial_shapes), device, dtype)
-    cells = 1 / torch.tensor([(width, height) for height, width in spatial_shapes], device=device, dtype=dtype)
+    # Each number on its own: a strict export loses a tensor that is made of a list.
+    lengths = [length for height, width in spatial_shapes for length in (width, height)]
+    cells = 1 / torch.cat([torch.full((1,), length, device=device, dtype=dtype) for length in lengths])
+    cells = cells.unflatten(0, (-1, 2))
     cells = cells[None, :, None].expand(num_heads, -1, num_points, -1).flatten()
     return torch.cat([points.repeat(1, len(cells) // 2), cells[None]])
 
@@ -208,7 +211,7 @@ class GKCPixelDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         attended = self.self_attn(hidden_states, positions, grid, spatial_shapes)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
-        transformed = self.fc2(self.dropout(F.relu(self.fc1(hidden_states), inplace=True)))
+        transformed = self.fc2(self.dropout(F.relu(self.fc1(hidden_states))))
         return self.final_layer_norm(hidden_states + self.dropout(transformed))
 
 
@@ -275,7 +278,7 @@ class GKCPixelDecoder(nn.Module):
         """Adds the stride-8 map to the stride-4 map and makes mask features of the sum."""
         lateral = self.lateral_projection(finest)
         merged = lateral + F.interpolate(coarser, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_projection(F.relu(self.output_projection(merged), inplace=True))
+        return self.mask_projection(F.relu(self.output_projection(merged)))
 
 
 __all__ = ["GKCPixelDecoder", "GKCPixelDecoderOutput", "kept_per_size", "reference_points", "sine_position_embedding"]

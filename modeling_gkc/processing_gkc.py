@@ -77,8 +77,9 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         Returns:
             For images `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W), 1 where the image is. For text the P
             prompts, class by class, name by name, template by template: `input_ids` and `attention_mask` (P, L),
-            padded at the right, and `class_ids` (P,) in 0..K+V-1; if a name has several templates also `name_ids`
-            (P,) in 0..N-1, the name that each prompt stands for.
+            padded at the right, `class_ids` (P,) in 0..K+V-1 and `names_per_class` (K+V,); if a name has several
+            templates also `name_ids` (P,) in 0..N-1, the name that each prompt stands for, and `prompts_per_name`
+            (N,).
 
         Raises:
             ValueError: neither images nor text; labels that `Vocabulary` refuses; a label without a token or with a
@@ -109,7 +110,8 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that a call may return."""
-        return ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids", "name_ids"]
+        words = ["input_ids", "attention_mask", "class_ids", "names_per_class", "name_ids", "prompts_per_name"]
+        return ["pixel_values", "pixel_mask", *words]
 
     def unknown_classes(self, vocabulary: Vocabulary) -> list[int]:
         """
@@ -139,8 +141,10 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         self._refuse_long(prompts, tokens)
         self._check_known(vocabulary, void_ids, prompts, tokens)
         encoded = self._pad(tokens) | {"class_ids": torch.tensor([names[name_id][0] for name_id in name_ids])}
+        encoded["names_per_class"] = torch.tensor([len(class_names) for class_names in vocabulary.names])
         if len(prompts) > len(names):
             encoded["name_ids"] = torch.tensor(name_ids)
+            encoded["prompts_per_name"] = encoded["name_ids"].bincount()
         return encoded
 
     def _pad(self, tokens: list[list[int]]) -> dict[str, torch.Tensor]:

@@ -22,10 +22,7 @@ NO_FLASH = (
 NO_TOKENS = "the input is an image; words come as text or as embeddings, and the text tower is frozen"
 NO_DEEPSPEED = "there is no token table to resize, and DeepSpeed is not in the supported set"
 NO_MEDIA = "there is no such modality"
-TEXT_FEATURES = (
-    "`get_text_features` gives the embeddings that are compared, (P, D), without a wrapper, and caches them "
-    "(tests/test_class_embeddings.py); for the tower's states call `model.text_model`"
-)
+TEXT_FEATURES = "tests/test_modeling.py"
 IMAGE_FEATURES = "there is no `get_image_features`; GKCModel and CLIPResNetVisionModel give features as their output"
 
 
@@ -79,7 +76,7 @@ MODELING = {
     "test_training_gradient_checkpointing_use_reentrant_true": held("test_training_gradient_checkpointing"),
     "test_attention_outputs": held(
         "test_attention_outputs",
-        "test_weights_of_an_attention_that_has_none_are_refused",
+        "test_weights_of_an_attention_that_has_none_are_left_out",
         "test_cross_attention_stays_inside_the_mask_that_was_predicted_before",
     ),
     "test_hidden_states_output": held(
@@ -187,9 +184,9 @@ MODELING = {
         "test_save_load", but="our weights are never renamed; transformers' backbones rename theirs both ways"
     ),
     "test_can_load_from_already_mapped_keys": held("test_save_load", but="our weights are never renamed"),
-    "test_get_text_features_output": none(TEXT_FEATURES),
-    "test_get_text_features_hidden_states": none(TEXT_FEATURES),
-    "test_get_text_features_attentions": none(TEXT_FEATURES),
+    "test_get_text_features_output": held(TEXT_FEATURES),
+    "test_get_text_features_hidden_states": held(TEXT_FEATURES),
+    "test_get_text_features_attentions": held(TEXT_FEATURES),
     "test_get_image_features_output": none(IMAGE_FEATURES),
     "test_get_image_features_hidden_states": none(IMAGE_FEATURES),
     "test_get_image_features_attentions": none(IMAGE_FEATURES),

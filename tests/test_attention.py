@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from modeling_gkc import CLIPResNetConfig, GKCForOpenVocabSegmentation, GKCModel
 from modeling_gkc.conversion import from_mask2former
@@ -63,11 +64,14 @@ class TestAttention:
         assert set(by_argument) - set(plain) == set(expected_attentions(attentive))
         assert largest_difference(plain, {name: by_argument[name] for name in plain}) == 0
 
-    def test_weights_of_an_attention_that_has_none_are_refused(self, attentive):
+    def test_weights_of_an_attention_that_has_none_are_left_out(self, attentive, transformers_log):
         model, inputs = attentive.model(), attentive.inputs()
         assert model.config._attn_implementation == "sdpa"
-        with pytest.raises(ValueError, match=r"set_attn_implementation\('eager'\)"):
-            model(**inputs, output_attentions=True)
+        logging.get_logger("transformers").warning_once.cache_clear()
+        plain = run(model, inputs)
+        asked = run(model, inputs, output_attentions=True)
+        assert list(asked) == list(plain) and largest_difference(plain, asked) == 0
+        assert "set_attn_implementation('eager')" in transformers_log.text
         model.set_attn_implementation("eager")
         assert "attentions" in run(model, inputs, output_attentions=True)
 
@@ -175,7 +179,11 @@ class TestAttention:
         with pytest.raises(ValueError, match='"foo"'):
             model.set_attn_implementation("foo")
         assert implementations_of(model.config) == before
-        GKCModel(segmenter.config()).set_attn_implementation("eager")
+        image_path = GKCModel(segmenter.config())
+        image_path.set_attn_implementation("eager")
+        assert implementations_of(image_path.config) == ["eager"] * 3
+        image_path.set_attn_implementation("sdpa")
+        assert implementations_of(image_path.config) == before
         assert transformers_log.records == []
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

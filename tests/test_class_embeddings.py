@@ -113,19 +113,19 @@ class TestCache:
         assert calls == [847, 1]
 
     def test_equals_encoding_afresh_in_any_order_and_company(self, model, processor, within):
-        model.get_text_features(**tokens(processor, "red; blue disc"))
-        mixed = model.get_text_features(**tokens(processor, "blue disc; lawn grass star; red"))
+        model.embed_prompts(**tokens(processor, "red; blue disc"))
+        mixed = model.embed_prompts(**tokens(processor, "blue disc; lawn grass star; red"))
         afresh = model._encode_prompts(**tokens(processor, "blue disc; lawn grass star; red"))
         within("cached text embeddings against fresh ones, max abs", (mixed - afresh).abs().max(), 1e-6)
 
     def test_padding_is_no_content(self, model, processor, encoded):
-        model.get_text_features(**tokens(processor, "red"))
-        model.get_text_features(**tokens(processor, "lawn grass star sky; red"))
+        model.embed_prompts(**tokens(processor, "red"))
+        model.embed_prompts(**tokens(processor, "lawn grass star sky; red"))
         assert encoded == [1, 1]
 
     def test_a_repeated_prompt_is_encoded_once(self, model, processor, encoded):
         ids = tokens(processor, "red")["input_ids"].repeat(5, 1)
-        features = model.get_text_features(ids)
+        features = model.embed_prompts(ids)
         assert encoded == [1]
         assert features.unique(dim=0).shape[0] == 1
 
@@ -141,43 +141,43 @@ class TestCache:
 
     def test_other_weights_types_and_autocast_are_other_embeddings(self, model, processor, encoded):
         words = tokens(processor, "red; blue")
-        before = model.get_text_features(**words)
+        before = model.embed_prompts(**words)
         with torch.no_grad():
             model.text_model.text_projection.weight.mul_(-1)
-        torch.testing.assert_close(model.get_text_features(**words), -before)
+        torch.testing.assert_close(model.embed_prompts(**words), -before)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            model.get_text_features(**words)
-        assert model.to(torch.bfloat16).get_text_features(**words).dtype == torch.bfloat16
-        assert model.float().get_text_features(**words).dtype == torch.float32
+            model.embed_prompts(**words)
+        assert model.to(torch.bfloat16).embed_prompts(**words).dtype == torch.bfloat16
+        assert model.float().embed_prompts(**words).dtype == torch.float32
         assert encoded == [2] * 5
 
     def test_weights_written_past_autograd_are_noticed(self, model, processor):
         words = tokens(processor, "red; blue")
-        before = model.get_text_features(**words)
+        before = model.embed_prompts(**words)
         model.text_model.text_projection.weight.data.mul_(-1)
-        torch.testing.assert_close(model.get_text_features(**words), -before)
+        torch.testing.assert_close(model.embed_prompts(**words), -before)
 
     def test_adapters_of_the_text_tower_are_never_cached(self, model, processor):
         words = tokens(processor, "red; blue")
-        plain = model.get_text_features(**words)
+        plain = model.embed_prompts(**words)
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-        learned = adapted.get_text_features(**words)
+        learned = adapted.embed_prompts(**words)
         assert (learned - plain).abs().max() > 1e-3
         with adapted.disable_adapter():
-            torch.testing.assert_close(adapted.get_text_features(**words), plain)
+            torch.testing.assert_close(adapted.embed_prompts(**words), plain)
         merged = adapted.merge_and_unload()
         for _ in range(2):
-            torch.testing.assert_close(merged.get_text_features(**words), learned, rtol=0, atol=1e-5)
+            torch.testing.assert_close(merged.embed_prompts(**words), learned, rtol=0, atol=1e-5)
 
     def test_only_padding_at_the_right_is_left_out_of_the_content(self, model):
         ids = torch.tensor([[1, 5, 3, 0, 0], [0, 0, 1, 5, 3]])
-        right, left = model.get_text_features(ids, (ids > 0).long())
+        right, left = model.embed_prompts(ids, (ids > 0).long())
         torch.testing.assert_close(right, model._encode_prompts(ids, (ids > 0).long())[0], rtol=0, atol=1e-6)
         torch.testing.assert_close(left, model._encode_prompts(ids, (ids > 0).long())[1], rtol=0, atol=1e-6)
         assert (right - left).abs().max() > 1e-3
         mixed = torch.tensor([[1, 0, 5, 0, 3, 0]], dtype=torch.int32)
         expected = model._encode_prompts(mixed, None)
-        torch.testing.assert_close(model.get_text_features(mixed), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.embed_prompts(mixed), expected, rtol=0, atol=1e-6)
 
     def test_embeddings_of_inference_mode_serve_training(self, model, processor):
         words = tokens(processor, "red; blue", class_ids=True)
@@ -210,7 +210,7 @@ class TestCache:
         assert len(cache) == 0
 
     def test_one_kept_row_does_not_keep_the_others_in_memory(self, model, processor):
-        features = model.get_text_features(**tokens(processor, "red; blue; disc"))
+        features = model.embed_prompts(**tokens(processor, "red; blue; disc"))
         (entry, *_) = model.text_cache._entries.values()
         assert entry.untyped_storage().nbytes() == entry.numel() * entry.element_size()
         assert entry.untyped_storage().data_ptr() != features.untyped_storage().data_ptr()
@@ -260,7 +260,7 @@ class TestCache:
         assert torch.equal(offloaded.vocabulary_embeds, model.vocabulary_embeds)
 
     def test_copies_and_pickles_start_empty(self, model, processor):
-        model.get_text_features(**tokens(processor, "red; blue"))
+        model.embed_prompts(**tokens(processor, "red; blue"))
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert len(twin.text_cache) == 0
             assert twin.text_cache.max_prompts == model.text_cache.max_prompts
@@ -274,7 +274,7 @@ class TestTemplates:
         ids = tokens(processor, "red disc; blue disc; lawn square; grass square; sky")["input_ids"]
         name_ids, class_ids = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 1])
         embeddings = model.get_class_embeddings(ids, class_ids=class_ids, name_ids=name_ids)
-        rows = model.get_text_features(ids)
+        rows = model.embed_prompts(ids)
         expected = [rows[:2].mean(0), rows[2:4].mean(0), rows[4]]
         torch.testing.assert_close(
             embeddings.class_embeds, torch.stack([row / row.norm() for row in expected]), rtol=0, atol=1e-6

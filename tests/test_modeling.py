@@ -17,8 +17,9 @@ from transformers import (
     ResNetConfig,
     SwinConfig,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_gkc import CLIPResNetConfig, GKCConfig, GKCImageProcessor, GKCProcessor
+from modeling_gkc import CLIPResNetConfig, GKCConfig, GKCImageProcessor, GKCModel, GKCProcessor
 from modeling_gkc.modeling_gkc import (
     GKCForOpenVocabSegmentation,
     average_class_embeds,
@@ -27,7 +28,7 @@ from modeling_gkc.modeling_gkc import (
 )
 from modeling_gkc.pixel_decoder import SIZES_KEPT, kept_per_size
 
-from .conftest import aligned, small_config, word_tokenizer
+from .conftest import small_config, word_tokenizer
 
 NUM_PROMPTS = 5
 CLASS_IDS = torch.tensor([0, 0, 1, 2, 2])
@@ -69,11 +70,11 @@ def test_cached_class_embeds_equal_tokens(model, tokens, pixel_values):
 
 
 def test_many_prompts_are_encoded_in_passes(model, tokens, monkeypatch):
-    expected = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+    expected = model.embed_prompts(tokens["input_ids"], tokens["attention_mask"])
     monkeypatch.setattr("modeling_gkc.modeling_gkc.PROMPTS_PER_PASS", 2)
     for mask in (tokens["attention_mask"], None):
         model.text_cache.clear()
-        torch.testing.assert_close(model.get_text_features(tokens["input_ids"], mask), expected)
+        torch.testing.assert_close(model.embed_prompts(tokens["input_ids"], mask), expected)
 
 
 def test_text_must_come_in_exactly_one_form(model, tokens, pixel_values):
@@ -237,6 +238,15 @@ def test_training_freezes_the_text_tower_and_batch_norm(model, tokens, pixel_val
     assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, statistics, strict=True))
 
 
+def test_what_is_frozen_is_frozen_from_construction(config):
+    for model in (GKCForOpenVocabSegmentation(config), GKCModel(config).train()):
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert model.training and norms and not any(norm.training for norm in norms)
+    assert not any(m.training for m in GKCForOpenVocabSegmentation(config).text_model.modules())
+    trained = GKCModel(small_config(freeze_backbone_batch_norm=False))
+    assert all(m.training for m in trained.modules())
+
+
 def test_batch_norm_trains_when_asked(tokens, pixel_values):
     model = GKCForOpenVocabSegmentation(small_config(freeze_backbone_batch_norm=False)).train()
     norm = next(m for m in model.model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
@@ -271,6 +281,33 @@ def test_labels_give_losses_of_every_stage(model, tokens, pixel_values):
     assert [len(queries) for queries, _ in outputs.matches[0]] == [3, 0]
     with pytest.raises(ValueError, match="together"):
         model(pixel_values, **tokens, mask_labels=mask_labels)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", [(64, 96), (50, 70)])
+def test_stacked_labels_equal_lists_of_them(model, tokens, training, size):
+    pixel_values = torch.rand(2, 3, *size)
+    labels = {"mask_labels": (torch.rand(2, 3, *size) > 0.5).float(), "class_labels": torch.tensor([[0, 1, 2]] * 2)}
+    losses = []
+    for given in (labels, {name: list(value) for name, value in labels.items()}):
+        torch.manual_seed(0)
+        losses.append(model.train(training)(pixel_values, **tokens, **given).loss)
+    assert torch.equal(*losses)
+
+
+def test_text_features_are_the_towers_output(model, tokens):
+    words = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    features = model.get_text_features(**words, output_hidden_states=True)
+    expected = model.text_model(**words, output_hidden_states=True)
+    assert isinstance(features, BaseModelOutputWithPooling) and features.attentions is None
+    assert torch.equal(features.pooler_output, expected.text_embeds)
+    assert torch.equal(features.last_hidden_state, expected.last_hidden_state)
+    assert len(features.hidden_states) == len(expected.hidden_states) > 1
+    assert torch.equal(model.get_text_features(**words, return_dict=False)[1], features.pooler_output)
+    embeds = torch.nn.functional.normalize(features.pooler_output, dim=-1)
+    torch.testing.assert_close(model.embed_prompts(**words), embeds)
+    model.set_attn_implementation("eager")
+    assert len(model.get_text_features(**words, output_attentions=True).attentions) == 1
 
 
 def test_last_stage_equals_inference(model, tokens, pixel_values):
@@ -430,7 +467,7 @@ def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, transfo
     doors = (GKCForOpenVocabSegmentation, AutoModel, AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)
     with transformers_log.at_level(logging.WARNING):
         for door in doors:
-            loaded = aligned(door.from_pretrained(tmp_path))
+            loaded = door.from_pretrained(tmp_path)
             assert isinstance(loaded, GKCForOpenVocabSegmentation) and not loaded.training
             assert not any(p.requires_grad for p in loaded.text_model.parameters())
             with torch.no_grad():
@@ -438,21 +475,6 @@ def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, transfo
             torch.testing.assert_close(outputs.class_queries_logits, expected.class_queries_logits, rtol=0, atol=0)
             torch.testing.assert_close(outputs.masks_queries_logits, expected.masks_queries_logits, rtol=0, atol=0)
     assert [record for record in transformers_log.records if record.levelno >= logging.WARNING] == []
-
-
-def test_words_encoded_after_loading_differ_by_rounding_alone(model, pixel_values, tmp_path, within):
-    """A word alone is a product of a matrix and a vector: its last bits depend on where the weights lie in memory."""
-    model.save_pretrained(tmp_path)
-    mapped, copied = (GKCForOpenVocabSegmentation.from_pretrained(tmp_path).eval() for _ in range(2))
-    aligned(copied)
-    state = model.state_dict()
-    assert all(torch.equal(weight, state[name]) for name, weight in mapped.state_dict().items())
-    word = {"input_ids": torch.tensor([[1, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
-    with torch.no_grad():
-        expected, near, equal = (each(pixel_values, **word) for each in (model, mapped, copied))
-    for name in ("query_embeds", "class_queries_logits", "masks_queries_logits"):
-        assert torch.equal(equal[name], expected[name])
-        within(f"{name} of mapped against aligned weights", (near[name] - expected[name]).abs().max(), 2e-5)
 
 
 def test_loading_reports_every_weight_that_does_not_fit(model, tmp_path, caplog):

@@ -50,7 +50,7 @@ class TestWords:
     @pytest.mark.parametrize("text", ["dog; sofa, couch; lamp", ["dog", ["sofa", "couch"], "lamp"]])
     def test_names_class_by_class(self, processor, text):
         inputs = processor(text=text, return_tensors="pt")
-        assert set(inputs) == {"input_ids", "attention_mask", "class_ids"}
+        assert set(inputs) == {"input_ids", "attention_mask", "class_ids", "names_per_class"}
         assert prompts_of(processor, inputs) == ["dog", "sofa", "couch", "lamp"]
         assert inputs["class_ids"].tolist() == [0, 1, 1, 2]
         assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (4, 3)
@@ -72,7 +72,9 @@ class TestWords:
 
     def test_names_are_numbered_only_where_templates_share_them(self, processor):
         inputs = processor(text="dog; sofa, couch", prompt_templates=["{}", "red {}"])
-        assert list(inputs) == ["input_ids", "attention_mask", "class_ids", "name_ids"]
+        words = ["input_ids", "attention_mask", "class_ids", "names_per_class", "name_ids", "prompts_per_name"]
+        assert list(inputs) == words
+        assert inputs["names_per_class"].tolist() == [1, 2] and inputs["prompts_per_name"].tolist() == [2, 2, 2]
         assert inputs["name_ids"].tolist() == [0, 0, 1, 1, 2, 2] and inputs["name_ids"].dtype == torch.int64
         assert "name_ids" not in processor(text="dog; sofa, couch", prompt_templates=["red {}"])
         processor.prompt_templates = ["{}", "red {}"]
@@ -242,7 +244,8 @@ class TestWords:
 class TestCalls:
     def test_images_and_words_together(self, processor, image):
         inputs = processor(images=[image, image], text="dog; lamp", return_tensors="pt")
-        assert list(inputs) == ["pixel_values", "pixel_mask", "input_ids", "attention_mask", "class_ids"]
+        words = ["input_ids", "attention_mask", "class_ids", "names_per_class"]
+        assert list(inputs) == ["pixel_values", "pixel_mask", *words]
         with_names = processor(images=image, text="dog; lamp", prompt_templates=["{}", "red {}"])
         assert list(with_names) == processor.model_input_names
         assert torch.equal(inputs["pixel_values"], processor.image_processor([image, image])["pixel_values"])

@@ -173,7 +173,7 @@ def test_text_bank_holds_every_word_once_encoded(capsys):
     assert bank.class_ids.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert bank.name_prompts.tolist() == [0, 2, 5] and bank.num_classes == 3
     inputs = processor(text=list(bank.words), return_tensors="pt")
-    expected = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    expected = model.embed_prompts(inputs["input_ids"], inputs["attention_mask"])
     torch.testing.assert_close(bank.embeds, expected, rtol=0, atol=1e-6)
 
 

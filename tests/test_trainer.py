@@ -143,7 +143,7 @@ def test_no_step_runs_clip(tmp_path):
         raise AssertionError("CLIP ran in a step")
 
     trainer.student.text_model.forward = refuse
-    trainer.student.get_text_features = refuse
+    trainer.student.embed_prompts = refuse
     trainer.train()
     assert trainer.state.global_step == 1
 

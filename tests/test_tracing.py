@@ -1,0 +1,162 @@
+"""Calls that are recorded into a graph: compiled, exported, traced, with what the processor and the model return."""
+
+import warnings
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
+from modeling_gkc.class_embeddings import count_classes
+
+from .common_models import convex_config
+from .conftest import small_config, word_tokenizer
+
+WORDS = [["red", "lawn"], "sky"]
+OTHER_WORDS = ["sofa", ["air", "dog"]]
+TEMPLATES = ["{}", "red {}"]
+IN_ORDER = ("pixel_values", "pixel_mask", "class_ids", "class_embeds", "names_per_class")
+
+
+@pytest.fixture(scope="module")
+def model() -> GKCForOpenVocabSegmentation:
+    torch.manual_seed(0)
+    config = small_config(encoder_layers=1, decoder_layers=1, num_queries=4)
+    return GKCForOpenVocabSegmentation(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def processor() -> GKCProcessor:
+    return GKCProcessor(GKCImageProcessor(size={"height": 32, "width": 64}), word_tokenizer())
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (32, 64, 3), dtype=np.uint8)
+
+
+def call(model, processor, form: str, words: list, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Everything that the processor returns for a picture and words, or for a picture, and the words' embeddings."""
+    if form == "tokens":
+        return dict(processor(images=picture(seed), text=words, prompt_templates=TEMPLATES, return_tensors="pt"))
+    cached = model.get_class_embeddings(**processor(text=words, return_tensors="pt"))
+    return dict(processor(images=picture(seed), return_tensors="pt")) | dict(cached)
+
+
+def difference(first, second) -> float:
+    names = ("class_queries_logits", "masks_queries_logits", "query_embeds")
+    assert all(first[name].shape == second[name].shape for name in names)
+    return max(float((first[name] - second[name]).abs().max()) for name in names)
+
+
+def test_a_call_with_embeddings_is_compiled_whole(model, processor, within):
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for words, seed in ((WORDS, 0), (OTHER_WORDS, 1)):
+        inputs = call(model, processor, "embeddings", words, seed)
+        within("compiled whole, max abs", difference(compiled(**inputs), model(**inputs)), 1e-4)
+
+
+def test_encoding_words_is_compiled_whole_and_takes_the_weights_of_the_moment(processor):
+    torch.compiler.reset()
+    model = GKCForOpenVocabSegmentation(small_config()).eval().requires_grad_(False)
+    compiled = torch.compile(model.get_class_embeddings, fullgraph=True, backend="eager")
+    words = processor(text=WORDS, return_tensors="pt")
+    before = compiled(**words).class_embeds
+    model.text_model.text_projection.weight.data.mul_(-1)
+    torch.testing.assert_close(compiled(**words).class_embeds, -before)
+
+
+@pytest.fixture(scope="module")
+def exported(model, processor):
+    return DynamoExporter().export(model, call(model, processor, "tokens", WORDS), config=DynamoConfig())
+
+
+def test_an_exported_call_serves_other_pictures_and_words(model, processor, exported, within):
+    inputs = call(model, processor, "tokens", OTHER_WORDS, seed=1)
+    within("exported by transformers, max abs", difference(exported(**inputs), model(**inputs)), 1e-4)
+
+
+def test_an_exported_call_refuses_pictures_that_it_cannot_compute_apart(model, processor, exported):
+    inputs = call(model, processor, "tokens", WORDS)
+    inputs["pixel_mask"] = inputs["pixel_mask"].clone()
+    inputs["pixel_mask"][:, :, 30:] = 0
+    with pytest.raises(RuntimeError, match="images of one size at a time"):
+        exported(**inputs)
+
+
+@pytest.mark.parametrize("reduction", ["max", "embedding_mean"])
+def test_traced_model_serves_other_words_and_runs_as_onnx(model, processor, reduction, tmp_path, monkeypatch, within):
+    monkeypatch.setattr(model.config, "prompt_reduction", reduction)
+    monkeypatch.setenv("GKC_DEFORMABLE_ATTENTION", "embedding_bag")  # which cannot be traced
+    inputs, others = (call(model, processor, "embeddings", words, seed) for seed, words in enumerate((WORDS, WORDS)))
+    others["class_ids"] = others["class_ids"].flip(0)
+    expected = model(**others)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes become constants
+        traced = torch.jit.trace(model, example_kwarg_inputs=inputs, strict=False, check_trace=False)
+        ordered = {name: inputs[name] for name in IN_ORDER}
+        path, options = tmp_path / "model.onnx", {"dynamo": False, "opset_version": 17, "input_names": list(IN_ORDER)}
+        torch.onnx.export(model, (), path, kwargs=ordered, **options)
+    within("traced, max abs", difference(traced(**others), expected), 1e-4)
+    session = onnxruntime.InferenceSession(path)
+    taken = {value.name for value in session.get_inputs()}
+    assert {"pixel_values", "pixel_mask", "class_embeds", "class_ids"} <= taken
+    found = session.run(None, {name: value.numpy() for name, value in others.items() if name in taken})
+    within("traced, as ONNX, max abs", np.abs(found[0] - expected.class_queries_logits.numpy()).max(), 1e-4)
+    # A graph without errors gives no result where it cannot give the right one.
+    others["pixel_mask"] = others["pixel_mask"].clone()
+    others["pixel_mask"][:, :, 30:] = 0
+    assert traced(**others)["masks_queries_logits"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("classifier", "reduction", "form"),
+    [
+        ("projection", "mean", "tokens"),
+        ("projection", "max", "embeddings"),
+        ("convex", "embedding_mean", "tokens"),
+        ("convex", "mean", "embeddings"),
+    ],
+)
+def test_no_number_is_taken_from_a_tensor(model, processor, classifier, reduction, form):
+    """A fake tensor has no values: who asks for one ends in an error."""
+    if classifier == "convex":
+        model = GKCForOpenVocabSegmentation(convex_config()).eval()
+    inputs = call(model, processor, form, WORDS)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = {name: mode.from_tensor(value) for name, value in inputs.items()}
+        assert model(**fake, prompt_reduction=reduction).class_queries_logits.shape[-1] == 3
+
+
+def test_classes_that_nobody_counted_are_asked_for(model, processor):
+    torch.compiler.reset()
+    inputs = call(model, processor, "embeddings", WORDS)
+    del inputs["names_per_class"]
+    with pytest.raises(Exception, match="give `names_per_class` too"):
+        torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+
+
+@pytest.mark.parametrize("counts", [[2, 2], [1, 2], [3], [2, 1, 0]])
+def test_counts_of_other_ids_are_refused(model, processor, counts):
+    inputs = call(model, processor, "embeddings", WORDS) | {"names_per_class": torch.tensor(counts)}
+    with pytest.raises(ValueError, match="`names_per_class` must count each number of `class_ids`"):
+        model(**inputs)
+    tokens = call(model, processor, "tokens", WORDS) | {"prompts_per_name": torch.tensor(counts)}
+    with pytest.raises(ValueError, match="`prompts_per_name` must count each number of `name_ids`"):
+        model(**tokens)
+
+
+def test_counts_are_trusted_where_reading_takes_long():
+    ids, counts = torch.zeros(3, dtype=torch.long, device="meta"), torch.ones(2, dtype=torch.long, device="meta")
+    assert count_classes(ids, 3, counts=counts) == 2
+
+
+def test_permuted_classes_of_one_name_each(model, processor):
+    inputs = call(model, processor, "embeddings", ["red", "sky", "dog"])
+    expected = model(**inputs).class_queries_logits
+    order = torch.tensor([2, 0, 1])
+    inputs |= {"class_embeds": inputs["class_embeds"][order], "class_ids": order}
+    assert torch.equal(model(**inputs).class_queries_logits, expected)
