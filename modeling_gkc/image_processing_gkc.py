@@ -16,9 +16,11 @@
 import io
 import math
 import os
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any, BinaryIO, TypedDict
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 import torch
@@ -46,6 +48,8 @@ ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 _URL_SCHEMES = ("http://", "https://", "data:")
 URL_TIMEOUT_S = 30
+MAX_URL_BYTES = 256 * 2**20
+BYTES_PER_READ = 2**16
 MAX_SIDE = 2**16
 SMALLEST_SCALE = 1e-12  # a divisor or factor below is a slip
 _SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"}, {"height", "width"})
@@ -190,7 +194,8 @@ def read_image(
         image: Path, URL, bytes of a file, PIL image, array or tensor.
         input_data_format: "channels_first" or "channels_last" of an array or tensor; None finds it out.
         name: What to call the image in errors, if it has no file name.
-        timeout: Seconds to wait for a URL.
+        timeout: Seconds that reading a URL may take in all; at most 256 MiB are read of it, and redirects lead to
+            http and https only.
 
     Raises:
         ValueError: the image cannot be read, is empty, or has values outside its range; the file or `name` is named.
@@ -326,10 +331,74 @@ def _file_of(image: str | os.PathLike | bytes, timeout: float) -> str | os.PathL
     if isinstance(image, bytes):
         return io.BytesIO(image)
     if isinstance(image, str) and image.startswith(_URL_SCHEMES):
-        # Some servers refuse a client without a name.
-        with urlopen(Request(image, headers={"User-Agent": "gkc"}), timeout=timeout) as response:
-            return io.BytesIO(response.read())
+        return io.BytesIO(_download_in_time(image, timeout))
     return image
+
+
+class _WebRedirects(HTTPRedirectHandler):
+    """Follows redirects to http and https only; urllib's own would also go to ftp."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        """The request of the next hop."""
+        if not newurl.lower().startswith(("http://", "https://")):
+            raise ValueError(f"the address redirects to {newurl[:200]!r}, which is neither http nor https.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def urlopen(request: Request, timeout: float) -> Any:
+    """Open an address as urllib does, redirects to http and https only."""
+    return build_opener(_WebRedirects).open(request, timeout=timeout)
+
+
+def _download_in_time(url: str, timeout: float) -> bytes:
+    """
+    Read what an address gives, in a thread: a server may also send the head of its answer a byte a second.
+
+    Raises:
+        ValueError: as of `_download`.
+    """
+    check_number("timeout", timeout, 0)
+    answers: list[bytes | Exception] = []
+
+    def work() -> None:
+        try:
+            answers.append(_download(url, timeout))
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not answers:
+        raise ValueError(f"reading the address took longer than {timeout:g} s: set a longer `timeout`.")
+    if isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers[0]
+
+
+def _download(url: str, timeout: float) -> bytes:
+    """
+    Read what an address gives.
+
+    Raises:
+        ValueError: it gives more than `MAX_URL_BYTES`, or takes longer than `timeout` seconds in all.
+    """
+    deadline = time.monotonic() + timeout
+    parts, size = [], 0
+    # Some servers refuse a client without a name.
+    with urlopen(Request(url, headers={"User-Agent": "gkc"}), timeout=timeout) as response:
+        # `read1` returns what has come; `read` would wait for all of it, however slowly it comes.
+        read = getattr(response, "read1", None) or response.read
+        while part := read(BYTES_PER_READ):
+            size += len(part)
+            parts.append(part)
+            if size > MAX_URL_BYTES:
+                raise ValueError(f"the address gives more than {MAX_URL_BYTES // 2**20} MiB: download it yourself.")
+            if time.monotonic() > deadline:
+                raise ValueError(f"reading the address took longer than {timeout:g} s: set a longer `timeout`.")
+        if missing := getattr(response, "length", None):
+            raise ValueError(f"the address broke off {missing} bytes before its end.")
+    return b"".join(parts)
 
 
 def _from_array(image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None) -> Image.Image:

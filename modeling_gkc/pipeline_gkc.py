@@ -121,7 +121,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
             void_threshold: Pixels whose score is below belong to no segment; see `post_processing`.
             void_labels: Words, as `labels`, for what is none of the classes; their pixels belong to no segment.
             batch_size: Images to compute at once; makes no difference to the result.
-            timeout: Seconds to wait for a URL; 30 by default.
+            timeout: Seconds that reading a URL may take in all; 30 by default.
 
         Returns:
             For one image its segments, for a list of images a list of such lists, for an iterator or a dataset an

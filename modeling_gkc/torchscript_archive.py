@@ -16,7 +16,8 @@
 `torch.jit.load` runs code of the archive, and `torch.load(weights_only=True)` refuses such archives. But the weights
 lie in it as plain data: a zip with one file of raw numbers per storage (`data/0`, `data/1`, ...) and a pickle
 (`data.pkl`) of the tree of modules, whose tensors name storage, offset, sizes and strides. The pickle is read by an
-unpickler that knows tensors, lists and bare objects, and refuses to import anything.
+unpickler that knows tensors, lists and bare objects, and refuses to import anything. Entries must be stored plainly,
+and tensors must show each number once: nothing needs more memory than the file has bytes.
 """
 
 import pickle
@@ -59,7 +60,7 @@ class _WeightUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}/data.pkl"))
+        super().__init__(archive.open(_stored_entry(archive, f"{root}/data.pkl")))
         self._archive, self._root = archive, root
         self._storages: dict[str, Tensor] = {}
 
@@ -90,7 +91,7 @@ class _WeightUnpickler(pickle.Unpickler):
         return self._storages[key]
 
     def _read_storage(self, key: str, dtype: torch.dtype, num_elements: int) -> Tensor:
-        entry = self._archive.getinfo(f"{self._root}/data/{key}")
+        entry = _stored_entry(self._archive, f"{self._root}/data/{key}")
         if entry.file_size != num_elements * dtype.itemsize:
             raise pickle.UnpicklingError(f"its storage {key} has {entry.file_size} bytes, not {num_elements} numbers")
         if not num_elements:
@@ -105,9 +106,44 @@ class _WeightUnpickler(pickle.Unpickler):
 
 def _tensor_maker() -> Callable[..., Tensor]:
     def make_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+        _refuse_repeated_numbers(storage, size, stride)
         return storage.as_strided(size, stride, offset)
 
     return make_tensor
+
+
+def _refuse_repeated_numbers(storage: Tensor, size: tuple, stride: tuple) -> None:
+    """Refuse a tensor that shows numbers of its storage more than once: a copy of it could be of any size.
+
+    Sorted by stride, every axis must step over all that the axes before it span.
+    """
+    if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in (*size, *stride)):
+        raise pickle.UnpicklingError(f"it has a tensor of size {size} and strides {stride}")
+    if 0 in size:
+        return
+    span = 1
+    for step, length in sorted((step, length) for step, length in zip(stride, size, strict=True) if length > 1):
+        if step < span:
+            raise pickle.UnpicklingError(
+                f"it has a tensor of size {size} and strides {stride}, which repeats the numbers of its storage"
+            )
+        span = step * (length - 1) + span
+    if span > len(storage):
+        raise pickle.UnpicklingError(f"it has a tensor of size {size} out of bounds of its storage of {len(storage)}")
+
+
+def _stored_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """An entry of the zip that is as long as it says: not compressed, and no longer than the whole file.
+
+    torch writes no others; a compressed one of megabytes may hold gigabytes.
+    """
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise pickle.UnpicklingError(f"its entry {name} is compressed, which torch never writes")
+    size = archive.fp.seek(0, 2)
+    if entry.header_offset + entry.file_size > size:
+        raise pickle.UnpicklingError(f"its entry {name} says it has {entry.file_size} bytes, in a file of {size}")
+    return entry
 
 
 def is_torchscript_archive(path: Path) -> bool:
@@ -130,7 +166,8 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).partition("/")[0]
-            if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+            order = f"{root}/byteorder"
+            if order in archive.namelist() and archive.read(_stored_entry(archive, order)) != b"little":
                 raise pickle.UnpicklingError("it was written on a big-endian machine")
             module = _WeightUnpickler(archive, root).load()
             return dict(_named_tensors(module, "", {}))

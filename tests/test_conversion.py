@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, CLIPTextModelWithProjection
 
+from modeling_gkc import torchscript_archive
 from modeling_gkc.conversion import clip_resnet_from_openai, clip_text_from_openai, read_weights
 from modeling_gkc.modeling_clip_resnet import CLIPResNetBackbone
 
@@ -383,3 +385,57 @@ def test_files_without_weights_are_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt: holds a list, not a dictionary"):
         read_weights(tmp_path / "list.pt")
+
+
+def recompressed(archive: Path, path: Path, compression: int = zipfile.ZIP_STORED) -> Path:
+    """The same archive, its entries compressed or not."""
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w", compression) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry), compression)
+    return path
+
+
+class TestHostileArchives:
+    """Nothing needs more memory than the file has bytes."""
+
+    @pytest.fixture(scope="class")
+    def plain(self, tmp_path_factory) -> Path:
+        path = tmp_path_factory.mktemp("archive") / "plain.pt"
+        save_archive({"weight": torch.arange(6.0).view(2, 3)}, str(path))
+        return path
+
+    def test_compressed_entries_are_refused(self, plain, tmp_path):
+        assert torch.equal(
+            read_weights(recompressed(plain, tmp_path / "a.pt"))["weight"], torch.arange(6.0).view(2, 3)
+        )
+        with pytest.raises(ValueError, match=r"its entry .* is compressed, which torch never writes"):
+            read_weights(recompressed(plain, tmp_path / "b.pt", zipfile.ZIP_DEFLATED))
+
+    def test_sizes_that_the_file_cannot_have_are_refused(self, plain, tmp_path):
+        data = bytearray(recompressed(plain, tmp_path / "a.pt").read_bytes())
+        central = data.rfind(b"PK\x01\x02", 0, data.rfind(b"/data/0") or None)
+        data[central + 20 : central + 28] = struct.pack("<II", 2**31, 2**31)  # compressed and plain size
+        (tmp_path / "b.pt").write_bytes(data)
+        with pytest.raises(ValueError, match=r"says it has 2147483648 bytes, in a file of"):
+            read_weights(tmp_path / "b.pt")
+
+    @pytest.mark.parametrize(
+        ("storage", "size", "stride", "message"),
+        [
+            (1, (2**20, 2**10), (0, 0), "repeats the numbers"),
+            (10, (3, 8), (1, 1), "repeats the numbers"),
+            (10, (5, 5), (5, 1), "out of bounds of its storage of 10"),
+            (10, (2,), (-1,), "of size"),
+            (10, (2, 2), (1,), "of size"),
+            (10, (2.0,), (1,), "of size"),
+        ],
+    )
+    def test_tensors_that_repeat_their_numbers_are_refused(self, storage, size, stride, message):
+        with pytest.raises(pickle.UnpicklingError, match=message):
+            torchscript_archive._tensor_maker()(torch.zeros(storage), 0, size, stride)
+
+    def test_views_of_torch_are_read(self):
+        make, numbers = torchscript_archive._tensor_maker(), torch.arange(24.0)
+        for view in (numbers.view(2, 3, 4).permute(2, 0, 1), numbers[3::2], numbers.view(4, 6)[:, 2:4], numbers[:0]):
+            made = make(numbers, view.storage_offset(), tuple(view.shape), view.stride())
+            assert torch.equal(made, view)

@@ -1,5 +1,6 @@
 """Every kind of image becomes the same pixels."""
 
+import contextlib
 import io
 import json
 import logging
@@ -7,7 +8,10 @@ import math
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from modeling_gkc import image_reading
+from modeling_gkc import image_processing_gkc, image_reading
 from modeling_gkc.image_processing_gkc import GKCImageProcessor, read_image, resized_size
 
 from .image_kinds import packed, png_file
@@ -453,3 +457,84 @@ def test_settings_of_any_kind_of_number():
     settings = {"rescale_factor": 1, "image_mean": np.array([1, 2, 3]), "image_std": (2, 2.0, np.float32(2))}
     (pixels,) = GKCImageProcessor(do_resize=False)(picture, **settings).pixel_values
     assert pixels[:, 0, 0].tolist() == [49.5, 49.0, 48.5]
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers that no picture server gives, by path."""
+
+    def do_GET(self):
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+            return
+        if self.path == "/slow-head":
+            return self.drip(b"HTTP/1.0 200 OK\r\n" + b"X-A: b\r\n" * 50)
+        self.send_response(200)
+        if self.path == "/broken-off":
+            self.send_header("Content-Length", str(10**6))
+        self.end_headers()
+        if self.path == "/slow":
+            return self.drip(bytes(200))
+        if self.path == "/endless":
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(2**16))
+        self.wfile.write(PNG)
+
+    def drip(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+
+    def log_message(self, *arguments):
+        pass
+
+
+PNG = io.BytesIO()
+Image.new("RGB", (3, 2), "red").save(PNG, "PNG")
+PNG = PNG.getvalue()
+
+
+@pytest.fixture(scope="module")
+def address():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestAddresses:
+    @pytest.mark.parametrize("path", ["/slow", "/slow-head"])
+    def test_the_time_of_all_together_is_limited(self, address, path):
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=rf"{path}: .*took longer than 0\.3 s: set a longer `timeout`"):
+            read_image(address + path, timeout=0.3)
+        assert time.monotonic() - began < 3
+
+    def test_the_size_is_limited(self, address, monkeypatch):
+        monkeypatch.setattr(image_processing_gkc, "MAX_URL_BYTES", 2**20)
+        with pytest.raises(ValueError, match="gives more than 1 MiB: download it yourself"):
+            read_image(f"{address}/endless")
+
+    @pytest.mark.parametrize("target", ["ftp://127.0.0.1:1/a.png", "file:///etc/hostname", "data:image/png;base64,"])
+    def test_redirects_lead_to_web_addresses_only(self, address, target):
+        with pytest.raises(
+            ValueError, match=r"redirects to .* neither http nor https|Redirection to url .* is not allowed"
+        ):
+            read_image(f"{address}/to/{target}")
+        assert read_image(f"{address}/to/{address}/picture").size == (3, 2)
+
+    def test_what_breaks_off_is_refused(self, address):
+        with pytest.raises(ValueError, match="broke off 9"):
+            read_image(f"{address}/broken-off")
+
+    @pytest.mark.parametrize("timeout", [math.nan, -1, "3"])
+    def test_a_timeout_is_a_number(self, address, timeout):
+        with pytest.raises(ValueError, match="`timeout` must be a number of at least 0"):
+            read_image(f"{address}/picture", timeout=timeout)
