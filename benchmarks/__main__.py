@@ -37,6 +37,8 @@ OUT gets results.json and results.md, written anew after every measurement, so t
 The table is also printed. Let nothing else run beside it: the load average is noted.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -52,19 +54,15 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers.utils import logging as transformers_logging
-
-from .harness import DTYPES, Options, Result, load_average, machine, progress
-from .inference import OURS, THEIRS, measure_batch, measure_images, measure_memory, modes
-from .models import EAGER, OPTIMIZED, PRESETS, mode_name
-from .operator_kernels import measure_operator
-from .report import markdown, update_document
-from .rivals import measure_clipseg, measure_rival_memory, measure_two_stage
+if TYPE_CHECKING:
+    from .harness import Options, Result
 
 ROOT = Path(__file__).resolve().parent.parent
+# The names of `models.PRESETS` and `harness.DTYPES`, which need torch.
+PRESET_NAMES = ("complete", "full", "quick", "toy")
+DTYPE_NAMES = ("fp32", "bf16")
 GROUPS = ("operator", "image", "batch", "two-stage", "clipseg", "memory")
 RECORD, TABLE = "results.json", "results.md"
 FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that was ended
@@ -81,6 +79,11 @@ class _Terminated(KeyboardInterrupt):
 
 def measurements(options: Options) -> dict[str, Callable[[], list[Result]]]:
     """All that can be measured, by name: the group, then what of it."""
+    from .inference import OURS, THEIRS, measure_batch, measure_images, measure_memory, modes
+    from .models import EAGER, OPTIMIZED, PRESETS, mode_name
+    from .operator_kernels import measure_operator
+    from .rivals import measure_clipseg, measure_rival_memory, measure_two_stage
+
     preset = PRESETS[options.preset]
     first, given = preset.sizes[0], (preset, options)
     found: dict[str, Callable[[], list[Result]]] = {}
@@ -105,6 +108,11 @@ def measurements(options: Options) -> dict[str, Callable[[], list[Result]]]:
 
 def measure_here(name: str, options: Options) -> dict[str, Any]:
     """One measurement in this process, as JSON holds it."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from .harness import load_average
+
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -163,12 +171,14 @@ class Record:
         self.folder, self.content, self.document = folder, content, document
 
     @classmethod
-    def begin(cls, arguments: argparse.Namespace, options: Options, planned: list[str]) -> "Record":
+    def begin(cls, arguments: argparse.Namespace, options: Options, planned: list[str]) -> Record:
         """A new one, or the one to be continued.
 
         Raises:
             Misuse: the folder holds results that were not to be continued, or those of something else.
         """
+        from .harness import machine
+
         content = {
             "format": FORMAT,
             "command": shlex.join(["python", "-m", "benchmarks", *arguments.typed]),
@@ -198,6 +208,8 @@ class Record:
 
     def table(self) -> str:
         """The tables in Markdown."""
+        from .report import markdown
+
         return markdown(self.content)
 
 
@@ -228,12 +240,14 @@ def parse_arguments(typed: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     folder = Path("out") / datetime.now(UTC).strftime("bench-%Y%m%d-%H%M%S")
-    parser.add_argument("--preset", choices=PRESETS, default="full", help="(default: %(default)s); toy only tests")
+    parser.add_argument(
+        "--preset", choices=PRESET_NAMES, default="full", help="(default: %(default)s); toy only tests"
+    )
     parser.add_argument("--out", type=Path, default=folder, help="new folder of the results (default: out/bench-TIME)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help="see above")
     parser.add_argument("--threads", type=int, default=2, help="of the processor (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPE_NAMES, default=list(DTYPE_NAMES), help="(default: all)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--continue", dest="resume", action="store_true", help="measure what OUT lacks")
     parser.add_argument("--docs", type=Path, help="a document that shows the tables too, between its marks")
@@ -255,7 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 all was measured, 1 something failed, 2 an error of the user, 128 + number ended by a signal.
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    dtypes = tuple(dtype for dtype in DTYPES if dtype in arguments.dtype)
+    from .harness import Options, progress
+
+    dtypes = tuple(dtype for dtype in DTYPE_NAMES if dtype in arguments.dtype)
     options = Options(arguments.preset, arguments.device, dtypes, arguments.threads, arguments.compile)
     if arguments.measure:
         sys.stdout.write(json.dumps(measure_here(arguments.measure, options)) + "\n")
@@ -277,6 +293,11 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, options: Options) -> int:
+    import torch
+
+    from .harness import progress
+    from .report import update_document
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Misuse("--device cuda: torch sees no CUDA device here")
     if find_spec("scipy") is None:

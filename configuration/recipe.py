@@ -5,10 +5,10 @@ import os
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TrainingArguments
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SYNONYM_MODES = ("none", "average", "max", "sample")
 SYNONYM_PROBABILITIES = ("uniform", "teacher", "boxes")
@@ -207,7 +207,7 @@ class Recipe:
         """Those of `model_settings` that belong to the losses."""
         return {name: getattr(self, name) for name in sorted(_MODEL_FIELDS)}
 
-    def to_training_arguments(self, output_dir: str | os.PathLike, **overrides: Any) -> TrainingArguments:
+    def to_training_arguments(self, output_dir: str | os.PathLike, **overrides: Any) -> "TrainingArguments":
         """Arguments for `GKCTrainer`.
 
         The batch is shared by processes and accumulated micro-batches, which changes no gradient, see `GKCTrainer`.
@@ -226,6 +226,9 @@ class Recipe:
             f"`batch_size` = {self.batch_size} cannot be divided among {parts} processes times accumulated batches; "
             "change one of them.",
         )
+        import torch
+        from transformers import TrainingArguments
+
         settings = {
             "max_steps": self.steps,
             "per_device_train_batch_size": self.batch_size // parts,

@@ -31,6 +31,8 @@ from transformers import (
     AutoBackbone,
     AutoModel,
     AutoModelForImageSegmentation,
+    AutoModelForInstanceSegmentation,
+    AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
     CLIPTextModelWithProjection,
 )
@@ -874,9 +876,14 @@ def _concatenate(values: Sequence[Tensor] | Sequence[tuple[Tensor, ...]], order:
     return tuple(_concatenate(states, order) for states in zip(*values, strict=True))
 
 
-AutoModel.register(GKCConfig, GKCForOpenVocabSegmentation, exist_ok=True)
-AutoModelForUniversalSegmentation.register(GKCConfig, GKCForOpenVocabSegmentation, exist_ok=True)
-AutoModelForImageSegmentation.register(GKCConfig, GKCForOpenVocabSegmentation, exist_ok=True)
+for _auto_class in (
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForInstanceSegmentation,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+):
+    _auto_class.register(GKCConfig, GKCForOpenVocabSegmentation, exist_ok=True)
 # The image-segmentation pipeline accepts a class only by its name in this table.
 MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[GKCConfig.model_type] = GKCForOpenVocabSegmentation.__name__
 

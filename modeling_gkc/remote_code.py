@@ -53,6 +53,8 @@ AUTO_CLASSES = {
         "AutoImageProcessor": "GKCImageProcessor",
         "AutoModel": "GKCForOpenVocabSegmentation",
         "AutoModelForImageSegmentation": "GKCForOpenVocabSegmentation",
+        "AutoModelForInstanceSegmentation": "GKCForOpenVocabSegmentation",
+        "AutoModelForSemanticSegmentation": "GKCForOpenVocabSegmentation",
         "AutoModelForUniversalSegmentation": "GKCForOpenVocabSegmentation",
         "AutoProcessor": "GKCProcessor",
     },

@@ -1,5 +1,7 @@
 """What training looks up instead of computing it in every step, made once from a dataset: `python -m train.cache`."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import shlex
@@ -9,29 +11,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset, DatasetDict
-from torch import nn
 from tqdm.auto import tqdm
 
 from modeling_gkc.vocabulary import Vocabulary
 
-from .box_synonyms import BoxSynonyms
 from .data.prepared import VOCABULARY_NAME
 from .data.stored import load_split, load_splits, seal_dataset
-from .region_rows import ImageRegions, RegionSource, embed_images, read_regions
-from .shards import StoreSettings, StoreWriter
-from .teacher import RegionTeacher, load_clip_towers, load_vision_tower
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from torch import nn
+
+    from .region_rows import ImageRegions, RegionSource
 
 CACHES = "gkc_cache"
 DATA_FINGERPRINT = "data.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_WAIT = timedelta(days=2)  # of a process that is done for those that are not
 
 DESCRIPTION = "Compute once what training needs of every annotated region, and keep it beside the dataset."
@@ -133,6 +133,9 @@ def write_cache(
     Raises:
         ValueError: the folder holds a cache of something else; there are no regions; too many pictures are broken.
     """
+    from .region_rows import embed_images, read_regions
+    from .shards import StoreSettings, StoreWriter
+
     state = _processes()
     settings = StoreSettings(
         kind=source.kind,
@@ -166,11 +169,16 @@ def write_cache(
 
 def _processes() -> PartialState:
     """Those of an `accelerate launch`, or this one alone."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_LONGEST_WAIT)
 
 
 def _from_main(state: PartialState, make: Callable[[], Any]) -> list[Any]:
     """What the main process makes, in all processes."""
+    from accelerate.utils import broadcast_object_list
+
     return broadcast_object_list([make() if state.is_main_process else None])
 
 
@@ -288,11 +296,16 @@ def _positive(text: str) -> int:
 
 
 def _teacher(options: argparse.Namespace, command: str) -> None:
+    from .teacher import RegionTeacher, load_vision_tower
+
     vision_model = load_vision_tower(options.clip)
     _write(RegionTeacher(vision_model, options.keep_aspect), [vision_model], options, command)
 
 
 def _synonyms(options: argparse.Namespace, command: str) -> None:
+    from .box_synonyms import BoxSynonyms
+    from .teacher import load_clip_towers
+
     towers = load_clip_towers(options.clip)
     try:
         vocabulary = Vocabulary.parse(options.vocabulary)
@@ -303,6 +316,8 @@ def _synonyms(options: argparse.Namespace, command: str) -> None:
 
 
 def _write(source: RegionSource, models: list[nn.Module], options: argparse.Namespace, command: str) -> None:
+    import torch
+
     state = _processes()
     dataset = load_split(options.dataset, options.split)
     folder = options.out
@@ -315,7 +330,7 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
     # Before the models change their precision: training compares with the weights as they are loaded.
     (fingerprint,) = _from_main(state, lambda: source.fingerprint(dataset, remember))
     for model in models:
-        model.to(device=state.device, dtype=DTYPES[options.dtype])
+        model.to(device=state.device, dtype=getattr(torch, options.dtype))
     write_cache(
         source,
         dataset,

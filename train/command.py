@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import pkgutil
 import re
 import textwrap
@@ -15,8 +16,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
+from tqdm import tqdm
+
 from configuration import Recipe, load_recipe, recipes
-from modeling_gkc.configuration_gkc import GKCConfig
 
 DESCRIPTION = (
     "Train a segmenter by a recipe, in one process; `accelerate launch -m train ...` takes any number of them."
@@ -39,6 +41,18 @@ DIR gets checkpoint-<step> folders, tensorboard/, pictures/ of every evaluation 
   gkc segment photo.jpg --model DIR
 """
 _INDENT = "      "
+_NEAR = 0.5  # names at least so alike are proposed for an unknown one
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all of an `accelerate launch`."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print a line, above any progress bar; one process speaks for all."""
+    if is_main_process():
+        tqdm.write(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +183,9 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
         if name.startswith("model."):
             changes["model"] = _changed_model(changes.get("model", recipe.model), name, text)
         elif name == "model" or name not in types:
-            known = [*(field for field in types if field != "model"), *_model_fields("model.")]
+            known = [field for field in types if field != "model"]
+            if not difflib.get_close_matches(name, known, cutoff=_NEAR):
+                known += _model_fields("model.")
             raise ValueError(f"A recipe has no field {name!r}{_near(name, known)}.")
         else:
             changes[name] = parse_value(name, text, types[name])
@@ -178,13 +194,15 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
 
 def _near(name: str, known: Sequence[str]) -> str:
     """The known names most like one, all of them if few, or where to find them."""
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=4, cutoff=_NEAR)
     if near:
         return f"; did you mean {' or '.join(near)}"
     return f"; there are {', '.join(known)}" if len(known) < 20 else "; `python -m train --help` lists them"
 
 
 def _model_fields(prefix: str = "") -> list[str]:
+    from modeling_gkc.configuration_gkc import GKCConfig  # needs torch, which help and most slips do without
+
     return [prefix + name for name in GKCConfig.__annotations__ if not name.startswith("vocabulary")]
 
 
@@ -204,6 +222,8 @@ def _changed_model(model: Mapping[str, Any], name: str, text: str) -> dict[str, 
 
 
 def _model_value(name: str, field: str, text: str) -> Any:
+    from modeling_gkc.configuration_gkc import GKCConfig
+
     kind = GKCConfig.__annotations__[field]
     simple = {int, float, bool, str, NoneType}
     return parse_value(name, text, kind) if {kind, *get_args(kind)} - {kind} <= simple else _literal(text)

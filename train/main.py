@@ -9,10 +9,7 @@ from contextlib import contextmanager
 from modeling_gkc.cli_common import without_progress_bars
 from modeling_gkc.sealed_files import DamagedFileError
 
-from .checkpoints import last_complete_checkpoint
-from .command import Command, format_recipe, parse
-from .reporting import TrainingStopped
-from .run import build_trainer, check_folder, is_main_process, say, train
+from .command import Command, format_recipe, is_main_process, parse, say
 
 FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that was stopped
 
@@ -48,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(command: Command, argv: Sequence[str]) -> int:
+    from .reporting import TrainingStopped
+    from .run import build_trainer, check_folder, train
+
     checkpoint = check_folder(command.out, command.recipe, command.resume)
     trainer = build_trainer(command.recipe, command.out, report_to=command.report_to)
     try:
@@ -76,6 +76,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _how_to_go_on(command: Command, argv: Sequence[str]) -> str:
+    from .checkpoints import last_complete_checkpoint
+
     try:
         checkpoint = last_complete_checkpoint(command.out)
     except ValueError:

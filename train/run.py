@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -15,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from configuration import Recipe
 
 from .checkpoints import checkpoints, is_complete, require_undamaged
+from .command import is_main_process, say
 from .data import check_dataset
 from .pictures import PICTURES_FOLDER, EvaluationPictures
 from .recipe_parts import load_data, load_student, load_teacher, load_towers, load_vocabulary, split_classes
@@ -27,17 +27,6 @@ _CHECKED_SAMPLES = 32
 _KEPT_CHECKPOINTS = 2
 # Fields that may be another when a run is continued: they change nothing of its result.
 _FREE_FIELDS = {"save_every", "evaluate_every", "log_every", "max_broken_samples", "compile"}
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for all of an `accelerate launch`."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(text: str) -> None:
-    """Print a line, above any progress bar; one process speaks for all."""
-    if is_main_process():
-        tqdm.write(text)
 
 
 def run(recipe: Recipe, output_dir: str | Path, resume: bool = False, **training_arguments: Any) -> GKCTrainer:

@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from . import coco_json, labelme_json, mask_folder, yolo_text
 from .pictures import SPLITS, Picture, Source, check_classes, read_annotated
 from .prepared import VOCABULARY_NAME, vocabulary_json
-from .samples import stable_number
 from .schema import NO_CLASS, dataset_features, encode_ids
 from .stored import seal_dataset
 
@@ -119,6 +118,8 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
 
 def shares(source: Source, val_share: float) -> Iterator[tuple[str, list[Picture]]]:
     """The pictures of each split; drawn by their names, so that a picture stays where it is when others join."""
+    from .samples import stable_number  # needs torch, which the command's help does without
+
     free = sorted((p for p in source.pictures if p.split is None), key=lambda p: stable_number(p.image_id))
     has_own = any(picture.split == "val" for picture in source.pictures)
     drawn = 0 if has_own else min(round(val_share * len(free)), len(source.pictures) - 1)

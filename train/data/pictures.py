@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from modeling_gkc.image_processing_gkc import read_image
 from modeling_gkc.vocabulary import Vocabulary
 
 from .schema import NO_CLASS, VOID, ids_within
@@ -103,6 +102,8 @@ def read_annotated(picture: Picture) -> tuple[bytes, np.ndarray, list[dict[str, 
         content = picture.image.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{picture.image}: the file is missing") from None
+    from modeling_gkc.image_processing_gkc import read_image  # needs torch, which the commands' help does without
+
     shape = read_image(content, name=str(picture.image)).size[::-1]
     picture.notes.clear()
     ids, segments = picture.read(shape)

@@ -139,6 +139,8 @@ def write_shards(
         return [_write_shard(work, plan, lambda: advance(1)) for plan in plans]
     # Forked processes see the pictures without a copy; where there is no fork, each gets its own.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    if method == "fork":  # imported once instead of in every process
+        import modeling_gkc.image_processing_gkc  # noqa: F401
     context = multiprocessing.get_context(method)
     counter = context.Value("q", 0)
     processes = min(num_proc, len(plans))

@@ -17,8 +17,6 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from tqdm.auto import tqdm
 
-from modeling_gkc.image_processing_gkc import read_image
-
 VOID = 0
 NO_CLASS = -1
 PICTURE_COLUMNS = ("image", "segmentation")
@@ -79,6 +77,8 @@ def read_row(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: one of them cannot be read, or they differ in size; the sample is named.
     """
+    from modeling_gkc.image_processing_gkc import read_image  # needs torch, which the commands' help does without
+
     sample = f"sample {row['image_id']!r}"
     image = np.asarray(read_image(_opened(row["image"], f"image of {sample}"), name=f"image of {sample}"))
     ids = _read_ids(_opened(row["segmentation"], f"segmentation of {sample}"), f"segmentation of {sample}")

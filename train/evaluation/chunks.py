@@ -12,14 +12,15 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modeling_gkc.atomic_files import atomic_write
 from modeling_gkc.sealed_files import DamagedFileError
 
-from .scores import Score
+if TYPE_CHECKING:
+    from .scores import Score
 
 IMAGES_PER_CHUNK = 64
 _META = "meta"
@@ -64,7 +65,7 @@ class ChunkFolder:
         """Chunks that are not done."""
         return [chunk for chunk in range(self.count) if not self.path(chunk).is_file()]
 
-    def write(self, chunk: int, scores: dict[str, Score], meta: dict[str, Any]) -> None:
+    def write(self, chunk: int, scores: dict[str, "Score"], meta: dict[str, Any]) -> None:
         """Store a finished chunk: the counts of its scores, and what JSON can hold beside them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"{name}/{key}": value for name, score in scores.items() for key, value in score.state().items()}
@@ -77,7 +78,7 @@ class ChunkFolder:
         place = f"{self.folder.name}/{self.path(chunk).name}\n"
         return hashlib.sha256(place.encode() + content).digest()
 
-    def merge_into(self, chunk: int, scores: dict[str, Score]) -> dict[str, Any]:
+    def merge_into(self, chunk: int, scores: dict[str, "Score"]) -> dict[str, Any]:
         """
         Add the counts of a chunk to the scores.
 

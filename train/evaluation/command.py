@@ -1,5 +1,7 @@
 """The command `python -m train.evaluate`."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import signal
@@ -7,18 +9,19 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.cli_common import UserError
 
 from ..data.benchmarks import all_benchmarks
 from .chunks import IMAGES_PER_CHUNK
-from .outcome import model_name, run
-from .processes import processes
 from .protocol import TASKS, protocol_of
-from .segmenter import DTYPES
-from .session import Request, load_session
 from .words import PROMPTS, REDUCTIONS
+
+if TYPE_CHECKING:
+    from .session import Request
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 DONE, INCOMPLETE, MISUSED = 0, 1, 2
 SHORT_TABLE = 40
@@ -110,8 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return report(argv[1:])
     options = parser().parse_args(argv)
-    state = processes(options.cpu)
     try:
+        _check(options)
+
+        from .outcome import run
+        from .processes import processes
+        from .session import load_session
+
+        state = processes(options.cpu)
         request = _request(options, f"python -m train.evaluate {shlex.join(argv)}")
         with warnings.catch_warnings():  # words that several classes share: whoever packed the vocabulary knows
             warnings.simplefilter("ignore", UserWarning)
@@ -138,19 +147,30 @@ def _say_what_is_wrong(result: Mapping[str, Any]) -> int:
     return INCOMPLETE if broken else DONE
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    protocol = protocol_of(options.benchmark)
+    if options.tta and {"panoptic", "instance"} & set(options.tasks or protocol.tasks):
+        raise ValueError("--tta: segments of several views cannot be merged; give --tasks semantic.")
+    if not options.data.is_dir():
+        raise ValueError(f"--data: there is no folder {options.data}; `python -m train.data.prepare` makes it.")
+
+
 def _request(options: argparse.Namespace, command: str) -> Request:
+    from .session import Request
+
     given = vars(options).copy()
     for name in ("per_class", "cpu"):
         given.pop(name)
     given["tasks"] = tuple(options.tasks)
     given["out"] = options.out or default_out(options)
-    if options.tta and {"panoptic", "instance"} & set(options.tasks or protocol_of(options.benchmark).tasks):
-        raise ValueError("--tta: segments of several views cannot be merged; give --tasks semantic.")
     return Request(**given, command=command)
 
 
 def default_out(options: argparse.Namespace) -> Path:
     """A file name that says what is special about the result."""
+    from .outcome import model_name
+
     special = [
         *([options.prompts] if options.prompts != "plain" else []),
         *(["tta"] if options.tta else []),
