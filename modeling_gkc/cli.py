@@ -17,7 +17,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .cli_common import UserError
+from . import __version__
+from .cli_common import UserError, interruptible
 from .cli_parsers import add_convert, add_embed, add_export, add_segment, add_vocab
 
 DESCRIPTION = "Cut pictures into words: open-vocabulary segmentation."
@@ -30,9 +31,12 @@ examples:
   gkc export my-checkpoint --vocab ade20k_150 --out ade-onnx
 
 `gkc COMMAND --help` explains each command.
+
+exit code: 0 all done, 1 some of the work could not be done (each is named), 2 the command was wrong, 130 stopped.
 """
 
 
+@interruptible("gkc")
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run the command.
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0 all done, 1 some of the work could not be done, 2 an error of the user.
+        The exit code: 0 all done, 1 some of the work could not be done, 2 an error of the user, 130 Ctrl-C.
 
     Raises:
         SystemExit: with code 2 for arguments that cannot be parsed, with 0 for `--help`.
@@ -61,10 +65,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in (add_segment, add_vocab, add_embed, add_convert, add_export):
         add_command(commands)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 
 __all__ = ["main"]

@@ -14,10 +14,12 @@
 """What the commands of `gkc` share: one-line errors, loading a checkpoint, choosing a device."""
 
 import argparse
+import functools
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +65,36 @@ def default_model_path() -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise UserError(f"no model was found beside this package: name one with --model or {MODEL_VARIABLE}")
+
+
+def error_line(error: BaseException) -> str:
+    """Say an error in one line; of the operating system's errors the file and the reason, without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def interruptible(program: str, hint: str = "") -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """
+    Make a decorator for the `main` of a command: Ctrl-C ends it with one line and exit code 130.
+
+    Args:
+        program: Name of the command, at the beginning of the line.
+        hint: Sentence that says how to go on.
+    """
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def interruptible_main(*arguments: Any, **options: Any) -> int:
+            try:
+                return main(*arguments, **options)
+            except KeyboardInterrupt:
+                print(f"\n{program}: stopped. {hint}".rstrip(), file=sys.stderr)
+                return 128 + signal.SIGINT
+
+        return interruptible_main
+
+    return decorate
 
 
 def add_parser(
@@ -116,14 +148,10 @@ def load_checkpoint(path: str | Path) -> tuple[Any, "GKCProcessor"]:
             model, info = GKCForOpenVocabSegmentation.from_pretrained(path, output_loading_info=True)
             processor = GKCProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model: {path} is no checkpoint of gkc: {_first_line(error)}") from error
+        raise UserError(f"--model: {path} is no checkpoint of gkc: {error_line(error)}") from error
     if info["missing_keys"]:
         raise UserError(f"--model: {path} lacks weights: {', '.join(sorted(info['missing_keys']))}")
     return model.eval(), processor
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def pick_device(name: str) -> "torch.device":
@@ -164,7 +192,7 @@ def user_errors(option: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise UserError(f"{option}: {_first_line(error)}") from error
+        raise UserError(f"{option}: {error_line(error)}") from error
 
 
 @contextmanager
@@ -185,6 +213,8 @@ __all__ = [
     "add_parser",
     "add_templates_option",
     "default_model_path",
+    "error_line",
+    "interruptible",
     "load_checkpoint",
     "pick_device",
     "user_errors",

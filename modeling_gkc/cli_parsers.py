@@ -33,6 +33,7 @@ SEGMENT_EXAMPLES = f"""\
 examples:
   gkc segment cat.jpg --labels "cat; sofa, couch; lamp"
   gkc segment photos/ --labels ade20k_150 --out cut
+  gkc segment photos/ --recursive --out cut         sub-folders too; cut/ gets the same sub-folders
   gkc segment photos/ --task panoptic               the words stored in the checkpoint
   gkc segment cat.jpg --labels "cat; dog" --void-labels "wall; floor; furniture"
                                                     what is one of those three, or
@@ -46,7 +47,10 @@ and void 255, or 65535 with more than 255 classes, for --task semantic; else seg
 (size as [height, width]; for every segment its label, score, area in pixels, bbox [x, y, width, height] and COCO
 run-length encoding).
 
-exit code: 0 all images done, 1 some could not be done (each is named), 2 the command was wrong.
+NAME is the file's name without its ending; two images of one name need two folders of results.
+
+exit code: 0 all images done, 1 some could not be done (each is named), 2 the command was wrong or results cannot be
+written, 130 stopped by Ctrl-C. What is done for an image is written whole or not at all.
 """
 
 VOCAB_EXAMPLES = """\
@@ -156,6 +160,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     add("--void-threshold", type=_score, metavar="SCORE", help="pixels whose best score is below become void")
     add_templates_option(segment)
     add("--task", choices=TASKS, default="semantic", help="what to find (default: %(default)s)")
+    add("--recursive", action="store_true", help="also segment the pictures of a folder's sub-folders")
     add("--out", metavar="DIR", default="gkc-out", help="folder of the results (default: %(default)s)")
     add("--threshold", type=_share, help="lowest score of an instance or panoptic segment, 0 to 1 (default: 0.5)")
     add("--threads", type=_count, help="processor threads (default: as torch chooses)")

@@ -14,9 +14,9 @@
 """`gkc segment`: cut pictures into words."""
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .atomic_files import atomic_path, atomic_write_json
 from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabulary, load_class_embeddings
 from .cli_common import (
     UserError,
     default_model_path,
+    error_line,
     load_checkpoint,
     pick_device,
     user_errors,
@@ -44,6 +46,7 @@ from .vocabulary import Vocabulary, color_palette
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 OUTPUT_SUFFIXES = (".overlay.png", ".labels.png")
+MAX_LISTED_NAMES = 5
 
 
 @dataclass
@@ -116,78 +119,131 @@ class Segmenter:
         return labels.cpu().numpy(), semantic_segments(labels, scores, len(self.words.vocabulary))
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
+@dataclass(frozen=True)
+class FoundImage:
     """
-    Images that the command line names, in order and each once.
+    An image to segment.
 
     Args:
-        inputs: Files, taken as they are, and folders, of which all pictures are taken in the order of their names
-            (without sub-folders and without the command's own results).
+        path: Its file.
+        name: Name of its results below the output folder, without their endings: the file's name without its ending,
+            below the sub-folder that it was found in.
+    """
+
+    path: Path
+    name: Path
+
+
+def find_images(inputs: Sequence[str], recursive: bool = False, out: Path | None = None) -> list[FoundImage]:
+    """
+    List the images that the command line names, in order and each once, and say what is not looked at.
+
+    Args:
+        inputs: Files, taken as they are, and folders, of which all pictures are taken in the order of their names, but
+            not hidden ones and not the command's own results.
+        recursive: Also take the pictures of the folders' sub-folders.
+        out: Folder of the results, which is not searched.
 
     Raises:
-        UserError: a folder has no pictures.
+        UserError: a folder has no pictures, nothing that is named is there, or two images would have one name.
     """
-    images: dict[Path, Path] = {}
+    if not any(map(os.path.exists, inputs)):
+        raise UserError(f"IMAGE: there is no file or folder {inputs[0]}")
+    images: dict[Path, FoundImage] = {}
     for given in map(Path, inputs):
-        found = [given]
-        if given.is_dir():
-            found = sorted(path for path in given.iterdir() if _is_picture(path))
-            if not found:
-                raise UserError(f"no pictures in the folder {given}")
+        found = _search(given, recursive, out) if given.is_dir() else [given]
         for path in found:
-            images.setdefault(path.resolve(), path)
+            below = path.relative_to(given) if given.is_dir() else Path(path.name)
+            images.setdefault(path.resolve(), FoundImage(path, below.with_suffix("")))
+    _refuse_equal_names(images.values())
     return list(images.values())
 
 
-def output_names(images: Sequence[Path]) -> list[str]:
-    """
-    A name for the results of each image, all different even where letter case does not count.
+def _search(folder: Path, recursive: bool, out: Path | None) -> list[Path]:
+    """The pictures of a folder."""
+    pictures, folders, others = [], [], []
+    walk = os.walk(folder, followlinks=True, onerror=_refuse_unreadable)
+    for place, below, files in walk:
+        below[:] = sorted(
+            name for name in below if not name.startswith(".") and not (out and _is_same(Path(place, name), out))
+        )
+        for path in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith(OUTPUT_SUFFIXES):
+                pictures.append(path)
+            elif not _is_result(path):
+                others.append(path)
+        if not recursive:
+            folders = [Path(place, name) for name in below]
+            break
+    if not pictures:
+        hint = "; --recursive also looks into its sub-folders" if folders else ""
+        raise UserError(f"no pictures in the folder {folder}{hint}")
+    _say_left_out(folder, folders, "sub-folders (--recursive looks into them)")
+    _say_left_out(
+        folder, others, f"files whose endings are not those of pictures ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    )
+    return pictures
 
-    It is the file's name without its ending; where several images share it, the folder's name is put before it and the
-    ending kept; a number follows where even that is taken.
-    """
-    shared: dict[str, int] = {}
-    for path in images:
-        shared[path.stem.casefold()] = shared.get(path.stem.casefold(), 0) + 1
-    names, taken = [], {stem for stem, count in shared.items() if count == 1}
-    for path in images:
-        name = path.stem
-        if shared[name.casefold()] > 1:
-            full = f"{path.resolve().parent.name}-{path.name}"
-            name = next(
-                candidate
-                for candidate in (full if index == 1 else f"{full}-{index}" for index in range(1, len(images) + 2))
-                if candidate.casefold() not in taken
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise UserError(f"IMAGE: {error_line(error)}") from error
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    return other.exists() and folder.samefile(other)
+
+
+def _is_result(path: Path) -> bool:
+    if path.name.endswith(OUTPUT_SUFFIXES):
+        return True
+    return path.suffix == ".json" and Path(f"{path.with_suffix('')}{OUTPUT_SUFFIXES[0]}").exists()
+
+
+def _say_left_out(folder: Path, paths: list[Path], kind: str) -> None:
+    if paths:
+        names = ", ".join(str(path.relative_to(folder)) for path in paths[:MAX_LISTED_NAMES])
+        more = f" and {len(paths) - MAX_LISTED_NAMES} more" if len(paths) > MAX_LISTED_NAMES else ""
+        print(f"gkc: {folder}: not looked at: {len(paths)} {kind}: {names}{more}", file=sys.stderr)
+
+
+def _refuse_equal_names(images: Iterable[FoundImage]) -> None:
+    """Results are named by their own image alone, so two images of one name cannot share an output folder."""
+    first: dict[str, FoundImage] = {}
+    for image in images:
+        other = first.setdefault(str(image.name).casefold(), image)
+        if other is not image:
+            raise UserError(
+                f"IMAGE: {other.path} and {image.path} would both be written as {image.name}{OUTPUT_SUFFIXES[0]}: "
+                "segment them with different --out, or name the folder above both with --recursive"
             )
-            taken.add(name.casefold())
-        names.append(name)
-    return names
 
 
 def segment(arguments: argparse.Namespace) -> int:
     """Run `gkc segment`; the exit code."""
     _check_options(arguments)
-    images = find_images(arguments.images)
+    folder = Path(arguments.out)
+    images = find_images(arguments.images, arguments.recursive, folder)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     segmenter = _load(arguments)
-    folder = Path(arguments.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise UserError(f"--out: cannot make the folder {error_line(error)}") from error
 
     failures = 0
     model_name = str(segmenter.model.name_or_path)
-    for path, name in tqdm(list(zip(images, output_names(images), strict=True)), unit="image", disable=None):
+    for image in tqdm(images, unit="image", disable=None):
         try:
-            overlay = _segment_file(segmenter, path, folder / name, model_name)
+            overlay = _segment_file(segmenter, image.path, folder / image.name, model_name)
             tqdm.write(str(overlay), file=sys.stdout)
+        except UserError:
+            raise
         except Exception as error:  # whatever is wrong with one file, the others are done
             failures += 1
-            reason = str(error) or type(error).__name__
-            reason = reason if str(path) in reason else f"{path}: {reason}"
-            tqdm.write(f"gkc: skipped: {reason.splitlines()[0]}", file=sys.stderr)
+            reason = error_line(error)
+            reason = reason if str(image.path) in reason else f"{image.path}: {reason}"
+            tqdm.write(f"gkc: skipped: {reason}", file=sys.stderr)
     if failures:
         print(f"gkc: {failures} of {len(images)} images could not be done", file=sys.stderr)
     return 1 if failures else 0
@@ -257,12 +313,17 @@ def _segment_file(segmenter: Segmenter, path: Path, target: Path, model_name: st
         "void_labels": [vocabulary.labels[index] for index in segmenter.words.void_ids],
         "segments": [_describe(segment, segmentation, vocabulary) for segment in segments],
     }
-    overlay = Path(f"{target}.overlay.png")
-    draw_overlay(image, segmentation, drawn).save(overlay)
     colors = {segment.id: segment.color for segment in drawn}
-    label_map(segmentation, colors, max_id=void).save(f"{target}.labels.png")
-    Path(f"{target}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return overlay
+    pictures = (draw_overlay(image, segmentation, drawn), label_map(segmentation, colors, max_id=void))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for picture, suffix in zip(pictures, OUTPUT_SUFFIXES, strict=True):
+            with atomic_path(f"{target}{suffix}") as temporary:
+                picture.save(temporary)
+        atomic_write_json(f"{target}.json", result, indent=1)
+    except OSError as error:  # of the folder or the disk, not of this picture: the next one would fail too
+        raise UserError(f"--out: cannot write the results of {path}: {error_line(error)}") from error
+    return Path(f"{target}{OUTPUT_SUFFIXES[0]}")
 
 
 def _drawn_segments(segments: list[dict[str, Any]], vocabulary: Vocabulary, semantic: bool) -> list[DrawnSegment]:
@@ -295,9 +356,4 @@ def _describe(segment: dict[str, Any], segmentation: np.ndarray, vocabulary: Voc
     }
 
 
-def _is_picture(path: Path) -> bool:
-    is_result = path.name.endswith(OUTPUT_SUFFIXES)
-    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not is_result
-
-
-__all__ = ["Segmenter", "Words", "find_images", "output_names", "segment"]
+__all__ = ["FoundImage", "Segmenter", "Words", "find_images", "segment"]

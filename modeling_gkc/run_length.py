@@ -14,16 +14,18 @@
 """COCO's compressed run-length encoding of masks, as pycocotools writes it, with numpy alone."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_PIXELS = 2**31
 _MAX_GROUPS = 7  # of 5 bits: with them a run of a mask of `_MAX_PIXELS`, or a difference of two, can be written
 
 
-def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
+def encode_rle(mask: "Tensor | np.ndarray") -> dict[str, Any]:
     """
     COCO's compressed run-length encoding of one mask.
 
@@ -39,7 +41,7 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
     Raises:
         ValueError: the mask is not (H, W).
     """
-    mask = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask).astype(bool)
+    mask = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask).astype(bool)
     if mask.ndim != 2:
         raise ValueError(f"A mask is (height, width), got the shape {mask.shape}: encode masks one by one.")
     flat = mask.flatten(order="F")

@@ -1,8 +1,11 @@
 """The `gkc` command as a user meets it: files, lines, exit codes."""
 
+import errno
 import json
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +16,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import modeling_gkc
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, cli_common
 from modeling_gkc.cli import main
 from modeling_gkc.cli_common import UserError, default_model_path
-from modeling_gkc.cli_segment import find_images, output_names
+from modeling_gkc.cli_segment import find_images
 from modeling_gkc.post_processing import decode_rle
 from modeling_gkc.visualization import DrawnSegment, draw_overlay, label_map
 
 from .conftest import small_config, word_tokenizer
+from .processes import exit_code, start_child
 
 ROOT = Path(__file__).parent.parent
 LABELS = "red disc; blue square, box; lawn, grass; sky"
@@ -417,31 +422,136 @@ class TestNames:
         (pictures / "a.labels.png").write_bytes(b"")
         (pictures / "deeper.png").mkdir()
         found = find_images([str(pictures / "c.PNG"), str(pictures), str(pictures / ".." / "pictures" / "a.png")])
-        assert [path.name for path in found] == ["c.PNG", "a.png", "b.jpg"]
+        assert [(image.path.name, str(image.name)) for image in found] == [
+            ("c.PNG", "c"),
+            ("a.png", "a"),
+            ("b.jpg", "b"),
+        ]
 
-    @pytest.mark.parametrize(
-        ("paths", "names"),
-        [
-            (["x/a.png", "x/b.png"], ["a", "b"]),
-            (["x/a.png", "y/a.png", "y/b.png"], ["x-a.png", "y-a.png", "b"]),
-            (["x/a.png", "x/a.jpg"], ["x-a.png", "x-a.jpg"]),
-            (["x/a.png", "x/A.png"], ["x-a.png", "x-A.png-2"]),
-            (["1/x/a.png", "2/x/a.png"], ["x-a.png", "x-a.png-2"]),
-            (["x/a.png", "y/a.png", "z/x-a.png.png"], ["x-a.png-2", "y-a.png", "x-a.png"]),
-        ],
-    )
-    def test_results_never_share_a_name(self, paths, names):
-        assert output_names([Path(path) for path in paths]) == names
+    @pytest.mark.parametrize("others", [["x/b.png"], ["y/a.b.png", "y/c.png"]])
+    def test_a_name_depends_on_no_other_image(self, tmp_path, others):
+        for path in ["x/a.png", *others]:
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).touch()
+        found = find_images([str(tmp_path / path) for path in [*others, "x/a.png"]])
+        assert str(found[-1].name) == "a" and [str(image.name) for image in found[:-1]] == [
+            Path(path).stem for path in others
+        ]
 
-    def test_equal_stems_are_both_written(self, checkpoint, pictures, tmp_path):
-        other = tmp_path / "other"
-        other.mkdir()
-        Image.new("RGB", (9, 5)).save(other / "a.png")
+    @pytest.mark.parametrize("paths", [["x/a.png", "y/a.png"], ["x/a.png", "x/a.jpg"], ["x/a.png", "x/A.png"]])
+    def test_equal_names_are_refused(self, tmp_path, paths):
+        for path in paths:
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).touch()
+        with pytest.raises(UserError, match=r"a\.png and .*would both be written as [aA]\.overlay\.png: .*--out"):
+            find_images([str(tmp_path / path) for path in paths])
+
+    def test_what_is_not_looked_at_is_said(self, pictures, capsys):
+        for name in ("below/d.png", "below/deep/a.png", "gkc-out/x.png", "notes.txt", "a.json", ".hidden/e.png"):
+            (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+            (pictures / name).touch()
+        (pictures / "a.overlay.png").touch()  # so a.json is a result
+        assert len(find_images([str(pictures)])) == 3
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith(
+            f"gkc: {pictures}: not looked at: 2 sub-folders (--recursive looks into them): below, "
+        )
+        assert said[1].endswith(": notes.txt") and len(said) == 2
+        found = find_images([str(pictures)], recursive=True, out=pictures / "gkc-out")
+        assert {str(image.name) for image in found} == {"a", "b", "c", "below/d", "below/deep/a"}
+        assert "sub-folders" not in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"no pictures in the folder .*; --recursive also looks"):
+            (pictures / "below" / "d.png").unlink()
+            find_images([str(pictures / "below")])
+
+    def test_results_mirror_sub_folders(self, checkpoint, pictures, tmp_path):
+        (pictures / "below").mkdir()
+        Image.new("RGB", (9, 5)).save(pictures / "below" / "a.png")
         out = tmp_path / "out"
-        images = [str(pictures / "a.png"), str(other / "a.png")]
-        assert main(["segment", *images, "--model", str(checkpoint), "--out", str(out)]) == 0
-        assert read_result(out, "pictures-a.png")[0]["size"] == [40, 70]
-        assert read_result(out, "other-a.png")[0]["size"] == [5, 9]
+        command = ["segment", str(pictures), "--recursive", "--model", str(checkpoint), "--out", str(out)]
+        assert main(command) == 0
+        assert read_result(out, "a")[0]["size"] == [40, 70]
+        assert read_result(out / "below", "a")[0]["size"] == [5, 9]
+
+
+class TestEnds:
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main(["--version"])
+        assert ended.value.code == 0 and capsys.readouterr().out == f"gkc {modeling_gkc.__version__}\n"
+
+    def test_the_module_is_the_command_too(self, monkeypatch, capsys):
+        monkeypatch.setattr("sys.argv", ["gkc", "vocab", "list"])
+        monkeypatch.delitem(sys.modules, "modeling_gkc.cli")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("modeling_gkc.cli", run_name="__main__")
+        assert ended.value.code == 0 and "ade20k_150" in capsys.readouterr().out
+
+    def test_nothing_that_is_named_is_there(self, capsys):
+        assert main(["segment", "absent.jpg", "absent-too.jpg", "--labels", "cat"]) == 2
+        assert capsys.readouterr().err == "gkc: error: IMAGE: there is no file or folder absent.jpg\n"
+
+    def test_a_missing_image_is_named_without_error_numbers(self, checkpoint, pictures, tmp_path, capsys):
+        images = [str(pictures / "a.png"), str(pictures / "absent.jpg")]
+        assert main(["segment", *images, "--model", str(checkpoint), "--out", str(tmp_path / "out")]) == 1
+        said = capsys.readouterr().err
+        assert f"gkc: skipped: {images[1]}: No such file or directory\n" in said and "Errno" not in said
+
+    def test_ctrl_c_is_one_line(self, checkpoint, pictures, tmp_path, capsys, monkeypatch):
+        def interrupted(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("modeling_gkc.cli_segment._segment_file", interrupted)
+        command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(tmp_path / "out")]
+        assert main(command) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "gkc: stopped."
+
+    def test_a_full_disk_leaves_whole_results_only(self, checkpoint, pictures, tmp_path, capsys, monkeypatch):
+        """The file system takes the first result of the second image, and only half of the next."""
+        out = tmp_path / "out"
+        written = []
+        save = Image.Image.save
+
+        def save_until_full(picture, path, *arguments, **options):
+            if len(written) == 3:
+                Path(path).write_bytes(b"\x89PNG")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(path)
+            save(picture, path, *arguments, **options)
+
+        monkeypatch.setattr(Image.Image, "save", save_until_full)
+        assert main(["segment", str(pictures), "--model", str(checkpoint), "--out", str(out)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"gkc: error: --out: cannot write the results of {pictures / 'b.jpg'}: No space left on device"
+        )
+        names = {"a.overlay.png", "a.labels.png", "a.json", "b.overlay.png"}
+        assert {path.name for path in out.iterdir()} == names
+        for path in out.glob("*.png"):
+            Image.open(path).load()
+
+    @pytest.mark.parametrize("after", range(4))
+    def test_a_kill_leaves_whole_results_only(self, checkpoint, pictures, tmp_path, monkeypatch, after):
+        """SIGKILL once a number of bytes of a result are in its file, wherever it is written."""
+        out = tmp_path / "out"
+        out.mkdir()
+        saved = []
+
+        def save_and_die(picture, path, *arguments, **options):
+            save(picture, path, *arguments, **options)
+            saved.append(path)
+            if len(saved) > after:
+                content = Path(path).read_bytes()
+                Path(path).write_bytes(content[: len(content) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        save = Image.Image.save
+        monkeypatch.setattr(Image.Image, "save", save_and_die)
+        command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(out)]
+        assert exit_code(start_child(lambda: main(command))) == -signal.SIGKILL
+        whole = [path for path in out.iterdir() if not path.name.startswith(".")]
+        assert len(whole) == after + after // 2
+        for path in whole:
+            json.loads(path.read_text()) if path.suffix == ".json" else Image.open(path).load()
 
 
 class TestPictures:

@@ -8,20 +8,21 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 import xxhash
 from datasets import Dataset
-from torch import nn
 from tqdm.auto import tqdm
 
 from modeling_gkc.sealed_files import DamagedFileError
 
 from .stored_files import read_sealed_json, write_sealed_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _PICTURES = ("image", "segmentation")
 _ROWS_PER_PASS = 256
@@ -65,8 +66,10 @@ def data_fingerprint(dataset: Dataset, remember: str | Path | None = None, progr
     return reader.hexdigest()
 
 
-def model_fingerprint(*models: nn.Module) -> str:
+def model_fingerprint(*models: "nn.Module") -> str:
     """Hash of the weights of models and of what decides how CLIP towers use them."""
+    import torch
+
     digest = xxhash.xxh3_128()
     for model in models:
         settings = {name: getattr(model.config, name, None) for name in _ARCHITECTURE}
