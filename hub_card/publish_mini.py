@@ -8,8 +8,12 @@ import argparse
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from modeling_gkc.atomic_files import atomic_write, atomic_write_json
+from modeling_gkc.cli_common import error_line, interruptible
 
 TEMPLATE = Path(__file__).parent / "gkc_mini_template.md"
 SHIPPED = Path(__file__).parent / "gkc-mini"
@@ -48,8 +52,8 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None 
     results |= {"published": {"arm": arm, "seed": seed}}
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(model, out)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (out / "README.md").write_text(card(results, json.loads((out / "config.json").read_text())))
+    atomic_write_json(out / "results.json", results)
+    atomic_write(out / "README.md", card(results, json.loads((out / "config.json").read_text())))
 
 
 def _read_summary(run: Path) -> dict:
@@ -105,11 +109,12 @@ def update_page(run: Path, page: Path = PAGE) -> None:
     for name, table in tables.items():
         pattern = rf"(<!-- table {name} -->).*?(<!-- end -->)"
         text = re.sub(pattern, lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", text, flags=re.DOTALL)
-    page.write_text(text)
+    atomic_write(page, text)
     shutil.copy(run / "summary.png", page.with_suffix(".png"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@interruptible("hub_card.publish_mini")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m hub_card.publish_mini",
@@ -122,9 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="seed to publish (the first)")
     parser.add_argument("--page", type=Path, default=PAGE, help="page that gets the tables and the plot (%(default)s)")
     options = parser.parse_args(arguments)
-    publish(options.run, options.out, options.arm, options.seed)
-    update_page(options.run, options.page)
+    try:
+        publish(options.run, options.out, options.arm, options.seed)
+        update_page(options.run, options.page)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"hub_card.publish_mini: error: {error_line(error)}\n")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -148,7 +148,7 @@ def find_images(inputs: Sequence[str], recursive: bool = False, out: Path | None
         UserError: a folder has no pictures, nothing that is named is there, or two images would have one name.
     """
     if not any(map(os.path.exists, inputs)):
-        raise UserError(f"IMAGE: there is no file or folder {inputs[0]}")
+        raise UserError(f"IMAGE: There is no file or folder {inputs[0]}")
     images: dict[Path, FoundImage] = {}
     for given in map(Path, inputs):
         found = _search(given, recursive, out) if given.is_dir() else [given]

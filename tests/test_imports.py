@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_imports
 
+from benchmarks import __main__ as benchmarks_command
+from benchmarks.harness import DTYPES
+from benchmarks.models import PRESETS
+from train.evaluation import command as evaluation_command
+from train.evaluation import segmenter
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "modeling_gkc").glob("*.py"))
 OURS = ("modeling_gkc", "configuration", "train", "hub_card", "benchmarks", "tests")
@@ -147,6 +153,51 @@ def run_code(code: str) -> None:
 
 def test_help_and_vocabularies_need_no_torch():
     run_code(LIGHT_COMMANDS)
+
+
+# Every command of the clone, with arguments that are answered before any work: help, slips, and what is there already.
+ANSWERED = {
+    "train.main": [["--help"], ["no_such_recipe"], ["own_folder", "lerning_rate=1"], ["own_folder", "--show"]],
+    "train.data.prepare": [["--help"], ["ade20k_150", "--help"], ["no_such_benchmark"]],
+    "train.data.from_folder": [["--help"], ["tests", "--out", "tests"], ["absent", "--out", "absent-out"]],
+    "train.data.view": [["--help"]],
+    "train.evaluation.command": [
+        ["--help"],
+        ["report", "--help"],
+        ["--model", "m", "--benchmark", "ade20k_150", "--data", "absent"],
+    ],
+    "train.cache": [["--help"], ["teacher", "--help"], ["teacher", "tests"]],
+    "train.synonyms": [["--help"]],
+    "hub_card.publish_mini": [["--help"], ["absent"]],
+    "benchmarks.__main__": [["--help"], ["--threads", "0"]],
+}
+ANSWER_ALL = """
+import contextlib, importlib, io, sys
+for name, lines in {commands}.items():
+    main = importlib.import_module(name).main
+    for line in lines:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                code = main(line)
+            except SystemExit as ended:
+                code = ended.code
+        text = said.getvalue()
+        assert text.strip() and "Traceback" not in text and "[Errno" not in text, (name, line, text)
+        expected = 0 if {{"--help", "--show"}} & set(line) else 2
+        assert (code or 0) == expected, (name, line, code, text)
+        assert "torch" not in sys.modules, (name, line)
+"""
+
+
+def test_commands_of_the_clone_answer_without_torch():
+    run_code(ANSWER_ALL.format(commands=ANSWERED))
+
+
+def test_parsers_know_names_of_modules_that_need_torch():
+    assert set(benchmarks_command.PRESET_NAMES) == set(PRESETS)
+    assert tuple(DTYPES) == benchmarks_command.DTYPE_NAMES
+    assert set(evaluation_command.DTYPES) == set(segmenter.DTYPES)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
+from modeling_gkc.cli_common import error_line, interruptible
 from modeling_gkc.vocabulary import Vocabulary
 
 from .data.prepared import VOCABULARY_NAME
 from .data.stored import load_split, load_splits, seal_dataset
+from .locks import lock_output
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -211,6 +214,7 @@ def _watched(
         yield image
 
 
+@interruptible("train.cache", "The same command goes on from here.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 for an error of the user, which is one line on the error stream.
 
@@ -221,8 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         options.run(options, f"python -m train.cache {shlex.join(argv)}")
-    except (ValueError, RuntimeError) as error:
-        sys.stderr.write(f"train.cache: error: {error}\n")
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = error_line(error) if isinstance(error, OSError) else error
+        sys.stderr.write(f"train.cache: error: {reason}\n")
         return 2
     return 0
 
@@ -331,18 +336,19 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
     (fingerprint,) = _from_main(state, lambda: source.fingerprint(dataset, remember))
     for model in models:
         model.to(device=state.device, dtype=getattr(torch, options.dtype))
-    write_cache(
-        source,
-        dataset,
-        folder,
-        fingerprint,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        images_per_shard=options.images_per_shard,
-        max_broken_samples=options.max_broken_samples,
-        writing={"dtype": options.dtype},
-        command=command,
-    )
+    with lock_output(folder) if state.is_main_process else nullcontext():
+        write_cache(
+            source,
+            dataset,
+            folder,
+            fingerprint,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            images_per_shard=options.images_per_shard,
+            max_broken_samples=options.max_broken_samples,
+            writing={"dtype": options.dtype},
+            command=command,
+        )
     if state.is_main_process:
         tqdm.write(f"{folder}: {source.kind} of {len(dataset)} images, complete", file=sys.stderr)
 
@@ -365,21 +371,22 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--out: {out} is there already; name a new folder.")
     if not _processes().is_main_process:
         return
-    unfinished = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        loaded = load_splits(source)
-    except ValueError as error:
-        raise ValueError(f"DATASET: {error}") from error
-    parts = loaded if isinstance(loaded, DatasetDict) else {"": loaded}
-    parts = {name: add_nouns(part, options.wordnet, options.num_proc) for name, part in parts.items()}
-    (DatasetDict(parts) if "" not in parts else parts[""]).save_to_disk(str(unfinished))
-    seal_dataset(unfinished, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and give `{command}` again.")
-    if (source / VOCABULARY_NAME).is_file():
-        shutil.copy2(source / VOCABULARY_NAME, unfinished)
-    if (source / CACHES).is_dir():
-        shutil.copytree(source / CACHES, unfinished / CACHES, copy_function=_link)
-    os.rename(unfinished, out)
+    with lock_output(out):
+        unfinished = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            loaded = load_splits(source)
+        except ValueError as error:
+            raise ValueError(f"DATASET: {error}") from error
+        parts = loaded if isinstance(loaded, DatasetDict) else {"": loaded}
+        parts = {name: add_nouns(part, options.wordnet, options.num_proc) for name, part in parts.items()}
+        (DatasetDict(parts) if "" not in parts else parts[""]).save_to_disk(str(unfinished))
+        seal_dataset(unfinished, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and give `{command}` again.")
+        if (source / VOCABULARY_NAME).is_file():
+            shutil.copy2(source / VOCABULARY_NAME, unfinished)
+        if (source / CACHES).is_dir():
+            shutil.copytree(source / CACHES, unfinished / CACHES, copy_function=_link)
+        os.rename(unfinished, out)
     tqdm.write(f"{out}: {', '.join(filter(None, parts)) or 'the dataset'} with the column `nouns`", file=sys.stderr)
 
 

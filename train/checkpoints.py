@@ -7,6 +7,7 @@ later: it is refused by name before anything is read from it. `sealing` makes th
 checkpoint is sealed before an old one is deleted.
 """
 
+import errno
 import os
 import shlex
 import shutil
@@ -146,6 +147,11 @@ def sealing(args: TrainingArguments, step: int, best: str | None = None) -> Iter
     limit, args.save_total_limit = args.save_total_limit, None
     try:
         yield folder
+    except Exception:
+        # It would never count, and its room is missed on a full disk.
+        if args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         args.save_total_limit = limit
     _wait_for_all()
@@ -154,6 +160,17 @@ def sealing(args: TrainingArguments, step: int, best: str | None = None) -> Iter
         rotate(args.output_dir, limit, best)
     # Nobody goes on, and is perhaps told to stop, before the checkpoint counts.
     _wait_for_all()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a file could not be written because the disk, a quota or the largest file size is exhausted.
+
+    safetensors and torch write by themselves and report it in their own exceptions.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return any(part in text for part in ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter"))
 
 
 def _wait_for_all() -> None:

@@ -4,12 +4,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from modeling_gkc.cli_common import without_progress_bars
+from modeling_gkc.cli_common import error_line, without_progress_bars
 from modeling_gkc.sealed_files import DamagedFileError
 
 from .command import Command, format_recipe, is_main_process, parse, say
+from .locks import lock_output
 
 FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that was stopped
 
@@ -39,12 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sigterm_as_interrupt(), without_progress_bars():
             return _train(command, argv)
     except KeyboardInterrupt as stop:
+        say("train: stopped.")
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except ValueError as error:
         return _complain(error, MISUSED)
 
 
 def _train(command: Command, argv: Sequence[str]) -> int:
+    with lock_output(command.out) if is_main_process() else nullcontext():
+        return _train_locked(command, argv)
+
+
+def _train_locked(command: Command, argv: Sequence[str]) -> int:
+    from .checkpoints import is_disk_full
     from .reporting import TrainingStopped
     from .run import build_trainer, check_folder, train
 
@@ -56,9 +64,18 @@ def _train(command: Command, argv: Sequence[str]) -> int:
         return _complain(f"{error}\n{_how_to_go_on(command, argv)}", FAILED)
     except ValueError as error:  # no longer of what the user typed: the place in the code tells more
         raise RuntimeError(str(error)) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say(f"Stopped in step {trainer.state.global_step + 1}. {_how_to_go_on(command, argv)}")
-        raise
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        place = f"in step {trainer.state.global_step}: {error_line(error)}"
+        return _complain(
+            f"The disk is full, nothing more can be written to {command.out} {place}. Make room first.\n"
+            f"{_how_to_go_on(command, argv)}",
+            FAILED,
+        )
     say(f"The model is in {command.out}:\n  gkc segment photo.jpg --model {shlex.quote(str(command.out))}")
     return 0
 

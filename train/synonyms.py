@@ -38,6 +38,8 @@ from typing import Any
 
 from nltk.corpus.reader.wordnet import Lemma, Synset, WordNetError
 
+from modeling_gkc.atomic_files import atomic_write
+from modeling_gkc.cli_common import error_line, interruptible
 from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import PACKAGED_NAMES, packaged_facts
 from modeling_gkc.vocabulary_provenance import WordOrigin, provenance_path, write_provenance
@@ -368,7 +370,7 @@ def write_vocabulary(path: str | Path, facts: dict[str, Any], words: Sequence[Se
     lines = [f" {_dump(key)}: {_dump(value)},\n" for key, value in head.items() if key != "classes"]
     rows = ",\n".join(f"  {_dump(entry)}" for entry in classes)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(f'{{\n{"".join(lines)} "classes": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+    atomic_write(path, f'{{\n{"".join(lines)} "classes": [\n{rows}\n ]\n}}\n')
     write_provenance(provenance_path(path), [origin for origins in words for origin in origins])
 
 
@@ -403,7 +405,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@interruptible("train.synonyms")
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse(arguments)
     try:
@@ -416,8 +419,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = build_synonyms(classes, open_wordnet(options.wordnet), options.max_words, options.max_kinds)
         write_vocabulary(options.out, facts, words)
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"python -m train.synonyms: {error}")
+        sys.stderr.write(f"python -m train.synonyms: {error_line(error) if isinstance(error, OSError) else error}\n")
+        return 2
     sys.stdout.write(f"{options.out} and {provenance_path(options.out).name}\n{summary(words)}")
+    return 0
 
 
 def _owners(words: Sequence[Sequence[str]]) -> dict[str, set[int]]:
@@ -458,4 +463,4 @@ def _dump(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,6 @@ The folder is one of
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import sys
@@ -20,6 +19,10 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_gkc.atomic_files import atomic_write_json
+from modeling_gkc.cli_common import error_line, interruptible
+
+from ..locks import lock_output
 from . import coco_json, labelme_json, mask_folder, yolo_text
 from .pictures import SPLITS, Picture, Source, check_classes, read_annotated
 from .prepared import VOCABULARY_NAME, vocabulary_json
@@ -85,8 +88,13 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
         `images`; `problems`, pictures left out; `left_out`, what was left out of the annotations of others; `notes`.
 
     Raises:
-        ValueError: `out` is there already, or no picture can be used.
+        ValueError: `out` is there already or being written by another process, or no picture can be used.
     """
+    with lock_output(out):
+        return _convert(folder, out, val_share, instances)
+
+
+def _convert(folder: Path, out: Path, val_share: float, instances: Sequence[str]) -> dict[str, Any]:
     if out.exists():
         raise ValueError(f"{out} is there already: choose another folder, or remove it.")
     source = find_source(folder, instances)
@@ -187,7 +195,7 @@ class _Writer:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    atomic_write_json(path, content)
 
 
 def describe(report: dict[str, Any], out: Path) -> str:
@@ -208,8 +216,9 @@ def describe(report: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
+@interruptible("train.data.from_folder", "Nothing was written.")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit code is 1 if something was left out, 2 if nothing was written."""
+    """Command line; the exit code is 1 if pictures were left out, 2 if nothing was written, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m train.data.from_folder",
         description=f"{__doc__}\n{LAYOUTS}",
@@ -237,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = convert(options.folder, options.out, options.val_share, options.instances)
     except (OSError, ValueError, RuntimeError) as error:
-        tqdm.write(f"{parser.prog}: {error}", file=sys.stderr)
+        tqdm.write(f"{parser.prog}: {error_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     tqdm.write(describe(report, options.out))
     return 1 if report["problems"] or report["left_out"] else 0

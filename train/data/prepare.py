@@ -24,9 +24,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_write_json
-from modeling_gkc.cli_common import warnings_as_lines
+from modeling_gkc.cli_common import error_line, interruptible, warnings_as_lines
 from modeling_gkc.vocabulary import Vocabulary
 
+from ..locks import lock_output
 from .benchmark import Benchmark
 from .benchmarks import all_benchmarks, benchmark_named
 from .pictures import Picture
@@ -101,14 +102,15 @@ def prepare(
     """
     settings, source, out = settings or Settings(), Path(source), Path(out)
     splits = _check_splits(benchmark, splits)
-    manifest = _open_folder(benchmark, source, out, settings)
-    for split in splits:
-        known = manifest["splits"].get(split)
-        if known is None or not known["complete"] or _damaged_files(out, known):
-            _prepare_split(benchmark, source, out, split, settings, manifest)
-    if not any((out / PROGRESS_FOLDER).glob("*")):
-        shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
-    return {split: manifest["splits"][split] for split in splits}
+    with lock_output(out):
+        manifest = _open_folder(benchmark, source, out, settings)
+        for split in splits:
+            known = manifest["splits"].get(split)
+            if known is None or not known["complete"] or _damaged_files(out, known):
+                _prepare_split(benchmark, source, out, split, settings, manifest)
+        if not any((out / PROGRESS_FOLDER).glob("*")):
+            shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
+        return {split: manifest["splits"][split] for split in splits}
 
 
 def _check_splits(benchmark: Benchmark, splits: Sequence[str] | None) -> list[str]:
@@ -371,6 +373,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+@interruptible("train.data.prepare", "The same command goes on from here.")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit code is 1 if an image cannot be used or is missing, 2 if nothing could be done."""
     parser = _parser()
@@ -385,7 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings_as_lines(parser.prog):
             splits = prepare(benchmark, options.source, options.out, options.split, settings)
     except (OSError, ValueError, RuntimeError) as error:
-        tqdm.write(f"{parser.prog} {benchmark.name}: {error}", file=sys.stderr)
+        reason = error_line(error) if isinstance(error, OSError) else error
+        tqdm.write(f"{parser.prog} {benchmark.name}: {reason}", file=sys.stderr)
         return 2
     tqdm.write(describe(benchmark, splits, options.out))
     in_order = all(record["complete"] and not record["problems"] for record in splits.values())

@@ -27,6 +27,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
+from modeling_gkc.atomic_files import atomic_path
+from modeling_gkc.cli_common import error_line, interruptible
 from modeling_gkc.vocabulary import Vocabulary
 
 from .contact_sheet import Sample, SheetRow, draw_sheet
@@ -250,6 +252,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+@interruptible("train.data.view")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit code is 1 if a sample could not be read, 2 if nothing could be drawn."""
     parser = _parser()
@@ -262,9 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [sheet_row(viewed, numbers) for numbers in tqdm(chosen, "Reading", unit="row")]
         heading = f"{viewed.name}: {len(rows)} rows, {len(viewed.places)} images, {len(viewed.vocabulary)} classes"
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet(heading, rows, viewed.vocabulary).save(options.out)
+        with atomic_path(options.out) as temporary:
+            draw_sheet(heading, rows, viewed.vocabulary).save(temporary)
     except (OSError, ValueError) as error:
-        tqdm.write(f"{parser.prog}: {error}", file=sys.stderr)
+        tqdm.write(f"{parser.prog}: {error_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     problems = [problem for row in rows for problem in row.problems]
     tqdm.write("\n".join([f"{options.out}: {len(rows)} rows", *(f"cannot be read: {line}" for line in problems)]))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling_gkc.cli_common import UserError
+from modeling_gkc.cli_common import UserError, error_line, interruptible
 
 from ..data.benchmarks import all_benchmarks
+from ..locks import lock_output
 from .chunks import IMAGES_PER_CHUNK
 from .protocol import TASKS, protocol_of
 from .words import PROMPTS, REDUCTIONS
@@ -44,7 +45,7 @@ Killed at any moment, the same command goes on where it stopped, with any number
 depend on them. What was done for another model, other data or other options is never mixed in.
 
 exit code: 0 done, 1 done but some samples could not be read (each is named, in the result too), 2 the command was
-wrong or could not be done.
+wrong or could not be done, 130 stopped by Ctrl-C.
 """
 
 
@@ -97,6 +98,7 @@ def _positive(text: str) -> int:
     return number
 
 
+@interruptible("train.evaluate", "The same command goes on from here.")
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run the command.
@@ -124,13 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = _request(options, f"python -m train.evaluate {shlex.join(argv)}")
         with warnings.catch_warnings():  # words that several classes share: whoever packed the vocabulary knows
             warnings.simplefilter("ignore", UserWarning)
-            result = run(load_session(request, state), state)
+            with lock_output(request.out) if state.is_main_process else nullcontext():
+                result = run(load_session(request, state), state)
     except (ValueError, UserError, OSError) as error:
-        sys.stderr.write(f"train.evaluate: error: {error}\n")
+        reason = error_line(error) if isinstance(error, OSError) else error
+        sys.stderr.write(f"train.evaluate: error: {reason}\n")
         return MISUSED
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped. The same command goes on from here.\n")
-        return 128 + signal.SIGINT
     if result is None:  # of a process that is not the first
         return DONE
     sys.stdout.write(f"{describe(result, options.per_class)}\nThe result is in {request.out}\n")
