@@ -70,6 +70,10 @@ class _NotingLoader(Loader):
     def __init__(self, loader: Loader, imports: _WatchedImports):
         self.loader, self.imports = loader, imports
 
+    def __getattr__(self, name: str) -> object:
+        """Answer as the module's own loader: `python -m` asks it for the code, others for the source or resources."""
+        return getattr(self.loader, name)
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Create the module as its own loader does."""
         return self.loader.create_module(spec)

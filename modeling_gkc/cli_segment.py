@@ -134,9 +134,11 @@ class FoundImage:
     name: Path
 
 
-def find_images(inputs: Sequence[str], recursive: bool = False, out: Path | None = None) -> list[FoundImage]:
+def find_images(
+    inputs: Sequence[str], recursive: bool = False, out: Path | None = None
+) -> tuple[list[FoundImage], list[str]]:
     """
-    List the images that the command line names, in order and each once, and say what is not looked at.
+    List the images that the command line names, in order and each once.
 
     Args:
         inputs: Files, taken as they are, and folders, of which all pictures are taken in the order of their names, but
@@ -144,23 +146,27 @@ def find_images(inputs: Sequence[str], recursive: bool = False, out: Path | None
         recursive: Also take the pictures of the folders' sub-folders.
         out: Folder of the results, which is not searched.
 
+    Returns:
+        The images, and lines that say what of the folders is not looked at.
+
     Raises:
         UserError: a folder has no pictures, nothing that is named is there, or two images would have one name.
     """
     if not any(map(os.path.exists, inputs)):
         raise UserError(f"IMAGE: There is no file or folder {inputs[0]}")
     images: dict[Path, FoundImage] = {}
+    left_out: list[str] = []
     for given in map(Path, inputs):
-        found = _search(given, recursive, out) if given.is_dir() else [given]
+        found = _search(given, recursive, out, left_out) if given.is_dir() else [given]
         for path in found:
             below = path.relative_to(given) if given.is_dir() else Path(path.name)
             images.setdefault(path.resolve(), FoundImage(path, below.with_suffix("")))
     _refuse_equal_names(images.values())
-    return list(images.values())
+    return list(images.values()), left_out
 
 
-def _search(folder: Path, recursive: bool, out: Path | None) -> list[Path]:
-    """The pictures of a folder."""
+def _search(folder: Path, recursive: bool, out: Path | None, left_out: list[str]) -> list[Path]:
+    """The pictures of a folder; what else is there is added to `left_out`."""
     pictures, folders, others = [], [], []
     walk = os.walk(folder, followlinks=True, onerror=_refuse_unreadable)
     for place, below, files in walk:
@@ -178,10 +184,8 @@ def _search(folder: Path, recursive: bool, out: Path | None) -> list[Path]:
     if not pictures:
         hint = "; --recursive also looks into its sub-folders" if folders else ""
         raise UserError(f"no pictures in the folder {folder}{hint}")
-    _say_left_out(folder, folders, "sub-folders (--recursive looks into them)")
-    _say_left_out(
-        folder, others, f"files whose endings are not those of pictures ({', '.join(sorted(IMAGE_SUFFIXES))})"
-    )
+    left_out += _describe_left_out(folder, folders, "sub-folders (--recursive looks into them)")
+    left_out += _describe_left_out(folder, others, f"files that do not end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return pictures
 
 
@@ -199,11 +203,12 @@ def _is_result(path: Path) -> bool:
     return path.suffix == ".json" and Path(f"{path.with_suffix('')}{OUTPUT_SUFFIXES[0]}").exists()
 
 
-def _say_left_out(folder: Path, paths: list[Path], kind: str) -> None:
+def _describe_left_out(folder: Path, paths: list[Path], kind: str) -> list[str]:
     if paths:
         names = ", ".join(str(path.relative_to(folder)) for path in paths[:MAX_LISTED_NAMES])
         more = f" and {len(paths) - MAX_LISTED_NAMES} more" if len(paths) > MAX_LISTED_NAMES else ""
-        print(f"gkc: {folder}: not looked at: {len(paths)} {kind}: {names}{more}", file=sys.stderr)
+        return [f"{folder}: not looked at: {len(paths)} {kind}: {names}{more}"]
+    return []
 
 
 def _refuse_equal_names(images: Iterable[FoundImage]) -> None:
@@ -222,7 +227,7 @@ def segment(arguments: argparse.Namespace) -> int:
     """Run `gkc segment`; the exit code."""
     _check_options(arguments)
     folder = Path(arguments.out)
-    images = find_images(arguments.images, arguments.recursive, folder)
+    images, left_out = find_images(arguments.images, arguments.recursive, folder)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     segmenter = _load(arguments)
@@ -230,6 +235,8 @@ def segment(arguments: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot make the folder {error_line(error)}") from error
+    for line in left_out:
+        print(f"gkc: {line}", file=sys.stderr)
 
     failures = 0
     model_name = str(segmenter.model.name_or_path)

@@ -42,6 +42,7 @@ DIR gets checkpoint-<step> folders, tensorboard/, pictures/ of every evaluation 
 """
 _INDENT = "      "
 _NEAR = 0.5  # names at least so alike are proposed for an unknown one
+_ALMOST_EQUAL = 0.8  # a field of the recipe so alike is meant, not one of the model
 
 
 def is_main_process() -> bool:
@@ -184,7 +185,7 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
             changes["model"] = _changed_model(changes.get("model", recipe.model), name, text)
         elif name == "model" or name not in types:
             known = [field for field in types if field != "model"]
-            if not difflib.get_close_matches(name, known, cutoff=_NEAR):
+            if not difflib.get_close_matches(name, known, cutoff=_ALMOST_EQUAL):
                 known += _model_fields("model.")
             raise ValueError(f"A recipe has no field {name!r}{_near(name, known)}.")
         else:
