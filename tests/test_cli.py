@@ -278,8 +278,9 @@ class TestSegment:
         lines = finished.stderr.splitlines()
         assert lines[0] == "gkc: warning: one name is shared by several classes: 'lawn' belongs to 'lawn' and 'sky'."
         assert lines[1].startswith("gkc: warning: The text encoder does not know these words: 'zebra'.")
-        assert lines[2].startswith("gkc: skipped: ") and "broken.png" in lines[2]
-        assert lines[3:] == ["gkc: 1 of 4 images could not be done"]
+        assert lines[2].startswith(f"gkc: {pictures}: not looked at: 1 files")
+        assert lines[3].startswith("gkc: skipped: ") and "broken.png" in lines[3]
+        assert lines[4:] == ["gkc: 1 of 4 images could not be done"]
 
 
 class TestUserErrors:

@@ -1,0 +1,61 @@
+"""Two runs never write into one output, and a dead one holds nothing."""
+
+import os
+import signal
+
+import pytest
+
+from train.data import from_folder
+from train.locks import OutputInUseError, lock_output
+
+from .processes import exit_code, start_child
+
+
+def test_a_second_process_is_told_who_writes(tmp_path):
+    out = tmp_path / "runs" / "a"
+
+    def second() -> int:
+        with (
+            pytest.raises(OutputInUseError, match=rf"{out} is being written by process {parent} on .+, since .+: "),
+            lock_output(out),
+        ):
+            pass
+        with lock_output(tmp_path / "runs" / "b"):
+            return 7
+
+    parent = os.getpid()
+    with lock_output(out):
+        assert exit_code(start_child(second)) == 7
+    assert list((tmp_path / "runs").iterdir()) == []
+    with lock_output(out):
+        pass
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    """Not even while a process that it forked goes on, as the workers of a data loader may."""
+    reading, writing = os.pipe()
+
+    def killed() -> None:
+        with lock_output(tmp_path / "a"):
+            worker = start_child(lambda: signal.pause())
+            os.write(writing, str(worker).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_code(start_child(killed)) == -signal.SIGKILL
+    worker = int(os.read(reading, 20))
+    try:
+        with lock_output(tmp_path / "a"):
+            assert (tmp_path / ".a.lock").is_file()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_command_refuses_an_output_that_is_being_written(tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def second() -> int:
+        return from_folder.main([str(tmp_path), "--out", str(out)])
+
+    with lock_output(out):
+        assert exit_code(start_child(second)) == 2
+    assert not out.exists()
