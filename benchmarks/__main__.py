@@ -56,6 +56,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modeling_gkc.atomic_files import atomic_write
+
 if TYPE_CHECKING:
     from .harness import Options, Result
 
@@ -203,8 +205,8 @@ class Record:
     def write(self) -> None:
         """Writes the files, each at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / RECORD, json.dumps(self.content, indent=1) + "\n")
-        _replace(self.folder / TABLE, self.table())
+        atomic_write(self.folder / RECORD, json.dumps(self.content, indent=1) + "\n")
+        atomic_write(self.folder / TABLE, self.table())
 
     def table(self) -> str:
         """The tables in Markdown."""
@@ -226,12 +228,6 @@ def _continued(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     kept["planned"] = list(dict.fromkeys([*kept["planned"], *content["planned"]]))
     kept["measurements"] = {name: each for name, each in kept["measurements"].items() if "failed" not in each}
     return kept
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def parse_arguments(typed: Sequence[str]) -> argparse.Namespace:

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from modeling_gkc.atomic_files import atomic_write
+
 from .harness import CLOCKS
 
 BEGIN = "<!-- written by `python -m benchmarks`: begin -->"
@@ -166,4 +168,4 @@ def update_document(path: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{path} has no place for the tables: it needs a line {BEGIN} and after it a line {END}.")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    atomic_write(path, f"{before}{BEGIN}\n\n{text}\n{END}{after}")

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from .atomic_files import atomic_path
 from .vocabulary_files import packaged_path
 
 ORIGINS = {
@@ -93,7 +94,7 @@ def read_provenance(path: str | os.PathLike) -> list[WordOrigin]:
 
 def write_provenance(path: str | os.PathLike, origins: Iterable[WordOrigin]) -> None:
     """Write such a table."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([_columns(), *map(astuple, origins)])
 
 

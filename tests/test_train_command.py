@@ -1,6 +1,7 @@
 """`python -m train` as a user runs it: on a dataset folder and a CLIP folder, killed and continued, and used after."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from train.pictures import EvaluationPictures, class_map, grid
 from train.recipe_parts import JoinedLookup, load_student, load_towers
 from train.run import build_trainer, check_folder, require_all_processes
 
+from .processes import exit_code, start_child
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_row, toy_tokenizer, toy_vision_model
 
 ROOT = Path(__file__).parent.parent
@@ -273,6 +275,26 @@ def test_a_loss_that_is_not_finite_ends_the_command(workplace, tmp_path, capsys,
     assert is_complete(tmp_path / "checkpoint-2") and not (tmp_path / "config.json").exists()
 
 
+def test_a_full_disk_ends_the_command_and_keeps_the_last_checkpoint(workplace, tmp_path, capfd, monkeypatch):
+    """In a process of its own, in which no file may grow beyond 60 kB once step 4 is saved."""
+    original = trainer.GKCTrainer._save_optimizer_and_scheduler
+
+    def full(self, output_dir):
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        original(self, output_dir)
+
+    monkeypatch.setattr(trainer.GKCTrainer, "_save_optimizer_and_scheduler", full)
+    arguments = [workplace.recipe, "--out", str(tmp_path), "eval_split=none", "--report-to", "none"]
+    assert exit_code(start_child(lambda: main(arguments))) == 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    first, second, *_ = error.partition("train: error: ")[2].splitlines()
+    assert first.startswith(f"The disk is full, nothing more can be written to {tmp_path} in step 4: ")
+    assert second.startswith(f"The last checkpoint is {tmp_path}/checkpoint-2.") and "--resume" in error
+    assert is_complete(tmp_path / "checkpoint-2") and not (tmp_path / "checkpoint-4").exists()
+
+
 def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_path, capsys):
     data = shutil.copytree(workplace.data, tmp_path / "data")
     shard = data / "gkc_cache" / "train" / "teacher" / "shard-00000.safetensors"
@@ -286,8 +308,9 @@ def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_pat
     assert second == "There is no checkpoint yet: the same command starts from the beginning."
 
 
-def test_fine_tuning_the_shipped_checkpoint_on_a_folder(workplace, tmp_path):
-    """Recipe `own_folder` as it stands, but for its length."""
+def test_fine_tuning_the_shipped_checkpoint_on_a_folder(workplace, tmp_path, monkeypatch):
+    """Recipe `own_folder` as it stands, but for its length, from another working folder."""
+    monkeypatch.chdir(tmp_path)
     arguments = ["own_folder", f"dataset={workplace.data}", "--out", str(tmp_path / "out"), "--report-to", "none"]
     arguments += ["steps=3", "batch_size=2", "num_workers=0", "save_every=2", "train_num_points=64"]
     assert main(arguments) == 0

@@ -169,8 +169,9 @@ def is_disk_full(error: BaseException) -> bool:
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    text = str(error)
-    return any(part in text for part in ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter"))
+    # The last two are how torch's writer of archives fails on any file that it cannot write to its end.
+    parts = ("No space left", "File too large", "quota exceeded", "iostream error", "inline_container.cc")
+    return any(part in str(error) for part in parts)
 
 
 def _wait_for_all() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from modeling_gkc.atomic_files import atomic_path
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.visualization import DrawnSegment, draw_overlay
 from modeling_gkc.vocabulary import Vocabulary
@@ -63,9 +64,8 @@ class EvaluationPictures(TrainerCallback):
         picture = self.draw(predictions)
         path = Path(args.output_dir) / PICTURES_FOLDER / f"step-{state.global_step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
-        picture.save(unfinished, format="png")
-        unfinished.replace(path)
+        with atomic_path(path) as temporary:
+            picture.save(temporary)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image(

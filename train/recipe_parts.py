@@ -29,6 +29,8 @@ from .data.stored import load_split
 from .shards import MANIFEST, RegionStore
 from .teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities, TeacherCache
 
+_ROOT = Path(__file__).resolve().parent.parent
+
 _OF_THE_DATASET = "dataset"
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
@@ -105,6 +107,8 @@ def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCPr
     if recipe.model or recipe.backbone:
         raise ValueError("`model` and `backbone` are settled by the checkpoint of `init_from`: take one or the other.")
     path = recipe.init_from
+    if not Path(path).exists() and (_ROOT / path / "config.json").is_file():
+        path = str(_ROOT / path)  # the shipped checkpoint, which recipes name from the root of the clone
     if path.startswith((".", "/")) or path.count("/") != 1:
         is_checkpoint = (Path(path) / "config.json").is_file()
     else:

@@ -12,6 +12,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from configuration import Recipe
+from modeling_gkc.atomic_files import atomic_write
 
 from .checkpoints import checkpoints, is_complete, require_undamaged
 from .command import is_main_process, say
@@ -47,7 +48,7 @@ def train(trainer: GKCTrainer, checkpoint: Path | None = None) -> None:
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_NAME).write_text(json.dumps(_as_json(trainer.recipe), indent=2) + "\n")
+        atomic_write(folder / RECIPE_NAME, json.dumps(_as_json(trainer.recipe), indent=2) + "\n")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder))
 

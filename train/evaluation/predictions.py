@@ -1,13 +1,13 @@
 """Predictions as files, in the ids of the benchmark's own annotations, so that its official tools can read them."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 
 from ..data.schema import encode_ids
 from .samples import Sample
@@ -61,16 +61,14 @@ class PredictionWriter:
     def _save(self, picture: Image.Image, kind: str, image_id: str) -> Path:
         path = self.folder / kind / f"{_safe(image_id)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        picture.save(temporary, "PNG")
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            picture.save(temporary, "PNG")
         return path
 
     def finish(self, written: Sequence[dict[str, Any]]) -> None:
         """Write `panoptic.json`, if there are panoptic maps."""
         if written:
-            text = json.dumps({"annotations": list(written)}, indent=1) + "\n"
-            (self.folder / PANOPTIC_JSON).write_text(text, encoding="utf-8")
+            atomic_write_json(self.folder / PANOPTIC_JSON, {"annotations": list(written)}, indent=1)
 
 
 def _safe(image_id: str) -> str:

@@ -4,9 +4,7 @@ python -m train.miniworld.clip --out run/clip --steps 3000 --scenes 8000 --seed 
 """
 
 import argparse
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
@@ -205,9 +204,8 @@ def _step(
 def _save_checkpoint(path: Path, parts: dict, settings: CLIPTraining, step: int) -> None:
     """All that the run needs to go on, in one file that is complete or not there."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    temporary = path.with_suffix(".partial")
-    torch.save({"step": step, "settings": asdict(settings), **state}, temporary)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        torch.save({"step": step, "settings": asdict(settings), **state}, temporary)
 
 
 def _resume(path: Path, parts: dict, settings: CLIPTraining) -> int:
@@ -246,7 +244,7 @@ def save_clip(model: MiniCLIP, out: str | Path) -> None:
     model.text.save_pretrained(out / "text")
     model.tokenizer.save_pretrained(out / "text")
     temperature = {"logit_scale": model.logit_scale.exp().item()}
-    (out / "clip.json").write_text(json.dumps(temperature) + "\n")
+    atomic_write_json(out / "clip.json", temperature, indent=None)
 
 
 def load_clip(path: str | Path) -> MiniCLIP:

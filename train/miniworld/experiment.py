@@ -18,6 +18,7 @@ from transformers import set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from configuration import Recipe, load_recipe
+from modeling_gkc.atomic_files import atomic_write_json
 from modeling_gkc.configuration_gkc import GKCConfig
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
@@ -352,4 +353,4 @@ def _read(path: Path) -> dict:
 
 def _write(path: Path, values: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    atomic_write_json(path, values)

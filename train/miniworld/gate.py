@@ -4,13 +4,14 @@ A teacher that cannot tell fills apart cannot teach them, and one whose region e
 class (cosine to the class mean near 1) knows nothing that the label does not say.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from modeling_gkc.atomic_files import atomic_write_json
 
 from .protocols import Protocol, all_protocols
 from .words import COARSE, COLOURS, CONCEPTS, FILLS, HELD_OUT_WORDS, WORDS, Attributes
@@ -126,4 +127,4 @@ def _mark(row: str, reached: bool) -> str:
 
 def save_gate(gate: dict, path: str | Path) -> None:
     """Write the gate as JSON."""
-    Path(path).write_text(json.dumps(gate, indent=2) + "\n")
+    atomic_write_json(path, gate)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from modeling_gkc.atomic_files import atomic_path, atomic_write
+
 from .evaluate import per_cent
 from .experiment import ARMS, MAIN_ARMS, VARIANTS
 
@@ -53,7 +55,7 @@ def read_seeds(folder: str | Path) -> dict[int, dict]:
 def write_summary(folder: str | Path, seeds: Seeds) -> str:
     """Write `summary.json` (`{"tables", "seeds"}`) and `summary.png` into a folder; the tables as one text."""
     found = tables(seeds)
-    (Path(folder) / SUMMARY_NAME).write_text(json.dumps({"tables": found, "seeds": seeds}, indent=2) + "\n")
+    atomic_write(Path(folder) / SUMMARY_NAME, json.dumps({"tables": found, "seeds": seeds}, indent=2) + "\n")
     plot(seeds, Path(folder) / PLOT_NAME)
     return "\n\n".join(f"{TABLE_TITLES[name]}\n\n{table}" for name, table in found.items() if table)
 
@@ -168,4 +170,5 @@ def plot(seeds: Seeds, path: str | Path) -> None:
     axes.set_title(f"Mini-world: what each loss teaches ({len(seeds)} seeds; dots are seeds)")
     axes.legend()
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=130)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
