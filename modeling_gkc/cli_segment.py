@@ -96,12 +96,12 @@ class Segmenter:
             return self._semantic(outputs, size, void)
         if self.task == "instance":
             (result,) = self.processor.post_process_instance_segmentation(
-                outputs, [size], threshold=self.threshold, **void
+                outputs, target_sizes=[size], threshold=self.threshold, **void
             )
         else:
             stuff = self.words.vocabulary.stuff_ids
             (result,) = self.processor.post_process_panoptic_segmentation(
-                outputs, [size], threshold=self.threshold, label_ids_to_fuse=stuff, **void
+                outputs, target_sizes=[size], threshold=self.threshold, label_ids_to_fuse=stuff, **void
             )
         return result["segmentation"].cpu().numpy(), result["segments_info"]
 
@@ -308,6 +308,9 @@ def _segment_file(segmenter: Segmenter, path: Path, target: Path, model_name: st
     """Cut one picture and write `target` + .overlay.png, .labels.png and .json; gives the overlay's path."""
     image = read_image(path)
     segmentation, segments = segmenter(image)
+    if not segments:
+        message = "nothing was found; ask for other words, or lower --threshold or --void-threshold"
+        tqdm.write(f"gkc: {path}: {message}", file=sys.stderr)
     vocabulary, void = segmenter.words.vocabulary, segmenter.void_id
     drawn = _drawn_segments(segments, vocabulary, semantic=segmenter.task == "semantic")
     result = {

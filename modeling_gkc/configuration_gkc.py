@@ -14,7 +14,7 @@
 """Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet image tower (`CLIPResNetConfig`)."""
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig
@@ -233,6 +233,22 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        A configuration from its fields, some of them replaced by `kwargs`.
+
+        Raises:
+            ValueError: `num_labels`, `id2label` or `label2id` differs from the stored vocabulary, whose words would
+                stay while their names and number change.
+        """
+        stored = None if "vocabulary" in kwargs else config_dict.get("vocabulary")
+        if isinstance(kwargs.get("id2label"), dict):
+            kwargs["id2label"] = {int(index): name for index, name in kwargs["id2label"].items()}  # as JSON has them
+        if stored:
+            _refuse_other_labels([names[0] for names in stored], config_dict, kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def projection_dim(self) -> int:
         """Width D of the image-text space: that of the text tower."""
@@ -252,6 +268,11 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.prompt_reduction!r}.",
         )
         stored = self.vocabulary or []
+        _require(
+            not stored or self.num_labels == len(stored),
+            f"`num_labels` or `id2label` gives {self.num_labels} classes, but `vocabulary` stores {len(stored)}; use "
+            "`model.set_vocabulary(...)` to store others.",
+        )
         for name in ("vocabulary_is_thing", "vocabulary_colors", "vocabulary_templates"):
             _require(
                 getattr(self, name) is None or len(getattr(self, name)) == len(stored),
@@ -335,6 +356,35 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             0 <= self.importance_sample_ratio <= 1,
             f"`importance_sample_ratio` must lie between 0 and 1, got {self.importance_sample_ratio}.",
         )
+
+
+def _refuse_other_labels(labels: list[str], config_dict: dict[str, Any], given: dict[str, Any]) -> None:
+    """
+    Refuse labels that are given while a checkpoint is loaded which stores words.
+
+    Args:
+        labels: First names of the stored words.
+        config_dict: The stored fields, which may hold other names for them.
+        given: The fields given.
+
+    Raises:
+        ValueError: as of `GKCConfig.from_dict`.
+    """
+    shown = {int(index): name for index, name in (config_dict.get("id2label") or dict(enumerate(labels))).items()}
+    allowed = {
+        "num_labels": [len(labels)],
+        "id2label": [shown, dict(enumerate(labels))],
+        "label2id": [{name: index for index, name in shown.items()}, {name: i for i, name in enumerate(labels)}],
+    }
+    for field, values in allowed.items():
+        value = given.get(field)
+        if value is not None and value not in values:
+            some = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
+            raise ValueError(
+                f"`{field}` cannot be changed while loading: the checkpoint stores {len(labels)} words ({some}), "
+                f"whose embeddings would stay. Load it without `{field}`, then call `model.set_vocabulary(words, "
+                "processor)`."
+            )
 
 
 def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -292,6 +292,7 @@ class GKCModel(GKCPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        original_sizes: Tensor | None = None,
     ) -> GKCModelOutput:
         """Segments images.
 
@@ -302,6 +303,7 @@ class GKCModel(GKCPreTrainedModel):
             output_hidden_states: Give what backbone and decoders compute; default: as configured.
             output_attentions: Give the mask decoder's attention weights; default: as configured. SDPA has none, as a
                 warning says.
+            original_sizes: Accepted for the common call `model(**inputs)`; they are for post-processing.
 
         Raises:
             ValueError: if the backbone's maps have other strides than 4, 8, 16 and 32.
@@ -629,6 +631,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         output_attentions: bool | None = None,
         names_per_class: Tensor | None = None,
         prompts_per_name: Tensor | None = None,
+        original_sizes: Tensor | None = None,
     ) -> GKCForOpenVocabSegmentationOutput:
         """Segments images into words.
 
@@ -654,6 +657,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
                 size, which the states then have.
             names_per_class, prompts_per_name: As in `get_class_embeddings`, which returns the former with
                 `class_embeds`; needed in compiled and exported graphs only.
+            original_sizes: Accepted for the common call `model(**inputs)`; they are for post-processing.
 
         Raises:
             ValueError: if both or none of the forms of text are there, labels do not fit, or the states asked for do

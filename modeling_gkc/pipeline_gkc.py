@@ -27,6 +27,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
+from types import GeneratorType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabulary
@@ -57,7 +59,7 @@ class _Words(NamedTuple):
 
 @dataclass(frozen=True)
 class _Listed:
-    """An image of a list, and what to call it in errors."""
+    """An image of several, and what to call it in errors."""
 
     image: Any
     name: str
@@ -118,6 +120,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
             mask_threshold: Panoptic and instance: lowest mask probability of a pixel inside; 0.5 by default.
             overlap_mask_area_threshold: Panoptic and instance: lowest share of its mask that a segment must show; 0.8
                 and 0 by default.
+            top_k: Instance: pairs of query and class to consider; 100 by default.
             void_threshold: Pixels whose score is below belong to no segment; see `post_processing`.
             void_labels: Words, as `labels`, for what is none of the classes; their pixels belong to no segment.
             batch_size: Images to compute at once; makes no difference to the result.
@@ -142,11 +145,9 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         if (inputs is None) == (images is None):
             raise TypeError("give one image or several, as `inputs` or as `images`.")
         images = _as_list_or_generator(images if inputs is None else inputs)
-        if isinstance(images, list):
-            if not images:
-                return []
-            images = [_Listed(image, f"image {index + 1} (index {index})") for index, image in enumerate(images)]
-        return super().__call__(images, **kwargs)
+        if isinstance(images, list) and not images:
+            return []
+        return super().__call__(_named(images), **kwargs)
 
     def _sanitize_parameters(
         self,
@@ -155,6 +156,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         threshold: float | None = None,
         mask_threshold: float | None = None,
         overlap_mask_area_threshold: float | None = None,
+        top_k: int | None = None,
         void_threshold: float | None = None,
         void_labels: VocabularyLike | None = None,
         timeout: float | None = None,
@@ -172,6 +174,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
             "threshold": threshold,
             "mask_threshold": mask_threshold,
             "overlap_mask_area_threshold": overlap_mask_area_threshold,
+            "top_k": top_k,
             "void_threshold": void_threshold,
         }
         given = {name: value for name, value in forward_params.items() if value is not None}
@@ -277,6 +280,32 @@ def _as_list_or_generator(inputs: Any) -> Any:
     return (image for image in inputs) if isinstance(inputs, Iterator) and not _is_file(inputs) else inputs
 
 
+def _named(images: Any) -> Any:
+    """Several images, each with what to call it in errors; one image as it is."""
+    if isinstance(images, list):
+        return [_listed(image, index) for index, image in enumerate(images)]
+    if isinstance(images, GeneratorType):
+        return (_listed(image, index) for index, image in enumerate(images))
+    return _NamedImages(images) if isinstance(images, Dataset) else images
+
+
+def _listed(image: Any, index: int) -> _Listed:
+    return _Listed(image, f"image {index + 1} (index {index})")
+
+
+class _NamedImages(Dataset):
+    """A dataset of images, each with what to call it in errors."""
+
+    def __init__(self, images: Dataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> _Listed:
+        return _listed(self.images[index], index)
+
+
 def _dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
     """The precision that a constructor is given; None for the model's own."""
     given = kwargs.get("dtype", "auto")
@@ -313,7 +342,10 @@ def _segment(subtask: str, image: tuple, words: _Words, thresholds: dict[str, fl
     void = {"void_label_ids": words.void_ids}
     if subtask == "semantic":
         return _semantic_segments(image, words, void, **thresholds)
+    thresholds = dict(thresholds)
+    top_k = thresholds.pop("top_k", None)
     if subtask == "instance":
+        thresholds |= {} if top_k is None else {"top_k": top_k}
         found = instance_segmentation(*image, **void, **thresholds)
     else:
         found = panoptic_segmentation(*image, label_ids_to_fuse=words.stuff_ids, **void, **thresholds)

@@ -30,6 +30,7 @@ All is computed in fp32, under autocast too, and without gradients. Logits must 
 -inf, which rules a class out.
 """
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
 from .argument_checks import (
     check_flags,
@@ -142,7 +144,12 @@ def semantic_scores(
         ValueError: logits are not finite, or a size is impossible.
     """
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
-    scores = mask_logits.new_empty(class_logits.shape[1] - 1, *resampler.size, dtype=torch.float32)
+    return _all_scores(resampler, class_logits)
+
+
+def _all_scores(resampler: MaskResampler, class_logits: Tensor) -> Tensor:
+    """Scores (K, H, W) of all classes, computed a row tile at a time."""
+    scores = class_logits.new_empty(class_logits.shape[1] - 1, *resampler.size)
     for rows, tile in _semantic_tiles(resampler, class_logits):
         scores[:, rows] = tile
     return scores
@@ -323,6 +330,7 @@ def panoptic_segmentation(
     void_threshold: float | None = None,
     void_label_ids: Collection[int] = (),
     void_id: int | None = None,
+    return_binary_maps: bool = False,
 ) -> dict[str, Any]:
     """
     Cut an image into segments that do not overlap.
@@ -348,10 +356,12 @@ def panoptic_segmentation(
         void_threshold: Lowest score of a pixel, between 0 and 1; None keeps all.
         void_label_ids: Classes whose pixels become void.
         void_id: Value of void pixels, below 1 or above Q; None means 0.
+        return_binary_maps: Give a mask for each segment instead of a map.
 
     Returns:
-        `segmentation` (H, W) int32, and `segments_info`, a list of `id` (1, 2, .. N without gaps), `label_id`,
-        `was_fused` (the class is in `label_ids_to_fuse`) and `score` (class score; of fused segments the highest).
+        `segmentation`, a map (H, W) int32 or N masks (N, H, W) bool in the order of the ids, and `segments_info`, a
+        list of `id` (1, 2, .. N without gaps), `label_id`, `was_fused` (the class is in `label_ids_to_fuse`) and
+        `score` (class score; of fused segments the highest).
 
     Raises:
         ValueError: `void_label_ids` or `label_ids_to_fuse` holds what is no class, `void_id` may be a segment, logits
@@ -363,6 +373,7 @@ def panoptic_segmentation(
         overlap_mask_area_threshold=overlap_mask_area_threshold,
         void_threshold=void_threshold,
     )
+    check_flags(return_binary_maps=return_binary_maps)
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     num_queries, num_classes = class_logits.shape[0], class_logits.shape[1] - 1
     void_id = _segment_void_id(PANOPTIC_VOID if void_id is None else void_id, num_queries)
@@ -376,7 +387,13 @@ def panoptic_segmentation(
     valid = (shown > 0) & (won >= overlap_mask_area_threshold * area) & ~is_void[labels]
     ids, segments = _number_segments(valid, labels.tolist(), scores.tolist(), label_ids_to_fuse)
     ids = torch.cat([ids.new_zeros(1), ids])
-    return {"segmentation": _relabel(owner, ids.where(ids > 0, void_id)), "segments_info": segments}
+    segmentation = _relabel(owner, ids.where(ids > 0, void_id))
+    if return_binary_maps:
+        masks = segmentation.new_zeros((len(segments), *segmentation.shape), dtype=torch.bool)
+        for mask, segment in zip(masks, segments, strict=True):
+            torch.eq(segmentation, segment["id"], out=mask)
+        segmentation = masks
+    return {"segmentation": segmentation, "segments_info": segments}
 
 
 def _number_segments(
@@ -658,45 +675,61 @@ def _paint(
 
 
 class PostProcessingMixin:
-    """`post_process_*` of the image processor and the processor, with the argument names of transformers."""
+    """`post_process_*` of the image processor and the processor, whose arguments begin with those of Mask2Former's."""
 
     def post_process_semantic_segmentation(
         self,
         outputs: Any,
         target_sizes: Sequence[Size] | Tensor | None = None,
+        return_segmentation_scores: bool = False,
+        *,
         void_threshold: float | None = None,
         void_label_ids: Collection[int] = (),
         void_id: int | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """
         Best class of every pixel, see `semantic_segmentation`.
 
         Args:
             outputs: Output of the model: `class_queries_logits` (B, Q, K + 1), `masks_queries_logits` (B, Q, h, w) and
                 `content_sizes` (B, 2).
-            target_sizes: For each image the (height, width) to return; None returns the masks' resolution.
+            target_sizes: For each image the (height, width) to return, such as the processor's `original_sizes`; None
+                returns the masks' resolution.
+            return_segmentation_scores: Give the scores of all classes too.
             void_threshold: Pixels whose best class score is below become void.
             void_label_ids: Classes that compete for pixels, but whose pixels become void.
             void_id: Value of void pixels; 255 by default, or 65535 with more than 255 classes.
 
         Returns:
-            B class maps (H, W) int64.
+            B class maps (H, W) int64; with scores B outputs of `segmentation`, the same map, and
+            `segmentation_scores` (K, H, W), those of `semantic_scores`.
+
+        Warns:
+            UserWarning: a target is the transpose of its image.
         """
-        return [
-            _best_classes(resampler, class_logits, void_threshold, void_label_ids, void_id)
-            for class_logits, resampler in (_prepare(*image) for image in _split_batch(outputs, target_sizes))
-        ]
+        check_flags(return_segmentation_scores=return_segmentation_scores)
+        results = []
+        for image in self._images(outputs, target_sizes):
+            class_logits, resampler = _prepare(*image)
+            labels = _best_classes(resampler, class_logits, void_threshold, void_label_ids, void_id)
+            if return_segmentation_scores:
+                scores = _all_scores(resampler, class_logits)
+                data = {"segmentation": labels, "segmentation_scores": scores}
+                labels = SemanticSegmentationPostProcessorOutput(data=data)
+            results.append(labels)
+        return results
 
     def post_process_instance_segmentation(
         self,
         outputs: Any,
-        target_sizes: Sequence[Size] | Tensor | None = None,
         threshold: float = 0.5,
-        top_k: int = 100,
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.0,
-        return_binary_maps: bool = False,
+        target_sizes: Sequence[Size] | Tensor | None = None,
         return_coco_annotation: bool = False,
+        return_binary_maps: bool = False,
+        *,
+        top_k: int = 100,
         void_threshold: float | None = None,
         void_label_ids: Collection[int] = (),
         void_id: int | None = None,
@@ -706,19 +739,22 @@ class PostProcessingMixin:
 
         Args:
             outputs: As for `post_process_semantic_segmentation`.
-            target_sizes: As for `post_process_semantic_segmentation`.
             threshold: Lowest score.
-            top_k: Pairs of query and class to consider.
             mask_threshold: A pixel is inside where the mask probability is above.
             overlap_mask_area_threshold: In the map, a segment that covers less than this share of its mask is dropped.
-            return_binary_maps: Give whole masks (N, H, W) instead of a map.
+            target_sizes: As for `post_process_semantic_segmentation`.
             return_coco_annotation: Give whole masks in COCO's run-length encoding instead of a map.
+            return_binary_maps: Give whole masks (N, H, W) instead of a map.
+            top_k: Pairs of query and class to consider.
             void_threshold: Pixels where class score * mask probability is below become void.
             void_label_ids: Classes that compete for pixels, but whose pixels become void.
             void_id: Value of void pixels in the map; -1 by default. (Ids count from 1.)
 
         Returns:
             B dicts of `segmentation` and `segments_info`.
+
+        Warns:
+            UserWarning: a target is the transpose of its image.
         """
         return [
             instance_segmentation(
@@ -733,17 +769,19 @@ class PostProcessingMixin:
                 void_label_ids=void_label_ids,
                 void_id=void_id,
             )
-            for image in _split_batch(outputs, target_sizes)
+            for image in self._images(outputs, target_sizes)
         ]
 
     def post_process_panoptic_segmentation(
         self,
         outputs: Any,
-        target_sizes: Sequence[Size] | Tensor | None = None,
         threshold: float = 0.5,
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.8,
         label_ids_to_fuse: Collection[int] | None = None,
+        target_sizes: Sequence[Size] | Tensor | None = None,
+        *,
+        return_binary_maps: bool = False,
         void_threshold: float | None = None,
         void_label_ids: Collection[int] = (),
         void_id: int | None = None,
@@ -753,17 +791,21 @@ class PostProcessingMixin:
 
         Args:
             outputs: As for `post_process_semantic_segmentation`.
-            target_sizes: As for `post_process_semantic_segmentation`.
             threshold: Lowest class score, exclusive.
             mask_threshold: Lowest mask probability of a pixel inside.
             overlap_mask_area_threshold: Lowest share of a mask that has to win against the others.
             label_ids_to_fuse: Stuff classes, whose segments become one; none by default.
+            target_sizes: As for `post_process_semantic_segmentation`.
+            return_binary_maps: Give a mask (N, H, W) for each segment instead of a map.
             void_threshold: Pixels where class score * mask probability is below become void.
             void_label_ids: Classes that compete for pixels, but whose pixels become void.
             void_id: Value of void pixels; 0 by default. (Ids count from 1.)
 
         Returns:
-            B dicts of `segmentation`, (H, W) int32, and `segments_info`.
+            B dicts of `segmentation`, (H, W) int32 or masks (N, H, W) bool, and `segments_info`.
+
+        Warns:
+            UserWarning: a target is the transpose of its image.
         """
         return [
             panoptic_segmentation(
@@ -775,9 +817,38 @@ class PostProcessingMixin:
                 void_threshold=void_threshold,
                 void_label_ids=void_label_ids,
                 void_id=void_id,
+                return_binary_maps=return_binary_maps,
             )
-            for image in _split_batch(outputs, target_sizes)
+            for image in self._images(outputs, target_sizes)
         ]
+
+    def _images(self, outputs: Any, target_sizes: Sequence[Size] | Tensor | None) -> list[tuple]:
+        """The images of a batch, as `_split_batch`; warns of targets that are the transpose of their image."""
+        images = list(_split_batch(outputs, target_sizes))
+        # A processor that squashes images to one shape tells nothing of their own.
+        size = getattr(getattr(self, "image_processor", self), "size", None) or {}
+        if "height" not in dict(size):
+            _warn_of_transposed_targets([(content, target) for _, _, content, target in images])
+        return images
+
+
+def _warn_of_transposed_targets(sizes: Sequence[tuple[Size | None, Size | None]]) -> None:
+    """Warn where the target has the shape of its content turned by a quarter, as `image.size` of PIL often has."""
+    for index, (content, target) in enumerate(sizes):
+        if content is None or target is None or min(*content, *target) < 1:
+            continue
+        shape, asked = content[0] / content[1], target[0] / target[1]
+        # Sides of the content are rounded to pixels.
+        slack = 1 + 1 / min(content) + 1 / min(target)
+        is_turned = max(shape * asked, 1 / (shape * asked)) <= slack
+        if is_turned and max(shape / asked, asked / shape) > slack:
+            warnings.warn(
+                f"`target_sizes` gives {target} (height, width) for image {index + 1} (index {index}), but the model "
+                f"saw it as {tuple(content)}: one is the other turned by a quarter. PIL's `image.size` is (width, "
+                "height), and is not turned by the image's EXIF orientation: give the processor's `original_sizes`.",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 def _split_batch(

@@ -14,21 +14,36 @@
 """`GKCProcessor`: images and words to tensors, tensors to segmentations."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import BatchFeature
 from transformers.models.auto.processing_auto import AutoProcessor
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
 
+from .argument_checks import check_whole_number
 from .configuration_gkc import GKCConfig
-from .image_processing_gkc import ImageLike, as_batch, check_return_tensors
+from .image_processing_gkc import GKCImageProcessorKwargs, ImageLike, as_batch, check_return_tensors
 from .post_processing import PostProcessingMixin
 from .prompt_templates import TemplatesLike, fill_template, resolve_templates
 from .remote_code import CodeSavingMixin
+from .segmentation_maps import MapLike
 from .vocabulary import KNOWING_CHECKPOINT, Vocabulary, VocabularyLike
 
 MAX_LISTED_WORDS = 20
+UNLIMITED = 10**6  # tokenizers that know no limit give a number above
+# What a call may ask of the tokenizer; all else would change what `class_ids` mean, or is of no use to the model.
+TEXT_SETTINGS = ("padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of", "add_special_tokens")
+KINDS_OF_SETTINGS = ("images_kwargs", "text_kwargs", "common_kwargs")
+
+
+class GKCProcessorKwargs(ProcessingKwargs, total=False):
+    """Settings of a call of `GKCProcessor`, flat or by kind."""
+
+    images_kwargs: GKCImageProcessorKwargs
 
 
 class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
@@ -50,6 +65,8 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         self.prompt_templates = resolve_templates("plain" if prompt_templates is None else prompt_templates)
 
+    valid_processor_kwargs = GKCProcessorKwargs
+
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike] | None = None,
@@ -58,6 +75,8 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         *,
         void_labels: VocabularyLike | None = None,
         prompt_templates: TemplatesLike | None = None,
+        segmentation_maps: MapLike | Sequence[MapLike] | None = None,
+        instance_id_to_semantic_id: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
@@ -68,50 +87,101 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             text: The K classes in any form that `Vocabulary.parse` takes: "dog; sofa, couch; lamp", ["dog", ["sofa",
                 "couch"], "lamp"], "ade20k_150", a file, or a `Vocabulary`, whose classes may have templates of their
                 own.
-            return_tensors: "pt" (also the default) or "np".
+            return_tensors: "pt", "np", or None for lists.
             void_labels: V more classes, in the same forms, for what is none of the K. They get the ids K..K+V-1; give
                 these to `post_process_*` as `void_label_ids`.
             prompt_templates: Templates for this call instead of the processor's, in the same forms.
-            kwargs: Settings of the image processor to override.
+            segmentation_maps: Annotations of the images for training, see `GKCImageProcessor.preprocess`.
+            instance_id_to_semantic_id: Classes of the values in the maps, see `GKCImageProcessor.preprocess`.
+            kwargs: Settings of the image processor, and of the prompts: `padding` (True, "longest", "max_length" or
+                False; by default to the longest), `truncation`, `max_length`, `padding_side`, `pad_to_multiple_of` and
+                `add_special_tokens`, as of transformers' tokenizers. They may be grouped as `images_kwargs`,
+                `text_kwargs` and `common_kwargs`.
 
         Returns:
-            For images `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W), 1 where the image is. For text the P
-            prompts, class by class, name by name, template by template: `input_ids` and `attention_mask` (P, L),
-            padded at the right, `class_ids` (P,) in 0..K+V-1 and `names_per_class` (K+V,); if a name has several
-            templates also `name_ids` (P,) in 0..N-1, the name that each prompt stands for, and `prompts_per_name`
-            (N,).
+            For images `pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W), 1 where the image is, and `original_sizes`
+            (B, 2), height and width of the upright images, for the `target_sizes` of post-processing; with maps also
+            `mask_labels` and `class_labels`. For text the P prompts, class by class, name by name, template by
+            template: `input_ids` and `attention_mask` (P, L), padded at the right, `class_ids` (P,) in 0..K+V-1 and
+            `names_per_class` (K+V,); if a name has several templates also `name_ids` (P,) in 0..N-1, the name that
+            each prompt stands for, and `prompts_per_name` (N,).
 
         Raises:
             ValueError: neither images nor text; labels that `Vocabulary` refuses; a label without a token or with a
                 special one; two labels with the same tokens; the tokenizer knows none of the words in `text`, or none
-                in `void_labels`; a label with more tokens than the tokenizer's `model_max_length` (nothing is
-                truncated); images that `GKCImageProcessor` refuses; another
-                `return_tensors`.
+                in `void_labels`; a label with more tokens than the tokenizer's `model_max_length` or `max_length`
+                (nothing is truncated, unless `truncation=True` asks for it); images and maps that `GKCImageProcessor`
+                refuses; another `return_tensors`.
+            TypeError: an unknown setting, or one of images without images.
 
         Warns:
             UserWarning: the tokenizer does not know a word, or a name belongs to several classes.
         """
         if images is None and text is None:
             raise ValueError("give images, text, or both.")
-        check_return_tensors(return_tensors)
-        if images is None and kwargs:
-            raise TypeError(f"without images there is no use for {', '.join(kwargs)}.")
         if text is None and (void_labels is not None or prompt_templates is not None):
             raise ValueError("`void_labels` and `prompt_templates` go with `text`: give it too.")
+        images_settings, text_settings = self._split_settings(kwargs)
+        for settings in (images_settings, text_settings):
+            return_tensors = settings.pop("return_tensors", None) or return_tensors
+        check_return_tensors(return_tensors)
+        if images is None and images_settings:
+            raise TypeError(f"without images there is no use for {', '.join(images_settings)}.")
+        device = images_settings.get("device")
         data = {}
         if images is not None:
-            data.update(self.image_processor(images, return_tensors="pt", **kwargs))
+            annotations = (segmentation_maps, instance_id_to_semantic_id)
+            data.update(self.image_processor(images, *annotations, **images_settings, return_tensors="pt"))
+        elif segmentation_maps is not None or instance_id_to_semantic_id is not None:
+            raise ValueError("`segmentation_maps` go with `images`: give them too.")
         if text is not None:
             vocabulary, void_ids = Vocabulary.parse(text).with_void(void_labels)
             templates = self.prompt_templates if prompt_templates is None else prompt_templates
-            data.update(self._encode(vocabulary, void_ids, resolve_templates(templates)))
-        return as_batch(data, return_tensors)
+            data.update(self._encode(vocabulary, void_ids, resolve_templates(templates), **text_settings))
+        if return_tensors is not None and isinstance(data.get("input_ids"), list):
+            raise ValueError("labels differ in length and make no tensor without padding: leave `padding` on.")
+        return as_batch(data, return_tensors, device)
+
+    def _split_settings(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        The settings of images, and of prompts with those that the tokenizer was made with.
+
+        Raises:
+            TypeError: there is no such setting.
+            ValueError: a setting is given twice, or a group is no dict.
+        """
+        groups = {name: settings.pop(name, None) or {} for name in KINDS_OF_SETTINGS}
+        for name, group in groups.items():
+            if not isinstance(group, Mapping):
+                raise ValueError(f"`{name}` must be a dict of settings, got {group!r}.")
+        known = {"images_kwargs": set(GKCImageProcessorKwargs.__annotations__), "text_kwargs": set(TEXT_SETTINGS)}
+        known["text_kwargs"].add("return_tensors")
+        known["common_kwargs"] = known["images_kwargs"] | known["text_kwargs"]
+        split = {}
+        for kind in ("images_kwargs", "text_kwargs"):
+            twice = groups[kind].keys() & settings.keys()
+            if twice:
+                raise ValueError(f"{', '.join(sorted(twice))}: given in `{kind}` and beside it.")
+            own = {name: value for name, value in settings.items() if name in known[kind]}
+            common = {name: value for name, value in groups["common_kwargs"].items() if name in known[kind]}
+            split[kind] = common | dict(groups[kind]) | own
+        groups["common_kwargs"] = dict(groups["common_kwargs"]) | settings
+        for kind, group in groups.items():
+            unknown = [name for name in group if name not in known[kind]]
+            if unknown:
+                raise TypeError(f"{type(self).__name__} has no setting {', '.join(map(repr, unknown))}.")
+        stored = {
+            name: self.tokenizer.init_kwargs.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")
+        }
+        stored = {name: value for name, value in stored.items() if value is not None}
+        return split["images_kwargs"], stored | split["text_kwargs"]
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the tensors that a call may return."""
-        words = ["input_ids", "attention_mask", "class_ids", "names_per_class", "name_ids", "prompts_per_name"]
-        return ["pixel_values", "pixel_mask", *words]
+        """Names of the tensors that a call with images and words returns, with the processor's own templates."""
+        words = ["input_ids", "attention_mask", "class_ids", "names_per_class"]
+        names = [*self.image_processor.model_input_names, *words]
+        return names + ["name_ids", "prompts_per_name"] * (len(self.prompt_templates) > 1)
 
     def unknown_classes(self, vocabulary: Vocabulary) -> list[int]:
         """
@@ -128,7 +198,18 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         }
         return [class_id for class_id in range(len(vocabulary)) if class_id not in known]
 
-    def _encode(self, vocabulary: Vocabulary, void_ids: list[int], templates: list[str]) -> dict[str, torch.Tensor]:
+    def _encode(
+        self,
+        vocabulary: Vocabulary,
+        void_ids: list[int],
+        templates: list[str],
+        padding: bool | str | None = True,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool | None = True,
+    ) -> dict[str, Any]:
         self._refuse_unreadable(vocabulary)
         own_templates = vocabulary.templates or [None] * len(vocabulary)
         names = list(zip(vocabulary.class_ids, vocabulary.flat_names, strict=True))
@@ -137,24 +218,70 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             for template in own_templates[class_id] or templates:
                 prompts.append(fill_template(template, name))
                 name_ids.append(name_id)
-        tokens = self.tokenizer(prompts, verbose=False)["input_ids"]
-        self._refuse_long(prompts, tokens)
+        limit = self._limit(max_length)
+        strategy = TruncationStrategy(("longest_first" if truncation is True else truncation) or "do_not_truncate")
+        cut = {"truncation": strategy, "max_length": limit}
+        cut = {} if strategy is TruncationStrategy.DO_NOT_TRUNCATE else cut
+        tokens = self.tokenizer(
+            prompts, add_special_tokens=add_special_tokens is not False, verbose=False, padding=False, **cut
+        )["input_ids"]
+        self._refuse_long(prompts, tokens, limit)
         self._check_known(vocabulary, void_ids, prompts, tokens)
-        encoded = self._pad(tokens) | {"class_ids": torch.tensor([names[name_id][0] for name_id in name_ids])}
+        length = self._padded_length(tokens, padding, max_length, pad_to_multiple_of)
+        encoded = self._pad(tokens, length, padding_side)
+        encoded["class_ids"] = torch.tensor([names[name_id][0] for name_id in name_ids])
         encoded["names_per_class"] = torch.tensor([len(class_names) for class_names in vocabulary.names])
         if len(prompts) > len(names):
             encoded["name_ids"] = torch.tensor(name_ids)
             encoded["prompts_per_name"] = encoded["name_ids"].bincount()
         return encoded
 
-    def _pad(self, tokens: list[list[int]]) -> dict[str, torch.Tensor]:
-        lengths = torch.tensor([len(prompt) for prompt in tokens])
-        if self.tokenizer.pad_token_id is None and lengths.unique().numel() > 1:
+    def _limit(self, max_length: int | None) -> int:
+        """Tokens that a prompt may have at most."""
+        if max_length is None:
+            return self.tokenizer.model_max_length
+        limit = check_whole_number("max_length", max_length, 1)
+        if limit > self.tokenizer.model_max_length:
+            raise ValueError(
+                f"`max_length` {limit} is more than the {self.tokenizer.model_max_length} tokens that the text "
+                "encoder reads."
+            )
+        return limit
+
+    def _padded_length(
+        self, tokens: list[list[int]], padding: bool | str | None, max_length: int | None, multiple: int | None
+    ) -> int:
+        """Length of all prompts after padding, 0 where they are not padded."""
+        if isinstance(padding, bool) or padding is None:
+            padding = "do_not_pad" if padding is False else "longest"
+        strategy = PaddingStrategy(padding)
+        if strategy is PaddingStrategy.DO_NOT_PAD:
+            return 0
+        length = max(map(len, tokens))
+        if strategy is PaddingStrategy.MAX_LENGTH:
+            length = self._limit(max_length)
+            if length > UNLIMITED:
+                raise ValueError("`padding='max_length'` needs a `max_length`: the tokenizer has none of its own.")
+        if multiple is None:
+            return length
+        multiple = check_whole_number("pad_to_multiple_of", multiple, 1)
+        return -(-length // multiple) * multiple
+
+    def _pad(self, tokens: list[list[int]], length: int, side: str | None) -> dict[str, Any]:
+        """Token ids and where they are, as tensors (P, length); as lists where they are of several lengths."""
+        if side not in (None, "left", "right"):
+            raise ValueError(f"`padding_side` must be 'right' or 'left', got {side!r}.")
+        lengths = {len(prompt) for prompt in tokens}
+        if not length and len(lengths) > 1:
+            return {"input_ids": tokens, "attention_mask": [[1] * len(prompt) for prompt in tokens]}
+        length = length or lengths.pop()
+        if self.tokenizer.pad_token_id is None and lengths - {length}:
             raise ValueError("labels differ in length and the tokenizer cannot pad them: give it a `pad_token`.")
-        input_ids = torch.full((len(tokens), int(lengths.max())), self.tokenizer.pad_token_id or 0)
-        for row, prompt in zip(input_ids, tokens, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        input_ids = torch.full((len(tokens), length), self.tokenizer.pad_token_id or 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for ids, mask, prompt in zip(input_ids, attention_mask, tokens, strict=True):
+            place = slice(length - len(prompt), None) if side == "left" else slice(len(prompt))
+            ids[place], mask[place] = torch.tensor(prompt), 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _refuse_unreadable(self, vocabulary: Vocabulary) -> None:
@@ -191,8 +318,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
                     "one of them another name."
                 )
 
-    def _refuse_long(self, prompts: list[str], tokens: list[list[int]]) -> None:
-        limit = self.tokenizer.model_max_length
+    def _refuse_long(self, prompts: list[str], tokens: list[list[int]], limit: int) -> None:
         for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > limit:
                 raise ValueError(

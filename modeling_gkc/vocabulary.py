@@ -16,10 +16,11 @@
 import copy
 import functools
 import itertools
+import operator
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,16 +107,17 @@ class Vocabulary:
 
         Args:
             text: A string, classes separated by `;` and synonyms by `,` ("dog; sofa, couch; lamp"), with or without a
-                `;` at the end; the name of a
-                packaged vocabulary ("ade20k_150"); a file, as a path object or a string without `;` that ends in
-                .json, .csv or .txt; a sequence whose items are a name, taken as it stands, or a sequence of synonyms
-                (["dog", ["sofa", "couch"]]); or a Vocabulary, returned as it is.
+                `;` at the end; the name of a packaged vocabulary ("ade20k_150"); a file, as a path object or a string
+                without `;` that ends in .json, .csv or .txt; a list, array or other iterable whose items are a name,
+                taken as it stands (a `;` in it is refused), or a sequence of synonyms (["dog", ["sofa", "couch"]]); a
+                set, whose classes come in alphabetical order; a dict of names by class number, such as a model's
+                `id2label` ({0: "dog", 1: "lamp"}); or a Vocabulary, returned as it is.
 
         Raises:
             ValueError: as for `Vocabulary`, `named` and `from_file`; a word that is a packaged name misspelt; a
                 string with a line break inside a class, with other separators ("dog | lamp", "dog . lamp ."), or that
                 is the path of another file.
-            TypeError: an item is neither a string nor a sequence of strings.
+            TypeError: an item is neither a string nor a sequence of strings, or it is another kind of thing.
 
         Warns:
             UserWarning: as for `Vocabulary`; a string of two or more names has no `;`, so that all are one class.
@@ -128,9 +130,7 @@ class Vocabulary:
             return cls.from_file(text)
         if isinstance(text, str):
             return cls._typed(text)
-        if not isinstance(text, Sequence):
-            raise TypeError(f"labels must be a string, a sequence or a Vocabulary, got {type(text).__name__}.")
-        return cls([[label] if isinstance(label, str) else label for label in text])
+        return cls([_listed_names(label, index) for index, label in enumerate(_listed(text))])
 
     @classmethod
     def named(cls, name: str) -> "Vocabulary":
@@ -296,6 +296,54 @@ class Vocabulary:
             if first is not None or second is not None:
                 setattr(joined, field, (first or [None] * len(self)) + (second or [None] * len(void)))
         return joined, list(range(len(self), len(joined)))
+
+
+def _listed(labels: Any) -> list:
+    """The classes of a list, array, set, dict or other iterable in their order."""
+    if isinstance(labels, Mapping):
+        return _by_number(labels)
+    if isinstance(labels, Set) and not isinstance(labels, KeysView):
+        try:
+            return sorted(labels)
+        except TypeError as error:
+            raise TypeError(f"A set of labels must hold strings: {shown(labels)}.") from error
+    if hasattr(labels, "tolist"):  # arrays of numpy, columns of pandas
+        labels = labels.tolist()
+    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
+        raise TypeError(
+            "Labels must be a string, a list or another iterable of names, a dict such as `id2label`, or a "
+            f"Vocabulary, got {shown(labels)}."
+        )
+    return list(labels)
+
+
+def _by_number(labels: Mapping) -> list:
+    """The names of a dict, in the order of its keys, which must be the class numbers."""
+    expected = f"A dict of labels must map the class numbers 0..{len(labels) - 1} to names, as `id2label` does"
+    numbers = {}
+    for key, label in labels.items():
+        try:
+            number = int(key) if isinstance(key, str) else operator.index(key)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{expected}; got the key {shown(key)}.") from error
+        numbers[number] = label
+    if sorted(numbers) != list(range(len(labels))):
+        raise ValueError(f"{expected}; got the keys {shown(list(labels))}.")
+    return [numbers[number] for number in range(len(labels))]
+
+
+def _listed_names(label: Any, index: int) -> Sequence[str]:
+    """The names of one item of a list."""
+    names = [label] if isinstance(label, str) else label.tolist() if isinstance(label, np.ndarray) else label
+    if isinstance(names, Set | Mapping):
+        raise TypeError(f"{_Places().one(index)} must be a name or a sequence of names, got {shown(names)}.")
+    for name in names if isinstance(names, Sequence) else ():
+        if isinstance(name, str) and ";" in name:
+            raise ValueError(
+                f"{_Places().one(index)} is {name!r}: a ';' separates classes where they are typed. Give each class "
+                'an item of its own, and synonyms as a list: ["sky", ["sofa", "couch"]].'
+            )
+    return names
 
 
 def color_palette(num_colors: int) -> list[tuple[int, int, int]]:
@@ -478,6 +526,6 @@ def _warn_shared_names(names: list[list[str]]) -> None:
         warnings.warn(f"one name is shared by several classes: {listed}.", UserWarning, stacklevel=4)
 
 
-VocabularyLike = str | os.PathLike | Sequence[str | Sequence[str]] | Vocabulary
+VocabularyLike = str | os.PathLike | Iterable[str | Sequence[str]] | Mapping[int, str] | Vocabulary
 
 __all__ = ["KNOWING_CHECKPOINT", "Vocabulary", "VocabularyLike", "color_palette"]

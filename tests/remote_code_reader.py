@@ -73,7 +73,7 @@ def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
 def computed(model, processor) -> dict[str, torch.Tensor]:
     """Logits, and all kinds of results."""
     with torch.no_grad():
-        outputs = model(**processor(images=image(), text="dog; sofa, couch; lamp"))
+        outputs = model(**processor(images=image(), text="dog; sofa, couch; lamp", return_tensors="pt"))
     size = {"target_sizes": [(80, 120)]}
     return {
         "class_queries_logits": outputs.class_queries_logits,
@@ -112,7 +112,7 @@ def processor_first() -> None:
 
 def image_processor_first() -> None:
     image_processor = AutoImageProcessor.from_pretrained(FOLDER, **TRUST)
-    save("image_processor_first", dict(image_processor(image())))
+    save("image_processor_first", dict(image_processor(image(), return_tensors="pt")))
     image_processor.save_pretrained(WORK / "image_processor_again")
 
 

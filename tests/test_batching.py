@@ -72,7 +72,7 @@ def rounded(size: tuple[int, int]) -> tuple[int, int]:
 
 def batch_of(images: list[np.ndarray], extra: tuple[int, int] = (0, 0)) -> Batch:
     """Processed images, the batch made larger at the bottom and right; beyond an image's own padding lies garbage."""
-    inputs = GKCImageProcessor(do_resize=False)(images, input_data_format="channels_last")
+    inputs = GKCImageProcessor(do_resize=False)(images, input_data_format="channels_last", return_tensors="pt")
     padding = (0, extra[1], 0, extra[0])
     pixel_values, pixel_mask = F.pad(inputs.pixel_values, padding), F.pad(inputs.pixel_mask, padding)
     for image, values in zip(images, pixel_values, strict=True):
@@ -156,7 +156,7 @@ def results_of(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> dic
     found = {}
     for task, threshold in VOID_THRESHOLD.items():
         method = getattr(processor, f"post_process_{task}_segmentation")
-        (result,) = method(outputs, [target], void_threshold=threshold, void_label_ids=[1], **given[task])
+        (result,) = method(outputs, target_sizes=[target], void_threshold=threshold, void_label_ids=[1], **given[task])
         segments = [] if task == "semantic" else result["segments_info"]
         pairs = [(segment["label_id"], segment["score"]) for segment in segments]
         found[task] = (result if task == "semantic" else result["segmentation"], pairs)
@@ -187,7 +187,9 @@ def has_doubtful_segments(outputs: dict[str, torch.Tensor], target: tuple[int, i
     class_scores = outputs["class_queries_logits"][0].softmax(dim=-1)
     best, second = class_scores.topk(2, dim=-1).values.unbind(dim=-1)
     processor = GKCImageProcessor()
-    (found,) = processor.post_process_instance_segmentation(outputs, [target], 0.0, 1000, return_binary_maps=True)
+    (found,) = processor.post_process_instance_segmentation(
+        outputs, 0.0, target_sizes=[target], top_k=1000, return_binary_maps=True
+    )
     scores = torch.tensor([1.0, THRESHOLD, 0.0] + [segment["score"] for segment in found["segments_info"]])
     margins = torch.cat([best - second, (best - THRESHOLD).abs(), scores.sort().values.diff()])
     return bool(margins.min() <= BOUND)

@@ -104,12 +104,12 @@ class TestCache:
         monkeypatch.setattr(
             type(model), "_encode_prompts", lambda self, ids, mask: calls.append(len(ids)) or original(self, ids, mask)
         )
-        first = model.get_class_embeddings(**processor(text=NUMBERED)).class_embeds
+        first = model.get_class_embeddings(**processor(text=NUMBERED, return_tensors="pt")).class_embeds
         changed = [*NUMBERED[:400], "other", *NUMBERED[401:]]
-        second = model.get_class_embeddings(**processor(text=changed)).class_embeds
+        second = model.get_class_embeddings(**processor(text=changed, return_tensors="pt")).class_embeds
         assert calls == [847, 1]
         assert [index for index in range(847) if not torch.equal(first[index], second[index])] == [400]
-        model.get_class_embeddings(**processor(text=changed[::-1]))
+        model.get_class_embeddings(**processor(text=changed[::-1], return_tensors="pt"))
         assert calls == [847, 1]
 
     def test_equals_encoding_afresh_in_any_order_and_company(self, model, processor, within):
@@ -317,7 +317,7 @@ class TestFiles:
     VOCABULARY = Vocabulary([["red"], ["lawn", "grass"]], is_thing=[True, None], colors=[(1, 2, 3), (4, 5, 6)])
 
     def test_what_is_stored_comes_back(self, model, processor, tmp_path):
-        embeddings = model.get_class_embeddings(**processor(text=self.VOCABULARY))
+        embeddings = model.get_class_embeddings(**processor(text=self.VOCABULARY, return_tensors="pt"))
         save_class_embeddings(tmp_path / "words.safetensors", model, embeddings, self.VOCABULARY)
         read, vocabulary = load_class_embeddings(tmp_path / "words.safetensors", model)
         assert torch.equal(read.class_embeds, embeddings.class_embeds)
@@ -329,7 +329,10 @@ class TestFiles:
     def test_precision_does_not_matter_but_another_tower_does(self, model, processor, tmp_path):
         path = tmp_path / "words.safetensors"
         save_class_embeddings(
-            path, model, model.get_class_embeddings(**processor(text="red; blue")), Vocabulary.parse("red; blue")
+            path,
+            model,
+            model.get_class_embeddings(**processor(text="red; blue", return_tensors="pt")),
+            Vocabulary.parse("red; blue"),
         )
         load_class_embeddings(path, copy.deepcopy(model).to(torch.bfloat16))
         torch.manual_seed(1)
@@ -339,7 +342,9 @@ class TestFiles:
     def test_templates_of_a_class_come_back(self, model, processor, tmp_path):
         vocabulary = Vocabulary([["red"], ["lawn"]], templates=[["star {}"], None])
         path = tmp_path / "words.safetensors"
-        save_class_embeddings(path, model, model.get_class_embeddings(**processor(text=vocabulary)), vocabulary)
+        save_class_embeddings(
+            path, model, model.get_class_embeddings(**processor(text=vocabulary, return_tensors="pt")), vocabulary
+        )
         assert load_class_embeddings(path, model)[1] == vocabulary
         model.set_vocabulary(vocabulary, processor)
         model.save_pretrained(tmp_path)
@@ -350,7 +355,7 @@ class TestFiles:
 
     def test_a_tower_that_differs_a_little_or_in_some_tokens_is_another(self, model, processor, tmp_path):
         path = tmp_path / "words.safetensors"
-        embeddings = model.get_class_embeddings(**processor(text="red; blue"))
+        embeddings = model.get_class_embeddings(**processor(text="red; blue", return_tensors="pt"))
         save_class_embeddings(path, model, embeddings, Vocabulary.parse("red; blue"))
         embedding = model.text_model.get_input_embeddings()
         with torch.no_grad():
@@ -368,7 +373,7 @@ class TestFiles:
     )
     def test_a_file_that_does_not_fit_itself_is_refused(self, model, processor, tmp_path, change, message):
         path = tmp_path / "words.safetensors"
-        embeddings = model.get_class_embeddings(**processor(text="red; blue"))
+        embeddings = model.get_class_embeddings(**processor(text="red; blue", return_tensors="pt"))
         save_class_embeddings(path, model, embeddings, Vocabulary.parse("red; blue"))
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -390,5 +395,5 @@ class TestFiles:
 
 def tokens(processor, text, class_ids=False):
     keys = ("input_ids", "attention_mask", *(["class_ids"] if class_ids else []))
-    encoded = processor(text=text)
+    encoded = processor(text=text, return_tensors="pt")
     return {key: encoded[key] for key in keys}

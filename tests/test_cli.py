@@ -241,6 +241,12 @@ class TestSegment:
         main(["segment", str(pictures), "--labels", LABELS, "--model", str(checkpoint), "--out", str(tmp_path)])
         assert calls == [1]
 
+    def test_a_picture_without_a_find_is_told(self, checkpoint, pictures, tmp_path, capsys):
+        image = str(pictures / "a.png")
+        command = ["segment", image, "--model", str(checkpoint), "--task", "panoptic", "--out", str(tmp_path)]
+        assert main([*command, "--threshold", "1"]) == 0
+        assert f"gkc: {image}: nothing was found" in capsys.readouterr().err
+
     def test_bad_files_do_not_stop_the_others(self, checkpoint, pictures, tmp_path, capsys):
         (pictures / "b.jpg").write_bytes((pictures / "b.jpg").read_bytes()[:300])
         images = [str(pictures), str(pictures / "gone.png"), str(pictures / "notes.txt")]

@@ -159,7 +159,9 @@ class TestEmbed:
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
         embeddings, vocabulary = load_class_embeddings(out, model)
         assert vocabulary == Vocabulary.parse("dog; sofa, couch; sky")
-        expected = model.get_class_embeddings(**GKCProcessor.from_pretrained(checkpoint)(text=vocabulary))
+        expected = model.get_class_embeddings(
+            **GKCProcessor.from_pretrained(checkpoint)(text=vocabulary, return_tensors="pt")
+        )
         assert torch.equal(embeddings.class_ids, expected.class_ids)
         within("gkc embed", (embeddings.class_embeds - expected.class_embeds).abs().max(), 1e-6)
 
@@ -174,7 +176,7 @@ class TestEmbed:
         assert "3 classes, 4 names, 12 prompts" in capsys.readouterr().out
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
         embeddings, _ = load_class_embeddings(out, model)
-        prompts = GKCProcessor.from_pretrained(checkpoint)(text=words, prompt_templates="three")
+        prompts = GKCProcessor.from_pretrained(checkpoint)(text=words, prompt_templates="three", return_tensors="pt")
         expected = model.get_class_embeddings(**prompts)
         assert embeddings.class_embeds.shape == (4, 16)
         within("gkc embed", (embeddings.class_embeds - expected.class_embeds).abs().max(), 1e-6)

@@ -84,7 +84,9 @@ def test_a_batch_of_all_doors_has_equal_pixels(folder, server, kind):
         images += file_doors(data, folder, server).values()
     for array in example.arrays:
         images += [image for image, data_format in array_doors(array).values()]
-    pixel_values = GKCImageProcessor(size={"shortest_edge": 20, "longest_edge": 40})(images).pixel_values
+    pixel_values = GKCImageProcessor(size={"shortest_edge": 20, "longest_edge": 40})(
+        images, return_tensors="pt"
+    ).pixel_values
     assert len(images) > 7 and pixel_values.shape[-2:] == (32, 32)
     assert all((values == pixel_values[0]).all() for values in pixel_values)
 
@@ -137,7 +139,7 @@ def test_eight_thousand_pixels_squared(tmp_path):
     path = tmp_path / "large.png"
     Image.new("1", (8192, 8192), 1).save(path)
     with warnings.catch_warnings(action="error"):
-        batch = GKCImageProcessor(do_normalize=False)(path)
+        batch = GKCImageProcessor(do_normalize=False)(path, return_tensors="pt")
     assert batch.pixel_values.shape == (1, 3, 800, 800)
     assert (batch.pixel_values == 1).all()
 
@@ -146,7 +148,7 @@ def test_eight_thousand_pixels_squared(tmp_path):
 def test_extreme_aspects(folder, server, shape, resized):
     data = encoded(Image.fromarray(np.full((*shape, 3), 200, np.uint8)))
     for image in file_doors(data, folder, server).values():
-        batch = GKCImageProcessor(do_normalize=False)(image)
+        batch = GKCImageProcessor(do_normalize=False)(image, return_tensors="pt")
         mask = batch.pixel_mask[0]
         assert (int(mask[:, 0].sum()), int(mask[0].sum())) == resized
         assert np.allclose(batch.pixel_values[0, :, : resized[0], : resized[1]], 200 / 255)

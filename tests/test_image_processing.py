@@ -23,6 +23,7 @@ from hypothesis.extra import numpy as numpy_strategies
 from PIL import Image
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from modeling_gkc import image_processing_gkc, image_reading
@@ -236,7 +237,7 @@ class TestRefusing:
 
     def test_a_broken_image_of_a_batch_is_named(self, picture):
         with pytest.raises(ValueError, match=r"image 2 \(index 1\)"):
-            GKCImageProcessor()([picture, b"hello"])
+            GKCImageProcessor()([picture, b"hello"], return_tensors="pt")
 
     @pytest.mark.parametrize(
         "image",
@@ -277,7 +278,7 @@ class TestRefusing:
 
     def test_no_images(self):
         with pytest.raises(ValueError, match="no images"):
-            GKCImageProcessor()([])
+            GKCImageProcessor()([], return_tensors="pt")
 
     @pytest.mark.parametrize("size", [{"height": 5}, {"max_height": 5, "max_width": 5}, {"shortest_edge": 0}])
     def test_a_size_that_says_nothing(self, size):
@@ -285,8 +286,8 @@ class TestRefusing:
             GKCImageProcessor(size=size)
 
     def test_unknown_settings(self, picture):
-        with pytest.raises(TypeError, match="do_center_crop"):
-            GKCImageProcessor()(picture, do_center_crop=True)
+        with pytest.raises(TypeError, match="do_flip_channel_order"):
+            GKCImageProcessor()(picture, do_flip_channel_order=True, return_tensors="pt")
 
 
 class TestSizes:
@@ -318,12 +319,14 @@ class TestSizes:
         ],
     )
     def test_other_forms_of_size(self, picture, size, expected):
-        mask = GKCImageProcessor(size=size)(picture).pixel_mask[0]
+        mask = GKCImageProcessor(size=size)(picture, return_tensors="pt").pixel_mask[0]
         assert (int(mask[:, 0].sum()), int(mask[0].sum())) == expected
 
     @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (3000, 2)])
     def test_tiny_and_narrow_images(self, shape):
-        batch = GKCImageProcessor()(np.zeros((*shape, 3), np.uint8), input_data_format="channels_last")
+        batch = GKCImageProcessor()(
+            np.zeros((*shape, 3), np.uint8), input_data_format="channels_last", return_tensors="pt"
+        )
         assert batch.pixel_values.isfinite().all()
         assert batch.pixel_mask.sum() >= 1
         assert all(side % 32 == 0 and side <= 1344 for side in batch.pixel_values.shape[-2:])
@@ -331,7 +334,7 @@ class TestSizes:
 
 class TestPixels:
     def test_values_are_normalised_then_padded_with_zeros(self, picture):
-        batch = GKCImageProcessor(do_resize=False)(picture)
+        batch = GKCImageProcessor(do_resize=False)(picture, return_tensors="pt")
         assert batch.pixel_values.shape == (1, 3, 64, 96) and batch.pixel_values.dtype == torch.float32
         expected = (torch.tensor(picture) / 255 - MEAN) / STD
         torch.testing.assert_close(batch.pixel_values[0, :, :45, :70], expected.permute(2, 0, 1), rtol=0, atol=1e-6)
@@ -343,9 +346,9 @@ class TestPixels:
     def test_a_batch_holds_its_singles(self, picture):
         processor = GKCImageProcessor(size={"shortest_edge": 40, "longest_edge": 90})
         images = [picture, picture[:20], picture[:, :9], picture[:1, :1]]
-        batch = processor(images)
+        batch = processor(images, return_tensors="pt")
         for index, image in enumerate(images):
-            single = processor(image, input_data_format="channels_last")
+            single = processor(image, input_data_format="channels_last", return_tensors="pt")
             height, width = single.pixel_values.shape[-2:]
             assert torch.equal(batch.pixel_values[index, :, :height, :width], single.pixel_values[0])
             assert torch.equal(batch.pixel_mask[index, :height, :width], single.pixel_mask[0])
@@ -353,8 +356,8 @@ class TestPixels:
 
     def test_an_array_of_images_is_a_batch(self, picture):
         processor = GKCImageProcessor()
-        batch = processor(np.stack([picture, picture[::-1]]))
-        assert torch.equal(batch.pixel_values, processor([picture, picture[::-1]]).pixel_values)
+        batch = processor(np.stack([picture, picture[::-1]]), return_tensors="pt")
+        assert torch.equal(batch.pixel_values, processor([picture, picture[::-1]], return_tensors="pt").pixel_values)
 
     @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
@@ -377,12 +380,14 @@ class TestPixels:
 
     def test_settings_can_be_given_at_the_call(self, picture):
         processor = GKCImageProcessor()
-        plain = processor(picture, do_resize=False, do_normalize=False, do_rescale=False, size_divisor=1)
+        plain = processor(
+            picture, do_resize=False, do_normalize=False, do_rescale=False, size_divisor=1, return_tensors="pt"
+        )
         np.testing.assert_array_equal(plain.pixel_values[0].permute(1, 2, 0).numpy(), picture)
         as_floats = {"do_resize": False, "do_normalize": False, "size_divisor": 1}
         torch.testing.assert_close(
-            processor(picture / 255, do_rescale=False, **as_floats).pixel_values,
-            processor(picture, **as_floats).pixel_values,
+            processor(picture / 255, do_rescale=False, **as_floats, return_tensors="pt").pixel_values,
+            processor(picture, **as_floats, return_tensors="pt").pixel_values,
         )
         assert processor(picture, return_tensors="np").pixel_values.dtype == np.float32
         assert processor(picture, return_tensors="pt").pixel_mask.dtype == torch.int64
@@ -391,9 +396,9 @@ class TestPixels:
 
     def test_without_padding_sizes_must_agree(self, picture):
         processor = GKCImageProcessor(do_resize=False, do_pad=False)
-        assert processor([picture, picture]).pixel_values.shape == (2, 3, 45, 70)
+        assert processor([picture, picture], return_tensors="pt").pixel_values.shape == (2, 3, 45, 70)
         with pytest.raises(ValueError, match="do_pad"):
-            processor([picture, picture[1:]])
+            processor([picture, picture[1:]], return_tensors="pt")
 
 
 class TestSaving:
@@ -404,11 +409,13 @@ class TestSaving:
             loaded = AutoImageProcessor.from_pretrained(tmp_path)
         assert transformers_log.records == []
         assert type(loaded) is GKCImageProcessor and loaded.to_dict() == processor.to_dict()
-        assert torch.equal(loaded(picture).pixel_values, processor(picture).pixel_values)
+        assert torch.equal(
+            loaded(picture, return_tensors="pt").pixel_values, processor(picture, return_tensors="pt").pixel_values
+        )
         stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
         assert stored["size"] == {"shortest_edge": 48, "longest_edge": 64} and stored["size_divisor"] == 32
         changed = AutoImageProcessor.from_pretrained(tmp_path, size={"height": 64, "width": 32}, do_normalize=False)
-        assert changed(picture).pixel_values.shape == (1, 3, 64, 32) and not changed.do_normalize
+        assert changed(picture, return_tensors="pt").pixel_values.shape == (1, 3, 64, 32) and not changed.do_normalize
 
     def test_loading_without_torchvision_prints_nothing(self, tmp_path):
         GKCImageProcessor().save_pretrained(tmp_path)
@@ -447,7 +454,10 @@ WRONG_SETTINGS = {
 )
 def test_a_setting_that_cannot_be_meant_is_refused_by_name(name, value):
     picture = np.zeros((8, 9, 3), dtype=np.uint8)
-    for use in (lambda: GKCImageProcessor(**{name: value}), lambda: GKCImageProcessor()(picture, **{name: value})):
+    for use in (
+        lambda: GKCImageProcessor(**{name: value}),
+        lambda: GKCImageProcessor()(picture, **{name: value}, return_tensors="pt"),
+    ):
         with pytest.raises(ValueError, match=f"`{name}"):
             use()
 
@@ -455,7 +465,7 @@ def test_a_setting_that_cannot_be_meant_is_refused_by_name(name, value):
 def test_settings_of_any_kind_of_number():
     picture = np.full((8, 9, 3), 100, dtype=np.uint8)
     settings = {"rescale_factor": 1, "image_mean": np.array([1, 2, 3]), "image_std": (2, 2.0, np.float32(2))}
-    (pixels,) = GKCImageProcessor(do_resize=False)(picture, **settings).pixel_values
+    (pixels,) = GKCImageProcessor(do_resize=False)(picture, **settings, return_tensors="pt").pixel_values
     assert pixels[:, 0, 0].tolist() == [49.5, 49.0, 48.5]
 
 
@@ -538,3 +548,99 @@ class TestAddresses:
     def test_a_timeout_is_a_number(self, address, timeout):
         with pytest.raises(ValueError, match="`timeout` must be a number of at least 0"):
             read_image(f"{address}/picture", timeout=timeout)
+
+
+class TestCommonCalls:
+    """Settings that calls of transformers' image processors have, with the meaning that they have there."""
+
+    def test_sizes_are_those_of_the_upright_image(self, picture, tmp_path):
+        paths = []
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[274] = orientation
+            paths.append(tmp_path / f"{orientation}.jpg")
+            Image.fromarray(picture).save(paths[-1], exif=exif)
+        sizes = GKCImageProcessor(size={"shortest_edge": 16})(paths, return_tensors="pt")["original_sizes"]
+        assert sizes.tolist() == [[45, 70]] * 4 + [[70, 45]] * 4
+
+    def test_lists_without_return_tensors(self, picture):
+        theirs = Mask2FormerImageProcessorPil()([picture] * 2, np.zeros((2, 45, 70), np.uint8))
+        ours = GKCImageProcessor()([picture] * 2, np.zeros((2, 45, 70), np.uint8))
+        for name, value in theirs.items():
+            assert type(ours[name]) is type(value) is list
+            assert [type(entry) for entry in ours[name]] == [type(entry) for entry in value]
+        assert ours["original_sizes"] == [[45, 70]] * 2
+        as_arrays = GKCImageProcessor()([picture] * 2, return_tensors="np")
+        assert all(isinstance(value, np.ndarray) for value in as_arrays.values())
+
+    def test_older_name_of_the_longest_edge(self, picture, tmp_path):
+        GKCImageProcessor().save_pretrained(tmp_path)
+        for processor in (
+            GKCImageProcessor(size=42, max_size=84),
+            GKCImageProcessor.from_dict(GKCImageProcessor().to_dict(), size=42, max_size=84),
+            GKCImageProcessor.from_pretrained(tmp_path, size=42, max_size=84),
+            AutoImageProcessor.from_pretrained(tmp_path, size={"shortest_edge": 42}, max_size=84),
+        ):
+            assert dict(processor.size) == {"shortest_edge": 42, "longest_edge": 84}
+        assert dict(GKCImageProcessor(max_size=1000).size) == {"shortest_edge": 800, "longest_edge": 1000}
+        called = GKCImageProcessor()(picture, size=42, max_size=50, return_tensors="pt")
+        assert called["pixel_mask"].sum(dim=(1, 2)).tolist() == [32 * 50]
+        for wrong in ({"height": 4, "width": 4}, {"shortest_edge": 4, "longest_edge": 5}):
+            with pytest.raises(ValueError, match="`max_size` goes with `shortest_edge`"):
+                GKCImageProcessor(size=wrong, max_size=84)
+        with pytest.raises(ValueError, match="`max_size`"):
+            GKCImageProcessor()(picture, size=42, max_size=0)
+
+    @pytest.mark.parametrize("crop", [{"height": 32, "width": 40}, {"height": 61, "width": 40}, 96, [50, 91]])
+    def test_center_crops_are_those_of_transformers(self, picture, crop):
+        settings = {"do_resize": False, "do_center_crop": True, "crop_size": crop, "do_normalize": False}
+        theirs = CLIPImageProcessorPil(**settings)(picture, return_tensors="pt")["pixel_values"]
+        ours = GKCImageProcessor(**settings, size_divisor=1)(picture, return_tensors="pt")
+        assert torch.allclose(ours["pixel_values"], theirs, atol=1e-6)
+        assert ours["pixel_mask"].all() and ours["original_sizes"].tolist() == [list(theirs.shape[2:])]
+
+    def test_format_and_device_of_the_result(self, picture):
+        first = GKCImageProcessor()(picture, return_tensors="pt")
+        last = GKCImageProcessor()(picture, data_format="channels_last", device="cpu", return_tensors="pt")
+        assert torch.equal(first["pixel_values"].movedim(1, -1), last["pixel_values"])
+        on_meta = GKCImageProcessor()(picture, np.zeros((45, 70)), device="meta", return_tensors="pt")
+        assert {on_meta[name].device.type for name in ("pixel_values", "pixel_mask", "original_sizes")} == {"meta"}
+        assert on_meta["mask_labels"][0].device.type == "meta"
+        for setting in (
+            {"device": "gpu"},
+            {"data_format": "channels"},
+            {"do_center_crop": True},
+            {"crop_size": [1] * 3},
+        ):
+            with pytest.raises(ValueError, match="crop_size" if "do_center_crop" in setting else next(iter(setting))):
+                GKCImageProcessor()(picture, **setting, return_tensors="pt")
+
+    def test_own_channels(self):
+        values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+        settings = {"do_convert_rgb": False, "input_data_format": "channels_last", "return_tensors": "pt"}
+        settings |= {"size": {"height": 32, "width": 32}}
+        means = {"image_mean": [0.1, 0.2, 0.3, 0.4], "image_std": [1.0, 0.5, 0.25, 2.0]}
+        ours = GKCImageProcessor()(values, **settings, **means)["pixel_values"]
+        theirs = Mask2FormerImageProcessorPil(size_divisor=0)(values[..., :3], **settings)["pixel_values"]
+        scale = STD / torch.tensor(means["image_std"][:3])
+        shift = (MEAN - torch.tensor(means["image_mean"][:3])) / torch.tensor(means["image_std"][:3])
+        expected = theirs * scale[:, None, None] + shift[:, None, None]
+        assert ours.shape == (1, 4, 32, 32) and torch.allclose(ours[:, :3], expected, atol=2e-2)
+        grey = GKCImageProcessor()(Image.new("L", (8, 8)), **settings, image_mean=0.5, image_std=0.5)
+        assert grey["pixel_values"].shape == (1, 1, 32, 32)
+        with pytest.raises(ValueError, match="`image_mean` gives 3 numbers for images of 4 channels"):
+            GKCImageProcessor()(values, **settings)
+        with pytest.raises(ValueError, match=r"images of \[1, 3\] channels make no batch: leave `do_convert_rgb`"):
+            mixed = [Image.new("L", (8, 8)), Image.new("RGB", (8, 8))]
+            GKCImageProcessor()(mixed, do_convert_rgb=False, do_normalize=False)
+
+    def test_padding_to_a_size(self, picture):
+        processor = GKCImageProcessor(do_resize=False, pad_size={"height": 64, "width": 128})
+        assert processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 128)
+        with pytest.raises(ValueError, match=r"`pad_size` must give .* at least \(45, 70\)"):
+            processor(picture, pad_size={"height": 44, "width": 128})
+
+    def test_what_makes_no_difference(self, picture):
+        plain = GKCImageProcessor()([picture] * 2, return_tensors="pt")
+        other = GKCImageProcessor()([[picture], [], [picture]], disable_grouping=True, return_tensors="pt")
+        assert torch.equal(plain["pixel_values"], other["pixel_values"])

@@ -1,8 +1,10 @@
 """Results against golden numbers, direct formulas and pycocotools."""
 
+import inspect
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.utils import ModelOutput
 
 from modeling_gkc import mask_resampling, post_processing
@@ -27,6 +31,7 @@ from modeling_gkc.post_processing import (
     semantic_segments,
     void_label,
 )
+from modeling_gkc.processing_gkc import GKCProcessor
 
 from .logits_toys import logits_of, mask_of, random_logits
 
@@ -386,8 +391,8 @@ class TestMethods:
         targets = [(50, 60), (31, 41), (7, 9)]
         for given_targets in (targets, torch.tensor(targets), None):
             semantic = processor.post_process_semantic_segmentation(outputs, target_sizes=given_targets)
-            panoptic = processor.post_process_panoptic_segmentation(outputs, given_targets, 0.3, label_ids_to_fuse={1})
-            instance = processor.post_process_instance_segmentation(outputs, given_targets, 0.3, 5)
+            panoptic = processor.post_process_panoptic_segmentation(outputs, 0.3, 0.5, 0.8, {1}, given_targets)
+            instance = processor.post_process_instance_segmentation(outputs, 0.3, target_sizes=given_targets, top_k=5)
             for index in range(3):
                 one = (
                     outputs.class_queries_logits[index].detach(),
@@ -629,3 +634,73 @@ def test_methods_refuse_logits_that_are_no_numbers():
     for task in ("semantic", "panoptic", "instance"):
         with pytest.raises(ValueError, match="the mask logits hold"):
             getattr(GKCImageProcessor(), f"post_process_{task}_segmentation")(outputs)
+
+
+MASK2FORMER_DEFAULTS = {  # where ours differ on purpose
+    # transformers never reads it there; ours drops what the map covers, and by default nothing.
+    ("post_process_instance_segmentation", "overlap_mask_area_threshold"): 0.0,
+}
+
+
+@pytest.mark.parametrize("owner", [GKCImageProcessor, GKCProcessor])
+def test_calls_written_for_mask2former_mean_the_same(owner):
+    """All its methods, arguments, their order and their defaults; further arguments of ours are given by name."""
+    names = [name for name in dir(Mask2FormerImageProcessorPil) if name.startswith("post_process_")]
+    assert len(names) == 3
+    for name in names:
+        theirs = inspect.signature(getattr(Mask2FormerImageProcessorPil, name)).parameters
+        ours = inspect.signature(getattr(owner, name)).parameters
+        assert list(ours)[: len(theirs)] == list(theirs)
+        assert all(ours[other].kind is inspect.Parameter.KEYWORD_ONLY for other in list(ours)[len(theirs) :])
+        for argument, parameter in theirs.items():
+            assert ours[argument].default == MASK2FORMER_DEFAULTS.get((name, argument), parameter.default)
+
+
+@pytest.mark.parametrize("classes", [5, 70])
+def test_scores_of_all_classes(classes, monkeypatch):
+    """In transformers' form, also with more classes than are computed at once, and in tiles of a few rows."""
+    monkeypatch.setattr(mask_resampling, "TILE_BYTES", 80_000)
+    processor, (logits, masks) = GKCImageProcessor(), random_logits(classes=classes)
+    outputs = Outputs(logits[None], masks[None], torch.tensor([[36, 48]]))
+    for targets in (None, [(50, 60)]):
+        (plain,) = processor.post_process_semantic_segmentation(outputs, targets, void_label_ids=[1])
+        (found,) = processor.post_process_semantic_segmentation(outputs, targets, True, void_label_ids=[1])
+        assert type(found) is SemanticSegmentationPostProcessorOutput
+        assert torch.equal(found.segmentation, plain)
+        expected = semantic_scores(logits, masks, (36, 48), targets and targets[0])
+        assert torch.equal(found.segmentation_scores, expected)
+        best = expected.argmax(dim=0)
+        assert torch.equal(found["segmentation"], best.masked_fill(best == 1, void_label(classes)))
+    with pytest.raises(ValueError, match="`return_segmentation_scores`"):
+        processor.post_process_semantic_segmentation(outputs, None, [(50, 60)])
+
+
+def test_masks_of_panoptic_segments():
+    outputs = Outputs(*(tensor[None] for tensor in random_logits()))
+    settings = {"threshold": 0.1, "overlap_mask_area_threshold": 0.1, "target_sizes": [(40, 50)]}
+    (as_map,) = GKCImageProcessor().post_process_panoptic_segmentation(outputs, **settings)
+    (as_masks,) = GKCImageProcessor().post_process_panoptic_segmentation(outputs, **settings, return_binary_maps=True)
+    assert as_masks["segments_info"] == as_map["segments_info"] and len(as_map["segments_info"]) > 1
+    assert as_masks["segmentation"].dtype == torch.bool
+    for segment, mask in zip(as_map["segments_info"], as_masks["segmentation"], strict=True):
+        assert torch.equal(mask, as_map["segmentation"] == segment["id"])
+    (none,) = GKCImageProcessor().post_process_panoptic_segmentation(outputs, 1.0, return_binary_maps=True)
+    assert none["segmentation"].shape == (0, 9, 12) and none["segments_info"] == []
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+@pytest.mark.parametrize("content", [(36, 48), (35, 47), (20, 48), (36, 13)])
+def test_targets_turned_by_a_quarter_are_said(content, task):
+    processor, (logits, masks) = GKCImageProcessor(), random_logits()
+    outputs = Outputs(logits[None].expand(2, -1, -1), masks[None].expand(2, -1, -1, -1), torch.tensor([content] * 2))
+    method = getattr(processor, f"post_process_{task}_segmentation")
+    upright, turned = (content[0] * 3, content[1] * 3), (content[1] * 3 + 1, content[0] * 3 - 1)
+    with pytest.warns(UserWarning, match=r"image 2 \(index 1\).*`original_sizes`") as caught:
+        method(outputs, target_sizes=[upright, turned])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method(outputs, target_sizes=[upright, (50, 50)])
+        method(outputs)
+        squashing = GKCImageProcessor(size={"height": content[0], "width": content[1]})
+        getattr(squashing, method.__name__)(outputs, target_sizes=[upright, turned])

@@ -57,7 +57,7 @@ class TestWords:
         assert all(value.dtype == torch.int64 for value in inputs.values())
 
     def test_padding_is_at_the_right_and_masked(self, processor):
-        inputs = processor(text="dog; red dog sofa")
+        inputs = processor(text="dog; red dog sofa", return_tensors="pt")
         tokenizer = processor.tokenizer
         alone = tokenizer("dog")["input_ids"]
         assert inputs["input_ids"][0].tolist() == [*alone, tokenizer.pad_token_id, tokenizer.pad_token_id]
@@ -66,19 +66,19 @@ class TestWords:
 
     def test_templates_stand_together_by_name(self, image):
         processor = GKCProcessor(GKCImageProcessor(), word_tokenizer("a red dog sofa couch"), ["{}", "a red {}"])
-        inputs = processor(text="dog; sofa, couch")
+        inputs = processor(text="dog; sofa, couch", return_tensors="pt")
         assert prompts_of(processor, inputs) == ["dog", "a red dog", "sofa", "a red sofa", "couch", "a red couch"]
         assert inputs["class_ids"].tolist() == [0, 0, 1, 1, 1, 1]
 
     def test_names_are_numbered_only_where_templates_share_them(self, processor):
-        inputs = processor(text="dog; sofa, couch", prompt_templates=["{}", "red {}"])
+        inputs = processor(text="dog; sofa, couch", prompt_templates=["{}", "red {}"], return_tensors="pt")
         words = ["input_ids", "attention_mask", "class_ids", "names_per_class", "name_ids", "prompts_per_name"]
         assert list(inputs) == words
         assert inputs["names_per_class"].tolist() == [1, 2] and inputs["prompts_per_name"].tolist() == [2, 2, 2]
         assert inputs["name_ids"].tolist() == [0, 0, 1, 1, 2, 2] and inputs["name_ids"].dtype == torch.int64
-        assert "name_ids" not in processor(text="dog; sofa, couch", prompt_templates=["red {}"])
+        assert "name_ids" not in processor(text="dog; sofa, couch", prompt_templates=["red {}"], return_tensors="pt")
         processor.prompt_templates = ["{}", "red {}"]
-        assert "name_ids" not in processor(text="dog; sofa, couch", prompt_templates="plain")
+        assert "name_ids" not in processor(text="dog; sofa, couch", prompt_templates="plain", return_tensors="pt")
         assert processor(text="dog", return_tensors="np")["name_ids"].tolist() == [0, 0]
 
     def test_name_ids_let_the_model_average_the_templates(self, within):
@@ -86,11 +86,11 @@ class TestWords:
         tokenizer = word_tokenizer("a red dog sofa couch lamp")
         model = GKCForOpenVocabSegmentation(small_config()).eval()
         plain = GKCProcessor(GKCImageProcessor(), tokenizer)
-        inputs = plain(text="dog; sofa, couch", prompt_templates=["{}", "red {}", "a {}"])
+        inputs = plain(text="dog; sofa, couch", prompt_templates=["{}", "red {}", "a {}"], return_tensors="pt")
         embeds = model.get_class_embeddings(**inputs)
         assert embeds.class_ids.tolist() == [0, 1, 1]
         prompts = [f"{start}{name}" for name in ("dog", "sofa", "couch") for start in ("", "red ", "a ")]
-        separate = model.get_class_embeddings(**plain(text=prompts)).class_embeds
+        separate = model.get_class_embeddings(**plain(text=prompts, return_tensors="pt")).class_embeds
         expected = torch.nn.functional.normalize(separate.reshape(3, 3, -1).mean(dim=1), dim=-1)
         within("class embeddings: average of templates", (embeds.class_embeds - expected).abs().max(), 1e-6)
 
@@ -98,11 +98,11 @@ class TestWords:
         vocabulary = Vocabulary(
             [["dog"], ["sofa", "couch"], ["lamp"]], templates=[["red {}"], None, ["{}", "blue {}", "red {}"]]
         )
-        inputs = processor(text=vocabulary)
+        inputs = processor(text=vocabulary, return_tensors="pt")
         assert prompts_of(processor, inputs) == ["red dog", "sofa", "couch", "lamp", "blue lamp", "red lamp"]
         assert inputs["class_ids"].tolist() == [0, 1, 1, 2, 2, 2]
         assert inputs["name_ids"].tolist() == [0, 1, 2, 3, 3, 3]
-        inputs = processor(text=vocabulary, prompt_templates=["blue {}"], void_labels="sky")
+        inputs = processor(text=vocabulary, prompt_templates=["blue {}"], void_labels="sky", return_tensors="pt")
         assert prompts_of(processor, inputs)[:3] == ["red dog", "blue sofa", "blue couch"]
         assert prompts_of(processor, inputs)[-1] == "blue sky"
 
@@ -112,34 +112,36 @@ class TestWords:
         processor = GKCProcessor(GKCImageProcessor(), tokenizer, "photo" if where == "init" else None)
         if where == "attribute":
             processor.prompt_templates = "photo"
-        inputs = processor(text="dog; air", **({"prompt_templates": "photo"} if where == "call" else {}))
+        inputs = processor(
+            text="dog; air", **({"prompt_templates": "photo"} if where == "call" else {}), return_tensors="pt"
+        )
         assert prompts_of(processor, inputs) == ["a photo of a dog .", "a photo of an air ."]
 
     def test_braces_in_a_name_are_no_template(self, processor):
         processor.prompt_templates = ["red {}"]
         with pytest.warns(UserWarning, match=r"\{0\}"):
-            processor(text=["dog", "{0}"])
+            processor(text=["dog", "{0}"], return_tensors="pt")
 
     @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"], "fotos"])
     def test_templates_that_cannot_be(self, templates, processor):
         with pytest.raises(ValueError, match="template"):
             GKCProcessor(GKCImageProcessor(), word_tokenizer(), templates)
         with pytest.raises(ValueError, match="template"):
-            processor(text="dog", prompt_templates=templates)
+            processor(text="dog", prompt_templates=templates, return_tensors="pt")
 
     def test_void_words_are_the_last_classes(self, processor):
-        inputs = processor(text="dog; sofa, couch", void_labels=["sky", ["lawn", "grass"]])
+        inputs = processor(text="dog; sofa, couch", void_labels=["sky", ["lawn", "grass"]], return_tensors="pt")
         assert prompts_of(processor, inputs) == ["dog", "sofa", "couch", "sky", "lawn", "grass"]
         assert inputs["class_ids"].tolist() == [0, 1, 1, 2, 3, 3]
         with pytest.raises(ValueError, match="'couch' is a void label and a name of the class 'sofa'"):
-            processor(text="dog; sofa, couch", void_labels="couch")
+            processor(text="dog; sofa, couch", void_labels="couch", return_tensors="pt")
 
     def test_packaged_and_stored_vocabularies(self, processor, tmp_path):
         (tmp_path / "words.txt").write_text("dog\nsofa, couch\n")
         for text in (tmp_path / "words.txt", str(tmp_path / "words.txt")):
-            assert prompts_of(processor, processor(text=text)) == ["dog", "sofa", "couch"]
+            assert prompts_of(processor, processor(text=text, return_tensors="pt")) == ["dog", "sofa", "couch"]
         with pytest.warns(UserWarning, match="does not know these words: 'road'"):
-            inputs = processor(text="cityscapes_19")
+            inputs = processor(text="cityscapes_19", return_tensors="pt")
         assert inputs["class_ids"].max() == 18 and len(inputs["class_ids"]) == 35
 
     @pytest.mark.parametrize(
@@ -147,30 +149,34 @@ class TestWords:
     )
     def test_the_checks_of_the_vocabulary(self, processor, text, match):
         with pytest.raises(ValueError, match=match):
-            processor(text=text)
+            processor(text=text, return_tensors="pt")
 
     def test_a_long_label_is_refused_with_its_count_and_never_cut(self, processor, recwarn, transformers_log):
         longest = "dog " * 14
-        assert processor(text=longest)["input_ids"].shape == (1, 16)
+        assert processor(text=longest, return_tensors="pt")["input_ids"].shape == (1, 16)
         with pytest.raises(ValueError, match=r"'red dog dog .*17 tokens.* at most 16"):
-            processor(text=["dog", "red " + longest])
+            processor(text=["dog", "red " + longest], return_tensors="pt")
         assert transformers_log.records == [] and list(recwarn) == []
 
     def test_the_template_counts_too(self, processor):
         processor.prompt_templates = ["red {}"]
         with pytest.raises(ValueError, match="17 tokens"):
-            processor(text="dog " * 14)
+            processor(text="dog " * 14, return_tensors="pt")
 
     def test_unknown_words_give_one_warning_that_names_them(self, processor):
         with pytest.warns(UserWarning) as caught:
-            inputs = processor(text="red zebra; dog; okapi, zebra lamp")
+            inputs = processor(text="red zebra; dog; okapi, zebra lamp", return_tensors="pt")
         assert len(caught) == 1
         assert str(caught[0].message) == "The text encoder does not know these words: 'zebra', 'okapi'."
         assert inputs["input_ids"].shape[0] == 4
 
     def test_unknown_words_of_sentences_and_of_long_lists(self, processor):
         with pytest.warns(UserWarning) as caught:
-            processor(text=["dog", *(f"beast{index}" for index in range(25))], prompt_templates=["a red {}."])
+            processor(
+                text=["dog", *(f"beast{index}" for index in range(25))],
+                prompt_templates=["a red {}."],
+                return_tensors="pt",
+            )
         listed = ", ".join(repr(word) for word in ["a", *(f"beast{index}" for index in range(19))])
         message = str(caught[0].message)
         assert message.startswith(f"The text encoder does not know these words: {listed} and 6 more. Classes named by")
@@ -219,52 +225,58 @@ class TestWords:
     def test_known_words_do_not_warn(self, processor):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            processor(text=Vocabulary([["Red Dog"], ["lawn", "grass"]]))
+            processor(text=Vocabulary([["Red Dog"], ["lawn", "grass"]]), return_tensors="pt")
 
     def test_a_tokenizer_that_cannot_pad(self, processor):
         processor.tokenizer.pad_token = None
-        assert processor(text="dog; lamp")["input_ids"].shape == (2, 3)
+        assert processor(text="dog; lamp", return_tensors="pt")["input_ids"].shape == (2, 3)
         with pytest.raises(ValueError, match="pad_token"):
-            processor(text="dog; red lamp")
+            processor(text="dog; red lamp", return_tensors="pt")
 
     def test_clip_tokenizer(self, tmp_path):
         """CLIP pads and ends with one token, which is its unknown token too: that is no unknown word."""
         processor = GKCProcessor(GKCImageProcessor(), clip_tokenizer(tmp_path))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            inputs = processor(text="Dog; cat")
+            inputs = processor(text="Dog; cat", return_tensors="pt")
         start, end = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
         dog, letters = 53, [2, 0, 26 + 19]
         assert inputs["input_ids"].tolist() == [[start, dog, end, end, end], [start, *letters, end]]
         assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
         with pytest.raises(ValueError, match=r"'abcdefghijkl' has 14 tokens"):
-            processor(text="abcdefghijkl")
+            processor(text="abcdefghijkl", return_tensors="pt")
 
 
 class TestCalls:
     def test_images_and_words_together(self, processor, image):
         inputs = processor(images=[image, image], text="dog; lamp", return_tensors="pt")
-        words = ["input_ids", "attention_mask", "class_ids", "names_per_class"]
-        assert list(inputs) == ["pixel_values", "pixel_mask", *words]
-        with_names = processor(images=image, text="dog; lamp", prompt_templates=["{}", "red {}"])
-        assert list(with_names) == processor.model_input_names
-        assert torch.equal(inputs["pixel_values"], processor.image_processor([image, image])["pixel_values"])
-        assert set(processor(image)) == {"pixel_values", "pixel_mask"}
+        assert list(inputs) == processor.model_input_names
+        with_names = processor(images=image, text="dog; lamp", prompt_templates=["{}", "red {}"], return_tensors="pt")
+        assert list(with_names) == [*processor.model_input_names, "name_ids", "prompts_per_name"]
+        assert torch.equal(
+            inputs["pixel_values"], processor.image_processor([image, image], return_tensors="pt")["pixel_values"]
+        )
+        assert set(processor(image, return_tensors="pt")) == {"pixel_values", "pixel_mask", "original_sizes"}
 
     def test_numpy(self, processor, image):
         inputs = processor(image, "dog", "np")
         assert all(isinstance(value, np.ndarray) for value in inputs.values())
 
     def test_image_settings_at_the_call(self, processor, image):
-        assert processor(image, size={"height": 32, "width": 64})["pixel_values"].shape == (1, 3, 32, 64)
+        assert processor(image, size={"height": 32, "width": 64}, return_tensors="pt")["pixel_values"].shape == (
+            1,
+            3,
+            32,
+            64,
+        )
         with pytest.raises(TypeError, match="sise"):
-            processor(image, sise=5)
+            processor(image, sise=5, return_tensors="pt")
         with pytest.raises(TypeError, match="size"):
-            processor(text="dog", size=5)
+            processor(text="dog", size=5, return_tensors="pt")
 
     def test_nothing_given(self, processor):
         for inputs in ({"text": "dog"}, {"images": image}, {"images": image, "text": "dog"}):
-            with pytest.raises(ValueError, match=r"`return_tensors` must be 'pt'.* or 'np', got 'foo'"):
+            with pytest.raises(ValueError, match=r"`return_tensors` must be 'pt', 'np' or None.* got 'foo'"):
                 processor(**inputs, return_tensors="foo")
         with pytest.raises(ValueError, match="images, text, or both"):
             processor()
@@ -272,10 +284,10 @@ class TestCalls:
     @pytest.mark.parametrize("words", [{"void_labels": "sky"}, {"prompt_templates": "photo"}])
     def test_settings_of_words_without_words(self, processor, image, words):
         with pytest.raises(ValueError, match="go with `text`"):
-            processor(image, **words)
+            processor(image, **words, return_tensors="pt")
 
     def test_inputs_move(self, processor, image):
-        inputs = processor(image, "dog").to(torch.float16)
+        inputs = processor(image, "dog", return_tensors="pt").to(torch.float16)
         assert inputs["pixel_values"].dtype == torch.float16 and inputs["input_ids"].dtype == torch.int64
 
     def test_post_processing_is_that_of_the_image_processor(self, processor):
@@ -283,7 +295,8 @@ class TestCalls:
         for task in ("semantic", "instance", "panoptic"):
             name = f"post_process_{task}_segmentation"
             ours, theirs = (
-                getattr(owner, name)(outputs, [(9, 7)])[0] for owner in (processor, processor.image_processor)
+                getattr(owner, name)(outputs, target_sizes=[(9, 7)])[0]
+                for owner in (processor, processor.image_processor)
             )
             assert torch.equal(*(r if task == "semantic" else r["segmentation"] for r in (ours, theirs)))
 
@@ -302,7 +315,7 @@ class TestSaving:
         assert transformers_log.records == [] and list(recwarn) == []
         assert type(loaded) is GKCProcessor and loaded.prompt_templates == ["{}", "dog {}"]
         assert loaded.tokenizer.model_max_length == tokenizer.model_max_length
-        inputs, expected = loaded(image, "dog; sofa, lamp"), processor(image, "dog; sofa, lamp")
+        inputs, expected = (each(image, "dog; sofa, lamp", "pt") for each in (loaded, processor))
         assert all(torch.equal(inputs[key], expected[key]) for key in processor.model_input_names)
         alone = AutoImageProcessor.from_pretrained(folder)
         assert type(alone) is GKCImageProcessor and alone.to_dict() == image_processor.to_dict()
@@ -325,3 +338,91 @@ class TestSaving:
     def test_a_swapped_order_is_refused(self):
         with pytest.raises(TypeError):
             GKCProcessor(word_tokenizer(), GKCImageProcessor())
+
+
+class TestCommonCalls:
+    """Settings that calls of transformers' processors have, with the meaning that they have there."""
+
+    LABELS = ["dog", "red dog sofa", "lamp"]
+
+    def test_common_calls_of_examples(self, processor, image):
+        """As the examples for CLIP, OWLv2 and OneFormer call their processors."""
+        expected = processor(images=image, text=self.LABELS, return_tensors="pt")
+        for settings in (
+            {"padding": True, "return_tensors": "pt"},
+            {"padding": "longest", "truncation": True, "return_tensors": "pt"},
+            {"text_kwargs": {"padding": True}, "images_kwargs": {"do_pad": True}, "return_tensors": "pt"},
+            {"common_kwargs": {"return_tensors": "pt"}},
+            {"text_kwargs": {"return_tensors": "pt"}, "images_kwargs": {"return_tensors": "pt"}},
+        ):
+            called = processor(text=self.LABELS, images=image, **settings)
+            assert called.keys() == expected.keys()
+            assert all(torch.equal(called[name], expected[name]) for name in expected)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"padding": "max_length"},
+            {"padding": "max_length", "max_length": 9},
+            {"padding": True, "padding_side": "left"},
+            {"padding": True, "pad_to_multiple_of": 8},
+            {"padding": True, "truncation": True, "max_length": 4},
+            {"padding": True, "truncation": "longest_first", "max_length": 3},
+            {"padding": True, "add_special_tokens": False},
+            {"padding": False},
+            {"padding": "do_not_pad"},
+        ],
+        ids=str,
+    )
+    def test_prompts_are_those_of_the_tokenizer(self, processor, settings):
+        tensors = None if settings["padding"] in (False, "do_not_pad") else "pt"
+        theirs = processor.tokenizer(self.LABELS, return_tensors=tensors, **settings)
+        for ours in (
+            processor(text=self.LABELS, return_tensors=tensors, **settings),
+            processor(text=self.LABELS, text_kwargs=settings, return_tensors=tensors),
+            processor(text=self.LABELS, common_kwargs=settings | {"return_tensors": tensors}),
+        ):
+            for name in ("input_ids", "attention_mask"):
+                assert type(ours[name]) is type(theirs[name])
+                assert [list(row) for row in ours[name]] == [list(row) for row in theirs[name]]
+
+    def test_settings_of_the_tokenizer_are_defaults(self, processor):
+        padded = word_tokenizer()
+        padded.init_kwargs |= {"padding": "max_length", "max_length": 11}
+        other = GKCProcessor(processor.image_processor, padded)
+        assert other(text="dog", return_tensors="pt")["input_ids"].shape == (1, 11)
+        assert other(text="dog", padding=True, return_tensors="pt")["input_ids"].shape == (1, 3)
+
+    def test_lists_without_return_tensors(self, processor, image):
+        called = processor(images=image, text=self.LABELS)
+        assert all(type(value) is list for value in called.values())
+        assert [len(ids) for ids in called["input_ids"]] == [5, 5, 5] and called["class_ids"] == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"max_length": 3}, "'red dog sofa' has 5 tokens .* at most 3"),
+            ({"max_length": 400}, "`max_length` 400 is more than the 16 tokens"),
+            ({"max_length": 0}, "`max_length`"),
+            ({"padding": "all"}, "all"),
+            ({"truncation": "some"}, "some"),
+            ({"padding_side": "top"}, "`padding_side`"),
+            ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of`"),
+            ({"padding": False}, "without padding"),
+            ({"text_kwargs": {"padding": True}, "padding": False}, "`text_kwargs` and beside it"),
+            ({"text_kwargs": [1]}, "`text_kwargs` must be a dict"),
+        ],
+    )
+    def test_refused_settings(self, processor, settings, message):
+        with pytest.raises(ValueError, match=message):
+            processor(text=self.LABELS, return_tensors="pt", **settings)
+
+    @pytest.mark.parametrize("settings", [{"sise": 1}, {"images_kwargs": {"sise": 1}}, {"text_kwargs": {"size": 1}}])
+    def test_unknown_settings(self, processor, image, settings):
+        with pytest.raises(TypeError, match=r"no setting '(sise|size)'"):
+            processor(images=image, text="dog", **settings)
+
+    def test_names_of_the_results(self, processor, image):
+        several = GKCProcessor(processor.image_processor, processor.tokenizer, ["{}", "red {}"])
+        for each in (processor, several):
+            assert set(each(images=image, text="dog", return_tensors="pt")) == set(each.model_input_names)

@@ -39,6 +39,7 @@ class SegmentationCollator:
         """
         images = [row["image"] for row in rows]
         batch = dict(self.image_processor(images=images, do_resize=False, return_tensors="pt"))
+        del batch["original_sizes"]  # no use in training
         segmentation = np.full((len(rows), *batch["pixel_values"].shape[-2:]), VOID, dtype=np.int32)
         for padded, row in zip(segmentation, rows, strict=True):
             height, width = row["ids"].shape
