@@ -462,6 +462,25 @@ class TestReports:
             assert np.array_equal(classes_of(source, name)[0], rectangle(2, 3, 8, 9))
 
 
+class TestLists:
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ("5", "row 1: it must be an object, got 5"),
+            ('{"image": 5, "mask": "b.png"}', "row 1: image must be text, got '5'"),
+            ('{"image": "a.png", "mask": "b.png", "frame": "x"}', "row 1: frame must be a whole number"),
+            ('{"image": "a.png", "mask": "b.png", "frame": -1}', "row 1: frame must be a whole number"),
+            ('{"image": "a.png", "mask": "b.png", "captions": [5]}', "row 1: captions must be a list of texts"),
+            ('{"image": "a.png", "mask": "b.png", "split": ["train"]}', "row 1: split must be text"),
+        ],
+    )
+    def test_rows_of_wrong_types_are_named(self, tmp_path, row, message):
+        (tmp_path / "list.jsonl").write_text(row)
+        (tmp_path / "names.json").write_text('["nothing", "disc"]')
+        with pytest.raises(ValueError, match=f"list.jsonl, {message}"):
+            read_list(tmp_path)
+
+
 class TestMaskNames:
     @pytest.mark.parametrize(
         ("text", "message"),

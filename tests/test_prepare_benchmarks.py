@@ -315,6 +315,29 @@ def test_written_segments_equal_what_pycocotools_reads(tmp_path):
     assert compared == 7
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("annotations", "image_id", None, r"annotations\[0\].image_id: is missing"),
+        ("annotations", "segments_info", [5], r"annotations\[0\].segments_info\[0\]: must be an object"),
+        ("annotations", "segments_info", [{"id": 2**70, "category_id": 1}], "is too large"),
+        ("images", "file_name", 5, r"images\[0\].file_name: must be str, got 5"),
+        ("images", "id", True, r"images\[0\].id: must be int, got True"),
+    ],
+)
+def test_values_of_wrong_types_in_a_published_json_are_named(part, key, value, message, tmp_path):
+    mini = minis.coco_panoptic(tmp_path / "coco")
+    path = mini.source / "annotations" / "panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    if value is None:
+        del content[part][0][key]
+    else:
+        content[part][0][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        benchmark_named("coco_panoptic_133").find(mini.source, "val")
+
+
 def test_written_ids_equal_what_the_png_holds(tmp_path):
     mini = minis.coco_panoptic(tmp_path / "coco")
     for image_id, row in rows_of(mini, tmp_path / "out", "val").items():
@@ -488,7 +511,7 @@ def test_own_folders(tmp_path):
         minis.save_grey(np.array([[0, 1, 2, 2]] * 3), tmp_path / "mine" / "masks" / f"{index}.png")
     (tmp_path / "mine" / "names.json").write_text('{"1": "cat", "2": "dog", "0": null}')
     splits = prepare(benchmark_named("folder"), tmp_path / "mine", tmp_path / "out", None, ALL)
-    assert {split: record["images"] for split, record in splits.items()} == {"train": 9, "val": 1}
+    assert {split: record["images"] for split, record in splits.items()} == {"train": 9, "val": 1, "test": 0}
     prepared = load_prepared(tmp_path / "out", "val")
     assert prepared.vocabulary.labels == ["cat", "dog"]
     row = prepared.dataset[0]
@@ -509,13 +532,13 @@ def test_own_lists(kind, tmp_path):
     (tmp_path / "mine" / "names.json").write_text('{"7": "cat", "2": "dog", "0": null}')
     write_list(tmp_path / "mine" / f"list.{kind}", rows)
     splits = prepare(benchmark_named("list"), tmp_path / "mine", tmp_path / "out", None, ALL)
-    assert {split: record["images"] for split, record in splits.items()} == {"train": 1, "val": 2}
+    assert {split: record["images"] for split, record in splits.items()} == {"train": 1, "val": 2, "test": 0}
     second = load_prepared(tmp_path / "out", "val").dataset[1]
     assert np.array_equal(semantic_map(second, read_row(second)[1]), [[-1, 0, 1, 1]] * 3)
     kept = {name: second[name] for name in ("image_id", "captions", "video_id", "frame")}
     assert kept == {"image_id": "photos/b", "captions": ["It is b."], "video_id": "v", "frame": 1}
-    write_list(tmp_path / "mine" / f"list.{kind}", [rows[0] | {"split": "test"}])
-    with pytest.raises(ValueError, match=r"row 1: the split must be train or val, got 'test'"):
+    write_list(tmp_path / "mine" / f"list.{kind}", [rows[0] | {"split": "rest"}])
+    with pytest.raises(ValueError, match=r"row 1: the split must be train, val or test, got 'rest'"):
         prepare(benchmark_named("list"), tmp_path / "mine", tmp_path / "other", ["val"], ALL)
     write_list(tmp_path / "mine" / f"list.{kind}", [rows[0] | {"picture": "x"}])
     with pytest.raises(ValueError, match=r"unknown columns \['picture'\]"):

@@ -37,10 +37,7 @@ def read_list(folder: Path) -> Source:
     pictures = []
     for number, row in enumerate(_rows(path), start=1):
         place = f"{path}, row {number}"
-        if unknown := sorted(row.keys() - _COLUMNS):
-            raise ValueError(f"{place}: unknown columns {unknown}; there are {', '.join(sorted(_COLUMNS))}.")
-        if not row.get("image") or not row.get("mask"):
-            raise ValueError(f"{place}: it has no image or no mask.")
+        _check_row(row, place)
         image, mask = folder / row["image"], folder / row["mask"]
         pictures.append(
             Picture(
@@ -66,8 +63,26 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines(), restkey="cells without a name", strict=True))
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _check_row(row: Any, place: str) -> None:
+    """Refuse a row that has a column of another name or a value of another type."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: it must be an object, got {str(row)[:60]}.")
+    if unknown := sorted(str(column) for column in row.keys() - _COLUMNS):
+        raise ValueError(f"{place}: unknown columns {unknown}; there are {', '.join(sorted(_COLUMNS))}.")
+    if not row.get("image") or not row.get("mask"):
+        raise ValueError(f"{place}: it has no image or no mask.")
+    for column in ("image", "mask", "split", "caption"):
+        if row.get(column) is not None and not isinstance(row[column], str):
+            raise ValueError(f"{place}: {column} must be text, got {str(row[column])[:60]!r}.")
+    captions, frame = row.get("captions") or [], row.get("frame") or 0
+    if not isinstance(captions, str | list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{place}: captions must be a list of texts, got {str(captions)[:60]!r}.")
+    if not str(frame).isdecimal() or int(frame) >= 2**31:
+        raise ValueError(f"{place}: frame must be a whole number from 0, got {str(frame)[:60]!r}.")
 
 
 def _split(name: str | None, place: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...stored_files import Perhaps
 from ..benchmark import (
     KEPT_WITH_ANY,
     KEPT_WITH_ONLY,
@@ -29,6 +30,12 @@ from .pairs import paired
 PANOPTIC, STUFF = "coco_panoptic_133", "coco_stuff_171"
 IMAGES = {"train": 118_287, "val": 5_000}
 _VOID_PIXEL = 255
+_SEGMENT = {"id": int, "category_id": int, "iscrowd": Perhaps((int, bool))}
+_PANOPTIC_JSON = {
+    "images": [{"id": int, "file_name": str}],
+    "annotations": [{"image_id": int, "file_name": str, "segments_info": [_SEGMENT]}],
+}
+_CAPTIONS_JSON = {"annotations": [{"id": int, "image_id": int, "caption": str}]}
 
 _FOLDER = """\
 
@@ -75,7 +82,7 @@ def find_panoptic(source: Path, split: str) -> list[Picture]:
         (place for place in (source, source / "annotations") if (place / f"panoptic_{split}2017").is_dir()), source
     )
     masks = require(masks / f"panoptic_{split}2017", "the folder of the segmentations: unzip it")
-    content = read_json(path, ("images", "annotations"))
+    content = read_json(path, _PANOPTIC_JSON)
     captions = _captions(source / "annotations" / f"captions_{split}2017.json")
     annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
     names = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
@@ -96,7 +103,7 @@ def _captions(path: Path) -> dict[int, list[str]]:
     """The captions of each image; none where the file is not there."""
     captions = defaultdict(list)
     if path.is_file():
-        for annotation in sorted(read_json(path, ("annotations",))["annotations"], key=lambda entry: entry["id"]):
+        for annotation in sorted(read_json(path, _CAPTIONS_JSON)["annotations"], key=lambda entry: entry["id"]):
             captions[annotation["image_id"]].append(annotation["caption"].strip())
     return captions
 
@@ -105,8 +112,15 @@ def _compact(annotation: dict[str, Any] | None) -> tuple[str | None, np.ndarray]
     """The name of a PNG and its segments (N, 3): id, category, crowd. Objects of JSON take ten times the room."""
     if annotation is None:
         return None, np.zeros((0, 3), dtype=np.int32)
-    segments = [(info["id"], info["category_id"], info.get("iscrowd", 0)) for info in annotation["segments_info"]]
-    return annotation["file_name"], np.array(segments, dtype=np.int32).reshape(-1, 3)
+    try:
+        return annotation["file_name"], _packed(annotation["segments_info"])
+    except OverflowError as error:
+        raise ValueError(f"{annotation['file_name']}: an id of its segments_info is too large: {error}") from error
+
+
+def _packed(infos: list[dict[str, Any]]) -> np.ndarray:
+    segments = [(info["id"], info["category_id"], info.get("iscrowd", 0)) for info in infos]
+    return np.array(segments, dtype=np.int64).reshape(-1, 3)
 
 
 def _read_panoptic(path: Path, masks: Path, name: str | None, infos: np.ndarray, shape: tuple) -> Segmentation:
@@ -116,8 +130,8 @@ def _read_panoptic(path: Path, masks: Path, name: str | None, infos: np.ndarray,
     listed = infos[:, 0].tolist()
     if unknown := sorted(set(ids_within(ids).tolist()) - {VOID, *listed}):
         raise ValueError(f"{masks / name}: the ids {unknown[:10]} are not in the segments_info of {path.name}")
-    if len(set(listed)) < len(listed) or VOID in listed:
-        raise ValueError(f"{path}, {name}: ids of segments repeat or are {VOID}: {listed}")
+    if len(set(listed)) < len(listed) or not all(VOID < number < 2**24 for number in listed):
+        raise ValueError(f"{path}, {name}: ids of segments repeat or are not from 1 to 2**24 - 1: {listed}")
     table = raw_ids(PANOPTIC)
     if wrong := sorted(set(infos[:, 1].tolist()) - table.keys()):
         raise ValueError(f"{path}, {name}: there are no categories {wrong[:10]} in COCO panoptic")

@@ -15,7 +15,10 @@ from .pairs import listed, names_in
 VOC_20, VOC_21, CONTEXT_59, CONTEXT_459 = "pascal_voc_20", "pascal_voc_21", "pascal_context_59", "pascal_context_459"
 _BOUNDARY = 255
 _LAST_LABEL = 459
-_MERGED_KEYS = ("images", "annos_segmentation")
+_MERGED_JSON = {
+    "images": [{"image_id": (int, str), "file_name": str, "phase": str}],
+    "annos_segmentation": [{"image_id": (int, str), "category_id": int, "segmentation": {}}],
+}
 
 _VOC_FOLDER = """
 
@@ -88,7 +91,7 @@ def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
     if merged is not None:
         return [
             Path(image["file_name"]).stem
-            for image in read_json(merged, _MERGED_KEYS)["images"]
+            for image in read_json(merged, _MERGED_JSON)["images"]
             if image["phase"] == split
         ]
     lists = [folder / "ImageSets" / place / f"{split}.txt" for place in ("SegmentationContext", "Main")]
@@ -97,7 +100,7 @@ def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
 
 
 def _find_merged(vocabulary: str, images: Path, path: Path, split: str) -> list[Picture]:
-    content = read_json(path, _MERGED_KEYS)
+    content = read_json(path, _MERGED_JSON)
     masks = defaultdict(list)
     for annotation in content["annos_segmentation"]:
         masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))

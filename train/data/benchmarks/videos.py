@@ -15,6 +15,7 @@ from PIL import Image
 
 from modeling_gkc.vocabulary_files import packaged_facts
 
+from ...stored_files import shape_problems
 from ..benchmark import Benchmark, look_up, raw_ids, read_colour_ids, read_numbers, require, semantic_segments
 from ..pictures import IMAGE_SUFFIXES, Picture, Segmentation
 from ..schema import VOID, ids_within
@@ -136,6 +137,17 @@ def _find_vipseg_json(root: Path, path: Path, names: Path, split: str) -> list[P
     return pictures
 
 
+_VIPSEG_JSON = {
+    "categories": [{"id": int, "name": str}],
+    "annotations": [
+        {
+            "video_id": str,
+            "annotations": [{"file_name": str, "segments_info": [{"id": int, "category_id": int}]}],
+        }
+    ],
+}
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -144,6 +156,8 @@ def _load(path: Path) -> dict[str, Any]:
     missing = {"annotations", "categories"} - (content.keys() if isinstance(content, dict) else set())
     if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}: make it with the owners' script.")
+    if problems := shape_problems(content, _VIPSEG_JSON):
+        raise ValueError(f"{path}: {'; '.join(problems[:3])}: make it with the owners' script.")
     return content
 
 
