@@ -15,17 +15,27 @@
 
 import math
 import numbers
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from .label_text import shown
 
 Size = tuple[int, int]
 
 MAX_PIXELS = 2**31 - 1  # areas are counted in int32
+
+
+def _is_tensor(value: Any) -> bool:
+    """Tell if a value is a tensor without importing torch, which takes seconds and not all callers need."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or _is_tensor(value)
 
 
 def whole_number(value: Any) -> int | None:
@@ -53,7 +63,7 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, mean
     """
     given = value
     try:
-        value = value.item() if isinstance(value, Tensor | np.generic | np.ndarray) else value
+        value = value.item() if isinstance(value, np.generic) or _is_array(value) else value
         number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     except (ValueError, RuntimeError, OverflowError):  # a tensor of many numbers, an integer beyond fp64
         number = math.nan
@@ -103,8 +113,8 @@ def check_logits(
     axes = ("Q, K + 1", "Q, h, w")
     for name, logits, shape in zip(names, (class_logits, mask_logits), axes, strict=True):
         shape = f"(B, {shape})" if batch else f"({shape})"
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            kind = f"of {logits.dtype}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        if not _is_tensor(logits) or not logits.is_floating_point():
+            kind = f"of {logits.dtype}" if _is_tensor(logits) else f"a {type(logits).__name__}"
             raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {kind}.")
         if logits.ndim != shape.count(",") + 1:
             raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(logits.shape)}.")
@@ -145,8 +155,8 @@ def check_size(name: str, size: Any) -> Size:
 
 def pair(value: Any) -> Size | None:
     """Convert a collection of two whole numbers to a tuple; None for anything else, sets and text too."""
-    is_ordered = isinstance(value, Sequence | np.ndarray | Tensor) and not isinstance(value, str | bytes)
-    if not is_ordered or (isinstance(value, np.ndarray | Tensor) and value.ndim != 1) or len(value) != 2:
+    is_ordered = _is_array(value) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+    if not is_ordered or (_is_array(value) and value.ndim != 1) or len(value) != 2:
         return None
     sides = [whole_number(side) for side in value]
     return None if None in sides else (sides[0], sides[1])
@@ -159,7 +169,7 @@ def check_label_ids(name: str, label_ids: Collection[int], num_classes: int) -> 
     Raises:
         ValueError: it is no collection, or holds what is no number of a class, 0..num_classes - 1.
     """
-    given = label_ids.tolist() if isinstance(label_ids, Tensor | np.ndarray) else label_ids
+    given = label_ids.tolist() if _is_array(label_ids) else label_ids
     if not isinstance(given, Collection) or isinstance(given, str | bytes):
         raise ValueError(f"`{name}` must be a list of classes, or another collection, got {shown(label_ids)}.")
     ids = {whole_number(label) for label in given}

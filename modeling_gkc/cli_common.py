@@ -131,27 +131,16 @@ def load_checkpoint(path: str | Path) -> tuple[Any, "GKCProcessor"]:
     Raises:
         UserError: there is none, or it is no checkpoint of gkc.
     """
-    from safetensors import SafetensorError
-
-    from .configuration_gkc import GKCConfig
-    from .modeling_gkc import GKCForOpenVocabSegmentation
-    from .processing_gkc import GKCProcessor
+    from .checkpoint_loading import load_checkpoint_parts
 
     is_folder = Path(path).is_dir()
     if not is_folder and (Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
         raise UserError(f"--model: there is no folder {path}")
     try:
         with without_progress_bars():
-            model_type = GKCConfig.get_config_dict(path)[0].get("model_type")
-            if model_type != GKCConfig.model_type:
-                raise ValueError(f"its model_type is {model_type!r}.")
-            model, info = GKCForOpenVocabSegmentation.from_pretrained(path, output_loading_info=True)
-            processor = GKCProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model: {path} is no checkpoint of gkc: {error_line(error)}") from error
-    if info["missing_keys"]:
-        raise UserError(f"--model: {path} lacks weights: {', '.join(sorted(info['missing_keys']))}")
-    return model.eval(), processor
+            return load_checkpoint_parts(path)
+    except ValueError as error:
+        raise UserError(f"--model: {path} is no checkpoint of gkc: {error}") from error
 
 
 def pick_device(name: str) -> "torch.device":

@@ -18,10 +18,8 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -31,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint_loading import one_line, refuse_shards_outside
 from .cli_common import UserError, user_errors, warnings_as_lines, without_progress_bars
 from .cli_parsers import TEXT_FOLDER
 from .conversion_clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
@@ -85,13 +84,16 @@ def _load(
     """A model of a folder or a repository, of which no weight is missing."""
     _refuse_missing_folder(path, option)
     try:
-        model_type = AutoConfig.from_pretrained(path).model_type
+        model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if model_type not in model_types:
             raise UserError(f"{option}: {path} is a {model_type}, not a {model_types[0]}")
+        refuse_shards_outside(path)
         safetensors = None if arguments.allow_pickle else True
         model, info = model_class.from_pretrained(path, use_safetensors=safetensors, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), "it is damaged")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        reason = one_line(error)
         if "safetensors" in reason and not arguments.allow_pickle:
             reason += " If it has a pytorch_model.bin, --allow-pickle reads that."
         raise UserError(f"{option}: cannot load {path}: {reason}") from error
@@ -119,10 +121,10 @@ def _load_tokenizer(arguments: argparse.Namespace) -> Any:
     option = "--tokenizer" if arguments.tokenizer else "--text-model"
     _refuse_missing_folder(path, option)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
         hint = "" if arguments.tokenizer else f"; name one with --tokenizer, such as {CLIP_TOKENIZER}"
-        raise UserError(f"{option}: {path} has no tokenizer{hint}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{option}: {path} has no tokenizer{hint}: {one_line(error)}") from error
 
 
 def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> None:

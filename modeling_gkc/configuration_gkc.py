@@ -14,13 +14,21 @@
 """Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet image tower (`CLIPResNetConfig`)."""
 
 import copy
-from typing import Any, ClassVar
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .argument_checks import check_number, check_whole_number, shown
+from .label_text import tidy
 from .remote_code import CodeSavingMixin
 
 CLASSIFIERS = ("projection", "convex_combination")
@@ -38,12 +46,91 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_positive(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
+def _require_positive(config: PreTrainedConfig, names: tuple[str, ...], part: str = "") -> None:
+    """Refuse fields that are no whole number from 1 to their limit in `_LIMITS`."""
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"`{name}` must be positive, got {value}.")
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        _require(is_number, f"`{part}{name}` must be a whole number, got {shown(value)}.")
+        _require(value > 0, f"`{part}{name}` must be positive, got {shown(value)}.")
+        limit = _LIMITS.get(name, MAX_WIDTH)
+        _require(value <= limit, f"`{part}{name}` must be at most {limit}, got {shown(value)}.")
 
 
+def _check_common(config: PreTrainedConfig, part: str = "") -> None:
+    """Check the fields of every configuration of transformers that it trusts when a model is built, saved or shown."""
+    dtype = config.dtype
+    _require(
+        dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
+        f"`{part}dtype` must be a floating-point type such as 'float32', got {shown(dtype)}.",
+    )
+    attention = config._attn_implementation
+    _require(
+        # With a "/" it would be code of the Hub.
+        attention is None or (isinstance(attention, str) and "/" not in attention),
+        f"`{part}attn_implementation` must be a name such as 'sdpa', got {shown(attention)}.",
+    )
+    quantization = getattr(config, "quantization_config", None)
+    _require(
+        quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict"),
+        f"`{part}quantization_config` must be an object of settings, got {shown(quantization)}.",
+    )
+
+
+# Far above what anyone has trained; a damaged file is refused before a model of such a size is built.
+MAX_WIDTH = 2**16
+MAX_LAYERS = 256
+_LIMITS = {
+    "decoder_layers": MAX_LAYERS,
+    "encoder_layers": MAX_LAYERS,
+    "num_hidden_layers": MAX_LAYERS,
+    "encoder_num_points": 1024,
+    "num_channels": 1024,
+    "vocab_size": 2**24,
+    "train_num_points": 2**24,
+}
+_CONFIG = TypeVar("_CONFIG", bound=type)
+# Raised inside transformers by values of types that it does not expect.
+_ERRORS_OF_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
+
+
+def _refusing_by_value_error(config_class: _CONFIG) -> _CONFIG:
+    """Let a class of configurations raise ValueErrors of one line for whatever is wrong with its values."""
+    init = config_class.__init__
+
+    @functools.wraps(init)
+    def checked_init(self: PreTrainedConfig, *args, **kwargs) -> None:
+        _check_id2label(kwargs)
+        try:
+            init(self, *args, **kwargs)
+        except _ERRORS_OF_VALUES as error:
+            raise ValueError(_reason(config_class, error, kwargs)) from error
+
+    config_class.__init__ = checked_init
+    return config_class
+
+
+def _check_id2label(values: dict[str, Any]) -> None:
+    labels = values.get("id2label")
+    is_map = isinstance(labels, dict) and all(re.fullmatch(r"\d{1,9}", str(key)) for key in labels)
+    _require(labels is None or is_map, f"`id2label` must map the numbers of classes to names, got {shown(labels)}.")
+    if values.get("num_labels") is not None:
+        check_whole_number("num_labels", values["num_labels"], 0, _LIMITS["vocab_size"])
+
+
+def _reason(config_class: type, error: Exception, values: dict[str, Any]) -> str:
+    named = re.match(r"Validation error for field '(\w+)'", str(error))
+    if named is None:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        reason = " ".join(str(cause).split())[:300]
+        return f"the values make no {config_class.__name__}: {type(cause).__name__}: {reason}"
+    name = named[1]
+    field = config_class.__dataclass_fields__.get(name)
+    kind = str(getattr(field.type, "__name__", field.type) if isinstance(field.type, type) else field.type)
+    return f"`{name}` must be of the type {kind}, got {shown(values.get(name))}."
+
+
+@_refusing_by_value_error
 @strict
 class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
@@ -83,6 +170,7 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.depths = list(self.depths)
         self._check()
+        kwargs.pop("stage_names", None)  # of a stored configuration, where they are written for others
         self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
         out_features = kwargs.pop("out_features", None)
         out_indices = kwargs.pop("out_indices", None)
@@ -94,8 +182,9 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     def _check(self):
         _require_positive(self, ("width", "num_attention_heads", "image_size", "projection_dim", "num_channels"))
         _require(
-            len(self.depths) == 4 and all(depth > 0 for depth in self.depths),
-            f"`depths` needs four positive numbers of blocks, one per stage, got {self.depths}.",
+            len(self.depths) == 4 and all(type(depth) is int and 0 < depth <= MAX_LAYERS for depth in self.depths),
+            f"`depths` needs four positive numbers of blocks, at most {MAX_LAYERS}, one per stage, got "
+            f"{shown(self.depths)}.",
         )
         _require(self.width % 2 == 0, f"`width` must be even (the stem starts with half of it), got {self.width}.")
         _require(
@@ -118,6 +207,7 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
         return 32 * self.width
 
 
+@_refusing_by_value_error
 @strict
 class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     r"""
@@ -227,10 +317,13 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.backbone_config = _resolve_backbone_config(self.backbone_config)
         self.text_config = _resolve_text_config(self.text_config)
+        self._check_vocabulary()
         if self.vocabulary is not None and self.id2label is None:
             self.id2label = {index: names[0] for index, names in enumerate(self.vocabulary)}
             self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
+        if self.vocabulary is not None:
+            self.label2id = {name: index for index, name in self.id2label.items()}
         self._check()
 
     @classmethod
@@ -245,7 +338,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         stored = None if "vocabulary" in kwargs else config_dict.get("vocabulary")
         if isinstance(kwargs.get("id2label"), dict):
             kwargs["id2label"] = {int(index): name for index, name in kwargs["id2label"].items()}  # as JSON has them
-        if stored:
+        is_whole = isinstance(stored, list) and all(isinstance(names, list) and names for names in stored)
+        if stored and is_whole:  # else the constructor says what is wrong with it
             _refuse_other_labels([names[0] for names in stored], config_dict, kwargs)
         return super().from_dict(config_dict, **kwargs)
 
@@ -255,8 +349,15 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         return self.text_config.projection_dim
 
     def _check(self):
+        for config, part in (
+            (self, ""),
+            (self.backbone_config, "backbone_config."),
+            (self.text_config, "text_config."),
+        ):
+            _check_common(config, part)
         self._check_sizes()
         self._check_backbone()
+        self._check_text()
         self._check_losses()
         self._check_classifier()
         _require(
@@ -273,16 +374,52 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             f"`num_labels` or `id2label` gives {self.num_labels} classes, but `vocabulary` stores {len(stored)}; use "
             "`model.set_vocabulary(...)` to store others.",
         )
+
+    def _check_vocabulary(self):
+        stored = self.vocabulary or []
+        for field in ("vocabulary", "source_vocabulary"):
+            for index, names in enumerate(getattr(self, field) or []):
+                _require(bool(names), f"`{field}` names nothing for class {index}.")
+                for name in names:
+                    _require_label(name, f"`{field}`, class {index}")
         for name in ("vocabulary_is_thing", "vocabulary_colors", "vocabulary_templates"):
             _require(
                 getattr(self, name) is None or len(getattr(self, name)) == len(stored),
                 f"`{name}` needs one entry for each of the {len(stored)} stored classes.",
             )
+        check_whole_number("vocabulary_num_prompts", self.vocabulary_num_prompts, 0, _LIMITS["vocab_size"])
         _require(
             self.vocabulary_num_prompts >= len(stored),
             f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts} cannot be less than the {len(stored)} stored "
             "classes; use `model.set_vocabulary(...)` instead of writing `vocabulary` by hand.",
         )
+        _require(
+            bool(stored) or not self.vocabulary_num_prompts,
+            f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts}, but `vocabulary` stores no class.",
+        )
+        if stored and self.id2label is not None:
+            ids = sorted(map(str, self.id2label))
+            _require(
+                ids == sorted(map(str, range(len(stored))))
+                and all(isinstance(v, str) for v in self.id2label.values()),
+                f"`id2label` must name the {len(stored)} stored classes 0..{len(stored) - 1}, got "
+                f"{shown(self.id2label)}: `model.set_vocabulary(...)` writes both.",
+            )
+
+    def _check_text(self):
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _require_positive(self.text_config, (*names, "max_position_embeddings", "projection_dim"), "text_config.")
+        text = self.text_config
+        _require(
+            text.hidden_act in ACT2FN,
+            f"`text_config.hidden_act` must be an activation of transformers, got {shown(text.hidden_act)}.",
+        )
+        check_number("text_config.layer_norm_eps", text.layer_norm_eps, 0, 1)
+        check_number("text_config.attention_dropout", text.attention_dropout or 0, 0, 1)
+        for name in ("initializer_range", "initializer_factor"):
+            check_number(f"text_config.{name}", getattr(text, name), 0)
+        # 2 stands for the largest token in OpenAI's first conversions.
+        check_whole_number("text_config.eos_token_id", text.eos_token_id, 0, max(text.vocab_size - 1, 2))
 
     def _check_sizes(self):
         sizes = ("hidden_size", "mask_feature_size", "encoder_layers", "encoder_ffn_dim", "encoder_num_points")
@@ -297,7 +434,9 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             f"`hidden_size` = {self.hidden_size} must be a multiple of {GROUP_NORM_GROUPS}, the groups of the pixel "
             "decoder's normalisation.",
         )
-        _require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
+        check_number("dropout", self.dropout, 0)
+        _require(self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
+        check_number("logit_scale_init_value", self.logit_scale_init_value, -100, 100)
         _require(
             self.deformable_attention in (None, *DEFORMABLE_ATTENTION_KERNELS),
             f"`deformable_attention` must be None or one of {', '.join(DEFORMABLE_ATTENTION_KERNELS)}, got "
@@ -351,7 +490,9 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
         for name in weights:
             _require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
+            check_number(name, getattr(self, name), 0)
         _require(self.oversample_ratio >= 1, f"`oversample_ratio` must be at least 1, got {self.oversample_ratio}.")
+        check_number("oversample_ratio", self.oversample_ratio, 1, 1000)
         _require(
             0 <= self.importance_sample_ratio <= 1,
             f"`importance_sample_ratio` must lie between 0 and 1, got {self.importance_sample_ratio}.",
@@ -392,16 +533,20 @@ def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrain
         return CLIPResNetConfig()
     if isinstance(config, PreTrainedConfig):
         return _own_copy(config)
+    _require(
+        isinstance(config, dict),
+        f"`backbone_config` must be the configuration of a backbone or a dict of its fields, got {shown(config)}.",
+    )
     values = _without_origin(config)
     model_type = values.pop("model_type", CLIPResNetConfig.model_type)
     if model_type == CLIPResNetConfig.model_type:
-        return CLIPResNetConfig(**values)
+        return _nested("backbone_config", CLIPResNetConfig, values)
     _require(
-        model_type in CONFIG_MAPPING,
+        isinstance(model_type, str) and model_type in CONFIG_MAPPING,
         f"`backbone_config` has the unknown model_type {model_type!r}; use one that transformers' AutoBackbone knows, "
         "such as 'clip_resnet', 'resnet', 'swin' or 'convnext'.",
     )
-    config = CONFIG_MAPPING[model_type](**values)
+    config = _nested("backbone_config", CONFIG_MAPPING[model_type], values)
     if isinstance(config, BackboneConfigMixin) and not {"out_features", "out_indices"} & values.keys():
         if stage_names := getattr(config, "stage_names", None):
             config.out_features = stage_names[-4:]
@@ -420,7 +565,26 @@ def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConf
         f"`text_config` must be a CLIPTextConfig or a dict of its fields, got {type(config).__name__}; for a CLIP "
         "model's config pass its `text_config`.",
     )
-    return CLIPTextConfig(**{key: value for key, value in _without_origin(config).items() if key != "model_type"})
+    values = {key: value for key, value in _without_origin(config).items() if key != "model_type"}
+    return _nested("text_config", CLIPTextConfig, values)
+
+
+def _nested(field: str, config_class: Callable[..., PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration inside another's field, whose errors name the field."""
+    try:
+        _check_id2label(values)
+        return config_class(**values)
+    except _ERRORS_OF_VALUES as error:
+        raise ValueError(f"`{field}`: {_reason(config_class, error, values)}") from error
+    except ValueError as error:
+        raise ValueError(f"`{field}`: {error}") from error
+
+
+def _require_label(name: Any, place: str) -> None:
+    try:
+        _require(bool(tidy(name)), f"{place} has an empty name.")
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -431,8 +595,11 @@ def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _without_origin(values: dict) -> dict:
-    """The fields without the path that they were loaded from: a published checkpoint must not tell it."""
-    return {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
+    """The fields without the path that they were loaded from, which a published checkpoint must not tell.
+
+    An `auto_map` would let transformers ask whether to run code of the folder.
+    """
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path", "auto_map")}
 
 
 AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig, exist_ok=True)

@@ -361,7 +361,7 @@ def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     supported = getattr(MODEL_FOR_BACKBONE_MAPPING.get(type(config), None), "_supports_sdpa", True)
     if config._attn_implementation == "sdpa" and not supported:
         config._attn_implementation = None
-    return AutoBackbone.from_config(config)
+    return AutoBackbone.from_config(config, trust_remote_code=False)
 
 
 def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> None:

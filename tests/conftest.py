@@ -54,6 +54,20 @@ def small_config(**overrides) -> GKCConfig:
     return GKCConfig(**(values | overrides))
 
 
+def aligned(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    Copy all weights of a loaded model to new memory, and return the model.
+
+    `from_pretrained` maps weights from their file, where they begin at any multiple of 4 bytes; torch aligns its own
+    memory to 64. MKL sums a product in another order by that, above all of a matrix and a vector, which the projection
+    of a single word is: equal weights give other last bits (4e-7 of unit embeddings, in no case with
+    MKL_CBWR=COMPATIBLE). Bits can be compared once both models' weights are aligned.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def _note(config: pytest.Config, what: str, error: float, bound: float) -> None:
     errors = config.stash.setdefault(ERRORS, {})
     largest, _ = errors.get(what, (0.0, bound))

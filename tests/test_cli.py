@@ -174,13 +174,18 @@ class TestSegment:
             assert all(np.argmax(c) == channel for c in colors)
 
     @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
-    def test_void_threshold(self, checkpoint, pictures, tmp_path, stripes, task):
+    def test_void_threshold(self, checkpoint, pictures, tmp_path, capsys, stripes, task):
         command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
         assert main([*command, "--task", task]) == 0
         assert read_result(tmp_path, "a")[0]["segments"]
-        assert main([*command, "--task", task, "--void-threshold", "1000"]) == 0
+        limit = 10 if task == "semantic" else 1  # the number of queries, of which a semantic score is a sum
+        assert main([*command, "--task", task, "--void-threshold", str(limit)]) == 0
         result, ids, _ = read_result(tmp_path, "a")
         assert result["segments"] == [] and (ids == result["void_id"]).all()
+        capsys.readouterr()
+        assert main([*command, "--task", task, "--void-threshold", str(limit + 0.5)]) == 2
+        message = f"gkc: error: --void-threshold must lie between 0 and {limit} for --task {task}\n"
+        assert capsys.readouterr().err == message
 
     @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
     @pytest.mark.parametrize("words", ["typed", "stored", "file"])
@@ -336,7 +341,9 @@ class TestUserErrors:
     def test_a_checkpoint_of_another_model(self, pictures, tmp_path, capsys):
         small_config().text_config.save_pretrained(tmp_path)
         assert main(["segment", str(pictures), "--model", str(tmp_path)]) == 2
-        assert capsys.readouterr().err.endswith("is no checkpoint of gkc: its model_type is 'clip_text_model'.\n")
+        assert capsys.readouterr().err.endswith(
+            "is no checkpoint of gkc: its model_type is 'clip_text_model', not 'gkc'.\n"
+        )
 
     @pytest.mark.parametrize("damage", ["missing", "truncated", "shapes"])
     def test_weights_that_do_not_fit_are_never_replaced_by_random_ones(
@@ -357,7 +364,7 @@ class TestUserErrors:
         assert main(["segment", str(pictures), "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith(f"gkc: error: --model: {folder} ")
-        assert damage != "missing" or last.endswith("lacks weights: model.mask_decoder.query_features.weight")
+        assert damage != "missing" or last.endswith("lacks weights: model.mask_decoder.query_features.weight.")
         assert not (tmp_path / "out").exists()
 
     def test_a_folder_without_pictures(self, checkpoint, tmp_path, capsys):

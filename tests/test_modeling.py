@@ -28,7 +28,7 @@ from modeling_gkc.modeling_gkc import (
 )
 from modeling_gkc.pixel_decoder import SIZES_KEPT, kept_per_size
 
-from .conftest import small_config, word_tokenizer
+from .conftest import aligned, small_config, word_tokenizer
 
 NUM_PROMPTS = 5
 CLASS_IDS = torch.tensor([0, 0, 1, 2, 2])
@@ -467,7 +467,7 @@ def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, transfo
     doors = (GKCForOpenVocabSegmentation, AutoModel, AutoModelForUniversalSegmentation, AutoModelForImageSegmentation)
     with transformers_log.at_level(logging.WARNING):
         for door in doors:
-            loaded = door.from_pretrained(tmp_path)
+            loaded = aligned(door.from_pretrained(tmp_path))
             assert isinstance(loaded, GKCForOpenVocabSegmentation) and not loaded.training
             assert not any(p.requires_grad for p in loaded.text_model.parameters())
             with torch.no_grad():
@@ -475,6 +475,21 @@ def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, transfo
             torch.testing.assert_close(outputs.class_queries_logits, expected.class_queries_logits, rtol=0, atol=0)
             torch.testing.assert_close(outputs.masks_queries_logits, expected.masks_queries_logits, rtol=0, atol=0)
     assert [record for record in transformers_log.records if record.levelno >= logging.WARNING] == []
+
+
+def test_words_encoded_after_loading_differ_by_rounding_alone(model, pixel_values, tmp_path, within):
+    """A word alone is a product of a matrix and a vector: its last bits depend on where the weights lie in memory."""
+    model.save_pretrained(tmp_path)
+    mapped, copied = (GKCForOpenVocabSegmentation.from_pretrained(tmp_path).eval() for _ in range(2))
+    aligned(copied)
+    state = model.state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in mapped.state_dict().items())
+    word = {"input_ids": torch.tensor([[1, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        expected, near, equal = (each(pixel_values, **word) for each in (model, mapped, copied))
+    for name in ("query_embeds", "class_queries_logits", "masks_queries_logits"):
+        assert torch.equal(equal[name], expected[name])
+        within(f"{name} of mapped against aligned weights", (near[name] - expected[name]).abs().max(), 2e-5)
 
 
 def test_loading_reports_every_weight_that_does_not_fit(model, tmp_path, caplog):

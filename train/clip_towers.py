@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from modeling_gkc.checkpoint_loading import one_line, refuse_shards_outside
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
@@ -86,8 +86,8 @@ def _find(path: str | Path, subfolders: tuple[str, ...], kinds: dict) -> tuple[s
     """The first subfolder with a model of one of the kinds, and its kind."""
     for subfolder in subfolders:
         try:
-            kind = AutoConfig.from_pretrained(path, subfolder=subfolder).model_type
-        except (OSError, ValueError):
+            kind = AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=False).model_type
+        except Exception:  # a damaged file can make transformers raise errors of any type
             continue
         if kind in kinds:
             return subfolder, kind
@@ -96,12 +96,12 @@ def _find(path: str | Path, subfolders: tuple[str, ...], kinds: dict) -> tuple[s
 
 def _load(model_class: type[PreTrainedModel], path: str | Path, subfolder: str) -> nn.Module:
     try:
+        refuse_shards_outside(path, subfolder)
         model, info = model_class.from_pretrained(
             path, subfolder=subfolder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{Path(path) / subfolder} cannot be loaded: {reason}") from error
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        raise ValueError(f"{Path(path) / subfolder} cannot be loaded: {one_line(error)}") from error
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
         raise ValueError(f"{Path(path) / subfolder} lacks weights: {', '.join(missing[:5])}.")
@@ -111,7 +111,7 @@ def _load(model_class: type[PreTrainedModel], path: str | Path, subfolder: str) 
 def _tokenizer(path: str | Path, subfolder: str, text_model: nn.Module) -> PreTrainedTokenizerBase:
     vocabulary_size = text_model.config.vocab_size
     if any(_has_file(path, subfolder, name) for name in _TOKENIZER_FILES):
-        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder)
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
     elif vocabulary_size == CLIP_VOCABULARY_SIZE:
         tokenizer = _openai_tokenizer(Path(path) / subfolder)
     else:
@@ -126,7 +126,7 @@ def _tokenizer(path: str | Path, subfolder: str, text_model: nn.Module) -> PreTr
 
 def _openai_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(CLIP_TOKENIZER)
+        return AutoTokenizer.from_pretrained(CLIP_TOKENIZER, trust_remote_code=False)
     except OSError as error:
         save = f"AutoTokenizer.from_pretrained('{CLIP_TOKENIZER}').save_pretrained('{folder}')"
         raise ValueError(

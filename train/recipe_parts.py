@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from configuration import Recipe
+from modeling_gkc.checkpoint_loading import load_checkpoint_parts, one_line, refuse_shards_outside
 from modeling_gkc.configuration_gkc import GKCConfig
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
@@ -116,14 +117,9 @@ def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCPr
     if not is_checkpoint:
         raise ValueError(f"`init_from`: {path} is no folder of a GKC checkpoint.")
     try:
-        model, info = GKCForOpenVocabSegmentation.from_pretrained(
-            path, output_loading_info=True, use_safetensors=True, **recipe.loss_settings()
-        )
-        processor = GKCProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`init_from`: {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if info["missing_keys"]:
-        raise ValueError(f"`init_from`: {path} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}.")
+        model, processor = load_checkpoint_parts(path, **recipe.loss_settings())
+    except ValueError as error:
+        raise ValueError(f"`init_from`: {path} cannot be loaded: {error}") from error
     _warn_of_other_sizes(recipe, processor)
     return model, processor
 
@@ -164,14 +160,15 @@ def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Ten
 
 def _pretrained_backbone(path: str) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(path, out_features=_STAGES)
+        refuse_shards_outside(path)
+        config = AutoConfig.from_pretrained(path, out_features=_STAGES, trust_remote_code=False)
         # Not by AutoBackbone, which knows no folders.
         backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
         backbone, info = backbone_class.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True
+            path, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"`backbone`: {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        raise ValueError(f"`backbone`: {path} cannot be loaded: {one_line(error)}") from error
     # Norms of the feature maps belong to the backbone alone: no classifier was trained with them.
     missing = sorted(key for key in info["missing_keys"] if "hidden_states_norms" not in key)
     if missing:

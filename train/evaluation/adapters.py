@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForUniversalSegmentation,
 )
 
+from modeling_gkc.checkpoint_loading import one_line, refuse_shards_outside
 from modeling_gkc.post_processing import panoptic_segmentation, semantic_segmentation
 from modeling_gkc.prompt_templates import fill_template
 from modeling_gkc.vocabulary import Vocabulary
@@ -43,9 +44,9 @@ def model_type(path: str) -> str:
         ValueError: there is no model.
     """
     try:
-        return str(AutoConfig.from_pretrained(path).model_type)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model: {path} holds no model: {str(error).splitlines()[0]}") from error
+        return str(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        raise ValueError(f"--model: {path} holds no model: {one_line(error)}") from error
 
 
 def match_labels(labels: Mapping[int, str], vocabulary: Vocabulary) -> tuple[np.ndarray, dict[str, Any]]:
@@ -106,7 +107,8 @@ class LabelledSegmenter:
     def __init__(
         self, path: str, vocabulary: Vocabulary, panoptic: Mapping[str, Any] | None = None, dtype: str = "float32"
     ):
-        config = AutoConfig.from_pretrained(path)
+        refuse_shards_outside(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = config.model_type
         if kind in UNIVERSAL:
             loader = AutoModelForUniversalSegmentation
@@ -114,8 +116,8 @@ class LabelledSegmenter:
             loader = AutoModelForSemanticSegmentation
         else:
             raise ValueError(f"--model: {path} is a {kind}, which segments nothing that can be scored here.")
-        self.model = loader.from_pretrained(path, dtype=DTYPES[dtype]).eval()
-        self.processor = AutoImageProcessor.from_pretrained(path)
+        self.model = loader.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False).eval()
+        self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         self.class_of, self.notes = match_labels(config.id2label, vocabulary)
         self.notes |= {"architecture": kind, "image_size": "as the model's own processor has it"}
         self.has_masks = kind in MASKS_AT_STRIDE_4
@@ -188,7 +190,7 @@ class CLIPSegSegmenter:
         from transformers import CLIPSegForImageSegmentation
 
         self.model = CLIPSegForImageSegmentation.from_pretrained(path, dtype=DTYPES[dtype]).eval()
-        self.processor = AutoProcessor.from_pretrained(path)
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         names, templates = words.vocabulary.flat_names, words.templates
         prompts = [fill_template(template, name) for name in names for template in templates]
         self.tokens = self.processor.tokenizer(prompts, padding=True, return_tensors="pt")

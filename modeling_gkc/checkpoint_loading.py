@@ -1,0 +1,165 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Loading of checkpoints that others made: nothing in them is run, nothing outside is read, nothing is missing."""
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from .argument_checks import check_whole_number, shown
+from .configuration_gkc import GKCConfig
+from .modeling_gkc import GKCForOpenVocabSegmentation
+from .processing_gkc import GKCProcessor
+
+MAX_LISTED_WEIGHTS = 100
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+    """
+    Load the model in evaluation mode, and the processor, of a folder or of a repository of the Hub.
+
+    Args:
+        path: The folder, or `owner/name`.
+        settings: Fields of the configuration to override.
+
+    Raises:
+        ValueError: it is no checkpoint of gkc, is damaged, lacks weights or has some that the configuration has no
+            place for, or would need code of its own; one line without the path. Errors of any other type do not occur.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of wrong weights: the error lists them
+    try:
+        stored = _stored_config(path)
+        model_type = stored.get("model_type") if isinstance(stored, dict) else None
+        if model_type != GKCConfig.model_type:
+            raise ValueError(f"its model_type is {shown(model_type)}, not 'gkc'.")
+        refuse_shards_outside(path)
+        model, info = GKCForOpenVocabSegmentation.from_pretrained(
+            path, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **settings
+        )
+        refuse_other_weights(info)
+        processor = GKCProcessor.from_pretrained(path, trust_remote_code=False)
+        _refuse_other_tokens(model, processor)
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        raise ValueError(one_line(error)) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return model.eval(), processor
+
+
+def _stored_config(path: str | Path) -> Any:
+    try:
+        return GKCConfig.get_config_dict(path)[0]
+    except OSError:
+        raise
+    except Exception as error:  # a number of thousands of digits, lists nested too deep, no object
+        raise ValueError(f"its config.json cannot be read: {one_line(error)}") from error
+
+
+def refuse_shards_outside(path: str | Path, subfolder: str = "") -> None:
+    """
+    Refuse an index of weights that names files outside of the checkpoint, which transformers would read.
+
+    Args:
+        path: Folder, or repository of the Hub.
+        subfolder: Folder inside it.
+
+    Raises:
+        ValueError: the index is damaged, or names anything but a file beside it.
+    """
+    for name in _INDEX_FILES:
+        index = cached_file(
+            path,
+            name,
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if index is None:
+            continue
+        try:
+            shards = json.loads(Path(index).read_bytes())["weight_map"].values()
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{name} is no index of weights: {one_line(error)}") from error
+        for shard in shards:
+            parts = (PurePosixPath(shard).parts, PureWindowsPath(shard).parts) if isinstance(shard, str) else ((),)
+            if any(len(names) != 1 or names[0] in ("..", ".") for names in parts):
+                raise ValueError(f"{name} names {shown(shard)}, which is no file beside it: it was not read.")
+
+
+def refuse_other_weights(info: dict[str, Any]) -> None:
+    """
+    Refuse weights that do not fit the configuration.
+
+    Args:
+        info: What `from_pretrained(..., output_loading_info=True)` tells.
+
+    Raises:
+        ValueError: weights are missing or left over; each is listed.
+    """
+    reasons = []
+    for key, what in (
+        ("missing_keys", "it lacks weights"),
+        ("unexpected_keys", "it has weights that its config.json has no place for"),
+    ):
+        names = sorted(info[key])
+        if names:
+            more = f" and {len(names) - MAX_LISTED_WEIGHTS} more" if len(names) > MAX_LISTED_WEIGHTS else ""
+            reasons.append(f"{what}: {', '.join(names[:MAX_LISTED_WEIGHTS])}{more}")
+    if reasons:
+        raise ValueError("; ".join(reasons) + ".")
+
+
+def _refuse_other_tokens(model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> None:
+    """Refuse a tokenizer whose tokens the text tower does not have, or whose end it would not find."""
+    tokenizer, text = processor.tokenizer, model.config.text_config
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= text.vocab_size:
+        raise ValueError(
+            f"its tokenizer has the token {largest}, its text tower {text.vocab_size} tokens from 0: they do not "
+            "belong together."
+        )
+    if text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: the largest token of the text is its end
+        raise ValueError(
+            f"its tokenizer ends texts with the token {tokenizer.eos_token_id}, its text tower expects "
+            f"{text.eos_token_id}: they do not belong together."
+        )
+    # A beginning, an end, and a token between them.
+    if (
+        check_whole_number("the tokenizer's model_max_length", tokenizer.model_max_length, 3)
+        > text.max_position_embeddings
+    ):
+        tokenizer.model_max_length = text.max_position_embeddings
+
+
+def one_line(error: BaseException) -> str:
+    """Message of an error in one line, with its type where the message alone does not explain itself."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if "ignore_mismatched_sizes" in line:  # advice of transformers for programs
+        return "it has weights of another shape than its config.json says."
+    if isinstance(error, ValueError | OSError) and line:
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+__all__ = [
+    "load_checkpoint_parts",
+    "one_line",
+    "refuse_other_weights",
+    "refuse_shards_outside",
+]
