@@ -76,6 +76,16 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path, name)
         require_undamaged(folder)
 
 
+def test_a_checkpoint_with_the_first_form_of_manifest_is_complete(tmp_path):
+    """It held the files' sizes alone."""
+    folder = sealed(tmp_path / "checkpoint-3")
+    (folder / MANIFEST_NAME).write_text(json.dumps({"files": FILES}))
+    assert is_complete(folder) and require_undamaged(folder) == folder
+    name, size = next(iter(FILES.items()))
+    (folder / name).write_bytes(bytes(size - 1))
+    assert not is_complete(folder)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
 def test_a_checkpoint_whose_files_do_not_fit_is_not_complete(tmp_path, name, damage):

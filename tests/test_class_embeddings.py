@@ -21,6 +21,7 @@ from modeling_gkc.class_embeddings import (
     load_class_embeddings,
     save_class_embeddings,
 )
+from modeling_gkc.sealed_files import UNSEALED, seal_safetensors
 
 from .conftest import small_config, word_tokenizer
 
@@ -378,7 +379,9 @@ class TestFiles:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids")} | change
-        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata)
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(tensors, path, metadata | UNSEALED)
+        seal_safetensors(path)
         with pytest.raises(ValueError, match=message):
             load_class_embeddings(path, model)
 
