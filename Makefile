@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 OUT ?= out/demo
-LABELS ?= red cross; orange square; yellow square; yellow star; cyan hoop; cyan square; blue stick; purple square; purple stick; lawn, meadow; masonry; sky
+LABELS ?= red cross; orange square; striped square; yellow star; cyan hoop; cyan square; cyan arrow; blue stick; purple square; purple stick; lawn, meadow; masonry; sky
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false

@@ -278,9 +278,6 @@ def _load(arguments: argparse.Namespace) -> Segmenter:
     words = _words(arguments.vocab, labels, model, processor)
     with user_errors("--void-labels"), warnings_as_lines():
         words = Words(*add_void_words(words.vocabulary, words.embeddings, void_labels, model, processor))
-    limit = model.config.num_queries if arguments.task == "semantic" else 1
-    if arguments.void_threshold is not None and arguments.void_threshold > limit:
-        raise UserError(f"--void-threshold must lie between 0 and {limit} for --task {arguments.task}")
     threshold = 0.5 if arguments.threshold is None else arguments.threshold
     return Segmenter(model, processor, words, arguments.task, threshold, arguments.void_threshold)
 

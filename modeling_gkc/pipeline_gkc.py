@@ -121,7 +121,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
             overlap_mask_area_threshold: Panoptic and instance: lowest share of its mask that a segment must show; 0.8
                 and 0 by default.
             top_k: Instance: pairs of query and class to consider; 100 by default.
-            void_threshold: Pixels whose score is below belong to no segment; see `post_processing`.
+            void_threshold: Pixels whose score, 0..1, is below belong to no segment; see `post_processing`.
             void_labels: Words, as `labels`, for what is none of the classes; their pixels belong to no segment.
             batch_size: Images to compute at once; makes no difference to the result.
             timeout: Seconds that reading a URL may take in all; 30 by default.
@@ -133,9 +133,9 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
             * `label`: the first name of its class;
             * `mask`: PIL image of mode "L" and the image's upright size, 255 inside and 0 outside; the masks of an
               image do not overlap;
-            * `score`: of panoptic segments the class score, of instances class score times mean mask probability; both
-              lie in 0..1. Of semantic segments, one per class, the mean over their pixels of `semantic_scores`, which
-              sum over the queries and may exceed 1.
+            * `score`, in 0..1: of panoptic segments the class score, of instances class score times mean mask
+              probability, of semantic segments, one per class, the mean over their pixels of `semantic_scores`, each
+              at most 1.
 
         Raises:
             ValueError: there are no words; labels that `Vocabulary` refuses; an unknown subtask; an unreadable image.
@@ -167,6 +167,8 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
             raise TypeError(f"{type(self).__name__} has no parameter {', '.join(map(repr, unknown))}.")
         if subtask is not None and subtask not in SUBTASKS:
             raise ValueError(f"`subtask` must be one of {', '.join(SUBTASKS)}, got {subtask!r}.")
+        if void_threshold is not None and not 0 <= void_threshold <= 1:
+            raise ValueError(f"`void_threshold` must be a score between 0 and 1, got {void_threshold!r}.")
         forward_params = {
             "labels": labels,
             "void_labels": void_labels,

@@ -200,7 +200,8 @@ def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> li
             void. With void classes after the others leave those out, or count them: they have no pixel.
 
     Returns:
-        For each class that has a pixel `id` and `label_id`, both the class, and `score`, the mean over its pixels.
+        For each class that has a pixel `id` and `label_id`, both the class, and `score`, the mean over its pixels of
+        their scores, each at most 1: where several queries answer for one pixel, their sum exceeds it.
 
     Raises:
         ValueError: the map holds no integers, the scores are not finite or of another shape, or `num_classes` is no
@@ -208,7 +209,7 @@ def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> li
     """
     _check_semantic_map(class_map, scores, num_classes)
     # On the CPU: MPS has no fp64, and CUDA no deterministic sums per class.
-    labels, scores = class_map.flatten().cpu(), scores.detach().flatten().cpu()
+    labels, scores = class_map.flatten().cpu(), scores.detach().flatten().clamp(max=1).cpu()
     is_class = (labels >= 0) & (labels < num_classes)
     labels = labels[is_class]
     areas = labels.bincount(minlength=num_classes).tolist()

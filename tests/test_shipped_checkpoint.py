@@ -16,11 +16,14 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from hub_card.publish_mini import MAX_BYTES, card
 from modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.cli_common import default_model_path
+from modeling_gkc.vocabulary import Vocabulary
 from train.miniworld.dataset import build_dataset
 from train.miniworld.evaluate import evaluate
-from train.miniworld.examples import draw_examples
+from train.miniworld.examples import EXAMPLES_SPLIT, draw_examples
 from train.miniworld.experiment import ARMS, MAIN_ARMS
 from train.miniworld.summary import tables
+from train.miniworld.words import WORDS
+from train.miniworld.world import draw_scene
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "hub_card" / "gkc-mini"
@@ -119,6 +122,25 @@ def test_example_pictures(model, processor, position, words):
     (labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
     found = {word: list(words)[labels[place]] for word, place in words.items()}
     assert found == {word: word for word in words}
+
+
+def test_every_word_of_the_demo_is_found_where_it_was_drawn(model, processor):
+    """`make demo` shows what the checkpoint can do: each drawn region mostly gets the one word that is true of it."""
+    words = re.search(r"^LABELS \?= (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    vocabulary, shown = Vocabulary.parse(words), set()
+    encoded = model.get_class_embeddings(**processor(text=vocabulary, return_tensors="pt"))
+    for number in (2, 10, 11):
+        scene = draw_scene((0, EXAMPLES_SPLIT), number, 288)
+        with torch.inference_mode():
+            outputs = model(**processor(images=scene.image, return_tensors="pt"), **encoded)
+        (labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[scene.region_index.shape])
+        for index, region in enumerate(scene.regions):
+            found = vocabulary.labels[labels[torch.from_numpy(scene.region_index == index)].mode().values]
+            *adjectives, noun = found.split()
+            assert noun in WORDS[region["concept"]], (number, region, found)
+            assert set(adjectives) <= {region["colour"], region["fill"]}, (number, region, found)
+            shown.add(found)
+    assert shown == set(vocabulary.labels)
 
 
 def test_results_of_a_batch_are_those_of_single_images(model, processor):
