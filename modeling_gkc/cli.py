@@ -24,9 +24,9 @@ from .cli_parsers import add_convert, add_embed, add_export, add_segment, add_vo
 DESCRIPTION = "Cut pictures into words: open-vocabulary segmentation."
 EXAMPLES = """\
 examples:
-  gkc segment cat.jpg --labels "cat; sofa, couch; lamp"
+  gkc segment scene.png --labels "red disc; lawn, grass; sky"
   gkc vocab list
-  gkc embed --labels ade20k_847 --out words.safetensors
+  gkc embed --labels "red disc; lawn, grass" --out words.safetensors
   gkc convert clip-resnet RN50.pt --out rn50
   gkc export my-checkpoint --vocab ade20k_150 --out ade-onnx
 

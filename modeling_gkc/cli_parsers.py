@@ -19,7 +19,6 @@ command's own module is imported when it is run.
 
 import argparse
 import importlib
-import math
 from collections.abc import Callable
 
 from .cli_common import WORDS_HELP, add_model_options, add_parser, add_templates_option
@@ -31,16 +30,16 @@ TEXT_FOLDER = "text"
 SEGMENT_EXAMPLES = f"""\
 {WORDS_HELP}
 examples:
-  gkc segment cat.jpg --labels "cat; sofa, couch; lamp"
-  gkc segment photos/ --labels ade20k_150 --out cut
+  gkc segment scene.png --labels "red disc; lawn, grass; sky"
+  gkc segment photos/ --model my-checkpoint --labels ade20k_150 --out cut
   gkc segment photos/ --recursive --out cut         sub-folders too; cut/ gets the same sub-folders
   gkc segment photos/ --task panoptic               the words stored in the checkpoint
-  gkc segment cat.jpg --labels "cat; dog" --void-labels "wall; floor; furniture"
+  gkc segment scene.png --labels "disc; star" --void-labels "sky; lawn; square"
                                                     what is one of those three, or
-  gkc segment cat.jpg --labels "cat; dog" --void-threshold 0.4
+  gkc segment scene.png --labels "disc; star" --void-threshold 0.4
                                                     not clearly one of the two, stays void
   gkc segment photos/ --vocab words.safetensors     words that `gkc embed` has encoded
-  gkc segment cat.jpg --model my-checkpoint --task instance --threshold 0.3
+  gkc segment photo.jpg --model my-checkpoint --task instance --threshold 0.3
 
 For NAME.jpg it writes NAME.overlay.png (picture with outlines and a legend), NAME.labels.png (the ids: classes from 0
 and void 255, or 65535 with more than 255 classes, for --task semantic; else segments from 1 and void 0) and NAME.json
@@ -67,8 +66,8 @@ config.json, and COCO's categories are read too.
 EMBED_EXAMPLES = f"""\
 {WORDS_HELP}
 examples:
-  gkc embed --labels ade20k_847 --out ade20k.safetensors
-  gkc embed --labels "cat; sofa, couch" --templates vild14 --out words.safetensors
+  gkc embed --labels "red disc; lawn, grass" --templates photo --out words.safetensors
+  gkc embed --labels ade20k_847 --templates vild14 --model mask2former-words --out ade20k.safetensors
   gkc segment photos/ --vocab words.safetensors
 
 The file serves every checkpoint with the same text tower.
@@ -157,7 +156,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     words("--labels", metavar="WORDS", help="the words; without it, those stored in the checkpoint")
     words("--vocab", metavar="FILE", help="words encoded by `gkc embed`, instead of --labels")
     add("--void-labels", metavar="WORDS", help='words for "none of these": what they win becomes void')
-    add("--void-threshold", type=_score, metavar="SCORE", help="pixels whose best score is below become void")
+    add("--void-threshold", type=_share, metavar="SCORE", help="pixels whose best score, 0 to 1, is below become void")
     add_templates_option(segment)
     add("--task", choices=TASKS, default="semantic", help="what to find (default: %(default)s)")
     add("--recursive", action="store_true", help="also segment the pictures of a folder's sub-folders")
@@ -171,13 +170,6 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
-    return value
-
-
-def _score(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
     return value
 
 

@@ -27,6 +27,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from types import GeneratorType
 from typing import Any, NamedTuple
 
@@ -42,10 +43,12 @@ from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabul
 from .image_processing_gkc import URL_TIMEOUT_S, read_image
 from .post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation, semantic_segments
 from .processing_gkc import GKCProcessor
-from .remote_code import save_with_code
+from .remote_code import CARD_NAME, save_with_code, write_card
 from .vocabulary import Vocabulary, VocabularyLike
 
 SUBTASKS = ("panoptic", "instance", "semantic")
+# A sentence of the card that transformers pushes where a repository has none.
+_EMPTY_CARD = "This model card has been automatically generated"
 
 
 class _Words(NamedTuple):
@@ -273,6 +276,14 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         if self.processor is None:
             raise ValueError("a checkpoint needs its tokenizer: construct the pipeline with the `processor`.")
         save_with_code(self.model, self.processor, save_directory, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | PathLike, *args, **kwargs) -> Any:
+        """As every pipeline's, with this library's model card in the place of transformers' empty one."""
+        card = Path(working_dir) / CARD_NAME
+        if card.is_file() and _EMPTY_CARD in card.read_text(encoding="utf-8"):
+            card.unlink()
+            write_card(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def _as_list_or_generator(inputs: Any) -> Any:

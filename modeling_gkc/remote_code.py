@@ -47,6 +47,33 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 ENTRY_MODULE = "hub_entry"
+CARD_NAME = "README.md"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-segmentation
+tags:
+- gkc
+- open-vocabulary-segmentation
+- semantic-segmentation
+- panoptic-segmentation
+---
+
+# An open-vocabulary segmentation model of GKC
+
+Cuts images into any words that are given at call time (Han, Liu et al., *Global Knowledge Calibration for Fast
+Open-Vocabulary Segmentation*, ICCV 2023, [arXiv 2303.09181](https://arxiv.org/abs/2303.09181)).
+
+```python
+from transformers import pipeline
+
+segmenter = pipeline("image-segmentation", model="THIS REPOSITORY", trust_remote_code=True)
+segments = segmenter("photo.jpg", labels="dog; sofa, couch; lamp")  # classes by ";", names of one class by ","
+```
+
+<<words>>
+To be completed by its author: training data, results, limits, and the license of the weights.
+"""
 AUTO_CLASSES = {
     "gkc": {
         "AutoConfig": "GKCConfig",
@@ -77,7 +104,7 @@ _KEYS_OF_CODE = ("auto_map", "custom_pipelines")
 
 def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> None:
     """
-    Save a checkpoint together with the code that it needs.
+    Save a checkpoint together with the code that it needs and, where there is none, a model card.
 
     Args:
         model: A `GKCForOpenVocabSegmentation`, `CLIPResNetVisionModel` or `CLIPResNetBackbone`.
@@ -104,6 +131,7 @@ def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> 
     if processor is not None:
         processor.save_pretrained(folder)
     add_code(folder)
+    write_card(folder)
 
 
 def add_code(folder: str | Path) -> None:
@@ -123,6 +151,24 @@ def add_code(folder: str | Path) -> None:
     for path in paths:
         _mark(path)
     _copy_code(folder)
+
+
+def write_card(folder: str | Path) -> None:
+    """
+    Write the model card of a saved `GKCForOpenVocabSegmentation`, how to use it and which words it stores, for its
+    author to complete.
+
+    Args:
+        folder: Holds its `config.json`. A README.md that is there already stays as it is.
+    """
+    folder = Path(folder)
+    path, config = folder / CARD_NAME, folder / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if path.exists() or values.get("model_type") != "gkc":
+        return
+    stored = [names[0] for names in values.get("vocabulary") or []]
+    words = f"Without `labels` it answers in its {len(stored)} stored words: {', '.join(stored)}.\n" if stored else ""
+    path.write_text(CARD.replace("<<words>>", words), encoding="utf-8")
 
 
 def code_files() -> list[Path]:

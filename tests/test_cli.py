@@ -378,7 +378,8 @@ class TestUserErrors:
         "command",
         [[], ["segment"], ["segment", "a.png", "--task", "other"], ["segment", "a.png", "--threshold", "2"],
          ["segment", "a.png", "--threads", "0"], ["segment", "a.png", "--labels", "dog", "--vocab", "b"], ["unknown"],
-         ["segment", "a.png", "--void-threshold", "nan"], ["segment", "a.png", "--void-threshold", "-5"]],
+         ["segment", "a.png", "--void-threshold", "nan"], ["segment", "a.png", "--void-threshold", "-5"],
+         ["segment", "a.png", "--void-threshold", "1.01"]],
     )  # fmt: skip
     def test_usage(self, command, capsys):
         with pytest.raises(SystemExit) as stopped:

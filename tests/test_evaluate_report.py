@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from train.evaluation.command import describe, main
+from train.evaluation.command import describe, flattering, main
 from train.evaluation.report import COLUMNS, PUBLISHED, model_index, other_scores, table
 from train.evaluation.result import SCHEMA, SCHEMA_NAME, check_result, read_result, write_result
 
@@ -53,6 +53,25 @@ def cells(text: str) -> dict[str, list[str]]:
     lines = [line for line in text.split("\n\n")[0].splitlines() if not line.startswith("| ---")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {cell[0]: cell[1:] for cell in rows}
+
+
+@pytest.mark.parametrize(
+    ("share", "predicted", "lines"),
+    [
+        (0.9, [60, 40], []),
+        (0.05, [60, 40], ["only 5.0 % of the pixels have a class and are scored"]),
+        (0.9, [97, 3], ["'sky' takes 97.0 % of the predictions, and is 70.0 % of the truth"]),
+        (0.05, [0, 100], ["only 5.0 %", "'tree' takes 100.0 % of the predictions, and is 30.0 % of the truth"]),
+        (None, [0, 0], []),
+    ],
+)
+def test_scores_that_flatter_are_said(share, predicted, lines):
+    classes = [
+        {"name": name, "scores": {"semantic": {"pixels": pixels, "predicted": count}}}
+        for name, pixels, count in zip(("sky", "tree"), (70, 30), predicted, strict=True)
+    ]
+    said = flattering(result(classes=classes, scores={"semantic": {"miou": 0.5, "scored_share": share}}))
+    assert len(said) == len(lines) and all(line in text for line, text in zip(lines, said, strict=True))
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
@@ -99,15 +118,15 @@ def test_every_key_must_be_there_and_is_documented():
 
 
 def test_published_rows_are_the_published_numbers():
-    rows = cells(table([]))
+    rows = cells(table([result(benchmark) for _, benchmark in COLUMNS]))
     assert next(iter(rows)) == "model" and rows["model"] == [heading for heading, _ in COLUMNS]
-    assert [row[:7] for row in list(rows.values())[1:]] == [
+    assert [row[:7] for row in list(rows.values())[2:]] == [
         ["49.8", "78.7", "34.3", "17.5", "3.2", "41.9", "6.5"],
         ["51.2", "83.2", "34.8", "18.8", "3.5", "45.2", "7.1"],
         ["46.0", "71.2", "33.9", "16.6", "2.5", "39.0", "7.1"],
         ["", "89.5", "", "23.3", "7.1", "50.5", "12.9"],
     ]
-    assert all(row[7:] == ["", ""] for row in list(rows.values())[1:])
+    assert all(row[7:] == ["", ""] for row in list(rows.values())[2:])
     assert len(PUBLISHED) == 4
 
 
@@ -121,15 +140,17 @@ def test_the_table_puts_results_beside_them():
     ]
     rows = cells(table(results))
     headings = rows["model"]
-    assert headings[-1] == "my_street"
+    assert headings == ["A-150", "PC-59", "my_street"]
+    alone = table([result("my_street", 0.25)])
+    assert cells(alone)["model"] == ["my_street"] and len(cells(alone)) == 2 and "Published" not in alone
     ours = dict(zip(headings, rows["gkc-r50 (aaaaaaaa)"], strict=True))
     assert {key: value for key, value in ours.items() if value} == {
         "A-150": "17.5",
         "PC-59": "41.9",
         "my_street": "25.0",
     }
-    assert rows["gkc-r50 (aaaaaaaa, synonyms, mean, TTA)"][3] == "20.0"
-    assert rows["gkc-r50 (aaaaaaaa, bfloat16)"][5] == "50.0"
+    assert rows["gkc-r50 (aaaaaaaa, synonyms, mean, TTA)"] == ["20.0", "", ""]
+    assert rows["gkc-r50 (aaaaaaaa, bfloat16)"] == ["", "50.0", ""]
     with pytest.raises(ValueError, match="two results are of"):
         table([result(), result(miou=0.3)])
 
@@ -137,7 +158,7 @@ def test_the_table_puts_results_beside_them():
 def test_what_is_no_benchmark_number_is_marked():
     partial = result(images={"evaluated": 1990, "prepared": 2000, "published": 2000, "broken": ["a: b"] * 10})
     text = table([partial])
-    assert cells(text)["gkc-r50 (aaaaaaaa)"][3] == "17.5*"
+    assert cells(text)["gkc-r50 (aaaaaaaa)"] == ["17.5*"]
     assert "1990 of 2000 images, 10 broken" in text
     with pytest.raises(ValueError, match="no complete score"):
         model_index([partial])

@@ -75,6 +75,37 @@ def test_images_and_masks_become_a_dataset(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()].count("data.partial") == 0
 
 
+def test_void_pixels_are_counted_with_what_becomes_of_them(tmp_path, capsys):
+    mask = np.zeros_like(PIXELS)
+    mask[:6, :16] = 1  # an eighth
+    write_folder(tmp_path / "mine", {"1": "circle"}, {0: Image.fromarray(mask)}, pictures=1)
+    assert main([str(tmp_path / "mine"), "--out", str(tmp_path / "data")]) == 0
+    said = capsys.readouterr().out
+    assert "87.5 % of the pixels are void" in said and "a semantic result fills them" in said
+    assert json.loads((tmp_path / "data" / "report.json").read_text())["void_share"] == 0.875
+    (tmp_path / "mine" / "names.json").write_text('{"1": "circle", "0": "background"}')
+    assert main([str(tmp_path / "mine"), "--out", str(tmp_path / "named")]) == 0
+    assert "0.0 % of the pixels are void." in capsys.readouterr().out
+
+
+def test_names_that_the_checkpoint_cannot_tell_apart(tmp_path, capsys, monkeypatch):
+    """Said for the recipe's own checkpoint, refused for the one that is named, and by training in any case."""
+    monkeypatch.chdir(ROOT)
+    masks = {number: Image.fromarray(np.minimum(PIXELS, 2)) for number in (0, 1)}
+    write_folder(tmp_path / "mine", {"1": "hammer", "2": ["spanner", "wrench"]}, masks, pictures=2)
+    command = [str(tmp_path / "mine"), "--out", str(tmp_path / "data"), "--val-share", "0.5"]
+    assert main([*command, "--init-from", "hub_card/gkc-mini"]) == 2
+    assert "--init-from: hub_card/gkc-mini: The text encoder knows none of these words" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+    assert main(command) == 0
+    error = capsys.readouterr().err
+    assert "warning: The recipe own_folder cannot start from" in error and "init_from=CHECKPOINT" in error
+    assert train_main(["own_folder", f"dataset={tmp_path / 'data'}", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "'hammer', 'spanner'" in error and "Name another with init_from=CHECKPOINT" in error
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_parts_of_an_instance_class_are_objects(tmp_path):
     convert(write_folder(tmp_path / "mine", pictures=2), tmp_path / "data", instances=["disc"])
     for row in all_rows(tmp_path / "data").values():

@@ -326,3 +326,14 @@ def test_the_conventions_of_all_numbers_are_told():
 
 def test_a_confusion_matrix_can_be_scored_by_itself():
     assert semantic_scores(np.array([[3, 1, 0], [0, 4, 0]]))["iou"] == [3 / 4, 4 / 5]
+
+
+def test_the_share_of_pixels_that_is_scored_survives_merging():
+    """A model that paints one class everywhere is told by what it predicts, and void by what is not scored."""
+    first, second = SemanticMetric(2), SemanticMetric(2)
+    first.update(np.zeros((2, 4), dtype=int), np.array([[0, 0, 0, 1], [-1, -1, -1, -1]]))
+    second.update(np.zeros((1, 8), dtype=int), np.full((1, 8), -1))
+    first.merge(SemanticMetric.from_state(second.state()))
+    scores = first.compute()
+    assert scores["scored_share"] == 0.25 and scores["predicted"] == [4, 0] and scores["pixels"] == [3, 1]
+    assert SemanticMetric(2).compute()["scored_share"] is None

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
@@ -128,7 +128,7 @@ def assert_same_tensors(path: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def test_folder_holds_only_what_is_needed(work):
-    assert files(work / "folder") == DATA_FILES | {path.name for path in code_files()}
+    assert files(work / "folder") == DATA_FILES | {path.name for path in code_files()} | {"README.md"}
     not_needed = {"cli.py", "__init__.py", "__main__.py", "conversion.py", "visualization.py"}
     assert not code(work / "folder") & not_needed
     reached, to_read = set(), ["hub_entry"]
@@ -153,7 +153,17 @@ def test_code_in_the_folder_imports_only_its_neighbours_and_what_inference_has(w
 
 
 def test_push_uploads_the_folder(work, pushed):
-    assert pushed == files(work / "folder") | {"README.md"}
+    assert pushed == files(work / "folder")
+
+
+def test_a_published_folder_has_a_model_card(work, pushed, model, processor, tmp_path):
+    card = ModelCard.load(work / "folder" / "README.md")
+    assert card.data.pipeline_tag == "image-segmentation" and card.data.library_name == "transformers"
+    assert "trust_remote_code=True" in card.text and "its 3 stored words: red disc, blue square, lawn." in card.text
+    assert next((work / "hub").rglob("README.md")).read_text() == (work / "folder" / "README.md").read_text()
+    (tmp_path / "README.md").write_text("a card of the author's own")
+    save_with_code(model, processor, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "a card of the author's own"
 
 
 def test_plain_folder_has_no_code_and_does_not_tell_of_any(tmp_path, work, model, processor):
@@ -251,7 +261,7 @@ def test_registration_as_transformers_documents_it(tmp_path, work, model, proces
     GKCForOpenVocabSegmentation.register_for_auto_class("AutoModel")
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert files(tmp_path) == files(work / "folder")
+    assert files(tmp_path) == files(work / "folder") - {"README.md"}  # plain saving writes no card
     assert marks(tmp_path / "config.json") == marks(work / "folder" / "config.json")
     assert marks(tmp_path / "processor_config.json") == marks(work / "folder" / "processor_config.json")
 
@@ -260,7 +270,7 @@ def test_code_can_be_added_later(tmp_path, work, model, processor):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     add_code(tmp_path)
-    assert files(tmp_path) == files(work / "folder")
+    assert files(tmp_path) == files(work / "folder") - {"README.md"}  # plain saving writes no card
     add_code(tmp_path)
     assert marks(tmp_path / "config.json") == marks(work / "folder" / "config.json")
 

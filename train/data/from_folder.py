@@ -9,6 +9,7 @@ import argparse
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm.auto import tqdm
 
+from configuration import load_recipe
 from modeling_gkc.atomic_files import atomic_write_json
-from modeling_gkc.cli_common import error_line, interruptible
+from modeling_gkc.cli_common import UserError, error_line, interruptible, load_checkpoint
+from modeling_gkc.vocabulary import Vocabulary
 
 from ..locks import lock_output
 from . import coco_json, labelme_json, mask_folder, yolo_text
@@ -72,7 +75,9 @@ def _not_empty(folder: Path, source: Source) -> Source:
     return source
 
 
-def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence[str] = ()) -> dict[str, Any]:
+def convert(
+    folder: Path, out: Path, val_share: float = 0.1, instances: Sequence[str] = (), init_from: str | None = None
+) -> dict[str, Any]:
     """Write a dataset, its vocabulary and a report into a new folder, which appears only when all is written.
 
     Pictures that cannot be used are left out and named in the report.
@@ -82,22 +87,29 @@ def convert(folder: Path, out: Path, val_share: float = 0.1, instances: Sequence
         out: where to write.
         val_share: share of the pictures that becomes the split `val`, where the folder has no splits of its own.
         instances: see `mask_folder.read_mask_folder`.
+        init_from: checkpoint that is to be trained on the dataset, and must tell its classes apart.
 
     Returns:
         The report: `layout`, as what the folder was read; `images` of each split; for each class its `segments` and
-        `images`; `problems`, pictures left out; `left_out`, what was left out of the annotations of others; `notes`.
+        `images`; `void_share` of the pixels; `problems`, pictures left out; `left_out`, what was left out of the
+        annotations of others; `notes`.
 
     Raises:
-        ValueError: `out` is there already or being written by another process, or no picture can be used.
+        ValueError: `out` is there already or being written by another process, no picture can be used, or the
+            checkpoint cannot tell classes apart.
     """
     with lock_output(out):
-        return _convert(folder, out, val_share, instances)
+        return _convert(folder, out, val_share, instances, init_from)
 
 
-def _convert(folder: Path, out: Path, val_share: float, instances: Sequence[str]) -> dict[str, Any]:
+def _convert(
+    folder: Path, out: Path, val_share: float, instances: Sequence[str], init_from: str | None
+) -> dict[str, Any]:
     if out.exists():
         raise ValueError(f"{out} is there already: choose another folder, or remove it.")
     source = find_source(folder, instances)
+    if init_from is not None and (reason := why_indistinct(source.vocabulary, init_from)):
+        raise ValueError(f"--init-from: {reason}")
     part = out.with_name(out.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
     part.mkdir(parents=True)
@@ -145,6 +157,7 @@ class _Writer:
         self.images = np.zeros(len(source.vocabulary), dtype=int)
         self.left_out: list[str] = []
         self.crowds = 0
+        self.pixels, self.void_pixels = 0, 0
 
     def write(self, split: str, pictures: list[Picture], path: Path) -> Dataset:
         features = dataset_features()
@@ -165,6 +178,8 @@ class _Writer:
         classes = [segment["category_id"] for segment in segments if segment["category_id"] != NO_CLASS]
         self.segments += np.bincount(classes, minlength=len(self.segments))
         self.images[list(set(classes))] += 1
+        self.pixels += ids.size
+        self.void_pixels += int(np.isin(ids, [segment["id"] for segment in segments], invert=True).sum())
         return {
             "image": {"bytes": content, "path": None},
             "segmentation": Image.fromarray(encode_ids(ids)),
@@ -188,6 +203,7 @@ class _Writer:
             "layout": self.source.layout,
             "images": images,
             "classes": {label: {"segments": segments, "images": number} for label, segments, number in counts},
+            "void_share": self.void_pixels / max(self.pixels, 1),
             "problems": self.source.problems,
             "left_out": self.left_out,
             "notes": notes,
@@ -205,7 +221,7 @@ def describe(report: dict[str, Any], out: Path) -> str:
     for label, counts in report["classes"].items():
         note = "   in no picture" if counts["segments"] == 0 else ""
         lines.append(f"{label:<30}{counts['segments']:>10}{counts['images']:>10}{note}")
-    lines += report["notes"]
+    lines += [_void_line(report), *report["notes"]]
     for part, title in (
         ("problems", "Left out"),
         ("left_out", "Left out of annotations, their pictures are kept"),
@@ -214,6 +230,43 @@ def describe(report: dict[str, Any], out: Path) -> str:
             lines.append(f"{title}, {len(report[part])} in all (see {out / REPORT_NAME}):")
             lines += [f"  {line}" for line in report[part][:_SHOWN]]
     return "\n".join(lines)
+
+
+def _void_line(report: dict[str, Any]) -> str:
+    share = f"{100 * report['void_share']:.1f} % of the pixels are void"
+    if report["void_share"] == 0 or any(label.casefold() == "background" for label in report["classes"]):
+        return f"{share}."
+    return (
+        f"{share}, which training and scores leave out: a semantic result fills them with the classes above. To keep "
+        "them apart name them in the annotations, such as background, or ask with --void-labels or --void-threshold."
+    )
+
+
+def why_indistinct(vocabulary: Vocabulary, checkpoint: str) -> str | None:
+    """Why a checkpoint cannot be trained on classes, or None if its text encoder tells them apart.
+
+    Raises:
+        UserError: it is no checkpoint.
+    """
+    from modeling_gkc.class_embeddings import encode_vocabulary
+
+    model, processor = load_checkpoint(checkpoint)
+    try:
+        with warnings.catch_warnings():  # words that are unknown without harm are warned of in training
+            warnings.simplefilter("ignore", UserWarning)
+            encode_vocabulary(vocabulary, model, processor, distinct=True)
+    except ValueError as error:
+        return f"{checkpoint}: {error}"
+    return None
+
+
+def _note_of_default(out: Path) -> str | None:
+    """What the recipe `own_folder` will refuse, if no other checkpoint is named."""
+    checkpoint = load_recipe("own_folder").init_from
+    if not (Path(checkpoint) / "config.json").is_file():
+        return None
+    reason = why_indistinct(Vocabulary.from_file(out / VOCABULARY_NAME), checkpoint)
+    return reason and f"The recipe own_folder cannot start from {reason} Name it with init_from=CHECKPOINT."
 
 
 @interruptible("train.data.from_folder", "Nothing was written.")
@@ -240,15 +293,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="CLASS",
         help="of these classes each connected part of a mask is an object; of the others a mask is one region",
     )
+    parser.add_argument(
+        "--init-from", metavar="CHECKPOINT", help="that is to be trained: refuse classes that it cannot tell apart"
+    )
     options = parser.parse_args(arguments)
     if not 0 <= options.val_share < 1:
         parser.error(f"--val-share must be at least 0 and below 1, got {options.val_share}")
     try:
-        report = convert(options.folder, options.out, options.val_share, options.instances)
-    except (OSError, ValueError, RuntimeError) as error:
+        report = convert(options.folder, options.out, options.val_share, options.instances, options.init_from)
+        note = _note_of_default(options.out) if options.init_from is None else None
+    except (OSError, ValueError, RuntimeError, UserError) as error:
         tqdm.write(f"{parser.prog}: {error_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     tqdm.write(describe(report, options.out))
+    if note:
+        tqdm.write(f"{parser.prog}: warning: {note}", file=sys.stderr)
     return 1 if report["problems"] or report["left_out"] else 0
 
 

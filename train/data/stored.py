@@ -8,8 +8,11 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..fingerprints import settings_fingerprint
 from ..stored_files import FILES, describe_files, read_sealed_json, require_files, write_sealed_json
-from .prepared import finished_splits, is_prepared, load_prepared
+from .prepared import VOCABULARY_NAME, Prepared, finished_splits, is_prepared, load_prepared
 
 CHECKSUMS_NAME = "checksums.json"
 _SHAPE = {"files": FILES, "remedy": str}
@@ -81,6 +84,22 @@ def _from_hub(name: str | Path, split: str) -> Dataset:
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{name} cannot be loaded: {reason}") from error
+
+
+def load_judged(folder: str | Path, split: str) -> Prepared:
+    """A split to evaluate on: of a prepared benchmark, or of a dataset that `train.data.from_folder` made.
+
+    Raises:
+        ValueError: there is none, or a file is damaged.
+    """
+    folder = Path(folder)
+    if is_prepared(folder) or not (folder / CHECKSUMS_NAME).is_file():
+        return load_prepared(folder, split)
+    dataset = load_split(folder, split)
+    own = read_sealed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
+    files = [file for name, file in sorted(own["files"].items()) if name.startswith(f"{split}/")]
+    info = {"shards": [{"sha256": settings_fingerprint(file)} for file in files], "expected": None}
+    return Prepared(dataset, Vocabulary.from_file(folder / VOCABULARY_NAME), "folder", info)
 
 
 def load_splits(folder: str | Path) -> Dataset | DatasetDict:

@@ -26,6 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 DONE, INCOMPLETE, MISUSED = 0, 1, 2
 SHORT_TABLE = 40
+LEAST_SCORED, MOST_PREDICTED = 0.5, 0.95
 
 DESCRIPTION = "Judge a model on a prepared benchmark, as the field does it, and write one result file."
 EPILOG = """\
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="folder, or name on the Hub")
     add("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(all_benchmarks())}")
-    add("--data", type=Path, required=True, metavar="DIR", help="folder that `python -m train.data.prepare` wrote")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of train.data.prepare or from_folder")
     add("--out", type=Path, metavar="RESULT.json", help="(results/MODEL-BENCHMARK-SPLIT[-what is special].json)")
     add("--split", default="val", help="of the data (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=(), metavar="TASK", help=f"{', '.join(TASKS)} (the benchmark's)")
@@ -143,9 +144,32 @@ def _say_what_is_wrong(result: Mapping[str, Any]) -> int:
     broken = result["images"]["broken"]
     for line in result["model"]["notes"].get("warnings", []):
         sys.stderr.write(f"train.evaluate: warning: {line}\n")
+    for line in flattering(result):
+        sys.stderr.write(f"train.evaluate: warning: {line}\n")
     for line in broken:
         sys.stderr.write(f"train.evaluate: not scored: {line}\n")
     return INCOMPLETE if broken else DONE
+
+
+def flattering(result: Mapping[str, Any]) -> list[str]:
+    """Reasons why semantic scores may look better than the maps are: much is void, or one class takes nearly all."""
+    semantic, lines = result["scores"].get("semantic", {}), []
+    share = semantic.get("scored_share")
+    if share is not None and share < LEAST_SCORED:
+        lines.append(
+            f"only {100 * share:.1f} % of the pixels have a class and are scored: what the model shows on the others "
+            "counts for nothing, however wrong."
+        )
+    columns = [entry["scores"].get("semantic", {}) for entry in result["classes"]]
+    predicted, true = ([column.get(name) or 0 for column in columns] for name in ("predicted", "pixels"))
+    largest = max(range(len(predicted)), key=predicted.__getitem__, default=0)
+    if len(columns) > 1 and sum(predicted) and predicted[largest] >= MOST_PREDICTED * sum(predicted):
+        lines.append(
+            f"{result['classes'][largest]['name']!r} takes {100 * predicted[largest] / sum(predicted):.1f} % of the "
+            f"predictions, and is {100 * true[largest] / max(sum(true), 1):.1f} % of the truth: look at the maps "
+            "before you trust pixel accuracy."
+        )
+    return lines
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ def row_name(result: Mapping[str, Any]) -> str:
 
 def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
     """
-    The field's table as Markdown, further benchmarks in columns of their own.
+    The field's table as Markdown, with the benchmarks that some result is of and the published rows that share one.
 
     Args:
         results: as `read_result` gives them.
@@ -82,7 +82,9 @@ def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
     scored = [result for result in results if result["scores"].get("semantic", {}).get("miou") is not None]
     known = {benchmark for _, benchmark in COLUMNS}
     extra = sorted({result["benchmark"] for result in scored} - known)
-    columns = [*COLUMNS, *((benchmark, benchmark) for benchmark in extra)]
+    asked = {result["benchmark"] for result in scored}
+    shared = [index for index, (_, benchmark) in enumerate(COLUMNS) if benchmark in asked]
+    columns = [*(COLUMNS[index] for index in shared), *((benchmark, benchmark) for benchmark in extra)]
     cells: dict[str, dict[str, str]] = {}
     for result in scored:
         row = cells.setdefault(row_name(result), {})
@@ -92,12 +94,13 @@ def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
         row[result["benchmark"]] = f"{per_cent(result['scores']['semantic']['miou'], 1):.1f}{mark}"
     lines = [_line(["model", *(heading for heading, _ in columns)]), _line(["---", *["---:"] * len(columns)])]
     lines += [_line([name, *(row.get(benchmark, "") for _, benchmark in columns)]) for name, row in cells.items()]
-    if published:
-        lines += [
-            _line([name, *("" if value is None else f"{value:.1f}" for value in values), *[""] * len(extra)])
-            for name, values in PUBLISHED
-        ]
-    notes = [NOTE, *_footnotes(results)]
+    rows = [(name, [values[index] for index in shared]) for name, values in PUBLISHED if published]
+    rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
+    lines += [
+        _line([name, *("" if value is None else f"{value:.1f}" for value in values), *[""] * len(extra)])
+        for name, values in rows
+    ]
+    notes = [NOTE if rows else NOTE.partition(" Published")[0], *_footnotes(results)]
     return "\n".join([*lines, "", *notes])
 
 

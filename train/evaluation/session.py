@@ -14,7 +14,8 @@ from modeling_gkc.cli_common import load_checkpoint, without_progress_bars
 from modeling_gkc.vocabulary import Vocabulary
 
 from .. import metrics
-from ..data.prepared import Prepared, load_prepared
+from ..data.prepared import Prepared
+from ..data.stored import load_judged
 from ..fingerprints import model_fingerprint, settings_fingerprint
 from .adapters import CLIPSegSegmenter, LabelledSegmenter, model_type
 from .processes import from_main
@@ -118,7 +119,7 @@ def load_session(request: Request, state: PartialState) -> Session:
     Raises:
         ValueError: something that was asked for is not there or does not fit; the message names the option.
     """
-    prepared = from_main(state, lambda: load_prepared(request.data, request.split))
+    prepared = from_main(state, lambda: load_judged(request.data, request.split))
     if request.benchmark not in (prepared.benchmark, ""):
         raise ValueError(f"--data: {request.data} holds {prepared.benchmark!r}, not {request.benchmark!r}.")
     protocol = protocol_of(prepared.benchmark)

@@ -8,6 +8,7 @@
 | `mean_accuracy` | mean over the classes with ground truth of right pixels / pixels of the class |
 | `frequency_weighted_iou` | IoU weighted by the class's share of the pixels |
 | pixels with negative truth | left out of everything, whatever is predicted there |
+| `scored_share` | scored pixels / all pixels: what the numbers above say nothing of is void |
 | pixels without prediction | missed pixels of their class; no class is charged with them |
 
 The four means are those of Long et al., "Fully convolutional networks for semantic segmentation" (CVPR 2015), on the
@@ -59,7 +60,8 @@ def semantic_scores(
 
     Returns:
         `miou`, `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou` (0 to 1; None where nothing is to be
-        scored), and lists over all K classes: `iou`, `accuracy` (None without ground truth) and `pixels`.
+        scored), and lists over all K classes: `iou`, `accuracy` (None without ground truth), `pixels` and
+        `predicted`, the pixels that a class takes of those that are scored.
 
     Raises:
         ValueError: an unknown convention or class.
@@ -84,6 +86,7 @@ def semantic_scores(
         "iou": iou,
         "accuracy": accuracy,
         "pixels": pixels,
+        "predicted": predicted,
     }
 
 
@@ -95,16 +98,19 @@ class SemanticMetric(Metric):
     """
 
     settings = ("num_classes",)
-    sums = ("confusion",)
+    sums = ("confusion", "all_pixels")
 
     def __init__(self, num_classes: int):
         self.num_classes = check_num_classes(num_classes)
         self.confusion = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
+        self.all_pixels = np.zeros(1, dtype=np.int64)
 
     def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
         """Add one image; arguments and errors as of `confusion_matrix`."""
         self.confusion += confusion_matrix(prediction, truth, self.num_classes)
+        self.all_pixels += np.asarray(truth).size
 
     def compute(self, absent: str = "left_out", classes: Sequence[int] | None = None) -> dict[str, Any]:
-        """See `semantic_scores`."""
-        return semantic_scores(self.confusion, absent, classes)
+        """See `semantic_scores`; and `scored_share`, the share of all pixels that have a class, None if none has."""
+        scores = semantic_scores(self.confusion, absent, classes)
+        return scores | {"scored_share": ratio(int(self.confusion.sum()), int(self.all_pixels[0])) or None}
