@@ -5,9 +5,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +33,7 @@ from train.checkpoints import (
 )
 from train.trainer import GKCTrainer
 
+from .processes import forked
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor
 
 ROOT = Path(__file__).parent.parent
@@ -178,18 +177,6 @@ def kill_at_file_event(number: int) -> None:
     sys.addaudithook(hook)
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a forked process; 0, or minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def save_and_rotate(folder: Path, event: int) -> None:
     kill_at_file_event(event)
     for step in (6, 9):
@@ -205,7 +192,7 @@ def test_whenever_it_is_killed_a_complete_checkpoint_is_there(tmp_path, monkeypa
         folder = tmp_path / str(event)
         seal(write_files(folder / "checkpoint-3", TWO_FILES))
         write_files(folder / "checkpoint-6", {"model.safetensors": 7})
-        status = in_child(lambda folder=folder, event=event: save_and_rotate(folder, event))
+        status = forked(lambda folder=folder, event=event: save_and_rotate(folder, event))
         last = last_complete_checkpoint(folder)
         seen.add(last.name)
         assert {name: (last / name).stat().st_size for name in TWO_FILES} == TWO_FILES
@@ -346,24 +333,20 @@ def run_all(out: Path) -> None:
     """All runs, each in a process of its own; how the first of each ended, and what it left, goes to a file."""
     # Once, in the parent: transformers looks up here how to write a model, which takes longer than to train this one.
     toy_model().save_pretrained(out / "warmed_up")
-    ends = {"undisturbed": [in_child(lambda: make_trainer(out / "undisturbed").train())]}
+    ends = {"undisturbed": [forked(lambda: make_trainer(out / "undisturbed").train())]}
     for number, moment in enumerate(MOMENTS):
         folder = out / str(number)
-        ends[moment] = [in_child(lambda folder=folder, moment=moment: train_and_die(folder, moment))]
+        ends[moment] = [forked(lambda folder=folder, moment=moment: train_and_die(folder, moment))]
         ends[moment] += [last_complete_checkpoint(folder).name, sorted(path.name for path in folder.iterdir())]
-        ends[moment].append(in_child(lambda folder=folder: resume(folder)))
+        ends[moment].append(forked(lambda folder=folder: resume(folder)))
     (out / "ends.json").write_text(json.dumps(ends))
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("killed")
-    code = (
-        "import sys; from pathlib import Path; from tests.test_checkpoints import run_all; run_all(Path(sys.argv[1]))"
-    )
-    finished = subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert json.loads((out / "ends.json").read_text())["undisturbed"] == [0], finished.stderr
+    assert forked(lambda: run_all(out)) == 0
+    assert json.loads((out / "ends.json").read_text())["undisturbed"] == [0]
     return out
 
 

@@ -11,6 +11,7 @@ import torch
 
 from train.data import AugmentedDataset, JointTransform, SegmentationCollator, StreamingDataset
 
+from .processes import forked
 from .training_toys import toy_dataset, toy_processor
 
 WARM_UP, BATCHES, BATCH_SIZE = 100, 500, 2
@@ -53,19 +54,33 @@ def grown_mb(streaming: bool) -> dict[str, float]:
     return {process: megabytes - before[process] for process, megabytes in after.items()}
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
-@pytest.mark.parametrize("kind", KINDS)
-def test_memory_does_not_grow_with_the_batches(kind, within):
+@pytest.fixture(scope="module")
+def grown() -> dict[str, dict[str, float]]:
     """In a process of its own: what earlier tests left behind would be shared with the workers, and then no more."""
-    command = [sys.executable, "-m", "tests.test_data_memory", kind]
+    command = [sys.executable, "-m", "tests.test_data_memory"]
     root = Path(__file__).parent.parent
     finished = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    grown = json.loads(finished.stdout.splitlines()[-1])
-    assert len(grown) == 3
-    for process, megabytes in grown.items():
+    return dict(map(json.loads, finished.stdout.splitlines()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_does_not_grow_with_the_batches(grown, kind, within):
+    assert len(grown[kind]) == 3
+    for process, megabytes in grown[kind].items():
         within(f"memory grown over {BATCHES} batches, MB, {kind}, {process.split()[0]}", megabytes, BOUND_MB)
 
 
+def print_grown(kind: str) -> None:
+    print(json.dumps([kind, grown_mb(kind == "streaming")]), flush=True)  # noqa: T201
+
+
+def main() -> None:
+    """Print what memory grows by; each kind is forked, so that none finds what another left behind."""
+    for kind in KINDS:
+        assert forked(lambda kind=kind: print_grown(kind)) == 0
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(grown_mb(sys.argv[1] == "streaming")) + "\n")
+    main()

@@ -14,6 +14,7 @@ from modeling_gkc.loss_gkc import GKCCriterion, classification_loss
 from train.distillation import RELATIONS, text_guided_distillation_loss
 
 from .conftest import small_config
+from .processes import run_forked
 
 CASES = {  # number of segments of the images of each process
     "no segment in one process": ((3, 1), (0, 0)),
@@ -104,7 +105,7 @@ def run_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory) -> dict[str, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(run_process, (str(folder),), nprocs=PROCESSES)
+    run_forked(run_process, str(folder), count=PROCESSES)
     return torch.load(folder / "averaged.pt", weights_only=True)
 
 

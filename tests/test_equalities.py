@@ -35,7 +35,7 @@ from train.sharding import full_state_dict
 from train.teacher import RegionTeacher
 from train.trainer import HEADS_NAME, GKCTrainer
 
-from .processes import free_port
+from .processes import free_port, run_forked
 from .test_trainer import assert_equal
 from .training_toys import COLOURS, VOCABULARY, toy_model, toy_processor, toy_vision_model
 
@@ -239,7 +239,7 @@ def stop_at_gradients_of_nan(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def of_processes(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(run_process, (str(folder), free_port()), nprocs=PROCESSES)
+    run_forked(run_process, str(folder), free_port(), count=PROCESSES)
     return folder, [torch.load(folder / f"results{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

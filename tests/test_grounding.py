@@ -11,6 +11,8 @@ from torch import Tensor
 
 from train.grounding import gather_with_gradients, grounding_loss
 
+from .processes import run_forked
+
 PROCESSES = 2
 
 
@@ -203,7 +205,7 @@ def run_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory) -> list[dict[str, list[Tensor]]]:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(run_process, (str(folder),), nprocs=PROCESSES)
+    run_forked(run_process, str(folder), count=PROCESSES)
     return [torch.load(folder / f"results{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

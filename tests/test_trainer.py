@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ from train.teacher import RegionTeacher
 from train.trainer import HEADS_NAME, GKCTrainer
 from train.training_losses import point_seeds
 
+from .processes import forked
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
 
 ROOT = Path(__file__).parent.parent
@@ -311,12 +310,8 @@ def assert_equal(first, second) -> None:
 
 
 def test_killed_and_resumed_equals_undisturbed(tmp_path, undisturbed):
-    code = (
-        "import sys, torch; torch.set_num_threads(1); from tests.test_trainer import *; "
-        "make_trainer(sys.argv[1], callbacks=[StopAt(5, kill=True)], **SAVING).train()"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    killed = forked(lambda: make_trainer(tmp_path, callbacks=[StopAt(5, kill=True)], **SAVING).train())
+    assert killed == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     torch.manual_seed(99)
     make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
