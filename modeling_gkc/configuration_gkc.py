@@ -335,6 +335,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             ValueError: `num_labels`, `id2label` or `label2id` differs from the stored vocabulary, whose words would
                 stay while their names and number change.
         """
+        _check_id2label(config_dict)
+        _check_id2label(kwargs)
         stored = None if "vocabulary" in kwargs else config_dict.get("vocabulary")
         if isinstance(kwargs.get("id2label"), dict):
             kwargs["id2label"] = {int(index): name for index, name in kwargs["id2label"].items()}  # as JSON has them
