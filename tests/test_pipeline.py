@@ -273,14 +273,18 @@ def test_arrays_keep_their_range_when_they_are_not_rescaled(folder, processor, i
 
 
 @pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
-def test_nothing_depends_on_the_batch(segmenter, subtask, within):
+def test_nothing_depends_on_the_batch(folder, subtask, within):
+    """In fp64: in fp32 a pixel whose two best classes are equal but for rounding may change its class."""
+    segmenter = pipeline(
+        "image-segmentation", model=str(folder), pipeline_class=GKCSegmentationPipeline, dtype=torch.float64
+    )
     images = [noise(80, 120), noise(33, 200, 1), noise(120, 80, 2), noise(80, 120, 3), noise(1, 1, 4)]
     settings = {"labels": OTHER_WORDS, "subtask": subtask, "threshold": 0.0}
     alone = [segmenter(image, **settings) for image in images]
     assert any(alone)
     for batch_size in (1, 2, 5):
         for results, expected in zip(segmenter(images, batch_size=batch_size, **settings), alone, strict=True):
-            assert_same(results, expected, within, 1e-5)
+            assert_same(results, expected, within, 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["generator", "iterator", "dataset", "array"])
@@ -548,7 +552,7 @@ def test_the_same_labels_are_no_other_labels(folder, tmp_path):
     assert again.config.id2label == model.config.id2label and again.vocabulary.labels == list(names.values())
     model.config.id2label = {0: "Scheibe", 1: "Quadrat"}
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="gives 2 classes, but `vocabulary` stores 3"):
+    with pytest.raises(ValueError, match="must name the 3 stored classes"):
         GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
 
 
