@@ -149,7 +149,8 @@ def _refuse_other_tokens(model: GKCForOpenVocabSegmentation, processor: GKCProce
 
 def one_line(error: BaseException) -> str:
     """Message of an error in one line, with its type where the message alone does not explain itself."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = str(error).encode("utf-8", "backslashreplace").decode()  # of half a character, which cannot be printed
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     if "ignore_mismatched_sizes" in line:  # advice of transformers for programs
         return "it has weights of another shape than its config.json says."
     if isinstance(error, ValueError | OSError) and line:

@@ -112,7 +112,9 @@ def _refusing_by_value_error(config_class: _CONFIG) -> _CONFIG:
 
 def _check_id2label(values: dict[str, Any]) -> None:
     labels = values.get("id2label")
-    is_map = isinstance(labels, dict) and all(re.fullmatch(r"\d{1,9}", str(key)) for key in labels)
+    is_map = isinstance(labels, dict) and all(
+        re.fullmatch(r"\d{1,9}", str(key)) and isinstance(name, str) for key, name in labels.items()
+    )
     _require(labels is None or is_map, f"`id2label` must map the numbers of classes to names, got {shown(labels)}.")
     if values.get("num_labels") is not None:
         check_whole_number("num_labels", values["num_labels"], 0, _LIMITS["vocab_size"])
@@ -122,7 +124,8 @@ def _reason(config_class: type, error: Exception, values: dict[str, Any]) -> str
     named = re.match(r"Validation error for field '(\w+)'", str(error))
     if named is None:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        reason = " ".join(str(cause).split())[:300]
+        # Half of a character that was cut in two could not be printed.
+        reason = " ".join(str(cause).split())[:300].encode("utf-8", "backslashreplace").decode()
         return f"the values make no {config_class.__name__}: {type(cause).__name__}: {reason}"
     name = named[1]
     field = config_class.__dataclass_fields__.get(name)
@@ -340,7 +343,9 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         stored = None if "vocabulary" in kwargs else config_dict.get("vocabulary")
         if isinstance(kwargs.get("id2label"), dict):
             kwargs["id2label"] = {int(index): name for index, name in kwargs["id2label"].items()}  # as JSON has them
-        is_whole = isinstance(stored, list) and all(isinstance(names, list) and names for names in stored)
+        is_whole = isinstance(stored, list) and all(
+            isinstance(names, list) and names and isinstance(names[0], str) for names in stored
+        )
         if stored and is_whole:  # else the constructor says what is wrong with it
             _refuse_other_labels([names[0] for names in stored], config_dict, kwargs)
         return super().from_dict(config_dict, **kwargs)

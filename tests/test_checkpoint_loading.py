@@ -149,6 +149,7 @@ DAMAGES = {
         "config.json cannot be read: Exc",
     ),
     "zeros": (write("config.json", bytes(100)), "is no checkpoint of gkc"),
+    "half a character": (set_value("config.json", "dtype", "\ud800"), "no attribute '\\ud800'"),
     "an added weight": (weights(lambda t: t.update(extra=torch.ones(2))), "no place for: extra"),
     "a lost weight": (weights(lambda t: t.pop("logit_scale")), "lacks weights: logit_scale"),
     "weights of another length": (weights(lambda t: t.update(logit_scale=torch.ones(2))), "another shape"),
