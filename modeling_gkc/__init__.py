@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from .auto_registration import register
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .configuration_gkc import CLIPResNetConfig, GKCConfig
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from .pipeline_gkc import GKCSegmentationPipeline
     from .processing_gkc import GKCProcessor
     from .vocabulary import Vocabulary
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CLIPResNetBackbone",

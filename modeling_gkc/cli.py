@@ -17,9 +17,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__
 from .cli_common import UserError, interruptible
 from .cli_parsers import add_convert, add_embed, add_export, add_segment, add_vocab
+from .version import __version__
 
 DESCRIPTION = "Cut pictures into words: open-vocabulary segmentation."
 EXAMPLES = """\

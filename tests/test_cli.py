@@ -392,7 +392,7 @@ class TestUserErrors:
         with pytest.raises(SystemExit) as stopped:
             main(command)
         assert stopped.value.code == 0
-        assert 'gkc segment cat.jpg --labels "cat; sofa, couch; lamp"' in capsys.readouterr().out
+        assert 'gkc segment scene.png --labels "red disc; lawn, grass; sky"' in capsys.readouterr().out
 
 
 class TestDefaultModel:

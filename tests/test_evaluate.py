@@ -31,6 +31,7 @@ from train.miniworld.dataset import test_vocabulary as evaluation_vocabulary
 from train.miniworld.evaluate import evaluate
 from train.miniworld.protocols import concepts
 from train.miniworld.words import CONCEPTS
+from train.stored_files import SUM
 
 from .processes import as_rank, exit_code, free_port, start_child
 
@@ -312,6 +313,9 @@ def test_words_that_the_model_cannot_tell_apart_are_not_scored(data, tmp_path, c
     for index, entry in enumerate(vocabulary["classes"][:2]):
         entry["name"], entry["synonyms"] = f"tool{index}", []
     (renamed / "vocabulary.json").write_text(json.dumps(vocabulary))
+    manifest = json.loads((renamed / "prepared.json").read_text())
+    manifest.pop("vocabulary_sha256"), manifest.pop(SUM)
+    write_manifest(renamed, manifest)
     assert run(renamed, tmp_path / "result.json") == 2
     error = capsys.readouterr().err
     assert "--model: These classes have equal embeddings" in error and "'tool0' = 'tool1'" in error

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 from train.data.benchmarks import all_benchmarks, benchmark_named
 from train.data.schema import NO_CLASS
@@ -19,7 +20,8 @@ from train.evaluation.scores import Prediction, VideoPanopticScore, VideoScore, 
 from train.evaluation.words import words_of
 from train.metrics import SemanticMetric, VideoConsistencyMetric, VideoPanopticMetric
 
-from .test_evaluate import SHIPPED, row, write_prepared
+from .conftest import small_config, word_tokenizer
+from .test_evaluate import row, write_prepared
 
 
 def test_every_benchmark_has_a_protocol():
@@ -236,8 +238,24 @@ def test_a_video_benchmark_runs_whole(tmp_path):
         place = {"video_id": "a" if number < 3 else "b", "frame": number if number < 3 else number - 3}
         picture = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
         rows.append(row(f"frame-{number}", picture, ids, [0, 60], **place))
-    data = write_prepared(tmp_path / "data", "vipseg_124", Vocabulary.named("vipseg_124"), rows)
-    given = ["--model", SHIPPED, "--benchmark", "vipseg_124", "--data", data, "--cpu", "--images-per-chunk", 2]
+    vocabulary = Vocabulary.named("vipseg_124")
+    data = write_prepared(tmp_path / "data", "vipseg_124", vocabulary, rows)
+    tokenizer = word_tokenizer(" ".join(dict.fromkeys(" ".join(vocabulary.flat_names).lower().split())))
+    text_config = small_config().text_config
+    text_config.vocab_size = len(tokenizer)
+    GKCForOpenVocabSegmentation(small_config(text_config=text_config)).save_pretrained(tmp_path / "model")
+    GKCProcessor(GKCImageProcessor(), tokenizer).save_pretrained(tmp_path / "model")
+    given = [
+        "--model",
+        tmp_path / "model",
+        "--benchmark",
+        "vipseg_124",
+        "--data",
+        data,
+        "--cpu",
+        "--images-per-chunk",
+        2,
+    ]
     given += ["--short-side", 64, "--long-side", 96, "--out", tmp_path / "result.json"]
     assert main(list(map(str, given))) == 0
     result = read_result(tmp_path / "result.json")

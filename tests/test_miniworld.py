@@ -425,7 +425,10 @@ class OracleProcessor:
     def __call__(self, images=None, text=None, return_tensors=None):
         if text is None:
             return _Inputs(rows=[self.rows[image.tobytes()] for image in images])
-        return _Inputs(words=[word for words in text for word in words])
+        return _Inputs(words=[word for words in text.names for word in words])
+
+    def unknown_classes(self, vocabulary):
+        return []
 
 
 class OracleModel:
