@@ -186,11 +186,8 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
         # Before transformers checks the types of the settings, whose error is no ValueError.
         _check_settings({name: value for name, value in kwargs.items() if name not in _SIZE_SETTINGS})
         kwargs = _with_longest_edge(kwargs, self.size)
-        annotations = {
-            "segmentation_maps": segmentation_maps,
-            "instance_id_to_semantic_id": instance_id_to_semantic_id,
-        }
-        return super().preprocess(images, image_like_kwargs=annotations, **kwargs)
+        # By position: transformers 5.17 takes no `image_like_kwargs`.
+        return super().preprocess(images, segmentation_maps, instance_id_to_semantic_id, **kwargs)
 
     def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
         for name in _SIZE_SETTINGS:

@@ -361,7 +361,15 @@ def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     supported = getattr(MODEL_FOR_BACKBONE_MAPPING.get(type(config), None), "_supports_sdpa", True)
     if config._attn_implementation == "sdpa" and not supported:
         config._attn_implementation = None
-    return AutoBackbone.from_config(config, trust_remote_code=False)
+    try:
+        return AutoBackbone.from_config(config, trust_remote_code=False)
+    except IndexError as error:
+        if config.model_type != "timm_backbone":
+            raise
+        raise ValueError(
+            f"timm's {config.backbone!r} does not have the levels that `out_indices` asks for, {config.out_indices}: "
+            "set `out_indices` of the `backbone_config` to its last four levels, [-4, -3, -2, -1]."
+        ) from error
 
 
 def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> None:

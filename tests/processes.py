@@ -1,7 +1,11 @@
 """Processes of tests: forked, as ranks of one run, killed, and waited for."""
 
+import functools
 import os
+import re
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -69,3 +73,35 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+# What this package imports of others, or transformers for it.
+IMPORTS_OF_OTHERS = """
+import contextlib, importlib
+for name in ("torch", "torchvision", "torchao", "timm", "peft", "transformers.trainer", "transformers.pipelines"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+"""
+
+
+def without_lines_of_others(stderr: str) -> list[str]:
+    """
+    Lines of standard error that other packages do not also write when they are imported without this one.
+
+    With some versions torchao has torch log a deprecation at its import, which transformers starts.
+    """
+    lines = stderr.splitlines()
+    if not any(line != _without_stamp(line) or "Warning: " in line for line in lines):
+        return lines
+    return [line for line in lines if _without_stamp(line) not in _lines_of_others()]
+
+
+@functools.cache
+def _lines_of_others() -> set[str]:
+    done = subprocess.run([sys.executable, "-c", IMPORTS_OF_OTHERS], capture_output=True, text=True, check=True)
+    return {_without_stamp(line) for line in done.stderr.splitlines()} - {""}
+
+
+def _without_stamp(line: str) -> str:
+    """A line without the time and process that torch's log puts before it, such as `W1127 02:37:05.104000 22398 `."""
+    return re.sub(r"^[A-Z]\d{4} [\d:.]+ \d+ ", "", line)

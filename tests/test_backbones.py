@@ -11,6 +11,7 @@ from transformers.models.timm_backbone import modeling_timm_backbone
 from modeling_gkc import GKCForOpenVocabSegmentation
 
 from .common_models import saved_and_loaded, tiny_config
+from .conftest import aligned
 
 NO_BACKBONES = ("vit", "swiftformer", "clip_vision_model", "mobilenet_v2", "segformer", "bert", "regnet")
 FLAT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
@@ -42,7 +43,7 @@ class StubLevels(nn.Module):
 
 @pytest.fixture
 def stub_timm(monkeypatch):
-    """Here torchvision, which timm imports, is built for another torch."""
+    """Stands in for timm, which is not among the packages of the tests."""
     timm = SimpleNamespace(create_model=lambda name, out_indices, **kwargs: StubLevels(out_indices))
     monkeypatch.setattr(modeling_timm_backbone, "timm", timm, raising=False)
     monkeypatch.setattr(modeling_timm_backbone, "requires_backends", lambda *args: None)
@@ -65,6 +66,42 @@ def test_backbones_of_timm(stub_timm, backbone, tmp_path):
     loaded = saved_and_loaded(model, tmp_path)
     torch.testing.assert_close(loaded(**call).masks_queries_logits, expected)
     assert loaded.config.backbone_config.out_indices == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def real_timm():
+    pytest.importorskip("timm", reason="timm cannot be imported here; `pip install timm`", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnext_atto"])
+def test_models_of_timm_itself_run_train_and_load(real_timm, name, tmp_path, within):
+    """A ResNet, one whose BatchNorm holds the activation too, and one of four levels without BatchNorm."""
+    config = tiny_config(
+        backbone_config={"model_type": "timm_backbone", "backbone": name}, freeze_backbone_batch_norm=True
+    )
+    model = GKCForOpenVocabSegmentation(config)
+    call = {"pixel_values": torch.rand(1, 3, 64, 64), "class_embeds": torch.eye(2, 16)}
+    labels = {"mask_labels": [torch.ones(1, 64, 64)], "class_labels": [torch.tensor([0])]}
+    statistics = {key: value.clone() for key, value in model.model.backbone.named_buffers()}
+    model.train()(**call, **labels).loss.backward()
+    unused = [key for key, value in model.model.backbone.named_parameters() if value.grad is None]
+    assert unused == []
+    torch.testing.assert_close(dict(model.model.backbone.named_buffers()), statistics, rtol=0, atol=0)
+    with torch.no_grad():
+        expected = model.eval()(**call).masks_queries_logits
+        assert expected.shape == (1, config.num_queries, 16, 16)
+        loaded = saved_and_loaded(model, tmp_path)
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+        error = (aligned(loaded)(**call).masks_queries_logits - aligned(model)(**call).masks_queries_logits).abs()
+        within("a model of timm, reloaded: masks_queries_logits", error.max(), 0)
+        optimized = model.optimize_for_inference(compile=False)(**call).masks_queries_logits
+        within("a model of timm, optimised: masks_queries_logits", (optimized - expected).abs().max(), 1e-4)
+
+
+def test_levels_that_a_model_of_timm_lacks_are_said(real_timm):
+    backbone = TimmBackboneConfig(backbone="convnext_atto", out_indices=(1, 2, 3, 4))
+    with pytest.raises(ValueError, match=r"timm's 'convnext_atto' does not have the levels .* \[1, 2, 3, 4\]: set"):
+        GKCForOpenVocabSegmentation(tiny_config(backbone_config=backbone))
 
 
 @pytest.mark.parametrize("levels", [[-1], [0, 1, 2, 3, 4]])

@@ -10,11 +10,14 @@ from contextlib import nullcontext
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, infer_auto_device_map
 from accelerate.utils import send_to_device
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import ModelOutput
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCModel
@@ -323,6 +326,10 @@ class TestAdapters:
         assert largest_difference(head, merged.class_embedder.state_dict()) > 0
         run(merged.eval(), segmenter_inputs())
 
+    @pytest.mark.skipif(
+        Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+        reason=f"the adapters of transformers {transformers.__version__} need peft {MIN_PEFT_VERSION} or newer",
+    )
     def test_adapters_of_transformers_itself(self):
         model, inputs = segmenter(), segmenter_inputs()
         plain = run(model, inputs)
