@@ -15,6 +15,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,4 +88,39 @@ def atomic_write_json(path: str | Path, value: Any, indent: int | None = 2) -> N
     atomic_write(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-__all__ = ["atomic_path", "atomic_write", "atomic_write_json"]
+def check_new_folder(path: str | Path) -> None:
+    """
+    Refuse to write where something is.
+
+    Raises:
+        FileExistsError: there is a file, or a folder that is not empty.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already: name a new folder")
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """
+    Yield a temporary folder beside `path`; it gets this name if the block succeeds and is deleted otherwise.
+
+    Raises:
+        FileExistsError: there is a file, or a folder that is not empty.
+        OSError: the folder cannot be made.
+    """
+    check_new_folder(path)
+    target = Path(path).resolve()
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if target.is_dir():
+            target.rmdir()
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+__all__ = ["atomic_folder", "atomic_path", "atomic_write", "atomic_write_json", "check_new_folder"]

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .atomic_files import atomic_folder
 from .checkpoint_loading import one_line, refuse_shards_outside
 from .cli_common import UserError, user_errors, warnings_as_lines, without_progress_bars
 from .cli_parsers import TEXT_FOLDER
@@ -53,7 +54,7 @@ def convert_mask2former(arguments: argparse.Namespace) -> int:
     if arguments.class_names is not None:
         with user_errors("--class-names"), warnings_as_lines():
             class_names = Vocabulary.parse(arguments.class_names)
-    folder = _new_folder(arguments.out)
+    folder = Path(arguments.out)
     with _quiet_transformers():
         source = _load(
             Mask2FormerForUniversalSegmentation, arguments.source, "MASK2FORMER", ("mask2former",), arguments
@@ -67,9 +68,9 @@ def convert_mask2former(arguments: argparse.Namespace) -> int:
         vocabulary = source_vocabulary(source, class_names)
     with user_errors("MASK2FORMER"), warnings_as_lines():
         model = from_mask2former(source, text_model, tokenizer, vocabulary)
-    with _quiet_transformers(), user_errors("--out"):
-        model.save_pretrained(folder)
-        GKCProcessor(image_processor, tokenizer, CONVERSION_TEMPLATES).save_pretrained(folder)
+    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        GKCProcessor(image_processor, tokenizer, CONVERSION_TEMPLATES).save_pretrained(unfinished)
     _report_mask2former(folder, source, vocabulary)
     return 0
 
@@ -148,7 +149,7 @@ def _listed(items: list[str]) -> str:
 
 def convert_clip_resnet(arguments: argparse.Namespace) -> int:
     """Run `gkc convert clip-resnet`; the exit code."""
-    folder = _new_folder(arguments.out)
+    folder = Path(arguments.out)
     try:
         with warnings_as_lines():
             weights = read_weights(arguments.weights, allow_jit=arguments.allow_jit)
@@ -158,10 +159,10 @@ def convert_clip_resnet(arguments: argparse.Namespace) -> int:
         reason = str(error).splitlines()[0]
         reason = reason if arguments.weights in reason else f"{arguments.weights}: {reason}"
         raise UserError(f"WEIGHTS: {reason}") from error
-    with _quiet_transformers(), user_errors("--out"):
-        image_tower.save_pretrained(folder)
+    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+        image_tower.save_pretrained(unfinished)
         if text_tower is not None:
-            text_tower.save_pretrained(folder / TEXT_FOLDER)
+            text_tower.save_pretrained(unfinished / TEXT_FOLDER)
     config = image_tower.config
     blocks = "-".join(map(str, config.depths))
     print(
@@ -171,14 +172,6 @@ def convert_clip_resnet(arguments: argparse.Namespace) -> int:
     if text_tower is not None:
         print(f"{folder / TEXT_FOLDER}: text tower; its tokenizer is that of {CLIP_TOKENIZER}")
     return 0
-
-
-def _new_folder(text: str) -> Path:
-    """The folder to write, not made yet, so that a failure leaves nothing behind."""
-    folder = Path(text)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out: {folder} is there already: name a new folder")
-    return folder
 
 
 @contextmanager

@@ -33,7 +33,6 @@ from .export import (
     RUNNER_FILE,
     WORDS_FILE,
     ExportedSegmenter,
-    check_new_folder,
     check_packages,
     check_size,
     export_segmenter,
@@ -48,8 +47,6 @@ def export(arguments: argparse.Namespace) -> int:
     """Run `gkc export`; the exit code."""
     # What was typed is looked at before the model is loaded, so that a slip costs no waiting.
     folder = Path(arguments.out)
-    with user_errors("--out"):
-        check_new_folder(folder)
     with user_errors("--size"):
         size = check_size(_parse_size(arguments.size))
     vocabulary = _typed(arguments)

@@ -21,6 +21,7 @@ import argparse
 import importlib
 from collections.abc import Callable
 
+from .cli_checks import check_new_output, check_segment
 from .cli_common import WORDS_HELP, add_model_options, add_parser, add_templates_option
 from .export_formats import DEFAULT_OPSET, FORMATS
 
@@ -135,10 +136,14 @@ aspect, so choose a size of about the aspect of your pictures.
 """
 
 
-def _run(module: str, function: str) -> Callable[[argparse.Namespace], int]:
-    """A command's function, whose module is imported when it is called."""
+def _run(
+    module: str, function: str, check: Callable[[argparse.Namespace], None] | None = None
+) -> Callable[[argparse.Namespace], int]:
+    """A command's function, whose module is imported when it is called, after its check of what was typed."""
 
     def run(arguments: argparse.Namespace) -> int:
+        if check is not None:
+            check(arguments)
         return getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
 
     return run
@@ -149,7 +154,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     segment = add_parser(
         commands, "segment", "cut pictures into words", "Cut pictures into the words that you type.", SEGMENT_EXAMPLES
     )
-    segment.set_defaults(run=_run("cli_segment", "segment"))
+    segment.set_defaults(run=_run("cli_segment", "segment", check_segment))
     add = segment.add_argument
     add("images", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
     words = segment.add_mutually_exclusive_group().add_argument
@@ -237,7 +242,7 @@ def _add_mask2former(sources: argparse._SubParsersAction) -> None:
         "Make a segmenter of any words out of a Mask2Former, without training.",
         MASK2FORMER_EXAMPLES,
     )
-    mask2former.set_defaults(run=_run("cli_convert", "convert_mask2former"))
+    mask2former.set_defaults(run=_run("cli_convert", "convert_mask2former", check_new_output))
     add = mask2former.add_argument
     add("source", metavar="MASK2FORMER", help="folder, or repository of the Hub, of a Mask2Former")
     add("--text-model", metavar="CLIP", required=True, help="folder or repository of a CLIP, for its text tower")
@@ -255,7 +260,7 @@ def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
         "Make checkpoints out of OpenAI's weights of a CLIP ResNet.",
         CLIP_EXAMPLES,
     )
-    clip_resnet.set_defaults(run=_run("cli_convert", "convert_clip_resnet"))
+    clip_resnet.set_defaults(run=_run("cli_convert", "convert_clip_resnet", check_new_output))
     add = clip_resnet.add_argument
     add("weights", metavar="WEIGHTS", help="file of the weights")
     add("--out", metavar="DIR", required=True, help="new folder of the image tower")
@@ -272,7 +277,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "Write a checkpoint's image path and words as a graph that runs without this library.",
         EXPORT_EXAMPLES,
     )
-    export.set_defaults(run=_run("cli_export", "export"))
+    export.set_defaults(run=_run("cli_export", "export", check_new_output))
     add = export.add_argument
     add("model", nargs="?", metavar="DIR", help="checkpoint (default: GKC_MODEL, or the one shipped with gkc)")
     add("--out", metavar="DIR", required=True, help="new folder to write")

@@ -14,9 +14,7 @@
 """`gkc segment`: cut pictures into words."""
 
 import argparse
-import os
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from tqdm import tqdm
 
 from .atomic_files import atomic_path, atomic_write_json
 from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabulary, load_class_embeddings
+from .cli_checks import OUTPUT_SUFFIXES
 from .cli_common import (
     UserError,
     default_model_path,
@@ -43,10 +42,6 @@ from .processing_gkc import GKCProcessor
 from .prompt_templates import resolve_templates
 from .visualization import DrawnSegment, draw_overlay, label_map, shade
 from .vocabulary import Vocabulary, color_palette
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-OUTPUT_SUFFIXES = (".overlay.png", ".labels.png")
-MAX_LISTED_NAMES = 5
 
 
 @dataclass
@@ -119,115 +114,9 @@ class Segmenter:
         return labels.cpu().numpy(), semantic_segments(labels, scores, len(self.words.vocabulary))
 
 
-@dataclass(frozen=True)
-class FoundImage:
-    """
-    An image to segment.
-
-    Args:
-        path: Its file.
-        name: Name of its results below the output folder, without their endings: the file's name without its ending,
-            below the sub-folder that it was found in.
-    """
-
-    path: Path
-    name: Path
-
-
-def find_images(
-    inputs: Sequence[str], recursive: bool = False, out: Path | None = None
-) -> tuple[list[FoundImage], list[str]]:
-    """
-    List the images that the command line names, in order and each once.
-
-    Args:
-        inputs: Files, taken as they are, and folders, of which all pictures are taken in the order of their names, but
-            not hidden ones and not the command's own results.
-        recursive: Also take the pictures of the folders' sub-folders.
-        out: Folder of the results, which is not searched.
-
-    Returns:
-        The images, and lines that say what of the folders is not looked at.
-
-    Raises:
-        UserError: a folder has no pictures, nothing that is named is there, or two images would have one name.
-    """
-    if not any(map(os.path.exists, inputs)):
-        raise UserError(f"IMAGE: There is no file or folder {inputs[0]}")
-    images: dict[Path, FoundImage] = {}
-    left_out: list[str] = []
-    for given in map(Path, inputs):
-        found = _search(given, recursive, out, left_out) if given.is_dir() else [given]
-        for path in found:
-            below = path.relative_to(given) if given.is_dir() else Path(path.name)
-            images.setdefault(path.resolve(), FoundImage(path, below.with_suffix("")))
-    _refuse_equal_names(images.values())
-    return list(images.values()), left_out
-
-
-def _search(folder: Path, recursive: bool, out: Path | None, left_out: list[str]) -> list[Path]:
-    """The pictures of a folder; what else is there is added to `left_out`."""
-    pictures, folders, others = [], [], []
-    walk = os.walk(folder, followlinks=True, onerror=_refuse_unreadable)
-    for place, below, files in walk:
-        below[:] = sorted(
-            name for name in below if not name.startswith(".") and not (out and _is_same(Path(place, name), out))
-        )
-        for path in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith(OUTPUT_SUFFIXES):
-                pictures.append(path)
-            elif not _is_result(path):
-                others.append(path)
-        if not recursive:
-            folders = [Path(place, name) for name in below]
-            break
-    if not pictures:
-        hint = "; --recursive also looks into its sub-folders" if folders else ""
-        raise UserError(f"no pictures in the folder {folder}{hint}")
-    left_out += _describe_left_out(folder, folders, "sub-folders (--recursive looks into them)")
-    left_out += _describe_left_out(folder, others, f"files that do not end in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return pictures
-
-
-def _refuse_unreadable(error: OSError) -> None:
-    raise UserError(f"IMAGE: {error_line(error)}") from error
-
-
-def _is_same(folder: Path, other: Path) -> bool:
-    return other.exists() and folder.samefile(other)
-
-
-def _is_result(path: Path) -> bool:
-    if path.name.endswith(OUTPUT_SUFFIXES):
-        return True
-    return path.suffix == ".json" and Path(f"{path.with_suffix('')}{OUTPUT_SUFFIXES[0]}").exists()
-
-
-def _describe_left_out(folder: Path, paths: list[Path], kind: str) -> list[str]:
-    if paths:
-        names = ", ".join(str(path.relative_to(folder)) for path in paths[:MAX_LISTED_NAMES])
-        more = f" and {len(paths) - MAX_LISTED_NAMES} more" if len(paths) > MAX_LISTED_NAMES else ""
-        return [f"{folder}: not looked at: {len(paths)} {kind}: {names}{more}"]
-    return []
-
-
-def _refuse_equal_names(images: Iterable[FoundImage]) -> None:
-    """Results are named by their own image alone, so two images of one name cannot share an output folder."""
-    first: dict[str, FoundImage] = {}
-    for image in images:
-        other = first.setdefault(str(image.name).casefold(), image)
-        if other is not image:
-            raise UserError(
-                f"IMAGE: {other.path} and {image.path} would both be written as {image.name}{OUTPUT_SUFFIXES[0]}: "
-                "segment them with different --out, or name the folder above both with --recursive"
-            )
-
-
 def segment(arguments: argparse.Namespace) -> int:
-    """Run `gkc segment`; the exit code."""
-    _check_options(arguments)
-    folder = Path(arguments.out)
-    images, left_out = find_images(arguments.images, arguments.recursive, folder)
+    """Run `gkc segment` for arguments that `check_segment` has seen; the exit code."""
+    folder, (images, left_out) = Path(arguments.out), arguments.found
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     segmenter = _load(arguments)
@@ -254,13 +143,6 @@ def segment(arguments: argparse.Namespace) -> int:
     if failures:
         print(f"gkc: {failures} of {len(images)} images could not be done", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _check_options(arguments: argparse.Namespace) -> None:
-    if arguments.task == "semantic" and arguments.threshold is not None:
-        raise UserError("--threshold is for --task instance and panoptic; a semantic map has --void-threshold")
-    if arguments.templates and arguments.labels is None and arguments.void_labels is None:
-        raise UserError("--templates is for typed words: give --labels, or give it to `gkc embed`")
 
 
 def _load(arguments: argparse.Namespace) -> Segmenter:
@@ -366,4 +248,4 @@ def _describe(segment: dict[str, Any], segmentation: np.ndarray, vocabulary: Voc
     }
 
 
-__all__ = ["FoundImage", "Segmenter", "Words", "find_images", "segment"]
+__all__ = ["Segmenter", "Words", "segment"]

@@ -30,10 +30,7 @@ Letters: B images, Q queries, K classes, P prompts, D text-embedding width, (H, 
 import copy
 import importlib.util
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +40,7 @@ import torch
 import transformers
 from transformers.image_utils import PILImageResampling
 
+from .atomic_files import atomic_folder, check_new_folder
 from .class_embeddings import GKCClassEmbeddings, count_classes, encode_vocabulary
 from .configuration_gkc import GKCConfig
 from .export_formats import DEFAULT_OPSET, FORMATS
@@ -130,17 +128,6 @@ def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def check_new_folder(folder: Path) -> None:
-    """
-    Refuses to write where something is.
-
-    Raises:
-        FileExistsError: there is a file, or a folder that is not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: name a new folder")
-
-
 def check_packages(graph_format: str, check: bool | None = None) -> bool:
     """
     Whether the graph can be compared with the model here.
@@ -213,7 +200,7 @@ def export_segmenter(
     vocabulary, words = _encoded(model, processor, vocabulary, class_embeddings)
     if fixed and words is None:
         raise ValueError("there are no words to bake in: give a vocabulary.")
-    with _new_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         if words is not None and not fixed:
             write_class_embeds(unfinished / WORDS_FILE, model, words, vocabulary)
         reference = _fp32_copy(model, keeps_attention=format != "onnx")
@@ -254,23 +241,6 @@ def _encoded(
     if (num_classes := count_classes(class_ids, len(class_embeds))) != len(vocabulary):
         raise ValueError(f"the embeddings are of {num_classes} classes, the vocabulary has {len(vocabulary)}.")
     return vocabulary, GKCClassEmbeddings(class_embeds=class_embeds, class_ids=class_ids)
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside, which gets the name at the end, and which nothing is left of if something fails."""
-    check_new_folder(folder)
-    target = folder.resolve()
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if target.is_dir():
-            target.rmdir()
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _fp32_copy(model: Any, keeps_attention: bool) -> Any:
@@ -356,7 +326,6 @@ def _write_json(path: Path, settings: dict[str, Any]) -> None:
 
 __all__ = [
     "ExportedSegmenter",
-    "check_new_folder",
     "check_packages",
     "check_size",
     "describe",

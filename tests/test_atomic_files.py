@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from modeling_gkc.atomic_files import atomic_path, atomic_write, atomic_write_json
+from modeling_gkc.atomic_files import atomic_folder, atomic_path, atomic_write, atomic_write_json
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
@@ -46,3 +46,16 @@ def test_json_refuses_what_json_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         atomic_write_json(tmp_path / "result.json", {"score": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    with pytest.raises(OSError, match="disk"), atomic_folder(tmp_path / "checkpoint") as unfinished:
+        (unfinished / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+    assert os.listdir(tmp_path) == []
+    with atomic_folder(tmp_path / "checkpoint") as unfinished:
+        (unfinished / "model.safetensors").write_bytes(b"whole")
+    assert os.listdir(tmp_path) == ["checkpoint"]
+    with pytest.raises(FileExistsError, match="there already"), atomic_folder(tmp_path / "checkpoint"):
+        pass
+    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == b"whole"

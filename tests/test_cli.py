@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import modeling_gkc
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, cli_common
 from modeling_gkc.cli import main
+from modeling_gkc.cli_checks import find_images
 from modeling_gkc.cli_common import UserError, default_model_path
-from modeling_gkc.cli_segment import find_images
 from modeling_gkc.post_processing import decode_rle
 from modeling_gkc.visualization import DrawnSegment, draw_overlay, label_map
 

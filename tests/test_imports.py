@@ -119,7 +119,8 @@ LIGHT_COMMANDS = """
 import contextlib, io, sys
 from modeling_gkc.cli import main
 for command in ("--help", "segment --help", "segment", "embed --labels", "vocab list", "vocab show cityscapes_19",
-                "convert mask2former --help", "export --format jpeg"):
+                "convert mask2former --help", "export --format jpeg", "segment absent.jpg --labels sky",
+                "export --out tests", "convert clip-resnet RN50.pt --out tests"):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):
             main(command.split())
