@@ -28,6 +28,7 @@ $(VENV)/.inference: setup.cfg pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.inference
 	@echo "Adding what the tests need"
 	@$(PIP) -e ".[test]"
+	@$(BIN)/python -m tests.published_suites > /dev/null
 	@touch $@
 
 demo: $(VENV)/.inference

@@ -53,6 +53,7 @@ def fetch() -> Path:
                 parts = Path(member.name).parts
                 if member.isfile() and len(parts) == 3 and parts[1] == "tests" and parts[2].endswith(".py"):
                     (FOLDER / parts[2]).write_bytes(members.extractfile(member).read())
+    (FOLDER / "__init__.py").touch()
     (FOLDER / "complete").touch()
     return FOLDER
 
@@ -65,7 +66,7 @@ def source(module: str) -> Path:
         FileNotFoundError: they were not fetched; the message says how to.
     """
     path = FOLDER / f"{module}.py"
-    if not path.exists():
+    if not (FOLDER / "complete").exists():
         raise FileNotFoundError(
             f"{path} is missing: run `python -m tests.published_suites`, as `make test` does in its set-up."
         )

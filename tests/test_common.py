@@ -5,6 +5,7 @@ import inspect
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ from .common_models import (
     tensors_of,
 )
 from .conftest import small_config
+
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(params=COMMON)
@@ -468,3 +472,8 @@ class TestList:
         listed = {test for _, entry in common_checks.entries() for test in entry.tests}
         unlisted = {test for test in common_checks.defined_tests(common_checks.OWN_FILES) if test not in listed}
         assert unlisted == set()
+
+    def test_readme_gives_the_true_numbers(self):
+        numbers = re.findall(r"\d+", common_checks.table().splitlines()[0])[1:]
+        (line,) = [line for line in README.read_text().splitlines() if "transformers' own suites" in line]
+        assert re.findall(r"\d+", line) == numbers
