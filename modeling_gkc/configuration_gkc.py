@@ -425,8 +425,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         check_number("text_config.attention_dropout", text.attention_dropout or 0, 0, 1)
         for name in ("initializer_range", "initializer_factor"):
             check_number(f"text_config.{name}", getattr(text, name), 0)
-        # 2 stands for the largest token in OpenAI's first conversions.
-        check_whole_number("text_config.eos_token_id", text.eos_token_id, 0, max(text.vocab_size - 1, 2))
+        check_whole_number("text_config.eos_token_id", text.eos_token_id, 0)
 
     def _check_sizes(self):
         sizes = ("hidden_size", "mask_feature_size", "encoder_layers", "encoder_ffn_dim", "encoder_num_points")

@@ -48,6 +48,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
+from .argument_checks import check_whole_number
 from .class_embedder import GKCClassEmbedder, GKCConvexClassEmbedder
 from .class_embeddings import (
     GKCClassEmbeddings,
@@ -393,6 +394,9 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
 
     def __init__(self, config: GKCConfig):
         super().__init__(config)
+        text = config.text_config
+        # 2 stands for the largest token in OpenAI's first conversions. The configuration alone may still be changed.
+        check_whole_number("text_config.eos_token_id", text.eos_token_id, 0, max(text.vocab_size - 1, 2))
         self.model = GKCModel(config)
         self.is_convex = config.classifier == "convex_combination"
         if self.is_convex:

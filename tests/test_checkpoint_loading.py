@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig
 
 from configuration import Recipe
 from modeling_gkc import CLIPResNetConfig, GKCConfig, GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
@@ -80,7 +81,7 @@ FIELDS = [
     ("text_config", {"num_hidden_layers": 10**6}),
     ("text_config", {"hidden_act": "none"}),
     ("text_config", {"layer_norm_eps": math.nan}),
-    ("text_config", {"eos_token_id": 10**6}),
+    ("text_config", {"eos_token_id": -1}),
     ("text_config", [1]),
     ("dtype", True),
     ("quantization_config", 5),
@@ -98,6 +99,11 @@ def test_a_field_that_makes_no_model_is_refused_by_one_value_error_that_names_it
     if isinstance(value, dict) and field != "id2label":
         assert next(iter(value)) in message
     assert time.process_time() - began < 2
+
+
+def test_an_end_token_outside_of_the_vocabulary_makes_no_model():
+    with pytest.raises(ValueError, match=r"`text_config.eos_token_id` must be a whole number in 0\.\.63, got 64"):
+        GKCForOpenVocabSegmentation(small_config(text_config=CLIPTextConfig(vocab_size=64, eos_token_id=64)))
 
 
 def test_fields_of_the_image_tower():

@@ -37,7 +37,6 @@ from .common_models import (
 )
 from .conftest import small_config
 
-
 README = Path(__file__).parents[1] / "README.md"
 
 
