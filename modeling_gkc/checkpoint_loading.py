@@ -50,7 +50,12 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
             raise ValueError(f"its model_type is {shown(model_type)}, not 'gkc'.")
         refuse_shards_outside(path)
         model, info = GKCForOpenVocabSegmentation.from_pretrained(
-            path, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **settings
+            path,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that the error below can name them
+            **settings,
         )
         refuse_other_weights(info)
         processor = GKCProcessor.from_pretrained(path, trust_remote_code=False)
@@ -110,7 +115,7 @@ def refuse_other_weights(info: dict[str, Any]) -> None:
         info: What `from_pretrained(..., output_loading_info=True)` tells.
 
     Raises:
-        ValueError: weights are missing or left over; each is listed.
+        ValueError: weights are missing, left over or of another shape; each is listed.
     """
     reasons = []
     for key, what in (
@@ -121,6 +126,11 @@ def refuse_other_weights(info: dict[str, Any]) -> None:
         if names:
             more = f" and {len(names) - MAX_LISTED_WEIGHTS} more" if len(names) > MAX_LISTED_WEIGHTS else ""
             reasons.append(f"{what}: {', '.join(names[:MAX_LISTED_WEIGHTS])}{more}")
+    shapes = [f"{name} {tuple(found)} for {tuple(asked)}" for name, found, asked in sorted(info["mismatched_keys"])]
+    if shapes:
+        more = f" and {len(shapes) - MAX_LISTED_WEIGHTS} more" if len(shapes) > MAX_LISTED_WEIGHTS else ""
+        listed = ", ".join(shapes[:MAX_LISTED_WEIGHTS])
+        reasons.append(f"it has weights of another shape than its config.json says: {listed}{more}")
     if reasons:
         raise ValueError("; ".join(reasons) + ".")
 
@@ -151,8 +161,6 @@ def one_line(error: BaseException) -> str:
     """Message of an error in one line, with its type where the message alone does not explain itself."""
     text = str(error).encode("utf-8", "backslashreplace").decode()  # of half a character, which cannot be printed
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    if "ignore_mismatched_sizes" in line:  # advice of transformers for programs
-        return "it has weights of another shape than its config.json says."
     if isinstance(error, ValueError | OSError) and line:
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

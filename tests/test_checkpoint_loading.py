@@ -147,7 +147,7 @@ DAMAGES = {
     "fewer layers": (set_value("config.json", "decoder_layers", 0), "`decoder_layers` must be positive"),
     "more layers": (set_value("config.json", "text_config", "num_hidden_layers", 2), "lacks weights: text_model"),
     "a million layers": (set_value("config.json", "encoder_layers", 10**6), "`encoder_layers` must be at most"),
-    "other widths": (set_value("config.json", "encoder_ffn_dim", 32), "weights of another shape"),
+    "other widths": (set_value("config.json", "encoder_ffn_dim", 32), "layers.0.fc1.weight (64, 32) for (32, 32)"),
     "a list for a configuration": (write("config.json", b"[]"), "is no checkpoint of gkc"),
     "a nested configuration": (write("config.json", b"[" * 10**5), "config.json cannot be read: RecursionError"),
     "a huge number": (

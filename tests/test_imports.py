@@ -234,3 +234,13 @@ def test_public_names_and_modules_are_attributes_of_the_package():
     assert set(modeling_gkc.__all__) <= set(dir(modeling_gkc))
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         _ = modeling_gkc.nothing_of_this_name
+
+
+@pytest.mark.parametrize("kind", ["Image", "Instance", "Semantic", "Universal"])
+def test_auto_classes_of_segmentation_tasks_load_the_checkpoint(kind):
+    import transformers
+
+    from modeling_gkc import GKCForOpenVocabSegmentation
+
+    auto_class = getattr(transformers, f"AutoModelFor{kind}Segmentation")
+    assert type(auto_class.from_pretrained(ROOT / "hub_card" / "gkc-mini")) is GKCForOpenVocabSegmentation

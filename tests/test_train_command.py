@@ -519,6 +519,16 @@ def test_the_picture_shows_what_was_predicted():
     assert not np.array_equal(right[:, -half:], wrong[:, -half:])
 
 
+def test_pictures_show_no_padding():
+    def cut(index, row):
+        box = (0, 0, 64, 40)
+        return {**row, "image": row["image"].crop(box), "segmentation": row["segmentation"].crop(box)}
+
+    pictures = EvaluationPictures(None, toy_dataset(2, change=cut), VOCABULARY, toy_processor(), 32, count=2)
+    assert [sample["image"].shape[:2] for sample in pictures.samples] == [(20, 32)] * 2
+    assert [sample["ids"].shape for sample in pictures.samples] == [(20, 32)] * 2
+
+
 def test_a_map_of_classes_and_a_grid_of_pictures():
     sample = {
         "ids": np.array([[0, 7], [9, 9]]),

@@ -52,7 +52,7 @@ class EvaluationPictures(TrainerCallback):
         count: int = 4,
     ):
         self.trainer, self.vocabulary, self.processor = trainer, vocabulary, processor
-        transform = JointTransform(crop_size, scale_range=(1.0, 1.0), flip_probability=0.0)
+        transform = JointTransform(crop_size, scale_range=(1.0, 1.0), flip_probability=0.0, padding=False)
         self.samples = [augmented_row(row, transform, (0, 0, 0)) for row in _chosen_rows(dataset, count)]
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):

@@ -24,11 +24,13 @@ class JointTransform:
             keeps the image's size.
         scale_range: Bounds of the random factor.
         flip_probability: How often the image is mirrored.
+        padding: Pad what is smaller than the crop; False keeps its size.
     """
 
     crop_size: int | None = 512
     scale_range: tuple[float, float] = (0.8, 1.2)
     flip_probability: float = 0.5
+    padding: bool = True
 
     def __call__(
         self, image: np.ndarray, ids: np.ndarray, generator: np.random.Generator
@@ -43,7 +45,8 @@ class JointTransform:
             top, left = (int(generator.integers(0, max(side - self.crop_size, 0) + 1)) for side in scaled)
             height, width = (min(side, self.crop_size) for side in scaled)
             image, ids = resize_window(image, ids, scaled, (top, left, height, width))
-            image, ids = pad(image, ids, self.crop_size)
+            if self.padding:
+                image, ids = pad(image, ids, self.crop_size)
         return np.ascontiguousarray(image), np.ascontiguousarray(ids)
 
 

@@ -5,12 +5,13 @@ python -m train.miniworld.examples --out my-shapes --masks 80
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 
 from .words import WORDS
 from .world import draw_scene
@@ -33,7 +34,8 @@ def draw_examples(out: Path, scenes: Sequence[int], seed: int = 0, size: int = 2
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"scene-{position}.png" for position in range(1, len(scenes) + 1)]
     for path, scene in zip(paths, scenes, strict=True):
-        Image.fromarray(draw_scene((seed, EXAMPLES_SPLIT), scene, size).image).save(path)
+        with atomic_path(path) as temporary:
+            Image.fromarray(draw_scene((seed, EXAMPLES_SPLIT), scene, size).image).save(temporary)
     return paths
 
 
@@ -56,11 +58,12 @@ def draw_annotated(out: Path, count: int, seed: int = 0, size: int = 96) -> None
         if not any(values_of_regions):
             continue
         mask = np.array([*values_of_regions, 0], dtype=np.uint8)[scene.region_index]
-        Image.fromarray(scene.image).save(out / "images" / f"{drawn:04d}.png")
-        Image.fromarray(mask).save(out / "masks" / f"{drawn:04d}.png")
+        for folder, pixels in (("images", scene.image), ("masks", mask)):
+            with atomic_path(out / folder / f"{drawn:04d}.png") as temporary:
+                Image.fromarray(pixels).save(temporary)
         drawn += 1
     names = {"0": None} | {str(value): list(WORDS[concept][:2]) for concept, value in values.items()}
-    (out / "names.json").write_text(json.dumps(names) + "\n", encoding="utf-8")
+    atomic_write_json(out / "names.json", names, indent=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 from modeling_gkc.vocabulary import Vocabulary
 
 from ...miniworld.dataset import test_vocabulary, training_vocabulary
@@ -54,10 +55,11 @@ def draw_world(out: Path, split: str, scenes: int, seed: int = 0, size: int = 96
     for index in tqdm(range(scenes), f"{split} scenes", unit="scene", disable=not progress):
         name = f"{split}-{seed}-{index:06d}"
         scene = draw_scene((seed, _WORLDS[split]), index, size, *chosen)
-        Image.fromarray(scene.image).save(folder / f"{name}.png")
-        Image.fromarray(encode_ids(scene.region_index + 1)).save(folder / f"{name}.ids.png")
+        for ending, pixels in ((".png", scene.image), (".ids.png", encode_ids(scene.region_index + 1))):
+            with atomic_path(folder / f"{name}{ending}") as temporary:
+                Image.fromarray(pixels).save(temporary)
         concepts[name] = [region["concept"] for region in scene.regions]
-    (out / f"{split}.json").write_text(json.dumps(concepts, indent=0) + "\n", encoding="utf-8")
+    atomic_write_json(out / f"{split}.json", concepts, indent=0)
 
 
 def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
