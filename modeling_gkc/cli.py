@@ -21,7 +21,7 @@ from .cli_common import UserError, interruptible
 from .cli_parsers import add_convert, add_embed, add_export, add_segment, add_vocab
 from .version import __version__
 
-DESCRIPTION = "Cut pictures into words: open-vocabulary segmentation."
+DESCRIPTION = "Open-vocabulary image segmentation: segment images with the words that you type."
 EXAMPLES = """\
 examples:
   gkc segment scene.png --labels "red disc; lawn, grass; sky"

@@ -47,7 +47,7 @@ and void 255, or 65535 with more than 255 classes, for --task semantic; else seg
 (size as [height, width]; for every segment its label, score, area in pixels, bbox [x, y, width, height] and COCO
 run-length encoding).
 
-NAME is the file's name without its ending; two images of one name need two folders of results.
+NAME is the file's name without its ending; two images of one name are refused: write them to different --out.
 
 exit code: 0 all images done, 1 some could not be done (each is named), 2 the command was wrong or results cannot be
 written, 130 stopped by Ctrl-C. What is done for an image is written whole or not at all.
@@ -152,7 +152,11 @@ def _run(
 def add_segment(commands: argparse._SubParsersAction) -> None:
     """Add `segment` to the parser of `gkc`."""
     segment = add_parser(
-        commands, "segment", "cut pictures into words", "Cut pictures into the words that you type.", SEGMENT_EXAMPLES
+        commands,
+        "segment",
+        "segment images with a text vocabulary",
+        "Segment images with a text vocabulary: the words that you type, or those stored in the checkpoint.",
+        SEGMENT_EXAMPLES,
     )
     segment.set_defaults(run=_run("cli_segment", "segment", check_segment))
     add = segment.add_argument
@@ -163,11 +167,12 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     add("--void-labels", metavar="WORDS", help='words for "none of these": what they win becomes void')
     add("--void-threshold", type=_share, metavar="SCORE", help="pixels whose best score, 0 to 1, is below become void")
     add_templates_option(segment)
-    add("--task", choices=TASKS, default="semantic", help="what to find (default: %(default)s)")
+    task_help = "semantic: a class per pixel; instance: separate objects; panoptic: both (default: %(default)s)"
+    add("--task", choices=TASKS, default="semantic", help=task_help)
     add("--recursive", action="store_true", help="also segment the pictures of a folder's sub-folders")
     add("--out", metavar="DIR", default="gkc-out", help="folder of the results (default: %(default)s)")
     add("--threshold", type=_share, help="lowest score of an instance or panoptic segment, 0 to 1 (default: 0.5)")
-    add("--threads", type=_count, help="processor threads (default: as torch chooses)")
+    add("--threads", type=_count, help="number of processor threads (default: as many as there are cores)")
     add_model_options(segment)
 
 
