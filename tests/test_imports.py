@@ -188,6 +188,7 @@ ANSWERED = {
     "train.cache": [["--help"], ["teacher", "--help"], ["teacher", "tests"]],
     "train.synonyms": [["--help"]],
     "hub_card.publish_mini": [["--help"], ["absent"]],
+    "train.miniworld.__main__": [["--help"], ["--arms", "none"]],
     "benchmarks.__main__": [["--help"], ["--threads", "0"]],
 }
 ANSWER_ALL = """

@@ -15,7 +15,7 @@ from sklearn.metrics import jaccard_score
 from train.data.schema import check_dataset, read_row
 from train.miniworld import clip as clip_module
 from train.miniworld import dataset as dataset_module
-from train.miniworld.clip import CLIPTraining, MiniCLIP, contrastive_loss, load_clip, train_clip
+from train.miniworld.clip import MiniCLIP, contrastive_loss, load_clip, train_clip
 from train.miniworld.dataset import build_dataset, training_vocabulary
 from train.miniworld.evaluate import (
     confusion_matrix,
@@ -31,6 +31,7 @@ from train.miniworld.other_world import draw_other_world
 from train.miniworld.parallel import map_scenes
 from train.miniworld.pictures import CaptionedBatches, collect_crops, collect_other_world
 from train.miniworld.protocols import IGNORED, all_protocols, concepts, seen
+from train.miniworld.settings import CLIPTraining
 from train.miniworld.shapes import OUTLINES, shape_mask
 from train.miniworld.tokenizer import CONTEXT_LENGTH, build_tokenizer
 from train.miniworld.words import (

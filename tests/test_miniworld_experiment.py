@@ -16,8 +16,8 @@ from configuration import load_recipe
 from hub_card.publish_mini import PAGE, publish, update_page
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCProcessor
 from train.miniworld import clip as clip_module
-from train.miniworld.clip import CLIPTraining
-from train.miniworld.experiment import ARMS, WARM_UP, Experiment, _write, run
+from train.miniworld.experiment import WARM_UP, _write, run
+from train.miniworld.settings import ARMS, CLIPTraining, Experiment
 from train.miniworld.summary import (
     HARMONIC_MEAN,
     ROW_TITLES,

@@ -20,7 +20,7 @@ from modeling_gkc.vocabulary import Vocabulary
 from train.miniworld.dataset import build_dataset
 from train.miniworld.evaluate import evaluate
 from train.miniworld.examples import EXAMPLES_SPLIT, draw_examples
-from train.miniworld.experiment import ARMS, MAIN_ARMS
+from train.miniworld.settings import ARMS, MAIN_ARMS
 from train.miniworld.summary import tables
 from train.miniworld.words import WORDS
 from train.miniworld.world import draw_scene

@@ -9,18 +9,15 @@ side, each by a command of its own with the same --out; the last to finish has t
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from tqdm.auto import tqdm
-
 from configuration import load_recipe
+from modeling_gkc.cli_common import interruptible
 
-from .clip import CLIPTraining
-from .experiment import ARMS, MAIN_ARMS, VARIANTS, Experiment, run
-from .summary import read_seeds, write_summary
+from .settings import ARMS, MAIN_ARMS, VARIANTS, CLIPTraining, Experiment
 
 GROUPS = {"main": tuple(MAIN_ARMS), "all": tuple(ARMS)}
 
@@ -54,9 +51,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the experiment of the command line."""
+@interruptible("train.miniworld", "Give the same command again to continue.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment of the command line; the exit code."""
     options = parse(arguments)
+
+    import torch
+    from tqdm.auto import tqdm
+
+    from .experiment import run
+    from .summary import read_seeds, write_summary
+
     if options.threads:
         torch.set_num_threads(options.threads)
     arms = [arm for name in options.arms for arm in GROUPS.get(name, (name,))]
@@ -74,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         run(experiment)
     tqdm.write(write_summary(options.out, read_seeds(options.out)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

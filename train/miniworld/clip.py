@@ -6,7 +6,7 @@ python -m train.miniworld.clip --out run/clip --steps 3000 --scenes 8000 --seed 
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -23,27 +23,12 @@ from ..regions import normalize_crops
 from .gate import format_gate, measure_gate, save_gate
 from .lexicon import Lexicon
 from .pictures import CaptionedBatches, CropSet, collect_crops, collect_other_world
+from .settings import CLIPTraining
 from .tokenizer import CONTEXT_LENGTH, build_tokenizer
 
 TRAINING_SPLIT, GATE_SPLIT, OTHER_WORLD_SPLIT = 10, 11, 12  # with the seed, they name independent worlds
 CROP_SIZE = 64  # pixels
 OTHER_WORLD_PICTURES = 600  # of every kind
-
-
-@dataclass(frozen=True)
-class CLIPTraining:
-    """All that decides the weights of a tiny CLIP."""
-
-    steps: int = 3000
-    scenes: int = 8000
-    seed: int = 0
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    lean: float = 0.35  # how much the choice of a word depends on the region, see Lexicon
-    other_world_share: float = 0.2  # share of a batch that gives words a second sense
-    logit_scale_cap: float = 11.0
-    half_size_share: float = 0.7  # share of the steps, the first ones, on pictures of half the side: 4 times cheaper
-    bfloat16: bool = False  # only faster where the processor has bfloat16 units
 
 
 class MiniCLIP(nn.Module):

@@ -4,12 +4,11 @@ Finished parts are kept: a run that was killed goes on where it stopped.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from configuration import Recipe, load_recipe
+from configuration import Recipe
 from modeling_gkc.atomic_files import atomic_write_json
 from modeling_gkc.configuration_gkc import GKCConfig
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
@@ -28,101 +27,16 @@ from modeling_gkc.vocabulary import Vocabulary
 from ..checkpoints import last_complete_checkpoint
 from ..teacher import RegionTeacher, TeacherEmbeddings
 from ..trainer import GKCTrainer
-from .clip import CLIPTraining, MiniCLIP, load_clip, train_clip
+from .clip import MiniCLIP, load_clip, train_clip
 from .dataset import build_dataset, training_vocabulary
 from .evaluate import evaluate
+from .settings import ARMS, NO_DISTILLATION, NO_SYNONYMS, Experiment
 from .words import CONCEPTS, SHAPES, WORDS
 
 SCENE_SIZE = 96  # side in pixels of the pictures
 
 WARM_UP = "warmup"
 WARM_UP_WORD = "thing"  # a word of the tiny CLIP that says nothing about what a region is
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What an arm changes, and how it is called.
-
-    Attributes:
-        title: For tables.
-        changes: Fields of the recipe.
-        class_feature: Field of the model's configuration, None for the recipe's own.
-        test_on_both: Classify by the mean of class and distillation embedding, which must be different ones.
-        trained_as: The arm whose weights are tested, where this one only tests differently.
-    """
-
-    title: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    class_feature: str | None = None
-    test_on_both: bool = False
-    trained_as: str | None = None
-
-
-NO_SYNONYMS, NO_DISTILLATION = {"synonym_mode": "none"}, {"distillation_weight": 0.0}
-OWN_HEAD = {"distillation_embedding": "query"}
-# `both` is the method of the paper; these four are the ablation.
-MAIN_ARMS = {
-    "baseline": Arm("plain names only", NO_SYNONYMS | NO_DISTILLATION),
-    "synonyms": Arm("+ text diversification", NO_DISTILLATION),
-    "distillation": Arm("+ distillation", NO_SYNONYMS),
-    "both": Arm("+ both"),
-}
-# Further questions: one thing changed in one of the four.
-VARIANTS = {
-    "synonyms-unfiltered": Arm(
-        "synonyms, drawn from all words", NO_DISTILLATION | {"synonym_probabilities": "uniform"}
-    ),
-    "synonyms-average": Arm("synonyms, average of the words' logits", NO_DISTILLATION | {"synonym_mode": "average"}),
-    "synonyms-max": Arm("synonyms, maximum of the words' logits", NO_DISTILLATION | {"synonym_mode": "max"}),
-    "distillation-own-head": Arm("distillation by a head of its own", NO_SYNONYMS | OWN_HEAD),
-    "distillation-own-head-both": Arm(
-        "the same, tested on both embeddings",
-        NO_SYNONYMS | OWN_HEAD,
-        test_on_both=True,
-        trained_as="distillation-own-head",
-    ),
-    "both-own-head": Arm("both, distillation by a head of its own", OWN_HEAD),
-    "both-own-head-both": Arm(
-        "the same, tested on both embeddings", OWN_HEAD, test_on_both=True, trained_as="both-own-head"
-    ),
-    "both-long": Arm("both, three times the steps", {"steps": 1200}),
-    "both-query": Arm("both, classes read from the query alone", class_feature="query"),
-    "baseline-query": Arm(
-        "plain names only, classes read from the query alone", NO_SYNONYMS | NO_DISTILLATION, class_feature="query"
-    ),
-}
-ARMS = MAIN_ARMS | VARIANTS
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """All that decides the result.
-
-    Attributes:
-        out: Folder of everything that is made.
-        seed: Of world, CLIP and segmenter.
-        train_scenes, test_scenes: Pictures.
-        clip: Training of the tiny CLIP.
-        recipe: Training of the segmenter, before an arm's changes.
-        warmup_steps: Steps that all arms share, before their own: masks alone, every region under the same word.
-        arms: Names of `ARMS`.
-        num_proc: Processes that draw scenes.
-    """
-
-    out: Path
-    seed: int = 0
-    train_scenes: int = 6000
-    test_scenes: int = 500
-    clip: CLIPTraining = field(default_factory=CLIPTraining)
-    recipe: Recipe = field(default_factory=lambda: load_recipe("miniworld"))
-    warmup_steps: int = 350
-    arms: tuple[str, ...] = ("both",)
-    num_proc: int = 1
-
-    def __post_init__(self):
-        unknown = sorted(set(self.arms) - ARMS.keys())
-        if unknown or not self.arms:
-            raise ValueError(f"Unknown arms {unknown}; choose some of {', '.join(ARMS)}.")
 
 
 def run(experiment: Experiment) -> dict:

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from modeling_gkc.atomic_files import atomic_path, atomic_write
 
 from .evaluate import per_cent
-from .experiment import ARMS, MAIN_ARMS, VARIANTS
+from .settings import ARMS, MAIN_ARMS, VARIANTS
 
 SUMMARY_NAME, PLOT_NAME = "summary.json", "summary.png"
 HARMONIC_MEAN, TEACHER_COSINE = "harmonic mean", "teacher cosine"

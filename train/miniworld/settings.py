@@ -1,0 +1,110 @@
+"""Settings of the mini-world experiment: its arms, the training of its tiny CLIP, and its sizes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configuration import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class CLIPTraining:
+    """All that decides the weights of a tiny CLIP."""
+
+    steps: int = 3000
+    scenes: int = 8000
+    seed: int = 0
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    lean: float = 0.35  # how much the choice of a word depends on the region, see Lexicon
+    other_world_share: float = 0.2  # share of a batch that gives words a second sense
+    logit_scale_cap: float = 11.0
+    half_size_share: float = 0.7  # share of the steps, the first ones, on pictures of half the side: 4 times cheaper
+    bfloat16: bool = False  # only faster where the processor has bfloat16 units
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm changes, and how it is called.
+
+    Attributes:
+        title: For tables.
+        changes: Fields of the recipe.
+        class_feature: Field of the model's configuration, None for the recipe's own.
+        test_on_both: Classify by the mean of class and distillation embedding, which must be different ones.
+        trained_as: The arm whose weights are tested, where this one only tests differently.
+    """
+
+    title: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    class_feature: str | None = None
+    test_on_both: bool = False
+    trained_as: str | None = None
+
+
+NO_SYNONYMS, NO_DISTILLATION = {"synonym_mode": "none"}, {"distillation_weight": 0.0}
+OWN_HEAD = {"distillation_embedding": "query"}
+# `both` is the method of the paper; these four are the ablation.
+MAIN_ARMS = {
+    "baseline": Arm("plain names only", NO_SYNONYMS | NO_DISTILLATION),
+    "synonyms": Arm("+ text diversification", NO_DISTILLATION),
+    "distillation": Arm("+ distillation", NO_SYNONYMS),
+    "both": Arm("+ both"),
+}
+# Further questions: one thing changed in one of the four.
+VARIANTS = {
+    "synonyms-unfiltered": Arm(
+        "synonyms, drawn from all words", NO_DISTILLATION | {"synonym_probabilities": "uniform"}
+    ),
+    "synonyms-average": Arm("synonyms, average of the words' logits", NO_DISTILLATION | {"synonym_mode": "average"}),
+    "synonyms-max": Arm("synonyms, maximum of the words' logits", NO_DISTILLATION | {"synonym_mode": "max"}),
+    "distillation-own-head": Arm("distillation by a head of its own", NO_SYNONYMS | OWN_HEAD),
+    "distillation-own-head-both": Arm(
+        "the same, tested on both embeddings",
+        NO_SYNONYMS | OWN_HEAD,
+        test_on_both=True,
+        trained_as="distillation-own-head",
+    ),
+    "both-own-head": Arm("both, distillation by a head of its own", OWN_HEAD),
+    "both-own-head-both": Arm(
+        "the same, tested on both embeddings", OWN_HEAD, test_on_both=True, trained_as="both-own-head"
+    ),
+    "both-long": Arm("both, three times the steps", {"steps": 1200}),
+    "both-query": Arm("both, classes read from the query alone", class_feature="query"),
+    "baseline-query": Arm(
+        "plain names only, classes read from the query alone", NO_SYNONYMS | NO_DISTILLATION, class_feature="query"
+    ),
+}
+ARMS = MAIN_ARMS | VARIANTS
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that decides the result.
+
+    Attributes:
+        out: Folder of everything that is made.
+        seed: Of world, CLIP and segmenter.
+        train_scenes, test_scenes: Pictures.
+        clip: Training of the tiny CLIP.
+        recipe: Training of the segmenter, before an arm's changes.
+        warmup_steps: Steps that all arms share, before their own: masks alone, every region under the same word.
+        arms: Names of `ARMS`.
+        num_proc: Processes that draw scenes.
+    """
+
+    out: Path
+    seed: int = 0
+    train_scenes: int = 6000
+    test_scenes: int = 500
+    clip: CLIPTraining = field(default_factory=CLIPTraining)
+    recipe: Recipe = field(default_factory=lambda: load_recipe("miniworld"))
+    warmup_steps: int = 350
+    arms: tuple[str, ...] = ("both",)
+    num_proc: int = 1
+
+    def __post_init__(self):
+        unknown = sorted(set(self.arms) - ARMS.keys())
+        if unknown or not self.arms:
+            raise ValueError(f"Unknown arms {unknown}; choose some of {', '.join(ARMS)}.")
