@@ -73,7 +73,7 @@ def _prepare_output(text: str) -> Path:
 
 
 def _encode(model: Any, prompts: BatchFeature) -> GKCClassEmbeddings:
-    """As `model.get_class_embeddings`, with a progress bar: what has been encoded, the model remembers."""
+    """Call `model.get_class_embeddings` with a progress bar: the model remembers what has been encoded."""
     steps = [prompts[name].split(PROMPTS_PER_STEP) for name in ("input_ids", "attention_mask")]
     with tqdm(total=len(prompts["input_ids"]), unit="prompt", disable=None) as bar:
         for ids, mask in zip(*steps, strict=True):

@@ -528,7 +528,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         return F.normalize(self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output, dim=-1)
 
     def _text_state(self, device: str) -> tuple | None:
-        """What text embeddings depend on beside the prompt: weights, where and in which type, and autocast.
+        """Return the state that text embeddings depend on beside the prompt: weights, device, type and autocast.
 
         None if the weights cannot be looked at.
         """

@@ -278,7 +278,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         save_with_code(self.model, self.processor, save_directory, **kwargs)
 
     def _upload_modified_files(self, working_dir: str | PathLike, *args, **kwargs) -> Any:
-        """As every pipeline's, with this library's model card in the place of transformers' empty one."""
+        """Upload what every pipeline uploads, with this library's model card instead of transformers' empty one."""
         card = Path(working_dir) / CARD_NAME
         if card.is_file() and _EMPTY_CARD in card.read_text(encoding="utf-8"):
             card.unlink()

@@ -449,7 +449,7 @@ class TestReports:
             read_annotated(find_source(tmp_path).pictures[0])
 
     def test_run_lengths_of_the_box_alone_are_refused(self, tmp_path):
-        """As CVAT stores masks."""
+        """Run lengths of the box alone, the form in which CVAT stores masks, are refused."""
         code = {"size": [HEIGHT, WIDTH], "counts": [0, 36]}
         with pytest.raises(ValueError, match=r"annotation 1: .*cover 36 pixels"):
             read_annotated(find_source(coco_folder(tmp_path, [annotation(segmentation=code)])).pictures[0])

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path, name)
 
 
 def test_a_checkpoint_with_the_first_form_of_manifest_is_complete(tmp_path):
-    """It held the files' sizes alone."""
+    """The first form of manifest held the files' sizes alone."""
     folder = sealed(tmp_path / "checkpoint-3")
     (folder / MANIFEST_NAME).write_text(json.dumps({"files": FILES}))
     assert is_complete(folder) and require_undamaged(folder) == folder

@@ -231,7 +231,7 @@ def test_run_sees_pictures_of_every_kind_as_the_library_does(folder, shipped, ru
 
 
 def test_a_picture_becomes_a_label_map_without_torch(folder, shipped, tmp_path, within):
-    """Of its own words, and of others that were put beside the graph afterwards."""
+    """Label maps are the same for the graph's own words, and for others put beside it afterwards."""
     model, processor = shipped
     other, copied = Vocabulary.parse("water; star; ring; wood; brick"), tmp_path / "words"
     shutil.copytree(folder, copied)

@@ -275,7 +275,7 @@ def test_arrays_keep_their_range_when_they_are_not_rescaled(folder, processor, i
 
 @pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
 def test_nothing_depends_on_the_batch(folder, subtask, within):
-    """In fp64: in fp32 a pixel whose two best classes are equal but for rounding may change its class."""
+    """The model runs in fp64: in fp32 a pixel whose two best classes are equal but for rounding may change."""
     segmenter = pipeline(
         "image-segmentation", model=str(folder), pipeline_class=GKCSegmentationPipeline, dtype=torch.float64
     )

@@ -47,7 +47,7 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict:
 
 
 def evaluate(model, folder, concatenate: bool) -> EvalPrediction:
-    """What `compute_metrics` gets in `Trainer.evaluate`."""
+    """Return what `Trainer.evaluate` gives to `compute_metrics`."""
     seen = []
     trainer = Trainer(
         model,

@@ -658,7 +658,7 @@ def test_calls_written_for_mask2former_mean_the_same(owner):
 
 @pytest.mark.parametrize("classes", [5, 70])
 def test_scores_of_all_classes(classes, monkeypatch):
-    """In transformers' form, also with more classes than are computed at once, and in tiles of a few rows."""
+    """Scores have transformers' form, also with more classes than one tile holds, and in tiles of a few rows."""
     monkeypatch.setattr(mask_resampling, "TILE_BYTES", 80_000)
     processor, (logits, masks) = GKCImageProcessor(), random_logits(classes=classes)
     outputs = Outputs(logits[None], masks[None], torch.tensor([[36, 48]]))

@@ -346,7 +346,7 @@ class TestCommonCalls:
     LABELS = ["dog", "red dog sofa", "lamp"]
 
     def test_common_calls_of_examples(self, processor, image):
-        """As the examples for CLIP, OWLv2 and OneFormer call their processors."""
+        """The processor takes the calls of the published examples for CLIP, OWLv2 and OneFormer."""
         expected = processor(images=image, text=self.LABELS, return_tensors="pt")
         for settings in (
             {"padding": True, "return_tensors": "pt"},

@@ -45,7 +45,7 @@ def without(mixin: type, reasons: dict[str, str]) -> type:
 
 
 class Tester:
-    """What the mixins ask of the small model of a test."""
+    """Model tester of the mixins for one small model."""
 
     __test__ = False
 
@@ -185,7 +185,7 @@ def check_of(test: str, checks: tuple[str, ...]) -> str | None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suite", SUITES)
 def test_checks_as_published(suite):
-    """What does not fail is what `common_checks.py` says: it passes, or there is a reason why it does not run."""
+    """Every published check passes, or `common_checks.py` has a reason why it does not run."""
     published = common_checks.PUBLISHED[suite]
     checks = published_suites.checks(published.module, published.mixin)
     assert passed(SUITES[suite], checks) == set(common_checks.RUN_AS_PUBLISHED[suite])

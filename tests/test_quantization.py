@@ -17,7 +17,7 @@ ADAPTED = r".*\.mask_decoder\..*\.(q_proj|v_proj)"  # as the README has it
 
 
 class ForbidsInPlace(torch.autograd.Function):
-    """As in bitsandbytes: the result is a view made inside, which autograd lets nobody overwrite."""
+    """Return a view made inside a function, as bitsandbytes does, which autograd lets nobody overwrite."""
 
     @staticmethod
     def forward(ctx, inputs, weight, bias):
@@ -35,7 +35,7 @@ class FrozenLinear(nn.Linear):
 
 
 class Int8Weight(Tensor):
-    """As in torchao: a weight that wraps numbers and factors, and knows how to be a linear layer's, no more."""
+    """Stand in for a weight of torchao: it wraps numbers and factors and supports linear layers alone."""
 
     @staticmethod
     def __new__(cls, values, factors):

@@ -46,7 +46,7 @@ def prepared(whole, tmp_path) -> Path:
 
 
 def prepare_again(prepared: Path) -> dict:
-    """What the command does that the message names."""
+    """The command that the message names mends it."""
     source = prepared.parent / "source"
     manifest = read_manifest(prepared)
     write_manifest(prepared, {**manifest, "source": str(source)})
@@ -102,7 +102,7 @@ def test_an_edited_prepared_json_is_refused(prepared):
 
 @pytest.fixture
 def dataset(tmp_path) -> Path:
-    """What `train.data.from_folder` writes."""
+    """Make a dataset by `train.data.from_folder`."""
     from_folder.convert(write_folder(tmp_path / "mine"), tmp_path / "data", val_share=0.25)
     return tmp_path / "data"
 

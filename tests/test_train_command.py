@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_ends_the_command(workplace, tmp_path, capsys,
 
 
 def test_a_full_disk_ends_the_command_and_keeps_the_last_checkpoint(workplace, tmp_path, capfd, monkeypatch):
-    """In a process of its own, in which no file may grow beyond 60 kB once step 4 is saved."""
+    """The command runs in its own process, in which no file may grow beyond 60 kB once step 4 is saved."""
     original = trainer.GKCTrainer._save_optimizer_and_scheduler
 
     def full(self, output_dir):

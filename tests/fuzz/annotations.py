@@ -241,7 +241,7 @@ def segmentation(value: Any) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def painted(objects: list[tuple[str, Any]]) -> Expected:
-    """What is seen of named masks, the smaller on the larger; None in the place of a mask is an object left out."""
+    """Return the visible parts of named masks, the smaller on the larger; None is an object left out."""
     expected = Expected(np.full(SHAPE, "", dtype=object), np.zeros(SHAPE, dtype=bool))
     usable = [(name, *drawn) for name, drawn in objects if drawn is not None]
     expected.is_reported = len(usable) < len(objects) or any(
@@ -272,7 +272,7 @@ def categories_of(content: dict) -> dict[str, str]:
 
 
 def coco_expected(content: Any, read: Callable[[list[dict], dict[str, str]], Expected]) -> dict[str, Expected | None]:
-    """What a COCO file must give, by file, with `read` for the annotations of one picture."""
+    """Expected content of COCO files, with `read` for the annotations of one picture."""
     for part in ("images", "annotations", "categories"):
         require(isinstance(content, dict) and isinstance(content.get(part), list))
         require(all(isinstance(entry, dict) for entry in content[part]))

@@ -72,7 +72,7 @@ FORMS = [
 
 @dataclass
 class Tools:
-    """What all inputs share: a folder for files, and a processor whose tokenizer knows every byte."""
+    """Context of all inputs: a folder for files, and a processor whose tokenizer knows every byte."""
 
     folder: Path
     processor: GKCProcessor
@@ -139,7 +139,7 @@ def _assert_helps(message: str, given: Any) -> None:
 
 
 def _check_processor(processor: GKCProcessor, vocabulary: Vocabulary) -> None:
-    """As many classes as labels, and prompts whose tokens say the names."""
+    """Assert that there are as many classes as labels, and prompts whose tokens say the names."""
     inputs = processor(text=vocabulary, return_tensors="pt")
     assert inputs["class_ids"].tolist() == vocabulary.class_ids
     read = processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)

@@ -213,7 +213,7 @@ def _prepared(folder: Path) -> Store:
 
 
 def _dataset(folder: Path) -> Store:
-    """What `train.data.from_folder` writes: a dataset of `save_to_disk` with a train and a val split."""
+    """Make a dataset of `save_to_disk` with a train and a val split, as `train.data.from_folder` does."""
     source = folder.with_name("annotated")
     for number in range(5):
         _picture(source / "images", number)

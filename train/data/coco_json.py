@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from modeling_gkc.label_text import shown
 from modeling_gkc.vocabulary import Vocabulary
 
 from .coco_masks import PaintedObject, UnusableObjectError, paint_objects, segmentation_mask
@@ -129,7 +130,7 @@ def _flag(value: Any, place: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value is None else repr(value)[:60]
+    return "nothing" if value is None else shown(value, 60)
 
 
 def _categories(contents: Mapping[Path, dict]) -> list[dict[str, Any]]:

@@ -203,7 +203,7 @@ def check_dataset(
 
 
 def _listed_problems(dataset: Dataset, num_classes: int) -> Iterator[str]:
-    """What is wrong with the image ids and segments of all rows; no picture is read."""
+    """List the problems of the image ids and segments of all rows; no picture is read."""
     seen: set[str | None] = set()
     for table in dataset.select_columns(["image_id", "segments"]).with_format("arrow").iter(_ROWS_AT_ONCE):
         segments = table.column("segments").combine_chunks()
@@ -257,7 +257,7 @@ def segment_problems(segments: Sequence[Mapping[str, Any]] | None, num_classes: 
 
 
 def _picture_problem(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with the pictures of a row."""
+    """List the problems of the pictures of a row."""
     sample = f"sample {row['image_id']!r}"
     try:
         _, ids = read_row(row)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from modeling_gkc.cli_common import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..fingerprints import settings_fingerprint
@@ -50,8 +51,7 @@ def load_saved(folder: str | Path, split: str | None = None) -> Dataset | Datase
     try:
         return load_from_disk(str(folder))
     except Exception as error:  # datasets and Arrow raise errors of many types
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{folder} cannot be loaded: {reason}") from error
+        raise ValueError(f"{folder} cannot be loaded: {error_line(error)}") from error
 
 
 def load_split(dataset: str | Path, split: str) -> Dataset:
@@ -82,8 +82,7 @@ def _from_hub(name: str | Path, split: str) -> Dataset:
     try:
         return load_dataset(str(name), split=split)
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{name} cannot be loaded: {reason}") from error
+        raise ValueError(f"{name} cannot be loaded: {error_line(error)}") from error
 
 
 def load_judged(folder: str | Path, split: str) -> Prepared:

@@ -26,7 +26,7 @@ class CLIPTraining:
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm changes, and how it is called.
+    """One arm of the ablation: its title and what it changes.
 
     Attributes:
         title: For tables.
