@@ -41,6 +41,8 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None 
     Raises:
         ValueError: the experiment is not finished, or the checkpoint is larger than 12 MB.
     """
+    from modeling_gkc.remote_code import add_library_entry  # needs torch, which --help does not
+
     results = _read_summary(run)
     seed = min(map(int, results["seeds"])) if seed is None else seed
     model = run / f"seed-{seed}" / arm / "model"
@@ -52,6 +54,7 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None 
     results |= {"published": {"arm": arm, "seed": seed}}
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(model, out)
+    add_library_entry(out)
     atomic_write_json(out / "results.json", results)
     atomic_write(out / "README.md", card(results, json.loads((out / "config.json").read_text())))
 

@@ -38,7 +38,6 @@ Where this library has been imported, its own classes are used, and models and p
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,10 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from .atomic_files import atomic_write
+
 ENTRY_MODULE = "hub_entry"
+LIBRARY_ENTRY = "The classes of the installed library, where `trust_remote_code=True` looks for a checkpoint's code."
 CARD_NAME = "README.md"
 CARD = """\
 ---
@@ -144,13 +146,31 @@ def add_code(folder: str | Path) -> None:
     Raises:
         ValueError: it holds none of them, or one of another library, or the model is none that an Auto class loads.
     """
+    _mark_saved(Path(folder))
+    _copy_code(Path(folder))
+
+
+def add_library_entry(folder: str | Path) -> None:
+    """
+    Let transformers load a saved checkpoint by the classes of the installed library, without `import modeling_gkc`.
+
+    Writes a module that imports them, and names it in the checkpoint's JSON files, so that
+    `AutoModel.from_pretrained(folder, trust_remote_code=True)` finds them. It is for checkpoints that are delivered
+    with the library: one for the Hub needs `add_code`.
+
+    Args:
+        folder: As in `add_code`. It names no pipeline of its own, so that `pipeline()` loads it as it is.
+
+    Raises:
+        ValueError: as in `add_code`.
+    """
     folder = Path(folder)
-    paths = [folder / name for name in _MARKS if (folder / name).is_file()]
-    if not paths:
-        raise ValueError(f"{folder} holds no saved checkpoint: it has none of {', '.join(_MARKS)}.")
-    for path in paths:
-        _mark(path)
-    _copy_code(folder)
+    _mark_saved(folder, with_pipeline=False)
+    names = sorted(_PUBLISHED)
+    imported = "".join(f"    {name},\n" for name in names)
+    listed = "".join(f'    "{name}",\n' for name in names)
+    text = f'"""{LIBRARY_ENTRY}"""\n\nfrom modeling_gkc import (\n{imported})\n\n__all__ = [\n{listed}]\n'
+    atomic_write(folder / f"{ENTRY_MODULE}.py", text)
 
 
 def write_card(folder: str | Path) -> None:
@@ -168,7 +188,7 @@ def write_card(folder: str | Path) -> None:
         return
     stored = [names[0] for names in values.get("vocabulary") or []]
     words = f"Without `labels` it answers in its {len(stored)} stored words: {', '.join(stored)}.\n" if stored else ""
-    path.write_text(CARD.replace("<<words>>", words), encoding="utf-8")
+    atomic_write(path, CARD.replace("<<words>>", words))
 
 
 def code_files() -> list[Path]:
@@ -179,10 +199,18 @@ def code_files() -> list[Path]:
 
 def _copy_code(folder: Path) -> None:
     for path in code_files():
-        shutil.copyfile(path, folder / path.name)
+        atomic_write(folder / path.name, path.read_bytes())
 
 
-def _mark(path: Path) -> None:
+def _mark_saved(folder: Path, with_pipeline: bool = True) -> None:
+    paths = [folder / name for name in _MARKS if (folder / name).is_file()]
+    if not paths:
+        raise ValueError(f"{folder} holds no saved checkpoint: it has none of {', '.join(_MARKS)}.")
+    for path in paths:
+        _mark(path, with_pipeline)
+
+
+def _mark(path: Path, with_pipeline: bool = True) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     unpublished = _unpublished(values.get("architectures"))
     try:
@@ -191,7 +219,10 @@ def _mark(path: Path) -> None:
         raise ValueError(f"{path} was not saved by an object of this library: it lacks {error}.") from error
     if unpublished:
         raise ValueError(f"{path} is that of a {unpublished[0]}, which this library's code loads by no Auto class.")
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if not with_pipeline:
+        values.pop("custom_pipelines", None)
+    # Only these keys are sorted: those of `id2label` are numbers, and their order is that of the classes.
+    atomic_write(path, json.dumps(dict(sorted(values.items())), indent=2) + "\n")
 
 
 def _unpublished(architectures: list[str] | None) -> list[str]:
@@ -287,4 +318,12 @@ class CodeSavingMixin(CodeRegistrationMixin):
             _copy_code(path.parent)
 
 
-__all__ = ["AUTO_CLASSES", "CodeRegistrationMixin", "CodeSavingMixin", "add_code", "code_files", "save_with_code"]
+__all__ = [
+    "AUTO_CLASSES",
+    "CodeRegistrationMixin",
+    "CodeSavingMixin",
+    "add_code",
+    "add_library_entry",
+    "code_files",
+    "save_with_code",
+]

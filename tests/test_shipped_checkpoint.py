@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from hub_card.publish_mini import MAX_BYTES, card
 from modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.cli_common import default_model_path
+from modeling_gkc.remote_code import add_library_entry
 from modeling_gkc.vocabulary import Vocabulary
 from train.miniworld.dataset import build_dataset
 from train.miniworld.evaluate import evaluate
@@ -64,6 +66,34 @@ def test_documented_python_runs(document, monkeypatch, tmp_path):
         assert len(blocks) == 3
         assert {segment["label"] for segment in names["segments"]} == {"orange square", "cyan hoop"}
         assert {"config.json", "hub_entry.py"} <= {path.name for path in (tmp_path / "published").iterdir()}
+
+
+REMOTE_CODE = """
+from transformers import AutoModel, AutoProcessor, pipeline
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+assert type(model).__module__ == "modeling_gkc.modeling_gkc", type(model)
+assert type(processor).__module__ == "modeling_gkc.processing_gkc", type(processor)
+assert pipeline("image-segmentation", model=FOLDER, trust_remote_code=True)("examples/scene-1.png", subtask="semantic")
+"""
+
+
+def test_auto_classes_load_it_by_trust_remote_code_alone(tmp_path):
+    """Without `import modeling_gkc` transformers asks the user to upgrade, unless the folder names its code."""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    code = REMOTE_CODE.replace("FOLDER", repr(str(SHIPPED)))
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_its_entry_module_is_what_publishing_writes(tmp_path):
+    for name in ("config.json", "processor_config.json"):
+        shutil.copy(SHIPPED / name, tmp_path)
+    add_library_entry(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (SHIPPED / path.name).read_bytes(), path.name
 
 
 def test_size_and_files():

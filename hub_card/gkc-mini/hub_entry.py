@@ -1,0 +1,21 @@
+"""The classes of the installed library, where `trust_remote_code=True` looks for a checkpoint's code."""
+
+from modeling_gkc import (
+    CLIPResNetBackbone,
+    CLIPResNetConfig,
+    CLIPResNetVisionModel,
+    GKCConfig,
+    GKCForOpenVocabSegmentation,
+    GKCImageProcessor,
+    GKCProcessor,
+)
+
+__all__ = [
+    "CLIPResNetBackbone",
+    "CLIPResNetConfig",
+    "CLIPResNetVisionModel",
+    "GKCConfig",
+    "GKCForOpenVocabSegmentation",
+    "GKCImageProcessor",
+    "GKCProcessor",
+]
