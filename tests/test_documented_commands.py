@@ -15,7 +15,9 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,7 @@ PARSED = {
     "python -m train.evaluate --model hub_card/gkc-mini --benchmark miniworld": "as the two before it",
     "gkc segment photos/ --vocab words.safetensors": "run by test_words_encoded_before below",
 }
+INLINE_PROGRAMS = r"(GKC_\w+=\S+ )?(gkc|python|make|accelerate|torchrun|pip|pytest) "
 # Appended so that minutes become seconds; everything else stays as it is typed.
 QUICK = {
     "python -m train own_folder": (
@@ -185,6 +188,13 @@ def starts(command: str, start: str) -> bool:
     return re.match(re.escape(start) + (r"(?![\w.])" if start[-1].isalnum() else ""), command) is not None
 
 
+def inline_commands_of(document: str) -> list[str]:
+    """Commands between backticks in the text of a document; "..." and CAPITALS stand for the reader's own."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = [code for code in re.findall(r"`([^`]+)`", text) if re.match(INLINE_PROGRAMS, code)]
+    return [command for command in found if "..." not in command and not command.startswith("gkc COMMAND")]
+
+
 def run_all(commands: list[str]) -> None:
     """Each command in order, run or only parsed."""
     for command in commands:
@@ -197,16 +207,46 @@ def run_all(commands: list[str]) -> None:
         assert run([*words, *quick.split()]) == 0, command
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_of_the_documents(document, place, monkeypatch):
-    monkeypatch.chdir(place)
+@cache
+def run_document(document: str) -> None:
+    """Run the commands of a document once, in the folder of `place`."""
     run_all(commands_of(document))
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of_the_documents(document, place, monkeypatch):
+    monkeypatch.chdir(place)
+    run_document(document)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])
+def test_commands_within_the_text_can_be_parsed(document, place, monkeypatch):
+    monkeypatch.chdir(place)
+    for command in inline_commands_of(document):
+        words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+        if "pytest" in words:
+            files = [word for word in words if word.startswith("tests/")]
+            assert files and all((ROOT / name).exists() for name in files), command
+        elif words[:2] == ["pip", "wheel"] or "tests.common_checks" in words:
+            assert words[-1] == "." or (ROOT / "tests" / "common_checks.py").exists(), command
+        elif words not in (["gkc", "segment"], ["gkc", "convert"]):  # names of commands, not commands
+            parse(shlex.join(words))
+
+
+@pytest.fixture(scope="module")
+def after_the_documents(place) -> None:
+    """Run the documents' commands, whose results the examples of the helps take, in whatever order the tests run."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.chdir(place)
+        for document in DOCUMENTS:
+            run_document(document)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("command", HELPS)
-def test_examples_of_the_helps(command, place, monkeypatch, capsys):
+def test_examples_of_the_helps(command, place, after_the_documents, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
