@@ -31,7 +31,7 @@ What is measured:
   memory      the most that a process holds, each in its own
 
 Each is a process of its own; in it the arms take turns, round by round. What each compares exactly stands at the top
-of benchmarks/inference.py, rivals.py and operator_kernels.py. Weights are random: nothing is downloaded.
+of benchmarks/inference.py, baselines.py and operator_kernels.py. Weights are random: nothing is downloaded.
 
 OUT gets results.json and results.md, written anew after every measurement, so that an ended run keeps what it has.
 The table is also printed. Let nothing else run beside it: the load average is noted.
@@ -81,10 +81,10 @@ class _Terminated(KeyboardInterrupt):
 
 def measurements(options: Options) -> dict[str, Callable[[], list[Result]]]:
     """All that can be measured, by name: the group, then what of it."""
+    from .baselines import measure_clipseg, measure_rival_memory, measure_two_stage
     from .inference import OURS, THEIRS, measure_batch, measure_images, measure_memory, modes
     from .models import EAGER, OPTIMIZED, PRESETS, mode_name
     from .operator_kernels import measure_operator
-    from .rivals import measure_clipseg, measure_rival_memory, measure_two_stage
 
     preset = PRESETS[options.preset]
     first, given = preset.sizes[0], (preset, options)

@@ -78,7 +78,7 @@ def write_pictures(folder: Path, vocabulary: str, images: int) -> None:
 def evaluate(model: Path, data: Path, result: Path, threads: int) -> dict[str, Any]:
     """The result file of an evaluation in a process of its own, and that process's highest `memory_mb`."""
     code = (
-        "import resource, sys; from train.evaluation.command import main; code = main(sys.argv[1:]);"
+        "import resource, sys; from train.evaluate.command import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024); sys.exit(code)"
     )
     options = ["--model", model, "--benchmark", "folder", "--data", data, "--out", result, "--cpu"]

@@ -33,8 +33,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import memory_mb
-from train.shards import StoreSettings, StoreWriter
-from train.teacher import TeacherCache
+from train.storage.shards import StoreSettings, StoreWriter
+from train.teacher.region_teacher import TeacherCache
 
 FINGERPRINT = {"data": "synthetic"}
 

@@ -67,11 +67,11 @@ from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel  # noqa: E40
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation  # noqa: E402
 from modeling_gkc.processing_gkc import GKCProcessor  # noqa: E402
 from train.data import dataset_features, encode_ids, expand_masks  # noqa: E402
+from train.engine.trainer import GKCTrainer  # noqa: E402
+from train.losses.criterion import StepDivisors  # noqa: E402
+from train.losses.region_sampling import StepRegions  # noqa: E402
 from train.miniworld.tokenizer import build_tokenizer  # noqa: E402
-from train.step_regions import StepRegions  # noqa: E402
-from train.teacher import OnlineTeacher, RegionTeacher, TextBank  # noqa: E402
-from train.trainer import GKCTrainer  # noqa: E402
-from train.training_losses import StepDivisors  # noqa: E402
+from train.teacher.region_teacher import OnlineTeacher, RegionTeacher, TextBank  # noqa: E402
 
 ARMS = ("cached", "online", "published")
 PARTS = ("CLIP", "forward", "matching", "losses", "backward", "optimiser")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
-OWN_FILES = ("test_common", "test_attention", "test_gradients", "test_doors")
+OWN_FILES = ("test_common", "test_attention", "test_gradients", "test_save_load_export")
 NO_GPU = "needs accelerators, which the suite does without; "
 NO_FLASH = (
     "flash attention takes no masks of the kind that masked attention needs (a query sees the inside of its mask), so "

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 
 from train.data import encode_ids, read_row
 from train.data.from_folder import convert, find_source, main
-from train.data.list_file import read_list
-from train.data.pictures import Source, read_annotated, split_named, split_of_folders
 from train.data.prepare import main as prepare
+from train.data.readers.list_file import read_list
+from train.data.sources import Source, read_annotated, split_named, split_of_folders
 
 HEIGHT, WIDTH = 20, 30
 PIXELS = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)

@@ -15,12 +15,12 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import harness, inference, models
+from benchmarks.baselines import CLIPSeg, make_two_stage, measure_clipseg, measure_two_stage
 from benchmarks.harness import Disagreement, Options, Result, Rounds, compare, memory_mb, take_turns
 from benchmarks.inference import OURS, THEIRS, Pair, arm_name, check_agreement, first_masks, memory_of, whole_call
 from benchmarks.models import PRESETS
 from benchmarks.operator_kernels import STRIDES, measure_operator, operator_inputs
 from benchmarks.report import BEGIN, END, markdown, update_document
-from benchmarks.rivals import CLIPSeg, make_two_stage, measure_clipseg, measure_two_stage
 
 ROOT = Path(__file__).parent.parent
 TOY = PRESETS["toy"]

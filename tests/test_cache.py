@@ -16,13 +16,13 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
 from modeling_gkc.vocabulary import Vocabulary
-from train import cache, fingerprints, shards
-from train.box_synonyms import BoxSynonyms
 from train.data import dataset_features, read_row
-from train.fingerprints import data_fingerprint
-from train.shards import StoreSettings, StoreWriter
-from train.stored_files import SUM, write_sealed_json
-from train.teacher import (
+from train.storage import fingerprints, shards
+from train.storage.checksums import SUM, write_sealed_json
+from train.storage.fingerprints import data_fingerprint
+from train.storage.shards import StoreSettings, StoreWriter
+from train.teacher import precompute
+from train.teacher.region_teacher import (
     CLIPTowers,
     RegionTeacher,
     SynonymProbabilities,
@@ -30,6 +30,7 @@ from train.teacher import (
     load_clip_towers,
     load_vision_tower,
 )
+from train.teacher.synonym_probabilities import BoxSynonyms
 
 from .conftest import small_config
 from .processes import as_rank, exit_code, free_port, start_child
@@ -61,11 +62,11 @@ def data(tmp_path) -> Path:
 
 def run(*arguments: object, command: str = "teacher") -> int:
     options = ["--num-workers", "0", "--images-per-shard", str(PER_SHARD), "--batch-size", "4"]
-    return cache.main([command, *map(str, arguments), *options])
+    return precompute.main([command, *map(str, arguments), *options])
 
 
 def folder_of(data: Path, kind: str = "teacher") -> Path:
-    return cache.cache_folder(data, "train", kind)
+    return precompute.cache_folder(data, "train", kind)
 
 
 def fingerprint(data: Path, clip: Path, keep_aspect: bool = False) -> dict[str, str]:
@@ -433,7 +434,7 @@ def test_storage_captions_and_further_columns_do_not_matter(tmp_path, plain_fing
 def test_the_pictures_are_read_once(tmp_path, monkeypatch, capsys):
     small_dataset().save_to_disk(tmp_path / "data")
     load = lambda: load_from_disk(str(tmp_path / "data"))  # noqa: E731
-    remember = cache.fingerprint_file(tmp_path / "data", "train")
+    remember = precompute.fingerprint_file(tmp_path / "data", "train")
     first = data_fingerprint(load(), remember)
     assert "Fingerprint of the data" in capsys.readouterr().err
     with monkeypatch.context() as patch:
@@ -556,7 +557,7 @@ def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_pat
     assert run(tmp_path / "data", "--clip", clip) == 0
     arguments = ["nouns", str(tmp_path / "data"), "--wordnet", str(wordnet)]
     (tmp_path / ".data-nouns.partial").mkdir()  # of a killed run
-    assert cache.main(arguments) == 0
+    assert precompute.main(arguments) == 0
     found = load_from_disk(str(tmp_path / "data-nouns"))["train"]
     assert found["nouns"][1] == [["dog"], []]
     assert "nouns" not in load_from_disk(str(tmp_path / "data"))["train"].column_names
@@ -565,9 +566,9 @@ def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_pat
     assert store.lookup(["toy-3"], [torch.tensor([300])])[0].shape == (1, 16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data-nouns", "wordnet"]
     capsys.readouterr()
-    assert cache.main(arguments) == 2
+    assert precompute.main(arguments) == 2
     assert "data-nouns is there already" in capsys.readouterr().err
-    assert cache.main(["nouns", str(tmp_path / "nothing")]) == 2
+    assert precompute.main(["nouns", str(tmp_path / "nothing")]) == 2
     assert "is no folder" in capsys.readouterr().err
 
 
@@ -577,13 +578,13 @@ def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_pat
 @pytest.mark.parametrize("arguments", [["--help"], ["teacher", "--help"], ["synonyms", "--help"], ["nouns", "--help"]])
 def test_help_teaches(arguments, capsys):
     with pytest.raises(SystemExit, match="0"):
-        cache.main(arguments)
+        precompute.main(arguments)
     text = capsys.readouterr().out
     assert "examples:" in text and "python -m train.cache" in text and "data/coco" in text
     assert max(map(len, text.splitlines())) < 120
 
 
 def test_an_unknown_place_is_asked_for(clip, monkeypatch, capsys):
-    monkeypatch.setattr(cache, "load_split", lambda name, split: toy_dataset(1))
+    monkeypatch.setattr(precompute, "load_split", lambda name, split: toy_dataset(1))
     assert run("someone/pictures", "--clip", clip) == 2
     assert "--out: someone/pictures is no folder" in capsys.readouterr().err

@@ -16,11 +16,11 @@ from transformers import CLIPTextConfig
 from configuration import Recipe
 from modeling_gkc import CLIPResNetConfig, GKCConfig, GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
 from modeling_gkc.checkpoint_loading import load_checkpoint_parts
-from modeling_gkc.cli import main
-from modeling_gkc.cli_common import UserError, load_checkpoint
-from train.clip_towers import load_clip_towers
-from train.evaluation.adapters import model_type
-from train.recipe_parts import load_student
+from modeling_gkc.cli.common import UserError, load_checkpoint
+from modeling_gkc.cli.main import main
+from train.engine.builders import load_student
+from train.evaluate.adapters import model_type
+from train.teacher.clip_towers import load_clip_towers
 
 from .conftest import small_config, word_tokenizer
 

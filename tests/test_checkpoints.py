@@ -19,9 +19,9 @@ from transformers.trainer_callback import TrainerState
 
 from configuration import Recipe
 from modeling_gkc.sealed_files import DamagedFileError
-from train import checkpoints as checkpoints_module
-from train import trainer as trainer_module
-from train.checkpoints import (
+from train.engine import checkpoints as checkpoints_module
+from train.engine import trainer as trainer_module
+from train.engine.checkpoints import (
     MANIFEST_NAME,
     checkpoints,
     is_complete,
@@ -31,7 +31,7 @@ from train.checkpoints import (
     seal,
     sealing,
 )
-from train.trainer import GKCTrainer
+from train.engine.trainer import GKCTrainer
 
 from .processes import forked
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor

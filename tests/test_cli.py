@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import modeling_gkc
-from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, cli_common
-from modeling_gkc.cli import main
-from modeling_gkc.cli_checks import find_images
-from modeling_gkc.cli_common import UserError, default_model_path
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
+from modeling_gkc.cli import common
+from modeling_gkc.cli.checks import find_images
+from modeling_gkc.cli.common import UserError, default_model_path
+from modeling_gkc.cli.main import main
 from modeling_gkc.post_processing import decode_rle
 from modeling_gkc.visualization import DrawnSegment, draw_overlay, label_map
 
@@ -400,7 +401,7 @@ class TestDefaultModel:
     def package(self, tmp_path, monkeypatch) -> Path:
         package = tmp_path / "site" / "modeling_gkc"
         package.mkdir(parents=True)
-        monkeypatch.setattr(cli_common, "__file__", str(package / "cli_common.py"))
+        monkeypatch.setattr(common, "__file__", str(package / "cli" / "common.py"))
         monkeypatch.setattr("sys.prefix", str(tmp_path / "environment"))
         monkeypatch.delenv("GKC_MODEL", raising=False)
         return package
@@ -513,7 +514,7 @@ class TestEnds:
         def interrupted(*arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("modeling_gkc.cli_segment._segment_file", interrupted)
+        monkeypatch.setattr("modeling_gkc.cli.segment._segment_file", interrupted)
         command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(tmp_path / "out")]
         assert main(command) == 130
         assert capsys.readouterr().err.splitlines()[-1] == "gkc: stopped."

@@ -21,11 +21,12 @@ from transformers import (
     ResNetConfig,
 )
 
-from modeling_gkc import CLIPResNetVisionModel, cli_common
-from modeling_gkc.cli_common import UserError
-from modeling_gkc.cli_parsers import add_convert
+from modeling_gkc import CLIPResNetVisionModel
+from modeling_gkc.cli import common
+from modeling_gkc.cli.common import UserError
+from modeling_gkc.cli.parsers import add_convert
 from modeling_gkc.conversion import clip_resnet_from_openai, clip_text_from_openai
-from modeling_gkc.conversion_mask2former import image_processor_from_mask2former
+from modeling_gkc.conversion.mask2former import image_processor_from_mask2former
 
 from .conftest import word_tokenizer
 from .openai_clip import random_weights, save_archive
@@ -125,7 +126,7 @@ class TestMask2Former:
         assert f"--model '{out}' --labels" in printed.out and "replace" not in printed.out
         assert printed.err == ""
 
-        model, processor = cli_common.load_checkpoint(out)
+        model, processor = common.load_checkpoint(out)
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
         inputs = processor(images=image, return_tensors="pt")
         assert inputs["pixel_values"].shape == (1, 3, 64, 96) and inputs["pixel_mask"].sum() == 64 * 89
@@ -149,7 +150,7 @@ class TestMask2Former:
         arguments = ("--text-model", clip, "--class-names", names, "--out", tmp_path / "out")
         assert gkc("mask2former", source, *arguments) == 0
         assert "check that their order is its: 'lawn' is 'grass'\n" in capsys.readouterr().out
-        model, _ = cli_common.load_checkpoint(tmp_path / "out")
+        model, _ = common.load_checkpoint(tmp_path / "out")
         assert model.config.source_vocabulary[2:4] == [["disc", "star", "dog"], ["grass", "lawn"]]
         assert model.config.vocabulary_is_thing == [True, True, True, False, False]
 
@@ -160,7 +161,7 @@ class TestMask2Former:
         arguments = ("--text-model", clip, "--class-names", names, "--out", tmp_path / "out")
         assert gkc("mask2former", source, *arguments) == 0
         assert capsys.readouterr().err.startswith("gkc: warning: Prompt templates of `class_names` are left out")
-        model, processor = cli_common.load_checkpoint(tmp_path / "out")
+        model, processor = common.load_checkpoint(tmp_path / "out")
         assert processor.prompt_templates == ["{}"]
         typed = model.get_class_embeddings(**processor(text=NAMES, return_tensors="pt")).class_embeds
         for stored in (model.vocabulary_embeds, model.class_embedder.name_embeds):

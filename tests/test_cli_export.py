@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, cli, cli_export, export
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
 from modeling_gkc.class_embeddings import encode_vocabulary, save_class_embeddings
-from modeling_gkc.cli_common import UserError
-from modeling_gkc.cli_parsers import add_export
+from modeling_gkc.cli import export as export_command
+from modeling_gkc.cli import main
+from modeling_gkc.cli.common import UserError
+from modeling_gkc.cli.parsers import add_export
+from modeling_gkc.export import exporter
 from modeling_gkc.vocabulary import Vocabulary
 
 from .conftest import small_config, word_tokenizer
@@ -38,15 +41,15 @@ def gkc(*arguments) -> int:
 def calls(monkeypatch) -> list[dict]:
     """What the command asks `export_segmenter` for, which then writes no graph."""
     asked = []
-    write = export.export_segmenter
+    write = exporter.export_segmenter
 
     def export_segmenter(model, processor, folder, **settings):
         asked.append(settings | {"templates": processor.prompt_templates})
         return write(model, processor, folder, **settings | {"check": False})
 
-    monkeypatch.setattr(cli_export, "export_segmenter", export_segmenter)
-    monkeypatch.setattr(export, "trace", lambda *arguments: None)
-    monkeypatch.setattr(export, "write_onnx", lambda program, path, *settings: path.write_bytes(b"graph"))
+    monkeypatch.setattr(export_command, "export_segmenter", export_segmenter)
+    monkeypatch.setattr(exporter, "trace", lambda *arguments: None)
+    monkeypatch.setattr(exporter, "write_onnx", lambda program, path, *settings: path.write_bytes(b"graph"))
     return asked
 
 
@@ -146,7 +149,7 @@ def test_an_empty_folder_may_be_there(checkpoint, tmp_path, calls):
 
 
 def test_missing_packages(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as raised:
         gkc("export", checkpoint, "--vocab", "dog", "--out", tmp_path / "new")
     assert str(raised.value) == "--format onnx: onnx and onnxscript not found: pip install onnx onnxscript"
@@ -159,8 +162,8 @@ def test_no_checkpoint(tmp_path):
 
 def test_the_command_is_known(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["export", "--help"])
+        main(["export", "--help"])
     printed = capsys.readouterr().out
     assert "run.py" in printed and max(map(len, printed.splitlines())) <= 120
-    assert cli.main(["export", "--vocab", "dog", "--size", "31", "--out", "absent-folder"]) == 2
+    assert main(["export", "--vocab", "dog", "--size", "31", "--out", "absent-folder"]) == 2
     assert capsys.readouterr().err.startswith("gkc: error: --size: ")

@@ -11,8 +11,8 @@ import torch
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
 from modeling_gkc.class_embeddings import load_class_embeddings
-from modeling_gkc.cli_common import UserError
-from modeling_gkc.cli_parsers import add_embed, add_vocab
+from modeling_gkc.cli.common import UserError
+from modeling_gkc.cli.parsers import add_embed, add_vocab
 from modeling_gkc.vocabulary_files import packaged_facts
 
 from .conftest import small_config, word_tokenizer
@@ -166,7 +166,7 @@ class TestEmbed:
         within("gkc embed", (embeddings.class_embeds - expected.class_embeds).abs().max(), 1e-6)
 
     def test_templates_are_averaged(self, checkpoint, tmp_path, capsys, within, monkeypatch):
-        monkeypatch.setattr("modeling_gkc.cli_embed.PROMPTS_PER_STEP", 5)
+        monkeypatch.setattr("modeling_gkc.cli.embed.PROMPTS_PER_STEP", 5)
         monkeypatch.setattr(
             "modeling_gkc.prompt_templates.PROMPT_TEMPLATES", {"three": ("{}", "red {}", "blue disc {}")}
         )

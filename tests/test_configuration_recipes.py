@@ -9,8 +9,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from configuration import Recipe, load_recipe, recipe
 from modeling_gkc.configuration_gkc import GKCConfig
-from train import distillation, text_diversification
-from train.command import recipe_names
+from train.engine.command import recipe_names
+from train.losses import distillation, synonyms
 
 COCO_RECIPES = ("coco_clip_r50", "coco_r101", "coco_clip_r50_opentrans", "coco_convnext_b")
 RECIPES = (*COCO_RECIPES, "miniworld", "own_folder")
@@ -161,7 +161,7 @@ def test_impossible_recipes_are_refused(changes, message):
 def test_recipes_and_training_know_the_same_choices():
     assert recipe.RELATIONS == distillation.RELATIONS
     assert recipe.DISTILLATION_EMBEDDINGS == distillation.DISTILLATION_EMBEDDINGS
-    assert ("none", *text_diversification.SYNONYM_MODES) == recipe.SYNONYM_MODES
+    assert ("none", *synonyms.SYNONYM_MODES) == recipe.SYNONYM_MODES
 
 
 def test_unknown_recipes_and_fields_are_refused():

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, CLIPTextModelWithProjection
 
-from modeling_gkc import torchscript_archive
-from modeling_gkc.conversion import clip_resnet_from_openai, clip_text_from_openai, read_weights
+from modeling_gkc.conversion import clip_resnet_from_openai, clip_text_from_openai, read_weights, torchscript_archive
 from modeling_gkc.modeling_clip_resnet import CLIPResNetBackbone
 
 from .openai_clip import PUBLISHED, TINY, random_weights, save_archive, weights

@@ -14,11 +14,11 @@ from transformers import pipeline
 
 from configuration import Recipe
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCProcessor, GKCSegmentationPipeline
-from modeling_gkc.cli import main
-from modeling_gkc.cli_common import default_model_path
+from modeling_gkc.cli.common import default_model_path
+from modeling_gkc.cli.main import main
 from modeling_gkc.loss_gkc import _PointDraws
-from train.teacher import OnlineTeacher, RegionTeacher
-from train.trainer import GKCTrainer
+from train.engine.trainer import GKCTrainer
+from train.teacher.region_teacher import OnlineTeacher, RegionTeacher
 
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_gkc.modeling_gkc import GKCStageOutput
-from train.distillation import DistillationHead, text_guided_distillation_loss
+from train.losses.distillation import DistillationHead, text_guided_distillation_loss
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reference_losses.npz")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_gkc.loss_gkc import GKCCriterion, classification_loss
-from train.distillation import RELATIONS, text_guided_distillation_loss
+from train.losses.distillation import RELATIONS, text_guided_distillation_loss
 
 from .conftest import small_config
 from .processes import run_forked

@@ -24,7 +24,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from modeling_gkc.cli import main as gkc
+from modeling_gkc.cli.main import main as gkc
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -39,7 +39,7 @@ HELPS = [
     *("python -m train.cache", "python -m train.cache teacher", "python -m train.cache synonyms"),
     *("python -m train.cache nouns", "python -m train.data.from_folder", "python -m train.data.prepare"),
     *("python -m train.data.view", "python -m train.data.benchmarks.miniworld", "python -m train.miniworld"),
-    *("python -m train.miniworld.examples", "python -m hub_card.publish_mini", "python -m benchmarks"),
+    *("python -m train.data.drawn_world.examples", "python -m hub_card.publish_mini", "python -m benchmarks"),
 ]
 
 # Start of a command that is only parsed -> why it does not run here.
@@ -87,7 +87,7 @@ QUICK = {
     "python -m train own_folder": (
         "steps=2 batch_size=2 num_workers=0 save_every=1 evaluate_every=2 log_every=1 train_num_points=64"
     ),
-    "python -m train.miniworld.examples --out my-shapes": "--masks 12",
+    "python -m train.data.drawn_world.examples --out my-shapes": "--masks 12",
 }
 
 
@@ -133,7 +133,7 @@ def run(words: list[str]) -> int:
     if words[0] == "gkc":
         return gkc(words[1:])
     if words[:2] == ["python", "words-onnx/run.py"]:
-        words = ["python", "-m", "modeling_gkc.export_runner", *words[2:]]
+        words = ["python", "-m", "modeling_gkc.export.runner", *words[2:]]
     if words[1].endswith(".py"):
         words = ["python", "-m", words[1].removesuffix(".py").replace("/", "."), *words[2:]]
     assert words[:2] == ["python", "-m"], words

@@ -19,19 +19,19 @@ from transformers import AutoModel, AutoProcessor
 from modeling_gkc.vocabulary import Vocabulary
 from train.data import prepare
 from train.data.benchmarks import miniworld
+from train.data.drawn_world.dataset import build_dataset, training_vocabulary
+from train.data.drawn_world.dataset import test_vocabulary as evaluation_vocabulary
+from train.data.drawn_world.words import CONCEPTS
 from train.data.prepared import load_prepared, vocabulary_json, write_manifest
 from train.data.schema import dataset_features, decode_ids, encode_ids, read_row, semantic_map
-from train.evaluation import chunks as chunks_module
-from train.evaluation.chunks import ChunkFolder, plan_chunks
-from train.evaluation.command import main
-from train.evaluation.result import read_result
+from train.evaluate import chunks as chunks_module
+from train.evaluate.chunks import ChunkFolder, plan_chunks
+from train.evaluate.command import main
+from train.evaluate.result import read_result
 from train.metrics import PanopticMetric, SemanticMetric
-from train.miniworld.dataset import build_dataset, training_vocabulary
-from train.miniworld.dataset import test_vocabulary as evaluation_vocabulary
 from train.miniworld.evaluate import evaluate
 from train.miniworld.protocols import concepts
-from train.miniworld.words import CONCEPTS
-from train.stored_files import SUM
+from train.storage.checksums import SUM
 
 from .processes import as_rank, exit_code, free_port, start_child
 

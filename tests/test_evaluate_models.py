@@ -29,16 +29,16 @@ from transformers import (
 from modeling_gkc import mask_resampling
 from modeling_gkc.post_processing import semantic_scores, semantic_segmentation
 from modeling_gkc.vocabulary import Vocabulary
+from train.data.drawn_world.world import draw_scene
 from train.data.prepared import load_prepared
 from train.data.schema import read_row, semantic_map
-from train.evaluation.adapters import CLIPSegSegmenter, LabelledSegmenter, match_labels
-from train.evaluation.command import main
-from train.evaluation.protocol import Protocol
-from train.evaluation.result import read_result
-from train.evaluation.segmenter import GKCSegmenter, View, all_views
-from train.evaluation.words import words_of
+from train.evaluate.adapters import CLIPSegSegmenter, LabelledSegmenter, match_labels
+from train.evaluate.command import main
+from train.evaluate.protocol import Protocol
+from train.evaluate.result import read_result
+from train.evaluate.segmenter import GKCSegmenter, View, all_views
+from train.evaluate.vocabulary import words_of
 from train.metrics import SemanticMetric
-from train.miniworld.world import draw_scene
 
 from .conftest import word_tokenizer
 from .test_evaluate import SHIPPED, row, write_prepared

@@ -8,16 +8,16 @@ from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProc
 from modeling_gkc.vocabulary import Vocabulary
 from train.data.benchmarks import all_benchmarks, benchmark_named
 from train.data.schema import NO_CLASS
-from train.evaluation.command import main
-from train.evaluation.groups import class_facts, class_groups, group_scores
-from train.evaluation.loop import predict
-from train.evaluation.outcome import published_images
-from train.evaluation.predictions import PredictionWriter
-from train.evaluation.protocol import PROTOCOLS, Protocol, protocol_of, reduced_size
-from train.evaluation.result import read_result
-from train.evaluation.samples import Sample, read_sample, resize_bilinear, resize_nearest
-from train.evaluation.scores import Prediction, VideoPanopticScore, VideoScore, flatten, link_segments
-from train.evaluation.words import words_of
+from train.evaluate.command import main
+from train.evaluate.groups import class_facts, class_groups, group_scores
+from train.evaluate.loop import predict
+from train.evaluate.predictions import PredictionWriter
+from train.evaluate.protocol import PROTOCOLS, Protocol, protocol_of, reduced_size
+from train.evaluate.result import read_result
+from train.evaluate.run import published_images
+from train.evaluate.samples import Sample, read_sample, resize_bilinear, resize_nearest
+from train.evaluate.scores import Prediction, VideoPanopticScore, VideoScore, flatten, link_segments
+from train.evaluate.vocabulary import words_of
 from train.metrics import SemanticMetric, VideoConsistencyMetric, VideoPanopticMetric
 
 from .conftest import small_config, word_tokenizer

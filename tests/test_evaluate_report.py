@@ -9,9 +9,9 @@ import pytest
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from train.evaluation.command import describe, flattering, main
-from train.evaluation.report import COLUMNS, PUBLISHED, model_index, other_scores, table
-from train.evaluation.result import SCHEMA, SCHEMA_NAME, check_result, read_result, write_result
+from train.evaluate.command import describe, flattering, main
+from train.evaluate.report import COLUMNS, PUBLISHED, model_index, other_scores, table
+from train.evaluate.result import SCHEMA, SCHEMA_NAME, check_result, read_result, write_result
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "evaluation.md"
 

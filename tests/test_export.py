@@ -18,11 +18,13 @@ from PIL import Image
 from torch import nn
 from transformers import ConvNextConfig
 
-from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary, export, export_graph
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
 from modeling_gkc.class_embeddings import GKCClassEmbeddings, encode_vocabulary
-from modeling_gkc.cli import main
-from modeling_gkc.export import export_segmenter, write_class_embeds
-from modeling_gkc.export_graph import ExportableSegmenter, one_embed_per_class
+from modeling_gkc.cli.main import main
+from modeling_gkc.export import exporter
+from modeling_gkc.export import graph as export_graph
+from modeling_gkc.export.exporter import export_segmenter, write_class_embeds
+from modeling_gkc.export.graph import ExportableSegmenter, one_embed_per_class
 from modeling_gkc.image_processing_gkc import read_image
 from modeling_gkc.post_processing import semantic_segmentation
 
@@ -404,27 +406,29 @@ def test_writes_over_nothing(is_file, tmp_path):
 
 @pytest.mark.parametrize("missing", [["onnx"], ["onnx", "onnxscript"]])
 def test_names_missing_packages(missing, tmp_path, monkeypatch):
-    find_spec = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
+    find_spec = exporter.importlib.util.find_spec
+    monkeypatch.setattr(
+        exporter.importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
+    )
     with pytest.raises(ImportError, match=f"pip install {' '.join(missing)}$"):
         export_segmenter(toy(tiny_config()), processor(), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_onnxruntime_a_graph_is_not_compared_unless_asked(monkeypatch):
-    find_spec = export.importlib.util.find_spec
+    find_spec = exporter.importlib.util.find_spec
     absent = "onnxruntime"
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
-    assert export.check_packages("onnx") is False and export.check_packages("torch-export") is True
+    monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
+    assert exporter.check_packages("onnx") is False and exporter.check_packages("torch-export") is True
     with pytest.raises(ImportError, match=r"pip install onnxruntime$"):
-        export.check_packages("onnx", check=True)
+        exporter.check_packages("onnx", check=True)
 
 
 @pytest.fixture
 def quick_graphs(monkeypatch):
     """Exports without the time that tracing takes; the graphs that come back are the module itself, made wrong."""
-    monkeypatch.setattr(export, "trace", lambda segmenter, *sizes: segmenter)
-    monkeypatch.setattr(export, "write_onnx", lambda program, path, *settings: torch.save(0, path))
+    monkeypatch.setattr(exporter, "trace", lambda segmenter, *sizes: segmenter)
+    monkeypatch.setattr(exporter, "write_onnx", lambda program, path, *settings: torch.save(0, path))
     monkeypatch.setattr(export_graph, "CHECKED_IMAGES", 2)
 
 
@@ -438,7 +442,7 @@ def test_a_wrong_graph_is_refused_and_leaves_nothing(key, quick_graphs, monkeypa
         outputs[key] = outputs[key] + 2e-3
         return outputs
 
-    monkeypatch.setattr(export, "load_graph", lambda graph: run)
+    monkeypatch.setattr(exporter, "load_graph", lambda graph: run)
     with pytest.raises(ValueError, match=r"differ from the model's by .*0\.002.* it was not written"):
         export_segmenter(model, processor(), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
@@ -448,7 +452,7 @@ def test_a_killed_export_leaves_no_folder_of_the_name(quick_graphs, monkeypatch,
     def interrupted(graph):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "load_graph", interrupted)
+    monkeypatch.setattr(exporter, "load_graph", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_segmenter(toy(small_config()), processor(), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
@@ -456,7 +460,7 @@ def test_a_killed_export_leaves_no_folder_of_the_name(quick_graphs, monkeypatch,
 
 def test_half_precision_weights_become_a_graph_in_fp32(quick_graphs, monkeypatch, tmp_path):
     traced = []
-    monkeypatch.setattr(export, "trace", lambda segmenter, *sizes: traced.append(segmenter))
+    monkeypatch.setattr(exporter, "trace", lambda segmenter, *sizes: traced.append(segmenter))
     model = toy(small_config()).bfloat16()
     exported = export_segmenter(model, processor(), tmp_path / "new", vocabulary="dog; lamp", fixed=True, check=False)
     assert {value.dtype for value in traced[0].state_dict().values() if value.is_floating_point()} == {torch.float32}

@@ -9,13 +9,13 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 
-from modeling_gkc.cli import main as gkc_main
+from modeling_gkc.cli.main import main as gkc_main
 from modeling_gkc.vocabulary import Vocabulary
 from train.data import check_dataset, encode_ids, read_row
+from train.data.drawn_world.words import SHAPES
+from train.data.drawn_world.world import draw_scene
 from train.data.from_folder import convert, main
-from train.main import main as train_main
-from train.miniworld.words import SHAPES
-from train.miniworld.world import draw_scene
+from train.engine.main import main as train_main
 
 ROOT = Path(__file__).parent.parent
 

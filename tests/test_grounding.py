@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.grounding import gather_with_gradients, grounding_loss
+from train.losses.grounding import gather_with_gradients, grounding_loss
 
 from .processes import run_forked
 

@@ -11,17 +11,23 @@ from transformers.dynamic_module_utils import get_imports
 from benchmarks import __main__ as benchmarks_command
 from benchmarks.harness import DTYPES
 from benchmarks.models import PRESETS
-from train.evaluation import command as evaluation_command
-from train.evaluation import segmenter
+from modeling_gkc.remote_code import code_files
+from train.evaluate import command as evaluation_command
+from train.evaluate import segmenter
 
 from .processes import without_lines_of_others
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = sorted((ROOT / "modeling_gkc").glob("*.py"))
+FLAT = sorted((ROOT / "modeling_gkc").glob("*.py"))
+# Sub-packages of the library, which are not published with a checkpoint, and those of training code, lowest first:
+# a module imports from its own folder and from folders before it.
+LIBRARY_PACKAGES = ("conversion", "export", "cli")
+TRAIN_PACKAGES = ("storage", "metrics", "data", "teacher", "losses", "engine", "evaluate", "miniworld")
+LIBRARY = [*FLAT, *(path for name in LIBRARY_PACKAGES for path in sorted((ROOT / "modeling_gkc" / name).glob("*.py")))]
 OURS = ("modeling_gkc", "configuration", "train", "hub_card", "benchmarks", "tests")
 # Third-party packages that inference may need, and those of single modules, imported where they are used.
 INFERENCE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tqdm"}
-OPTIONAL = {"export_runner": {"onnxruntime"}, "loss_gkc": {"scipy"}, "deformable_attention_triton": {"triton"}}
+OPTIONAL = {"runner": {"onnxruntime"}, "loss_gkc": {"scipy"}, "deformable_attention_triton": {"triton"}}
 ALLOWED = {
     "train": {"modeling_gkc", "configuration", "train"},
     "hub_card": {"modeling_gkc", "hub_card"},
@@ -40,9 +46,6 @@ PROCESSORS = (
 )
 MODELS = (
     "class_embedder",
-    "conversion",
-    "conversion_clip",
-    "conversion_mask2former",
     "loss_gkc",
     "mask_decoder",
     "modeling_clip_resnet",
@@ -66,13 +69,74 @@ def top(module: str) -> str:
     return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_library_imports_itself_only_with_single_dots(path):
+@pytest.mark.parametrize("path", FLAT, ids=lambda path: path.stem)
+def test_flat_modules_import_themselves_only_with_single_dots(path):
+    """A published folder holds the flat modules side by side; sub-packages are not in it."""
     for level, module in imports(path):
         if level:
             assert level == 1 and module and "." not in module, f"{path.name}: 'from {'.' * level}{module}'"
+            assert module not in LIBRARY_PACKAGES or path.stem == "__main__", f"{path.name} imports {module}"
         else:
             assert top(module) not in OURS, f"{path.name} imports {module} by its full name"
+
+
+@pytest.mark.parametrize("package", LIBRARY_PACKAGES)
+def test_sub_packages_of_the_library_import_downwards(package):
+    lower = LIBRARY_PACKAGES[: LIBRARY_PACKAGES.index(package)]
+    for path in (ROOT / "modeling_gkc" / package).glob("*.py"):
+        for level, module in imports(path):
+            assert level or top(module) not in OURS, f"{path.name} imports {module} by its full name"
+            assert level < 2 or top(module) not in set(LIBRARY_PACKAGES) - {*lower}, f"{path.name} imports {module}"
+
+
+def train_imports(path: Path) -> list[tuple[str, ...]]:
+    """Modules of `train` that a file imports, each as its parts after `train`."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = []
+    for level, module in imports(path):
+        parts = (
+            (*package[: len(package) - level + 1], *filter(None, module.split("."))) if level else module.split(".")
+        )
+        if parts[0] == "train":
+            found.append(parts[1:])
+    return found
+
+
+@pytest.mark.parametrize("package", TRAIN_PACKAGES)
+def test_packages_of_train_import_downwards(package):
+    """So there is no circle of folders, and nothing imports from the top of `train`."""
+    lower = {package, *TRAIN_PACKAGES[: TRAIN_PACKAGES.index(package)]}
+    for path in (ROOT / "train" / package).rglob("*.py"):
+        for parts in train_imports(path):
+            assert not parts or parts[0] in lower, f"{path.relative_to(ROOT)} imports {'.'.join(('train', *parts))}"
+
+
+def test_train_has_a_dozen_entries_and_its_sub_packages_are_known():
+    entries = {path.name for path in (ROOT / "train").iterdir() if path.suffix == ".py" or any(path.rglob("*.py"))}
+    entries -= {"__init__.py", "__main__.py"}
+    assert len(entries) <= 12
+    assert {name for name in entries if not name.endswith(".py")} == {*TRAIN_PACKAGES}
+
+
+def test_modules_of_train_make_no_circle():
+    graph = {}
+    for path in (ROOT / "train").rglob("*.py"):
+        name = path.relative_to(ROOT / "train").with_suffix("").parts
+        graph[name[:-1] if name[-1] == "__init__" else name] = [*train_imports(path)]
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"circle: {[*open_[open_.index(name) :], name]}"
+        if name in done or name not in graph:
+            return
+        open_.append(name)
+        for imported in graph[name]:
+            if imported != name:
+                visit(imported)
+        done.add(open_.pop())
+
+    for name in graph:
+        visit(name)
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
@@ -81,7 +145,7 @@ def test_inference_needs_no_training_package(path):
     assert outside <= OPTIONAL.get(path.stem, set()), f"{path.name} imports {outside}"
 
 
-@pytest.mark.parametrize(("name", "neighbors"), [("image_reading", set()), ("export_runner", {"image_reading"})])
+@pytest.mark.parametrize(("name", "neighbors"), [("image_reading", set()), ("export/runner", {"image_reading"})])
 def test_what_is_copied_beside_a_graph_needs_no_torch(name, neighbors):
     found = imports(ROOT / "modeling_gkc" / f"{name}.py")
     assert {module for level, module in found if level} == neighbors
@@ -109,8 +173,10 @@ def test_remote_code_asks_for_no_training_package(path):
     assert set(get_imports(path)) <= INFERENCE | set(sys.stdlib_module_names)
 
 
-def test_library_is_flat():
-    assert [path for path in (ROOT / "modeling_gkc").rglob("*.py") if path.parent != ROOT / "modeling_gkc"] == []
+def test_published_code_is_flat_and_the_library_has_no_other_sub_packages():
+    assert {path.parent for path in code_files()} == {ROOT / "modeling_gkc"}
+    packages = {path.parent.name for path in (ROOT / "modeling_gkc").rglob("*.py")} - {"modeling_gkc"}
+    assert packages == {*LIBRARY_PACKAGES}
 
 
 # What a user may lack: packages of training, and those that transformers and the kernels use where they are.
@@ -176,17 +242,17 @@ def test_help_and_vocabularies_need_no_torch():
 
 # Every command of the clone, with arguments that are answered before any work: help, slips, and what is there already.
 ANSWERED = {
-    "train.main": [["--help"], ["no_such_recipe"], ["own_folder", "lerning_rate=1"], ["own_folder", "--show"]],
+    "train.engine.main": [["--help"], ["no_such_recipe"], ["own_folder", "lerning_rate=1"], ["own_folder", "--show"]],
     "train.data.prepare": [["--help"], ["ade20k_150", "--help"], ["no_such_benchmark"]],
     "train.data.from_folder": [["--help"], ["tests", "--out", "tests"], ["absent", "--out", "absent-out"]],
     "train.data.view": [["--help"]],
-    "train.evaluation.command": [
+    "train.evaluate.command": [
         ["--help"],
         ["report", "--help"],
         ["--model", "m", "--benchmark", "ade20k_150", "--data", "absent"],
     ],
-    "train.cache": [["--help"], ["teacher", "--help"], ["teacher", "tests"]],
-    "train.synonyms": [["--help"]],
+    "train.teacher.precompute": [["--help"], ["teacher", "--help"], ["teacher", "tests"]],
+    "train.data.wordnet.synonyms": [["--help"]],
     "hub_card.publish_mini": [["--help"], ["absent"]],
     "train.miniworld.__main__": [["--help"], ["--arms", "none"]],
     "benchmarks.__main__": [["--help"], ["--threads", "0"]],

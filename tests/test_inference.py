@@ -5,7 +5,7 @@ import torch
 from transformers.utils import logging
 
 from modeling_gkc import GKCForOpenVocabSegmentation, inference
-from modeling_gkc.export import export_segmenter
+from modeling_gkc.export.exporter import export_segmenter
 from modeling_gkc.inference import fold_batch_norms
 
 from .common_models import CASES, SEGMENTERS, Case, tiny_config

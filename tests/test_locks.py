@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from train.data import from_folder
-from train.locks import OutputInUseError, lock_output
+from train.storage.locks import OutputInUseError, lock_output
 
 from .processes import exit_code, start_child
 

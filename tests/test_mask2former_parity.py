@@ -16,7 +16,7 @@ from transformers import (
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
 from modeling_gkc.conversion import from_mask2former
-from modeling_gkc.conversion_mask2former import _renamed_weights
+from modeling_gkc.conversion.mask2former import _renamed_weights
 from modeling_gkc.modeling_gkc import GKCModelOutput
 
 from .conftest import word_tokenizer

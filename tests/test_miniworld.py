@@ -12,11 +12,26 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import jaccard_score
 
+from train.data.drawn_world import dataset as dataset_module
+from train.data.drawn_world.dataset import build_dataset, training_vocabulary
+from train.data.drawn_world.parallel import map_scenes
+from train.data.drawn_world.shapes import OUTLINES, shape_mask
+from train.data.drawn_world.words import (
+    CAPTION_WORDS,
+    COARSE,
+    CONCEPTS,
+    NEVER_SEEN,
+    SHAPES,
+    STUFFS,
+    VOID,
+    WORDS,
+    coarse_label,
+)
+from train.data.drawn_world.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
 from train.data.schema import check_dataset, read_row
 from train.miniworld import clip as clip_module
-from train.miniworld import dataset as dataset_module
 from train.miniworld.clip import MiniCLIP, contrastive_loss, load_clip, train_clip
-from train.miniworld.dataset import build_dataset, training_vocabulary
+from train.miniworld.clip_data import CaptionedBatches, collect_crops, collect_other_world
 from train.miniworld.evaluate import (
     confusion_matrix,
     evaluate,
@@ -28,25 +43,10 @@ from train.miniworld.evaluate import (
 from train.miniworld.gate import format_gate, measure_gate, save_gate
 from train.miniworld.lexicon import Lexicon
 from train.miniworld.other_world import draw_other_world
-from train.miniworld.parallel import map_scenes
-from train.miniworld.pictures import CaptionedBatches, collect_crops, collect_other_world
 from train.miniworld.protocols import IGNORED, all_protocols, concepts, seen
 from train.miniworld.settings import CLIPTraining
-from train.miniworld.shapes import OUTLINES, shape_mask
 from train.miniworld.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from train.miniworld.words import (
-    CAPTION_WORDS,
-    COARSE,
-    CONCEPTS,
-    NEVER_SEEN,
-    SHAPES,
-    STUFFS,
-    VOID,
-    WORDS,
-    coarse_label,
-)
-from train.miniworld.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
-from train.regions import GREY, crop_region
+from train.teacher.crops import GREY, crop_region
 
 TOY = CLIPTraining(steps=6, scenes=12, batch_size=16, half_size_share=0.5)
 

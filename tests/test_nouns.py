@@ -8,8 +8,8 @@ from datasets import Dataset, load_from_disk
 from nltk.tag.perceptron import PerceptronTagger
 
 from tests.wordnet_miniature import hide_wordnet, real_wordnet, write_wordnet
-from train.nouns import LexiconTagger, PerceptronNouns, add_nouns, caption_nouns, open_tagger
-from train.wordnet import open_wordnet
+from train.data.wordnet.caption_nouns import LexiconTagger, PerceptronNouns, add_nouns, caption_nouns, open_tagger
+from train.data.wordnet.database import open_wordnet
 
 CAPTIONS = [
     "A white dog and two Dogs standing in the park.",

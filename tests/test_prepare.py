@@ -17,17 +17,17 @@ from datasets import load_dataset
 
 from configuration import Recipe
 from modeling_gkc.vocabulary import Vocabulary
-from train import cache
 from train.data import check_dataset, read_row
-from train.data.benchmark import Benchmark, semantic_segments
 from train.data.benchmarks import benchmark_named
-from train.data.pictures import Picture
+from train.data.benchmarks.base import Benchmark, semantic_segments
 from train.data.prepare import Settings, main, prepare
 from train.data.prepared import is_prepared, load_prepared, read_manifest
 from train.data.prepared_shards import plan_shards
 from train.data.schema import dataset_features, semantic_map
-from train.nouns import add_nouns
-from train.recipe_parts import load_data, load_vocabulary
+from train.data.sources import Picture
+from train.data.wordnet.caption_nouns import add_nouns
+from train.engine.builders import load_data, load_vocabulary
+from train.teacher import precompute
 
 from . import benchmark_miniatures as minis
 from .wordnet_miniature import write_wordnet
@@ -373,7 +373,7 @@ def test_recipes_and_caches_take_a_prepared_folder(tmp_path, capsys):
     assert load_vocabulary(recipe).labels == Vocabulary.named("coco_panoptic_133").labels
     check_dataset(splits["train"], load_vocabulary(recipe).labels, progress=False)
     wordnet = write_wordnet(tmp_path / "wordnet")
-    assert cache.main(["nouns", str(out), "--wordnet", str(wordnet)]) == 0
+    assert precompute.main(["nouns", str(out), "--wordnet", str(wordnet)]) == 0
     capsys.readouterr()
     made = load_data(Recipe(dataset=f"{out}-nouns", eval_split="val"))["val"]
     assert made["nouns"][:] == [[[], []], [[]]] and made["captions"][1] == ["Only one."]

@@ -14,9 +14,9 @@ from pycocotools import mask as coder
 from scipy.io import loadmat, savemat
 
 from modeling_gkc.vocabulary import Vocabulary
-from train.data.benchmark import look_up, raw_ids, read_table
 from train.data.benchmarks import all_benchmarks, benchmark_named
 from train.data.benchmarks.ade20k import full_indices, instance_classes
+from train.data.benchmarks.base import look_up, raw_ids, read_table
 from train.data.prepare import Settings, prepare
 from train.data.prepared import load_prepared
 from train.data.schema import decode_ids, read_row, semantic_map

@@ -16,16 +16,16 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from hub_card.publish_mini import MAX_BYTES, card
 from modeling_gkc import GKCForOpenVocabSegmentation
-from modeling_gkc.cli_common import default_model_path
+from modeling_gkc.cli.common import default_model_path
 from modeling_gkc.remote_code import add_library_entry
 from modeling_gkc.vocabulary import Vocabulary
-from train.miniworld.dataset import build_dataset
+from train.data.drawn_world.dataset import build_dataset
+from train.data.drawn_world.examples import EXAMPLES_SPLIT, draw_examples
+from train.data.drawn_world.words import WORDS
+from train.data.drawn_world.world import draw_scene
 from train.miniworld.evaluate import evaluate
-from train.miniworld.examples import EXAMPLES_SPLIT, draw_examples
 from train.miniworld.settings import ARMS, MAIN_ARMS
 from train.miniworld.summary import tables
-from train.miniworld.words import WORDS
-from train.miniworld.world import draw_scene
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "hub_card" / "gkc-mini"

@@ -17,7 +17,8 @@ from modeling_gkc.vocabulary_provenance import (
     write_provenance,
 )
 from tests.wordnet_miniature import real_wordnet, write_wordnet
-from train.synonyms import (
+from train.data.wordnet.database import open_wordnet
+from train.data.wordnet.synonyms import (
     Correction,
     NamedClass,
     build_synonyms,
@@ -27,7 +28,6 @@ from train.synonyms import (
     spellings,
     word_key,
 )
-from train.wordnet import open_wordnet
 
 FROM_WORDNET = {"lemma", "hyponym", "deeper hyponym", "hypernym", "sister"}
 

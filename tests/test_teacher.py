@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from modeling_gkc.cli import main as gkc
+from modeling_gkc.cli.main import main as gkc
 from modeling_gkc.vocabulary import Vocabulary
-from train.cache import write_cache
 from train.data import read_row
-from train.distillation import text_guided_distillation_loss
+from train.losses.distillation import text_guided_distillation_loss
 from train.miniworld.clip import MiniCLIP, save_clip
-from train.regions import crop_box, crop_region, crop_regions, resample_regions
-from train.teacher import (
+from train.teacher.crops import crop_box, crop_region, crop_regions, resample_regions
+from train.teacher.precompute import write_cache
+from train.teacher.region_teacher import (
     OnlineTeacher,
     RegionTeacher,
     TeacherCache,

@@ -7,16 +7,15 @@ import torch.nn.functional as F
 
 from modeling_gkc.loss_gkc import classification_loss
 from modeling_gkc.modeling_gkc import reduce_prompt_logits
-from train.text_diversification import (
+from train.losses.synonyms import (
     CLUSTER_REDUCTIONS,
     assign_slots,
     clustered_synonym_loss,
     draw_synonyms,
     gather_slot_logits,
     sampled_synonym_loss,
-    synonym_probabilities,
-    synonym_table,
 )
+from train.teacher.synonym_probabilities import synonym_probabilities, synonym_table
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reference_losses.npz")
 

@@ -22,14 +22,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel, AutoProcessor, ResNetConfig, ResNetModel, pipeline
 
 from configuration import Recipe
-from modeling_gkc.cli import main as gkc
-from train import cache, trainer
-from train.checkpoints import checkpoints, is_complete
-from train.command import parse, parse_changes
-from train.main import main
-from train.pictures import EvaluationPictures, class_map, grid
-from train.recipe_parts import JoinedLookup, load_student, load_towers
-from train.run import build_trainer, check_folder, require_all_processes
+from modeling_gkc.cli.main import main as gkc
+from train.engine import trainer
+from train.engine.builders import JoinedLookup, load_student, load_towers
+from train.engine.checkpoints import checkpoints, is_complete
+from train.engine.command import parse, parse_changes
+from train.engine.main import main
+from train.engine.run import build_trainer, check_folder, require_all_processes
+from train.engine.visualization import EvaluationPictures, class_map, grid
+from train.teacher import precompute
 
 from .processes import exit_code, start_child
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_row, toy_tokenizer, toy_vision_model
@@ -93,7 +94,7 @@ def workplace(tmp_path_factory) -> Workplace:
     save_toy_clip(place.clip)
     Path(place.recipe).write_text(RECIPE.format(dataset=str(place.data), clip=str(place.clip)))
     for split in ("train", "val"):
-        assert cache.main(["teacher", str(place.data), "--clip", str(place.clip), "--split", split]) == 0
+        assert precompute.main(["teacher", str(place.data), "--clip", str(place.clip), "--split", split]) == 0
     return place
 
 
@@ -233,7 +234,7 @@ def test_a_missing_teacher_cache_gets_the_command_that_makes_it(workplace, tmp_p
     assert main([workplace.recipe, f"dataset={data}", "--out", str(tmp_path / "out")]) == 2
     command = f"python -m train.cache teacher {data} --clip {workplace.clip} --split train"
     assert f"make them with `{command}`" in capsys.readouterr().err
-    assert cache.main(command.split()[3:]) == 0
+    assert precompute.main(command.split()[3:]) == 0
     assert main([workplace.recipe, f"dataset={data}", "--out", str(tmp_path / "out")]) == 2
     assert "--split val`" in capsys.readouterr().err
 
@@ -336,7 +337,7 @@ def test_fine_tuning_the_shipped_checkpoint_on_a_folder(workplace, tmp_path, mon
 
 
 def test_two_processes_of_accelerate_are_one_run(workplace, tmp_path):
-    """The same images in every step as with one process, and one voice; tests/test_equalities.py compares weights."""
+    """The same images in every step as with one process, and one voice; test_batch_invariance.py compares weights."""
     arguments = ["-m", "train", workplace.recipe, "steps=2", "save_every=2", "eval_split=none", "--report-to", "none"]
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     launch += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -485,7 +486,7 @@ def test_splits_that_share_images_cannot_share_a_lookup(workplace, tmp_path):
     DatasetDict(train=toy_dataset(4), val=toy_dataset(2)).save_to_disk(folder)
     (folder / "vocabulary.json").write_text(json.dumps(VOCABULARY.names))
     for split in ("train", "val"):
-        cache.main(["teacher", str(folder), "--clip", str(workplace.clip), "--split", split])
+        precompute.main(["teacher", str(folder), "--clip", str(workplace.clip), "--split", split])
     with pytest.raises(ValueError, match="share 2 image ids, such as 'toy-0'"):
         build_trainer(parse([workplace.recipe, f"dataset={folder}"]).recipe, tmp_path / "out")
 

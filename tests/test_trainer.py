@@ -16,14 +16,14 @@ from transformers import TrainerCallback
 from configuration import Recipe
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
-from train import training_losses
-from train.checkpoints import last_complete_checkpoint
 from train.data import expand_masks
-from train.optimization import learning_rate_factor, parameter_groups
-from train.reporting import TrainingStopped
-from train.teacher import RegionTeacher
-from train.trainer import HEADS_NAME, GKCTrainer
-from train.training_losses import point_seeds
+from train.engine.checkpoints import last_complete_checkpoint
+from train.engine.logging import TrainingStopped
+from train.engine.optimization import learning_rate_factor, parameter_groups
+from train.engine.trainer import HEADS_NAME, GKCTrainer
+from train.losses import criterion
+from train.losses.criterion import point_seeds
+from train.teacher.region_teacher import RegionTeacher
 
 from .processes import forked
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
@@ -355,13 +355,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_its_keys(tmp_path, undis
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **{**SAVING, "save_steps": 2})
-    original = training_losses.text_guided_distillation_loss
+    original = criterion.text_guided_distillation_loss
 
     def broken(*args, **kwargs):
         terms = original(*args, **kwargs)
         return tuple(term * float("nan") for term in terms) if trainer.state.global_step == 2 else terms
 
-    monkeypatch.setattr(training_losses, "text_guided_distillation_loss", broken)
+    monkeypatch.setattr(criterion, "text_guided_distillation_loss", broken)
     with pytest.raises(RuntimeError, match=r"step 3, images \['toy-\d', 'toy-\d'\].*loss_distillation_feature"):
         trainer.train()
     intact = checkpoint_weights(last_complete_checkpoint(tmp_path))

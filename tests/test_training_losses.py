@@ -9,15 +9,15 @@ from transformers import ConvNextConfig, ResNetConfig, SwinConfig
 
 from configuration import Recipe
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
-from train.captions import NounBank, distinct_nouns, draw_nouns
 from train.data import AugmentedDataset, JointTransform, SegmentationCollator, StreamingDataset
-from train.optimization import freeze_stages
-from train.step_regions import Regions, StepRegions
-from train.teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities, TextBank
-from train.text_diversification import synonym_table
-from train.trainer import GKCTrainer
-from train.training_losses import StepDivisors
-from train.training_model import TrainingModel
+from train.engine.model import TrainingModel
+from train.engine.optimization import freeze_stages
+from train.engine.trainer import GKCTrainer
+from train.losses.criterion import StepDivisors
+from train.losses.region_sampling import Regions, StepRegions
+from train.teacher.noun_bank import NounBank, distinct_nouns, draw_nouns
+from train.teacher.region_teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities, TextBank
+from train.teacher.synonym_probabilities import synonym_table
 
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
 

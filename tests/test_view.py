@@ -17,7 +17,7 @@ from train.data.contact_sheet import Sample, SheetRow, draw_sheet, enlarged, leg
 from train.data.prepared import read_manifest, write_manifest
 from train.data.schema import dataset_features, encode_ids
 from train.data.view import choose, main, open_dataset
-from train.stored_files import file_sha256
+from train.storage.checksums import file_sha256
 
 CITY = Vocabulary.named("cityscapes_19")
 ROAD, CAR, PERSON = CITY.labels.index("road"), CITY.labels.index("car"), CITY.labels.index("person")

@@ -7,8 +7,8 @@ import nltk
 import pytest
 
 from tests.wordnet_miniature import SYNSETS, hide_wordnet, real_wordnet, write_wordnet
-from train import wordnet as module
-from train.wordnet import FILES, WORDNET_VARIABLE, find_wordnet, lexnames_table, open_wordnet
+from train.data.wordnet import database as module
+from train.data.wordnet.database import FILES, WORDNET_VARIABLE, find_wordnet, lexnames_table, open_wordnet
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import nltk
 import pytest
 
-from train import wordnet as wordnet_module
-from train.wordnet import WORDNET_VARIABLE, WordNet, open_wordnet
+from train.data.wordnet import database as wordnet_module
+from train.data.wordnet.database import WORDNET_VARIABLE, WordNet, open_wordnet
 
 TYPES = {"n": ("noun", 1), "v": ("verb", 2), "a": ("adj", 3), "r": ("adv", 4)}
 TOPS, ANIMAL, ARTIFACT, FOOD, PERSON, PLANT, POSSESSION = 3, 5, 6, 13, 18, 20, 21

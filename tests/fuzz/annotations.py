@@ -23,8 +23,8 @@ from PIL import Image
 
 from modeling_gkc.run_length import encode_rle
 from train.data.from_folder import find_source
-from train.data.pictures import read_annotated
 from train.data.schema import encode_ids
+from train.data.sources import read_annotated
 
 HEIGHT, WIDTH = 20, 30
 SHAPE = HEIGHT, WIDTH

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_gkc import GKCConfig, GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
-from modeling_gkc.cli_common import UserError, load_checkpoint
+from modeling_gkc.cli.common import UserError, load_checkpoint
 from tests.conftest import small_config, word_tokenizer
 
 VALUES = ["96", -1, 0, 1, 1.5, None, [], {}, "", "x", True, 10**6, 10**30, math.nan, math.inf, [1, 2], {"a": 1}, [[]]]

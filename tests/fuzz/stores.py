@@ -18,20 +18,20 @@ from datasets import disable_progress_bars
 from PIL import Image
 
 from modeling_gkc.class_embeddings import encode_vocabulary, load_class_embeddings, save_class_embeddings
-from train.checkpoints import last_complete_checkpoint, require_undamaged, seal
-from train.data.benchmark import Benchmark, semantic_segments
+from train.data.benchmarks.base import Benchmark, semantic_segments
 from train.data.from_folder import convert
-from train.data.pictures import Picture
+from train.data.load import load_split
 from train.data.prepare import Settings, prepare
 from train.data.prepared import load_prepared
 from train.data.schema import without_decoding
-from train.data.stored import load_split
-from train.evaluation.chunks import ChunkFolder
-from train.evaluation.result import read_result, write_result
-from train.evaluation.scores import SemanticScore
+from train.data.sources import Picture
+from train.engine.checkpoints import last_complete_checkpoint, require_undamaged, seal
+from train.evaluate.chunks import ChunkFolder
+from train.evaluate.result import read_result, write_result
+from train.evaluate.scores import SemanticScore
 from train.metrics import SemanticMetric
-from train.shards import StoreSettings, StoreWriter
-from train.teacher import TeacherCache, TeacherEmbeddings
+from train.storage.shards import StoreSettings, StoreWriter
+from train.teacher.region_teacher import TeacherCache, TeacherEmbeddings
 
 from ..test_evaluate_report import result
 from ..training_toys import VOCABULARY, toy_model, toy_processor

@@ -22,15 +22,15 @@ from tqdm.auto import tqdm
 
 from configuration import load_recipe
 from modeling_gkc.atomic_files import atomic_write_json
-from modeling_gkc.cli_common import UserError, error_line, interruptible, load_checkpoint
+from modeling_gkc.cli.common import UserError, error_line, interruptible, load_checkpoint
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..locks import lock_output
-from . import coco_json, labelme_json, mask_folder, yolo_text
-from .pictures import SPLITS, Picture, Source, check_classes, read_annotated
+from ..storage.locks import lock_output
+from .load import seal_dataset
 from .prepared import VOCABULARY_NAME, vocabulary_json
+from .readers import coco_json, labelme_json, mask_folder, yolo_text
 from .schema import NO_CLASS, dataset_features, encode_ids
-from .stored import seal_dataset
+from .sources import SPLITS, Picture, Source, check_classes, read_annotated
 
 REPORT_NAME = "report.json"
 _MODULES = (mask_folder, coco_json, labelme_json, yolo_text)

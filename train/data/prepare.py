@@ -24,13 +24,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_write_json
-from modeling_gkc.cli_common import error_line, interruptible, warnings_as_lines
+from modeling_gkc.cli.common import error_line, interruptible, warnings_as_lines
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..locks import lock_output
-from .benchmark import Benchmark
+from ..storage.locks import lock_output
 from .benchmarks import all_benchmarks, benchmark_named
-from .pictures import Picture
+from .benchmarks.base import Benchmark
 from .prepared import (
     ARROW_FOLDER,
     MANIFEST_NAME,
@@ -41,6 +40,7 @@ from .prepared import (
     write_manifest,
 )
 from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, finished_report, plan_shards, write_shards
+from .sources import Picture
 
 IMAGES_PER_SHARD = 500
 _SHOWN_PROBLEMS = 50

@@ -34,8 +34,8 @@ from modeling_gkc.atomic_files import atomic_path
 from modeling_gkc.sealed_files import DamagedFileError
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..fingerprints import settings_fingerprint
-from ..stored_files import Each, Perhaps, file_sha256, file_xxh3, read_sealed_json, write_sealed_json
+from ..storage.checksums import Each, Perhaps, file_sha256, file_xxh3, read_sealed_json, write_sealed_json
+from ..storage.fingerprints import settings_fingerprint
 
 MANIFEST_NAME = "prepared.json"
 VOCABULARY_NAME = "vocabulary.json"

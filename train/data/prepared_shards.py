@@ -20,11 +20,11 @@ from PIL import Image
 
 from modeling_gkc.sealed_files import DamagedFileError
 
-from ..stored_files import Each, read_sealed_json, write_sealed_json
-from .benchmark import Benchmark
-from .pictures import Picture, check_classes, read_annotated
+from ..storage.checksums import Each, read_sealed_json, write_sealed_json
+from .benchmarks.base import Benchmark
 from .prepared import is_damaged
 from .schema import NO_CLASS, dataset_features, encode_ids
+from .sources import Picture, check_classes, read_annotated
 
 PROGRESS_FOLDER = ".unfinished"
 _ROWS_PER_GROUP = 32  # that are held in memory

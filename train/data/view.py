@@ -28,13 +28,13 @@ from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_path
-from modeling_gkc.cli_common import error_line, interruptible
+from modeling_gkc.cli.common import error_line, interruptible
 from modeling_gkc.vocabulary import Vocabulary
 
 from .contact_sheet import Sample, SheetRow, draw_sheet
+from .load import load_saved
 from .prepared import VOCABULARY_NAME, is_prepared, prepare_command, read_manifest, require_parquet
 from .schema import dataset_features, learnable_ids, read_row, without_decoding
-from .stored import load_saved
 
 ROWS, FRAMES, MAX_ROWS = 8, 4, 100
 _PLACE = {"image_id": "", "video_id": "", "frame": 0}  # columns, and what a dataset without videos has in them

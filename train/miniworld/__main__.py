@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from configuration import load_recipe
-from modeling_gkc.cli_common import interruptible
+from modeling_gkc.cli.common import interruptible
 
 from .settings import ARMS, MAIN_ARMS, VARIANTS, CLIPTraining, Experiment
 

@@ -19,10 +19,10 @@ from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
-from ..regions import normalize_crops
+from ..teacher.crops import normalize_crops
+from .clip_data import CaptionedBatches, CropSet, collect_crops, collect_other_world
 from .gate import format_gate, measure_gate, save_gate
 from .lexicon import Lexicon
-from .pictures import CaptionedBatches, CropSet, collect_crops, collect_other_world
 from .settings import CLIPTraining
 from .tokenizer import CONTEXT_LENGTH, build_tokenizer
 
@@ -222,7 +222,7 @@ def gate_of(model: MiniCLIP, crops: CropSet) -> dict:
 def save_clip(model: MiniCLIP, out: str | Path) -> None:
     """Save the towers as `vision/` and `text/` (safetensors), the tokenizer with the latter, and the temperature.
 
-    `clip=FOLDER` of a recipe and `--clip FOLDER` of `train.cache` read it.
+    `clip=FOLDER` of a recipe and `--clip FOLDER` of `train.teacher.precompute` read it.
     """
     out = Path(out)
     model.vision.save_pretrained(out / "vision")

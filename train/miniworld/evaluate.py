@@ -16,8 +16,8 @@ from modeling_gkc.class_embeddings import encode_vocabulary
 from modeling_gkc.post_processing import resize_masks
 
 from ..data.schema import read_row
-from ..distillation import DistillationHead
-from ..teacher import TeacherEmbeddings
+from ..losses.distillation import DistillationHead
+from ..teacher.region_teacher import TeacherEmbeddings
 from .protocols import IGNORED, Protocol, all_protocols
 
 

@@ -24,14 +24,14 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..checkpoints import last_complete_checkpoint
-from ..teacher import RegionTeacher, TeacherEmbeddings
-from ..trainer import GKCTrainer
+from ..data.drawn_world.dataset import build_dataset, training_vocabulary
+from ..data.drawn_world.words import CONCEPTS, SHAPES, WORDS
+from ..engine.checkpoints import last_complete_checkpoint
+from ..engine.trainer import GKCTrainer
+from ..teacher.region_teacher import RegionTeacher, TeacherEmbeddings
 from .clip import MiniCLIP, load_clip, train_clip
-from .dataset import build_dataset, training_vocabulary
 from .evaluate import evaluate
 from .settings import ARMS, NO_DISTILLATION, NO_SYNONYMS, Experiment
-from .words import CONCEPTS, SHAPES, WORDS
 
 SCENE_SIZE = 96  # side in pixels of the pictures
 

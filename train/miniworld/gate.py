@@ -13,8 +13,8 @@ from torch import Tensor
 
 from modeling_gkc.atomic_files import atomic_write_json
 
+from ..data.drawn_world.words import COARSE, COLOURS, CONCEPTS, FILLS, HELD_OUT_WORDS, WORDS, Attributes
 from .protocols import Protocol, all_protocols
-from .words import COARSE, COLOURS, CONCEPTS, FILLS, HELD_OUT_WORDS, WORDS, Attributes
 
 LEAST_ACCURACY = 0.85
 HIGHEST_COLLAPSE = 0.85

@@ -4,7 +4,7 @@ from random import Random
 
 import numpy as np
 
-from .words import COLOURS, CONCEPTS, FILLS, HYPERNYMS, SHAPES, WORD_PRIOR, WORDS, Attributes
+from ..data.drawn_world.words import COLOURS, CONCEPTS, FILLS, HYPERNYMS, SHAPES, WORD_PRIOR, WORDS, Attributes
 
 OTHER_WORLD_KINDS = 6
 MEDIUM_RADIUS = 14.0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .textures import WORLD_SIDE, Grid
+from ..data.drawn_world.textures import WORLD_SIDE, Grid
 
 
 def draw_other_world(kind: int, generator: np.random.Generator, size: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .words import (
+from ..data.drawn_world.words import (
     COARSE,
     COARSE_SHAPES,
     COARSE_STUFFS,

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from .words import CAPTION_WORDS, WORDS
+from ..data.drawn_world.words import CAPTION_WORDS, WORDS
 
 CONTEXT_LENGTH = 16
 # The end token must not have id 2: transformers would take it for a legacy CLIP checkpoint and pool the token with

@@ -8,7 +8,9 @@ import numpy as np
 
 from modeling_gkc.vocabulary_files import packaged_facts
 
-from ..benchmark import (
+from ..schema import VOID, ids_within
+from ..sources import Picture, Segmentation
+from .base import (
     Benchmark,
     look_up,
     raw_ids,
@@ -18,8 +20,6 @@ from ..benchmark import (
     require,
     semantic_segments,
 )
-from ..pictures import Picture, Segmentation
-from ..schema import VOID, ids_within
 from .pairs import paired
 
 SCENE_PARSING, FULL = "ade20k_150", "ade20k_847"

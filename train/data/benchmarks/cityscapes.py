@@ -9,9 +9,9 @@ from pathlib import Path
 
 from modeling_gkc.vocabulary_files import packaged_facts
 
-from ..benchmark import Benchmark, look_up, raw_ids, read_numbers, require, semantic_segments
-from ..pictures import Picture, Segmentation
 from ..schema import NO_CLASS
+from ..sources import Picture, Segmentation
+from .base import Benchmark, look_up, raw_ids, read_numbers, require, semantic_segments
 from .raw_segments import BITS_16, segments_of_values
 
 VOCABULARY = "cityscapes_19"

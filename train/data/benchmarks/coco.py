@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ...stored_files import Perhaps
-from ..benchmark import (
+from ...storage.checksums import Perhaps
+from ..schema import NO_CLASS, VOID, ids_within
+from ..sources import Picture, Segmentation
+from ..splits import novel_positions
+from .base import (
     KEPT_WITH_ANY,
     KEPT_WITH_ONLY,
     Benchmark,
@@ -22,9 +25,6 @@ from ..benchmark import (
     require,
     semantic_segments,
 )
-from ..pictures import Picture, Segmentation
-from ..schema import NO_CLASS, VOID, ids_within
-from ..splits import novel_positions
 from .pairs import paired
 
 PANOPTIC, STUFF = "coco_panoptic_133", "coco_stuff_171"

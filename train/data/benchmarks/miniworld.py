@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 from modeling_gkc.vocabulary import Vocabulary
 
-from ...miniworld.dataset import test_vocabulary, training_vocabulary
-from ...miniworld.words import COARSE, CONCEPTS, coarse_label
-from ...miniworld.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
-from ..benchmark import Benchmark, read_colour_ids, require
-from ..pictures import Picture, Segmentation
+from ..drawn_world.dataset import test_vocabulary, training_vocabulary
+from ..drawn_world.words import COARSE, CONCEPTS, coarse_label
+from ..drawn_world.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
 from ..schema import NO_CLASS, encode_ids
+from ..sources import Picture, Segmentation
+from .base import Benchmark, read_colour_ids, require
 
 LAYOUT = """\
 DIR/{train,val}/SCENE.png                       a drawn scene

@@ -8,10 +8,10 @@ from tqdm.auto import tqdm
 
 from modeling_gkc.vocabulary import Vocabulary
 
-from .. import list_file, mask_folder
-from ..benchmark import Benchmark
 from ..from_folder import LAYOUTS, find_source, shares
-from ..pictures import Picture, Segmentation, Source
+from ..readers import list_file, mask_folder
+from ..sources import Picture, Segmentation, Source
+from .base import Benchmark
 
 _VAL_SHARE = 0.1
 _SPLITS = "Where no picture has a split of its own, a tenth of them, drawn by their names, becomes val."

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from ..pictures import Picture, Segmentation
+from ..sources import Picture, Segmentation
 
 Read = Callable[[Path, tuple[int, int]], Segmentation]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmark import Benchmark, check_size, look_up, raw_ids, read_json, read_numbers, require, semantic_segments
-from ..coco_masks import run_length_mask
-from ..pictures import Picture, Segmentation
+from ..readers.coco_masks import run_length_mask
+from ..sources import Picture, Segmentation
+from .base import Benchmark, check_size, look_up, raw_ids, read_json, read_numbers, require, semantic_segments
 from .pairs import listed, names_in
 
 VOC_20, VOC_21, CONTEXT_59, CONTEXT_459 = "pascal_voc_20", "pascal_voc_21", "pascal_context_59", "pascal_context_459"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..benchmark import look_up
-from ..pictures import Segmentation
 from ..schema import NO_CLASS, VOID, ids_within
+from ..sources import Segmentation
+from .base import look_up
 
 BITS_16 = ("I;16", "I;16B", "I")  # Pillow's modes of grey 16-bit pictures; in 8 bits the numbers have been cut off
 

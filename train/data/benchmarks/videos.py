@@ -15,11 +15,11 @@ from PIL import Image
 
 from modeling_gkc.vocabulary_files import packaged_facts
 
-from ...stored_files import shape_problems
-from ..benchmark import Benchmark, look_up, raw_ids, read_colour_ids, read_numbers, require, semantic_segments
-from ..pictures import IMAGE_SUFFIXES, Picture, Segmentation
+from ...storage.checksums import shape_problems
 from ..schema import VOID, ids_within
+from ..sources import IMAGE_SUFFIXES, Picture, Segmentation
 from ..splits import novel_positions
+from .base import Benchmark, look_up, raw_ids, read_colour_ids, read_numbers, require, semantic_segments
 from .raw_segments import BITS_16, segments_of_values
 
 VSPW, VIPSEG = "vspw_124", "vipseg_124"

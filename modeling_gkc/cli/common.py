@@ -1,0 +1,212 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the commands of `gkc` share: one-line errors, loading a checkpoint, choosing a device."""
+
+import argparse
+import functools
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..prompt_templates import PROMPT_TEMPLATES
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..processing_gkc import GKCProcessor
+
+MODEL_VARIABLE = "GKC_MODEL"
+SHIPPED_MODEL = "gkc-mini"
+
+
+WORDS_HELP = """\
+WORDS are typed, classes separated by ";" and several names of one thing by ","; or the name of a packaged vocabulary
+(`gkc vocab list`); or a .json, .csv or .txt file.
+"""
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line, without a traceback."""
+
+
+def default_model_path() -> Path:
+    """
+    Folder of the checkpoint to use when none is named, found without network.
+
+    It is the one named by the environment variable GKC_MODEL; else `hub_card/gkc-mini` beside this package, as in a
+    clone; else `share/gkc/gkc-mini` of the Python environment, where the wheel puts it.
+
+    Raises:
+        UserError: GKC_MODEL names no folder, or nothing was found.
+    """
+    named = os.environ.get(MODEL_VARIABLE)
+    if named:
+        if not Path(named).is_dir():
+            raise UserError(f"the environment variable {MODEL_VARIABLE} names no folder: {named}")
+        return Path(named)
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "hub_card" / SHIPPED_MODEL, Path(sys.prefix) / "share" / "gkc" / SHIPPED_MODEL):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"no model was found beside this package: name one with --model or {MODEL_VARIABLE}")
+
+
+def error_line(error: BaseException) -> str:
+    """Say an error in one line; of the operating system's errors the file and the reason, without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def interruptible(program: str, hint: str = "") -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """
+    Make a decorator for the `main` of a command: Ctrl-C ends it with one line and exit code 130.
+
+    Args:
+        program: Name of the command, at the beginning of the line.
+        hint: Sentence that says how to go on.
+    """
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def interruptible_main(*arguments: Any, **options: Any) -> int:
+            try:
+                return main(*arguments, **options)
+            except KeyboardInterrupt:
+                print(f"\n{program}: stopped. {hint}".rstrip(), file=sys.stderr)
+                return 128 + signal.SIGINT
+
+        return interruptible_main
+
+    return decorate
+
+
+def add_parser(
+    commands: argparse._SubParsersAction, name: str, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """A command whose `--help` ends with examples, laid out as they are written."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_templates_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --templates, for `resolve_templates`."""
+    sets = ", ".join(PROMPT_TEMPLATES)
+    templates_help = f"sentences the words are put into: {sets} (default: the checkpoint's)"
+    parser.add_argument("--templates", metavar="SET", help=templates_help)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --model and --device, for `default_model_path` and `pick_device`."""
+    model_help = f"checkpoint; without it, {MODEL_VARIABLE} or the one shipped with gkc"
+    parser.add_argument("--model", metavar="DIR", help=model_help)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
+
+
+def load_checkpoint(path: str | Path) -> tuple[Any, "GKCProcessor"]:
+    """
+    Model in evaluation mode, and processor, of a folder or of a repository `owner/name` of the Hub.
+
+    Raises:
+        UserError: there is none, or it is no checkpoint of gkc.
+    """
+    from ..checkpoint_loading import load_checkpoint_parts
+
+    is_folder = Path(path).is_dir()
+    if not is_folder and (Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
+        raise UserError(f"--model: there is no folder {path}")
+    try:
+        with without_progress_bars():
+            return load_checkpoint_parts(path)
+    except ValueError as error:
+        raise UserError(f"--model: {path} is no checkpoint of gkc: {error}") from error
+
+
+def pick_device(name: str) -> "torch.device":
+    """
+    The device of a name such as cpu, cuda:1 or mps; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: it is not here.
+        RuntimeError: torch knows no such name.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name} here")
+    return device
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Loads checkpoints without transformers' bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def user_errors(option: str) -> Iterator[None]:
+    """Errors in what the user gave for an option become one line that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise UserError(f"{option}: {error_line(error)}") from error
+
+
+@contextmanager
+def warnings_as_lines(program: str = "gkc") -> Iterator[None]:
+    """Warnings for the user become lines on the error stream, once the work is done."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"{program}: warning: {warning.message}", file=sys.stderr)
+
+
+__all__ = [
+    "MODEL_VARIABLE",
+    "WORDS_HELP",
+    "UserError",
+    "add_model_options",
+    "add_parser",
+    "add_templates_option",
+    "default_model_path",
+    "error_line",
+    "interruptible",
+    "load_checkpoint",
+    "pick_device",
+    "user_errors",
+    "warnings_as_lines",
+    "without_progress_bars",
+]

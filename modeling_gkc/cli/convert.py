@@ -1,0 +1,189 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`gkc convert`: published weights become checkpoints of this library."""
+
+import argparse
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextModelWithProjection,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..atomic_files import atomic_folder
+from ..checkpoint_loading import one_line, refuse_shards_outside
+from ..conversion.clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
+from ..conversion.mask2former import (
+    CONVERSION_TEMPLATES,
+    from_mask2former,
+    image_processor_from_mask2former,
+    source_vocabulary,
+)
+from ..image_processing_gkc import GKCImageProcessor
+from ..processing_gkc import GKCProcessor
+from ..vocabulary import Vocabulary
+from .common import UserError, user_errors, warnings_as_lines, without_progress_bars
+from .parsers import TEXT_FOLDER
+
+CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
+MAX_LISTED_NAMES = 6
+
+
+def convert_mask2former(arguments: argparse.Namespace) -> int:
+    """Run `gkc convert mask2former`; the exit code."""
+    class_names = None
+    if arguments.class_names is not None:
+        with user_errors("--class-names"), warnings_as_lines():
+            class_names = Vocabulary.parse(arguments.class_names)
+    folder = Path(arguments.out)
+    with _quiet_transformers():
+        source = _load(
+            Mask2FormerForUniversalSegmentation, arguments.source, "MASK2FORMER", ("mask2former",), arguments
+        )
+        text_model = _load(
+            CLIPTextModelWithProjection, arguments.text_model, "--text-model", ("clip", "clip_text_model"), arguments
+        )
+        image_processor = _load_image_processor(arguments.source)
+        tokenizer = _load_tokenizer(arguments)
+    with user_errors("--class-names"), warnings_as_lines():
+        vocabulary = source_vocabulary(source, class_names)
+    with user_errors("MASK2FORMER"), warnings_as_lines():
+        model = from_mask2former(source, text_model, tokenizer, vocabulary)
+    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        GKCProcessor(image_processor, tokenizer, CONVERSION_TEMPLATES).save_pretrained(unfinished)
+    _report_mask2former(folder, source, vocabulary)
+    return 0
+
+
+def _load(
+    model_class: type[PreTrainedModel],
+    path: str,
+    option: str,
+    model_types: tuple[str, ...],
+    arguments: argparse.Namespace,
+) -> Any:
+    """A model of a folder or a repository, of which no weight is missing."""
+    _refuse_missing_folder(path, option)
+    try:
+        model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+        if model_type not in model_types:
+            raise UserError(f"{option}: {path} is a {model_type}, not a {model_types[0]}")
+        refuse_shards_outside(path)
+        safetensors = None if arguments.allow_pickle else True
+        model, info = model_class.from_pretrained(path, use_safetensors=safetensors, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        reason = one_line(error)
+        if "safetensors" in reason and not arguments.allow_pickle:
+            reason += " If it has a pytorch_model.bin, --allow-pickle reads that."
+        raise UserError(f"{option}: cannot load {path}: {reason}") from error
+    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise UserError(f"{option}: {path} lacks weights of a {model_types[0]}: {', '.join(missing)}")
+    return model.eval()
+
+
+def _refuse_missing_folder(path: str, option: str) -> None:
+    """What cannot be a repository `name` or `owner/name` must be a folder."""
+    is_repository = path.count("/") <= 1 and not path.endswith("/") and not path.startswith((".", "/", "~"))
+    if not is_repository and not Path(path).is_dir():
+        raise UserError(f"{option}: there is no folder {path}")
+
+
+def _load_image_processor(path: str) -> GKCImageProcessor:
+    with user_errors("MASK2FORMER"):
+        settings, _ = GKCImageProcessor.get_image_processor_dict(path)
+        return image_processor_from_mask2former(settings)
+
+
+def _load_tokenizer(arguments: argparse.Namespace) -> Any:
+    path = arguments.tokenizer or arguments.text_model
+    option = "--tokenizer" if arguments.tokenizer else "--text-model"
+    _refuse_missing_folder(path, option)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        hint = "" if arguments.tokenizer else f"; name one with --tokenizer, such as {CLIP_TOKENIZER}"
+        raise UserError(f"{option}: {path} has no tokenizer{hint}: {one_line(error)}") from error
+
+
+def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> None:
+    old_names = [str(source.config.id2label.get(index, "")) for index in range(len(vocabulary))]
+    renamed = [
+        f"{old!r} is {new!r}" for old, new in zip(old_names, vocabulary.labels, strict=True) if old and old != new
+    ]
+    print(f"{folder}: {len(vocabulary)} classes, {source.config.num_queries} queries: {_listed(vocabulary.labels)}")
+    if renamed:
+        print(f"names that replace the source's, check that their order is its: {_listed(renamed)}")
+    quoted = shlex.quote(str(folder))
+    print("try it:")
+    print(f"  gkc segment photo.jpg --model {quoted}")
+    print(f'  gkc segment photo.jpg --model {quoted} --labels "cat; sofa, couch; lamp" --task panoptic')
+
+
+def _listed(items: list[str]) -> str:
+    rest = len(items) - MAX_LISTED_NAMES
+    return "; ".join(items[:MAX_LISTED_NAMES]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def convert_clip_resnet(arguments: argparse.Namespace) -> int:
+    """Run `gkc convert clip-resnet`; the exit code."""
+    folder = Path(arguments.out)
+    try:
+        with warnings_as_lines():
+            weights = read_weights(arguments.weights, allow_jit=arguments.allow_jit)
+        image_tower = clip_resnet_from_openai(weights)
+        text_tower = clip_text_from_openai(weights) if arguments.text else None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        reason = reason if arguments.weights in reason else f"{arguments.weights}: {reason}"
+        raise UserError(f"WEIGHTS: {reason}") from error
+    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+        image_tower.save_pretrained(unfinished)
+        if text_tower is not None:
+            text_tower.save_pretrained(unfinished / TEXT_FOLDER)
+    config = image_tower.config
+    blocks = "-".join(map(str, config.depths))
+    print(
+        f"{folder}: image tower, width {config.width}, blocks {blocks}, {config.image_size} x {config.image_size} "
+        f"pixels, D = {config.projection_dim}"
+    )
+    if text_tower is not None:
+        print(f"{folder / TEXT_FOLDER}: text tower; its tokenizer is that of {CLIP_TOKENIZER}")
+    return 0
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without progress bars and reports of loading: towers are left out on purpose."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+__all__ = ["convert_clip_resnet", "convert_mask2former"]

@@ -1,0 +1,85 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`gkc embed`: encode a vocabulary into a file."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import BatchFeature
+
+from ..class_embeddings import GKCClassEmbeddings, check_distinct, save_class_embeddings
+from ..prompt_templates import resolve_templates
+from ..vocabulary import Vocabulary
+from .common import (
+    UserError,
+    default_model_path,
+    load_checkpoint,
+    pick_device,
+    user_errors,
+    warnings_as_lines,
+)
+
+PROMPTS_PER_STEP = 256
+
+
+def embed(arguments: argparse.Namespace) -> int:
+    """Run `gkc embed`; the exit code."""
+    # What was typed is read before the model, so that a slip costs no waiting.
+    with user_errors("--labels"), warnings_as_lines():
+        vocabulary = Vocabulary.parse(arguments.labels)
+    with user_errors("--templates"):
+        templates = resolve_templates(arguments.templates) if arguments.templates else None
+    path = _prepare_output(arguments.out)
+    model, processor = load_checkpoint(arguments.model or default_model_path())
+    with user_errors("--device"):
+        model.to(pick_device(arguments.device))
+    with user_errors("--labels"), warnings_as_lines():
+        prompts = processor(text=vocabulary, prompt_templates=templates, return_tensors="pt").to(model.device)
+    embeddings = _encode(model, prompts)
+    with user_errors("--labels"), warnings_as_lines():
+        check_distinct(vocabulary, embeddings, processor)
+    try:
+        save_class_embeddings(path, model, embeddings, vocabulary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out: cannot write {path}: {error}") from error
+    counts = f"{len(vocabulary)} classes, {len(vocabulary.flat_names)} names, {len(prompts['input_ids'])} prompts"
+    print(f"{path}: {counts}, width {embeddings.class_embeds.shape[-1]}, text tower of {model.name_or_path}")
+    return 0
+
+
+def _prepare_output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--out: the file's name must end in .safetensors, got {text}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {path.parent}: {error.strerror}") from error
+    return path
+
+
+def _encode(model: Any, prompts: BatchFeature) -> GKCClassEmbeddings:
+    """Call `model.get_class_embeddings` with a progress bar: the model remembers what has been encoded."""
+    steps = [prompts[name].split(PROMPTS_PER_STEP) for name in ("input_ids", "attention_mask")]
+    with tqdm(total=len(prompts["input_ids"]), unit="prompt", disable=None) as bar:
+        for ids, mask in zip(*steps, strict=True):
+            model.embed_prompts(ids, mask)
+            bar.update(len(ids))
+    return model.get_class_embeddings(**prompts)
+
+
+__all__ = ["embed"]

@@ -1,0 +1,150 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`gkc export`: a checkpoint as a graph for onnxruntime or torch.export."""
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..class_embeddings import GKCClassEmbeddings, load_class_embeddings
+from ..export.exporter import (
+    FORMATS,
+    RUNNER_FILE,
+    WORDS_FILE,
+    ExportedSegmenter,
+    check_packages,
+    check_size,
+    export_segmenter,
+)
+from ..prompt_templates import resolve_templates
+from ..vocabulary import Vocabulary
+from .common import (
+    UserError,
+    default_model_path,
+    load_checkpoint,
+    user_errors,
+    warnings_as_lines,
+)
+
+ENCODED_SUFFIX = ".safetensors"
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Run `gkc export`; the exit code."""
+    # What was typed is looked at before the model is loaded, so that a slip costs no waiting.
+    folder = Path(arguments.out)
+    with user_errors("--size"):
+        size = check_size(_parse_size(arguments.size))
+    vocabulary = _typed(arguments)
+    try:
+        compares = check_packages(arguments.format, arguments.check)
+    except ImportError as error:
+        raise UserError(f"--format {arguments.format}: {error}") from error
+    model, processor = _load(arguments)
+    if arguments.templates:
+        processor.prompt_templates = resolve_templates(arguments.templates)
+    with user_errors("--vocab"):
+        vocabulary, embeddings = _words(arguments, vocabulary, model)
+    with user_errors("export"), warnings_as_lines():
+        exported = export_segmenter(
+            model,
+            processor,
+            folder,
+            format=arguments.format,
+            size=size,
+            vocabulary=vocabulary,
+            class_embeddings=embeddings,
+            fixed=arguments.fixed,
+            opset=arguments.opset,
+            check=compares,
+            progress=lambda step: print(f"gkc: {step}", file=sys.stderr),
+        )
+    _report(exported, model)
+    return 0
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    sides = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text.strip().lower())
+    if sides is None:
+        raise ValueError(f"give one side or HEIGHTxWIDTH in pixels, such as 512 or 480x640, got {text!r}")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+def _typed(arguments: argparse.Namespace) -> Vocabulary | None:
+    """The words, unless they are encoded in a file or stored in the checkpoint."""
+    is_encoded = (arguments.vocab or "").endswith(ENCODED_SUFFIX)
+    if arguments.templates and (arguments.vocab is None or is_encoded):
+        raise UserError("--templates is for typed words: give --vocab, or give it to `gkc embed`")
+    if arguments.templates:
+        with user_errors("--templates"):
+            resolve_templates(arguments.templates)
+    if arguments.vocab is None or is_encoded:
+        return None
+    with user_errors("--vocab"), warnings_as_lines():
+        return Vocabulary.parse(arguments.vocab)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    try:
+        return load_checkpoint(arguments.model or default_model_path())
+    except UserError as error:
+        # Other commands have it as an option.
+        raise UserError(str(error).replace("--model:", "DIR:", 1)) from error
+
+
+def _words(
+    arguments: argparse.Namespace, vocabulary: Vocabulary | None, model: Any
+) -> tuple[Vocabulary | None, GKCClassEmbeddings | None]:
+    """The words that were asked for, with their embeddings where they are in a file."""
+    if vocabulary is not None:
+        return vocabulary, None
+    if arguments.vocab is not None:
+        embeddings, vocabulary = load_class_embeddings(arguments.vocab, model)
+        return vocabulary, embeddings
+    if model.vocabulary is None:
+        raise UserError("the checkpoint stores no words: name them with --vocab")
+    return None, None
+
+
+def _report(exported: ExportedSegmenter, model: Any) -> None:
+    settings, folder = exported.settings, exported.folder
+    height, width = settings["size"]
+    num_classes = len(settings["classes"])
+    where = "baked in" if settings["words"] == "fixed" else f"in {WORDS_FILE}, an input of any number"
+    kind = f"opset {settings['opset']}, " if "opset" in settings else ""
+    megabytes = exported.graph.stat().st_size / 1e6
+    print(
+        f"{exported.graph}: {kind}{megabytes:.1f} MB, images of {height} x {width}, {num_classes} classes ({where}), "
+        f"{_comparison(exported)}"
+    )
+    if (dtype := str(model.dtype).removeprefix("torch.")) != settings["dtype"]:
+        print(f"the checkpoint's weights are {dtype}, the graph's {settings['dtype']}")
+    print("run it:")
+    if settings["graph"] == FORMATS["onnx"]:
+        print(f"  python {shlex.quote(str(folder / RUNNER_FILE))} {shlex.quote(str(folder))} photo.jpg labels.png")
+    else:
+        inputs = ", ".join(f"{name}={name}" for name in settings["inputs"])
+        print(f"  torch.export.load({str(exported.graph)!r}).module()({inputs})")
+
+
+def _comparison(exported: ExportedSegmenter) -> str:
+    if exported.difference is None:
+        return "not compared with the model"
+    return f"masks within {exported.difference:.1g} of the model's"
+
+
+__all__ = ["export"]

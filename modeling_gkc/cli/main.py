@@ -1,0 +1,75 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The `gkc` command: open-vocabulary segmentation from the command line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..version import __version__
+from .common import UserError, interruptible
+from .parsers import add_convert, add_embed, add_export, add_segment, add_vocab
+
+DESCRIPTION = "Open-vocabulary image segmentation: segment images with the words that you type."
+EXAMPLES = """\
+examples:
+  gkc segment scene.png --labels "red disc; lawn, grass; sky"
+  gkc vocab list
+  gkc embed --labels "red disc; lawn, grass" --out words.safetensors
+  gkc convert clip-resnet RN50.pt --out rn50
+  gkc export my-checkpoint --vocab ade20k_150 --out ade-onnx
+
+`gkc COMMAND --help` explains each command.
+
+exit code: 0 all done, 1 some of the work could not be done (each is named), 2 the command was wrong, 130 stopped.
+"""
+
+
+@interruptible("gkc")
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0 all done, 1 some of the work could not be done, 2 an error of the user, 130 Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 for arguments that cannot be parsed, with 0 for `--help`.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"gkc: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gkc",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_command in (add_segment, add_vocab, add_embed, add_convert, add_export):
+        add_command(commands)
+    return parser
+
+
+__all__ = ["main"]

@@ -1,0 +1,19 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights in: OpenAI's CLIP ResNets and transformers' Mask2Former."""
+
+from .clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
+from .mask2former import from_mask2former
+
+__all__ = ["clip_resnet_from_openai", "clip_text_from_openai", "from_mask2former", "read_weights"]

@@ -1,0 +1,216 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""OpenAI's CLIP ResNets: reading their files, image tower, text tower."""
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from ..configuration_gkc import CLIPResNetConfig
+from ..modeling_clip_resnet import CLIPResNetVisionModel
+from ..weight_renaming import Renaming, load_strictly, rename_weight, require_weights, split_packed_projection
+from .torchscript_archive import is_torchscript_archive, read_torchscript_weights
+
+_CONVOLUTION_PARTS = {"conv": "convolution", "bn": "normalization"}
+_BLOCK_PARTS = {"1": "reduce", "2": "spatial", "3": "expand"}
+_SHORTCUT_PARTS = {"0": "convolution", "1": "normalization"}
+
+_IMAGE_NAMES: tuple[Renaming, ...] = (
+    (r"^(conv|bn)([123])\.", lambda m: f"encoder.stem.layers.{int(m[2]) - 1}.{_CONVOLUTION_PARTS[m[1]]}."),
+    (
+        r"^layer(\d)\.(\d+)\.downsample\.([01])\.",
+        lambda m: f"encoder.stages.{int(m[1]) - 1}.{m[2]}.shortcut.{_SHORTCUT_PARTS[m[3]]}.",
+    ),
+    (
+        r"^layer(\d)\.(\d+)\.(conv|bn)([123])\.",
+        lambda m: f"encoder.stages.{int(m[1]) - 1}.{m[2]}.{_BLOCK_PARTS[m[4]]}.{_CONVOLUTION_PARTS[m[3]]}.",
+    ),
+    (r"^attnpool\.positional_embedding$", "attention_pooling.position_embedding"),
+    (r"^attnpool\.([qkv])_proj\.", r"attention_pooling.\1_proj."),
+    (r"^attnpool\.c_proj\.", "attention_pooling.out_proj."),
+)
+
+_TEXT_NAMES: tuple[Renaming, ...] = (
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^transformer\.resblocks\.(\d+)\.attn\.", r"text_model.encoder.layers.\1.self_attn."),
+    (r"^transformer\.resblocks\.(\d+)\.ln_([12])\.", r"text_model.encoder.layers.\1.layer_norm\2."),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"text_model.encoder.layers.\1.mlp.fc1."),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"text_model.encoder.layers.\1.mlp.fc2."),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+)
+# What lies beside the text tower in a whole model: image tower, temperature, sizes, and masks, which are derived.
+_NOT_TEXT = re.compile(r"^visual\.|^(logit_scale|input_resolution|context_length|vocab_size)$|attn_mask$")
+_CHANNELS_PER_HEAD = 64
+
+
+def clip_resnet_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPResNetVisionModel:
+    """Builds CLIP's ResNet image tower from OpenAI's weights; its size is read off their shapes.
+
+    Args:
+        state_dict: Weights of a whole OpenAI CLIP model (image tower under `visual.`), or of the image tower alone.
+
+    Returns:
+        The image model in evaluation mode, fp32.
+
+    Raises:
+        ValueError: if the weights are not those of a ResNet tower, naming missing and unexpected ones and those of
+            wrong shapes.
+    """
+    prefix = "visual." if any(name.startswith("visual.") for name in state_dict) else ""
+    weights = {name[len(prefix) :]: weight for name, weight in state_dict.items() if name.startswith(prefix)}
+    require_weights(
+        weights,
+        {"attnpool.positional_embedding": 2, "attnpool.c_proj.weight": 2},
+        "These are no weights of a CLIP ResNet",
+        "CLIP's vision transformers load with transformers' CLIPVisionModelWithProjection.",
+    )
+    renamed = {rename_weight(name, _IMAGE_NAMES) or name: weight.float() for name, weight in weights.items()}
+    model = CLIPResNetVisionModel(_image_config(weights))
+    load_strictly(model, renamed)
+    return model.eval()
+
+
+def _image_config(weights: Mapping[str, Tensor]) -> CLIPResNetConfig:
+    blocks = {
+        tuple(map(int, match.groups())) for match in map(re.compile(r"layer(\d)\.(\d+)\.").match, weights) if match
+    }
+    positions, hidden_size = weights["attnpool.positional_embedding"].shape
+    return CLIPResNetConfig(
+        width=max(1, hidden_size // 32),
+        depths=[sum(stage == index for stage, _ in blocks) for index in range(1, 5)],
+        # The weights do not tell the number of heads. CLIP's towers have heads of 64 channels and at least 32 of them;
+        # the released GKC code keeps the 32 at smaller widths too.
+        num_attention_heads=max(32, hidden_size // _CHANNELS_PER_HEAD),
+        image_size=32 * round((positions - 1) ** 0.5),
+        projection_dim=weights["attnpool.c_proj.weight"].shape[0],
+    )
+
+
+def clip_text_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPTextModelWithProjection:
+    """Builds CLIP's text tower from OpenAI's weights; its size is read off their shapes.
+
+    Its tokens are those of CLIP's one tokenizer, which transformers has with any of OpenAI's published models.
+
+    Args:
+        state_dict: Weights of a whole OpenAI CLIP model, ResNet or vision transformer.
+
+    Returns:
+        The text model in evaluation mode, fp32.
+
+    Raises:
+        ValueError: if the weights are not those of a whole CLIP model, naming missing and unexpected ones and those of
+            wrong shapes.
+    """
+    weights = {name: weight for name, weight in state_dict.items() if not _NOT_TEXT.search(name)}
+    require_weights(
+        weights,
+        {"text_projection": 2, "token_embedding.weight": 2, "positional_embedding": 2},
+        "There is no text tower in these weights",
+        "OpenAI's published archives hold it beside the image tower.",
+    )
+    model = CLIPTextModelWithProjection(_text_config(weights))
+    renamed = {}
+    for name, weight in weights.items():
+        weight = weight.T if name == "text_projection" else weight
+        renamed |= split_packed_projection(rename_weight(name, _TEXT_NAMES) or name, weight.float())
+    load_strictly(model, renamed)
+    return model.eval()
+
+
+def _text_config(weights: Mapping[str, Tensor]) -> CLIPTextConfig:
+    hidden_size, projection_dim = weights["text_projection"].shape
+    vocab_size = len(weights["token_embedding.weight"])
+    layers = {match[1] for match in map(re.compile(r"transformer\.resblocks\.(\d+)\.").match, weights) if match}
+    first_linear = weights.get("transformer.resblocks.0.mlp.c_fc.bias")
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=len(first_linear) if first_linear is not None and first_linear.ndim else 4 * hidden_size,
+        num_hidden_layers=len(layers),
+        # As in the image tower, the number of heads follows from their width.
+        num_attention_heads=max(1, hidden_size // _CHANNELS_PER_HEAD),
+        max_position_embeddings=len(weights["positional_embedding"]),
+        projection_dim=projection_dim,
+        hidden_act="quick_gelu",
+        # The last two tokens are start and end; CLIP's tokenizer pads with the end.
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+
+
+def read_weights(path: str | os.PathLike, allow_jit: bool = False) -> dict[str, Tensor]:
+    """Reads a file of weights without running anything in it.
+
+    Args:
+        path: A TorchScript archive, the form of OpenAI's published files; a dictionary of tensors written by
+            `torch.save`, also under "state_dict"; or safetensors.
+        allow_jit: Let `torch.jit.load` open a TorchScript archive. That runs code of the archive: only for files of
+            known origin that are refused otherwise.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of these forms, or it would have to run code; the message names the file.
+
+    Warns:
+        UserWarning: code of the archive was run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read as safetensors: {error}.") from error
+    if not is_torchscript_archive(path):
+        return _read_pickled_weights(path)
+    if not allow_jit:
+        return read_torchscript_weights(path)
+    warnings.warn(f"{path} was opened by torch.jit.load, which runs code of the file.", UserWarning, stacklevel=2)
+    try:
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    except Exception as error:  # code of the archive can raise errors of any type
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: torch.jit.load cannot open it: {reason}") from error
+
+
+def _read_pickled_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle can raise errors of any type
+        raise ValueError(
+            f"{path}: holds more than weights, or is damaged, and was not read. If it is your own, save its "
+            "`state_dict()` as safetensors; OpenAI's files are best downloaded again."
+        ) from error
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights by their names.")
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+__all__ = ["clip_resnet_from_openai", "clip_text_from_openai", "read_weights"]

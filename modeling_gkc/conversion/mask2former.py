@@ -1,0 +1,235 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Transformers' Mask2Former as open-vocabulary segmenter."""
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, Mask2FormerForUniversalSegmentation, PreTrainedTokenizerBase
+
+from ..configuration_gkc import GKCConfig
+from ..image_processing_gkc import GKCImageProcessor
+from ..modeling_gkc import GKCForOpenVocabSegmentation
+from ..processing_gkc import GKCProcessor
+from ..vocabulary import Vocabulary, VocabularyLike
+from ..weight_renaming import Renaming, load_strictly, rename_weight, split_packed_projection
+
+_NAMES: tuple[Renaming, ...] = (
+    (r"^pixel_level_module\.encoder\.", "backbone."),
+    (r"^pixel_level_module\.decoder\.encoder\.layers\.", "pixel_decoder.layers."),
+    (r"^pixel_level_module\.decoder\.level_embed$", "pixel_decoder.level_embedding"),
+    (r"^pixel_level_module\.decoder\.adapter_1\.", "pixel_decoder.lateral_projection."),
+    (r"^pixel_level_module\.decoder\.layer_1\.", "pixel_decoder.output_projection."),
+    (r"^pixel_level_module\.decoder\.", "pixel_decoder."),
+    (r"^transformer_module\.queries_embedder\.", "mask_decoder.query_positions."),
+    (r"^transformer_module\.queries_features\.", "mask_decoder.query_features."),
+    (r"^transformer_module\.level_embed\.", "mask_decoder.level_embedding."),
+    (r"^transformer_module\.decoder\.layernorm\.", "mask_decoder.layer_norm."),
+    (
+        r"^transformer_module\.decoder\.mask_predictor\.mask_embedder\.(\d)\.0\.",
+        r"mask_decoder.mask_embedder.layers.\1.",
+    ),
+    (r"^transformer_module\.decoder\.layers\.", "mask_decoder.layers."),
+)
+_IMAGE_SETTINGS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "size_divisor",
+)
+_LONGEST_EDGE = 1333  # of Mask2Former's image processor
+# What the source's names are put into. Whoever asks in others gets what is close to the source's classes, not them.
+CONVERSION_TEMPLATES = "plain"
+_PLACEHOLDER = re.compile(r"LABEL_\d+$")
+
+
+def from_mask2former(
+    mask2former_model: Mask2FormerForUniversalSegmentation,
+    text_model: CLIPTextModelWithProjection,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    class_names: VocabularyLike | None = None,
+) -> GKCForOpenVocabSegmentation:
+    """Builds a segmenter of any words that predicts the masks of a transformers Mask2Former.
+
+    With a tokenizer nothing needs to be trained: the source's class head stays, and its classes become words
+    (`GKCConvexClassEmbedder`). Asked for the source's own names, the segmenter gives the source's probabilities; other
+    words get those of the classes that they are close to in CLIP's text space. The names are stored as the
+    checkpoint's vocabulary.
+
+    The names are encoded plain, without a prompt template. The equality holds for plain names only: keep
+    `prompt_templates="plain"`, the default of `GKCProcessor`. In a template ("a photo of a dog") a name is another
+    text, which gets what is close to it, as other words do.
+
+    Without a tokenizer the source's head is dropped, and the learned projection that is compared with words starts
+    untrained: for training on words that have little to do with the source's.
+
+    Args:
+        mask2former_model: The source.
+        text_model: CLIP text tower of the words.
+        tokenizer: Tokenizer of the text tower.
+        class_names: Names of the source's classes in their order, in any form that `Vocabulary.parse` takes; synonyms
+            help to recognise words; their own prompt templates, if they have any, are left out. Default: the source's
+            `config.id2label`.
+
+    Raises:
+        ValueError: if the source uses an option that the segmenter does not have, if its classes have no names or
+            `class_names` are not as many, or if the text tower cannot tell them apart or does not fit the tokenizer.
+
+    Warns:
+        UserWarning: `class_names` have prompt templates of their own.
+    """
+    config = mask2former_model.config
+    if config.pre_norm or config.enforce_input_projection:
+        raise ValueError("Mask2Former models with `pre_norm` or `enforce_input_projection` cannot be converted.")
+    if tokenizer is None:
+        if class_names is not None:
+            raise ValueError("`class_names` need the `tokenizer` of the text tower beside them.")
+        model = GKCForOpenVocabSegmentation(_gkc_config(config, text_model.config))
+        _load_weights(model, mask2former_model, text_model)
+        return model.train(mask2former_model.training)
+    vocabulary = source_vocabulary(mask2former_model, class_names)
+    if len(tokenizer) > text_model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the text tower {text_model.config.vocab_size}: they do not "
+            "belong together."
+        )
+    model = GKCForOpenVocabSegmentation(
+        _gkc_config(
+            config,
+            text_model.config,
+            classifier="convex_combination",
+            source_vocabulary=vocabulary.names,
+            logit_scale_init_value=0.0,
+        )
+    )
+    _load_weights(model, mask2former_model, text_model)
+    model.set_vocabulary(vocabulary, GKCProcessor(GKCImageProcessor(), tokenizer, CONVERSION_TEMPLATES))
+    model.class_embedder.set_source(
+        mask2former_model.class_predictor, model.vocabulary_embeds, model.vocabulary_class_ids
+    )
+    return model.train(mask2former_model.training)
+
+
+def source_vocabulary(
+    mask2former_model: Mask2FormerForUniversalSegmentation, class_names: VocabularyLike | None = None
+) -> Vocabulary:
+    """The names of a Mask2Former's classes: the given ones without their prompt templates, else its configuration's.
+
+    Raises:
+        ValueError: there are none, or not as many as the class head has classes.
+
+    Warns:
+        UserWarning: templates were left out.
+    """
+    num_classes = mask2former_model.class_predictor.out_features - 1
+    if class_names is None:
+        id2label = mask2former_model.config.id2label
+        class_names = [str(id2label.get(index, f"LABEL_{index}")) for index in range(num_classes)]
+        if any(map(_PLACEHOLDER.match, class_names)) or len(id2label) != num_classes:
+            raise ValueError(
+                f"The source's configuration has no names for its {num_classes} classes: give them as `class_names`, "
+                "in their order."
+            )
+    vocabulary = Vocabulary.parse(class_names)
+    if len(vocabulary) != num_classes:
+        raise ValueError(
+            f"`class_names` are {len(vocabulary)}, but the source has {num_classes} classes: name each of them, in "
+            "their order, without no-object."
+        )
+    if any(vocabulary.templates or ()):
+        warnings.warn(
+            "Prompt templates of `class_names` are left out: the names of a converted head are encoded plain.",
+            UserWarning,
+            stacklevel=2,
+        )
+        vocabulary = copy.copy(vocabulary)
+        vocabulary.templates = None
+    return vocabulary
+
+
+def image_processor_from_mask2former(settings: Mapping[str, Any]) -> GKCImageProcessor:
+    """The image processor that prepares images as a Mask2Former's own does.
+
+    Args:
+        settings: Content of the source's `preprocessor_config.json`, also of the older kind whose `size` is a number.
+            What concerns segmentation maps is left out.
+
+    Raises:
+        ValueError: images are resized by a rule that `GKCImageProcessor` does not have.
+    """
+    kept = {key: settings[key] for key in _IMAGE_SETTINGS if settings.get(key) is not None}
+    size = kept.get("size")
+    if isinstance(size, int):
+        kept["size"] = {"shortest_edge": size, "longest_edge": settings.get("max_size") or _LONGEST_EDGE}
+    elif size is not None and set(size) == {"shortest_edge"} and settings.get("max_size"):
+        kept["size"] = {**size, "longest_edge": settings["max_size"]}
+    if "size_divisibility" in settings:
+        kept.setdefault("size_divisor", settings["size_divisibility"])
+    return GKCImageProcessor(**kept)
+
+
+def _load_weights(
+    model: GKCForOpenVocabSegmentation,
+    mask2former_model: Mask2FormerForUniversalSegmentation,
+    text_model: CLIPTextModelWithProjection,
+) -> None:
+    load_strictly(model.model, _renamed_weights(mask2former_model.model.state_dict()))
+    model.text_model.load_state_dict(text_model.state_dict())
+
+
+def _gkc_config(config, text_config, **overrides) -> GKCConfig:
+    return GKCConfig(
+        backbone_config=config.backbone_config,
+        text_config=text_config,
+        hidden_size=config.hidden_dim,
+        mask_feature_size=config.mask_feature_size,
+        encoder_layers=config.encoder_layers,
+        encoder_ffn_dim=config.encoder_feedforward_dim,
+        decoder_layers=config.decoder_layers - 1,
+        decoder_ffn_dim=config.dim_feedforward,
+        num_attention_heads=config.num_attention_heads,
+        num_queries=config.num_queries,
+        dropout=config.dropout,
+        no_object_weight=config.no_object_weight,
+        class_weight=config.class_weight,
+        mask_weight=config.mask_weight,
+        dice_weight=config.dice_weight,
+        train_num_points=config.train_num_points,
+        oversample_ratio=config.oversample_ratio,
+        importance_sample_ratio=config.importance_sample_ratio,
+        **overrides,
+    )
+
+
+def _renamed_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames Mask2Former's weights and splits the packed projections of its cross-attention."""
+    weights = {}
+    for name, weight in state_dict.items():
+        renamed = rename_weight(name, _NAMES)
+        if renamed is None:
+            raise ValueError(f"Mask2Former weight {name!r} has no counterpart here.")
+        weights |= split_packed_projection(renamed, weight)
+    return weights
+
+
+__all__ = ["CONVERSION_TEMPLATES", "from_mask2former", "image_processor_from_mask2former", "source_vocabulary"]

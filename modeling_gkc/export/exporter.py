@@ -1,0 +1,336 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The image path and its words as one graph: ONNX, or a program of `torch.export`.
+
+`export_segmenter` writes a folder:
+
+    model.onnx or model.pt2   the graph, fp32
+    export.json               what it takes and gives: see `describe`
+    class_embeds.npz          unless the words are in the graph: `names` (K,), `class_embeds` (K, D), `colors` (K, 3)
+    run.py, image_reading.py  for ONNX: an image to a label map with numpy, Pillow and onnxruntime only
+
+The graph takes `pixel_values` (B, 3, H, W) and, unless the words are in it, `class_embeds` (K, D), one row per class.
+It gives `class_queries_logits` (B, Q, K + 1), the last column no-object, `masks_queries_logits` (B, Q, H/4, W/4) and
+`query_embeds` (B, Q, D). B and K are free, H and W are not. The text tower is not in it.
+
+Letters: B images, Q queries, K classes, P prompts, D text-embedding width, (H, W) input size.
+"""
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers.image_utils import PILImageResampling
+
+from .. import image_reading
+from ..atomic_files import atomic_folder, check_new_folder
+from ..class_embeddings import GKCClassEmbeddings, count_classes, encode_vocabulary
+from ..configuration_gkc import GKCConfig
+from ..padding import SIZE_DIVISOR
+from ..vocabulary import Vocabulary, VocabularyLike
+from . import runner
+from .formats import DEFAULT_OPSET, FORMATS
+from .graph import (
+    RUNTIME_PACKAGE,
+    ExportableSegmenter,
+    check_width,
+    compare,
+    load_graph,
+    one_embed_per_class,
+    trace,
+    write_onnx,
+)
+
+SETTINGS_FILE = "export.json"
+SETTINGS_FORMAT = "gkc-export-1"
+WORDS_FILE = "class_embeds.npz"
+RUNNER_FILE = "run.py"
+ONNX_PACKAGES = ("onnx", "onnxscript")
+# Sources of this library that are copied beside an ONNX graph, by the names they get there.
+RUNNER_SOURCES = {RUNNER_FILE: runner.__file__, "image_reading.py": image_reading.__file__}
+
+
+@dataclass
+class ExportedSegmenter:
+    """
+    What `export_segmenter` has written.
+
+    Args:
+        folder: Where it is.
+        graph: Path of the graph.
+        settings: What stands in export.json.
+        difference: Largest difference of a mask logit from the model's on a random image; None if not compared.
+    """
+
+    folder: Path
+    graph: Path
+    settings: dict[str, Any]
+    difference: float | None
+
+
+def write_class_embeds(path: str | Path, model: Any, words: GKCClassEmbeddings, vocabulary: Vocabulary) -> None:
+    """
+    Write words for a graph that takes them as input: `names` (K,), `class_embeds` (K, D) and `colors` (K, 3).
+
+    Nothing in the file is pickled.
+
+    Args:
+        path: File to write, .npz.
+        model: The `GKCForOpenVocabSegmentation` that was exported.
+        words: Their embeddings, such as `encode_vocabulary(vocabulary, model, processor)` gives.
+        vocabulary: The K classes.
+
+    Raises:
+        ValueError: as `one_embed_per_class`.
+    """
+    class_embeds = one_embed_per_class(model, words).numpy()
+    with open(path, "wb") as file:
+        np.savez(
+            file,
+            names=np.array(vocabulary.labels),
+            class_embeds=class_embeds,
+            colors=np.array(vocabulary.palette, np.uint8),
+        )
+
+
+def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """
+    Height and width of a graph's images.
+
+    Args:
+        size: One side of a square, or (height, width).
+
+    Raises:
+        ValueError: a side is no positive multiple of 32, the coarsest stride.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1 or height % SIZE_DIVISOR or width % SIZE_DIVISOR:
+        nearest = [max(round(side / SIZE_DIVISOR), 1) * SIZE_DIVISOR for side in (height, width)]
+        raise ValueError(
+            f"sides must be multiples of {SIZE_DIVISOR}, got {height}x{width}: take {nearest[0]}x{nearest[1]}."
+        )
+    return height, width
+
+
+def check_packages(graph_format: str, check: bool | None = None) -> bool:
+    """
+    Whether the graph can be compared with the model here.
+
+    Args:
+        graph_format: "onnx" or "torch-export".
+        check: True asks for the comparison, None makes it where it can be made.
+
+    Raises:
+        ValueError: there is no such format.
+        ImportError: a package is missing that is needed; the message names the command that installs it.
+    """
+    if graph_format not in FORMATS:
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {graph_format!r}.")
+    if graph_format == "torch-export":
+        return check is not False
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    has_runtime = importlib.util.find_spec(RUNTIME_PACKAGE) is not None
+    if check and not has_runtime:
+        missing.append(RUNTIME_PACKAGE)
+    if missing:
+        raise ImportError(f"{' and '.join(missing)} not found: pip install {' '.join(missing)}")
+    return has_runtime and check is not False
+
+
+def export_segmenter(
+    model: Any,
+    processor: Any,
+    folder: str | Path,
+    *,
+    format: str = "onnx",
+    size: int | tuple[int, int] = 512,
+    vocabulary: VocabularyLike | None = None,
+    class_embeddings: GKCClassEmbeddings | None = None,
+    fixed: bool = False,
+    opset: int = DEFAULT_OPSET,
+    check: bool | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> ExportedSegmenter:
+    """
+    Write a segmenter as a graph that runs without this library; ONNX also without torch.
+
+    The graph computes in fp32 whatever the type of the model's weights. The model is left as it is.
+
+    Args:
+        model: A `GKCForOpenVocabSegmentation`.
+        processor: Its `GKCProcessor`.
+        folder: New folder to write; it appears only once it is complete.
+        format: "onnx", or "torch-export" for `torch.export.load`.
+        size: Pixels of the graph's images: one side, or (height, width), multiples of 32.
+        vocabulary: The words, in any form that `Vocabulary.parse` takes; default: those stored in the model, if any.
+        class_embeddings: Embeddings of `vocabulary`, if they are at hand.
+        fixed: Bake the words into the graph, instead of taking embeddings as a second input.
+        opset: Version of ONNX's operators, at least 18.
+        check: Compare the graph with the model on a random image; default: if onnxruntime is installed.
+        progress: Called with a line before each step.
+
+    Raises:
+        ValueError: a setting is wrong, the model was optimised for inference, there are no words to bake in, the words
+            do not fit, torch cannot export the model, or the graph's logits differ from the model's by more than 1e-3.
+        FileExistsError: the folder is there already and not empty.
+        ImportError: onnx or onnxscript is missing.
+    """
+    folder, (height, width) = Path(folder), check_size(size)
+    model.refuse_if_optimized("export it")
+    check_new_folder(folder)
+    compares = check_packages(format, check)
+    if format == "onnx" and opset < DEFAULT_OPSET:
+        raise ValueError(f"the opset must be at least {DEFAULT_OPSET}, got {opset}.")
+    vocabulary, words = _encoded(model, processor, vocabulary, class_embeddings)
+    if fixed and words is None:
+        raise ValueError("there are no words to bake in: give a vocabulary.")
+    with atomic_folder(folder) as unfinished:
+        if words is not None and not fixed:
+            write_class_embeds(unfinished / WORDS_FILE, model, words, vocabulary)
+        reference = _fp32_copy(model, keeps_attention=format != "onnx")
+        progress(f"tracing the image path at {height} x {width}")
+        program = trace(ExportableSegmenter(reference, words if fixed else None), height, width, fixed)
+        graph = unfinished / FORMATS[format]
+        progress(f"writing {graph.name}")
+        write_onnx(program, graph, opset, fixed) if format == "onnx" else torch.export.save(program, graph)
+        difference = None
+        if compares:
+            progress("comparing it with the model")
+            difference = compare(load_graph(graph), reference, (height, width), words, fixed)
+        settings = describe(model, processor, graph.name, (height, width), vocabulary, fixed)
+        settings |= {"opset": opset} if format == "onnx" else {}
+        settings["largest_mask_difference"] = difference
+        _write_json(unfinished / SETTINGS_FILE, settings)
+        if format == "onnx":
+            _write_runner(unfinished)
+    return ExportedSegmenter(folder, folder / FORMATS[format], settings, difference)
+
+
+def _encoded(
+    model: Any, processor: Any, vocabulary: VocabularyLike | None, embeddings: GKCClassEmbeddings | None
+) -> tuple[Vocabulary | None, GKCClassEmbeddings | None]:
+    """The words and their embeddings in fp32 on the CPU; None for both if there are none."""
+    if vocabulary is None and embeddings is not None:
+        raise ValueError("`class_embeddings` need the `vocabulary` that they encode.")
+    if vocabulary is None:
+        if model.vocabulary is None:
+            return None, None
+        vocabulary = model.vocabulary
+        embeddings = GKCClassEmbeddings(class_embeds=model.vocabulary_embeds, class_ids=model.vocabulary_class_ids)
+    vocabulary = Vocabulary.parse(vocabulary).with_kinds_of(model.vocabulary)
+    if embeddings is None:
+        embeddings = encode_vocabulary(vocabulary, model, processor)
+    class_embeds, class_ids = embeddings.class_embeds.detach().cpu().float(), embeddings.class_ids.cpu()
+    check_width(model, class_embeds)
+    if (num_classes := count_classes(class_ids, len(class_embeds))) != len(vocabulary):
+        raise ValueError(f"the embeddings are of {num_classes} classes, the vocabulary has {len(vocabulary)}.")
+    return vocabulary, GKCClassEmbeddings(class_embeds=class_embeds, class_ids=class_ids)
+
+
+def _fp32_copy(model: Any, keeps_attention: bool) -> Any:
+    """What is traced and compared with, so that tracing changes nothing of the user's model."""
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), GKCConfig):
+            module.config.deformable_attention = "grid_sample"  # the kernel that ONNX has an operator for
+    if not keeps_attention:
+        # In ONNX fused attention becomes the same products, but its memory layout is not that of the trace.
+        model.set_attn_implementation("eager")
+    return model
+
+
+def describe(
+    model: Any,
+    processor: Any,
+    graph: str,
+    size: tuple[int, int],
+    vocabulary: Vocabulary | None,
+    fixed: bool,
+) -> dict[str, Any]:
+    """
+    What one has to know to run a graph: the content of export.json.
+
+    `words` is "fixed" or "input"; `classes` has the words in the order of the logits' columns, before no-object. An
+    image is resized to `size` (height, width) without keeping its aspect, with Pillow's filter `resample`; then each
+    channel is (value * `rescale_factor` - `image_mean`) / `image_std`.
+    """
+    images = processor.image_processor
+    height, width = size
+    config = model.config
+    shapes = {"pixel_values": ["batch", 3, height, width]}
+    if not fixed:
+        shapes["class_embeds"] = ["classes", config.projection_dim]
+    num_classes = len(vocabulary) if fixed else "classes"
+    return {
+        "format": SETTINGS_FORMAT,
+        "graph": graph,
+        "inputs": shapes,
+        "outputs": {
+            "class_queries_logits": ["batch", config.num_queries, f"{num_classes} + 1"],
+            "masks_queries_logits": ["batch", config.num_queries, height // 4, width // 4],
+            "query_embeds": ["batch", config.num_queries, config.projection_dim],
+        },
+        "dtype": "float32",
+        "size": [height, width],
+        "resize": "to size, not keeping the aspect",
+        "resample": PILImageResampling(images.resample).name.lower(),
+        "rescale_factor": images.rescale_factor if images.do_rescale else 1.0,
+        "image_mean": _three(images.image_mean) if images.do_normalize else [0.0] * 3,
+        "image_std": _three(images.image_std) if images.do_normalize else [1.0] * 3,
+        "words": "fixed" if fixed else "input",
+        "logits": "one column per class, then no-object",
+        "classes": [] if vocabulary is None else _classes(vocabulary),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _three(values: Any) -> list[float]:
+    return [float(value) for value in (values if isinstance(values, list | tuple) else [values] * 3)]
+
+
+def _classes(vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    kinds = vocabulary.is_thing or [None] * len(vocabulary)
+    columns = zip(vocabulary.names, kinds, vocabulary.palette, strict=True)
+    return [
+        {"name": names[0], "synonyms": list(names[1:]), "is_thing": is_thing, "color": list(color)}
+        for names, is_thing, color in columns
+    ]
+
+
+def _write_runner(folder: Path) -> None:
+    """Copy what turns a picture into a label map; a script imports its neighbors without a leading dot."""
+    for name, source in RUNNER_SOURCES.items():
+        text = Path(source).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace("from ..image_reading", "from image_reading"), encoding="utf-8")
+
+
+def _write_json(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+__all__ = [
+    "ExportedSegmenter",
+    "check_packages",
+    "check_size",
+    "describe",
+    "export_segmenter",
+    "write_class_embeds",
+]

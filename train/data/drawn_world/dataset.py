@@ -1,0 +1,100 @@
+"""The mini-world as a Hugging Face dataset, in the schema that all training data has."""
+
+import io
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from PIL import Image
+
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..schema import dataset_features, encode_ids
+from .parallel import map_scenes
+from .words import COARSE, COARSE_SHAPES, CONCEPTS, SHAPES, STUFFS, TRAINING_WORDS, WORDS, coarse_label
+from .world import TRAINING_SHAPES, TRAINING_STUFFS, Scene, draw_scene
+
+SPLITS = {"train": 0, "test": 1}  # with the seed, they name independent worlds
+
+
+def training_vocabulary() -> Vocabulary:
+    """The ten coarse labels of training, each with the four words that training may use."""
+    names = [list(WORDS[label][TRAINING_WORDS]) for label in COARSE]
+    return Vocabulary(names, is_thing=[label in COARSE_SHAPES for label in COARSE])
+
+
+def test_vocabulary() -> Vocabulary:
+    """Every concept under its own name."""
+    return Vocabulary([[concept] for concept in CONCEPTS], is_thing=[concept in SHAPES for concept in CONCEPTS])
+
+
+def miniworld_features() -> Features:
+    """The schema of training data, and the column `attributes`: what the world knows of every segment, in order."""
+    attributes = {
+        "kind": Value("string"),
+        "concept": Value("string"),
+        "colour": Value("string"),
+        "fill": Value("string"),
+        "radius": Value("float32"),
+        "aspect": Value("float32"),
+        "latents": [Value("float32")],
+    }
+    return Features(dataset_features() | {"attributes": [attributes]})
+
+
+def build_dataset(
+    split: str, scenes: int, seed: int = 0, size: int = 96, num_proc: int = 1, show_progress: bool = True
+) -> Dataset:
+    """Draw a dataset.
+
+    `train` has no never-seen concepts, labels of `training_vocabulary`, and leaves what has no such label void;
+    `test` has every concept, labels of `test_vocabulary`. Only evaluation may read the column `attributes`.
+
+    Args:
+        split: `train` or `test`.
+        scenes: number of rows; row i is the same whatever their number.
+        seed: the world.
+        size: side of the pictures in pixels.
+        num_proc: processes that draw.
+        show_progress: show a progress bar.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}; use one of {', '.join(SPLITS)}.")
+    draw_row = partial(_draw_row, split, seed, size)
+    rows = list(map_scenes(draw_row, scenes, num_proc, f"{split} scenes", show_progress))
+    return Dataset.from_list(rows, features=miniworld_features())
+
+
+def _draw_row(split: str, seed: int, size: int, index: int) -> dict:
+    training = split == "train"
+    shapes, stuffs = (TRAINING_SHAPES, TRAINING_STUFFS) if training else (SHAPES, STUFFS)
+    scene = draw_scene((seed, SPLITS[split]), index, size, shapes, stuffs)
+    labels = [coarse_label(region["concept"]) if training else region["concept"] for region in scene.regions]
+    return _row(scene, labels, COARSE if training else CONCEPTS) | {"image_id": f"{split}-{seed}-{index:06d}"}
+
+
+def _row(scene: Scene, labels: Sequence[str | None], classes: Sequence[str]) -> dict:
+    """One row without its `image_id`; the labelled regions become segments 1, 2, ..., the others void."""
+    labelled = [number for number, label in enumerate(labels) if label is not None]
+    ids = np.zeros(len(labels) + 1, dtype=np.int64)  # the last entry serves region index -1
+    ids[labelled] = np.arange(1, len(labelled) + 1)
+    segments = [
+        {"id": int(ids[number]), "category_id": classes.index(labels[number]), "iscrowd": False} for number in labelled
+    ]
+    return {
+        "image": _png(scene.image),
+        "segmentation": _png(encode_ids(ids[scene.region_index])),
+        "segments": segments,
+        "captions": [" and ".join(f"a {labels[number]}" for number in reversed(labelled))],
+        "video_id": "",
+        "frame": 0,
+        "attributes": [scene.regions[number] for number in labelled],
+    }
+
+
+def _png(picture: np.ndarray) -> dict:
+    """(H, W, 3) uint8 -> the form in which `datasets.Image` stores a picture."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}

@@ -1,0 +1,112 @@
+"""Datasets by the place where they are stored: folders of `save_to_disk`, prepared benchmarks, the Hub.
+
+A folder that a command of this project saved has a file of checksums, with which its files are compared when a split
+is loaded, as fast as they can be read. Without that file nothing is compared.
+"""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from modeling_gkc.cli.common import error_line
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..storage.checksums import FILES, describe_files, read_sealed_json, require_files, write_sealed_json
+from ..storage.fingerprints import settings_fingerprint
+from .prepared import VOCABULARY_NAME, Prepared, finished_splits, is_prepared, load_prepared
+
+CHECKSUMS_NAME = "checksums.json"
+_SHAPE = {"files": FILES, "remedy": str}
+
+
+def seal_dataset(folder: Path, remedy: str) -> None:
+    """
+    Write the checksums of a dataset that was just saved.
+
+    Args:
+        folder: that `save_to_disk` wrote.
+        remedy: how to make it again, the end of a sentence.
+    """
+    paths = [*folder.rglob("*.arrow"), *folder.rglob("state.json"), *folder.rglob("dataset_*.json")]
+    write_sealed_json(folder / CHECKSUMS_NAME, {"files": describe_files(folder, paths), "remedy": remedy})
+
+
+def load_saved(folder: str | Path, split: str | None = None) -> Dataset | DatasetDict:
+    """Load a folder of `save_to_disk` after comparing its files with their checksums, where it has them.
+
+    Args:
+        folder: the folder.
+        split: the only one that is going to be used; None for all.
+
+    Raises:
+        ValueError: it is no such folder, or a file is damaged.
+    """
+    folder = Path(folder)
+    if (folder / CHECKSUMS_NAME).exists():
+        own = read_sealed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
+        others = [
+            name for name in own["files"] if "/" in name and split is not None and not name.startswith(f"{split}/")
+        ]
+        require_files(folder, {name: file for name, file in own["files"].items() if name not in others}, own["remedy"])
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # datasets and Arrow raise errors of many types
+        raise ValueError(f"{folder} cannot be loaded: {error_line(error)}") from error
+
+
+def load_split(dataset: str | Path, split: str) -> Dataset:
+    """Load one split of a dataset.
+
+    Args:
+        dataset: folder that `save_to_disk` or `train.data.prepare` wrote, with one split or several; or a name on the
+            Hub.
+        split: of a folder with a single one, any name will do.
+
+    Raises:
+        ValueError: there is no such dataset or split, or it is damaged.
+    """
+    try:
+        if is_prepared(dataset):
+            return load_prepared(dataset, split).dataset
+        loaded = load_saved(dataset, split) if Path(dataset).is_dir() else _from_hub(dataset, split)
+    except ValueError as error:
+        raise ValueError(f"DATASET: {error}") from error
+    if isinstance(loaded, DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"--split: {dataset} has no split {split!r}, it has {', '.join(loaded)}.")
+        return loaded[split]
+    return loaded
+
+
+def _from_hub(name: str | Path, split: str) -> Dataset:
+    try:
+        return load_dataset(str(name), split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error_line(error)}") from error
+
+
+def load_judged(folder: str | Path, split: str) -> Prepared:
+    """A split to evaluate on: of a prepared benchmark, or of a dataset that `train.data.from_folder` made.
+
+    Raises:
+        ValueError: there is none, or a file is damaged.
+    """
+    folder = Path(folder)
+    if is_prepared(folder) or not (folder / CHECKSUMS_NAME).is_file():
+        return load_prepared(folder, split)
+    dataset = load_split(folder, split)
+    own = read_sealed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
+    files = [file for name, file in sorted(own["files"].items()) if name.startswith(f"{split}/")]
+    info = {"shards": [{"sha256": settings_fingerprint(file)} for file in files], "expected": None}
+    return Prepared(dataset, Vocabulary.from_file(folder / VOCABULARY_NAME), "folder", info)
+
+
+def load_splits(folder: str | Path) -> Dataset | DatasetDict:
+    """All that a folder holds: several splits, or the rows of a single one without a name.
+
+    Raises:
+        ValueError: it is no folder of a dataset, or a file is damaged.
+    """
+    if is_prepared(folder):
+        return DatasetDict({split: load_prepared(folder, split).dataset for split in finished_splits(folder)})
+    return load_saved(folder)

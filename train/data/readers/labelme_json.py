@@ -1,0 +1,186 @@
+"""JSON files of labelme, one a picture, as training data.
+
+    DIR/a.jpg           DIR/a.json           or in sub-folders; folders named train, val and test are the splits
+
+Polygons, rectangles, circles and masks are read; points and lines outline no area and are left out. Shapes of one
+label and one `group_id` are one object. Where objects overlap, the smaller lies on the larger; pixels of none are
+void, as are those labelled `__ignore__` or `_background_`. Classes are in the order of the alphabet.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..schema import NO_CLASS
+from ..sources import (
+    IMAGE_SUFFIXES,
+    Picture,
+    Segmentation,
+    Source,
+    annotated_shape,
+    declared_shape,
+    load_json,
+    relative_names,
+    split_of_folders,
+    upright,
+)
+from .coco_masks import PaintedObject, UnusableObjectError, paint_objects, polygon_mask
+
+VOID_LABELS = ("__ignore__", "_background_")
+_KEYS = {"shapes", "imagePath"}
+_CIRCLE_POINTS = 360
+
+
+def find_labelme_files(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Contents of the JSON files below a folder that are labelme's, and of what is damaged beside them."""
+    found = {}
+    for path in sorted(folder.rglob("*.json")):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            content = load_json(path)
+            content = content if isinstance(content, dict) else {}
+            found[path] = {key: value for key, value in content.items() if key != "imageData"}
+    if not any(content.keys() >= _KEYS for content in found.values()):
+        return {}
+    return {
+        path: content
+        for path, content in found.items()
+        if _KEYS & content.keys() or any(path.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
+    }
+
+
+def read_labelme(folder: Path, contents: Mapping[Path, dict[str, Any]]) -> Source:
+    """Find the pictures of labelme's files.
+
+    Raises:
+        ValueError: no file has an object with a label.
+    """
+    problems, usable = [], {}
+    for path, content in contents.items():
+        try:
+            usable[path] = _checked(folder, path, content)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    labels = sorted(
+        {shape["label"].strip() for content in usable.values() for shape in content["shapes"]} - {*VOID_LABELS}
+    )
+    if not labels:
+        raise ValueError("\n  ".join([f"{folder}: no JSON file of labelme has an object.", *problems[:10]]))
+    try:
+        vocabulary = Vocabulary([[label] for label in labels], is_thing=[True] * len(labels))
+    except ValueError as error:
+        raise ValueError(f"{folder}, labels of labelme: {error}") from error
+    source = Source(vocabulary, [], problems, f"JSON of labelme, {len(contents)} files")
+    classes = {label: index for index, label in enumerate(labels)} | dict.fromkeys(VOID_LABELS, NO_CLASS)
+    for path, content in usable.items():
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        picture = Picture(name, content["image"], _read_shapes, split_of_folders(name))
+        picture.read = partial(_read_shapes, path, content, classes, picture.notes)
+        source.pictures.append(picture)
+    return source
+
+
+def _checked(folder: Path, path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The shapes of a file, the size that it says, and its image."""
+    shapes, name = content.get("shapes"), content.get("imagePath")
+    if not isinstance(shapes, list) or not isinstance(name, str):
+        raise ValueError(f"{path}: it is no file of labelme, whose `shapes` is a list and `imagePath` text")
+    for number, shape in enumerate(shapes, start=1):
+        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or not shape["label"].strip():
+            raise ValueError(f"{path}: shape {number} needs a label")
+    places = (path.parent, folder, folder / "images")
+    files = [place / relative for relative in relative_names(name) for place in places]
+    image = next((file for file in files if file.is_file()), None)
+    if image is None:
+        raise ValueError(f"{path}: there is no file {name}")
+    declared = declared_shape(content.get("imageHeight"), content.get("imageWidth"), str(path))
+    return {"shapes": shapes, "declared": declared, "image": image}
+
+
+def _read_shapes(
+    path: Path, content: dict[str, Any], classes: Mapping[str, int], notes: list[str], shape: tuple[int, int]
+) -> Segmentation:
+    image, declared = content["image"], content["declared"]
+    frame = shape if declared is None else annotated_shape(declared, shape, image, str(path))
+    objects: dict[Any, PaintedObject] = {}
+    for number, drawn in enumerate(content["shapes"], start=1):
+        place, of_shape, label = f"{path}, shape {number}", [], drawn["label"].strip()
+        try:
+            mask = _shape_mask(drawn, frame, of_shape)
+        except UnusableObjectError as error:
+            of_shape.append(f"{error}, left out")
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        else:
+            group = drawn.get("group_id")
+            key = number if group is None else (label, str(group))
+            mask = mask | objects[key].mask if key in objects else mask
+            objects[key] = PaintedObject(mask, classes[label], False, place)
+        notes += [f"{place}: {note}" for note in of_shape]
+    if content["shapes"] and not objects:
+        raise ValueError(f"{path}: none of its shapes can be used: {'; '.join(notes[:3])}")
+    ids, segments = paint_objects(list(objects.values()), frame, notes)
+    return upright(ids, shape, image), segments
+
+
+def _shape_mask(drawn: Mapping[str, Any], shape: tuple[int, int], notes: list[str]) -> np.ndarray:
+    """Mask (H, W) bool of one shape.
+
+    Raises:
+        UnusableObjectError: it outlines no area.
+        ValueError: it cannot be meant.
+    """
+    kind, points = drawn.get("shape_type", "polygon"), drawn.get("points")
+    if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
+        raise ValueError("its points must be a list of [x, y]")
+    flat = [value for point in points for value in point]
+    if kind == "polygon" or (kind == "rectangle" and len(points) == 4):
+        return polygon_mask([flat], shape, notes)
+    if kind in ("rectangle", "circle", "mask"):
+        if len(points) != 2 or not all(_is_number(value) for value in flat):
+            raise ValueError(f"a {kind} has two points, got {str(points)[:60]}")
+        if kind == "mask":
+            return _pasted_mask(drawn.get("mask"), flat, shape)
+        outline = _circle(*flat) if kind == "circle" else _rectangle(*flat)
+        return polygon_mask([outline], shape, notes)
+    raise UnusableObjectError(f"it is a {str(kind)[:30]}, which outlines no area")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31  # False for NaN
+
+
+def _rectangle(x1: float, y1: float, x2: float, y2: float) -> list[float]:
+    return [x1, y1, x2, y1, x2, y2, x1, y2]
+
+
+def _circle(x: float, y: float, edge_x: float, edge_y: float) -> list[float]:
+    radius = math.hypot(edge_x - x, edge_y - y)
+    angles = [2 * math.pi * step / _CIRCLE_POINTS for step in range(_CIRCLE_POINTS)]
+    return [value for angle in angles for value in (x + radius * math.cos(angle), y + radius * math.sin(angle))]
+
+
+def _pasted_mask(encoded: Any, corners: list[float], shape: tuple[int, int]) -> np.ndarray:
+    """A mask stored as a PNG in base64, laid on the pixels from its upper left to its lower right corner."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as picture:
+            inside = np.asarray(picture.convert("L")) > 0
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        raise ValueError(f"its mask cannot be read: {error}") from error
+    left, top = round(corners[0]), round(corners[1])
+    bottom, right = top + inside.shape[0], left + inside.shape[1]
+    if (right - 1, bottom - 1) != (round(corners[2]), round(corners[3])):
+        raise ValueError(f"its mask is {inside.shape} (height, width), its points {corners} say another size")
+    if left < 0 or top < 0 or bottom > shape[0] or right > shape[1]:
+        raise ValueError(f"its mask reaches outside of the picture of {shape} (height, width): {corners}")
+    mask = np.zeros(shape, dtype=bool)
+    mask[top:bottom, left:right] = inside
+    return mask

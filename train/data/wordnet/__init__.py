@@ -1,0 +1,1 @@
+"""WordNet: its database, synonym lists for vocabularies, and nouns of captions."""

@@ -1,0 +1,308 @@
+"""What a recipe names, loaded: dataset, vocabulary, student and the caches of its teacher."""
+
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+
+from configuration import Recipe
+from modeling_gkc.checkpoint_loading import load_checkpoint_parts, one_line, refuse_shards_outside
+from modeling_gkc.configuration_gkc import GKCConfig
+from modeling_gkc.image_processing_gkc import GKCImageProcessor
+from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
+from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
+from modeling_gkc.processing_gkc import GKCProcessor
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..data.load import load_split
+from ..data.prepared import VOCABULARY_NAME, is_prepared
+from ..data.splits import split_categories
+from ..storage.shards import MANIFEST, RegionStore
+from ..teacher.clip_towers import CLIPTowers, load_clip_towers
+from ..teacher.precompute import cache_folder, fingerprint_file
+from ..teacher.region_teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities, TeacherCache
+from ..teacher.synonym_probabilities import BoxSynonyms
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+
+_OF_THE_DATASET = "dataset"
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def load_data(recipe: Recipe) -> dict[str, Dataset]:
+    """The recipe's splits by their names, as they are stored.
+
+    Raises:
+        ValueError: dataset or split is not there.
+    """
+    if recipe.dataset is None:
+        raise ValueError("The recipe names no dataset: give dataset=FOLDER, see README for making one.")
+    several = not Path(recipe.dataset).is_dir() or (Path(recipe.dataset) / "dataset_dict.json").exists()
+    several = several or is_prepared(recipe.dataset)
+    if recipe.eval_split is not None and not several:
+        raise ValueError(f"{recipe.dataset} has one split only, nothing to evaluate on: set eval_split=none.")
+    splits = {}
+    for field in ("train_split", "eval_split"):
+        if (split := getattr(recipe, field)) is not None:
+            try:
+                splits[split] = load_split(recipe.dataset, split)
+            except ValueError as error:
+                reason = str(error).replace("DATASET:", "`dataset`:").replace("--split:", f"`{field}`:")
+                reason += " Name another, or set eval_split=none." if field == "eval_split" else ""
+                raise ValueError(reason) from error
+    return splits
+
+
+def load_vocabulary(recipe: Recipe) -> Vocabulary:
+    """The training vocabulary: a packaged one, a file, or the `vocabulary.json` of the dataset's folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if recipe.vocabulary not in (None, _OF_THE_DATASET):
+        try:
+            return Vocabulary.parse(recipe.vocabulary)
+        except ValueError as error:
+            raise ValueError(f"`vocabulary`: {error}") from error
+    path = Path(recipe.dataset or "") / VOCABULARY_NAME
+    if not path.is_file():
+        raise ValueError(f"There is no {path}: name the classes with vocabulary=NAME or vocabulary=FILE.")
+    return Vocabulary.from_file(path)
+
+
+def load_towers(recipe: Recipe) -> CLIPTowers | None:
+    """The recipe's CLIP, None where it names none."""
+    return None if recipe.clip is None else load_clip_towers(recipe.clip)
+
+
+def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+    """The model before training and its processor.
+
+    It is a checkpoint to start from; or has the text tower of CLIP, random decoders, and as backbone CLIP's image
+    tower or the one that `recipe.backbone` names.
+
+    Raises:
+        ValueError: the recipe names neither, or what does not fit together.
+    """
+    if recipe.init_from is not None:
+        return _load_checkpoint(recipe)
+    if towers is None:
+        raise ValueError("The recipe names nothing to start from: give clip=FOLDER, or init_from=CHECKPOINT.")
+    backbone_config, weights = _backbone(recipe, towers)
+    settings = {**recipe.model_settings(), "backbone_config": backbone_config}
+    model = GKCForOpenVocabSegmentation(GKCConfig(**settings, text_config=towers.text_model.config))
+    model.text_model.load_state_dict(towers.text_model.state_dict())
+    if weights is not None:
+        model.model.backbone.load_state_dict(weights)
+    return model, GKCProcessor(GKCImageProcessor(), towers.tokenizer)
+
+
+def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+    if recipe.model or recipe.backbone:
+        raise ValueError("`model` and `backbone` are settled by the checkpoint of `init_from`: take one or the other.")
+    path = recipe.init_from
+    if not Path(path).exists() and (_ROOT / path / "config.json").is_file():
+        path = str(_ROOT / path)  # the shipped checkpoint, which recipes name from the root of the clone
+    if path.startswith((".", "/")) or path.count("/") != 1:
+        is_checkpoint = (Path(path) / "config.json").is_file()
+    else:
+        is_checkpoint = not Path(path).exists() or (Path(path) / "config.json").is_file()
+    if not is_checkpoint:
+        raise ValueError(f"`init_from`: {path} is no folder of a GKC checkpoint.")
+    try:
+        model, processor = load_checkpoint_parts(path, **recipe.loss_settings())
+    except ValueError as error:
+        raise ValueError(f"`init_from`: {path} cannot be loaded: {error}") from error
+    _warn_of_other_sizes(recipe, processor)
+    return model, processor
+
+
+def _warn_of_other_sizes(recipe: Recipe, processor: GKCProcessor) -> None:
+    """Say it if training shows objects at another scale than the checkpoint looks at them later."""
+    size = processor.image_processor.size
+    short, long = size.get("shortest_edge"), size.get("longest_edge")
+    if recipe.crop_size and short and long and not short / 2 <= recipe.crop_size <= 2 * long:
+        warnings.warn(
+            f"crop_size={recipe.crop_size} is far from the {short} to {long} pixels at which {recipe.init_from} looks "
+            "at pictures; choose one between.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Tensor] | None]:
+    """Configuration and weights of the backbone; no weights for one that starts at random."""
+    wanted = recipe.model.get("backbone_config")
+    if recipe.backbone is not None:
+        backbone = _pretrained_backbone(recipe.backbone)
+        differing = sorted(key for key, value in (wanted or {}).items() if getattr(backbone.config, key) != value)
+        if differing:
+            raise ValueError(f"`backbone`: {recipe.backbone} differs from `model.backbone_config` in {differing}.")
+        return backbone.config, backbone.state_dict()
+    if wanted is not None:
+        warnings.warn("No `backbone` is named: it starts from random weights.", UserWarning, stacklevel=2)
+        return wanted, None
+    if not isinstance(towers.vision_model, CLIPResNetVisionModel):
+        raise ValueError(
+            f"The image tower of {recipe.clip} gives no maps of four scales: name another `backbone`, such as "
+            "facebook/convnext-base-224-22k."
+        )
+    weights = {f"encoder.{name}": value for name, value in towers.vision_model.encoder.state_dict().items()}
+    return towers.vision_model.config.to_dict(), weights
+
+
+def _pretrained_backbone(path: str) -> PreTrainedModel:
+    try:
+        refuse_shards_outside(path)
+        config = AutoConfig.from_pretrained(path, out_features=_STAGES, trust_remote_code=False)
+        # Not by AutoBackbone, which knows no folders.
+        backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+        backbone, info = backbone_class.from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # a damaged file can make transformers raise errors of any type
+        raise ValueError(f"`backbone`: {path} cannot be loaded: {one_line(error)}") from error
+    # Norms of the feature maps belong to the backbone alone: no classifier was trained with them.
+    missing = sorted(key for key in info["missing_keys"] if "hidden_states_norms" not in key)
+    if missing:
+        raise ValueError(f"`backbone`: {path} lacks weights: {', '.join(missing[:5])}.")
+    return backbone
+
+
+@dataclass(frozen=True)
+class JoinedLookup:
+    """Several stores of regions as one; an image is looked up in the first that knows it.
+
+    Attributes:
+        stores: at least one.
+        columns: of the rows that are returned, the first ones; None for all.
+    """
+
+    stores: Sequence[RegionStore]
+    columns: int | None = None
+
+    def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
+        """Rows (N, D) of each image's segments.
+
+        Raises:
+            KeyError: no store has them.
+        """
+        images = zip(image_ids, segment_ids, strict=True)
+        return [self._of_image(image_id, ids)[:, : self.columns] for image_id, ids in images]
+
+    def _of_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
+        for store in self.stores[:-1]:
+            try:
+                return store.lookup([image_id], [segment_ids])[0]
+            except KeyError:
+                continue
+        return self.stores[-1].lookup([image_id], [segment_ids])[0]
+
+
+def split_classes(
+    recipe: Recipe, splits: Mapping[str, Dataset], vocabulary: Vocabulary
+) -> tuple[dict[str, Dataset], Vocabulary]:
+    """The splits and the vocabulary of the classes that are trained, by the recipe's `category_split`.
+
+    Raises:
+        ValueError: the vocabulary marks no class as novel, or no image is left.
+    """
+    if recipe.category_split == "all":
+        return dict(splits), vocabulary
+    parts = {
+        name: split_categories(dataset, vocabulary, recipe.vocabulary, recipe.category_split)
+        for name, dataset in splits.items()
+    }
+    return {name: dataset for name, (dataset, _) in parts.items()}, parts[recipe.train_split][1]
+
+
+def load_teacher(
+    recipe: Recipe,
+    towers: CLIPTowers | None,
+    splits: Mapping[str, Dataset],
+    vocabulary: Vocabulary,
+    trained: Vocabulary,
+) -> dict[str, Any]:
+    """The arguments of `GKCTrainer` that tell about regions: `teacher_embeddings`, `online_teacher` and so on.
+
+    Args:
+        recipe: which are needed.
+        towers: the recipe's CLIP.
+        splits: the dataset as it is stored, which the caches are known by.
+        vocabulary: its classes.
+        trained: those of them that are trained.
+
+    Raises:
+        ValueError: a cache is not there or was made from something else; the message has the command that makes it.
+    """
+    samples = recipe.synonym_mode == "sample"
+    sources = {}
+    if recipe.distillation_weight > 0 or (samples and recipe.synonym_probabilities == "teacher"):
+        teacher = RegionTeacher(_require_towers(recipe, towers).vision_model)
+        if recipe.teacher == "online":
+            sources["online_teacher"] = OnlineTeacher(teacher)
+        else:
+            sources["teacher_embeddings"] = JoinedLookup(_open(recipe, splits, TeacherCache, teacher))
+    if samples and recipe.synonym_probabilities == "boxes":
+        source = BoxSynonyms(_require_towers(recipe, towers), vocabulary)
+        stores = _open(recipe, splits, SynonymProbabilities, source)
+        sources["word_probabilities"] = JoinedLookup(stores, columns=max(map(len, trained.names)))
+    return sources
+
+
+def _require_towers(recipe: Recipe, towers: CLIPTowers | None) -> CLIPTowers:
+    if towers is None:
+        raise ValueError(
+            "The recipe has a teacher, but names no CLIP: give clip=FOLDER, or distillation_weight=0 and "
+            "synonym_probabilities=uniform."
+        )
+    return towers
+
+
+def _open(recipe: Recipe, splits: Mapping[str, Dataset], kind: type[RegionStore], source: Any) -> list[RegionStore]:
+    """The caches of all splits."""
+    stores = []
+    for split, dataset in splits.items():
+        folder = cache_folder(recipe.dataset, split, kind.kind)
+        if not (folder / MANIFEST).exists():
+            command = _cache_command(recipe, kind, split)
+            raise ValueError(f"There are no {kind.holds} in {folder}: make them with `{command}`.")
+        stores.append(kind.open(folder, source.fingerprint(dataset, fingerprint_file(recipe.dataset, split))))
+    if len(stores) > 1:
+        _refuse_common_images(splits)
+    return stores
+
+
+def _cache_command(recipe: Recipe, kind: type[RegionStore], split: str) -> str:
+    command = [
+        "python",
+        "-m",
+        "train.cache",
+        kind.kind,
+        recipe.dataset,
+        "--clip",
+        recipe.clip,
+        "--split",
+        split,
+    ]
+    if kind is SynonymProbabilities:
+        own = recipe.vocabulary in (None, _OF_THE_DATASET)
+        command += ["--vocabulary", str(Path(recipe.dataset) / VOCABULARY_NAME) if own else recipe.vocabulary]
+    return shlex.join(command)
+
+
+def _refuse_common_images(splits: Mapping[str, Dataset]) -> None:
+    """An image is found by its id alone, so the splits must not share any."""
+    first, second = (set(dataset["image_id"][:]) for dataset in splits.values())
+    if common := sorted(first & second):
+        raise ValueError(
+            f"The splits {' and '.join(splits)} share {len(common)} image ids, such as {common[0]!r}: give every "
+            "image its own, or set eval_split=none."
+        )

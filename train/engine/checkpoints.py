@@ -1,0 +1,186 @@
+"""Checkpoints that a kill can hit at any moment: sealed when they are whole, and only then counted.
+
+A checkpoint is a folder `checkpoint-<step>` as transformers' Trainer writes it. `seal` writes, last and at once, a
+manifest of its files with their sizes and checksums; what has no manifest that fits is half written or half deleted,
+and is passed over when a run is resumed. A checkpoint whose files have their sizes but not their checksums was damaged
+later: it is refused by name before anything is read from it. `sealing` makes the Trainer keep that order: the new
+checkpoint is sealed before an old one is deleted.
+"""
+
+import errno
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_gkc.sealed_files import DamagedFileError
+
+from ..storage.checksums import FILES, describe_files, read_json, read_sealed_json, require_files, write_sealed_json
+
+MANIFEST_NAME = "checkpoint_manifest.json"
+_SHAPE = {"files": FILES}
+
+
+def _restore_to_indexed_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """Restore a storage whose location is an indexed CPU ("cpu:0") as if it were plain "cpu"."""
+    return storage if location.startswith("cpu:") else None
+
+
+# The Trainer of transformers 5.17 restores the optimizer state of several CPU processes to the device "cpu:0" of
+# accelerate, which torch cannot do by itself.
+torch.serialization.register_package(12, lambda storage: None, _restore_to_indexed_cpu)
+
+
+def seal(folder: str | Path) -> None:
+    """Bring a checkpoint's files to the disk, then write its manifest in one move."""
+    folder = Path(folder)
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME]
+    for path in paths:
+        _flush(path)
+    write_sealed_json(folder / MANIFEST_NAME, {"files": describe_files(folder, paths)}, sync=True)
+    _flush(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint is sealed and every file of its manifest is there in its size."""
+    folder = Path(folder)
+    try:
+        files = _read_manifest(folder)
+        return all((folder / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (OSError, DamagedFileError):
+        return False
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and checksum of each file by its name; the first form of manifest held the sizes alone."""
+    path, remedy = folder / MANIFEST_NAME, _remedy(folder)
+    content = read_json(path, remedy)
+    sizes = content["files"] if isinstance(content, dict) and content.keys() == {"files"} else None
+    if isinstance(sizes, dict) and all(type(size) is int for size in sizes.values()):
+        return {name: {"bytes": size} for name, size in sizes.items()}
+    return read_sealed_json(path, _SHAPE, remedy)["files"]
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) to go on from the checkpoint before it."
+
+
+def require_undamaged(folder: str | Path) -> Path:
+    """
+    Compare all files of a complete checkpoint with their checksums, which reads them once.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DamagedFileError: naming the first file that does not hold what was written.
+    """
+    folder = Path(folder)
+    files = {name: file for name, file in _read_manifest(folder).items() if "xxh3" in file}
+    require_files(folder, files, _remedy(folder))
+    return folder
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints, complete or not, of few steps first."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path:
+    """The checkpoint of most steps whose writing was not interrupted.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in reversed(checkpoints(output_dir)):
+        if is_complete(path):
+            return path
+    raise ValueError(f"There is no complete checkpoint in {output_dir}; train without `resume_from_checkpoint`.")
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; from the first moment on it no longer counts as complete."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = None) -> None:
+    """Keep the newest `limit` complete checkpoints and the best; leftovers older than the newest go as well.
+
+    Without a limit nothing is deleted. A folder of more steps than the newest complete one is left alone: it is
+    deleted when its step is saved again.
+    """
+    folders = checkpoints(output_dir)
+    complete = [path for path in folders if is_complete(path)]
+    if not limit or limit < 0 or not complete:
+        return
+    kept = {*complete[-limit:], *([] if best is None else [Path(best)])}
+    for path in folders[: folders.index(complete[-1])]:
+        if path not in kept:
+            delete_checkpoint(path)
+
+
+@contextmanager
+def sealing(args: TrainingArguments, step: int, best: str | None = None) -> Iterator[Path]:
+    """Around the Trainer's writing of a checkpoint: delete what a killed run left of it, seal it, then rotate.
+
+    The Trainer's own rotation, which would delete the last complete checkpoint before the new one is sealed, is put
+    off. All processes must enter: the checkpoint is sealed when the last of them has written its part.
+    """
+    folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if args.should_save and folder.exists():
+        delete_checkpoint(folder)
+    _wait_for_all()
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield folder
+    except Exception:
+        # It would never count, and its room is missed on a full disk.
+        if args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        args.save_total_limit = limit
+    _wait_for_all()
+    if args.should_save:
+        seal(folder)
+        rotate(args.output_dir, limit, best)
+    # Nobody goes on, and is perhaps told to stop, before the checkpoint counts.
+    _wait_for_all()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a file could not be written because the disk, a quota or the largest file size is exhausted.
+
+    safetensors and torch write by themselves and report it in their own exceptions.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # The last two are how torch's writer of archives fails on any file that it cannot write to its end.
+    parts = ("No space left", "File too large", "quota exceeded", "iostream error", "inline_container.cc")
+    return any(part in str(error) for part in parts)
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()

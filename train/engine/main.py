@@ -1,0 +1,109 @@
+"""The command `python -m train`: what it says, and how it ends."""
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from modeling_gkc.cli.common import error_line, without_progress_bars
+from modeling_gkc.sealed_files import DamagedFileError
+
+from ..storage.locks import lock_output
+from .command import Command, format_recipe, is_main_process, parse, say
+
+FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that was stopped
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0 trained, 1 training could not go on, 2 an error of the user, 128 + number stopped by a signal.
+
+    Raises:
+        SystemExit: with code 2 for arguments that cannot be parsed, with 0 for `--help`.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        command = parse(argv)
+        if command.show:
+            say(format_recipe(command))
+            return 0
+        with _sigterm_as_interrupt(), without_progress_bars():
+            return _train(command, argv)
+    except KeyboardInterrupt as stop:
+        say("train: stopped.")
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+    except ValueError as error:
+        return _complain(error, MISUSED)
+
+
+def _train(command: Command, argv: Sequence[str]) -> int:
+    with lock_output(command.out) if is_main_process() else nullcontext():
+        return _train_locked(command, argv)
+
+
+def _train_locked(command: Command, argv: Sequence[str]) -> int:
+    from .checkpoints import is_disk_full
+    from .logging import TrainingStopped
+    from .run import build_trainer, check_folder, train
+
+    checkpoint = check_folder(command.out, command.recipe, command.resume)
+    trainer = build_trainer(command.recipe, command.out, report_to=command.report_to)
+    try:
+        train(trainer, checkpoint)
+    except (TrainingStopped, DamagedFileError) as error:
+        return _complain(f"{error}\n{_how_to_go_on(command, argv)}", FAILED)
+    except ValueError as error:  # no longer of what the user typed: the place in the code tells more
+        raise RuntimeError(str(error)) from error
+    except KeyboardInterrupt as stop:
+        say(f"Stopped in step {trainer.state.global_step + 1}. {_how_to_go_on(command, argv)}")
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        place = f"in step {trainer.state.global_step}: {error_line(error)}"
+        return _complain(
+            f"The disk is full, nothing more can be written to {command.out} {place}. Make room first.\n"
+            f"{_how_to_go_on(command, argv)}",
+            FAILED,
+        )
+    say(f"The model is in {command.out}:\n  gkc segment photo.jpg --model {shlex.quote(str(command.out))}")
+    return 0
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _how_to_go_on(command: Command, argv: Sequence[str]) -> str:
+    from .checkpoints import last_complete_checkpoint
+
+    try:
+        checkpoint = last_complete_checkpoint(command.out)
+    except ValueError:
+        return "There is no checkpoint yet: the same command starts from the beginning."
+    again = shlex.join(["python", "-m", "train", *(part for part in argv if part != "--resume"), "--resume"])
+    return f"The last checkpoint is {checkpoint}. Go on with:\n  {again}"
+
+
+def _complain(error: object, code: int) -> int:
+    if is_main_process():
+        sys.stderr.write(f"train: error: {error}\n")
+    return code

@@ -1,0 +1,186 @@
+"""A recipe becomes a trainer; a run is started, continued, or refused."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from configuration import Recipe
+from modeling_gkc.atomic_files import atomic_write
+
+from ..data import check_dataset
+from ..teacher.region_teacher import TextBank
+from .builders import load_data, load_student, load_teacher, load_towers, load_vocabulary, split_classes
+from .checkpoints import checkpoints, is_complete, require_undamaged
+from .command import is_main_process, say
+from .logging import Screen, default_callbacks
+from .trainer import RECIPE_NAME, GKCTrainer
+from .visualization import PICTURES_FOLDER, EvaluationPictures
+
+TENSORBOARD_FOLDER = "tensorboard"
+_CHECKED_SAMPLES = 32
+_KEPT_CHECKPOINTS = 2
+# Fields that may be another when a run is continued: they change nothing of its result.
+_FREE_FIELDS = {"save_every", "evaluate_every", "log_every", "max_broken_samples", "compile"}
+
+
+def run(recipe: Recipe, output_dir: str | Path, resume: bool = False, **training_arguments: Any) -> GKCTrainer:
+    """Train by a recipe; at the end `output_dir` is a GKC checkpoint.
+
+    Raises:
+        ValueError: the recipe cannot be run, or `output_dir` holds what the run would mix with.
+        TrainingStopped: training cannot go on.
+    """
+    checkpoint = check_folder(output_dir, recipe, resume)
+    trainer = build_trainer(recipe, output_dir, **training_arguments)
+    train(trainer, checkpoint)
+    return trainer
+
+
+def train(trainer: GKCTrainer, checkpoint: Path | None = None) -> None:
+    """Train from the beginning or from a checkpoint, and save the model."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / RECIPE_NAME, json.dumps(_as_json(trainer.recipe), indent=2) + "\n")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(folder))
+
+
+def check_folder(output_dir: str | Path, recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None to begin.
+
+    Raises:
+        ValueError: there are checkpoints and nobody asked to go on; or checkpoints of another recipe, or files that
+            are of no run. The message says what to do.
+    """
+    folder, found = Path(output_dir), checkpoints(output_dir)
+    if not resume and (found or (folder / "config.json").exists()):
+        raise ValueError(
+            f"{folder} holds {found[-1].name if found else 'the model'} of an earlier run: go on with --resume, name "
+            "another folder with --out, or delete it."
+        )
+    complete = [path for path in found if is_complete(path)]
+    if complete:
+        require_undamaged(complete[-1])
+        _check_same_recipe(complete[-1], recipe)
+        return complete[-1]
+    _refuse_other_files(folder)
+    if resume:
+        say(f"There is no complete checkpoint in {folder}: training starts from the beginning.")
+    return None
+
+
+def _check_same_recipe(checkpoint: Path, recipe: Recipe) -> None:
+    """Refuse to go on with other settings: the result would be that of neither."""
+    made_with, now = json.loads((checkpoint / RECIPE_NAME).read_text()), _as_json(recipe)
+    # The workers of a stream share it out among them.
+    free = _FREE_FIELDS if recipe.streaming else _FREE_FIELDS | {"num_workers"}
+    differing = [name for name in now if name not in free and made_with.get(name) != now[name]]
+    if differing:
+        listed = ", ".join(f"{name} {made_with.get(name)} and now {now[name]}" for name in differing)
+        raise ValueError(
+            f"{checkpoint} was trained with {listed}: give the same to go on; or start a new run with "
+            f"init_from={checkpoint} and another --out."
+        )
+
+
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(recipe), default=lambda config: config.to_dict()))
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """What a run leaves before its first checkpoint may be there, and nothing else."""
+    left = {RECIPE_NAME, TENSORBOARD_FOLDER, PICTURES_FOLDER, *(path.name for path in checkpoints(folder))}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in left) if folder.exists() else []
+    if others:
+        raise ValueError(
+            f"{folder} holds {', '.join(others[:5])} and no complete checkpoint: name an empty or a new folder with "
+            "--out."
+        )
+
+
+def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: Any) -> GKCTrainer:
+    """All that a recipe names, put together.
+
+    Args:
+        recipe: what to train and how.
+        output_dir: where checkpoints, pictures and reports go.
+        training_arguments: further `TrainingArguments`, such as `report_to`.
+
+    Raises:
+        ValueError: something that the recipe names is not there, or does not fit; the message names the field.
+    """
+    set_seed(recipe.seed)
+    arguments = recipe.to_training_arguments(output_dir, **{**_arguments_of(recipe), **training_arguments})
+    require_all_processes(arguments)
+    stored, all_classes = load_data(recipe), load_vocabulary(recipe)
+    for dataset in stored.values():
+        check_dataset(dataset, all_classes.labels, progress=False, sample=_CHECKED_SAMPLES)
+    splits, vocabulary = split_classes(recipe, stored, all_classes)
+    towers = load_towers(recipe)
+    sources = load_teacher(recipe, towers, stored, all_classes, vocabulary)
+    model, processor = load_student(recipe, towers)
+    # Stored now, so that every checkpoint answers in these words; the text tower does not change.
+    try:
+        model.set_vocabulary(vocabulary, processor)
+    except ValueError as error:
+        raise ValueError(f"`vocabulary`: {error} Name another with init_from=CHECKPOINT.") from error
+    trainer = GKCTrainer(
+        model=model,
+        recipe=recipe,
+        args=arguments,
+        train_dataset=splits[recipe.train_split],
+        vocabulary=vocabulary,
+        processor=processor,
+        text_bank=TextBank.from_vocabulary(vocabulary, model, processor, progress=is_main_process()),
+        eval_dataset=splits.get(recipe.eval_split),
+        **sources,
+    )
+    _place_reports(trainer)
+    if (dataset := splits.get(recipe.eval_split)) is not None:
+        trainer.add_callback(EvaluationPictures(trainer, dataset, vocabulary, processor, recipe.crop_size))
+    for callback in default_callbacks(recipe):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def require_all_processes(arguments: TrainingArguments) -> None:
+    """Refuse processes that were launched together and do not know each other: each would train for itself."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != arguments.world_size:
+        raise ValueError(
+            f"{launched} processes were launched, but training sees {arguments.world_size}: launch them with "
+            "`accelerate launch --multi_gpu --num_processes N -m train ...`, on GPUs or CPUs that all of them can use."
+        )
+
+
+def _arguments_of(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe's engine `Recipe.to_training_arguments` leaves open."""
+    return {
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "save_total_limit": _KEPT_CHECKPOINTS,
+        "logging_steps": recipe.log_every,
+        "eval_strategy": "no" if recipe.eval_split is None else "steps",
+        "eval_steps": recipe.evaluate_every,
+        "use_cpu": not torch.accelerator.is_available(),  # processes on CPUs find each other only if told so
+        "per_device_eval_batch_size": 1,  # every image counts alike, and none is over where batches must be full
+        "dataloader_num_workers": recipe.num_workers,
+    }
+
+
+def _place_reports(trainer: GKCTrainer) -> None:
+    """TensorBoard writes into the output folder; the screen gets one line for each log."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(trainer.args.output_dir, TENSORBOARD_FOLDER)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Screen())

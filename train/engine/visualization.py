@@ -1,0 +1,139 @@
+"""Pictures of a run: at every evaluation some images, their annotation, and what the model makes of them."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from modeling_gkc.atomic_files import atomic_path
+from modeling_gkc.processing_gkc import GKCProcessor
+from modeling_gkc.visualization import DrawnSegment, draw_overlay
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..data import JointTransform
+from ..data.samples import augmented_row
+
+PICTURES_FOLDER = "pictures"
+_TITLES = ("image", "truth", "prediction")
+_MARGIN, _TITLE_HEIGHT = 12, 30
+_MAX_WIDTH = 3000
+
+
+class EvaluationPictures(TrainerCallback):
+    """Saves `<output_dir>/pictures/step-<N>.png` at every evaluation, always of the same images.
+
+    A row is an image, its annotation and the prediction, with words and their shares of the area. TensorBoard, where
+    it is among the Trainer's reporters, gets the picture too.
+
+    Args:
+        trainer: whose output folder, model and reporters these are.
+        dataset: in the schema of `train.data`; evenly spread images are taken, the first ones if it is streamed.
+        vocabulary: the classes that `category_id` counts.
+        processor: normalises the images and makes maps of the model's output.
+        crop_size: side that the images are scaled to, as for training.
+        count: number of images.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset | IterableDataset,
+        vocabulary: Vocabulary,
+        processor: GKCProcessor,
+        crop_size: int | None,
+        count: int = 4,
+    ):
+        self.trainer, self.vocabulary, self.processor = trainer, vocabulary, processor
+        transform = JointTransform(crop_size, scale_range=(1.0, 1.0), flip_probability=0.0, padding=False)
+        self.samples = [augmented_row(row, transform, (0, 0, 0)) for row in _chosen_rows(dataset, count)]
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        """Draw and save."""
+        # All processes compute: where the weights are shared out among them, none can do so alone.
+        predictions = self._predict(model)
+        if not state.is_world_process_zero:
+            return
+        picture = self.draw(predictions)
+        path = Path(args.output_dir) / PICTURES_FOLDER / f"step-{state.global_step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            picture.save(temporary)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image(
+                    "eval/pictures", np.asarray(picture), state.global_step, dataformats="HWC"
+                )
+
+    @torch.no_grad()
+    def _predict(self, model: nn.Module) -> list[np.ndarray]:
+        """A class map (H, W) of each sample."""
+        was_training = model.training
+        model.eval()
+        predictions = []
+        for sample in self.samples:
+            inputs = self.processor.image_processor(images=[sample["image"]], do_resize=False, return_tensors="pt")
+            with self.trainer.compute_loss_context_manager():
+                outputs = model(**inputs.to(self.trainer.args.device)).student
+            sizes = [sample["ids"].shape]
+            maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            predictions.append(maps[0].cpu().numpy())
+        model.train(was_training)
+        return predictions
+
+    def draw(self, predictions: Sequence[np.ndarray]) -> Image.Image:
+        """The grid: a row for each sample with its prediction, a class map (H, W)."""
+        rows = []
+        for sample, prediction in zip(self.samples, predictions, strict=True):
+            image = Image.fromarray(sample["image"])
+            maps = (None, class_map(sample, len(self.vocabulary)), prediction)
+            rows.append([image if ids is None else self._overlay(image, ids) for ids in maps])
+        for row in rows:
+            row[0] = row[0].resize((round(row[0].width * row[1].height / row[0].height), row[1].height))
+        return grid(rows, _TITLES)
+
+    def _overlay(self, image: Image.Image, classes: np.ndarray) -> Image.Image:
+        words = zip(self.vocabulary.labels, self.vocabulary.palette, strict=True)
+        segments = [DrawnSegment(index, label, color) for index, (label, color) in enumerate(words)]
+        return draw_overlay(image, classes, segments)
+
+
+def _chosen_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:
+    if isinstance(dataset, IterableDataset):
+        return list(islice(dataset, count))
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int))
+    return [dataset[int(index)] for index in chosen]
+
+
+def class_map(sample: dict[str, Any], num_classes: int) -> np.ndarray:
+    """The class of every pixel (H, W) of an augmented row; `num_classes` where there is none."""
+    classes = np.full(sample["ids"].shape, num_classes, dtype=np.int64)
+    for segment in sample["segments"]:
+        classes[sample["ids"] == segment["id"]] = segment["category_id"]
+    return classes
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
+    """Pictures in rows and columns, each column under its title; not wider than some thousand pixels."""
+    widths = [max(row[column].width for row in rows) + _MARGIN for column in range(len(titles))]
+    heights = [max(cell.height for cell in row) + _MARGIN for row in rows]
+    canvas = Image.new("RGB", (sum(widths) + _MARGIN, sum(heights) + _TITLE_HEIGHT + _MARGIN), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
+    left = _MARGIN
+    for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
+        draw.text((left, _MARGIN), title, font=font, fill="black")
+        top = _TITLE_HEIGHT + _MARGIN
+        for row, height in zip(rows, heights, strict=True):
+            canvas.paste(row[column], (left, top))
+            top += height
+        left += width
+    if canvas.width > _MAX_WIDTH:
+        canvas = canvas.resize((_MAX_WIDTH, round(canvas.height * _MAX_WIDTH / canvas.width)))
+    return canvas

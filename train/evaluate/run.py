@@ -1,0 +1,238 @@
+"""What comes of a session: its work shared among processes, the chunks merged, the result written."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+import modeling_gkc
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..data.benchmarks import benchmark_named
+from ..data.prepared import VOCABULARY_NAME
+from ..data.schema import without_decoding
+from ..storage.fingerprints import settings_fingerprint
+from .chunks import ChunkFolder, plan_chunks
+from .groups import class_facts, class_groups, group_scores
+from .loop import Evaluation, total_seconds
+from .predictions import PredictionWriter
+from .processes import from_main
+from .profiling import profile
+from .result import SCHEMA_NAME, per_cent, read_result, write_result
+from .session import Session, video_ids
+
+PACKAGES = ("torch", "transformers", "datasets", "numpy", "pillow", "accelerate")
+
+
+def run(session: Session, state: PartialState, progress: bool = True) -> dict[str, Any] | None:
+    """
+    Evaluate, or go on where a killed run stopped; called by all processes alike.
+
+    Returns:
+        In the main process the result, which is written to `request.out`; None in the others.
+
+    Raises:
+        ValueError: `request.out` is the result of something else, or there is nothing to evaluate.
+    """
+    if not session.rows:
+        raise ValueError("--data: there is no image to evaluate.")
+    chunks = plan_chunks(video_ids(session.prepared)[: session.rows], session.request.images_per_chunk)
+    folder = ChunkFolder(parts_folder(session), len(chunks))
+    known = from_main(state, lambda: _known_result(session))
+    if known is not None:
+        return known if state.is_main_process else None
+    _work(session, chunks, folder, state, progress)
+    state.wait_for_everyone()
+    result = finish(session, folder, state) if state.is_main_process else None
+    state.wait_for_everyone()
+    return result
+
+
+def _work(session: Session, chunks: Sequence[range], folder: ChunkFolder, state: PartialState, progress: bool) -> None:
+    """Do this process's share of the chunks that are not done."""
+    pending = from_main(state, folder.pending)
+    evaluation = Evaluation(
+        without_decoding(session.prepared.dataset),
+        session.segmenter,
+        session.make_scores,
+        session.request.batch_size,
+        session.protocol.shrink_above,
+        _writer(session),
+    )
+    own = pending[state.process_index :: state.num_processes]
+    others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
+    hidden = not (progress and state.is_main_process)
+    total = sum(len(chunks[index]) for index in own)
+    with tqdm(total=total, desc=f"Evaluating{others}", unit="image", disable=hidden) as bar:
+        for index in own:
+            scores, meta = evaluation.run_chunk(chunks[index], bar.update)
+            folder.write(index, scores, meta | {"processes": state.num_processes})
+
+
+def parts_folder(session: Session) -> Path:
+    """Where the finished chunks of an evaluation lie until its result is written."""
+    out = session.request.out
+    return out.with_name(f"{out.name}.parts") / session.fingerprint
+
+
+def _known_result(session: Session) -> dict[str, Any] | None:
+    out = session.request.out
+    if not out.exists():
+        return None
+    result = read_result(out)
+    if result["fingerprint"] == session.fingerprint:
+        return result
+    differing = [name for name, value in session.settings.items() if result["settings"].get(name) != _plain(value)]
+    raise ValueError(f"--out: {out} is a result with other {', '.join(differing)}: name another file, or remove it.")
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _writer(session: Session) -> PredictionWriter | None:
+    folder, classes = session.request.write_predictions, session.prepared.vocabulary
+    if folder is None:
+        return None
+    facts = class_facts(benchmark_named(session.prepared.benchmark), len(classes))
+    return PredictionWriter(folder, facts.raw_ids)
+
+
+def finish(session: Session, folder: ChunkFolder, state: PartialState) -> dict[str, Any]:
+    """Merge all chunks, write the result, and remove the chunks."""
+    scores = session.make_scores()
+    metas = [folder.merge_into(index, scores) for index in range(folder.count)]
+    computed = {name: score.compute() for name, score in scores.items()}
+    result = _result(session, computed, metas, state)
+    writer = _writer(session)
+    if writer is not None:
+        writer.finish([entry for meta in metas for entry in meta["written"]])
+    write_result(result, session.request.out)
+    shutil.rmtree(folder.folder.parent, ignore_errors=True)
+    return result
+
+
+def _result(session: Session, computed: Mapping[str, tuple], metas: list[dict], state: PartialState) -> dict[str, Any]:
+    request, prepared = session.request, session.prepared
+    return {
+        "schema": SCHEMA_NAME,
+        "fingerprint": session.fingerprint,
+        "benchmark": prepared.benchmark,
+        "split": request.split,
+        "tasks": list(session.tasks),
+        **_numbers(session, computed),
+        "images": {
+            "evaluated": sum(meta["images"] for meta in metas),
+            "prepared": len(prepared.dataset),
+            "published": published_images(prepared.info),
+            "broken": [line for meta in metas for line in meta["broken"]],
+        },
+        **_circumstances(session),
+        "settings": _plain(session.settings),
+        "versions": {"python": platform.python_version(), "gkc": modeling_gkc.__version__}
+        | {name: version(name) for name in PACKAGES},
+        "command": request.command,
+        "machine": machine(state),
+        "times": times(metas),
+        "profile": profile(session.segmenter, prepared.dataset) if request.profile else None,
+    }
+
+
+def _numbers(session: Session, computed: Mapping[str, tuple]) -> dict[str, Any]:
+    """Scores of tasks, groups and classes."""
+    vocabulary = session.prepared.vocabulary
+    numbers = {task: values for task, (values, _) in computed.items()}
+    columns = {task: values for task, (_, values) in computed.items()}
+    facts = class_facts(benchmark_named(session.prepared.benchmark), len(vocabulary))
+    groups = class_groups(vocabulary, facts, session.protocol.groups, session.trained_on)
+    return {
+        "scores": numbers,
+        "per_cent": {
+            task: {name: per_cent(value) for name, value in values.items()} for task, values in numbers.items()
+        },
+        "groups": group_scores(groups, columns),
+        "classes": _class_table(vocabulary, columns),
+    }
+
+
+def _circumstances(session: Session) -> dict[str, Any]:
+    """How it was asked, and of what."""
+    request, protocol = session.request, session.protocol
+    sides = {name: getattr(request, name) or getattr(protocol, name) for name in ("short_side", "long_side")}
+    return {
+        "protocol": protocol.as_dict() | sides,
+        "prompts": session.words.as_dict() | {"tta": request.tta},
+        "model": {
+            "name": model_name(request.model),
+            "sha256": session.model_sha256,
+            "parameters": session.parameters,
+            "notes": session.segmenter.notes,
+        },
+        "data": {
+            "folder": str(request.data),
+            "fingerprint": settings_fingerprint(session.settings["data"]),
+            "vocabulary_sha256": hashlib.sha256((request.data / VOCABULARY_NAME).read_bytes()).hexdigest(),
+        },
+    }
+
+
+def published_images(info: Mapping[str, Any]) -> int | None:
+    """Images of the published split, without those that a base or novel variant leaves out; None if not published."""
+    return None if info.get("expected") is None else info["expected"] - info.get("left_out", 0)
+
+
+def model_name(path: str) -> str:
+    """The last part of a folder's name or of a name on the Hub."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def _class_table(vocabulary: Vocabulary, columns: Mapping[str, Mapping[str, list]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": label,
+            "scores": {
+                task: {name: values[index] for name, values in lists.items() if len(values) == len(vocabulary)}
+                for task, lists in columns.items()
+            },
+        }
+        for index, label in enumerate(vocabulary.labels)
+    ]
+
+
+def machine(state: PartialState) -> dict[str, Any]:
+    """What the numbers of speed were measured on."""
+    accelerator = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else None
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": state.device.type,
+        "accelerator": accelerator,
+    }
+
+
+def times(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    Seconds of all chunks together, and per image; images a second of all processes together.
+
+    Loading model and data does not count, and what a killed run had finished counts as it was measured then.
+    """
+    seconds = total_seconds([meta["seconds"] for meta in metas])
+    images, processes = sum(meta["images"] for meta in metas), max(meta["processes"] for meta in metas)
+    parallel = sum(meta["seconds"]["total"] / meta["processes"] for meta in metas)
+    return {
+        "images_per_second": images / parallel if parallel and images else None,
+        "processes": processes,
+        "seconds": seconds,
+        "milliseconds_per_image": {phase: 1000 * value / max(images, 1) for phase, value in seconds.items()},
+    }

@@ -1,0 +1,202 @@
+"""Models as the evaluation sees them, and GKC's own.
+
+Letters: B images of a batch, Q queries, A asked classes, H x W the pixels that are scored. Sizes are (height, width).
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modeling_gkc.class_embeddings import GKCClassEmbeddings, check_distinct, encode_vocabulary
+from modeling_gkc.mask_resampling import MaskResampler
+from modeling_gkc.post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation
+from modeling_gkc.vocabulary import Vocabulary
+
+from .vocabulary import Words
+
+Size = tuple[int, int]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
+DETECTIONS = 100  # of an image, as in COCO's protocol
+NOT_A_CLASS = -1
+
+
+class Segmenter(Protocol):
+    """
+    A model that is evaluated.
+
+    Attributes:
+        class_of: (A,) int32, the benchmark's class of every class that the model tells apart, -1 for none.
+        tasks: what it can do, of `protocol.TASKS`.
+        notes: what the result file should say about it.
+    """
+
+    class_of: np.ndarray
+    tasks: tuple[str, ...]
+    notes: dict[str, Any]
+
+    def prepare(self, images: Sequence[np.ndarray]) -> Any:
+        """The model's input for B images (H, W, 3) uint8; called ahead, in another thread."""
+
+    def forward(self, inputs: Any) -> Any:
+        """The model's output; nothing is resized to the images' sizes yet."""
+
+    def semantic(self, outputs: Any, index: int, size: Size) -> np.ndarray:
+        """(H, W) int32 asked classes of image `index` of the batch; -1 where the model finds none."""
+
+    def panoptic(self, outputs: Any, index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """(H, W) int32 ids, 0 void, and `id` and `label_id` of each."""
+
+    def instances(self, outputs: Any, index: int, size: Size) -> list[dict[str, Any]]:
+        """Objects, best first: `label_id`, `score` and `mask` (H, W) bool."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to show an image: sides of the protocol times `scale`, mirrored or not."""
+
+    scale: float = 1.0
+    flip: bool = False
+
+
+def all_views() -> tuple[View, ...]:
+    """Those of test-time augmentation: five sizes, each also mirrored."""
+    return tuple(View(scale, flip) for scale in TTA_SCALES for flip in (False, True))
+
+
+class GKCSegmenter:
+    """
+    A `GKCForOpenVocabSegmentation` with encoded words.
+
+    Args:
+        model, processor: the checkpoint.
+        words: what is asked.
+        short_side, long_side: as in `evaluation.protocol`.
+        panoptic: settings of `panoptic_segmentation`, such as the stuff among the asked classes.
+        views: shown to the model; scores of several are summed before the arg-max.
+        dtype: that the image path computes in.
+        compile: compile it.
+
+    Raises:
+        ValueError: the text encoder cannot tell classes of the benchmark apart.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        words: Words,
+        short_side: int,
+        long_side: int,
+        panoptic: Mapping[str, Any] | None = None,
+        views: Sequence[View] = (View(),),
+        dtype: str = "float32",
+        compile: bool = False,
+    ):
+        processor.prompt_templates = words.templates
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            self.encoded = encode_vocabulary(words.vocabulary, model, processor)  # in fp32, before the model is cast
+        _refuse_indistinct(words, self.encoded, processor)
+        if dtype != "float32" or compile:
+            model.optimize_for_inference(DTYPES[dtype], compile=compile)
+        self.model, self.processor, self.words = model, processor, words
+        self.sides, self.panoptic_settings, self.views = (short_side, long_side), panoptic or {}, tuple(views)
+        self.class_of = words.class_of
+        self.tasks = (
+            ("semantic", "video", "boundary")
+            if len(self.views) > 1
+            else ("semantic", "panoptic", "instance", "video", "boundary")
+        )
+        said = [str(warning.message) for warning in caught]
+        self.notes = {"architecture": "gkc", "views": len(self.views), "warnings": said}
+
+    def prepare(self, images: Sequence[np.ndarray]) -> list[Any]:
+        """Inputs of every view."""
+        return [self._prepare_view(images, view) for view in self.views]
+
+    def _prepare_view(self, images: Sequence[np.ndarray], view: View) -> Any:
+        shown = [Image.fromarray(np.ascontiguousarray(image[:, ::-1] if view.flip else image)) for image in images]
+        short, long = (max(1, round(side * view.scale)) for side in self.sides)
+        return self.processor(
+            images=shown, size={"shortest_edge": short, "longest_edge": long}, do_resize=True, return_tensors="pt"
+        )
+
+    def forward(self, inputs: list[Any]) -> list[Any]:
+        """Outputs of every view."""
+        words = {"class_embeds": self.encoded.class_embeds, "class_ids": self.encoded.class_ids}
+        return [
+            self.model(**view.to(self.model.device), **words, prompt_reduction=self.words.reduction) for view in inputs
+        ]
+
+    def semantic(self, outputs: list[Any], index: int, size: Size) -> np.ndarray:
+        """See `Segmenter`."""
+        if len(outputs) == 1:
+            labels, _ = semantic_segmentation(*_image(outputs[0], index), size)
+        else:
+            labels = _best_of_views([_image(output, index) for output in outputs], self.views, size)
+        return labels.cpu().numpy().astype(np.int32)
+
+    def panoptic(self, outputs: list[Any], index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """See `Segmenter`."""
+        result = panoptic_segmentation(*_image(outputs[0], index), size, **self.panoptic_settings)
+        return result["segmentation"].cpu().numpy(), result["segments_info"]
+
+    def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
+        """See `Segmenter`."""
+        return detections(*_image(outputs[0], index), size)
+
+
+def _refuse_indistinct(words: Words, encoded: GKCClassEmbeddings, processor: Any) -> None:
+    """Refuse words whose scores would mean nothing; several words that stand for one class may be equal."""
+    names: dict[int, list[str]] = {}
+    for asked, name in zip(
+        words.class_of[words.vocabulary.class_ids].tolist(), words.vocabulary.flat_names, strict=True
+    ):
+        names.setdefault(asked, []).append(name)
+    order = sorted(names)
+    classes = Vocabulary.trusted([names[index] for index in order])
+    class_ids = torch.tensor([order.index(index) for index in words.class_of[encoded.class_ids.tolist()]])
+    try:
+        check_distinct(classes, GKCClassEmbeddings(encoded.class_embeds, class_ids), processor, distinct=True)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
+
+
+def detections(class_logits: Tensor, mask_logits: Tensor, content: Size | None, size: Size) -> list[dict[str, Any]]:
+    """The hundred best pairs of query and class of one image, each with its mask as COCO's run lengths."""
+    result = instance_segmentation(
+        class_logits, mask_logits, content, size, threshold=0.0, top_k=DETECTIONS, return_coco_annotation=True
+    )
+    return [
+        {"label_id": segment["label_id"], "score": segment["score"], "mask": mask}
+        for segment, mask in zip(result["segments_info"], result["segmentation"], strict=True)
+    ]
+
+
+def _image(outputs: Any, index: int) -> tuple[Tensor, Tensor, Size | None]:
+    """Class logits, mask logits and content size of one image of a batch."""
+    contents = outputs.content_sizes
+    content = None if contents is None else tuple(contents[index].tolist())
+    return outputs.class_queries_logits[index], outputs.masks_queries_logits[index], content
+
+
+def _best_of_views(images: Sequence[tuple], views: Sequence[View], size: Size) -> Tensor:
+    """(H, W) classes with the highest sum of scores over all views, of which one row tile exists at a time."""
+    class_scores = [logits.float().softmax(dim=-1)[:, :-1].T for logits, _, _ in images]
+    resamplers = [MaskResampler(masks, content, size) for _, masks, content in images]
+    labels = torch.empty(size, dtype=torch.int64, device=class_scores[0].device)
+    planes = 2 * (class_scores[0].shape[1] + class_scores[0].shape[0])
+    for tiles in zip(*(resampler.tiles(planes) for resampler in resamplers), strict=True):
+        rows, total = tiles[0][0], 0
+        for (_, logits), scores, view in zip(tiles, class_scores, views, strict=True):
+            masks = (logits.flip(-1) if view.flip else logits).sigmoid()
+            total = total + scores @ masks.flatten(1)
+        labels[rows] = total.argmax(dim=0).view(-1, size[1])
+    return labels

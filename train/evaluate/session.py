@@ -1,0 +1,230 @@
+"""All that one evaluation needs, loaded from what was asked for."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+import modeling_gkc
+from modeling_gkc.cli.common import load_checkpoint, without_progress_bars
+from modeling_gkc.vocabulary import Vocabulary
+
+from .. import metrics
+from ..data.load import load_judged
+from ..data.prepared import Prepared
+from ..storage.fingerprints import model_fingerprint, settings_fingerprint
+from .adapters import CLIPSegSegmenter, LabelledSegmenter, model_type
+from .processes import from_main
+from .protocol import Protocol, protocol_of
+from .scores import InstanceScore, PanopticScore, Score, SemanticScore, VideoPanopticScore, VideoScore
+from .segmenter import GKCSegmenter, Segmenter, View, all_views
+from .vocabulary import Words, words_of
+
+# Files of a checkpoint that decide its predictions.
+_MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; `train.evaluate.command` explains each."""
+
+    model: str
+    benchmark: str
+    data: Path
+    out: Path
+    split: str = "val"
+    tasks: tuple[str, ...] = ()
+    prompts: str = "plain"
+    reduction: str = "max"
+    tta: bool = False
+    limit: int | None = None
+    batch_size: int = 1
+    dtype: str = "float32"
+    compile: bool = False
+    short_side: int | None = None
+    long_side: int | None = None
+    images_per_chunk: int = 64
+    trained_on: str | None = None
+    write_predictions: Path | None = None
+    profile: bool = False
+    command: str = ""
+
+
+@dataclass
+class Session:
+    """Everything that an evaluation needs, loaded."""
+
+    request: Request
+    prepared: Prepared
+    protocol: Protocol
+    tasks: tuple[str, ...]
+    words: Words
+    segmenter: Segmenter
+    settings: dict[str, Any]
+    trained_on: Vocabulary | None
+    parameters: int
+    model_sha256: str
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        self.fingerprint = settings_fingerprint(self.settings)
+
+    @property
+    def rows(self) -> int:
+        """Images that are evaluated."""
+        limit = self.request.limit
+        return len(self.prepared.dataset) if limit is None else min(limit, len(self.prepared.dataset))
+
+    def make_scores(self) -> dict[str, Score]:
+        """New, empty scores of the tasks."""
+        return make_scores(self.tasks, self.prepared.vocabulary)
+
+
+def make_scores(tasks: Sequence[str], vocabulary: Vocabulary) -> dict[str, Score]:
+    """
+    New, empty scores.
+
+    Raises:
+        ValueError: a task needs to know things from stuff, and the vocabulary does not say.
+    """
+    count, scores = len(vocabulary), {}
+    kinds = vocabulary.is_thing or [None] * count
+    if None in kinds and {"panoptic", "instance"} & set(tasks):
+        raise ValueError("--tasks: the benchmark does not tell things from stuff: ask for semantic results.")
+    for task in tasks:
+        if task == "semantic":
+            scores[task] = SemanticScore(metrics.SemanticMetric(count))
+        elif task == "boundary":
+            scores[task] = SemanticScore(metrics.BoundaryMetric(count))
+        elif task == "panoptic":
+            scores[task] = PanopticScore(metrics.PanopticMetric(kinds))
+        elif task == "instance":
+            scores[task] = InstanceScore(metrics.InstanceMetric(count, kinds))
+        else:
+            scores["video"] = VideoScore(metrics.VideoConsistencyMetric())
+            if None not in kinds:
+                scores["video_panoptic"] = VideoPanopticScore(metrics.VideoPanopticMetric(kinds), kinds)
+                scores["tracking"] = VideoPanopticScore(metrics.TrackingQualityMetric(kinds), kinds)
+    return scores
+
+
+def load_session(request: Request, state: PartialState) -> Session:
+    """
+    Load data and model.
+
+    Raises:
+        ValueError: something that was asked for is not there or does not fit; the message names the option.
+    """
+    prepared = from_main(state, lambda: load_judged(request.data, request.split))
+    if request.benchmark not in (prepared.benchmark, ""):
+        raise ValueError(f"--data: {request.data} holds {prepared.benchmark!r}, not {request.benchmark!r}.")
+    protocol = protocol_of(prepared.benchmark)
+    tasks = tuple(dict.fromkeys(request.tasks or protocol.tasks))
+    if "video" in tasks and not any(video_ids(prepared)):
+        raise ValueError(f"--tasks: {prepared.benchmark} has no videos.")
+    trained_on = _training_vocabulary(request.trained_on)
+    words = words_of(prepared.vocabulary, protocol, request.prompts, request.reduction)
+    segmenter, sha256 = _load_segmenter(request, protocol, words, prepared.vocabulary, state)
+    impossible = [task for task in tasks if task not in segmenter.tasks]
+    if impossible:
+        raise ValueError(f"--tasks: the model, as it is asked, gives no {', '.join(impossible)} results.")
+    settings = _settings(request, prepared, protocol, tasks, words, sha256, state)
+    parameters = sum(weight.numel() for weight in segmenter.model.parameters())
+    return Session(request, prepared, protocol, tasks, words, segmenter, settings, trained_on, parameters, sha256)
+
+
+def _training_vocabulary(text: str | None) -> Vocabulary | None:
+    try:
+        return None if text is None else Vocabulary.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--trained-on: {error}") from error
+
+
+def _load_segmenter(
+    request: Request, protocol: Protocol, words: Words, vocabulary: Vocabulary, state: PartialState
+) -> tuple[Segmenter, str]:
+    short, long = request.short_side or protocol.short_side, request.long_side or protocol.long_side
+    stuff = [index for index, asked in enumerate(words.class_of.tolist()) if asked in vocabulary.stuff_ids]
+    panoptic = {
+        "threshold": protocol.panoptic_threshold,
+        "overlap_mask_area_threshold": protocol.panoptic_overlap,
+        "label_ids_to_fuse": stuff,
+    }
+    kind = model_type(request.model)
+    if kind == "gkc":
+        model, processor = load_checkpoint(request.model)
+        sha256 = model_sha256(request.model, model)
+        views = all_views() if request.tta else (View(),)
+        model.to(state.device)
+        options = {"dtype": request.dtype, "compile": request.compile}
+        return GKCSegmenter(model, processor, words, short, long, panoptic, views, **options), sha256
+    if request.tta or request.compile or request.short_side or request.long_side:
+        raise ValueError("--tta, --compile and the sides are for checkpoints of gkc: others prepare their own images.")
+    with without_progress_bars():
+        if kind == "clipseg":
+            segmenter = CLIPSegSegmenter(request.model, words, request.dtype)
+        else:
+            if request.prompts != "plain":
+                raise ValueError(f"--prompts: a {kind} has a fixed list of labels and reads no words.")
+            panoptic["label_ids_to_fuse"] = vocabulary.stuff_ids
+            segmenter = LabelledSegmenter(request.model, vocabulary, panoptic, request.dtype)
+    sha256 = model_sha256(request.model, segmenter.model)
+    segmenter.model.to(state.device)
+    return segmenter, sha256
+
+
+def model_sha256(path: str, model: torch.nn.Module) -> str:
+    """SHA-256 of a checkpoint's files; of one on the Hub, a hash of its weights."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return model_fingerprint(model)
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)}):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as opened:
+            while block := opened.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _settings(
+    request: Request,
+    prepared: Prepared,
+    protocol: Protocol,
+    tasks: Sequence[str],
+    words: Words,
+    sha256: str,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Everything that the numbers depend on."""
+    return {
+        "gkc": modeling_gkc.__version__,
+        "model": sha256,
+        "benchmark": prepared.benchmark,
+        "split": request.split,
+        "data": [shard["sha256"] for shard in prepared.info["shards"]],
+        "vocabulary": [prepared.vocabulary.names, prepared.vocabulary.is_thing],
+        "protocol": protocol.as_dict(),
+        "tasks": list(tasks),
+        "prompts": words.as_dict() | {"words": words.vocabulary.names},
+        "predictions": None if request.write_predictions is None else str(request.write_predictions.resolve()),
+        "device": state.device.type,
+    } | {
+        name: getattr(request, name)
+        for name in (
+            *("tta", "limit", "batch_size", "dtype", "compile", "short_side", "long_side"),
+            *("images_per_chunk", "trained_on"),
+        )
+    }
+
+
+def video_ids(prepared: Prepared) -> list[str]:
+    """The video of every row, "" of images."""
+    dataset = prepared.dataset
+    if "video_id" not in dataset.column_names:
+        return [""] * len(dataset)
+    return [name or "" for name in dataset["video_id"][:]]

@@ -1,0 +1,1 @@
+"""Losses of the paper: text diversification, text-guided distillation, grounding, and the criterion that sums them."""

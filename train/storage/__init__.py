@@ -1,0 +1,1 @@
+"""Crash-safe storage: row shards, checksums, fingerprints and locks."""

@@ -1,0 +1,174 @@
+"""Fingerprints: short hashes by which a cache knows the dataset and the model that it was made from.
+
+They are made to notice changes, not to withstand someone who looks for two datasets with one hash (xxHash, 128 bits).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from modeling_gkc.sealed_files import DamagedFileError
+
+from .checksums import read_sealed_json, write_sealed_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PICTURES = ("image", "segmentation")
+_ROWS_PER_PASS = 256
+# What weights do not tell about a CLIP tower. Other fields of a configuration come and go with versions.
+_ARCHITECTURE = (
+    "model_type",
+    "image_size",
+    "patch_size",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "eos_token_id",
+)
+
+
+def data_fingerprint(dataset: Dataset, remember: str | Path | None = None, progress: bool = True) -> str:
+    """Hash of the rows of a dataset, in their order: of all image ids, segments, images and segmentations.
+
+    Of pictures stored in the dataset every encoded byte enters; of those that it only refers to, the path, the size
+    and the time of the last change of the file. Captions and further columns do not enter, nor does how the rows are
+    divided into files.
+
+    Args:
+        dataset: in the schema of `train.data`, as it was loaded: not filtered or shuffled.
+        remember: a file in which the result is kept, so that the pictures are read only once. It is used again as
+            long as the names, sizes and times of the dataset's Arrow files and datasets' own fingerprint are the same:
+            an Arrow file changed in place to the same size under its old time would not be seen.
+        progress: show a bar where the pictures have to be read.
+    """
+    key = _files_key(dataset) if remember is not None else None
+    if key is not None and (known := _recall(Path(remember), key)):
+        return known
+    reader = _RowsDigest()
+    rows = dataset.select_columns(["image_id", "segments", *_PICTURES]).with_format("arrow")
+    with tqdm(total=len(dataset), desc="Fingerprint of the data", unit="image", disable=not progress) as bar:
+        for table in rows.iter(_ROWS_PER_PASS):
+            reader.update(table)
+            bar.update(len(table))
+    if key is not None and not reader.refers_to_files:
+        _keep(Path(remember), key, reader.hexdigest())
+    return reader.hexdigest()
+
+
+def model_fingerprint(*models: "nn.Module") -> str:
+    """Hash of the weights of models and of what decides how CLIP towers use them."""
+    import torch
+
+    digest = xxhash.xxh3_128()
+    for model in models:
+        settings = {name: getattr(model.config, name, None) for name in _ARCHITECTURE}
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def settings_fingerprint(settings: Any) -> str:
+    """Hash of anything that JSON can hold."""
+    return xxhash.xxh3_128(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+class _RowsDigest:
+    """Hashes each stream of values apart, so that it does not matter how Arrow divides them."""
+
+    def __init__(self):
+        self._streams: dict[str, xxhash.xxh3_128] = {}
+        self.refers_to_files = False
+
+    def update(self, table: pa.Table) -> None:
+        for name in ("image_id", "segments", *_PICTURES):
+            for chunk in table.column(name).chunks:
+                if name == "image_id":
+                    self._add_bytes(name, chunk)
+                elif name == "segments":
+                    self._add_segments(chunk)
+                else:
+                    self._add_pictures(name, chunk)
+
+    def hexdigest(self) -> str:
+        return settings_fingerprint({name: stream.hexdigest() for name, stream in self._streams.items()})
+
+    def _add(self, name: str, values: Any) -> None:
+        self._streams.setdefault(name, xxhash.xxh3_128()).update(values)
+
+    def _add_segments(self, chunk: pa.Array) -> None:
+        self._add("segments.counts", _numbers(pc.list_value_length(chunk)))
+        flat = chunk.flatten()
+        for name in ("id", "category_id", "iscrowd"):
+            self._add(f"segments.{name}", _numbers(pc.struct_field(flat, name)))
+
+    def _add_pictures(self, name: str, chunk: pa.Array) -> None:
+        embedded = pc.struct_field(chunk, "bytes")
+        self._add_bytes(name, embedded)
+        referred = pc.filter(pc.struct_field(chunk, "path"), pc.is_null(embedded))
+        for path in referred.to_pylist():
+            self.refers_to_files = True
+            self._add(f"{name}.files", _file_state(path))
+
+    def _add_bytes(self, name: str, array: pa.Array) -> None:
+        """Lengths and contents of binary values."""
+        self._add(f"{name}.lengths", _numbers(pc.binary_length(array)))
+        _, offsets, data = array.buffers()
+        if data is not None:
+            width = (
+                np.int64 if pa.types.is_large_binary(array.type) or pa.types.is_large_string(array.type) else np.int32
+            )
+            bounds = np.frombuffer(offsets, width)[array.offset : array.offset + len(array) + 1]
+            self._add(f"{name}.bytes", memoryview(data)[bounds[0] : bounds[-1]])
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.cast(array, pa.int64()), -1).to_numpy(zero_copy_only=False)
+
+
+def _file_state(path: str | None) -> bytes:
+    try:
+        state = os.stat(path)
+    except (OSError, TypeError) as error:
+        raise ValueError(f"The dataset refers to a picture {path!r}, which cannot be read: {error}.") from error
+    return json.dumps([path, state.st_size, state.st_mtime_ns]).encode()
+
+
+def _files_key(dataset: Dataset) -> dict[str, Any] | None:
+    """By what a dataset is known again without reading it; None if it is not a folder's rows as they stand."""
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    if not files or dataset._indices is not None:
+        return None
+    states = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {"files": states, "rows": len(dataset), "datasets": dataset._fingerprint}
+
+
+_REMEMBERED = {"key": {"files": [list], "rows": int, "datasets": str}, "fingerprint": str}
+
+
+def _recall(path: Path, key: Mapping[str, Any]) -> str | None:
+    try:
+        known = read_sealed_json(path, _REMEMBERED, "")
+    except DamagedFileError:  # or it is not there: the data are read again
+        return None
+    return known["fingerprint"] if known["key"] == key else None
+
+
+def _keep(path: Path, key: Mapping[str, Any], fingerprint: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed_json(path, {"key": key, "fingerprint": fingerprint})
+    except OSError as error:  # a dataset that cannot be written to is read again each time
+        logging.getLogger(__name__).warning("The data's fingerprint cannot be kept: %s", error)

@@ -1,0 +1,446 @@
+"""A store of one row of numbers for each region of a dataset, written in shards and read without loading them.
+
+A store is a folder:
+
+    manifest.json            what the rows are made from; once all is written, also every file with its size
+    shard-00000.safetensors  of some images: `rows` (R, D) fp16, `segment_ids` (R,), `counts` (I,), `images` (I,)
+                             and `sums` (I,), the xxh3 of 64 bits of each image's rows
+    index.safetensors        of all images: where their rows are, and their `sums`
+
+Every file is written under another name and renamed, so what has its name is whole: a killed writer goes on at the
+first shard that is not there. An image is known by 64 bits of the hash of its id.
+
+Every file carries a checksum. A writer compares those of all files, and writes damaged shards anew; a reader compares
+those of the manifest and the index when it opens a store, and that of an image's rows whenever it reads them, which
+takes a microsecond for 13 regions and leaves nothing to be read in advance.
+
+Letters: I images, R regions, S shards, N regions of an image, D columns.
+"""
+
+import hashlib
+import json
+import mmap
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from modeling_gkc.atomic_files import atomic_path
+from modeling_gkc.sealed_files import UNSEALED, DamagedFileError, require_sealed, seal_safetensors
+
+from .checksums import Each, Perhaps, read_json, read_sealed_json, write_sealed_json
+
+FORMAT = "gkc-region-rows-2"
+_OLDER_FORMATS = ("gkc-region-rows-1",)
+MANIFEST, INDEX = "manifest.json", "index.safetensors"
+_SHAPE = {
+    "format": str,
+    "kind": str,
+    "fingerprint": Each(str),
+    "columns": int,
+    "images": int,
+    "images_per_shard": int,
+    "writing": Each(str),
+    "command": str,
+    "index": Perhaps(str),
+    "shards": Perhaps([{"bytes": int, "regions": int, "rows_at": int}]),
+}
+_NUMPY_TYPES = {"F16": "<f2", "I32": "<i4", "I64": "<i8", "U64": "<u8"}
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What a store holds.
+
+    Attributes:
+        kind: `teacher` or `synonyms`.
+        fingerprint: by its name, a hash of each thing that the rows are made from.
+        columns: D.
+        images: I of the dataset.
+        images_per_shard: I of a shard; the last one may have fewer.
+        writing: what else must stay the same while a store is written, such as the precision of the teacher.
+        command: writes the rest of a half-written store.
+    """
+
+    kind: str
+    fingerprint: Mapping[str, str]
+    columns: int
+    images: int
+    images_per_shard: int = 500
+    writing: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def num_shards(self) -> int:
+        """S."""
+        return -(-self.images // self.images_per_shard)
+
+    def images_of(self, shard: int) -> range:
+        """Positions in the dataset of the images of a shard."""
+        start = shard * self.images_per_shard
+        return range(start, min(start + self.images_per_shard, self.images))
+
+    def mark(self, shard: int) -> str:
+        """Stands in a shard, so that one of another store is never taken for it."""
+        decisive = {name: value for name, value in asdict(self).items() if name != "command"}
+        return hashlib.sha256(json.dumps([decisive, shard], sort_keys=True).encode()).hexdigest()[:32]
+
+
+class StoreWriter:
+    """Writes a store, or what is missing of it. Any number of processes may each write their own shards.
+
+    Args:
+        folder: of the store.
+        settings: what it holds.
+
+    Raises:
+        ValueError: the folder holds a store made from something else; the message says from what.
+    """
+
+    def __init__(self, folder: str | Path, settings: StoreSettings):
+        self.folder = Path(folder)
+        if (self.folder / MANIFEST).exists():
+            manifest = read_manifest(self.folder)
+            refuse_stale(self.folder, manifest, settings)
+            settings = StoreSettings(**{**asdict(settings), "images_per_shard": manifest["images_per_shard"]})
+        self.settings = settings
+        self._whole: dict[int, tuple[int, int, int]] = {}  # shards that were compared with their checksum
+
+    def begin(self) -> None:
+        """Make the folder ready; by one process, before any shard is written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for rest in self.folder.glob(".*.part.*"):
+            rest.unlink(missing_ok=True)
+        if self.pending() or not self._is_sealed():
+            self._write_manifest({})
+
+    def pending(self) -> list[int]:
+        """Shards that are not there yet, or damaged."""
+        return [number for number in range(self.settings.num_shards) if not self._is_written(number)]
+
+    def write(
+        self, shard: int, image_ids: Sequence[str], counts: Sequence[int], segment_ids: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Write one shard.
+
+        Args:
+            shard: its number.
+            image_ids: of its I images.
+            counts: (I,) regions of each.
+            segment_ids: (R,) of the regions, image after image.
+            rows: (R, D).
+
+        Raises:
+            ValueError: a row is not finite.
+        """
+        _require_finite(image_ids, counts, rows)
+        tensors = {
+            "rows": rows.astype(np.float16),
+            "segment_ids": segment_ids.astype(np.int32),
+            "counts": np.asarray(counts, dtype=np.int32),
+            "images": np.array([_hash(image_id) for image_id in image_ids], dtype=np.uint64),
+        }
+        tensors["sums"] = _sums_of_images(tensors["rows"], tensors["counts"])
+        _save(self.folder / shard_name(shard), tensors, {"mark": self.settings.mark(shard)})
+
+    def finish(self) -> None:
+        """Write the index and seal the store; by one process, after all shards have been written.
+
+        Raises:
+            ValueError: shards are missing; images share an id; no image has a region.
+        """
+        if missing := self.pending():
+            raise ValueError(f"{self.folder} still lacks the shards {missing[:10]}: {_complete(self.settings)}")
+        if not self._is_sealed():
+            _save(self.folder / INDEX, self._index(), {"format": FORMAT})
+            shards = [self._describe(number) for number in range(self.settings.num_shards)]
+            self._write_manifest({"shards": shards, "index": require_sealed(self.folder / INDEX, "write it again.")})
+
+    def _is_written(self, shard: int) -> bool:
+        """Whether a shard is there and undamaged; all of it is read, once as long as the file stays as it is."""
+        path = self.folder / shard_name(shard)
+        try:
+            state = path.stat()
+            key = (state.st_ino, state.st_size, state.st_mtime_ns)
+            if self._whole.get(shard) == key:
+                return True
+            require_sealed(path, "")
+            with safe_open(path, framework="numpy") as file:
+                is_whole = (file.metadata() or {}).get("mark") == self.settings.mark(shard)
+        except (OSError, SafetensorError, DamagedFileError):
+            return False
+        if is_whole:
+            self._whole[shard] = key
+        return is_whole
+
+    def _is_sealed(self) -> bool:
+        manifest = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else {}
+        if "shards" not in manifest or self.pending():
+            return False
+        return not _damaged_file(self.folder, manifest)
+
+    def _write_manifest(self, sealed: Mapping[str, Any]) -> None:
+        content = {"format": FORMAT, **asdict(self.settings), **sealed}
+        write_sealed_json(self.folder / MANIFEST, content, sync=True)
+
+    def _describe(self, shard: int) -> dict[str, int]:
+        path = self.folder / shard_name(shard)
+        _, rows_at, shape = _places(path)["rows"]
+        return {"bytes": path.stat().st_size, "regions": shape[0], "rows_at": rows_at}
+
+    def _index(self) -> dict[str, np.ndarray]:
+        shards = [mapped_tensors(self.folder / shard_name(number)) for number in range(self.settings.num_shards)]
+        joined = {
+            name: np.concatenate([shard[name] for shard in shards]) for name in ("images", "counts", "segment_ids")
+        }
+        if not len(joined["segment_ids"]):
+            raise ValueError("The dataset has no annotated region with a pixel: there is nothing to embed.")
+        order = np.argsort(joined["images"], kind="stable")
+        sums = np.concatenate([shard["sums"] for shard in shards])
+        images = joined["images"][order]
+        if (images[1:] == images[:-1]).any():
+            raise ValueError("Several images of the dataset have one image_id; give each its own.")
+        ends = np.cumsum(joined["counts"], dtype=np.int64)
+        return {
+            "images": images,
+            "starts": (ends - joined["counts"])[order],
+            "stops": ends[order],
+            "sums": sums[order],
+            "segment_ids": joined["segment_ids"],
+            "shard_starts": np.cumsum([0, *(len(shard["segment_ids"]) for shard in shards)], dtype=np.int64),
+        }
+
+
+class RegionStore:
+    """Reads a sealed store: only the rows that are asked for are ever read.
+
+    The index is mapped into memory, 32 bytes an image and 4 a region; nothing else stays there. The rows of an image
+    are compared with their checksum whenever they are read.
+    """
+
+    kind: ClassVar[str]
+    holds: ClassVar[str]
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        self.folder = folder
+        self.fingerprint: dict[str, str] = manifest["fingerprint"]
+        self.columns: int = manifest["columns"]
+        self.command: str = manifest["command"] or f"python -m train.cache {self.kind} DATASET --clip CLIP"
+        self._rows_at: list[int] = [shard["rows_at"] for shard in manifest["shards"]]
+        self._index = {name: np.asarray(array) for name, array in mapped_tensors(folder / INDEX).items()}
+
+    @classmethod
+    def open(cls, folder: str | Path, fingerprint: Mapping[str, str]) -> "RegionStore":
+        """Open a store that was made from what the fingerprint says.
+
+        Raises:
+            ValueError: there is none; it is stale, half-written or damaged. The message says what to do.
+        """
+        folder = Path(folder)
+        command = f"python -m train.cache {cls.kind} DATASET --clip CLIP"
+        if not (folder / MANIFEST).exists():
+            raise ValueError(f"There are no {cls.holds} in {folder}: make them with `{command}`.")
+        manifest = read_manifest(folder)
+        command = manifest["command"] or command
+        if manifest["kind"] != cls.kind:
+            raise ValueError(f"{folder} does not hold {cls.holds} but {manifest['kind']!r}: name another folder.")
+        if differing := _differing(manifest["fingerprint"], fingerprint):
+            raise ValueError(_stale(folder, differing))
+        if "shards" not in manifest:
+            done, all_shards = len(list(folder.glob("shard-*.safetensors"))), StoreSettings(**_settings(manifest))
+            raise ValueError(
+                f"{folder} is half-written, {done} of {all_shards.num_shards} shards are there: complete it with "
+                f"`{command}`."
+            )
+        if damaged := _damaged_file(folder, manifest):
+            raise DamagedFileError(f"{folder / damaged} is missing or damaged: `{command}` writes it anew.")
+        return cls(folder, manifest)
+
+    def __reduce__(self):
+        return type(self).open, (self.folder, self.fingerprint)
+
+    def __len__(self) -> int:
+        """R."""
+        return len(self._index["segment_ids"])
+
+    def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
+        """Rows (N, D) in fp32 of each image's segments (N,).
+
+        Raises:
+            KeyError: naming the image and the segments that the store does not have.
+        """
+        return [self._of_image(image_id, ids.cpu()) for image_id, ids in zip(image_ids, segment_ids, strict=True)]
+
+    def _of_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
+        start, stop, checksum = self._range(image_id)
+        found = segment_ids.numpy()[:, None] == self._index["segment_ids"][start:stop]
+        has_row = found.any(axis=1)
+        if not has_row.all():
+            raise missing_regions(self.holds, image_id, segment_ids[~torch.from_numpy(has_row)].tolist())
+        if not len(segment_ids):
+            return torch.empty(0, self.columns)
+        return torch.from_numpy(self._rows(start, stop, checksum)[found.argmax(axis=1)])
+
+    def _range(self, image_id: str) -> tuple[int, int, int]:
+        """First row of an image, the one after its last, and the checksum of its rows."""
+        key = np.uint64(_hash(image_id))
+        place = int(np.searchsorted(self._index["images"], key))
+        if place == len(self._index["images"]) or self._index["images"][place] != key:
+            return 0, 0, 0
+        start, stop, checksum = (int(self._index[name][place]) for name in ("starts", "stops", "sums"))
+        return start, stop, checksum
+
+    def _rows(self, start: int, stop: int, checksum: int) -> np.ndarray:
+        """Rows of one image in fp32, whose bytes have this checksum.
+
+        The mapping lives only for this call: the pages of one that stays would count as used memory.
+        """
+        shard = int(np.searchsorted(self._index["shard_starts"], start, side="right")) - 1
+        row_bytes = 2 * self.columns
+        offset = self._rows_at[shard] + (start - int(self._index["shard_starts"][shard])) * row_bytes
+        page_start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        length = offset - page_start + (stop - start) * row_bytes
+        path = self.folder / shard_name(shard)
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=page_start) as pages,
+        ):
+            stored = pages[offset - page_start :]
+        if xxhash.xxh3_64_intdigest(stored) != checksum:
+            raise DamagedFileError(
+                f"{path} is damaged, rows {start} to {stop} have another checksum than when written: "
+                f"`{self.command}` writes it anew."
+            )
+        return np.frombuffer(stored, "<f2").astype(np.float32).reshape(-1, self.columns)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def missing_regions(holds: str, image_id: str, segments: list[int]) -> KeyError:
+    """The error for segments that a cache does not have."""
+    return KeyError(
+        f"There are no {holds} of the segments {segments} of image {image_id!r}. Embed the dataset that is trained on."
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store.
+
+    Raises:
+        ValueError: it is not one that can be read.
+    """
+    path, remedy = folder / MANIFEST, f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) and write it anew."
+    found = read_json(path, remedy)
+    if isinstance(found, dict) and found.get("format") in _OLDER_FORMATS:
+        raise ValueError(f"{folder} has the format {found['format']!r}, not {FORMAT!r}, and no checksums: {remedy}")
+    return read_sealed_json(path, _SHAPE, remedy)
+
+
+def refuse_stale(folder: Path, manifest: Mapping[str, Any], settings: StoreSettings) -> None:
+    """Refuse to go on with a store that was begun from something else.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    if manifest["kind"] != settings.kind:
+        raise ValueError(
+            f"{folder} holds {manifest['kind']!r}, not {settings.kind!r}: name another folder with --out."
+        )
+    differing = _differing(manifest["fingerprint"], settings.fingerprint)
+    if not differing and (manifest["columns"], manifest["images"]) != (settings.columns, settings.images):
+        differing = ["data"]
+    if differing or (differing := _differing(manifest["writing"], settings.writing)):
+        raise ValueError(_stale(folder, differing))
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: manifest[name] for name in StoreSettings.__dataclass_fields__}
+
+
+def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
+def _stale(folder: Path, differing: list[str]) -> str:
+    return (
+        f"{folder} was made with another {' and another '.join(differing)} than now asked for. Delete it to write it "
+        f"anew (`rm -r {shlex.quote(str(folder))}`), or name another folder."
+    )
+
+
+def _complete(settings: StoreSettings) -> str:
+    return f"complete it with `{settings.command}`." if settings.command else "run the same command again."
+
+
+def _damaged_file(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """The first file of a sealed store that is missing, of another length, or an index of another checksum."""
+    for number, shard in enumerate(manifest["shards"]):
+        path = folder / shard_name(number)
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            return path.name
+    try:
+        return None if require_sealed(folder / INDEX, "") == manifest.get("index") else INDEX
+    except DamagedFileError:
+        return INDEX
+
+
+def mapped_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name, mapped into memory and not read.
+
+    Raises:
+        ValueError: the file is shorter than its header says.
+    """
+    return {name: _map(path, *place) for name, place in _places(path).items()}
+
+
+def _places(path: Path) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """Type, position in the file and shape of the tensors of a safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (_NUMPY_TYPES[tensor["dtype"]], 8 + length + tensor["data_offsets"][0], tuple(tensor["shape"]))
+        for name, tensor in header.items()
+    }
+
+
+def _map(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.memmap(path, dtype, "r", offset, shape) if 0 not in shape else np.empty(shape, dtype)
+
+
+def _hash(image_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little")
+
+
+def _require_finite(image_ids: Sequence[str], counts: Sequence[int], rows: np.ndarray) -> None:
+    wrong = np.flatnonzero(~(np.abs(rows) <= np.finfo(np.float16).max).all(axis=1))  # true of NaN as well
+    if len(wrong):
+        image = image_ids[int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))]
+        raise ValueError(
+            f"A row of image {image!r} is not finite: use a teacher of higher precision (--dtype float32)."
+        )
+
+
+def _sums_of_images(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(I,) checksums of the rows (R, D) of each of I images, which follow one another."""
+    ends = np.cumsum(counts)
+    parts = (rows[end - count : end] for end, count in zip(ends, counts, strict=True))
+    return np.array([xxhash.xxh3_64_intdigest(np.ascontiguousarray(part)) for part in parts], dtype=np.uint64)
+
+
+def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    with atomic_path(path, sync=True) as temporary:
+        save_file(dict(tensors), temporary, {**metadata, **UNSEALED})
+        seal_safetensors(temporary)

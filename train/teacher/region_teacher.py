@@ -1,0 +1,348 @@
+"""The frozen parts of CLIP, as training uses them: image embeddings of regions, text embeddings of all words.
+
+Letters: B images, R annotated regions of a dataset, N regions of an image, S side of a crop, D width of the image-text
+space, P words, K classes.
+"""
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from modeling_gkc.atomic_files import atomic_path
+from modeling_gkc.class_embeddings import average_class_embeds, encode_vocabulary
+from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
+from modeling_gkc.processing_gkc import GKCProcessor
+from modeling_gkc.sealed_files import UNSEALED, require_sealed, seal_safetensors
+from modeling_gkc.vocabulary import Vocabulary
+
+from ..storage.fingerprints import data_fingerprint, model_fingerprint, settings_fingerprint
+from ..storage.shards import RegionStore, missing_regions
+from .clip_towers import CLIPTowers, load_clip_towers, load_vision_tower
+from .crops import GREY, crop_region, crop_regions, normalize_crops
+from .region_rows import ImageRegions, RegionRows, embed_images, read_regions
+
+__all__ = [
+    "CLIPTowers",
+    "OnlineTeacher",
+    "RegionTeacher",
+    "SynonymProbabilities",
+    "TeacherCache",
+    "TeacherEmbeddings",
+    "TextBank",
+    "load_clip_towers",
+    "load_vision_tower",
+]
+
+_WORDS_PER_PASS = 256
+_CROPS_PER_PASS = 256
+
+
+@dataclass(frozen=True)
+class TeacherEmbeddings:
+    """Unit embeddings of a dataset's regions, found by image id and segment id.
+
+    Attributes:
+        embeddings: (R, D), the regions of an image in neighbouring rows.
+        segment_ids: (R,).
+        rows: for each image id its first row and the one after its last.
+        fingerprint: what the embeddings were made from, see `RegionTeacher.fingerprint`.
+    """
+
+    embeddings: Tensor
+    segment_ids: Tensor
+    rows: dict[str, tuple[int, int]]
+    fingerprint: dict[str, str]
+
+    @classmethod
+    def from_rows(cls, regions: RegionRows, fingerprint: dict[str, str], dtype: torch.dtype) -> "TeacherEmbeddings":
+        """Keep the rows of images one after the other."""
+        if not len(regions.rows):
+            raise ValueError("The dataset has no annotated region with a pixel: there is nothing to embed.")
+        ends = np.cumsum(regions.counts).tolist()
+        rows = {
+            image_id: (end - count, end)
+            for image_id, count, end in zip(regions.image_ids, regions.counts, ends, strict=True)
+        }
+        embeddings = torch.from_numpy(regions.rows).to(dtype)
+        return cls(embeddings, torch.from_numpy(regions.segment_ids), rows, fingerprint)
+
+    def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
+        """Embeddings (N, D) in fp32 of each image's segments (N,).
+
+        Raises:
+            KeyError: naming the image and the segments that were not embedded.
+        """
+        return [self._of_image(image_id, ids.cpu()) for image_id, ids in zip(image_ids, segment_ids, strict=True)]
+
+    def _of_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
+        start, stop = self.rows.get(image_id, (0, 0))
+        found = segment_ids[:, None] == self.segment_ids[start:stop]
+        if not found.any(dim=1).all():
+            raise missing_regions(TeacherCache.holds, image_id, segment_ids[~found.any(dim=1)].tolist())
+        return self.embeddings[start + found.nonzero()[:, 1]].float()
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        metadata = {"fingerprint": json.dumps(self.fingerprint), "rows": json.dumps(self.rows), **UNSEALED}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file({"embeddings": self.embeddings, "segment_ids": self.segment_ids}, temporary, metadata)
+            seal_safetensors(temporary)
+
+    @classmethod
+    def load(cls, path: str | Path, fingerprint: Mapping[str, str]) -> "TeacherEmbeddings":
+        """Read a file written by `save`.
+
+        Raises:
+            ValueError: it is damaged, or was made from another dataset, by another teacher, or with other crop
+                settings.
+        """
+        require_sealed(path, f"delete it (`rm {shlex.quote(str(path))}`) to embed anew.")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if differing := _differing(metadata.get("fingerprint"), fingerprint):
+                raise ValueError(
+                    f"{path} was made with another {' and another '.join(differing)} than now asked for. Delete it to "
+                    "embed anew, or name another file."
+                )
+            tensors = {name: file.get_tensor(name) for name in ("embeddings", "segment_ids")}
+        rows = {image_id: tuple(bounds) for image_id, bounds in json.loads(metadata["rows"]).items()}
+        return cls(**tensors, rows=rows, fingerprint=dict(fingerprint))
+
+
+def _differing(stored: str | None, fingerprint: Mapping[str, str]) -> list[str]:
+    """Names of the parts of a fingerprint that are others than those stored as JSON."""
+    try:
+        found = dict(json.loads(stored or "{}"))
+    except (ValueError, TypeError):
+        found = {}
+    return sorted(name for name, value in fingerprint.items() if found.get(name) != value)
+
+
+class TeacherCache(RegionStore):
+    """The teacher's unit embeddings (N, D) of regions, as `train.cache teacher` wrote them for a dataset of any size.
+
+    `TeacherCache.open(folder, teacher.fingerprint(dataset))`; see `RegionStore`.
+    """
+
+    kind = "teacher"
+    holds = "teacher embeddings"
+
+
+class SynonymProbabilities(RegionStore):
+    """Probabilities (N, M) of the M words of each region's class, as `train.cache synonyms` wrote them.
+
+    In the order of `synonym_probabilities.synonym_table`, zero where a class has fewer words.
+    `SynonymProbabilities.open(folder, box_synonyms.fingerprint(dataset))` with `BoxSynonyms`; see
+    `RegionStore`.
+    """
+
+    kind = "synonyms"
+    holds = "synonym probabilities"
+
+
+class RegionTeacher:
+    """A frozen CLIP image encoder that embeds regions: grey outside the mask, cropped, resized, CLIP-normalised.
+
+    Args:
+        vision_model: `CLIPResNetVisionModel` or transformers' `CLIPVisionModelWithProjection`.
+        keep_aspect: keep the aspect ratio of a crop, with grey around it; otherwise it is stretched, as published.
+    """
+
+    kind = TeacherCache.kind
+    with_crowds = False
+
+    def __init__(self, vision_model: nn.Module, keep_aspect: bool = False):
+        self.vision_model = vision_model.eval().requires_grad_(False)
+        self.image_size: int = vision_model.config.image_size
+        self.columns: int = vision_model.config.projection_dim
+        self.keep_aspect = keep_aspect
+        self.crop = partial(crop_region, size=self.image_size, keep_aspect=keep_aspect)
+
+    def embed_dataset(
+        self,
+        dataset: Dataset,
+        cache_file: str | Path | None = None,
+        batch_size: int = 256,
+        dtype: torch.dtype = torch.float16,
+        num_workers: int = 0,
+        progress: bool = True,
+    ) -> TeacherEmbeddings:
+        """Embed every annotated region of the un-augmented images; crowds and segments without a pixel are left out.
+
+        All is held in memory, which suits thousands of images; `train.cache teacher` is for more.
+
+        Args:
+            dataset: in the schema of `train.data`.
+            cache_file: read from here if it exists, else written here.
+            batch_size: crops per pass.
+            dtype: type in which the embeddings are kept.
+            num_workers: processes that crop.
+            progress: show a bar.
+
+        Raises:
+            ValueError: the file was made from something else; a picture is broken; there is no region.
+        """
+        fingerprint = self.fingerprint(dataset, progress=progress) if cache_file is not None else {}
+        if cache_file is not None and Path(cache_file).exists():
+            return TeacherEmbeddings.load(cache_file, fingerprint)
+        images = read_regions(dataset, self, range(len(dataset)), num_workers)
+        bar = tqdm(images, desc="Embedding regions", total=len(dataset), unit="image", disable=not progress)
+        if not len(dataset):
+            raise ValueError("The dataset has no row: there is nothing to embed.")
+        embeddings = TeacherEmbeddings.from_rows(embed_images(_whole(bar), self, batch_size), fingerprint, dtype)
+        if cache_file is not None:
+            embeddings.save(cache_file)
+        return embeddings
+
+    @torch.no_grad()
+    def embed_crops(self, crops: Tensor) -> Tensor:
+        """Crops (N, S, S, 3) uint8 -> unit embeddings (N, D) in fp32, on the device of the teacher.
+
+        In the teacher's own precision, also where a training step around it has another.
+        """
+        parameter = next(self.vision_model.parameters())
+        if not len(crops):
+            return torch.empty(0, self.columns, device=parameter.device)
+        with torch.autocast(parameter.device.type, enabled=False):
+            embeds = self.vision_model(pixel_values=normalize_crops(crops, parameter)).image_embeds
+        return F.normalize(embeds.float(), dim=-1)
+
+    def rows(self, crops: Tensor, classes: Tensor) -> Tensor:
+        """As `embed_crops`; the classes of the regions do not matter."""
+        return self.embed_crops(crops)
+
+    def fingerprint(
+        self, dataset: Dataset, remember: str | Path | None = None, progress: bool = True
+    ) -> dict[str, str]:
+        """Hashes of the dataset (`data`), of the weights as they are now (`teacher`) and of the crops' settings.
+
+        Args:
+            dataset, remember, progress: see `train.storage.fingerprints.data_fingerprint`.
+        """
+        crops = {"image_size": self.image_size, "keep_aspect": self.keep_aspect, "grey": GREY}
+        return {
+            "data": data_fingerprint(dataset, remember, progress),
+            "teacher": model_fingerprint(self.vision_model),
+            "crops": settings_fingerprint(crops),
+        }
+
+
+def _whole(images: Iterable[ImageRegions]) -> Iterator[ImageRegions]:
+    """The same images; a broken one stops."""
+    for image in images:
+        if image.broken is not None:
+            raise ValueError(image.broken)
+        yield image
+
+
+class OnlineTeacher:
+    """Embeds the regions of a batch as it was augmented, in every step.
+
+    Args:
+        teacher: moved to the device of the batches.
+    """
+
+    def __init__(self, teacher: RegionTeacher):
+        self.teacher = teacher
+
+    @torch.no_grad()
+    def embed(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """Unit embeddings (N, D) in fp32 of each image's regions, on the device of the batch.
+
+        Crops are made on that device as well, without a copy to the CPU.
+
+        Args:
+            batch: `images`, B times (h, w, 3) uint8; `segmentation` (B, H, W) ids, padded to the right and bottom;
+                `segment_ids`, B times (N,); `image_ids`.
+
+        Raises:
+            KeyError: `batch` has no `images`: the collator must be told to keep them.
+            ValueError: a segment has no pixel; the image is named.
+        """
+        self.teacher.vision_model.to(batch["segmentation"].device)
+        crops = [self._crops(batch, position) for position in range(len(batch["images"]))]
+        embeds = [self.teacher.embed_crops(part) for part in torch.cat(crops).split(_CROPS_PER_PASS)]
+        return list(torch.cat(embeds).split([len(of_image) for of_image in crops]))
+
+    def _crops(self, batch: Mapping[str, Any], position: int) -> Tensor:
+        ids = batch["segmentation"][position]
+        image = torch.as_tensor(batch["images"][position]).to(ids.device)
+        ids = ids[: image.shape[0], : image.shape[1]]
+        wanted = batch["segment_ids"][position]
+        try:
+            return crop_regions(image, ids, wanted, self.teacher.image_size, self.teacher.keep_aspect)
+        except ValueError as error:
+            name = batch["image_ids"][position]
+            raise ValueError(f"Image {name!r}, segments {wanted.tolist()}: {error}") from error
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """Unit text embeddings of all words of a vocabulary.
+
+    Attributes:
+        words: P words, class by class, the name of a class before its synonyms.
+        class_ids: (P,) class of each word.
+        embeds: (P, D).
+    """
+
+    words: tuple[str, ...]
+    class_ids: Tensor
+    embeds: Tensor
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        vocabulary: Vocabulary,
+        model: GKCForOpenVocabSegmentation,
+        processor: GKCProcessor,
+        progress: bool = True,
+    ) -> "TextBank":
+        """Encode every word once; with several prompt templates, the average over them."""
+        # One word may belong to several classes; the processor takes each once, whatever its case.
+        distinct = list({word.casefold(): word for word in vocabulary.flat_names}.values())
+        parts = [distinct[start : start + _WORDS_PER_PASS] for start in range(0, len(distinct), _WORDS_PER_PASS)]
+        embeds = torch.cat(
+            [
+                _embed_words(part, model, processor)
+                for part in tqdm(parts, desc="Embedding words", unit=f"{_WORDS_PER_PASS} words", disable=not progress)
+            ]
+        )
+        position = {word.casefold(): index for index, word in enumerate(distinct)}
+        rows = [position[word.casefold()] for word in vocabulary.flat_names]
+        return cls(tuple(vocabulary.flat_names), torch.tensor(vocabulary.class_ids), embeds[rows])
+
+    @cached_property
+    def name_prompts(self) -> Tensor:
+        """(K,) positions of the classes' names, their first words."""
+        return torch.searchsorted(self.class_ids, torch.arange(self.num_classes, device=self.class_ids.device))
+
+    @cached_property
+    def num_classes(self) -> int:
+        """K."""
+        return int(self.class_ids[-1]) + 1
+
+    def to(self, device: torch.device | str) -> "TextBank":
+        """The same bank on another device."""
+        return replace(self, class_ids=self.class_ids.to(device), embeds=self.embeds.to(device))
+
+
+def _embed_words(words: list[str], model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> Tensor:
+    """(len(words), D) embeddings on the CPU."""
+    encoded = encode_vocabulary(words, model, processor)
+    return average_class_embeds(encoded.class_embeds, encoded.class_ids).float().cpu()
