@@ -1,4 +1,4 @@
-# Each target does its own set-up: an own .venv with the pinned versions of constraints.txt.
+# Each target sets up .venv with the pinned versions of constraints.txt.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,11 +12,11 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help demo test bench lint format clean
 
 help:
-	@echo "make demo    cut the shipped pictures into words: LABELS='red disc; lawn, grass' OUT=out/demo"
-	@echo "make test    the whole test suite"
-	@echo "make bench   how fast it is, beside its rivals: BENCH='--preset quick' (20 minutes and more without)"
-	@echo "make lint    ruff: lint and format check"
-	@echo "make format  ruff: fix and format"
+	@echo "make demo    segment the images in examples/: LABELS='red disc; lawn, grass' OUT=out/demo"
+	@echo "make test    run the test suite"
+	@echo "make bench   measure the speed against other models: BENCH='--preset quick' (20 minutes without)"
+	@echo "make lint    run ruff's linter and format check"
+	@echo "make format  fix and format with ruff"
 	@echo "make clean   remove .venv and caches"
 
 $(VENV)/.inference: setup.cfg pyproject.toml constraints.txt
@@ -26,21 +26,21 @@ $(VENV)/.inference: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.inference
-	@echo "Adding what the tests need"
+	@echo "Installing the test dependencies"
 	@$(PIP) -e ".[test]"
 	@$(BIN)/python -m tests.published_suites > /dev/null
 	@touch $@
 
 demo: $(VENV)/.inference
-	@echo "Cutting the pictures in examples/ into: $(LABELS)"
+	@echo "Segmenting the images in examples/ with the words: $(LABELS)"
 	@$(BIN)/gkc segment examples --labels "$(LABELS)" --out "$(OUT)"
-	@echo "Look at the overlays above, and change the words: make demo LABELS='striped square; meadow; sky'"
+	@echo "Open the overlays above. Try other words: make demo LABELS='striped square; meadow; sky'"
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.test
-	@command -v $${CXX:-g++} > /dev/null || echo "No C++ compiler: what needs torch.compile is left out"
+	@command -v $${CXX:-g++} > /dev/null || echo "No C++ compiler found: measurements with torch.compile are skipped"
 	@$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(VENV)/.test

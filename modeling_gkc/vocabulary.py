@@ -490,6 +490,8 @@ def _clean_names(names: Sequence[str], place: str) -> list[str]:
             raise ValueError(f"{what} {error}") from error
         if not name:
             raise ValueError(f"{what} is empty: give every class a name.")
+        if ";" in name:  # it would be two classes where the name is typed, as `gkc segment` and pipelines take it
+            raise ValueError(f"{what} is {name!r}: a ';' separates classes. Give each class an entry of its own.")
         cleaned.setdefault(comparison_key(name), name)
     return list(cleaned.values())
 

@@ -148,34 +148,34 @@ DAMAGES = {
     "more layers": (set_value("config.json", "text_config", "num_hidden_layers", 2), "lacks weights: text_model"),
     "a million layers": (set_value("config.json", "encoder_layers", 10**6), "`encoder_layers` must be at most"),
     "other widths": (set_value("config.json", "encoder_ffn_dim", 32), "layers.0.fc1.weight (64, 32) for (32, 32)"),
-    "a list for a configuration": (write("config.json", b"[]"), "is no checkpoint of gkc"),
+    "a list for a configuration": (write("config.json", b"[]"), "is not a GKC checkpoint"),
     "a nested configuration": (write("config.json", b"[" * 10**5), "config.json cannot be read: RecursionError"),
     "a huge number": (
         write("config.json", b'{"model_type": "gkc", "hidden_size": ' + b"9" * 5000 + b"}"),
         "config.json cannot be read: Exc",
     ),
-    "zeros": (write("config.json", bytes(100)), "is no checkpoint of gkc"),
+    "zeros": (write("config.json", bytes(100)), "is not a GKC checkpoint"),
     "half a character": (set_value("config.json", "dtype", "\ud800"), "no attribute '\\ud800'"),
     "an added weight": (weights(lambda t: t.update(extra=torch.ones(2))), "no place for: extra"),
     "a lost weight": (weights(lambda t: t.pop("logit_scale")), "lacks weights: logit_scale"),
     "weights of another length": (weights(lambda t: t.update(logit_scale=torch.ones(2))), "another shape"),
-    "cut weights": (write("model.safetensors", b"\x10\0\0\0\0\0\0\0{}"), "is no checkpoint of gkc"),
-    "no weights": (remove("model.safetensors"), "is no checkpoint of gkc"),
-    "no tokenizer": (remove("tokenizer.json"), "is no checkpoint of gkc"),
-    "a damaged tokenizer": (write("tokenizer.json", b'{"model": {"type": "WordLevel"}}'), "is no checkpoint of gkc"),
-    "a tokenizer of a type": (set_value("tokenizer_config.json", "tokenizer_class", 5), "is no checkpoint of gkc"),
+    "cut weights": (write("model.safetensors", b"\x10\0\0\0\0\0\0\0{}"), "is not a GKC checkpoint"),
+    "no weights": (remove("model.safetensors"), "is not a GKC checkpoint"),
+    "no tokenizer": (remove("tokenizer.json"), "is not a GKC checkpoint"),
+    "a damaged tokenizer": (write("tokenizer.json", b'{"model": {"type": "WordLevel"}}'), "is not a GKC checkpoint"),
+    "a tokenizer of a type": (set_value("tokenizer_config.json", "tokenizer_class", 5), "is not a GKC checkpoint"),
     "no length": (set_value("tokenizer_config.json", "model_max_length", 0), "model_max_length"),
     "another end": (set_value("tokenizer_config.json", "eos_token", "dog"), "ends texts with the token"),
     "fewer tokens of the tower": (
         set_value("config.json", "text_config", "vocab_size", 10),
-        "is no checkpoint of gkc",
+        "is not a GKC checkpoint",
     ),
     "settings of images": (
         set_value("processor_config.json", "image_processor", "image_std", 0),
         "`image_std` must be",
     ),
     "templates": (set_value("processor_config.json", "prompt_templates", ["x"]), "a prompt template needs"),
-    "an index": (set_value("config.json", "backbone_config", "out_indices", [7]), "is no checkpoint of gkc"),
+    "an index": (set_value("config.json", "backbone_config", "out_indices", [7]), "is not a GKC checkpoint"),
 }
 
 
@@ -186,7 +186,7 @@ def test_a_damaged_folder_is_one_line(damaged, damage, capsys):
     with pytest.raises(UserError) as caught:
         load_checkpoint(damaged)
     text = str(caught.value)
-    assert text.startswith(f"--model: {damaged} is no checkpoint of gkc: ") and message in text and "\n" not in text
+    assert text.startswith(f"--model: {damaged} is not a GKC checkpoint: ") and message in text and "\n" not in text
     assert capsys.readouterr() == ("", "")
 
 
@@ -203,7 +203,7 @@ def test_commands_end_with_2_and_leave_nothing_behind(damaged, capsys):
         (damaged / "a.png").touch()
         assert main([*command, *model]) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and error.endswith(f"is no checkpoint of gkc: {reason}\n")
+        assert error.count("\n") == 1 and error.endswith(f"is not a GKC checkpoint: {reason}\n")
     assert not list(out.rglob("*.*"))
     with pytest.raises(ValueError, match=r"^`init_from`: .* cannot be loaded: `hidden_size`"):
         load_student(Recipe(init_from=str(damaged)), None)

@@ -100,7 +100,7 @@ class TestSegment:
         assert main([*arguments, "--out", str(out)]) == 0
         printed = capsys.readouterr()
         assert printed.out.splitlines() == [str(out / f"{name}.overlay.png") for name in "abc"]
-        assert printed.err.startswith(f"gkc: {pictures}: not looked at: 1 files") and printed.err.count("\n") == 1
+        assert printed.err.startswith(f"gkc: {pictures}: skipped 1 files") and printed.err.count("\n") == 1
         assert len(list(out.iterdir())) == 9
         for name, size in (("a", [40, 70]), ("b", [49, 70]), ("c", [58, 70])):
             result, ids, overlay = read_result(out, name)
@@ -259,7 +259,7 @@ class TestSegment:
         printed = capsys.readouterr()
         assert [Path(line).name for line in printed.out.splitlines()] == ["a.overlay.png", "c.overlay.png"]
         first, *errors = printed.err.splitlines()
-        assert "not looked at" in first and len(errors) == 4 and errors[-1] == "gkc: 3 of 5 images could not be done"
+        assert "skipped" in first and len(errors) == 4 and errors[-1] == "gkc: 3 of 5 images could not be done"
         for line, name in zip(errors, ["b.jpg", "gone.png", "notes.txt"], strict=False):
             assert line.startswith("gkc: skipped: ") and name in line
 
@@ -288,7 +288,7 @@ class TestSegment:
         lines = without_lines_of_others(finished.stderr)
         assert lines[0] == "gkc: warning: one name is shared by several classes: 'lawn' belongs to 'lawn' and 'sky'."
         assert lines[1].startswith("gkc: warning: The text encoder does not know these words: 'zebra'.")
-        assert lines[2].startswith(f"gkc: {pictures}: not looked at: 1 files")
+        assert lines[2].startswith(f"gkc: {pictures}: skipped 1 files")
         assert lines[3].startswith("gkc: skipped: ") and "broken.png" in lines[3]
         assert lines[4:] == ["gkc: 1 of 4 images could not be done"]
 
@@ -308,17 +308,17 @@ class TestUserErrors:
             (["--labels", "dog " * 15], "--labels: the label 'dog dog"),
             (["--labels", ""], "--labels: label 1 (index 0) is empty"),
             (["--device", "toaster"], "--device: "),
-            (["--device", "cuda:99"], "--device: there is no device cuda:99 here"),
-            (["--threshold", "0.3"], "--threshold is for --task instance and panoptic"),
+            (["--device", "cuda:99"], "--device: this machine has no device cuda:99"),
+            (["--threshold", "0.3"], "--threshold needs --task instance or panoptic"),
             (["--labels", "ade20k_151"], "--labels: "),
             (["--labels", "nowhere.json"], "--labels: "),
             (["--vocab", "nowhere.safetensors"], "--vocab: "),
-            (["--vocab", "words.safetensors", "--templates", "photo"], "--templates is for typed words"),
-            (["--templates", "photo"], "--templates is for typed words"),
+            (["--vocab", "words.safetensors", "--templates", "photo"], "--templates needs --labels"),
+            (["--templates", "photo"], "--templates needs --labels"),
             (["--void-labels", "lawn;;sky"], "--void-labels: label 2 (index 1) is empty"),
             (["--void-labels", "sky; Disc"], "--void-labels: "),
             (["--labels", "red", "--templates", "nonsense"], "--templates: "),
-            (["--model", "./nowhere"], "--model: there is no folder ./nowhere"),
+            (["--model", "./nowhere"], "--model: ./nowhere is not a directory"),
         ],
     )
     def test_one_line_and_exit_code_2(self, checkpoint, pictures, tmp_path, capsys, options, message):
@@ -335,13 +335,13 @@ class TestUserErrors:
 
     def test_a_folder_that_is_no_checkpoint(self, pictures, capsys):
         assert main(["segment", str(pictures), "--model", str(pictures)]) == 2
-        assert f"--model: {pictures} is no checkpoint of gkc" in capsys.readouterr().err
+        assert f"--model: {pictures} is not a GKC checkpoint" in capsys.readouterr().err
 
     def test_a_checkpoint_of_another_model(self, pictures, tmp_path, capsys):
         small_config().text_config.save_pretrained(tmp_path)
         assert main(["segment", str(pictures), "--model", str(tmp_path)]) == 2
         assert capsys.readouterr().err.endswith(
-            "is no checkpoint of gkc: its model_type is 'clip_text_model', not 'gkc'.\n"
+            "is not a GKC checkpoint: its model_type is 'clip_text_model', not 'gkc'.\n"
         )
 
     @pytest.mark.parametrize("damage", ["missing", "truncated", "shapes"])
@@ -368,7 +368,7 @@ class TestUserErrors:
 
     def test_a_folder_without_pictures(self, checkpoint, tmp_path, capsys):
         assert main(["segment", str(tmp_path), "--model", str(checkpoint)]) == 2
-        assert f"no pictures in the folder {tmp_path}" in capsys.readouterr().err
+        assert f"{tmp_path} contains no images" in capsys.readouterr().err
 
     def test_an_output_folder_that_cannot_be(self, checkpoint, pictures, capsys):
         command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(pictures / "notes.txt")]
@@ -412,7 +412,7 @@ class TestDefaultModel:
         return folder
 
     def test_order(self, package, tmp_path, monkeypatch):
-        with pytest.raises(UserError, match="no model was found"):
+        with pytest.raises(UserError, match="no checkpoint is installed"):
             default_model_path()
         installed = self.make(tmp_path / "environment" / "share" / "gkc" / "gkc-mini")
         assert default_model_path() == installed
@@ -422,13 +422,15 @@ class TestDefaultModel:
         monkeypatch.setenv("GKC_MODEL", str(named))
         assert default_model_path() == named
         monkeypatch.setenv("GKC_MODEL", str(tmp_path / "gone"))
-        with pytest.raises(UserError, match="GKC_MODEL names no folder"):
+        with pytest.raises(UserError, match="GKC_MODEL is not a directory"):
             default_model_path()
 
     def test_none_found_is_one_line(self, package, pictures, capsys):
         assert main(["segment", str(pictures), "--labels", "dog"]) == 2
         assert (
-            capsys.readouterr().err.splitlines()[-1].startswith("gkc: error: no model was found beside this package")
+            capsys.readouterr()
+            .err.splitlines()[-1]
+            .startswith("gkc: error: no checkpoint is installed with this package")
         )
 
 
@@ -468,12 +470,12 @@ class TestNames:
             (pictures / name).touch()
         (pictures / "a.overlay.png").touch()  # so a.json is a result
         found, said = find_images([str(pictures)])
-        folders = "2 sub-folders (--recursive looks into them): below, gkc-out"
-        assert len(found) == 3 and said[0] == f"{pictures}: not looked at: {folders}"
+        folders = "2 sub-folders (use --recursive to include them): below, gkc-out"
+        assert len(found) == 3 and said[0] == f"{pictures}: skipped {folders}"
         assert said[1].endswith(": notes.txt") and len(said) == 2
         found, said = find_images([str(pictures)], recursive=True, out=pictures / "gkc-out")
         assert {str(image.name) for image in found} == {"a", "b", "c", "below/d", "below/deep/a"} and len(said) == 1
-        with pytest.raises(UserError, match=r"no pictures in the folder .*; --recursive also looks"):
+        with pytest.raises(UserError, match=r"contains no images; use --recursive"):
             (pictures / "below" / "d.png").unlink()
             find_images([str(pictures / "below")])
 
@@ -495,14 +497,13 @@ class TestEnds:
 
     def test_the_module_is_the_command_too(self, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["gkc", "vocab", "list"])
-        monkeypatch.delitem(sys.modules, "modeling_gkc.cli")
         with pytest.raises(SystemExit) as ended:
             runpy.run_module("modeling_gkc.cli", run_name="__main__")
         assert ended.value.code == 0 and "ade20k_150" in capsys.readouterr().out
 
     def test_nothing_that_is_named_is_there(self, capsys):
         assert main(["segment", "absent.jpg", "absent-too.jpg", "--labels", "cat"]) == 2
-        assert capsys.readouterr().err == "gkc: error: IMAGE: There is no file or folder absent.jpg\n"
+        assert capsys.readouterr().err == "gkc: error: IMAGE: absent.jpg does not exist\n"
 
     def test_a_missing_image_is_named_without_error_numbers(self, checkpoint, pictures, tmp_path, capsys):
         images = [str(pictures / "a.png"), str(pictures / "absent.jpg")]

@@ -149,7 +149,7 @@ class TestMask2Former:
         )
         arguments = ("--text-model", clip, "--class-names", names, "--out", tmp_path / "out")
         assert gkc("mask2former", source, *arguments) == 0
-        assert "check that their order is its: 'lawn' is 'grass'\n" in capsys.readouterr().out
+        assert "check that they are in its order: 'lawn' is 'grass'\n" in capsys.readouterr().out
         model, _ = common.load_checkpoint(tmp_path / "out")
         assert model.config.source_vocabulary[2:4] == [["disc", "star", "dog"], ["grass", "lawn"]]
         assert model.config.vocabulary_is_thing == [True, True, True, False, False]
@@ -172,7 +172,7 @@ class TestMask2Former:
         [
             (("--class-names", "red; blue"), "--class-names: `class_names` are 2, but the source has 5 classes"),
             (("--class-names", "red; ;blue"), "--class-names: label 2"),
-            (("--tokenizer", "./nowhere"), "--tokenizer: there is no folder ./nowhere"),
+            (("--tokenizer", "./nowhere"), "--tokenizer: ./nowhere is not a directory"),
         ],
     )
     def test_what_is_wrong_is_named(self, source, clip, tmp_path, arguments, message):
@@ -182,7 +182,7 @@ class TestMask2Former:
 
     def test_folders_of_something_else(self, source, clip, tmp_path):
         out = ("--out", tmp_path / "out")
-        with pytest.raises(UserError, match=r"MASK2FORMER: there is no folder \./nowhere/at/all"):
+        with pytest.raises(UserError, match=r"MASK2FORMER: \./nowhere/at/all is not a directory"):
             gkc("mask2former", "./nowhere/at/all", "--text-model", clip, *out)
         with pytest.raises(UserError, match=r"MASK2FORMER: .* is a clip, not a mask2former"):
             gkc("mask2former", clip, "--text-model", clip, *out)

@@ -122,10 +122,10 @@ def test_words_of_the_checkpoint(checkpoint, tmp_path, calls):
         (["--vocab", "dog; ;lamp"], "--vocab: "),
         (["--vocab", "ade20k_15"], "--vocab: "),
         (["--vocab", "absent.safetensors"], "--vocab: "),
-        (["--templates", "photo"], "--templates is for typed words: give --vocab"),
+        (["--templates", "photo"], "--templates needs typed words: give --vocab"),
         (["--vocab", "dog", "--templates", "photos"], "--templates: "),
         (["--vocab", "dog", "--opset", "9"], "export: the opset must be at least 18, got 9"),
-        ([], "the checkpoint stores no words: name them with --vocab"),
+        ([], "the checkpoint stores no vocabulary: give one with --vocab"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(checkpoint, tmp_path, options, message):
@@ -156,7 +156,7 @@ def test_missing_packages(checkpoint, tmp_path, monkeypatch):
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"DIR: there is no folder .*absent"):
+    with pytest.raises(UserError, match=r"DIR: .*absent is not a directory"):
         gkc("export", tmp_path / "absent", "--vocab", "dog", "--out", tmp_path / "new")
 
 

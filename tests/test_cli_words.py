@@ -40,7 +40,7 @@ def table(text: str) -> list[list[str]]:
     """Cells of the lines below the heading, which begins with INDEX."""
     lines = text.splitlines()
     start = next(number for number, line in enumerate(lines) if line.lstrip().startswith("INDEX"))
-    starts = [lines[start].index(word) for word in ("KIND", "COLOUR", "LABEL", "SYNONYMS")]
+    starts = [lines[start].index(word) for word in ("KIND", "COLOR", "LABEL", "SYNONYMS")]
     cuts = list(zip([0, *starts], [*starts, None], strict=True))
     return [[line[begin:end].strip() for begin, end in cuts] for line in lines[start + 1 :]]
 
@@ -49,7 +49,7 @@ class TestList:
     def test_every_packaged_vocabulary_has_a_line_that_explains_it(self, capsys):
         assert gkc("vocab", "list") == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split() == ["NAME", "CLASSES", "WHAT", "IT", "IS"]
+        assert lines[0].split() == ["NAME", "CLASSES", "DESCRIPTION"]
         rows = [line.split(maxsplit=2) for line in lines[1:-2]]
         assert [row[0] for row in rows] == Vocabulary.names_of_packaged()
         for name, num_classes, description in rows:
@@ -217,8 +217,8 @@ class TestEmbed:
             ({"--out": "words.json"}, r"--out: the file's name must end in \.safetensors, got words\.json"),
             ({"--out": "/dev/null/x/words.safetensors"}, "--out: cannot make the folder /dev/null/x: Not a directory"),
             ({"--out": "{folder}.safetensors"}, r"--out: cannot write .*folder\.safetensors"),
-            ({"--model": "no/such/folder"}, "--model: there is no folder no/such/folder"),
-            ({"--device": "cuda:99"}, "--device: there is no device cuda:99"),
+            ({"--model": "no/such/folder"}, "--model: no/such/folder is not a directory"),
+            ({"--device": "cuda:99"}, "--device: this machine has no device cuda:99"),
         ],
     )
     def test_errors_are_one_line(self, checkpoint, tmp_path, changes, message):

@@ -121,7 +121,7 @@ def test_train_has_a_dozen_entries_and_its_sub_packages_are_known():
 def test_modules_of_train_make_no_circle():
     graph = {}
     for path in (ROOT / "train").rglob("*.py"):
-        name = path.relative_to(ROOT / "train").with_suffix("").parts
+        name = (*path.relative_to(ROOT / "train").with_suffix("").parts,)
         graph[name[:-1] if name[-1] == "__init__" else name] = [*train_imports(path)]
     done, open_ = set(), []
 
@@ -130,7 +130,7 @@ def test_modules_of_train_make_no_circle():
         if name in done or name not in graph:
             return
         open_.append(name)
-        for imported in graph[name]:
+        for imported in map(tuple, graph[name]):
             if imported != name:
                 visit(imported)
         done.add(open_.pop())

@@ -514,12 +514,17 @@ class TestFiles:
         assert (read.labels, read.is_thing, read.colors) == (["dog", "grass"], [True, False], [(1, 2, 3), (4, 5, 6)])
 
     def test_names_are_taken_as_they_stand(self, tmp_path):
-        names = [["building, edifice; house"], ['5" nail', "Größe 草 😀"]]
+        names = [["building, edifice"], ['5" nail', "Größe 草 😀"]]
         assert Vocabulary.from_file(write(tmp_path, "x.json", json.dumps(names))).names == names
-        text = 'name,synonyms\n"building, edifice; house",\n"5"" nail",Größe 草 😀\n'
+        text = 'name,synonyms\n"building, edifice",\n"5"" nail",Größe 草 😀\n'
         assert Vocabulary.from_file(write(tmp_path, "x.csv", text)).names == names
         lines = write(tmp_path, "x.txt", "C#\njersey\u2028shirt\n")
         assert Vocabulary.from_file(lines).names == [["C#"], ["jersey shirt"]]
+
+    @pytest.mark.parametrize(("name", "text"), [("x.json", '[["sky; heaven"]]'), ("x.csv", "name\nsky; heaven\n")])
+    def test_a_semicolon_in_a_name_is_refused_as_in_a_list(self, tmp_path, name, text):
+        with pytest.raises(ValueError, match=r"'sky; heaven': a ';' separates classes"):
+            Vocabulary.from_file(write(tmp_path, name, text))
 
     def test_a_name_over_two_lines_of_csv(self, tmp_path):
         text = 'name,synonyms\n"fire\nhydrant",\ndog,\n"Dog",\n'

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of what was typed that need no torch, made before a command's own module is imported."""
+"""Checks of command-line arguments that need no torch, made before the module of a command is imported."""
 
 import argparse
 import os
@@ -29,24 +29,24 @@ MAX_LISTED_NAMES = 5
 
 def check_segment(arguments: argparse.Namespace) -> None:
     """
-    Check the options of `gkc segment` against each other, and find its images, which become `arguments.found`.
+    Check the options of `gkc segment` against each other and store its images as `arguments.found`.
 
     Raises:
-        UserError: options do not fit each other, or as `find_images`.
+        UserError: Options contradict each other, or an error of `find_images`.
     """
     if arguments.task == "semantic" and arguments.threshold is not None:
-        raise UserError("--threshold is for --task instance and panoptic; a semantic map has --void-threshold")
+        raise UserError("--threshold needs --task instance or panoptic; for semantic maps use --void-threshold")
     if arguments.templates and arguments.labels is None and arguments.void_labels is None:
-        raise UserError("--templates is for typed words: give --labels, or give it to `gkc embed`")
+        raise UserError("--templates needs --labels; for encoded vocabularies give it to `gkc embed`")
     arguments.found = find_images(arguments.images, arguments.recursive, Path(arguments.out))
 
 
 def check_new_output(arguments: argparse.Namespace) -> None:
     """
-    Refuse to write where something is.
+    Check that --out does not exist or is an empty folder.
 
     Raises:
-        UserError: --out names a file, or a folder that is not empty.
+        UserError: --out is a file, or a folder that is not empty.
     """
     with user_errors("--out"):
         check_new_folder(arguments.out)
@@ -55,12 +55,12 @@ def check_new_output(arguments: argparse.Namespace) -> None:
 @dataclass(frozen=True)
 class FoundImage:
     """
-    An image to segment.
+    Image to segment.
 
     Args:
-        path: Its file.
-        name: Name of its results below the output folder, without their endings: the file's name without its ending,
-            below the sub-folder that it was found in.
+        path: Image file.
+        name: Path of its results relative to the output folder, without suffix: the sub-folder in which the image was
+            found and the name of its file.
     """
 
     path: Path
@@ -71,22 +71,22 @@ def find_images(
     inputs: Sequence[str], recursive: bool = False, out: Path | None = None
 ) -> tuple[list[FoundImage], list[str]]:
     """
-    List the images that the command line names, in order and each once.
+    List the images given on the command line, in order and without duplicates.
 
     Args:
-        inputs: Files, taken as they are, and folders, of which all pictures are taken in the order of their names, but
-            not hidden ones and not the command's own results.
-        recursive: Also take the pictures of the folders' sub-folders.
-        out: Folder of the results, which is not searched.
+        inputs: Image files, and folders whose images are taken in the order of their names, without hidden files and
+            without results of this command.
+        recursive: Include the images in sub-folders.
+        out: Output folder, which is not searched.
 
     Returns:
-        The images, and lines that say what of the folders is not looked at.
+        The images, and one line for each kind of files that were skipped.
 
     Raises:
-        UserError: a folder has no pictures, nothing that is named is there, or two images would have one name.
+        UserError: A folder has no images, no input exists, or two images would get the same result files.
     """
     if not any(map(os.path.exists, inputs)):
-        raise UserError(f"IMAGE: There is no file or folder {inputs[0]}")
+        raise UserError(f"IMAGE: {inputs[0]} does not exist")
     images: dict[Path, FoundImage] = {}
     left_out: list[str] = []
     for given in map(Path, inputs):
@@ -94,14 +94,14 @@ def find_images(
         for path in found:
             below = path.relative_to(given) if given.is_dir() else Path(path.name)
             images.setdefault(path.resolve(), FoundImage(path, below.with_suffix("")))
-    _refuse_equal_names(images.values())
+    _check_distinct_names(images.values())
     return list(images.values()), left_out
 
 
 def _search(folder: Path, recursive: bool, out: Path | None, left_out: list[str]) -> list[Path]:
-    """The pictures of a folder; what else is there is added to `left_out`."""
+    """Return the images of a folder, and append a line for each kind of other files to `left_out`."""
     pictures, folders, others = [], [], []
-    walk = os.walk(folder, followlinks=True, onerror=_refuse_unreadable)
+    walk = os.walk(folder, followlinks=True, onerror=_raise_user_error)
     for place, below, files in walk:
         below[:] = sorted(
             name for name in below if not name.startswith(".") and not (out and _is_same(Path(place, name), out))
@@ -115,14 +115,14 @@ def _search(folder: Path, recursive: bool, out: Path | None, left_out: list[str]
             folders = [Path(place, name) for name in below]
             break
     if not pictures:
-        hint = "; --recursive also looks into its sub-folders" if folders else ""
-        raise UserError(f"no pictures in the folder {folder}{hint}")
-    left_out += _describe_left_out(folder, folders, "sub-folders (--recursive looks into them)")
-    left_out += _describe_left_out(folder, others, f"files that do not end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        hint = "; use --recursive to include its sub-folders" if folders else ""
+        raise UserError(f"{folder} contains no images{hint}")
+    left_out += _describe_left_out(folder, folders, "sub-folders (use --recursive to include them)")
+    left_out += _describe_left_out(folder, others, f"files without a suffix of {', '.join(sorted(IMAGE_SUFFIXES))}")
     return pictures
 
 
-def _refuse_unreadable(error: OSError) -> None:
+def _raise_user_error(error: OSError) -> None:
     raise UserError(f"IMAGE: {error_line(error)}") from error
 
 
@@ -140,19 +140,19 @@ def _describe_left_out(folder: Path, paths: list[Path], kind: str) -> list[str]:
     if paths:
         names = ", ".join(str(path.relative_to(folder)) for path in paths[:MAX_LISTED_NAMES])
         more = f" and {len(paths) - MAX_LISTED_NAMES} more" if len(paths) > MAX_LISTED_NAMES else ""
-        return [f"{folder}: not looked at: {len(paths)} {kind}: {names}{more}"]
+        return [f"{folder}: skipped {len(paths)} {kind}: {names}{more}"]
     return []
 
 
-def _refuse_equal_names(images: Iterable[FoundImage]) -> None:
-    """Results are named by their own image alone, so two images of one name cannot share an output folder."""
+def _check_distinct_names(images: Iterable[FoundImage]) -> None:
+    """Check that no two images get the same result files, whose names depend on their own image alone."""
     first: dict[str, FoundImage] = {}
     for image in images:
         other = first.setdefault(str(image.name).casefold(), image)
         if other is not image:
             raise UserError(
                 f"IMAGE: {other.path} and {image.path} would both be written as {image.name}{OUTPUT_SUFFIXES[0]}: "
-                "segment them with different --out, or name the folder above both with --recursive"
+                "segment them with different --out folders, or give their common parent folder with --recursive"
             )
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the commands of `gkc` share: one-line errors, loading a checkpoint, choosing a device."""
+"""Helpers of the `gkc` commands: one-line errors, loading of checkpoints, choice of the device."""
 
 import argparse
 import functools
@@ -36,39 +36,39 @@ SHIPPED_MODEL = "gkc-mini"
 
 
 WORDS_HELP = """\
-WORDS are typed, classes separated by ";" and several names of one thing by ","; or the name of a packaged vocabulary
+WORDS are typed, separated by ";" between classes and "," between synonyms; or a packaged vocabulary
 (`gkc vocab list`); or a .json, .csv or .txt file.
 """
 
 
 class UserError(Exception):
-    """Something the user can put right; shown as one line, without a traceback."""
+    """Error that the user can fix, shown in one line without a traceback."""
 
 
 def default_model_path() -> Path:
     """
-    Folder of the checkpoint to use when none is named, found without network.
+    Return the folder of the default checkpoint, without network access.
 
-    It is the one named by the environment variable GKC_MODEL; else `hub_card/gkc-mini` beside this package, as in a
-    clone; else `share/gkc/gkc-mini` of the Python environment, where the wheel puts it.
+    It is the folder in the environment variable GKC_MODEL; otherwise `hub_card/gkc-mini` beside this package, as in a
+    clone; otherwise `share/gkc/gkc-mini` of the Python environment, where the wheel installs it.
 
     Raises:
-        UserError: GKC_MODEL names no folder, or nothing was found.
+        UserError: GKC_MODEL is not a directory, or no checkpoint was found.
     """
     named = os.environ.get(MODEL_VARIABLE)
     if named:
         if not Path(named).is_dir():
-            raise UserError(f"the environment variable {MODEL_VARIABLE} names no folder: {named}")
+            raise UserError(f"the environment variable {MODEL_VARIABLE} is not a directory: {named}")
         return Path(named)
     package = Path(__file__).resolve().parent.parent
     for folder in (package.parent / "hub_card" / SHIPPED_MODEL, Path(sys.prefix) / "share" / "gkc" / SHIPPED_MODEL):
         if (folder / "config.json").is_file():
             return folder
-    raise UserError(f"no model was found beside this package: name one with --model or {MODEL_VARIABLE}")
+    raise UserError(f"no checkpoint is installed with this package: give one with --model or {MODEL_VARIABLE}")
 
 
 def error_line(error: BaseException) -> str:
-    """Say an error in one line; of the operating system's errors the file and the reason, without their number."""
+    """Return an error as one line: for an OSError the file and the reason, otherwise the first line of the message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -76,11 +76,11 @@ def error_line(error: BaseException) -> str:
 
 def interruptible(program: str, hint: str = "") -> Callable[[Callable[..., int]], Callable[..., int]]:
     """
-    Make a decorator for the `main` of a command: Ctrl-C ends it with one line and exit code 130.
+    Decorate the `main` function of a command so that Ctrl-C ends it with one line and exit code 130.
 
     Args:
-        program: Name of the command, at the beginning of the line.
-        hint: Sentence that says how to go on.
+        program: Name of the command, the beginning of the line.
+        hint: Sentence on how to continue.
     """
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
@@ -100,7 +100,7 @@ def interruptible(program: str, hint: str = "") -> Callable[[Callable[..., int]]
 def add_parser(
     commands: argparse._SubParsersAction, name: str, summary: str, description: str, examples: str
 ) -> argparse.ArgumentParser:
-    """A command whose `--help` ends with examples, laid out as they are written."""
+    """Add a command whose `--help` ends with the given examples, without re-wrapping them."""
     return commands.add_parser(
         name,
         help=summary,
@@ -111,45 +111,45 @@ def add_parser(
 
 
 def add_templates_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --templates, for `resolve_templates`."""
+    """Add the option --templates, whose value is for `resolve_templates`."""
     sets = ", ".join(PROMPT_TEMPLATES)
-    templates_help = f"sentences the words are put into: {sets} (default: the checkpoint's)"
+    templates_help = f"prompt templates for the words: {sets} (default: those of the checkpoint)"
     parser.add_argument("--templates", metavar="SET", help=templates_help)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model and --device, for `default_model_path` and `pick_device`."""
-    model_help = f"checkpoint; without it, {MODEL_VARIABLE} or the one shipped with gkc"
+    """Add the options --model and --device, for `default_model_path` and `pick_device`."""
+    model_help = f"folder or Hub repository of the checkpoint (default: ${MODEL_VARIABLE}, or the shipped checkpoint)"
     parser.add_argument("--model", metavar="DIR", help=model_help)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
 
 
 def load_checkpoint(path: str | Path) -> tuple[Any, "GKCProcessor"]:
     """
-    Model in evaluation mode, and processor, of a folder or of a repository `owner/name` of the Hub.
+    Load the model, in evaluation mode, and the processor from a folder or a Hub repository `owner/name`.
 
     Raises:
-        UserError: there is none, or it is no checkpoint of gkc.
+        UserError: The path does not exist, or it is not a GKC checkpoint.
     """
     from ..checkpoint_loading import load_checkpoint_parts
 
     is_folder = Path(path).is_dir()
     if not is_folder and (Path(path).is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
-        raise UserError(f"--model: there is no folder {path}")
+        raise UserError(f"--model: {path} is not a directory")
     try:
         with without_progress_bars():
             return load_checkpoint_parts(path)
     except ValueError as error:
-        raise UserError(f"--model: {path} is no checkpoint of gkc: {error}") from error
+        raise UserError(f"--model: {path} is not a GKC checkpoint: {error}") from error
 
 
 def pick_device(name: str) -> "torch.device":
     """
-    The device of a name such as cpu, cuda:1 or mps; "auto" is a GPU where there is one.
+    Return the device with a name such as cpu, cuda:1 or mps; "auto" is the first GPU, if there is one.
 
     Raises:
-        ValueError: it is not here.
-        RuntimeError: torch knows no such name.
+        ValueError: This machine does not have the device.
+        RuntimeError: torch does not know the name.
     """
     import torch
 
@@ -157,13 +157,13 @@ def pick_device(name: str) -> "torch.device":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"there is no device {name} here")
+        raise ValueError(f"this machine has no device {name}")
     return device
 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Loads checkpoints without transformers' bars."""
+    """Hide transformers' progress bars while a checkpoint is loaded."""
     from transformers.utils import logging as transformers_logging
 
     shows_bars = transformers_logging.is_progress_bar_enabled()
@@ -177,7 +177,7 @@ def without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def user_errors(option: str) -> Iterator[None]:
-    """Errors in what the user gave for an option become one line that names it."""
+    """Convert errors caused by the value of an option to a `UserError` that names the option."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -186,7 +186,7 @@ def user_errors(option: str) -> Iterator[None]:
 
 @contextmanager
 def warnings_as_lines(program: str = "gkc") -> Iterator[None]:
-    """Warnings for the user become lines on the error stream, once the work is done."""
+    """Print user warnings as one line each to the error stream, after the block has finished."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`gkc convert`: published weights become checkpoints of this library."""
+"""`gkc convert`: convert published weights to checkpoints of this library."""
 
 import argparse
 import shlex
@@ -49,7 +49,7 @@ MAX_LISTED_NAMES = 6
 
 
 def convert_mask2former(arguments: argparse.Namespace) -> int:
-    """Run `gkc convert mask2former`; the exit code."""
+    """Run `gkc convert mask2former` and return the exit code."""
     class_names = None
     if arguments.class_names is not None:
         with user_errors("--class-names"), warnings_as_lines():
@@ -82,8 +82,8 @@ def _load(
     model_types: tuple[str, ...],
     arguments: argparse.Namespace,
 ) -> Any:
-    """A model of a folder or a repository, of which no weight is missing."""
-    _refuse_missing_folder(path, option)
+    """Load a model from a folder or a Hub repository and check that no weight is missing."""
+    _check_folder(path, option)
     try:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if model_type not in model_types:
@@ -96,7 +96,7 @@ def _load(
     except Exception as error:  # a damaged file can make transformers raise errors of any type
         reason = one_line(error)
         if "safetensors" in reason and not arguments.allow_pickle:
-            reason += " If it has a pytorch_model.bin, --allow-pickle reads that."
+            reason += " If it has a pytorch_model.bin, use --allow-pickle."
         raise UserError(f"{option}: cannot load {path}: {reason}") from error
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
@@ -104,11 +104,11 @@ def _load(
     return model.eval()
 
 
-def _refuse_missing_folder(path: str, option: str) -> None:
-    """What cannot be a repository `name` or `owner/name` must be a folder."""
+def _check_folder(path: str, option: str) -> None:
+    """Check that a path that cannot be a repository `name` or `owner/name` is a directory."""
     is_repository = path.count("/") <= 1 and not path.endswith("/") and not path.startswith((".", "/", "~"))
     if not is_repository and not Path(path).is_dir():
-        raise UserError(f"{option}: there is no folder {path}")
+        raise UserError(f"{option}: {path} is not a directory")
 
 
 def _load_image_processor(path: str) -> GKCImageProcessor:
@@ -120,7 +120,7 @@ def _load_image_processor(path: str) -> GKCImageProcessor:
 def _load_tokenizer(arguments: argparse.Namespace) -> Any:
     path = arguments.tokenizer or arguments.text_model
     option = "--tokenizer" if arguments.tokenizer else "--text-model"
-    _refuse_missing_folder(path, option)
+    _check_folder(path, option)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file can make transformers raise errors of any type
@@ -135,7 +135,7 @@ def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> No
     ]
     print(f"{folder}: {len(vocabulary)} classes, {source.config.num_queries} queries: {_listed(vocabulary.labels)}")
     if renamed:
-        print(f"names that replace the source's, check that their order is its: {_listed(renamed)}")
+        print(f"names that replace those of the source; check that they are in its order: {_listed(renamed)}")
     quoted = shlex.quote(str(folder))
     print("try it:")
     print(f"  gkc segment photo.jpg --model {quoted}")
@@ -148,7 +148,7 @@ def _listed(items: list[str]) -> str:
 
 
 def convert_clip_resnet(arguments: argparse.Namespace) -> int:
-    """Run `gkc convert clip-resnet`; the exit code."""
+    """Run `gkc convert clip-resnet` and return the exit code."""
     folder = Path(arguments.out)
     try:
         with warnings_as_lines():
@@ -176,7 +176,7 @@ def convert_clip_resnet(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without progress bars and reports of loading: towers are left out on purpose."""
+    """Silence transformers' progress bars and loading reports, which list the towers that are left out on purpose."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`gkc export`: a checkpoint as a graph for onnxruntime or torch.export."""
+"""`gkc export`: export a checkpoint to ONNX or torch.export."""
 
 import argparse
 import re
@@ -44,8 +44,8 @@ ENCODED_SUFFIX = ".safetensors"
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Run `gkc export`; the exit code."""
-    # What was typed is looked at before the model is loaded, so that a slip costs no waiting.
+    """Run `gkc export` and return the exit code."""
+    # Check the arguments before the model is loaded, so that errors appear at once.
     folder = Path(arguments.out)
     with user_errors("--size"):
         size = check_size(_parse_size(arguments.size))
@@ -85,10 +85,10 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _typed(arguments: argparse.Namespace) -> Vocabulary | None:
-    """The words, unless they are encoded in a file or stored in the checkpoint."""
+    """Return the typed vocabulary, or None if it is encoded in a file or stored in the checkpoint."""
     is_encoded = (arguments.vocab or "").endswith(ENCODED_SUFFIX)
     if arguments.templates and (arguments.vocab is None or is_encoded):
-        raise UserError("--templates is for typed words: give --vocab, or give it to `gkc embed`")
+        raise UserError("--templates needs typed words: give --vocab, or use `gkc embed --templates`")
     if arguments.templates:
         with user_errors("--templates"):
             resolve_templates(arguments.templates)
@@ -102,21 +102,21 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     try:
         return load_checkpoint(arguments.model or default_model_path())
     except UserError as error:
-        # Other commands have it as an option.
+        # In this command the checkpoint is a positional argument.
         raise UserError(str(error).replace("--model:", "DIR:", 1)) from error
 
 
 def _words(
     arguments: argparse.Namespace, vocabulary: Vocabulary | None, model: Any
 ) -> tuple[Vocabulary | None, GKCClassEmbeddings | None]:
-    """The words that were asked for, with their embeddings where they are in a file."""
+    """Return the requested vocabulary, and its embeddings if they are in a file."""
     if vocabulary is not None:
         return vocabulary, None
     if arguments.vocab is not None:
         embeddings, vocabulary = load_class_embeddings(arguments.vocab, model)
         return vocabulary, embeddings
     if model.vocabulary is None:
-        raise UserError("the checkpoint stores no words: name them with --vocab")
+        raise UserError("the checkpoint stores no vocabulary: give one with --vocab")
     return None, None
 
 
@@ -124,7 +124,7 @@ def _report(exported: ExportedSegmenter, model: Any) -> None:
     settings, folder = exported.settings, exported.folder
     height, width = settings["size"]
     num_classes = len(settings["classes"])
-    where = "baked in" if settings["words"] == "fixed" else f"in {WORDS_FILE}, an input of any number"
+    where = "stored in the graph" if settings["words"] == "fixed" else f"in {WORDS_FILE}, any number of classes"
     kind = f"opset {settings['opset']}, " if "opset" in settings else ""
     megabytes = exported.graph.stat().st_size / 1e6
     print(

@@ -21,7 +21,7 @@ from ..version import __version__
 from .common import UserError, interruptible
 from .parsers import add_convert, add_embed, add_export, add_segment, add_vocab
 
-DESCRIPTION = "Open-vocabulary image segmentation: segment images with the words that you type."
+DESCRIPTION = "Open-vocabulary image segmentation: segment images with any words."
 EXAMPLES = """\
 examples:
   gkc segment scene.png --labels "red disc; lawn, grass; sky"
@@ -30,25 +30,25 @@ examples:
   gkc convert clip-resnet RN50.pt --out rn50
   gkc export my-checkpoint --vocab ade20k_150 --out ade-onnx
 
-`gkc COMMAND --help` explains each command.
+See `gkc COMMAND --help` for each command.
 
-exit code: 0 all done, 1 some of the work could not be done (each is named), 2 the command was wrong, 130 stopped.
+exit codes: 0 success; 1 some inputs failed (each is named); 2 wrong arguments; 130 interrupted.
 """
 
 
 @interruptible("gkc")
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run the command.
+    Run the `gkc` command.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program name; default: those of the process.
 
     Returns:
-        The exit code: 0 all done, 1 some of the work could not be done, 2 an error of the user, 130 Ctrl-C.
+        Exit code: 0 success, 1 some inputs failed, 2 wrong arguments, 130 interrupted by Ctrl-C.
 
     Raises:
-        SystemExit: with code 2 for arguments that cannot be parsed, with 0 for `--help`.
+        SystemExit: With code 2 if the arguments cannot be parsed, with code 0 for `--help`.
     """
     arguments = _parser().parse_args(argv)
     try:

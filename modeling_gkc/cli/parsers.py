@@ -13,8 +13,8 @@
 # limitations under the License.
 """Arguments of the commands of `gkc`, without the packages that the commands need.
 
-Help, and errors in what was typed, are answered before torch and transformers are imported, which takes seconds: each
-command's own module is imported when it is run.
+Help and argument errors are answered without importing torch and transformers, which takes seconds: the module of a
+command is imported when the command runs.
 """
 
 import argparse
@@ -32,25 +32,27 @@ SEGMENT_EXAMPLES = f"""\
 {WORDS_HELP}
 examples:
   gkc segment scene.png --labels "red disc; lawn, grass; sky"
-  gkc segment photos/ --model my-checkpoint --labels ade20k_150 --out cut
-  gkc segment photos/ --recursive --out cut         sub-folders too; cut/ gets the same sub-folders
-  gkc segment photos/ --task panoptic               the words stored in the checkpoint
+  gkc segment photos/ --model my-checkpoint --labels ade20k_150 --out segmented
+  gkc segment photos/ --recursive --out segmented       include sub-folders; segmented/ gets the same sub-folders
+  gkc segment photos/ --task panoptic                   use the vocabulary stored in the checkpoint
   gkc segment scene.png --labels "disc; star" --void-labels "sky; lawn; square"
-                                                    what is one of those three, or
+                                                        leave pixels of sky, lawn and square void
   gkc segment scene.png --labels "disc; star" --void-threshold 0.4
-                                                    not clearly one of the two, stays void
-  gkc segment photos/ --vocab words.safetensors     words that `gkc embed` has encoded
+                                                        leave uncertain pixels void
+  gkc segment photos/ --vocab words.safetensors         use a vocabulary encoded by `gkc embed`
   gkc segment photo.jpg --model my-checkpoint --task instance --threshold 0.3
 
-For NAME.jpg it writes NAME.overlay.png (picture with outlines and a legend), NAME.labels.png (the ids: classes from 0
-and void 255, or 65535 with more than 255 classes, for --task semantic; else segments from 1 and void 0) and NAME.json
-(size as [height, width]; for every segment its label, score, area in pixels, bbox [x, y, width, height] and COCO
-run-length encoding).
+output files for each image NAME.jpg:
+  NAME.overlay.png   the image with outlines and a legend
+  NAME.labels.png    the ids of the pixels. semantic: class ids from 0, void is 255 (65535 with more than 255 classes);
+                     instance and panoptic: segment ids from 1, void is 0
+  NAME.json          size as [height, width] and, for each segment, its label, score, area in pixels, bounding box
+                     [x, y, width, height] and COCO run-length encoding
 
-NAME is the file's name without its ending; two images of one name are refused: write them to different --out.
+Two images with the same NAME are refused, because their results would overwrite each other: use two --out folders.
 
-exit code: 0 all images done, 1 some could not be done (each is named), 2 the command was wrong or results cannot be
-written, 130 stopped by Ctrl-C. What is done for an image is written whole or not at all.
+exit codes: 0 all images segmented; 1 some images failed (each is named); 2 wrong arguments, or results cannot be
+written; 130 interrupted by Ctrl-C. The files of an image are written completely or not at all.
 """
 
 VOCAB_EXAMPLES = """\
@@ -58,11 +60,11 @@ examples:
   gkc vocab list
   gkc vocab show cityscapes_19
   gkc vocab show my-words.csv
-  gkc vocab show ade20k_150 --json > my-words.json  a file to change, for gkc segment --labels my-words.json
+  gkc vocab show ade20k_150 --json > my-words.json   write a file to edit, for --labels my-words.json
 
-Files of your own are .json, .csv (columns name, synonyms, is_thing, color; several synonyms separated by "|") or .txt
-(a class per line, its synonyms after commas). Lists of FC-CLIP ("1:wall,walls" per line), id2label of a model's
-config.json, and COCO's categories are read too.
+Vocabulary files are .json, .csv (columns name, synonyms, is_thing, color; synonyms separated by "|") or .txt (one
+class per line, its synonyms after commas). FC-CLIP's lists ("1:wall,walls" per line), the id2label of a config.json
+and the categories of a COCO file are read, too.
 """
 EMBED_EXAMPLES = f"""\
 {WORDS_HELP}
@@ -71,7 +73,7 @@ examples:
   gkc embed --labels ade20k_847 --templates vild14 --model mask2former-words --out ade20k.safetensors
   gkc segment photos/ --vocab words.safetensors
 
-The file serves every checkpoint with the same text tower.
+The file works with every checkpoint that has the same text tower.
 """
 CONVERT_EXAMPLES = """\
 examples:
@@ -79,20 +81,21 @@ examples:
       --text-model openai/clip-vit-base-patch16 --class-names coco_panoptic_133 --out mask2former-words
   gkc convert clip-resnet RN50.pt --text --out clip-rn50
 
-`gkc convert mask2former --help` and `gkc convert clip-resnet --help` explain each.
+See also `gkc convert mask2former --help` and `gkc convert clip-resnet --help`.
 """
 MASK2FORMER_EXAMPLES = """\
-The masks stay the source's. Its classes become words: asked for their names, the result answers as the source; other
-words get what is close to them in the text space of CLIP (Norouzi et al., ICLR 2014). Nothing is trained, so a word
-that is finer than the source's classes, such as "puppy" for "dog", gets all of the class. What no word names has low
-scores: `gkc segment --void-threshold 0.3` leaves it void.
+The masks stay those of the source model. Each segment's class probabilities become a convex combination of the CLIP
+text embeddings of the source's classes, which is compared with the embeddings of your words (ConSE, Norouzi et al.,
+ICLR 2014). Nothing is trained. With the source's own class names the result equals the source; other words get the
+masks of the closest classes, so that "puppy" gets all of "dog". Pixels that fit none of the words have low scores:
+`gkc segment --void-threshold 0.3` leaves them void.
 
-Names are encoded plain, without a prompt template, here and by the processor that is written. Asked in templates
-("a photo of a dog") the source's names are other texts, and the result is near the source's, not equal to it.
+Names are encoded without a prompt template, here and by the processor that is written. With templates ("a photo of a
+dog") the result is close to the source's, but not equal.
 
-Give --class-names where the source's own are codes ("wall-other-merged"): words are typed, classes separated by ";"
-and several names of one thing by ","; or the name of a packaged vocabulary (`gkc vocab list`); or a .json, .csv or
-.txt file. They must stand in the order of the source's classes.
+Use --class-names if the source's own names are codes ("wall-other-merged"). Type the names, separated by ";" between
+classes and "," between synonyms, or give a packaged vocabulary (`gkc vocab list`) or a .json, .csv or .txt file. They
+must be in the order of the source's classes.
 
 examples:
   gkc convert mask2former facebook/mask2former-swin-small-coco-panoptic \\
@@ -101,45 +104,46 @@ examples:
       --text-model openai/clip-vit-large-patch14 --class-names ade20k_150 --out ade-words
   gkc convert mask2former my-mask2former/ --text-model my-clip/ --out my-words
 
-then:
+use the result:
   gkc segment photo.jpg --model mask2former-words --labels "cat; sofa, couch; lamp" --task panoptic
 """
 CLIP_EXAMPLES = """\
-WEIGHTS is a file as OpenAI publishes it (RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt, RN50x64.pt), a dictionary of its
-tensors written by torch.save, or safetensors. Nothing in the file is run. OpenAI's archives hold both towers of CLIP.
+WEIGHTS is an archive published by OpenAI (RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt, RN50x64.pt), a state dictionary
+saved by torch.save, or a safetensors file. No code in the file is run. OpenAI's archives hold both towers of CLIP.
 
 examples:
   gkc convert clip-resnet RN50.pt --out clip-rn50          the image tower
-  gkc convert clip-resnet RN50.pt --text --out clip-rn50   and the text tower, in clip-rn50/text
+  gkc convert clip-resnet RN50.pt --text --out clip-rn50   also the text tower, in clip-rn50/text
 
-then, in Python:
-  CLIPResNetVisionModel.from_pretrained("clip-rn50")       the whole image tower
-  CLIPResNetBackbone.from_pretrained("clip-rn50")          without its attention pooling, as backbone
+use the result in Python:
+  CLIPResNetVisionModel.from_pretrained("clip-rn50")       image tower with attention pooling
+  CLIPResNetBackbone.from_pretrained("clip-rn50")          backbone without attention pooling
   CLIPTextModelWithProjection.from_pretrained("clip-rn50/text")
 """
 EXPORT_EXAMPLES = f"""\
-{WORDS_HELP.rstrip()} A .safetensors file of `gkc embed` works too.
-Without --vocab the words stored in the checkpoint are taken.
+{WORDS_HELP.rstrip()} A .safetensors file written by `gkc embed`
+works, too.
 
 examples:
   gkc export my-checkpoint --vocab "cat; sofa, couch; lamp" --size 512 --out words-onnx
-  python words-onnx/run.py words-onnx photo.jpg labels.png     numpy, Pillow and onnxruntime are all it needs
+  python words-onnx/run.py words-onnx photo.jpg labels.png     needs numpy, Pillow and onnxruntime only
   gkc export my-checkpoint --vocab ade20k_150 --fixed --size 480x640 --out ade-onnx
   gkc export my-checkpoint --format torch-export --out program
 
-The folder holds the graph (model.onnx or model.pt2, fp32); export.json (size, normalisation, classes with their
-colours, names and shapes of inputs and outputs); for ONNX run.py, a picture to a label map without torch; and, unless
-the words are --fixed, class_embeds.npz, the graph's second input: one embedding per class, of any number of classes.
+output files:
+  model.onnx, model.pt2   the graph in fp32. It takes any number of images at once
+  export.json             image size, normalization, classes with colors, names and shapes of inputs and outputs
+  class_embeds.npz        second input of the graph: one embedding per class, any number of classes; not with --fixed
+  run.py                  image file to label map without torch; for ONNX
 
-Images of any number go through at once, all of --size (height x width). A picture is resized to it without keeping its
-aspect, so choose a size of about the aspect of your pictures.
+Images are resized to --size without keeping their aspect ratio: choose a size with about the aspect of your images.
 """
 
 
 def _run(
     module: str, function: str, check: Callable[[argparse.Namespace], None] | None = None
 ) -> Callable[[argparse.Namespace], int]:
-    """A command's function, whose module is imported when it is called, after its check of what was typed."""
+    """Return a function that checks the arguments, imports the command's module and runs the command."""
 
     def run(arguments: argparse.Namespace) -> int:
         if check is not None:
@@ -155,28 +159,29 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         commands,
         "segment",
         "segment images with a text vocabulary",
-        "Segment images with a text vocabulary: the words that you type, or those stored in the checkpoint.",
+        "Segment images with a text vocabulary: the given words, or those stored in the checkpoint.",
         SEGMENT_EXAMPLES,
     )
     segment.set_defaults(run=_run("segment", "segment", check_segment))
     add = segment.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
+    add("images", nargs="+", metavar="IMAGE", help="image file, or folder of images")
     words = segment.add_mutually_exclusive_group().add_argument
-    words("--labels", metavar="WORDS", help="the words; without it, those stored in the checkpoint")
-    words("--vocab", metavar="FILE", help="words encoded by `gkc embed`, instead of --labels")
-    add("--void-labels", metavar="WORDS", help='words for "none of these": what they win becomes void')
-    add("--void-threshold", type=_share, metavar="SCORE", help="pixels whose best score, 0 to 1, is below become void")
+    words("--labels", metavar="WORDS", help="words to segment (default: those stored in the checkpoint)")
+    words("--vocab", metavar="FILE", help="vocabulary encoded by `gkc embed`, instead of --labels")
+    add("--void-labels", metavar="WORDS", help="words for other content; pixels where they win become void")
+    void_help = "lowest score, 0 to 1, of a pixel's best class; other pixels become void"
+    add("--void-threshold", type=_fraction, metavar="SCORE", help=void_help)
     add_templates_option(segment)
-    task_help = "semantic: a class per pixel; instance: separate objects; panoptic: both (default: %(default)s)"
+    task_help = "semantic: one class per pixel; instance: separate objects; panoptic: both (default: %(default)s)"
     add("--task", choices=TASKS, default="semantic", help=task_help)
-    add("--recursive", action="store_true", help="also segment the pictures of a folder's sub-folders")
-    add("--out", metavar="DIR", default="gkc-out", help="folder of the results (default: %(default)s)")
-    add("--threshold", type=_share, help="lowest score of an instance or panoptic segment, 0 to 1 (default: 0.5)")
-    add("--threads", type=_count, help="number of processor threads (default: as many as there are cores)")
+    add("--recursive", action="store_true", help="include the images in sub-folders")
+    add("--out", metavar="DIR", default="gkc-out", help="output folder (default: %(default)s)")
+    add("--threshold", type=_fraction, help="lowest score, 0 to 1, of an instance or panoptic segment (default: 0.5)")
+    add("--threads", type=_count, help="number of CPU threads (default: number of cores)")
     add_model_options(segment)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
@@ -196,16 +201,16 @@ def add_vocab(commands: argparse._SubParsersAction) -> None:
         commands,
         "vocab",
         "list and show vocabularies",
-        "List the packaged vocabularies, and show what one, or a file of your own, says.",
+        "List the packaged vocabularies, or show the classes of one or of a file.",
         VOCAB_EXAMPLES,
     )
     actions = vocab.add_subparsers(title="actions", metavar="ACTION", required=True)
-    listed = actions.add_parser("list", help="the packaged vocabularies")
+    listed = actions.add_parser("list", help="list the packaged vocabularies")
     listed.set_defaults(run=_run("vocab", "list_vocabularies"))
-    show = actions.add_parser("show", help="the classes of a vocabulary")
+    show = actions.add_parser("show", help="show the classes of a vocabulary")
     show.set_defaults(run=_run("vocab", "show_vocabulary"))
-    show.add_argument("vocabulary", metavar="NAME_OR_FILE", help="a packaged name, or a .json, .csv or .txt file")
-    show.add_argument("--json", action="store_true", help="print all that is known, as a vocabulary file")
+    show.add_argument("vocabulary", metavar="NAME_OR_FILE", help="packaged vocabulary, or a .json, .csv or .txt file")
+    show.add_argument("--json", action="store_true", help="print a complete vocabulary file in JSON")
 
 
 def add_embed(commands: argparse._SubParsersAction) -> None:
@@ -213,14 +218,14 @@ def add_embed(commands: argparse._SubParsersAction) -> None:
     embed = add_parser(
         commands,
         "embed",
-        "encode words into a file",
-        "Encode words once, for many runs of `gkc segment --vocab`.",
+        "encode a vocabulary into a file",
+        "Encode a vocabulary once, to use it many times with `gkc segment --vocab`.",
         EMBED_EXAMPLES,
     )
     embed.set_defaults(run=_run("embed", "embed"))
     add = embed.add_argument
-    add("--labels", metavar="WORDS", required=True, help="the words")
-    add("--out", metavar="FILE", required=True, help="file to write, .safetensors")
+    add("--labels", metavar="WORDS", required=True, help="words to encode")
+    add("--out", metavar="FILE", required=True, help=".safetensors file to write")
     add_templates_option(embed)
     add_model_options(embed)
 
@@ -230,8 +235,8 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     convert = add_parser(
         commands,
         "convert",
-        "make a checkpoint of published weights",
-        "Make a checkpoint of weights that others have published.",
+        "convert published weights to a checkpoint",
+        "Convert published weights of other projects to a checkpoint of this library.",
         CONVERT_EXAMPLES,
     )
     sources = convert.add_subparsers(title="sources", metavar="SOURCE", required=True)
@@ -243,34 +248,40 @@ def _add_mask2former(sources: argparse._SubParsersAction) -> None:
     mask2former = add_parser(
         sources,
         "mask2former",
-        "a Mask2Former of transformers, for any words",
-        "Make a segmenter of any words out of a Mask2Former, without training.",
+        "a Mask2Former of transformers to an open-vocabulary segmenter",
+        "Convert a Mask2Former to an open-vocabulary segmenter, without training.",
         MASK2FORMER_EXAMPLES,
     )
     mask2former.set_defaults(run=_run("convert", "convert_mask2former", check_new_output))
     add = mask2former.add_argument
-    add("source", metavar="MASK2FORMER", help="folder, or repository of the Hub, of a Mask2Former")
-    add("--text-model", metavar="CLIP", required=True, help="folder or repository of a CLIP, for its text tower")
-    add("--tokenizer", metavar="CLIP", help="folder or repository of the tokenizer (default: that of --text-model)")
-    add("--class-names", metavar="WORDS", help="names of the source's classes (default: those in its configuration)")
-    add("--out", metavar="DIR", required=True, help="new folder of the checkpoint")
-    add("--allow-pickle", action="store_true", help="also read pytorch_model.bin where there is no safetensors file")
+    add("source", metavar="MASK2FORMER", help="folder or Hub repository of a Mask2Former")
+    add(
+        "--text-model",
+        metavar="CLIP",
+        required=True,
+        help="folder or Hub repository of the CLIP whose text tower is used",
+    )
+    add("--tokenizer", metavar="CLIP", help="folder or Hub repository of the tokenizer (default: --text-model)")
+    add("--class-names", metavar="WORDS", help="names of the source's classes (default: from its configuration)")
+    add("--out", metavar="DIR", required=True, help="new folder for the checkpoint")
+    pickle_help = "read pytorch_model.bin if there is no safetensors file"
+    add("--allow-pickle", action="store_true", help=pickle_help)
 
 
 def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
     clip_resnet = add_parser(
         sources,
         "clip-resnet",
-        "a CLIP ResNet of OpenAI, as backbone, teacher and text tower",
-        "Make checkpoints out of OpenAI's weights of a CLIP ResNet.",
+        "a CLIP ResNet of OpenAI to backbone, teacher and text tower",
+        "Convert OpenAI's weights of a CLIP ResNet to checkpoints.",
         CLIP_EXAMPLES,
     )
     clip_resnet.set_defaults(run=_run("convert", "convert_clip_resnet", check_new_output))
     add = clip_resnet.add_argument
-    add("weights", metavar="WEIGHTS", help="file of the weights")
-    add("--out", metavar="DIR", required=True, help="new folder of the image tower")
-    add("--text", action="store_true", help=f"also write the text tower, into DIR/{TEXT_FOLDER}")
-    add("--allow-jit", action="store_true", help="let torch open the archive, which runs code in it")
+    add("weights", metavar="WEIGHTS", help="file with the weights")
+    add("--out", metavar="DIR", required=True, help="new folder for the image tower")
+    add("--text", action="store_true", help=f"also convert the text tower, to DIR/{TEXT_FOLDER}")
+    add("--allow-jit", action="store_true", help="open the archive with torch.jit, which runs code in it")
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -278,22 +289,32 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     export = add_parser(
         commands,
         "export",
-        "write a graph for onnxruntime or torch.export",
-        "Write a checkpoint's image path and words as a graph that runs without this library.",
+        "export a checkpoint to ONNX or torch.export",
+        "Export a checkpoint and a vocabulary as a graph that runs without this library.",
         EXPORT_EXAMPLES,
     )
     export.set_defaults(run=_run("export", "export", check_new_output))
     add = export.add_argument
-    add("model", nargs="?", metavar="DIR", help="checkpoint (default: GKC_MODEL, or the one shipped with gkc)")
-    add("--out", metavar="DIR", required=True, help="new folder to write")
-    add("--format", choices=list(FORMATS), default="onnx", help="kind of graph (default: %(default)s)")
-    add("--size", metavar="SIDE|HxW", default="512", help="pixels, multiples of 32 (default: %(default)s)")
-    add("--vocab", "--labels", metavar="WORDS", help="the words; without it, those stored in the checkpoint")
-    add("--fixed", action="store_true", help="bake the words into the graph")
+    add(
+        "model",
+        nargs="?",
+        metavar="DIR",
+        help="folder of the checkpoint (default: $GKC_MODEL, or the shipped checkpoint)",
+    )
+    add("--out", metavar="DIR", required=True, help="new output folder")
+    add("--format", choices=list(FORMATS), default="onnx", help="graph format (default: %(default)s)")
+    add(
+        "--size",
+        metavar="SIDE|HxW",
+        default="512",
+        help="image size in pixels, multiples of 32 (default: %(default)s)",
+    )
+    add("--vocab", "--labels", metavar="WORDS", help="words of the graph (default: those stored in the checkpoint)")
+    add("--fixed", action="store_true", help="store the embeddings of the words in the graph")
     add_templates_option(export)
-    opset_help = f"version of ONNX's operators, at least {DEFAULT_OPSET} (default: %(default)s)"
+    opset_help = f"ONNX opset version, at least {DEFAULT_OPSET} (default: %(default)s)"
     add("--opset", type=int, default=DEFAULT_OPSET, metavar="N", help=opset_help)
-    check_help = "compare with the model on a random image (default: if onnxruntime is installed)"
+    check_help = "compare the graph with the model on random images (default: if onnxruntime is installed)"
     add("--check", action=argparse.BooleanOptionalAction, help=check_help)
 
 

@@ -28,18 +28,24 @@ KINDS = {True: "thing", False: "stuff", None: ""}
 
 
 def list_vocabularies(arguments: argparse.Namespace) -> int:
-    """Run `gkc vocab list`; the exit code."""
+    """Run `gkc vocab list` and return the exit code."""
     rows = []
     with user_errors("vocab list"):
         for name in PACKAGED_NAMES:
             facts = packaged_facts(name)
             rows.append([name, str(len(facts["classes"])), facts["description"]])
-    _print_lines([*_table(["NAME", "CLASSES", "WHAT IT IS"], rows, right=(1,)), "", "gkc vocab show NAME lists one."])
+    _print_lines(
+        [
+            *_table(["NAME", "CLASSES", "DESCRIPTION"], rows, right=(1,)),
+            "",
+            "Use `gkc vocab show NAME` to list the classes of one.",
+        ]
+    )
     return 0
 
 
 def show_vocabulary(arguments: argparse.Namespace) -> int:
-    """Run `gkc vocab show`; the exit code."""
+    """Run `gkc vocab show` and return the exit code."""
     text = arguments.vocabulary
     with user_errors("vocab show"), warnings_as_lines():
         if is_file_name(text) or Path(text).is_file():
@@ -60,7 +66,7 @@ def _class_table(vocabulary: Vocabulary, has_colors: bool) -> list[str]:
         [str(index), KINDS[kind], "#{:02x}{:02x}{:02x}".format(*color), names[0], ", ".join(names[1:])]
         for index, (names, kind, color) in enumerate(zip(vocabulary.names, kinds, vocabulary.palette, strict=True))
     ]
-    lines = _table(["INDEX", "KIND", "COLOUR", "LABEL", "SYNONYMS"], rows, right=(0,))
+    lines = _table(["INDEX", "KIND", "COLOR", "LABEL", "SYNONYMS"], rows, right=(0,))
     if not has_colors:
         return lines
     swatches = ["  ", *("\33[48;2;{};{};{}m  \33[0m".format(*color) for color in vocabulary.palette)]
@@ -68,7 +74,7 @@ def _class_table(vocabulary: Vocabulary, has_colors: bool) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> list[str]:
-    """Lines of columns that stand below each other; the last one is as wide as it comes."""
+    """Align the cells of a table in columns and return its lines."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for row in [head, *rows]:
@@ -81,7 +87,7 @@ def _table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) 
 
 
 def _described(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """The classes as objects of a vocabulary file."""
+    """Return the classes as entries of a vocabulary file."""
     none = [None] * len(vocabulary)
     columns = (vocabulary.is_thing or none, vocabulary.colors or none, vocabulary.templates or none)
     classes = []
@@ -92,7 +98,7 @@ def _described(vocabulary: Vocabulary) -> list[dict[str, Any]]:
 
 
 def _json_lines(facts: dict[str, Any]) -> list[str]:
-    """JSON with a class per line."""
+    """Return the lines of a JSON file with one class per line."""
     head = [f" {json.dumps(key)}: {_dump(value)}," for key, value in facts.items() if key != "classes"]
     classes = [f"  {_dump(entry)}" for entry in facts["classes"]]
     return ["{", *head, ' "classes": [', *(f"{line}," for line in classes[:-1]), classes[-1], " ]", "}"]
@@ -106,7 +112,7 @@ def _print_lines(lines: list[str]) -> None:
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; Python would complain once more when it flushes at its end.
+        # The reader, such as `head`, has closed the pipe, and Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
