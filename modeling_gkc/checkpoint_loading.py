@@ -27,6 +27,7 @@ from .processing_gkc import GKCProcessor
 
 MAX_LISTED_WEIGHTS = 100
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_JSON_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
@@ -44,6 +45,7 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of wrong weights: the error lists them
     try:
+        _refuse_damaged_json(path)
         stored = _stored_config(path)
         model_type = stored.get("model_type") if isinstance(stored, dict) else None
         if model_type != GKCConfig.model_type:
@@ -65,6 +67,24 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
     finally:
         transformers_logging.set_verbosity(verbosity)
     return model.eval(), processor
+
+
+def _refuse_damaged_json(path: str | Path) -> None:
+    """Name the file that cannot be read, which transformers' errors leave out."""
+    folder = Path(path)
+    if not folder.is_dir():  # a repository of the Hub
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError("it has no file config.json.")
+    for name in _JSON_FILES:
+        if not (folder / name).is_file():
+            continue
+        try:
+            content = json.loads((folder / name).read_text("utf-8"))
+        except (ValueError, RecursionError) as error:  # no UTF-8 too
+            raise ValueError(f"its {name} cannot be read: {one_line(error)}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"its {name} cannot be read: it must hold an object, got {shown(content)}.")
 
 
 def _stored_config(path: str | Path) -> Any:
@@ -148,6 +168,11 @@ def _refuse_other_tokens(model: GKCForOpenVocabSegmentation, processor: GKCProce
         raise ValueError(
             f"its tokenizer ends texts with the token {tokenizer.eos_token_id}, its text tower expects "
             f"{text.eos_token_id}: they do not belong together."
+        )
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in tokenizer("a")["input_ids"]:
+        raise ValueError(
+            f"its tokenizer puts no end (token {tokenizer.eos_token_id}) after a text, where the text tower reads: "
+            "its tokenizer.json lacks the `post_processor` that does."
         )
     # A beginning, an end, and a token between them.
     if (

@@ -174,6 +174,11 @@ DAMAGES = {
         set_value("processor_config.json", "image_processor", "image_std", 0),
         "`image_std` must be",
     ),
+    "no configuration": (remove("config.json"), "it has no file config.json"),
+    "half a tokenizer": (write("tokenizer.json", b'{"model": {"ty'), "its tokenizer.json cannot be read: Untermin"),
+    "settings of a tokenizer that are none": (write("tokenizer_config.json", b"null"), "its tokenizer_config.json"),
+    "no UTF-8": (write("processor_config.json", b"\xff{}"), "its processor_config.json cannot be read: 'utf-8'"),
+    "a tokenizer without an end": (set_value("tokenizer.json", "post_processor", None), "puts no end (token"),
     "templates": (set_value("processor_config.json", "prompt_templates", ["x"]), "a prompt template needs"),
     "an index": (set_value("config.json", "backbone_config", "out_indices", [7]), "is not a GKC checkpoint"),
 }
