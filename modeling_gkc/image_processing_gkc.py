@@ -38,7 +38,7 @@ from transformers.image_utils import (
 # From its module: the top level of transformers 5.17 hides it where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .argument_checks import check_flags, check_number, check_whole_number, shown
+from .argument_checks import MAX_PIXELS, check_flags, check_number, check_whole_number, shown
 from .configuration_gkc import GKCConfig
 from .image_reading import open_rgb, refuse_empty, rescale, to_rgb
 from .post_processing import PostProcessingMixin
@@ -263,7 +263,12 @@ def _crop_size(settings: dict[str, Any]) -> tuple[int, int] | None:
     size = dict(settings["crop_size"])
     if set(size) != {"height", "width"}:
         raise ValueError(f"`crop_size` needs 'height' and 'width', got {', '.join(size)}.")
-    return size["height"], size["width"]
+    return _sides("crop_size", size)
+
+
+def _sides(name: str, size: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of a setting that has both."""
+    return tuple(check_whole_number(f"{name}['{side}']", size[side], 1, MAX_SIDE) for side in ("height", "width"))
 
 
 def _center_crop(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
@@ -303,9 +308,10 @@ def _padded_size(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> tupl
         return largest
     if settings["pad_size"] is not None:
         asked = dict(settings["pad_size"])
-        if set(asked) != {"height", "width"} or asked["height"] < largest[0] or asked["width"] < largest[1]:
+        sides = _sides("pad_size", asked) if set(asked) == {"height", "width"} else (0, 0)
+        if sides[0] < largest[0] or sides[1] < largest[1]:
             raise ValueError(f"`pad_size` must give a 'height' and 'width' of at least {largest}, got {asked}.")
-        largest = asked["height"], asked["width"]
+        largest = sides
     divisor = max(settings["size_divisor"] or 1, 1)
     return tuple(-(-side // divisor) * divisor for side in largest)
 
@@ -399,7 +405,10 @@ def resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int
         scale = size["longest_edge"] / max(image_size)
         resized = tuple(round(side * scale) for side in image_size)
     limit = size.get("longest_edge", max(resized))
-    return min(max(resized[0], 1), limit), min(max(resized[1], 1), limit)
+    resized = min(max(resized[0], 1), limit), min(max(resized[1], 1), limit)
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise ValueError(f"`size` {size} makes an image of {image_size} one of {resized}, too many pixels: lower it.")
+    return resized
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .argument_checks import check_whole_number
+
 MapLike = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes
 
 _OUTSIDE = -(2**31)  # of pixels beyond the image, which no map can hold
@@ -181,7 +183,10 @@ def _mapped(ids: list[int], mapping: Any, do_reduce_labels: bool, name: str) -> 
         raise ValueError(
             f"`instance_id_to_semantic_id` has no class for the values {missing[:10]} of segmentation {name}."
         )
-    return {value: int(mapping[value]) - do_reduce_labels for value in ids}
+    return {
+        value: check_whole_number(f"instance_id_to_semantic_id[{value}]", mapping[value]) - do_reduce_labels
+        for value in ids
+    }
 
 
 __all__ = ["MapLike", "mask_and_class_labels", "place_segmentation_map", "read_segmentation_maps"]

@@ -447,6 +447,22 @@ def test_a_setting_that_cannot_be_meant_is_refused_by_name(name, value):
             use()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 10**6},
+        {"size": {"longest_edge": 10**6}},
+        {"crop_size": 0, "do_center_crop": True},
+        {"crop_size": {"height": 4, "width": -4}, "do_center_crop": True},
+        {"pad_size": {"height": "64", "width": 64}},
+        {"pad_size": {"height": 2**40, "width": 64}},
+    ],
+)
+def test_a_size_that_no_image_can_have_is_refused_by_name(settings):
+    with pytest.raises(ValueError, match=rf"^`{next(iter(settings))}"):
+        GKCImageProcessor(size=8)(np.zeros((8, 9, 3), dtype=np.uint8), **settings, return_tensors="pt")
+
+
 def test_settings_of_any_kind_of_number():
     picture = np.full((8, 9, 3), 100, dtype=np.uint8)
     settings = {"rescale_factor": 1, "image_mean": np.array([1, 2, 3]), "image_std": (2, 2.0, np.float32(2))}

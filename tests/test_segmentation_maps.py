@@ -139,6 +139,8 @@ def test_a_turned_picture_needs_a_turned_map(tmp_path):
         (np.full((64, 96), -1), {}, "negative"),
         (blocks(), {"do_reduce_labels": True}, "`ignore_index`"),
         (blocks(), {"instance_id_to_semantic_id": {0: 1}}, r"no class for the values \[1, 2"),
+        (blocks(), {"instance_id_to_semantic_id": dict.fromkeys(range(256), "a")}, r"instance_id_to_semantic_id\["),
+        (blocks(), {"instance_id_to_semantic_id": dict.fromkeys(range(256), 1.5)}, r"instance_id_to_semantic_id\["),
         (blocks(), {"instance_id_to_semantic_id": [{}, {}]}, "for each of the 1 maps"),
         (blocks(), {"instance_id_to_semantic_id": 5}, "must be a dict"),
         (blocks(), {"ignore_index": "255"}, "`ignore_index`"),
