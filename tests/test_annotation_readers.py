@@ -330,6 +330,7 @@ class TestOutlines:
             ([[]], "none of its polygons has three points"),
             ([[4, 5], [8, 5], [8, 8], [4, 8]], "write a polygon as one list [x1, y1, x2, y2, ...]"),
             ([[*box(12, 3, 18, 9), 5]], "has 9 numbers, an odd one"),
+            ([box(0.1, 0.2, 0.5, 1)], "lie in 0..1: they must be pixels"),
             ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "it covers no pixel"),
         ],
     )

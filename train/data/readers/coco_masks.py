@@ -125,7 +125,8 @@ def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str])
         Mask (H, W) bool.
 
     Raises:
-        UnusableObjectError: a ring has an odd number of numbers, or no ring is left.
+        UnusableObjectError: a ring has an odd number of numbers, or no ring is left; or
+            all coordinates lie in 0..1, as shares of the picture do.
         ValueError: a number is none, is not finite, or lies too far outside.
         RuntimeError: pycocotools is missing.
     """
@@ -143,6 +144,10 @@ def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str])
         is_paired = len(rings) > 2 and all(len(ring) == 2 for ring in rings)
         advice = "; write a polygon as one list [x1, y1, x2, y2, ...]" if is_paired else ""
         raise UnusableObjectError(f"none of its polygons has three points{advice}")
+    if max(shape) > 1 and all(0 <= value <= 1 for ring in kept for value in ring):
+        raise UnusableObjectError(
+            "all its coordinates lie in 0..1: they must be pixels, not shares of the picture's width and height"
+        )
     notes += short
     try:
         from pycocotools import mask as coder
