@@ -30,8 +30,10 @@ All is computed in fp32, under autocast too, and without gradients. Logits must 
 -inf, which rules a class out.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +65,45 @@ PANOPTIC_VOID = 0
 INSTANCE_VOID = -1
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """
+    Thresholds of a result, and which pixels become void, as the functions of this module pass them on.
+
+    The fields have the meanings that the arguments of these names have in `panoptic_segmentation` and
+    `instance_segmentation`; of a semantic result those of void alone count.
+    """
+
+    threshold: float = 0.5
+    mask_threshold: float = 0.5
+    overlap_mask_area_threshold: float = 0.0
+    void_threshold: float | None = None
+    void_label_ids: Collection[int] = ()
+    void_id: int | None = None
+
+    def check_shares(self) -> "Thresholds":
+        """
+        Check the thresholds of segments, and convert numbers of numpy and torch.
+
+        Raises:
+            ValueError: a threshold is not between 0 and 1.
+        """
+        names = ("threshold", "mask_threshold", "overlap_mask_area_threshold", "void_threshold")
+        values = check_shares(**{name: getattr(self, name) for name in names})
+        return dataclasses.replace(self, **dict(zip(names, values, strict=True)))
+
+    def void_classes(self, num_classes: int) -> Tensor:
+        """
+        Mark the classes whose pixels become void: (K,) bool.
+
+        Raises:
+            ValueError: `void_label_ids` holds what is no class.
+        """
+        is_void = torch.zeros(num_classes, dtype=torch.bool)
+        is_void[list(check_label_ids("void_label_ids", self.void_label_ids, num_classes))] = True
+        return is_void
+
+
 def void_label(num_classes: int) -> int:
     """
     Value of a void pixel in a semantic map: 255, or where that is a class 65535, or where that is one 2^31 - 1.
@@ -72,13 +113,6 @@ def void_label(num_classes: int) -> int:
     """
     check_whole_number("num_classes", num_classes, 0, VOID_LABELS[-1])
     return next(value for value in VOID_LABELS if value >= num_classes)
-
-
-def _void_classes(void_label_ids: Collection[int], num_classes: int) -> Tensor:
-    """Which classes (K,) become void."""
-    is_void = torch.zeros(num_classes, dtype=torch.bool)
-    is_void[list(check_label_ids("void_label_ids", void_label_ids, num_classes))] = True
-    return is_void
 
 
 def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
@@ -184,9 +218,9 @@ def semantic_segmentation(
             finite, or a size is impossible.
     """
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
+    void = Thresholds(void_threshold=void_threshold, void_label_ids=void_label_ids, void_id=void_id)
     scores = mask_logits.new_empty(resampler.size, dtype=torch.float32)
-    labels = _best_classes(resampler, class_logits, void_threshold, void_label_ids, void_id, scores)
-    return labels, scores
+    return _best_classes(resampler, class_logits, void, scores), scores
 
 
 def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> list[dict[str, Any]]:
@@ -236,26 +270,21 @@ def _check_semantic_map(class_map: Tensor, scores: Tensor, num_classes: int) -> 
 
 
 def _best_classes(
-    resampler: MaskResampler,
-    class_logits: Tensor,
-    void_threshold: float | None,
-    void_label_ids: Collection[int],
-    void_id: int | None,
-    scores: Tensor | None = None,
+    resampler: MaskResampler, class_logits: Tensor, void: Thresholds, scores: Tensor | None = None
 ) -> Tensor:
     """Class map (H, W) of `semantic_segmentation`; the best scores are written into `scores` (H, W), if given."""
-    is_void = _void_classes(void_label_ids, class_logits.shape[1] - 1)
-    void_id = _semantic_void_id(void_id, is_void)
+    is_void = void.void_classes(class_logits.shape[1] - 1)
+    void_id, void_threshold = _semantic_void_id(void.void_id, is_void), void.void_threshold
     if void_threshold is not None:
         meaning = ", the number of queries: a score is a sum over queries"
         void_threshold = check_number("void_threshold", void_threshold, 0, len(class_logits), meaning)
     is_void = is_void.to(class_logits.device)
     labels = torch.empty(resampler.size, dtype=torch.int64, device=class_logits.device)
     for rows, best, winners in _winners(resampler, class_logits):
-        void = is_void[winners]
+        becomes_void = is_void[winners]
         if void_threshold is not None:
-            void |= best < void_threshold
-        labels[rows] = winners.masked_fill_(void, void_id)
+            becomes_void |= best < void_threshold
+        labels[rows] = winners.masked_fill_(becomes_void, void_id)
         if scores is not None:
             scores[rows] = best
     return labels
@@ -368,24 +397,21 @@ def panoptic_segmentation(
         ValueError: `void_label_ids` or `label_ids_to_fuse` holds what is no class, `void_id` may be a segment, logits
             are not finite, or a size is impossible.
     """
-    threshold, mask_threshold, overlap_mask_area_threshold, void_threshold = check_shares(
-        threshold=threshold,
-        mask_threshold=mask_threshold,
-        overlap_mask_area_threshold=overlap_mask_area_threshold,
-        void_threshold=void_threshold,
-    )
+    thresholds = Thresholds(
+        threshold, mask_threshold, overlap_mask_area_threshold, void_threshold, void_label_ids, void_id
+    ).check_shares()
     check_flags(return_binary_maps=return_binary_maps)
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     num_queries, num_classes = class_logits.shape[0], class_logits.shape[1] - 1
     void_id = _segment_void_id(PANOPTIC_VOID if void_id is None else void_id, num_queries)
-    is_void = _void_classes(void_label_ids, num_classes)
+    is_void = thresholds.void_classes(num_classes)
     label_ids_to_fuse = check_label_ids("label_ids_to_fuse", label_ids_to_fuse, num_classes)
     scores, labels = class_logits.softmax(dim=-1).max(dim=-1)
-    kept = (labels < num_classes) & (scores > threshold)
+    kept = (labels < num_classes) & (scores > thresholds.threshold)
     scores, labels = scores[kept], labels[kept].cpu()
     resampler = resampler.of(kept.nonzero().flatten())
-    owner, won, shown, area = _compete(resampler, scores, mask_threshold, void_threshold)
-    valid = (shown > 0) & (won >= overlap_mask_area_threshold * area) & ~is_void[labels]
+    owner, won, shown, area = _compete(resampler, scores, thresholds)
+    valid = (shown > 0) & (won >= thresholds.overlap_mask_area_threshold * area) & ~is_void[labels]
     ids, segments = _number_segments(valid, labels.tolist(), scores.tolist(), label_ids_to_fuse)
     ids = torch.cat([ids.new_zeros(1), ids])
     segmentation = _relabel(owner, ids.where(ids > 0, void_id))
@@ -419,9 +445,7 @@ def _number_segments(
     return ids, segments
 
 
-def _compete(
-    resampler: MaskResampler, scores: Tensor, mask_threshold: float, void_threshold: float | None
-) -> tuple[Tensor, ...]:
+def _compete(resampler: MaskResampler, scores: Tensor, thresholds: Thresholds) -> tuple[Tensor, ...]:
     """
     Let N masks compete for every pixel.
 
@@ -429,15 +453,15 @@ def _compete(
         The mask that shows at each pixel (H, W) int32, counted from 1, 0 where none does; and for each mask (N,) the
         numbers of pixels that it wins, where it shows, and of its own area.
     """
-    count = len(scores)
+    count, mask_threshold = len(scores), thresholds.mask_threshold
     owner = torch.zeros(resampler.size, dtype=torch.int32, device=scores.device)
     won, shown, area = torch.zeros(3, count, dtype=torch.int64, device=scores.device)
     for rows, logits in resampler.tiles(planes=3 * count + 4) if count else ():
         masks = logits.sigmoid()
         best, winner = (scores[:, None, None] * masks).max(dim=0)
         shows = masks.gather(0, winner[None])[0] >= mask_threshold
-        if void_threshold is not None:
-            shows &= best >= void_threshold
+        if thresholds.void_threshold is not None:
+            shows &= best >= thresholds.void_threshold
         won += torch.bincount(winner.flatten(), minlength=count)
         shown += torch.bincount(winner[shows], minlength=count)
         area += _areas(masks >= mask_threshold)
@@ -522,12 +546,9 @@ def instance_segmentation(
             `void_label_ids` holds what is no class, `void_id` may be a segment, logits are not finite, or a size is
             impossible.
     """
-    threshold, mask_threshold, overlap_mask_area_threshold, void_threshold = check_shares(
-        threshold=threshold,
-        mask_threshold=mask_threshold,
-        overlap_mask_area_threshold=overlap_mask_area_threshold,
-        void_threshold=void_threshold,
-    )
+    thresholds = Thresholds(
+        threshold, mask_threshold, overlap_mask_area_threshold, void_threshold, void_label_ids, void_id
+    ).check_shares()
     check_flags(return_binary_maps=return_binary_maps, return_coco_annotation=return_coco_annotation)
     if return_binary_maps and return_coco_annotation:
         raise ValueError("choose one of `return_binary_maps` and `return_coco_annotation`.")
@@ -535,15 +556,15 @@ def instance_segmentation(
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     num_pairs = min(top_k, class_logits[:, :-1].numel())
     void_id = _segment_void_id(INSTANCE_VOID if void_id is None else void_id, num_pairs)
-    is_void_class = _void_classes(void_label_ids, class_logits.shape[1] - 1).to(class_logits.device)
-    pairs = _rank_pairs(class_logits, resampler, threshold, mask_threshold, num_pairs)
+    is_void_class = thresholds.void_classes(class_logits.shape[1] - 1).to(class_logits.device)
+    pairs = _rank_pairs(class_logits, resampler, thresholds, num_pairs)
     is_void = is_void_class[pairs.labels]
     if return_binary_maps:
-        segmentation, kept = _whole_masks(resampler, pairs, is_void, mask_threshold, void_threshold)
+        segmentation, kept = _whole_masks(resampler, pairs, is_void, thresholds)
     elif return_coco_annotation:
-        segmentation, kept = _encoded_masks(resampler, pairs, is_void, mask_threshold, void_threshold)
+        segmentation, kept = _encoded_masks(resampler, pairs, is_void, thresholds)
     else:
-        owner, kept = _paint(resampler, pairs, is_void, mask_threshold, overlap_mask_area_threshold, void_threshold)
+        owner, kept = _paint(resampler, pairs, is_void, thresholds)
         ids = torch.cat([kept.new_zeros(1), kept]).int()
         segmentation = _relabel(owner, torch.where(ids > 0, ids.cumsum(0), void_id))
     segments = [
@@ -555,20 +576,18 @@ def instance_segmentation(
     return {"segmentation": segmentation, "segments_info": segments}
 
 
-def _rank_pairs(
-    class_logits: Tensor, resampler: MaskResampler, threshold: float, mask_threshold: float, num_pairs: int
-) -> _Pairs:
+def _rank_pairs(class_logits: Tensor, resampler: MaskResampler, thresholds: Thresholds, num_pairs: int) -> _Pairs:
     """The pairs with a mask and a score of at least `threshold`, best first."""
     class_scores = class_logits.softmax(dim=-1)[:, :-1]
     class_scores, pairs = class_scores.flatten().topk(num_pairs)
-    possible = class_scores >= threshold
+    possible = class_scores >= thresholds.threshold
     class_scores, pairs = class_scores[possible], pairs[possible]
     queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)
 
     asked, position = queries.unique(return_inverse=True)
-    quality = _mask_quality(resampler.of(asked), mask_threshold)[position]
+    quality = _mask_quality(resampler.of(asked), thresholds.mask_threshold)[position]
     scores = class_scores * quality
-    kept = (quality > 0) & (scores >= threshold)
+    kept = (quality > 0) & (scores >= thresholds.threshold)
     ranked = _Pairs(queries, labels, class_scores, scores).take(kept)
     return ranked.take(ranked.scores.argsort(descending=True, stable=True))
 
@@ -585,24 +604,24 @@ def _mask_quality(resampler: MaskResampler, mask_threshold: float) -> Tensor:
 
 
 def _whole_masks(
-    resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, mask_threshold: float, void_threshold: float | None
+    resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds: Thresholds
 ) -> tuple[Tensor, Tensor]:
     """Masks (N, H, W) bool of the pairs that are left, and their numbers (N,)."""
-    first_void = _first_void_pair(resampler, pairs, is_void, mask_threshold)
+    first_void = _first_void_pair(resampler, pairs, is_void, thresholds.mask_threshold)
     ranks = (~is_void).nonzero().flatten()
-    masks = _binary_masks(resampler, pairs, ranks, first_void, mask_threshold, void_threshold)
+    masks = _binary_masks(resampler, pairs, ranks, first_void, thresholds)
     seen = masks.flatten(1).any(dim=1)
     return (masks if seen.all() else masks[seen]), ranks[seen]
 
 
 def _encoded_masks(
-    resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, mask_threshold: float, void_threshold: float | None
+    resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds: Thresholds
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """As `_whole_masks`, with encodings, of which only the masks of a few exist at a time."""
-    first_void = _first_void_pair(resampler, pairs, is_void, mask_threshold)
+    first_void = _first_void_pair(resampler, pairs, is_void, thresholds.mask_threshold)
     encodings, seen = [], []
     for ranks in (~is_void).nonzero().flatten().split(MASKS_PER_PASS):
-        masks = _binary_masks(resampler, pairs, ranks, first_void, mask_threshold, void_threshold)
+        masks = _binary_masks(resampler, pairs, ranks, first_void, thresholds)
         left = masks.flatten(1).any(dim=1)
         encodings += [encode_rle(mask) for mask in masks[left]]
         seen.append(ranks[left])
@@ -614,17 +633,16 @@ def _binary_masks(
     pairs: _Pairs,
     ranks: Tensor,
     first_void: Tensor | None,
-    mask_threshold: float,
-    void_threshold: float | None,
+    thresholds: Thresholds,
 ) -> Tensor:
     """Masks (N, H, W) bool of the pairs `ranks` (N,), without their void pixels."""
     resampler, class_scores = resampler.of(pairs.queries[ranks]), pairs.class_scores[ranks]
     masks = torch.zeros(len(ranks), *resampler.size, dtype=torch.bool, device=ranks.device)
     for rows, logits in resampler.tiles(planes=3 * len(ranks) + 1):
         probabilities = logits.sigmoid()
-        inside = probabilities > mask_threshold
-        if void_threshold is not None:
-            inside &= class_scores[:, None, None] * probabilities >= void_threshold
+        inside = probabilities > thresholds.mask_threshold
+        if thresholds.void_threshold is not None:
+            inside &= class_scores[:, None, None] * probabilities >= thresholds.void_threshold
         if first_void is not None:
             inside &= ranks[:, None, None] < first_void[rows]
         masks[:, rows] = inside
@@ -644,22 +662,15 @@ def _first_void_pair(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, m
     return first
 
 
-def _paint(
-    resampler: MaskResampler,
-    pairs: _Pairs,
-    is_void: Tensor,
-    mask_threshold: float,
-    overlap_threshold: float,
-    void_threshold: float | None,
-) -> tuple[Tensor, Tensor]:
+def _paint(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds: Thresholds) -> tuple[Tensor, Tensor]:
     """Map (H, W) int32 of pairs, from 1, where earlier ones cover later ones and 0 is none; which (N,) are kept."""
-    count, device = len(is_void), is_void.device
+    count, device, void_threshold = len(is_void), is_void.device, thresholds.void_threshold
     owner = torch.zeros(resampler.size, dtype=torch.int32, device=device)
     area, covered, shown = torch.zeros(3, count, dtype=torch.int64, device=device)
     precedence = torch.arange(count, 0, -1, dtype=torch.int32, device=device)[:, None, None]
     for rows, logits in resampler.of(pairs.queries).tiles(planes=3 * count + 4) if count else ():
         masks = logits.sigmoid()
-        inside = masks > mask_threshold
+        inside = masks > thresholds.mask_threshold
         front = count - (inside * precedence).amax(dim=0).long()  # `count` where there is none
         shows = front < count
         area += _areas(inside)
@@ -671,7 +682,7 @@ def _paint(
         owner[rows] = torch.where(shows, front + 1, 0)
     if void_threshold is None:
         shown = covered
-    has_share = (covered.cpu() >= overlap_threshold * area.cpu().double()).to(device)
+    has_share = (covered.cpu() >= thresholds.overlap_mask_area_threshold * area.cpu().double()).to(device)
     return owner, (shown > 0) & has_share & ~is_void
 
 
@@ -687,6 +698,7 @@ class PostProcessingMixin:
         void_threshold: float | None = None,
         void_label_ids: Collection[int] = (),
         void_id: int | None = None,
+        return_scores: bool = False,
     ) -> list[Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """
         Best class of every pixel, see `semantic_segmentation`.
@@ -696,28 +708,35 @@ class PostProcessingMixin:
                 `content_sizes` (B, 2).
             target_sizes: For each image the (height, width) to return, such as the processor's `original_sizes`; None
                 returns the masks' resolution.
-            return_segmentation_scores: Give the scores of all classes too.
+            return_segmentation_scores: Give the scores of all classes too, K x H x W numbers for each image.
             void_threshold: Pixels whose best class score is below become void.
             void_label_ids: Classes that compete for pixels, but whose pixels become void.
             void_id: Value of void pixels; 255 by default, or 65535 with more than 255 classes.
+            return_scores: Give the best class score of every pixel too, H x W numbers for each image.
 
         Returns:
-            B class maps (H, W) int64; with scores B outputs of `segmentation`, the same map, and
-            `segmentation_scores` (K, H, W), those of `semantic_scores`.
+            B class maps (H, W) int64; with one of the two kinds of scores B outputs of `segmentation`, the same map,
+            and of those that are asked for `scores` (H, W), the best score of every pixel, at void pixels too, and
+            `segmentation_scores` (K, H, W), those of `semantic_scores`. `scores` is the maximum of
+            `segmentation_scores` over the classes, to rounding, but never needs memory for more than one row tile of
+            them.
 
         Warns:
             UserWarning: a target is the transpose of its image.
         """
-        check_flags(return_segmentation_scores=return_segmentation_scores)
+        check_flags(return_segmentation_scores=return_segmentation_scores, return_scores=return_scores)
+        void = Thresholds(void_threshold=void_threshold, void_label_ids=void_label_ids, void_id=void_id)
         results = []
         for image in self._images(outputs, target_sizes):
             class_logits, resampler = _prepare(*image)
-            labels = _best_classes(resampler, class_logits, void_threshold, void_label_ids, void_id)
+            scores = class_logits.new_empty(resampler.size) if return_scores else None
+            data = {"segmentation": _best_classes(resampler, class_logits, void, scores)}
+            if return_scores:
+                data["scores"] = scores
             if return_segmentation_scores:
-                scores = _all_scores(resampler, class_logits)
-                data = {"segmentation": labels, "segmentation_scores": scores}
-                labels = SemanticSegmentationPostProcessorOutput(data=data)
-            results.append(labels)
+                data["segmentation_scores"] = _all_scores(resampler, class_logits)
+            has_scores = return_scores or return_segmentation_scores
+            results.append(SemanticSegmentationPostProcessorOutput(data=data) if has_scores else data["segmentation"])
         return results
 
     def post_process_instance_segmentation(
@@ -890,6 +909,7 @@ def _sizes(sizes: Sequence[Size] | Tensor | None, batch: int, name: str) -> list
 __all__ = [
     "MaskResampler",
     "PostProcessingMixin",
+    "Thresholds",
     "decode_rle",
     "encode_rle",
     "instance_segmentation",

@@ -179,6 +179,21 @@ def test_memory_stays_bounded_at_847_classes(within):
     within("post-processing at 847 classes, MB above the inputs", peak_memory(setup, tiles + others) + left_out, 300)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's record of memory")
+def test_memory_of_the_score_map_stays_bounded_at_847_classes(within):
+    """Scores of all classes would take 840 MB for the part of the image that is computed here."""
+    setup = (
+        "from modeling_gkc import GKCImageProcessor\n"
+        "logits, masks = torch.randn(100, 848), torch.randn(100, 32, 512)\n"
+        "outputs = {'class_queries_logits': logits[None], 'masks_queries_logits': masks[None]}"
+    )
+    call = (
+        "process = GKCImageProcessor().post_process_semantic_segmentation\n"
+        "process(outputs, target_sizes=[(128, 2048)], return_scores=True)\n"
+    )
+    within("score map at 847 classes, MB above the inputs", peak_memory(setup, call), 300)
+
+
 def direct_panoptic(class_logits, masks, threshold, mask_threshold, overlap, fuse):
     """Mask2Former's panoptic inference, pixel by pixel, on masks of the final size."""
     probabilities = class_logits.softmax(-1)
@@ -673,6 +688,37 @@ def test_scores_of_all_classes(classes, monkeypatch):
         assert torch.equal(found["segmentation"], best.masked_fill(best == 1, void_label(classes)))
     with pytest.raises(ValueError, match="`return_segmentation_scores`"):
         processor.post_process_semantic_segmentation(outputs, None, [(50, 60)])
+
+
+@pytest.mark.parametrize("classes", [5, 70])
+def test_score_map(classes, monkeypatch, within):
+    """The best class score of every pixel, at void pixels too, alone and beside the scores of all classes."""
+    monkeypatch.setattr(mask_resampling, "TILE_BYTES", 80_000)
+    process, (logits, masks) = (
+        GKCImageProcessor().post_process_semantic_segmentation,
+        random_logits(queries=9, classes=classes),
+    )
+    outputs = Outputs(logits[None], masks[None], torch.tensor([[36, 48]]))
+    for targets in (None, [(50, 60)]):
+        void = {"void_label_ids": [1], "void_threshold": 0.7}
+        (plain,) = process(outputs, targets, **void)
+        (found,) = process(outputs, targets, return_scores=True, **void)
+        (both,) = process(outputs, targets, True, return_scores=True, **void)
+        assert type(found) is SemanticSegmentationPostProcessorOutput and set(found.keys()) == {
+            "segmentation",
+            "scores",
+        }
+        assert set(both.keys()) == {"segmentation", "scores", "segmentation_scores"}
+        assert torch.equal(found.segmentation, plain) and torch.equal(both.segmentation, plain)
+        assert torch.equal(found.scores, both.scores) and found.scores.dtype == torch.float32
+        labels, scores = semantic_segmentation(logits, masks, (36, 48), targets and targets[0], **void)
+        assert torch.equal(found.segmentation, labels) and torch.equal(found.scores, scores)
+        within(
+            "score map against the best of all scores", (scores - both.segmentation_scores.amax(0)).abs().max(), 1e-6
+        )
+        assert (plain == void_label(classes)).any() and (plain != void_label(classes)).any()
+    with pytest.raises(ValueError, match="`return_scores`"):
+        process(outputs, return_scores=[1])
 
 
 def test_masks_of_panoptic_segments():
