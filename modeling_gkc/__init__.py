@@ -14,10 +14,12 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .configuration_gkc import CLIPResNetConfig, GKCConfig
+    from .encoded_vocabulary import EncodedVocabulary
     from .image_processing_gkc import GKCImageProcessor
     from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
     from .modeling_gkc import GKCForOpenVocabSegmentation, GKCModel
     from .pipeline_gkc import GKCSegmentationPipeline
+    from .predictor import GKCPredictor
     from .processing_gkc import GKCProcessor
     from .vocabulary import Vocabulary
 
@@ -25,10 +27,12 @@ __all__ = [
     "CLIPResNetBackbone",
     "CLIPResNetConfig",
     "CLIPResNetVisionModel",
+    "EncodedVocabulary",
     "GKCConfig",
     "GKCForOpenVocabSegmentation",
     "GKCImageProcessor",
     "GKCModel",
+    "GKCPredictor",
     "GKCProcessor",
     "GKCSegmentationPipeline",
     "Vocabulary",
@@ -38,10 +42,12 @@ _MODULES = {
     "CLIPResNetBackbone": "modeling_clip_resnet",
     "CLIPResNetConfig": "configuration_gkc",
     "CLIPResNetVisionModel": "modeling_clip_resnet",
+    "EncodedVocabulary": "encoded_vocabulary",
     "GKCConfig": "configuration_gkc",
     "GKCForOpenVocabSegmentation": "modeling_gkc",
     "GKCImageProcessor": "image_processing_gkc",
     "GKCModel": "modeling_gkc",
+    "GKCPredictor": "predictor",
     "GKCProcessor": "processing_gkc",
     "GKCSegmentationPipeline": "pipeline_gkc",
     "Vocabulary": "vocabulary",

@@ -26,19 +26,23 @@ from transformers import CONFIG_MAPPING
 _known = CONFIG_MAPPING["gkc"].__module__.rpartition(".")[0] if "gkc" in CONFIG_MAPPING else __package__
 if _known == __package__:
     from .configuration_gkc import CLIPResNetConfig, GKCConfig
+    from .encoded_vocabulary import EncodedVocabulary
     from .image_processing_gkc import GKCImageProcessor
     from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
     from .modeling_gkc import GKCForOpenVocabSegmentation
     from .pipeline_gkc import GKCSegmentationPipeline
+    from .predictor import GKCPredictor
     from .processing_gkc import GKCProcessor
 else:
     _library = importlib.import_module(f"{_known}.{__name__.rpartition('.')[2]}")
     CLIPResNetBackbone = _library.CLIPResNetBackbone
     CLIPResNetConfig = _library.CLIPResNetConfig
     CLIPResNetVisionModel = _library.CLIPResNetVisionModel
+    EncodedVocabulary = _library.EncodedVocabulary
     GKCConfig = _library.GKCConfig
     GKCForOpenVocabSegmentation = _library.GKCForOpenVocabSegmentation
     GKCImageProcessor = _library.GKCImageProcessor
+    GKCPredictor = _library.GKCPredictor
     GKCProcessor = _library.GKCProcessor
     GKCSegmentationPipeline = _library.GKCSegmentationPipeline
 
@@ -46,9 +50,11 @@ __all__ = [
     "CLIPResNetBackbone",
     "CLIPResNetConfig",
     "CLIPResNetVisionModel",
+    "EncodedVocabulary",
     "GKCConfig",
     "GKCForOpenVocabSegmentation",
     "GKCImageProcessor",
+    "GKCPredictor",
     "GKCProcessor",
     "GKCSegmentationPipeline",
 ]

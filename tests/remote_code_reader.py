@@ -53,6 +53,7 @@ from transformers import (  # noqa: E402
     AutoProcessor,
     pipeline,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 WORK = Path(sys.argv[1])
@@ -123,6 +124,17 @@ def pipeline_first() -> None:
     segmenter.model.save_pretrained(WORK / "model_again")
 
 
+def predictor_first() -> None:
+    predictor = get_class_from_dynamic_module("hub_entry.GKCPredictor", str(FOLDER)).from_pretrained(FOLDER)
+    predictor.set_vocabulary("dog; sofa, couch; lamp")
+    results = {
+        "semantic": predictor.predict(image()),
+        "instance": predictor.predict(image(), "instance", **SETTINGS),
+        "panoptic": predictor.predict(image(), "panoptic", **SETTINGS),
+    }
+    save("predictor_first", {task: result.segmentation for task, result in results.items()})
+
+
 def from_hub() -> None:
     """By the name of a repository; then a second folder in the same process."""
     save("from_hub", segmented(pipeline("image-segmentation", model=HUB, **TRUST)))
@@ -174,6 +186,7 @@ if __name__ == "__main__":
         processor_first,
         image_processor_first,
         pipeline_first,
+        predictor_first,
         from_hub,
         saved_again,
         image_tower,

@@ -196,6 +196,8 @@ def test_logits_and_results_are_those_of_the_library(read, model, processor):
     }
     for name in ("model_first", "processor_first", "from_hub_model", "saved_again"):
         assert_same_tensors(read / f"{name}.safetensors", expected)
+    maps = {name: expected[name] for name in ("semantic", "instance", "panoptic")}
+    assert_same_tensors(read / "predictor_first.safetensors", maps)
     assert_same_tensors(
         read / "image_processor_first.safetensors", dict(processor.image_processor(image, return_tensors="pt"))
     )

@@ -1,0 +1,303 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`EncodedVocabulary`: the classes of a segmentation with their text embeddings, encoded once for many images.
+
+Letters: N names, K classes, V void classes, D text-embedding width.
+"""
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic_files import atomic_path
+from .class_embeddings import count_classes, equal_classes
+from .configuration_gkc import PROMPT_REDUCTIONS
+from .prompt_templates import TemplatesLike
+from .sealed_files import UNSEALED, require_sealed, seal_safetensors
+from .vocabulary import KNOWING_CHECKPOINT, Vocabulary, VocabularyLike
+
+FILE_FORMAT = "gkc-class-embeddings-2"
+# Of files that hold void classes or a reduction, which readers of the first form would overlook.
+EXTENDED_FILE_FORMAT = "gkc-class-embeddings-3"
+PROBE_PROMPTS = 16
+SAME_TOWER_COSINE = 0.995
+MAX_LISTED_GROUPS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedVocabulary:
+    """
+    A vocabulary with the text embeddings of its names, encoded once for many images.
+
+    Three types hold text embeddings. `GKCClassEmbeddings`, the output of `model.get_class_embeddings`, holds the
+    tensors that `forward` takes, without words. `train.teacher.region_teacher.TextBank` holds every word of a
+    vocabulary on its own, for losses. This class also holds what the numbers of the classes mean, for results.
+
+    Args:
+        vocabulary: K + V classes, the V void classes last.
+        class_embeds: (N, D) L2-normalised embeddings of the names.
+        class_ids: (N,) class of each name, 0..K+V-1.
+        void_ids: Classes whose pixels become void, K..K+V-1.
+        reduction: How the logits of several names of a class are reduced to one: `mean`, `max` or `embedding_mean`;
+            None for the model's own, `config.prompt_reduction`.
+
+    Raises:
+        ValueError: Embeddings, class ids and vocabulary do not fit each other, the void classes are not the last ones
+            or are all classes, or there is no such reduction.
+
+    Example:
+        >>> encoded = EncodedVocabulary.encode("dog; sofa, couch; lamp", model, processor)
+        >>> outputs = model(pixel_values, **encoded.model_inputs())
+        >>> encoded.save("furniture.safetensors", model)
+    """
+
+    vocabulary: Vocabulary
+    class_embeds: Tensor
+    class_ids: Tensor
+    void_ids: tuple[int, ...] = ()
+    reduction: str | None = None
+    names_per_class: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self):
+        num_classes = count_classes(self.class_ids, len(self.class_embeds))
+        if num_classes != len(self.vocabulary):
+            raise ValueError(
+                f"The embeddings are of {num_classes} classes, but the vocabulary has {len(self.vocabulary)}."
+            )
+        num_shown = num_classes - len(self.void_ids)
+        if list(self.void_ids) != list(range(num_shown, num_classes)) or num_shown < 1:
+            raise ValueError(
+                f"`void_ids` must be the last of {num_classes} classes and not all of them, got {list(self.void_ids)}."
+            )
+        if self.reduction not in (None, *PROMPT_REDUCTIONS):
+            raise ValueError(f"`reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.reduction!r}.")
+        object.__setattr__(self, "names_per_class", self.class_ids.bincount(minlength=num_classes))
+
+    @classmethod
+    def encode(
+        cls,
+        vocabulary: VocabularyLike,
+        model: Any,
+        processor: Any,
+        *,
+        prompt_templates: TemplatesLike | None = None,
+        reduction: str | None = None,
+        distinct: bool = False,
+    ) -> "EncodedVocabulary":
+        """
+        Encode a vocabulary; the model encodes only prompts that it has not encoded before.
+
+        Args:
+            vocabulary: Classes in any form that `Vocabulary.parse` takes.
+            model: A `GKCForOpenVocabSegmentation`.
+            processor: Its `GKCProcessor`.
+            prompt_templates: Templates instead of the processor's own.
+            reduction: As in the class.
+            distinct: As for `check_distinct`.
+
+        Raises:
+            ValueError: As for `GKCProcessor` and `check_distinct`.
+
+        Warns:
+            UserWarning: As for `GKCProcessor` and `check_distinct`.
+        """
+        vocabulary = Vocabulary.parse(vocabulary)
+        prompts = processor(text=vocabulary, prompt_templates=prompt_templates, return_tensors="pt")
+        embeddings = model.get_class_embeddings(**prompts.to(input_device(model)))
+        encoded = cls(vocabulary, embeddings.class_embeds, embeddings.class_ids, reduction=reduction)
+        encoded.check_distinct(processor, distinct)
+        return encoded
+
+    @classmethod
+    def from_model(cls, model: Any) -> "EncodedVocabulary | None":
+        """Return the vocabulary that is stored in a checkpoint, None if there is none."""
+        if model.vocabulary is None:
+            return None
+        return cls(model.vocabulary, model.vocabulary_embeds, model.vocabulary_class_ids)
+
+    @property
+    def labels(self) -> list[str]:
+        """First names of the K classes that results show."""
+        return self.vocabulary.labels[: len(self.vocabulary) - len(self.void_ids)]
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Return the arguments of the model's `forward` that stand for this vocabulary."""
+        return {
+            "class_embeds": self.class_embeds,
+            "class_ids": self.class_ids,
+            "names_per_class": self.names_per_class,
+            "prompt_reduction": self.reduction,
+        }
+
+    def with_kinds_of(self, other: Vocabulary | None) -> "EncodedVocabulary":
+        """Return the same with the thing/stuff kinds of another vocabulary, as `Vocabulary.with_kinds_of`."""
+        return dataclasses.replace(self, vocabulary=self.vocabulary.with_kinds_of(other))
+
+    def with_void(
+        self,
+        void_labels: VocabularyLike | None,
+        model: Any,
+        processor: Any,
+        *,
+        prompt_templates: TemplatesLike | None = None,
+    ) -> "EncodedVocabulary":
+        """
+        Add classes for what is none of the K; only they are encoded.
+
+        Args:
+            void_labels: V classes in any form that `Vocabulary.parse` takes; None adds none.
+            model, processor, prompt_templates: As for `encode`.
+
+        Raises:
+            ValueError: As for `encode` and `Vocabulary.with_void`, or there are void classes already.
+        """
+        if void_labels is None:
+            return self
+        if self.void_ids:
+            raise ValueError("The vocabulary has void classes already: give all of them at once.")
+        joined, void_ids = self.vocabulary.with_void(void_labels)
+        # Not `void_labels`: these have been read, and the user been warned of them.
+        added = slice(len(self.vocabulary), None)
+        void = Vocabulary.trusted(joined.names[added], templates=joined.templates and joined.templates[added])
+        encoded = EncodedVocabulary.encode(void, model, processor, prompt_templates=prompt_templates)
+        return dataclasses.replace(
+            self,
+            vocabulary=joined,
+            class_embeds=torch.cat([self.class_embeds, encoded.class_embeds]),
+            class_ids=torch.cat([self.class_ids, encoded.class_ids + len(self.vocabulary)]),
+            void_ids=tuple(void_ids),
+        )
+
+    def check_distinct(self, processor: Any, distinct: bool = False) -> None:
+        """
+        Check that the text encoder can tell the classes apart.
+
+        It cannot where the names of classes have the same embeddings, to rounding, and where the tokenizer knows no
+        name of the classes: "hammer" and "claw hammer" may differ by the number of unknown words alone.
+
+        Args:
+            processor: The `GKCProcessor` that made the prompts.
+            distinct: Refuse any two classes that are equal, as training and evaluation need; by default only a
+                vocabulary whose classes are all equal is refused, and a warning names equal classes otherwise.
+
+        Raises:
+            ValueError: Classes are equal.
+
+        Warns:
+            UserWarning: Some classes are equal.
+        """
+        equal = equal_classes(self.class_embeds, self.class_ids)
+        unknown = processor.unknown_classes(self.vocabulary) if equal or distinct else []
+        groups = [group for group in equal if not set(group) <= set(unknown)]
+        if distinct and len(unknown) > 1:
+            groups.append(unknown)
+        if not groups:
+            return
+        labels = self.vocabulary.labels
+        listed = "; ".join(" = ".join(repr(labels[index]) for index in group) for group in groups[:MAX_LISTED_GROUPS])
+        more = len(groups) - MAX_LISTED_GROUPS
+        listed += f"; and {more} more groups" if more > 0 else ""
+        message = f"These classes have equal embeddings, so that the checkpoint cannot tell them apart: {listed}."
+        if distinct or len(groups[0]) == len(self.vocabulary):
+            raise ValueError(f"{message} {KNOWING_CHECKPOINT}")
+        warnings.warn(f"{message} Which of them a result shows means nothing.", UserWarning, stacklevel=3)
+
+    def save(self, path: str | Path, model: Any) -> None:
+        """
+        Write the vocabulary as safetensors; names, kinds, colors and void classes are in the header.
+
+        Args:
+            path: File to write.
+            model: The `GKCForOpenVocabSegmentation` that encoded the names, of which a probe is stored.
+        """
+        tensors = {"probe": _probe(model), "class_embeds": self.class_embeds, "class_ids": self.class_ids}
+        vocabulary = json.dumps(dataclasses.asdict(self.vocabulary), ensure_ascii=False)
+        metadata = {"format": FILE_FORMAT, "vocabulary": vocabulary, **UNSEALED}
+        if self.void_ids or self.reduction is not None:
+            extension = {"num_void": len(self.void_ids), "reduction": self.reduction}
+            metadata |= {"format": EXTENDED_FILE_FORMAT, "extension": json.dumps(extension)}
+        with atomic_path(path) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            seal_safetensors(temporary)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> "EncodedVocabulary":
+        """
+        Read a file of `save`, onto the model's device.
+
+        Args:
+            path: File to read.
+            model: The `GKCForOpenVocabSegmentation` that is to use it.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is damaged, holds something else, or was written with another text tower.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"There is no file {path}: write it with `gkc embed`.")
+        try:
+            with safe_open(path, framework="pt", device=str(input_device(model))) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") not in (FILE_FORMAT, EXTENDED_FILE_FORMAT):
+                    raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
+                require_sealed(path, "write it again with `gkc embed`.")
+                probe, embeds, class_ids = (file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids"))
+            vocabulary = Vocabulary.trusted(**json.loads(metadata["vocabulary"]))
+            extension = json.loads(metadata.get("extension", '{"num_void": 0, "reduction": null}'))
+            num_classes = count_classes(class_ids, len(embeds))
+            void_ids = tuple(range(num_classes - extension["num_void"], num_classes))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no file of class embeddings: {error}") from error
+        if num_classes != len(vocabulary):
+            raise ValueError(f"{path} holds embeddings of {num_classes} classes, but names {len(vocabulary)}.")
+        if not _is_same_tower(probe, _probe(model)):
+            raise ValueError(
+                f"{path} was written with another text tower than this model's: write it again with "
+                "`gkc embed --model`."
+            )
+        return cls(vocabulary, embeds, class_ids, void_ids, extension["reduction"])
+
+
+def _probe(model: Any) -> Tensor:
+    """Embed tokens from all over the token table: (16, D), by which a text tower is recognized in any precision."""
+    config = model.config.text_config
+    length = min(8, config.max_position_embeddings)
+    steps = torch.arange(PROBE_PROMPTS * length).unflatten(0, (PROBE_PROMPTS, length))
+    tokens = (steps * 7919 + 1) % config.vocab_size
+    tokens[tokens == config.eos_token_id] -= 1
+    tokens[:, -1] = config.eos_token_id
+    return model.embed_prompts(tokens.to(input_device(model)))
+
+
+def _is_same_tower(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    return float(F.cosine_similarity(first.float(), second.float(), dim=-1).min()) >= SAME_TOWER_COSINE
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device of the model's inputs: the CPU if it is offloaded, since accelerate moves them."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+__all__ = ["EncodedVocabulary", "input_device"]

@@ -1,0 +1,671 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`GKCPredictor`: images to typed results, in a vocabulary that is encoded once.
+
+    from modeling_gkc import GKCPredictor
+
+    predictor = GKCPredictor.from_pretrained("hub_card/gkc-mini")
+    predictor.set_vocabulary("red disc; lawn, grass; sky")  # encoded once
+    result = predictor.predict("examples/scene-1.png")
+    print(result.labels, result.segmentation.shape)
+
+    for result in predictor.predict_batches(["examples/scene-2.png", "examples/scene-3.png"], task="panoptic"):
+        for segment in result.segments:
+            print(segment.label, segment.score, result.mask(segment).sum())
+
+All sizes are (height, width).
+"""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging
+
+from .argument_checks import check_flags, check_shares, check_whole_number
+from .checkpoint_loading import load_checkpoint_parts
+from .encoded_vocabulary import EncodedVocabulary, input_device
+from .image_processing_gkc import URL_TIMEOUT_S, ImageLike, read_image
+from .post_processing import INSTANCE_VOID, PANOPTIC_VOID, semantic_segments, void_label
+from .prompt_templates import TemplatesLike
+from .vocabulary import VocabularyLike
+
+TASKS = ("semantic", "instance", "panoptic")
+ON_ERROR = ("raise", "yield", "skip")
+# Options of a task beside those of every task.
+TASK_OPTIONS = {
+    "semantic": ("return_scores",),
+    "instance": ("threshold", "mask_threshold", "overlap_mask_area_threshold", "top_k"),
+    "panoptic": ("threshold", "mask_threshold", "overlap_mask_area_threshold"),
+}
+
+logger = logging.get_logger(__name__)
+Item, Value = TypeVar("Item"), TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """
+    What a prediction gives; None stands for the default of the task.
+
+    Args:
+        task: "semantic", "instance" or "panoptic".
+        return_scores: Semantic: give the score of every pixel too.
+        return_images: Give the upright image with its result, for drawing.
+        threshold: Instance and panoptic: lowest score of a segment; 0.5 by default.
+        mask_threshold: Instance and panoptic: lowest mask probability of a pixel inside; 0.5 by default.
+        overlap_mask_area_threshold: Instance and panoptic: lowest share of its mask that a segment must show; 0 for
+            instances and 0.8 for panoptic segments by default.
+        top_k: Instance: pairs of query and class to consider; 100 by default.
+        void_threshold: Pixels whose score is below become void; see `post_processing`.
+        void_id: Value of void pixels: 255 in semantic maps (65535 with more than 255 classes), -1 in instance maps
+            and 0 in panoptic maps by default.
+
+    Raises:
+        ValueError: There is no such task, the option is not one of the task, or its value is out of range.
+    """
+
+    task: str = "semantic"
+    return_scores: bool = False
+    return_images: bool = False
+    threshold: float | None = None
+    mask_threshold: float | None = None
+    overlap_mask_area_threshold: float | None = None
+    top_k: int | None = None
+    void_threshold: float | None = None
+    void_id: int | None = None
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        check_flags(return_scores=self.return_scores, return_images=self.return_images)
+        for name in sorted(set().union(*TASK_OPTIONS.values()) - {*TASK_OPTIONS[self.task]}):
+            if getattr(self, name) is not None and getattr(self, name) is not False:
+                tasks = " and ".join(task for task, names in TASK_OPTIONS.items() if name in names)
+                raise ValueError(f"`{name}` is an option of {tasks} results, not of {self.task} ones.")
+        shares = {name: getattr(self, name) for name in TASK_OPTIONS["panoptic"]}
+        check_shares(**{name: value for name, value in shares.items() if value is not None})
+        if self.top_k is not None:
+            check_whole_number("top_k", self.top_k, 1)
+
+    def post_processing_arguments(self) -> dict[str, Any]:
+        """Return the options that are given, as arguments of `post_process_*_segmentation`."""
+        names = (*TASK_OPTIONS[self.task], "void_threshold")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """
+    A segment of a result.
+
+    Attributes:
+        id: Value of its pixels in `segmentation`.
+        label_id: Number of its class.
+        label: First name of its class.
+        score: Score in 0..1: class score of a panoptic segment, class score times mean mask probability of an
+            instance, and of a semantic segment the mean over its pixels of their scores, each at most 1; None for
+            semantic segments without `return_scores`.
+        was_fused: Whether it may consist of several segments of a stuff class.
+    """
+
+    id: int
+    label_id: int
+    label: str
+    score: float | None
+    was_fused: bool = False
+
+
+@dataclass(eq=False, kw_only=True)
+class SegmentationResult:
+    """
+    Segmentation of one image.
+
+    Attributes:
+        segmentation: (H, W) map of ids on the model's device, in the size of the upright image.
+        void_id: Value of the pixels that belong to no segment.
+        labels: First names of the K classes.
+        image: The upright RGB image with `return_images`, else None.
+    """
+
+    segmentation: Tensor
+    void_id: int
+    labels: list[str]
+    image: Image.Image | None = None
+
+    def mask(self, segment: Segment) -> Tensor:
+        """Return the pixels (H, W) bool of one of the segments."""
+        return self.segmentation == segment.id
+
+
+@dataclass(eq=False, kw_only=True)
+class SemanticResult(SegmentationResult):
+    """
+    Class of every pixel: `segmentation` (H, W) int64 holds class numbers.
+
+    Attributes:
+        scores: (H, W) fp32 best class score of every pixel, at void pixels too, between 0 and the number of queries;
+            None without `return_scores`.
+    """
+
+    scores: Tensor | None = None
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The classes that have a pixel, in their order, with their scores if there are any."""
+        scores = torch.zeros(self.segmentation.shape) if self.scores is None else self.scores
+        unknown = {"score": None} if self.scores is None else {}
+        return [
+            Segment(label=self.labels[info["label_id"]], **info | unknown)
+            for info in semantic_segments(self.segmentation, scores, len(self.labels))
+        ]
+
+
+@dataclass(eq=False, kw_only=True)
+class InstanceResult(SegmentationResult):
+    """
+    Single objects: `segmentation` (H, W) int32 holds their ids, the best object in front.
+
+    Attributes:
+        segments: The objects, best score first.
+    """
+
+    segments: list[Segment]
+
+
+@dataclass(eq=False, kw_only=True)
+class PanopticResult(SegmentationResult):
+    """
+    Segments that do not overlap: `segmentation` (H, W) int32 holds their ids; a stuff class has one segment.
+
+    Attributes:
+        segments: The segments in the order of their ids.
+    """
+
+    segments: list[Segment]
+
+
+Result = SemanticResult | InstanceResult | PanopticResult
+
+
+@dataclass(frozen=True, eq=False)
+class FailedImage:
+    """
+    An image of `predict_batches` that has no result.
+
+    Attributes:
+        index: Place in the iterable, from 0.
+        image: What the iterable gave.
+        error: What went wrong; the message names the file or the place.
+    """
+
+    index: int
+    image: Any
+    error: Exception
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """
+    An image as the model takes it.
+
+    Attributes:
+        pixel_values: (1, 3, h, w) normalized and padded.
+        pixel_mask: (1, h, w), 1 where the image is.
+        image: The upright RGB image.
+    """
+
+    pixel_values: Tensor
+    pixel_mask: Tensor
+    image: Image.Image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the upright image, which results have."""
+        return self.image.height, self.image.width
+
+
+def prepare_image(
+    image: Any, processor: Any, *, name: str = "image", timeout: float = URL_TIMEOUT_S, **settings
+) -> PreparedImage:
+    """
+    Read, resize, normalize and pad one image.
+
+    Args:
+        image: Image of any kind that `GKCImageProcessor` reads, or a file opened for reading bytes.
+        processor: A `GKCProcessor` or `GKCImageProcessor`.
+        name: What to call the image in errors, if it has no file name.
+        timeout: Seconds that reading a URL may take in all.
+        settings: Settings of the image processor for this image.
+
+    Raises:
+        ValueError: The image cannot be read; the message names the file or `name`.
+        FileNotFoundError: The path does not exist.
+        TypeError: `image` is no image.
+    """
+    if is_file_object(image):
+        name = str(getattr(image, "name", name))
+        image = _read_file(image, name)
+    upright = read_image(image, name=name, timeout=timeout)
+    # Arrays go in as they are: the image processor rescales them by their own range.
+    source = image if isinstance(image, np.ndarray | Tensor) else upright
+    inputs = getattr(processor, "image_processor", processor)(source, return_tensors="pt", **settings)
+    return PreparedImage(inputs["pixel_values"], inputs["pixel_mask"], upright)
+
+
+def is_file_object(image: Any) -> bool:
+    """Tell whether an image is an opened file."""
+    return callable(getattr(image, "read", None))
+
+
+def _read_file(file: Any, name: str) -> bytes:
+    """Read all of a file object, from its start where it can seek, as Pillow does."""
+    if isinstance(file, io.TextIOBase):
+        raise ValueError(f"{name}: open the file in binary mode, as by open(path, 'rb').")
+    if getattr(file, "seekable", bool)():
+        file.seek(0)
+    return file.read()
+
+
+def place_name(index: int) -> str:
+    """Name an image of several in messages."""
+    return f"image {index + 1} (index {index})"
+
+
+def prefetch(items: Iterable[Item], function: Callable[[Item], Value], ahead: int) -> Iterator[Value]:
+    """
+    Apply a function to items in a thread, a few items ahead of their use, and keep their order.
+
+    Args:
+        items: Any number of items, read in the same thread.
+        function: Applied to each.
+        ahead: Values that may be ready, or in the making, while one is used; 0 uses no thread.
+
+    Yields:
+        The values. An error of the items or of the function is raised at its place, and ends the iteration.
+    """
+    if not ahead:
+        yield from map(function, items)
+        return
+    iterator, end = iter(items), object()
+
+    def advance() -> Any:
+        item = next(iterator, end)
+        return end if item is end else function(item)
+
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    try:
+        pending = deque(executor.submit(advance) for _ in range(ahead))
+        while (value := pending.popleft().result()) is not end:
+            pending.append(executor.submit(advance))
+            yield value
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+class GKCPredictor:
+    """
+    Segment images with a vocabulary that is encoded once.
+
+    Args:
+        model: A `GKCForOpenVocabSegmentation`, which is put into evaluation mode and stays on its device.
+        processor: Its `GKCProcessor`; a `GKCImageProcessor` is enough for encoded and stored vocabularies.
+
+    Example:
+        >>> predictor = GKCPredictor.from_pretrained("hub_card/gkc-mini")
+        >>> predictor.set_vocabulary("red disc; lawn, grass; sky", void_labels="yellow square")
+        >>> predictor.predict("examples/scene-1.png").segmentation.shape
+        torch.Size([288, 288])
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model.eval(), processor
+        self._vocabulary: EncodedVocabulary | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "GKCPredictor":
+        """
+        Load model and processor.
+
+        Args:
+            path: Folder, or repository `owner/name` of the Hub.
+            device: Where to compute; the CPU by default.
+            dtype: What to compute in, such as `torch.bfloat16`; by default the type of the weights.
+
+        Raises:
+            ValueError: It is no checkpoint of this library, or damaged.
+        """
+        model, processor = load_checkpoint_parts(path)
+        return cls(model.to(device=device, dtype=dtype), processor)
+
+    @property
+    def vocabulary(self) -> EncodedVocabulary | None:
+        """The vocabulary of the next prediction: the one that was set, else the one stored in the checkpoint."""
+        return EncodedVocabulary.from_model(self.model) if self._vocabulary is None else self._vocabulary
+
+    def set_vocabulary(
+        self,
+        vocabulary: VocabularyLike | EncodedVocabulary | None,
+        *,
+        void_labels: VocabularyLike | None = None,
+        prompt_templates: TemplatesLike | None = None,
+        reduction: str | None = None,
+    ) -> None:
+        """
+        Choose the classes of the following predictions; prompts that the model has encoded before cost nothing.
+
+        Classes without thing/stuff kinds take those that the stored vocabulary has for their names.
+
+        Args:
+            vocabulary: K classes in any form that `Vocabulary.parse` takes, such as "dog; sofa, couch; lamp", or
+                encoded ones; None for those stored in the checkpoint.
+            void_labels: V classes for what is none of the K; their pixels become void.
+            prompt_templates: Templates instead of the processor's own.
+            reduction: How the logits of several names of a class are reduced; see `EncodedVocabulary`.
+
+        Raises:
+            ValueError: As for `EncodedVocabulary.encode`, or the checkpoint stores no vocabulary.
+
+        Warns:
+            UserWarning: As for `EncodedVocabulary.encode`.
+        """
+        if vocabulary is None:
+            encoded = self._stored_vocabulary()
+        elif isinstance(vocabulary, EncodedVocabulary):
+            encoded = vocabulary
+        else:
+            encoded = EncodedVocabulary.encode(
+                vocabulary, self.model, self.processor, prompt_templates=prompt_templates, reduction=reduction
+            )
+        encoded = encoded.with_void(void_labels, self.model, self.processor, prompt_templates=prompt_templates)
+        self._vocabulary = encoded.with_kinds_of(self.model.vocabulary)
+
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], task: str = "semantic", **options
+    ) -> Result | list[Result]:
+        """
+        Segment one image or several, which are computed as one batch.
+
+        No result depends on the other images of the batch. `predict_batches` segments any number of images.
+
+        Args:
+            images: One image of any kind that `GKCImageProcessor` reads, or a list or an array with a batch axis.
+            task: "semantic", "instance" or "panoptic".
+            options: Options of `PredictionOptions`, such as `return_scores=True` or `void_threshold=0.4`.
+
+        Returns:
+            A `SemanticResult`, `InstanceResult` or `PanopticResult`; for several images a list.
+
+        Raises:
+            ValueError: There is no vocabulary, an option is wrong, or an image cannot be read; the message names its
+                file or its place.
+            TypeError: There is no such option, or an image is none.
+        """
+        options = PredictionOptions(task, **options)
+        if not isinstance(images, list | tuple) and not (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
+            return self.predict_prepared([self.prepare(images)], options)[0]
+        names = (place_name(index) for index in range(len(images)))
+        return self.predict_prepared(
+            [self.prepare(image, name=name) for image, name in zip(images, names, strict=True)], options
+        )
+
+    def predict_batches(
+        self,
+        images: Iterable[ImageLike],
+        task: str = "semantic",
+        *,
+        batch_size: int = 1,
+        prefetch_images: int | None = None,
+        on_error: str = "raise",
+        **options,
+    ) -> Iterator[Result | FailedImage]:
+        """
+        Segment any number of images, reading the next ones in a thread while the model computes.
+
+        At most `batch_size + prefetch_images` images are held at a time, so that a generator without end is fine. The
+        vocabulary is that of the call.
+
+        Args:
+            images: Images of any kind that `predict` takes; read in the thread.
+            task: "semantic", "instance" or "panoptic".
+            batch_size: Images to compute at once; makes no difference to results.
+            prefetch_images: Images to read ahead; by default `batch_size`. With 0 no thread is used.
+            on_error: What to do with an image that cannot be read or computed: "raise" its error, "yield" a
+                `FailedImage` in its place, or "skip" it with a warning in the log. Errors of the iterable itself are
+                always raised.
+            options: As for `predict`.
+
+        Returns:
+            An iterator over the results, in the order of the images.
+
+        Raises:
+            ValueError: As for `predict`; wrong arguments are told at once, before an image is read.
+            TypeError: As for `predict`.
+        """
+        options = PredictionOptions(task, **options)
+        batch_size = check_whole_number("batch_size", batch_size, 1)
+        ahead = batch_size if prefetch_images is None else check_whole_number("prefetch_images", prefetch_images, 0)
+        if on_error not in ON_ERROR:
+            raise ValueError(f"`on_error` must be one of {', '.join(ON_ERROR)}, got {on_error!r}.")
+        return self._predict_stream(images, options, self._known_vocabulary(), batch_size, ahead, on_error)
+
+    def prepare(self, image: Any, **settings) -> PreparedImage:
+        """Read and prepare one image for `forward`; arguments and errors as for `prepare_image`."""
+        return prepare_image(image, self.processor, **settings)
+
+    def forward(self, images: Sequence[PreparedImage], vocabulary: EncodedVocabulary | None = None) -> Any:
+        """
+        Compute the model's output for prepared images as one batch.
+
+        Args:
+            images: B images of `prepare`.
+            vocabulary: Vocabulary instead of the predictor's.
+
+        Returns:
+            A `GKCForOpenVocabSegmentationOutput`, without gradients.
+        """
+        vocabulary = self._known_vocabulary() if vocabulary is None else vocabulary
+        device = input_device(self.model)
+        with torch.no_grad():
+            return self.model(
+                pixel_values=_stack([image.pixel_values for image in images]).to(device),
+                pixel_mask=_stack([image.pixel_mask for image in images]).to(device),
+                **vocabulary.model_inputs(),
+            )
+
+    def post_process(
+        self,
+        outputs: Any,
+        sizes: Sequence[tuple[int, int]],
+        options: PredictionOptions,
+        vocabulary: EncodedVocabulary | None = None,
+    ) -> list[Result]:
+        """
+        Turn outputs of `forward` into results.
+
+        Args:
+            outputs: Output for B images.
+            sizes: Height and width of each result, those of the upright images.
+            options: What to give.
+            vocabulary: Vocabulary of the outputs, if it is not the predictor's.
+
+        Raises:
+            ValueError: A threshold or `void_id` does not fit the outputs.
+        """
+        vocabulary = self._known_vocabulary() if vocabulary is None else vocabulary
+        arguments = options.post_processing_arguments() | {
+            "target_sizes": list(sizes),
+            "void_label_ids": vocabulary.void_ids,
+        }
+        labels, void_id = vocabulary.labels, options.void_id
+        if options.task == "semantic":
+            void_id = void_label(len(labels)) if void_id is None else void_id
+            found = self.processor.post_process_semantic_segmentation(outputs, **arguments, void_id=void_id)
+            maps = [
+                (each["segmentation"], each["scores"]) if options.return_scores else (each, None) for each in found
+            ]
+            return [
+                SemanticResult(segmentation=classes, void_id=void_id, labels=labels, scores=scores)
+                for classes, scores in maps
+            ]
+        if options.task == "instance":
+            result_class, void_id = InstanceResult, INSTANCE_VOID if void_id is None else void_id
+            found = self.processor.post_process_instance_segmentation(outputs, **arguments, void_id=void_id)
+        else:
+            result_class, void_id = PanopticResult, PANOPTIC_VOID if void_id is None else void_id
+            stuff = vocabulary.vocabulary.stuff_ids
+            found = self.processor.post_process_panoptic_segmentation(
+                outputs, **arguments, void_id=void_id, label_ids_to_fuse=stuff
+            )
+        return [
+            result_class(
+                segmentation=each["segmentation"],
+                void_id=void_id,
+                labels=labels,
+                segments=[Segment(label=labels[info["label_id"]], **info) for info in each["segments_info"]],
+            )
+            for each in found
+        ]
+
+    def predict_prepared(
+        self,
+        images: Sequence[PreparedImage],
+        options: PredictionOptions,
+        vocabulary: EncodedVocabulary | None = None,
+    ) -> list[Result]:
+        """Segment prepared images as one batch: `forward` and `post_process`."""
+        vocabulary = self._known_vocabulary() if vocabulary is None else vocabulary
+        if not images:
+            return []
+        outputs = self.forward(images, vocabulary)
+        results = self.post_process(outputs, [image.size for image in images], options, vocabulary)
+        if options.return_images:
+            for result, image in zip(results, images, strict=True):
+                result.image = image.image
+        return results
+
+    def _known_vocabulary(self) -> EncodedVocabulary:
+        return self._stored_vocabulary() if self._vocabulary is None else self._vocabulary
+
+    def _stored_vocabulary(self) -> EncodedVocabulary:
+        stored = EncodedVocabulary.from_model(self.model)
+        if stored is None:
+            raise ValueError(
+                'There is no vocabulary: call `predictor.set_vocabulary("dog; sofa, couch; lamp")`, or store one in '
+                "the checkpoint by `model.set_vocabulary(...)`."
+            )
+        return stored
+
+    def _predict_stream(
+        self,
+        images: Iterable[ImageLike],
+        options: PredictionOptions,
+        vocabulary: EncodedVocabulary,
+        batch_size: int,
+        ahead: int,
+        on_error: str,
+    ) -> Iterator[Result | FailedImage]:
+        with closing(prefetch(enumerate(images), self._prepare_entry, ahead)) as entries:
+            for batch in _batches(entries, batch_size):
+                for result in self._predict_entries(batch, options, vocabulary):
+                    if isinstance(result, FailedImage) and on_error == "raise":
+                        raise result.error
+                    if isinstance(result, FailedImage) and on_error == "skip":
+                        logger.warning("Skipped %s: %s", place_name(result.index), result.error)
+                    else:
+                        yield result
+
+    def _prepare_entry(self, numbered: tuple[int, Any]) -> "_Entry | FailedImage":
+        index, image = numbered
+        try:
+            return _Entry(index, image, self.prepare(image, name=place_name(index)))
+        except Exception as error:  # whatever is wrong with one image, the others can be segmented
+            return FailedImage(index, image, error)
+
+    def _predict_entries(
+        self,
+        entries: Sequence["_Entry | FailedImage"],
+        options: PredictionOptions,
+        vocabulary: EncodedVocabulary,
+    ) -> list[Result | FailedImage]:
+        """Segment a batch; where it fails as a whole, its images are computed one by one to find the cause."""
+        prepared = [entry for entry in entries if isinstance(entry, _Entry)]
+        try:
+            results = iter(self.predict_prepared([entry.prepared for entry in prepared], options, vocabulary))
+        except Exception as error:  # of the model or the device, such as too little memory for one image
+            if len(entries) > 1:
+                return [result for entry in entries for result in self._predict_entries([entry], options, vocabulary)]
+            error.add_note(f"It was raised for {place_name(prepared[0].index)}.")
+            return [FailedImage(prepared[0].index, prepared[0].image, error)]
+        return [next(results) if isinstance(entry, _Entry) else entry for entry in entries]
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A prepared image of a stream, its place and what the stream gave."""
+
+    index: int
+    image: Any
+    prepared: PreparedImage
+
+
+def _batches(entries: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Group entries; those before an error of the iterator make a smaller batch, and the error follows."""
+    batch: list[Item] = []
+    try:
+        for entry in entries:
+            batch.append(entry)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (1, ..., h_i, w_i), padded with zeros at the right and bottom, as one (B, ..., h, w)."""
+    height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (-2, -1))
+    return torch.cat([F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors])
+
+
+__all__ = [
+    "FailedImage",
+    "GKCPredictor",
+    "InstanceResult",
+    "PanopticResult",
+    "PredictionOptions",
+    "PreparedImage",
+    "Segment",
+    "SegmentationResult",
+    "SemanticResult",
+    "prefetch",
+    "prepare_image",
+]

@@ -1,0 +1,466 @@
+"""`GKCPredictor` and `EncodedVocabulary`: equal to the calls that they replace, bounded, and clear about errors."""
+
+import io
+import itertools
+import json
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from modeling_gkc import (
+    EncodedVocabulary,
+    GKCForOpenVocabSegmentation,
+    GKCImageProcessor,
+    GKCPredictor,
+    GKCProcessor,
+    Vocabulary,
+)
+from modeling_gkc.post_processing import semantic_segments
+from modeling_gkc.predictor import (
+    FailedImage,
+    InstanceResult,
+    PanopticResult,
+    PredictionOptions,
+    SemanticResult,
+    prefetch,
+)
+
+from .conftest import small_config, word_tokenizer
+
+WORDS = "red disc; blue square, box; lawn, grass"
+ALL_SEGMENTS = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+SECONDS = 30  # that a thread may take before a test fails
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture(scope="module")
+def processor() -> GKCProcessor:
+    return GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def model(processor) -> GKCForOpenVocabSegmentation:
+    """A model whose random weights find segments of several classes."""
+    torch.manual_seed(0)
+    model = GKCForOpenVocabSegmentation(small_config()).eval()
+    embedder, projection = model.class_embedder, model.class_embedder.stage_projections[-1]
+    with torch.no_grad():
+        queries = model.model(processor(images=noise(80, 120), return_tensors="pt")["pixel_values"]).last_hidden_state
+        # What all queries have in common is taken away, else all of them would be of one class.
+        projection.bias.copy_(-projection.weight @ embedder.dense(queries).relu().mean(dim=(0, 1)))
+        model.no_object_embedding.copy_(-projection.weight.mean(dim=1))
+    return model
+
+
+@pytest.fixture
+def predictor(model, processor) -> GKCPredictor:
+    predictor = GKCPredictor(model, processor)
+    predictor.set_vocabulary(WORDS)
+    return predictor
+
+
+def by_hand(model, processor, image, task, words=WORDS, **options):
+    """The path of the README, without a predictor."""
+    cached = model.get_class_embeddings(**processor(text=words, return_tensors="pt"))
+    inputs = processor(images=image, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs, **cached)
+    process = getattr(processor, f"post_process_{task}_segmentation")
+    return process(outputs, target_sizes=inputs["original_sizes"], **options)[0]
+
+
+def same(first, second) -> bool:
+    """Whether two results are equal to the last bit."""
+    equal = torch.equal(first.segmentation, second.segmentation) and first.segments == second.segments
+    scores = [getattr(each, "scores", None) for each in (first, second)]
+    return type(first) is type(second) and equal and (scores[0] is None or torch.equal(*scores))
+
+
+def infos(result) -> list[dict]:
+    return [
+        {name: getattr(segment, name) for name in ("id", "label_id", "was_fused", "score")}
+        for segment in result.segments
+    ]
+
+
+class TestPredict:
+    def test_semantic_results_are_those_of_the_calls_by_hand(self, model, processor, predictor):
+        image = noise(80, 120)
+        expected = by_hand(model, processor, image, "semantic", return_scores=True)
+        plain, scored = predictor.predict(image), predictor.predict(image, return_scores=True)
+        assert type(plain) is SemanticResult and plain.scores is None and plain.image is None
+        assert torch.equal(plain.segmentation, expected.segmentation) and plain.void_id == 255
+        assert torch.equal(scored.segmentation, expected.segmentation)
+        assert torch.equal(scored.scores, expected.scores)
+        assert plain.labels == ["red disc", "blue square", "lawn"]
+        segments = semantic_segments(expected.segmentation, expected.scores, 3)
+        assert [(each.id, each.label_id, each.score) for each in scored.segments] == [
+            (each["id"], each["label_id"], each["score"]) for each in segments
+        ]
+        assert len(segments) > 1 and all(each.label == scored.labels[each.id] for each in scored.segments)
+        assert [each.id for each in plain.segments] == [each.id for each in scored.segments]
+        assert {each.score for each in plain.segments} == {None}
+        assert torch.equal(plain.mask(plain.segments[0]), plain.segmentation == plain.segments[0].id)
+
+    @pytest.mark.parametrize(("task", "kind"), [("instance", InstanceResult), ("panoptic", PanopticResult)])
+    @pytest.mark.parametrize(
+        "options", [{}, ALL_SEGMENTS, ALL_SEGMENTS | {"mask_threshold": 0.3, "void_threshold": 0.2}]
+    )
+    def test_segments_are_those_of_the_calls_by_hand(self, model, processor, predictor, task, kind, options):
+        image = noise(80, 120)
+        expected = by_hand(model, processor, image, task, **options)
+        result = predictor.predict(image, task, **options)
+        assert type(result) is kind and result.void_id == (-1 if task == "instance" else 0)
+        assert torch.equal(result.segmentation, expected["segmentation"])
+        assert infos(result) == expected["segments_info"] and (result.segments or not options)
+        assert all(segment.label == result.labels[segment.label_id] for segment in result.segments)
+
+    def test_stuff_is_fused(self, model, processor):
+        predictor = GKCPredictor(model, processor)
+        predictor.set_vocabulary(Vocabulary(Vocabulary.parse(WORDS).names, [False] * 3))
+        settings = ALL_SEGMENTS | {"mask_threshold": 0.0}
+        result = predictor.predict(noise(80, 120), "panoptic", **settings)
+        labels = [segment.label for segment in result.segments]
+        assert len(labels) == len(set(labels)) > 1 and all(segment.was_fused for segment in result.segments)
+        expected = by_hand(model, processor, noise(80, 120), "panoptic", label_ids_to_fuse=[0, 1, 2], **settings)
+        assert infos(result) == expected["segments_info"]
+
+    @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+    def test_void(self, model, processor, task):
+        predictor = GKCPredictor(model, processor)
+        predictor.set_vocabulary(WORDS, void_labels="star; blue")
+        joined, void_ids = Vocabulary.parse(WORDS).with_void("star; blue")
+        void = {"void_threshold": 0.4, "void_id": 999 if task == "semantic" else -9}
+        settings = void | ({} if task == "semantic" else ALL_SEGMENTS)
+        expected = by_hand(model, processor, noise(80, 120), task, words=joined, void_label_ids=void_ids, **settings)
+        result = predictor.predict(noise(80, 120), task, **settings)
+        expected = expected if task == "semantic" else expected["segmentation"]
+        assert torch.equal(result.segmentation, expected) and (expected == void["void_id"]).any()
+        assert result.labels == ["red disc", "blue square", "lawn"] and result.void_id == void["void_id"]
+        assert {segment.label for segment in result.segments} <= set(result.labels)
+
+    @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+    def test_several_images_of_mixed_sizes(self, predictor, task, within):
+        images = [noise(80, 120), noise(33, 200, 1), noise(120, 80, 2), noise(80, 120, 3), noise(1, 1, 4)]
+        options = {} if task == "semantic" else ALL_SEGMENTS
+        together = predictor.predict(images, task, **options)
+        assert [result.segmentation.shape for result in together] == [(i.height, i.width) for i in images]
+        for image, result in zip(images, together, strict=True):
+            alone = predictor.predict(image, task, **options)
+            differing = (alone.segmentation != result.segmentation).float().mean()
+            within("predictor: share of pixels that a batch changes by rounding", differing, 0.002)
+        assert predictor.predict([], task) == []
+
+    @pytest.mark.parametrize("kind", ["path", "bytes", "array", "tensor", "batch", "file"])
+    def test_kinds_of_images(self, predictor, tmp_path, kind):
+        image, file = noise(80, 120), io.BytesIO()
+        image.save(tmp_path / "image.png")
+        image.save(file, "PNG")
+        given = {
+            "path": str(tmp_path / "image.png"),
+            "bytes": file.getvalue(),
+            "array": np.asarray(image),
+            "tensor": torch.from_numpy(np.array(image)).permute(2, 0, 1),
+            "batch": np.asarray(image)[None],
+            "file": file,
+        }[kind]
+        result = predictor.predict(given)
+        result = result[0] if kind == "batch" else result
+        assert same(result, predictor.predict(image))
+
+    def test_images_come_back_upright(self, predictor, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+        noise(40, 90).save(tmp_path / "turned.png", exif=exif)
+        result = predictor.predict(tmp_path / "turned.png", return_images=True)
+        assert result.image.size == (40, 90) and result.segmentation.shape == (90, 40)
+        np.testing.assert_array_equal(np.asarray(result.image), np.rot90(np.asarray(noise(40, 90)), -1))
+
+    def test_results_may_be_written_to(self, predictor):
+        result = predictor.predict(noise(80, 120), return_scores=True)
+        result.segmentation[result.scores < 0.1] = 255
+
+    @pytest.mark.parametrize(
+        ("task", "options", "error", "message"),
+        [
+            ("video", {}, ValueError, "`task` must be one of semantic, instance, panoptic, got 'video'"),
+            ("semantic", {"threshold": 0.0}, ValueError, "`threshold` is an option of instance and panoptic results"),
+            ("panoptic", {"top_k": 5}, ValueError, "`top_k` is an option of instance results, not of panoptic ones"),
+            ("panoptic", {"return_scores": True}, ValueError, "`return_scores` is an option of semantic results"),
+            ("instance", {"threshold": 2}, ValueError, "`threshold` must be a number between 0 and 1"),
+            ("instance", {"top_k": 0}, ValueError, "`top_k` must be"),
+            ("semantic", {"return_images": 1}, ValueError, "`return_images` must be"),
+            ("semantic", {"void_threshold": -1}, ValueError, "`void_threshold` must be"),
+            ("semantic", {"tresh": 0.5}, TypeError, "tresh"),
+        ],
+    )
+    def test_wrong_options(self, predictor, task, options, error, message):
+        with pytest.raises(error, match=message):
+            predictor.predict(noise(32, 32), task, **options)
+
+    def test_an_unreadable_image_is_named(self, predictor, tmp_path):
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=r"broken\.png: cannot be read"):
+            predictor.predict(tmp_path / "broken.png")
+        with pytest.raises(ValueError, match=r"^image 2 \(index 1\): cannot be read"):
+            predictor.predict([noise(32, 32), b"no image"])
+
+    def test_the_model_is_put_into_evaluation_mode(self, processor):
+        model = GKCForOpenVocabSegmentation(small_config()).train()
+        GKCPredictor(model, processor)
+        assert not model.training
+
+
+class TestVocabulary:
+    def test_stored_words_are_the_default(self, processor):
+        model = GKCForOpenVocabSegmentation(small_config())
+        predictor = GKCPredictor(model, processor)
+        assert predictor.vocabulary is None
+        for call in (lambda: predictor.predict(noise(32, 32)), lambda: predictor.predict_batches([])):
+            with pytest.raises(ValueError, match=r"There is no vocabulary: call `predictor\.set_vocabulary"):
+                call()
+        model.set_vocabulary(WORDS, processor)
+        assert predictor.predict(noise(32, 32)).labels == ["red disc", "blue square", "lawn"]
+        predictor.set_vocabulary("star; sky")
+        assert predictor.predict(noise(32, 32)).labels == ["star", "sky"]
+        predictor.set_vocabulary(None, void_labels="star")
+        assert predictor.vocabulary.labels == ["red disc", "blue square", "lawn"]
+        assert predictor.vocabulary.void_ids == (3,)
+
+    def test_known_words_are_not_encoded_again(self, processor):
+        model = GKCForOpenVocabSegmentation(small_config())
+        encoded = []
+        model.text_model.register_forward_pre_hook(
+            lambda module, args, kwargs: encoded.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        predictor = GKCPredictor(model, processor)
+        predictor.set_vocabulary("dog; sofa, couch; lamp")
+        predictor.predict([noise(32, 32)] * 2)
+        list(predictor.predict_batches([noise(32, 32)] * 3))
+        assert encoded == [4]
+        predictor.set_vocabulary("lamp; couch; star", void_labels="dog; sky")
+        assert encoded == [4, 1, 1]
+        predictor.set_vocabulary("couch; dog")
+        assert encoded == [4, 1, 1]
+
+    def test_templates_and_reduction(self, model, processor):
+        predictor = GKCPredictor(model, processor)
+        predictor.set_vocabulary(WORDS, prompt_templates=["red {}", "blue {}"], reduction="max")
+        prompts = processor(text=WORDS, prompt_templates=["red {}", "blue {}"], return_tensors="pt")
+        inputs = processor(images=noise(80, 120), return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(**inputs, **model.get_class_embeddings(**prompts), prompt_reduction="max")
+        (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(80, 120)])
+        assert torch.equal(predictor.predict(noise(80, 120)).segmentation, expected)
+
+    def test_kinds_of_stored_words(self, processor):
+        model = GKCForOpenVocabSegmentation(small_config())
+        model.set_vocabulary(Vocabulary([["disc"], ["lawn", "grass"]], [True, False]), processor)
+        predictor = GKCPredictor(model, processor)
+        predictor.set_vocabulary("grass; sky; disc")
+        assert predictor.vocabulary.vocabulary.is_thing == [False, None, True]
+
+    def test_an_image_processor_is_enough_for_encoded_words(self, model, processor, predictor):
+        images_only = GKCPredictor(model, processor.image_processor)
+        images_only.set_vocabulary(predictor.vocabulary)
+        assert same(images_only.predict(noise(80, 120)), predictor.predict(noise(80, 120)))
+
+    def test_a_stream_keeps_its_words(self, predictor):
+        results = predictor.predict_batches([noise(32, 32)] * 3)
+        next(results)
+        predictor.set_vocabulary("star; sky")
+        assert next(results).labels == ["red disc", "blue square", "lawn"]
+
+
+class TestEncodedVocabulary:
+    def test_inputs_are_those_of_the_model(self, model, processor):
+        encoded = EncodedVocabulary.encode(WORDS, model, processor)
+        expected = model.get_class_embeddings(**processor(text=WORDS, return_tensors="pt"))
+        inputs = encoded.model_inputs()
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+        assert inputs["prompt_reduction"] is None and encoded.labels == ["red disc", "blue square", "lawn"]
+
+    @pytest.mark.parametrize("void_labels", [None, "star; sky, air"])
+    @pytest.mark.parametrize("reduction", [None, "max"])
+    def test_files(self, model, processor, tmp_path, void_labels, reduction):
+        words = Vocabulary([["disc"], ["lawn", "grass"]], [True, None], [(1, 2, 3), (4, 5, 6)])
+        encoded = EncodedVocabulary.encode(words, model, processor, reduction=reduction)
+        encoded = encoded.with_void(void_labels, model, processor)
+        encoded.save(tmp_path / "words.safetensors", model)
+        read = EncodedVocabulary.load(tmp_path / "words.safetensors", model)
+        assert torch.equal(read.class_embeds, encoded.class_embeds) and torch.equal(read.class_ids, encoded.class_ids)
+        assert (read.vocabulary, read.void_ids, read.reduction) == (encoded.vocabulary, encoded.void_ids, reduction)
+        with safe_open(tmp_path / "words.safetensors", "pt") as file:
+            metadata = file.metadata()
+        plain = void_labels is None and reduction is None
+        assert metadata["format"] == f"gkc-class-embeddings-{2 if plain else 3}"
+        assert json.loads(metadata["vocabulary"])["names"] == encoded.vocabulary.names
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"vocabulary": "dog; sofa"}, "embeddings are of 3 classes, but the vocabulary has 2"),
+            ({"class_ids": [0, 0, 2]}, "must count from 0"),
+            ({"void_ids": (1,)}, r"must be the last of 3 classes and not all of them, got \[1\]"),
+            ({"void_ids": (0, 1, 2)}, "and not all of them"),
+            ({"reduction": "median"}, "`reduction` must be one of mean, max, embedding_mean, got 'median'"),
+        ],
+    )
+    def test_parts_that_do_not_fit(self, changes, message):
+        parts = {"vocabulary": "dog; sofa; lamp", "class_ids": [0, 1, 2]} | changes
+        parts["vocabulary"] = Vocabulary.parse(parts["vocabulary"])
+        parts["class_ids"] = torch.tensor(parts["class_ids"])
+        with pytest.raises(ValueError, match=message):
+            EncodedVocabulary(class_embeds=torch.eye(3, 16), **parts)
+
+    def test_void_classes_are_given_once(self, model, processor):
+        encoded = EncodedVocabulary.encode("dog", model, processor).with_void("sky", model, processor)
+        with pytest.raises(ValueError, match="void classes already"):
+            encoded.with_void("star", model, processor)
+
+
+class TestPredictBatches:
+    @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+    @pytest.mark.parametrize(("batch_size", "ahead"), [(1, None), (1, 0), (2, None), (3, 1), (9, 9)])
+    def test_results_in_order(self, predictor, task, batch_size, ahead):
+        images = [noise(80, 120, seed) if seed % 2 else noise(70, 50, seed) for seed in range(5)]
+        options = {} if task == "semantic" else ALL_SEGMENTS
+        batches = [images[start : start + batch_size] for start in range(0, 5, batch_size)]
+        expected = [result for batch in batches for result in predictor.predict(batch, task, **options)]
+        results = predictor.predict_batches(
+            iter(images), task, batch_size=batch_size, prefetch_images=ahead, return_images=True, **options
+        )
+        for image, result, other in zip(images, results, expected, strict=True):
+            assert same(result, other) and np.array_equal(np.asarray(result.image), np.asarray(image))
+
+    def test_images_are_read_while_the_model_computes(self, predictor, monkeypatch):
+        """Each batch waits until the next image has been read: without a thread of its own that would never happen."""
+        read = [threading.Event() for _ in range(4)]
+        waited = []
+
+        def images():
+            for seed, event in enumerate(read):
+                event.set()
+                yield noise(32, 32, seed)
+
+        original = GKCPredictor.forward
+
+        def forward(self, prepared, vocabulary=None):
+            following = len(waited) + 1
+            waited.append(following == len(read) or read[following].wait(SECONDS))
+            return original(self, prepared, vocabulary)
+
+        monkeypatch.setattr(GKCPredictor, "forward", forward)
+        assert len(list(predictor.predict_batches(images()))) == 4
+        assert waited == [True] * 4
+
+    @pytest.mark.parametrize(("batch_size", "ahead"), [(1, 1), (1, 3), (2, 2), (4, 1)])
+    def test_a_stream_without_end_is_read_a_bounded_number_ahead(self, predictor, batch_size, ahead):
+        taken = itertools.count()
+        given = []
+
+        def images():
+            for number in taken:
+                given.append(number)
+                yield noise(32, 32, number)
+
+        results = predictor.predict_batches(images(), batch_size=batch_size, prefetch_images=ahead)
+        for used in range(1, 7):
+            next(results)
+            batches = -(-used // batch_size)
+            assert used <= len(given) <= batches * batch_size + ahead
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+        assert len(threads) == 1
+        results.close()
+        assert not any(thread.is_alive() for thread in threads)
+
+    def test_nothing_is_read_before_the_first_result_is_asked_for(self, predictor):
+        taken = []
+        predictor.predict_batches(taken.append(index) for index in range(3))
+        assert taken == []
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 4])
+    def test_unreadable_images(self, predictor, tmp_path, transformers_log, batch_size):
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        images = [noise(32, 32), tmp_path / "broken.png", noise(40, 32, 1), None, noise(32, 40, 2)]
+        settings = {"batch_size": batch_size}
+        with pytest.raises(ValueError, match=r"broken\.png: cannot be read"):
+            for count, _ in enumerate(predictor.predict_batches(images, **settings), 1):
+                assert count == 1
+        results = list(predictor.predict_batches(images, on_error="yield", **settings))
+        assert [isinstance(result, FailedImage) for result in results] == [False, True, False, True, False]
+        assert [(result.index, result.image) for result in results[1::2]] == [(1, images[1]), (3, None)]
+        assert "broken.png" in str(results[1].error) and str(results[3].error).startswith("image 4 (index 3): ")
+        with transformers_log.at_level(logging.WARNING):
+            kept = list(predictor.predict_batches(images, on_error="skip", **settings))
+        assert all(same(result, other) for result, other in zip(kept, results[::2], strict=True))
+        said = [record.getMessage() for record in transformers_log.records]
+        assert [line[:25] for line in said] == ["Skipped image 2 (index 1)", "Skipped image 4 (index 3)"]
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_an_image_that_cannot_be_computed_costs_no_other(self, predictor, monkeypatch, batch_size):
+        original = GKCForOpenVocabSegmentation.forward
+
+        def forward(self, pixel_values, **kwargs):
+            if pixel_values.shape[-1] > 64:
+                raise RuntimeError("out of memory")
+            return original(self, pixel_values, **kwargs)
+
+        monkeypatch.setattr(GKCForOpenVocabSegmentation, "forward", forward)
+        images = [noise(64, 64, 0), noise(64, 96, 1), noise(64, 64, 2)]
+        results = list(predictor.predict_batches(images, on_error="yield", batch_size=batch_size))
+        assert [isinstance(result, FailedImage) for result in results] == [False, True, False]
+        assert results[1].index == 1 and str(results[1].error) == "out of memory"
+        with pytest.raises(RuntimeError) as caught:
+            list(predictor.predict_batches(images, batch_size=batch_size))
+        assert caught.value.__notes__ == ["It was raised for image 2 (index 1)."]
+
+    @pytest.mark.parametrize("on_error", ["raise", "yield", "skip"])
+    def test_an_error_of_the_stream_itself_comes_after_the_results_before_it(self, predictor, on_error):
+        def images():
+            yield from [noise(32, 32), noise(32, 32, 1)]
+            raise OSError("the camera is gone")
+
+        results, got = predictor.predict_batches(images(), batch_size=8, on_error=on_error), []
+        with pytest.raises(OSError, match="the camera is gone"):
+            for result in results:
+                got.append(result)
+        assert len(got) == 2
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"batch_size": 0}, "`batch_size` must be"),
+            ({"prefetch_images": -1}, "`prefetch_images` must be"),
+            ({"on_error": "ignore"}, "`on_error` must be one of raise, yield, skip, got 'ignore'"),
+            ({"task": "video"}, "`task` must be one of"),
+            ({"threshold": 0.5}, "`threshold` is an option of"),
+        ],
+    )
+    def test_wrong_arguments_are_told_at_once(self, predictor, settings, message):
+        with pytest.raises(ValueError, match=message):
+            predictor.predict_batches([], **settings)
+
+
+def test_prefetch_keeps_order_and_raises_in_place():
+    for ahead in (0, 1, 3):
+        assert list(prefetch(range(7), str, ahead)) == list("0123456")
+        values = prefetch([2, 1, 0, 5], lambda number: 2 // number, ahead)
+        assert [next(values), next(values)] == [1, 2]
+        with pytest.raises(ZeroDivisionError):
+            next(values)
+        assert list(values) == []
+
+
+def test_options_are_those_of_post_processing():
+    options = PredictionOptions("instance", threshold=0.1, top_k=3, void_threshold=0.2)
+    assert options.post_processing_arguments() == {"threshold": 0.1, "top_k": 3, "void_threshold": 0.2}
