@@ -23,41 +23,37 @@ transformers' own `pipeline("image-segmentation", model="folder")` works too, on
 only. `modeling_gkc.remote_code` says how a checkpoint is published so that it brings this pipeline along.
 """
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import GeneratorType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
-from .class_embeddings import GKCClassEmbeddings, add_void_words, encode_vocabulary
-from .image_processing_gkc import URL_TIMEOUT_S, read_image
-from .post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation, semantic_segments
+from .image_processing_gkc import URL_TIMEOUT_S
+from .predictor import (
+    TASK_OPTIONS,
+    GKCPredictor,
+    PredictionOptions,
+    PreparedImage,
+    is_file_object,
+    place_name,
+    prepare_image,
+)
 from .processing_gkc import GKCProcessor
 from .remote_code import CARD_NAME, save_with_code, write_card
-from .vocabulary import Vocabulary, VocabularyLike
+from .vocabulary import VocabularyLike
 
 SUBTASKS = ("panoptic", "instance", "semantic")
 # A sentence of the card that transformers pushes where a repository has none.
 _EMPTY_CARD = "This model card has been automatically generated"
-
-
-class _Words(NamedTuple):
-    """K + V encoded classes: labels of the K shown ones, which of them are stuff, and the ids of the V void ones."""
-
-    labels: list[str]
-    stuff_ids: set[int]
-    void_ids: list[int]
-    embeddings: GKCClassEmbeddings
 
 
 @dataclass(frozen=True)
@@ -186,71 +182,76 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         return {} if timeout is None else {"timeout": timeout}, given, {}
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        """One image; as every pipeline's, with the words encoded first."""
-        return super().run_single(inputs, preprocess_params, self._encode_words(**forward_params), postprocess_params)
+        """Segment one image; as every pipeline, with the words encoded first."""
+        params = self._prediction_params(**forward_params)
+        return super().run_single(inputs, preprocess_params, params, postprocess_params)
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
-        """Several images; as every pipeline's, with the words encoded first and once."""
-        words = self._encode_words(**forward_params)
-        return super().get_iterator(inputs, num_workers, batch_size, preprocess_params, words, postprocess_params)
+        """Segment several images; as every pipeline, with the words encoded first and once."""
+        params = self._prediction_params(**forward_params)
+        return super().get_iterator(inputs, num_workers, batch_size, preprocess_params, params, postprocess_params)
 
-    def _encode_words(
-        self, labels: VocabularyLike | None = None, void_labels: VocabularyLike | None = None, **params
+    def _prediction_params(
+        self,
+        labels: VocabularyLike | None = None,
+        void_labels: VocabularyLike | None = None,
+        subtask: str = "panoptic",
+        void_threshold: float | None = None,
+        **thresholds,
     ) -> dict[str, Any]:
+        """Encode the words, and choose the options that the subtask has."""
         if self.processor is None and (labels is not None or void_labels is not None):
             raise ValueError("words need a tokenizer: construct the pipeline with the `processor` of the checkpoint.")
-        shown, embeddings = self._stored_words() if labels is None else self._given_words(labels)
-        _, embeddings, void_ids = add_void_words(shown, embeddings, void_labels, self.model, self.processor)
-        # Stored classes may have been given other names to show since.
-        id2label = self.model.config.id2label
-        names = shown.labels if labels is not None else [id2label[index] for index in range(len(shown))]
-        return params | {"words": _Words(names, shown.stuff_ids, void_ids, embeddings)}
-
-    def _given_words(self, labels: VocabularyLike) -> tuple[Vocabulary, GKCClassEmbeddings]:
-        vocabulary = Vocabulary.parse(labels).with_kinds_of(self.model.vocabulary)
-        return vocabulary, encode_vocabulary(vocabulary, self.model, self.processor)
-
-    def _stored_words(self) -> tuple[Vocabulary, GKCClassEmbeddings]:
-        vocabulary = self.model.vocabulary
-        if vocabulary is None:
+        if labels is None and self.model.vocabulary is None:
             raise ValueError(
                 'no words to segment into: give `labels`, for example "dog; sofa, couch; lamp", or store a vocabulary '
                 "in the checkpoint by `model.set_vocabulary(...)`."
             )
-        return vocabulary, GKCClassEmbeddings(self.model.vocabulary_embeds, self.model.vocabulary_class_ids)
+        predictor = GKCPredictor(self.model, self.image_processor if self.processor is None else self.processor)
+        predictor.set_vocabulary(labels, void_labels=void_labels)
+        names = predictor.vocabulary.labels
+        if labels is None:  # stored classes may have been given other names to show since
+            names = [self.model.config.id2label[index] for index in range(len(names))]
+        is_semantic = subtask == "semantic"
+        known = {name: value for name, value in thresholds.items() if name in TASK_OPTIONS[subtask]}
+        return {
+            "predictor": predictor,
+            "options": PredictionOptions(subtask, is_semantic, void_threshold=void_threshold, **known),
+            "names": names,
+            "lowest_score": thresholds.get("threshold", 0.0) if is_semantic else 0.0,
+        }
 
-    def preprocess(self, image: Any, timeout: float = URL_TIMEOUT_S) -> dict[str, Any]:
-        """One image to the model's input and the size (height, width) of its masks."""
+    def preprocess(self, image: Any, timeout: float = URL_TIMEOUT_S) -> dict[str, PreparedImage]:
+        """Prepare one image."""
         image, name = (image.image, image.name) if isinstance(image, _Listed) else (image, "image")
-        if _is_file(image):
-            name = str(getattr(image, "name", name))
-            image = _content(image, name)
-        picture = read_image(image, name=name, timeout=timeout)
-        # Arrays go in as they are: the image processor rescales them by their own range.
-        source = image if isinstance(image, np.ndarray | Tensor) else picture
-        inputs = self.image_processor(source, return_tensors="pt")
-        size = (picture.height, picture.width)
-        # In a dict of its own, an image passes transformers' collation as it is and may have any size.
-        return {"image": {"pixel_values": inputs["pixel_values"], "pixel_mask": inputs["pixel_mask"], "size": size}}
+        # In a class of its own, an image passes transformers' collation as it is and may have any size.
+        return {"image": prepare_image(image, self.image_processor, name=name, timeout=timeout)}
 
     def _forward(
-        self, model_inputs: dict[str, Any], words: _Words, subtask: str = "panoptic", **thresholds
+        self,
+        model_inputs: dict[str, Any],
+        predictor: GKCPredictor,
+        options: PredictionOptions,
+        names: list[str],
+        lowest_score: float,
     ) -> dict[str, list[dict[str, Any]]]:
+        """Return for each image a `map` of ids (H, W) and the `segments` in it: (id, name, score)."""
         images = model_inputs["image"]
-        images = [images] if isinstance(images, dict) else images
-        outputs = self.model(
-            pixel_values=_batch([image["pixel_values"] for image in images]).to(self.model.dtype),
-            pixel_mask=_batch([image["pixel_mask"] for image in images]),
-            **words.embeddings,
-        )
-        contents = [None] * len(images) if outputs.content_sizes is None else outputs.content_sizes.tolist()
-        logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
         # Here and not in `postprocess`, which transformers gives tensors of the CPU only.
-        segmented = [
-            _segment(subtask, (*image_logits, content, image["size"]), words, thresholds)
-            for image_logits, content, image in zip(logits, contents, images, strict=True)
-        ]
-        return {"segments": segmented}
+        results = predictor.predict_prepared([images] if isinstance(images, PreparedImage) else images, options)
+        return {
+            "segments": [
+                {
+                    "map": result.segmentation,
+                    "segments": [
+                        (segment.id, names[segment.label_id], segment.score)
+                        for segment in result.segments
+                        if segment.score >= lowest_score
+                    ],
+                }
+                for result in results
+            ]
+        }
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         """A map of ids and the segments in it to one mask per segment."""
@@ -290,7 +291,7 @@ def _as_list_or_generator(inputs: Any) -> Any:
     """Several images in the forms that transformers' pipelines take for several; all else as it is."""
     if isinstance(inputs, tuple) or (isinstance(inputs, np.ndarray | Tensor) and inputs.ndim == 4):
         return list(inputs)
-    return (image for image in inputs) if isinstance(inputs, Iterator) and not _is_file(inputs) else inputs
+    return (image for image in inputs) if isinstance(inputs, Iterator) and not is_file_object(inputs) else inputs
 
 
 def _named(images: Any) -> Any:
@@ -303,7 +304,7 @@ def _named(images: Any) -> Any:
 
 
 def _listed(image: Any, index: int) -> _Listed:
-    return _Listed(image, f"image {index + 1} (index {index})")
+    return _Listed(image, place_name(index))
 
 
 class _NamedImages(Dataset):
@@ -329,55 +330,6 @@ def _dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"`dtype` must be a precision such as torch.bfloat16, got {given!r}.")
     return dtype
-
-
-def _is_file(image: Any) -> bool:
-    return callable(getattr(image, "read", None))
-
-
-def _content(file: Any, name: str) -> bytes:
-    """All of a file object, from its start where it can go there, as Pillow reads it."""
-    if isinstance(file, io.TextIOBase):
-        raise ValueError(f"{name}: open the file in binary mode, as by open(path, 'rb').")
-    if getattr(file, "seekable", bool)():
-        file.seek(0)
-    return file.read()
-
-
-def _batch(tensors: list[Tensor]) -> Tensor:
-    """Tensors (1, ..., H_i, W_i), padded with zeros at the right and bottom, as one (B, ..., H, W)."""
-    height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (-2, -1))
-    return torch.cat([F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors])
-
-
-def _segment(subtask: str, image: tuple, words: _Words, thresholds: dict[str, float]) -> dict[str, Any]:
-    """A `map` of ids (H, W), and the `segments` in it: (id, label, score)."""
-    void = {"void_label_ids": words.void_ids}
-    if subtask == "semantic":
-        return _semantic_segments(image, words, void, **thresholds)
-    thresholds = dict(thresholds)
-    top_k = thresholds.pop("top_k", None)
-    if subtask == "instance":
-        thresholds |= {} if top_k is None else {"top_k": top_k}
-        found = instance_segmentation(*image, **void, **thresholds)
-    else:
-        found = panoptic_segmentation(*image, label_ids_to_fuse=words.stuff_ids, **void, **thresholds)
-    segments = [(info["id"], words.labels[info["label_id"]], info["score"]) for info in found["segments_info"]]
-    return {"map": found["segmentation"], "segments": segments}
-
-
-def _semantic_segments(
-    image: tuple,
-    words: _Words,
-    void: dict[str, Any],
-    threshold: float = 0.0,
-    void_threshold: float | None = None,
-    **of_masks,
-) -> dict[str, Any]:
-    class_map, scores = semantic_segmentation(*image, void_threshold=void_threshold, **void)
-    shown = semantic_segments(class_map, scores, len(words.labels))
-    segments = [(info["id"], words.labels[info["id"]], info["score"]) for info in shown if info["score"] >= threshold]
-    return {"map": class_map, "segments": segments}
 
 
 __all__ = ["GKCSegmentationPipeline"]

@@ -401,8 +401,10 @@ class GKCPredictor:
             encoded = EncodedVocabulary.encode(
                 vocabulary, self.model, self.processor, prompt_templates=prompt_templates, reduction=reduction
             )
-        encoded = encoded.with_void(void_labels, self.model, self.processor, prompt_templates=prompt_templates)
-        self._vocabulary = encoded.with_kinds_of(self.model.vocabulary)
+        encoded = encoded.with_kinds_of(self.model.vocabulary)  # before void classes, which have kinds of their own
+        self._vocabulary = encoded.with_void(
+            void_labels, self.model, self.processor, prompt_templates=prompt_templates
+        )
 
     def predict(
         self, images: ImageLike | Sequence[ImageLike], task: str = "semantic", **options

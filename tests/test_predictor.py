@@ -268,6 +268,8 @@ class TestVocabulary:
         predictor = GKCPredictor(model, processor)
         predictor.set_vocabulary("grass; sky; disc")
         assert predictor.vocabulary.vocabulary.is_thing == [False, None, True]
+        predictor.set_vocabulary("grass; sky; disc", void_labels=Vocabulary([["star"]], [False]))
+        assert predictor.vocabulary.vocabulary.is_thing == [False, None, True, False]
 
     def test_an_image_processor_is_enough_for_encoded_words(self, model, processor, predictor):
         images_only = GKCPredictor(model, processor.image_processor)
