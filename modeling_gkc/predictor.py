@@ -35,7 +35,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -144,12 +144,14 @@ class SegmentationResult:
     Segmentation of one image.
 
     Attributes:
+        task: "semantic", "instance" or "panoptic".
         segmentation: (H, W) map of ids on the model's device, in the size of the upright image.
         void_id: Value of the pixels that belong to no segment.
         labels: First names of the K classes.
         image: The upright RGB image with `return_images`, else None.
     """
 
+    task: ClassVar[str]
     segmentation: Tensor
     void_id: int
     labels: list[str]
@@ -170,6 +172,7 @@ class SemanticResult(SegmentationResult):
             None without `return_scores`.
     """
 
+    task: ClassVar[str] = "semantic"
     scores: Tensor | None = None
 
     @cached_property
@@ -192,6 +195,7 @@ class InstanceResult(SegmentationResult):
         segments: The objects, best score first.
     """
 
+    task: ClassVar[str] = "instance"
     segments: list[Segment]
 
 
@@ -204,6 +208,7 @@ class PanopticResult(SegmentationResult):
         segments: The segments in the order of their ids.
     """
 
+    task: ClassVar[str] = "panoptic"
     segments: list[Segment]
 
 

@@ -515,7 +515,7 @@ class TestEnds:
         def interrupted(*arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("modeling_gkc.cli.segment._segment_file", interrupted)
+        monkeypatch.setattr("modeling_gkc.cli.segment._write_result", interrupted)
         command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(tmp_path / "out")]
         assert main(command) == 130
         assert capsys.readouterr().err.splitlines()[-1] == "gkc: stopped."

@@ -119,7 +119,7 @@ class TestPredict:
         image = noise(80, 120)
         expected = by_hand(model, processor, image, task, **options)
         result = predictor.predict(image, task, **options)
-        assert type(result) is kind and result.void_id == (-1 if task == "instance" else 0)
+        assert type(result) is kind and result.task == task and result.void_id == (-1 if task == "instance" else 0)
         assert torch.equal(result.segmentation, expected["segmentation"])
         assert infos(result) == expected["segments_info"] and (result.segments or not options)
         assert all(segment.label == result.labels[segment.label_id] for segment in result.segments)
