@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_gkc.atomic_files import atomic_write, atomic_write_json
+from modeling_gkc.atomic_files import atomic_folder, atomic_write, atomic_write_json
 from modeling_gkc.cli.common import error_line, interruptible
 
 TEMPLATE = Path(__file__).parent / "gkc_mini_template.md"
@@ -52,11 +52,11 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None 
     if size > MAX_BYTES:
         raise ValueError(f"The checkpoint has {size} bytes, more than {MAX_BYTES}.")
     results |= {"published": {"arm": arm, "seed": seed}}
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(model, out)
-    add_library_entry(out)
-    atomic_write_json(out / "results.json", results)
-    atomic_write(out / "README.md", card(results, json.loads((out / "config.json").read_text())))
+    with atomic_folder(out, overwrite=True) as unfinished:
+        shutil.copytree(model, unfinished, dirs_exist_ok=True)
+        add_library_entry(unfinished)
+        atomic_write_json(unfinished / "results.json", results)
+        atomic_write(unfinished / "README.md", card(results, json.loads((unfinished / "config.json").read_text())))
 
 
 def _read_summary(run: Path) -> dict:
@@ -113,7 +113,7 @@ def update_page(run: Path, page: Path = PAGE) -> None:
         pattern = rf"(<!-- table {name} -->).*?(<!-- end -->)"
         text = re.sub(pattern, lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", text, flags=re.DOTALL)
     atomic_write(page, text)
-    shutil.copy(run / "summary.png", page.with_suffix(".png"))
+    atomic_write(page.with_suffix(".png"), (run / "summary.png").read_bytes())
 
 
 @interruptible("hub_card.publish_mini")

@@ -15,12 +15,27 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_TEMPORARY_NAME = re.compile(r"\.(?P<stem>.*)-[a-z0-9_]{8}\.part(?P<suffix>\.[^.]*)?")
+
+
+def _affixes(path: Path) -> tuple[str, str]:
+    """Prefix and suffix of the temporary name of `path`, between which `tempfile` puts eight random characters."""
+    return f".{path.stem[:40]}-", f".part{path.suffix}"
+
+
+def _default_mode(mode: int) -> int:
+    """Permissions that ordinary new files (0o666) or folders (0o777) get; tempfile's are for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask
 
 
 @contextmanager
@@ -39,15 +54,13 @@ def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
         OSError: the folder is missing or not writable, or the disk is full; `path` is then as it was.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=f".part{path.suffix}", dir=path.parent)
+    prefix, suffix = _affixes(path)
+    handle, name = tempfile.mkstemp(suffix, prefix, path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp creates files that only their owner may read; results get the permissions of ordinary new files.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(_default_mode(0o666))
         if sync:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -101,26 +114,55 @@ def check_new_folder(path: str | Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     Yield a temporary folder beside `path`; it gets this name if the block succeeds and is deleted otherwise.
 
+    Args:
+        path: Folder to make; the folders above it are made too.
+        overwrite: Whether a folder that is there already is replaced. A kill between the removal of the old folder
+            and the renaming of the new one leaves no folder of this name, never a mixture.
+
     Raises:
-        FileExistsError: there is a file, or a folder that is not empty.
+        FileExistsError: there is a file, or a folder that is not empty and `overwrite` is false.
         OSError: the folder cannot be made.
     """
-    check_new_folder(path)
     target = Path(path).resolve()
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
+    if not overwrite or target.is_file():
+        check_new_folder(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix, suffix = _affixes(target)
+    unfinished = Path(tempfile.mkdtemp(suffix, prefix, target.parent))
     try:
+        unfinished.chmod(_default_mode(0o777))
         yield unfinished
         if target.is_dir():
-            target.rmdir()
+            shutil.rmtree(target) if overwrite else target.rmdir()
         unfinished.rename(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-__all__ = ["atomic_folder", "atomic_path", "atomic_write", "atomic_write_json", "check_new_folder"]
+def remove_leftovers(folder: str | Path, target: str | Path | None = None) -> None:
+    """
+    Delete temporary files and folders of `atomic_path` and `atomic_folder` that killed processes left in a folder.
+
+    The caller must know that no other process is writing there.
+
+    Args:
+        folder: Where to look, not in its sub-folders. Nothing happens where it does not exist.
+        target: Name of a file or folder; only leftovers of its writing are deleted. None deletes all.
+    """
+    wanted = None if target is None else _affixes(Path(target))
+    for path in Path(folder).glob(".*"):
+        found = _TEMPORARY_NAME.fullmatch(path.name)
+        if found is None or wanted not in (None, (f".{found['stem']}-", f".part{found['suffix'] or ''}")):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+__all__ = ["atomic_folder", "atomic_path", "atomic_write", "atomic_write_json", "check_new_folder", "remove_leftovers"]

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from modeling_gkc.atomic_files import atomic_folder, atomic_path, atomic_write, atomic_write_json
+from modeling_gkc.atomic_files import atomic_folder, atomic_path, atomic_write, atomic_write_json, remove_leftovers
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
@@ -59,3 +59,41 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileExistsError, match="there already"), atomic_folder(tmp_path / "checkpoint"):
         pass
     assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == b"whole"
+
+
+def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "old").touch()
+    with (
+        pytest.raises(OSError, match="disk"),
+        atomic_folder(tmp_path / "checkpoint", overwrite=True) as unfinished,
+    ):
+        (unfinished / "new").touch()
+        raise OSError("disk full")
+    assert os.listdir(tmp_path) == ["checkpoint"] and os.listdir(tmp_path / "checkpoint") == ["old"]
+    mask = os.umask(0o022)
+    try:
+        with atomic_folder(tmp_path / "checkpoint", overwrite=True) as unfinished:
+            (unfinished / "new").touch()
+    finally:
+        os.umask(mask)
+    assert os.listdir(tmp_path) == ["checkpoint"] and os.listdir(tmp_path / "checkpoint") == ["new"]
+    assert stat.S_IMODE((tmp_path / "checkpoint").stat().st_mode) == 0o755
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    left = []
+    for name in ("result.json", "other.json", "data"):
+        with pytest.raises(OSError, match="killed"), atomic_path(tmp_path / name) as temporary:
+            left.append(temporary.name)
+            raise OSError("killed")
+    kept = [".hidden", "result.json", ".result.part.json", ".gitignore"]
+    for name in [*kept, *left[:2]]:
+        (tmp_path / name).touch()
+    (tmp_path / left[2]).mkdir()
+    (tmp_path / left[2] / "shard").touch()
+    remove_leftovers(tmp_path, "result.json")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, *left[1:]])
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+    remove_leftovers(tmp_path / "nothing")

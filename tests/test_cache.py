@@ -556,7 +556,7 @@ def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_pat
     DatasetDict(train=captioned).save_to_disk(tmp_path / "data")
     assert run(tmp_path / "data", "--clip", clip) == 0
     arguments = ["nouns", str(tmp_path / "data"), "--wordnet", str(wordnet)]
-    (tmp_path / ".data-nouns.partial").mkdir()  # of a killed run
+    (tmp_path / ".data-nouns-ab12cd_9.part").mkdir()  # of a killed run
     assert precompute.main(arguments) == 0
     found = load_from_disk(str(tmp_path / "data-nouns"))["train"]
     assert found["nouns"][1] == [["dog"], []]

@@ -153,7 +153,7 @@ def test_a_damaged_shard_is_refused_when_its_rows_are_read_and_written_again(tmp
     with pytest.raises(DamagedFileError, match=rf"{path} is damaged, rows 4 to 6 .*: `again` writes it anew"):
         store.lookup(["i2"], ids)
     written = write_store(tmp_path, rows)
-    assert sorted(written._whole) == [0, 1, 2]
+    assert sorted(written.shards._verified) == [0, 1, 2]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == undamaged
 
 

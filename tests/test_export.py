@@ -126,7 +126,7 @@ def test_classes_with_synonyms_get_the_logits_of_the_model(folder, shipped, with
 
 def test_folder_says_all_that_is_needed(folder, shipped):
     _, processor = shipped
-    runner = {"run.py", "image_reading.py"}
+    runner = {"run.py", "image_reading.py", "atomic_files.py"}
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "export.json", "class_embeds.npz", *runner}
     assert [path.name for path in folder.parent.iterdir()] == ["words"]
     settings = json.loads((folder / "export.json").read_text())

@@ -72,7 +72,7 @@ def test_images_and_masks_become_a_dataset(tmp_path, capsys):
     report = json.loads((tmp_path / "data" / "report.json").read_text())
     assert report["classes"]["disc"] == {"segments": 10, "images": 10} and report["problems"] == []
     assert "8 train, 2 val" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()].count("data.partial") == 0
+    assert not [path.name for path in tmp_path.iterdir() if ".part" in path.name]
 
 
 def test_void_pixels_are_counted_with_what_becomes_of_them(tmp_path, capsys):
@@ -205,8 +205,11 @@ def test_nothing_half_written_looks_finished(tmp_path, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             convert(folder, tmp_path / "data")
     assert not (tmp_path / "data").exists()
+    (tmp_path / ".data-ab12cd_9.part").mkdir()  # of a run that was killed by force
+    (tmp_path / ".others-ab12cd_9.part").mkdir()
     convert(folder, tmp_path / "data")
-    assert len(all_rows(tmp_path / "data")) == 4 and not (tmp_path / "data.partial").exists()
+    assert len(all_rows(tmp_path / "data")) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".others-ab12cd_9.part", "data", "mine"]
     assert main([str(folder), "--out", str(tmp_path / "data")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main([str(tmp_path), "--out", str(tmp_path / "new")]) == 2

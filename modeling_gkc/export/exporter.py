@@ -18,7 +18,8 @@
     model.onnx or model.pt2   the graph, fp32
     export.json               what it takes and gives: see `describe`
     class_embeds.npz          unless the words are in the graph: `names` (K,), `class_embeds` (K, D), `colors` (K, 3)
-    run.py, image_reading.py  for ONNX: an image to a label map with numpy, Pillow and onnxruntime only
+    run.py                    for ONNX: an image to a label map with numpy, Pillow and onnxruntime only; imports
+                              image_reading.py and atomic_files.py beside it
 
 The graph takes `pixel_values` (B, 3, H, W) and, unless the words are in it, `class_embeds` (K, D), one row per class.
 It gives `class_queries_logits` (B, Q, K + 1), the last column no-object, `masks_queries_logits` (B, Q, H/4, W/4) and
@@ -30,6 +31,7 @@ Letters: B images, Q queries, K classes, P prompts, D text-embedding width, (H, 
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ import torch
 import transformers
 from transformers.image_utils import PILImageResampling
 
-from .. import image_reading
+from .. import atomic_files, image_reading
 from ..atomic_files import atomic_folder, check_new_folder
 from ..class_embeddings import GKCClassEmbeddings, count_classes, encode_vocabulary
 from ..configuration_gkc import GKCConfig
@@ -65,7 +67,11 @@ WORDS_FILE = "class_embeds.npz"
 RUNNER_FILE = "run.py"
 ONNX_PACKAGES = ("onnx", "onnxscript")
 # Sources of this library that are copied beside an ONNX graph, by the names they get there.
-RUNNER_SOURCES = {RUNNER_FILE: runner.__file__, "image_reading.py": image_reading.__file__}
+RUNNER_SOURCES = {
+    RUNNER_FILE: runner.__file__,
+    "image_reading.py": image_reading.__file__,
+    "atomic_files.py": atomic_files.__file__,
+}
 
 
 @dataclass
@@ -319,7 +325,7 @@ def _write_runner(folder: Path) -> None:
     """Copy what turns a picture into a label map; a script imports its neighbors without a leading dot."""
     for name, source in RUNNER_SOURCES.items():
         text = Path(source).read_text(encoding="utf-8")
-        (folder / name).write_text(text.replace("from ..image_reading", "from image_reading"), encoding="utf-8")
+        (folder / name).write_text(re.sub(r"^from \.\.(?=\w)", "from ", text, flags=re.MULTILINE), encoding="utf-8")
 
 
 def _write_json(path: Path, settings: dict[str, Any]) -> None:

@@ -13,14 +13,14 @@
 # limitations under the License.
 """Segment a picture with the exported graph of a folder; needs numpy, Pillow and onnxruntime only.
 
-`export_segmenter` copies this file as run.py, and `image_reading` beside it, into the folder of an ONNX graph.
+`export_segmenter` copies this file as run.py, with `image_reading` and `atomic_files` beside it, into the folder of an
+ONNX graph.
 
 Letters: Q queries, K classes, (h, w) the grid of the mask logits, (H, W) the picture.
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..atomic_files import atomic_path
 from ..image_reading import open_rgb
 
 try:
@@ -100,12 +101,8 @@ def write_label_map(labels: np.ndarray, colors: np.ndarray, path: Path) -> None:
     image = Image.fromarray(labels)
     if labels.dtype == np.uint8:
         image.putpalette(colors.astype(np.uint8).tobytes())
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        image.save(unfinished, "PNG")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def load_classes(folder: Path, settings: dict[str, Any]) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:

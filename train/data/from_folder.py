@@ -7,7 +7,6 @@ The folder is one of
 
 import argparse
 import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from configuration import load_recipe
-from modeling_gkc.atomic_files import atomic_write_json
+from modeling_gkc.atomic_files import atomic_folder, atomic_write_json, remove_leftovers
 from modeling_gkc.cli.common import UserError, error_line, interruptible, load_checkpoint
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -110,29 +109,29 @@ def _convert(
     source = find_source(folder, instances)
     if init_from is not None and (reason := why_indistinct(source.vocabulary, init_from)):
         raise ValueError(f"--init-from: {reason}")
-    part = out.with_name(out.name + ".partial")
-    shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
-    part.mkdir(parents=True)
-    writer = _Writer(source)
-    splits = {
-        split: writer.write(split, pictures, part / f"{split}.arrow") for split, pictures in shares(source, val_share)
-    }
-    if not any(map(len, splits.values())):
-        raise ValueError("\n  ".join(["No picture can be used.", *source.problems[:10]]))
-    if not writer.segments.any():
-        raise ValueError(
-            "No picture has a segment of any class, all pixels are void: nothing could be learned. Masks of 0 and 255 "
-            f'need a name for 255 in {mask_folder.NAMES_FILE}, such as {{"255": "cat"}}.'
-        )
-    DatasetDict({split: rows for split, rows in splits.items() if len(rows)}).save_to_disk(part)
-    for split in splits:
-        (part / f"{split}.arrow").unlink()
-    command = shlex.join(["python", "-m", "train.data.from_folder", str(folder), "--out", str(out)])
-    seal_dataset(part, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and make it again with `{command}`.")
-    _write_json(part / VOCABULARY_NAME, vocabulary_json(source.vocabulary))
-    report = writer.report({split: len(rows) for split, rows in splits.items() if len(rows) or split != "test"})
-    _write_json(part / REPORT_NAME, report)
-    part.rename(out)
+    remove_leftovers(out.parent, out.name)
+    with atomic_folder(out) as unfinished:
+        writer = _Writer(source)
+        splits = {
+            split: writer.write(split, pictures, unfinished / f"{split}.arrow")
+            for split, pictures in shares(source, val_share)
+        }
+        if not any(map(len, splits.values())):
+            raise ValueError("\n  ".join(["No picture can be used.", *source.problems[:10]]))
+        if not writer.segments.any():
+            raise ValueError(
+                "No picture has a segment of any class, all pixels are void: nothing could be learned. Masks of 0 and "
+                f'255 need a name for 255 in {mask_folder.NAMES_FILE}, such as {{"255": "cat"}}.'
+            )
+        DatasetDict({split: rows for split, rows in splits.items() if len(rows)}).save_to_disk(unfinished)
+        for split in splits:
+            (unfinished / f"{split}.arrow").unlink()
+        command = shlex.join(["python", "-m", "train.data.from_folder", str(folder), "--out", str(out)])
+        remedy = f"delete {out} (`rm -r {shlex.quote(str(out))}`) and make it again with `{command}`."
+        seal_dataset(unfinished, remedy)
+        atomic_write_json(unfinished / VOCABULARY_NAME, vocabulary_json(source.vocabulary))
+        report = writer.report({split: len(rows) for split, rows in splits.items() if len(rows) or split != "test"})
+        atomic_write_json(unfinished / REPORT_NAME, report)
     return report
 
 
@@ -208,10 +207,6 @@ class _Writer:
             "left_out": self.left_out,
             "notes": notes,
         }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    atomic_write_json(path, content)
 
 
 def describe(report: dict[str, Any], out: Path) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from modeling_gkc.atomic_files import atomic_write_json
+from modeling_gkc.atomic_files import atomic_write_json, remove_leftovers
 from modeling_gkc.cli.common import error_line, interruptible, warnings_as_lines
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -39,7 +39,7 @@ from .prepared import (
     vocabulary_json,
     write_manifest,
 )
-from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, finished_report, plan_shards, write_shards
+from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, plan_shards, write_shards
 from .sources import Picture
 
 IMAGES_PER_SHARD = 500
@@ -178,7 +178,8 @@ def _prepare_split(
     manifest["splits"][split] = {"complete": False, "digest": digest, "shards": [], "problems": []}
     write_manifest(out, manifest)
     vocabulary = _unchanged_classes(benchmark, source, out)
-    reports = _write(Work(benchmark, split, pictures, len(vocabulary), out), settings)
+    plans = plan_shards(split, len(pictures), settings.images_per_shard)
+    reports = _write(Work(benchmark, split, pictures, len(vocabulary), out, plans), settings)
     record = _record(benchmark, split, len(pictures), reports, vocabulary, settings) | {"digest": digest}
     manifest["splits"][split] = record
     _settle(out, split, reports, record["complete"])
@@ -217,20 +218,22 @@ def _forget(out: Path, split: str) -> None:
 
 def _write(work: Work, settings: Settings) -> list[ShardReport]:
     """The reports of all files, those of finished ones from the earlier run."""
-    plans = plan_shards(work.split, len(work.pictures), settings.images_per_shard)
+    shards = work.shards
+    shards.remove_leftovers()
+    remove_leftovers(work.out / PROGRESS_FOLDER)
     for path in (work.out / PROGRESS_FOLDER).glob(f"{work.split}-*.parquet.*[0-9]"):
-        path.unlink()  # half a file of a killed run
-    done = {plan.file: report for plan in plans if (report := finished_report(work.out, plan))}
-    rest = [plan for plan in plans if plan.file not in done]
-    finished = sum(plan.stop - plan.start for plan in plans if plan.file in done)
+        path.unlink()  # half a file of a killed run of version 0.1.0 or older
+    found = shards.finished()
+    rest = [plan for plan in work.plans if plan.number not in found]
+    finished = sum(plan.stop - plan.start for plan in work.plans if plan.number in found)
     label = f"{work.benchmark.name} {work.split}"
-    if done:
+    if found:
         tqdm.write(f"{label}: going on with {finished} of {len(work.pictures)} images finished", file=sys.stderr)
     total = len(work.pictures)
     with tqdm(total=total, initial=finished, desc=label, unit="image", disable=not settings.progress) as bar:
         written = write_shards(work, rest, settings.num_proc, bar.update)
-    found = done | {report.file: report for report in written}
-    return [found[plan.file] for plan in plans]
+    found |= {plan.number: report for plan, report in zip(rest, written, strict=True)}
+    return [found[plan.number] for plan in work.plans]
 
 
 def _record(

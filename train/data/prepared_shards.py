@@ -1,7 +1,11 @@
-"""Parquet files of a prepared benchmark: each whole or not there, the same bytes from any number of processes."""
+"""Parquet files of a prepared benchmark, the same bytes from any number of processes.
 
-import hashlib
+The files are kept by `train.storage.shard_folder.ShardFolder`. While a split is unfinished, `PROGRESS_FOLDER` holds a
+report of every file, from which a killed command goes on.
+"""
+
 import io
+import itertools
 import multiprocessing
 import os
 import threading
@@ -20,7 +24,8 @@ from PIL import Image
 
 from modeling_gkc.sealed_files import DamagedFileError
 
-from ..storage.checksums import Each, read_sealed_json, write_sealed_json
+from ..storage.checksums import Each, file_sha256, read_sealed_json, write_sealed_json
+from ..storage.shard_folder import ShardFolder
 from .benchmarks.base import Benchmark
 from .prepared import is_damaged
 from .schema import NO_CLASS, dataset_features, encode_ids
@@ -45,6 +50,7 @@ _REPORT = {
 class ShardPlan:
     """Which pictures of a split go into a file."""
 
+    number: int
     file: str
     start: int
     stop: int
@@ -84,23 +90,29 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class Work:
-    """What all files of a split have in common."""
+    """The pictures of a split, and the files that they go into."""
 
     benchmark: Benchmark
     split: str
     pictures: Sequence[Picture]
     num_classes: int
     out: Path
+    plans: Sequence[ShardPlan]
+
+    @property
+    def shards(self) -> ShardFolder:
+        """The files; those that are finished have a `ShardReport`."""
+        files = [plan.file for plan in self.plans]
+        return ShardFolder(self.out, files, lambda number: finished_report(self.out, self.plans[number]))
 
 
 def plan_shards(split: str, images: int, per_shard: int) -> list[ShardPlan]:
     """The files of a split."""
     number = max(1, -(-images // per_shard))
+    starts = [index * per_shard for index in range(number)]
     return [
-        ShardPlan(
-            f"{split}-{index:05d}-of-{number:05d}.parquet", index * per_shard, min(images, (index + 1) * per_shard)
-        )
-        for index in range(number)
+        ShardPlan(index, f"{split}-{index:05d}-of-{number:05d}.parquet", start, min(images, start + per_shard))
+        for index, start in enumerate(starts)
     ]
 
 
@@ -193,30 +205,16 @@ def _write_in_process(plan: ShardPlan) -> ShardReport:
 
 
 def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> ShardReport:
-    """Write a file under another name, then its report, then give it its name."""
-    features = dataset_features()
-    report, schema = ShardReport(plan.file), features.arrow_schema
-    partial = work.out / PROGRESS_FOLDER / f"{plan.file}.{os.getpid()}"
-    with pq.ParquetWriter(partial, schema, compression="snappy", use_dictionary=False) as writer:
-        rows = _rows(work, work.pictures[plan.start : plan.stop], report, advance)
-        for group in _groups(rows):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-    with partial.open("rb") as file:
-        report.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    write_sealed_json(_report_path(work.out, plan.file), vars(report))
-    os.replace(partial, work.out / plan.file)
+    """Write a file under a temporary name, then its report, then give it its name."""
+    report, schema = ShardReport(plan.file), dataset_features().arrow_schema
+    with work.shards.writing(plan.number) as temporary:
+        with pq.ParquetWriter(temporary, schema, compression="snappy", use_dictionary=False) as writer:
+            rows = _rows(work, work.pictures[plan.start : plan.stop], report, advance)
+            while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+        report.sha256 = file_sha256(temporary)
+        write_sealed_json(_report_path(work.out, plan.file), vars(report), sync=True)
     return report
-
-
-def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    group: list[dict[str, Any]] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == _ROWS_PER_GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _rows(

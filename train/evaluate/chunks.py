@@ -1,7 +1,7 @@
 """Evaluation in pieces: consecutive images whose counts are stored when they are done, so that a kill loses little.
 
-The pieces depend on the data alone, not on the number of processes. Each is one file, written whole or not at all, in
-a folder named by the fingerprint of everything that the numbers depend on; files of another model, other data or other
+The pieces depend on the data alone, not on the number of processes. Each is one file of a `ShardFolder`, in a folder
+named by the fingerprint of everything that the numbers depend on; files of another model, other data or other
 options lie elsewhere and are never read. A file begins with the SHA-256 of its folder's and its own name and of what
 follows, so that a damaged one, or that of another piece under its name, is found before numpy reads it.
 """
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modeling_gkc.atomic_files import atomic_write
 from modeling_gkc.sealed_files import DamagedFileError
+
+from ..storage.shard_folder import ShardFolder
 
 if TYPE_CHECKING:
     from .scores import Score
@@ -45,34 +46,27 @@ def plan_chunks(video_ids: Sequence[str], images_per_chunk: int = IMAGES_PER_CHU
     return chunks
 
 
-class ChunkFolder:
+class ChunkFolder(ShardFolder):
     """
     The finished chunks of one evaluation.
 
     Args:
-        folder: made where it is missing.
-        count: chunks of the evaluation.
+        folder: Folder of the files; made when the first chunk is written.
+        count: Chunks of the evaluation.
     """
 
     def __init__(self, folder: Path, count: int):
-        self.folder, self.count = folder, count
-
-    def path(self, chunk: int) -> Path:
-        """File of a chunk."""
-        return self.folder / f"chunk-{chunk:05d}-of-{self.count:05d}.counts"
-
-    def pending(self) -> list[int]:
-        """Chunks that are not done."""
-        return [chunk for chunk in range(self.count) if not self.path(chunk).is_file()]
+        super().__init__(folder, [f"chunk-{chunk:05d}-of-{count:05d}.counts" for chunk in range(count)])
+        self.count = count
 
     def write(self, chunk: int, scores: dict[str, "Score"], meta: dict[str, Any]) -> None:
         """Store a finished chunk: the counts of its scores, and what JSON can hold beside them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"{name}/{key}": value for name, score in scores.items() for key, value in score.state().items()}
         arrays[_META] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
-        atomic_write(self.path(chunk), self._digest(chunk, content.getvalue()) + content.getvalue(), sync=True)
+        with self.writing(chunk) as temporary:
+            temporary.write_bytes(self._digest(chunk, content.getvalue()) + content.getvalue())
 
     def _digest(self, chunk: int, content: bytes) -> bytes:
         place = f"{self.folder.name}/{self.path(chunk).name}\n"

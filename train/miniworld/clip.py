@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_gkc.atomic_files import atomic_path, atomic_write_json
+from modeling_gkc.atomic_files import atomic_folder, atomic_path, atomic_write_json
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
@@ -225,9 +225,11 @@ def save_clip(model: MiniCLIP, out: str | Path) -> None:
     `clip=FOLDER` of a recipe and `--clip FOLDER` of `train.teacher.precompute` read it.
     """
     out = Path(out)
-    model.vision.save_pretrained(out / "vision")
-    model.text.save_pretrained(out / "text")
-    model.tokenizer.save_pretrained(out / "text")
+    with atomic_folder(out / "vision", overwrite=True) as unfinished:
+        model.vision.save_pretrained(unfinished)
+    with atomic_folder(out / "text", overwrite=True) as unfinished:
+        model.text.save_pretrained(unfinished)
+        model.tokenizer.save_pretrained(unfinished)
     temperature = {"logit_scale": model.logit_scale.exp().item()}
     atomic_write_json(out / "clip.json", temperature, indent=None)
 

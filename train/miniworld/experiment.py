@@ -17,7 +17,7 @@ from transformers import set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from configuration import Recipe
-from modeling_gkc.atomic_files import atomic_write_json
+from modeling_gkc.atomic_files import atomic_folder, atomic_path, atomic_write_json
 from modeling_gkc.configuration_gkc import GKCConfig
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
@@ -76,13 +76,14 @@ class Parts:
 
 def _dataset(experiment: Experiment, split: str, scenes: int) -> Dataset:
     folder = Path(experiment.out) / "data" / split
-    if not (folder / "state.json").exists():
+    if not (folder / "dataset_info.json").exists():
         dataset = _timed(
             experiment.out,
             f"{split} scenes",
             lambda: build_dataset(split, scenes, experiment.seed, SCENE_SIZE, experiment.num_proc),
         )
-        dataset.save_to_disk(folder)
+        with atomic_folder(folder, overwrite=True) as unfinished:
+            dataset.save_to_disk(unfinished)
     return load_from_disk(folder)
 
 
@@ -109,8 +110,9 @@ def _arm(experiment: Experiment, name: str, parts: Parts) -> None:
         head = trainer.training_model.distillation_head if arm.test_on_both else None
         scores = evaluate(model, processor, parts.test_set, teacher=parts.test_embeddings, distillation_head=head)
         model.set_vocabulary(all_concepts(), processor)
-        model.save_pretrained(folder / "model")
-        processor.save_pretrained(folder / "model")
+        with atomic_folder(folder / "model", overwrite=True) as unfinished:
+            model.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
         _write(folder / "scores.json", scores)
 
 
@@ -149,9 +151,8 @@ def _warm_up(experiment: Experiment, parts: Parts) -> Path:
             weights.parent / "training",
         )
         student = _timed(experiment.out, WARM_UP, train).student
-        partial_file = weights.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in student.state_dict().items()}, partial_file)
-        partial_file.replace(weights)
+        with atomic_path(weights) as temporary:
+            save_file({name: value.contiguous() for name, value in student.state_dict().items()}, temporary)
     return weights
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from modeling_gkc.atomic_files import atomic_path, atomic_write
+from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 
 from .evaluate import per_cent
 from .settings import ARMS, MAIN_ARMS, VARIANTS
@@ -55,7 +55,7 @@ def read_seeds(folder: str | Path) -> dict[int, dict]:
 def write_summary(folder: str | Path, seeds: Seeds) -> str:
     """Write `summary.json` (`{"tables", "seeds"}`) and `summary.png` into a folder; the tables as one text."""
     found = tables(seeds)
-    atomic_write(Path(folder) / SUMMARY_NAME, json.dumps({"tables": found, "seeds": seeds}, indent=2) + "\n")
+    atomic_write_json(Path(folder) / SUMMARY_NAME, {"tables": found, "seeds": seeds})
     plot(seeds, Path(folder) / PLOT_NAME)
     return "\n\n".join(f"{TABLE_TITLES[name]}\n\n{table}" for name, table in found.items() if table)
 

@@ -7,8 +7,8 @@ A store is a folder:
                              and `sums` (I,), the xxh3 of 64 bits of each image's rows
     index.safetensors        of all images: where their rows are, and their `sums`
 
-Every file is written under another name and renamed, so what has its name is whole: a killed writer goes on at the
-first shard that is not there. An image is known by 64 bits of the hash of its id.
+The shards are kept by `shard_folder.ShardFolder`: a killed writer goes on at the first shard that is missing or
+damaged. An image is known by 64 bits of the hash of its id.
 
 Every file carries a checksum. A writer compares those of all files, and writes damaged shards anew; a reader compares
 those of the manifest and the index when it opens a store, and that of an image's rows whenever it reads them, which
@@ -37,6 +37,7 @@ from modeling_gkc.atomic_files import atomic_path
 from modeling_gkc.sealed_files import UNSEALED, DamagedFileError, require_sealed, seal_safetensors
 
 from .checksums import Each, Perhaps, read_json, read_sealed_json, write_sealed_json
+from .shard_folder import ShardFolder
 
 FORMAT = "gkc-region-rows-2"
 _OLDER_FORMATS = ("gkc-region-rows-1",)
@@ -112,19 +113,19 @@ class StoreWriter:
             refuse_stale(self.folder, manifest, settings)
             settings = StoreSettings(**{**asdict(settings), "images_per_shard": manifest["images_per_shard"]})
         self.settings = settings
-        self._whole: dict[int, tuple[int, int, int]] = {}  # shards that were compared with their checksum
+        names = [shard_name(number) for number in range(settings.num_shards)]
+        self.shards = ShardFolder(self.folder, names, self._verify)
 
     def begin(self) -> None:
         """Make the folder ready; by one process, before any shard is written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for rest in self.folder.glob(".*.part.*"):
-            rest.unlink(missing_ok=True)
+        self.shards.remove_leftovers()
         if self.pending() or not self._is_sealed():
             self._write_manifest({})
 
     def pending(self) -> list[int]:
         """Shards that are not there yet, or damaged."""
-        return [number for number in range(self.settings.num_shards) if not self._is_written(number)]
+        return self.shards.pending()
 
     def write(
         self, shard: int, image_ids: Sequence[str], counts: Sequence[int], segment_ids: np.ndarray, rows: np.ndarray
@@ -149,7 +150,8 @@ class StoreWriter:
             "images": np.array([_hash(image_id) for image_id in image_ids], dtype=np.uint64),
         }
         tensors["sums"] = _sums_of_images(tensors["rows"], tensors["counts"])
-        _save(self.folder / shard_name(shard), tensors, {"mark": self.settings.mark(shard)})
+        with self.shards.writing(shard) as temporary:
+            _save(temporary, tensors, {"mark": self.settings.mark(shard)})
 
     def finish(self) -> None:
         """Write the index and seal the store; by one process, after all shards have been written.
@@ -160,26 +162,20 @@ class StoreWriter:
         if missing := self.pending():
             raise ValueError(f"{self.folder} still lacks the shards {missing[:10]}: {_complete(self.settings)}")
         if not self._is_sealed():
-            _save(self.folder / INDEX, self._index(), {"format": FORMAT})
+            with atomic_path(self.folder / INDEX, sync=True) as temporary:
+                _save(temporary, self._index(), {"format": FORMAT})
             shards = [self._describe(number) for number in range(self.settings.num_shards)]
             self._write_manifest({"shards": shards, "index": require_sealed(self.folder / INDEX, "write it again.")})
 
-    def _is_written(self, shard: int) -> bool:
-        """Whether a shard is there and undamaged; all of it is read, once as long as the file stays as it is."""
+    def _verify(self, shard: int) -> bool | None:
+        """True if a shard has its checksum and belongs to this store, else None; all of it is read."""
         path = self.folder / shard_name(shard)
         try:
-            state = path.stat()
-            key = (state.st_ino, state.st_size, state.st_mtime_ns)
-            if self._whole.get(shard) == key:
-                return True
             require_sealed(path, "")
             with safe_open(path, framework="numpy") as file:
-                is_whole = (file.metadata() or {}).get("mark") == self.settings.mark(shard)
+                return (file.metadata() or {}).get("mark") == self.settings.mark(shard) or None
         except (OSError, SafetensorError, DamagedFileError):
-            return False
-        if is_whole:
-            self._whole[shard] = key
-        return is_whole
+            return None
 
     def _is_sealed(self) -> bool:
         manifest = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else {}
@@ -441,6 +437,5 @@ def _sums_of_images(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    with atomic_path(path, sync=True) as temporary:
-        save_file(dict(tensors), temporary, {**metadata, **UNSEALED})
-        seal_safetensors(temporary)
+    save_file(dict(tensors), path, {**metadata, **UNSEALED})
+    seal_safetensors(path)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
+from modeling_gkc.atomic_files import atomic_folder, remove_leftovers
 from modeling_gkc.cli.common import error_line, interruptible
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -372,21 +373,20 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
     if not _processes().is_main_process:
         return
     with lock_output(out):
-        unfinished = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_leftovers(out.parent, out.name)
         try:
             loaded = load_splits(source)
         except ValueError as error:
             raise ValueError(f"DATASET: {error}") from error
         parts = loaded if isinstance(loaded, DatasetDict) else {"": loaded}
         parts = {name: add_nouns(part, options.wordnet, options.num_proc) for name, part in parts.items()}
-        (DatasetDict(parts) if "" not in parts else parts[""]).save_to_disk(str(unfinished))
-        seal_dataset(unfinished, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and give `{command}` again.")
-        if (source / VOCABULARY_NAME).is_file():
-            shutil.copy2(source / VOCABULARY_NAME, unfinished)
-        if (source / CACHES).is_dir():
-            shutil.copytree(source / CACHES, unfinished / CACHES, copy_function=_link)
-        os.rename(unfinished, out)
+        with atomic_folder(out) as unfinished:
+            (DatasetDict(parts) if "" not in parts else parts[""]).save_to_disk(str(unfinished))
+            seal_dataset(unfinished, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and give `{command}` again.")
+            if (source / VOCABULARY_NAME).is_file():
+                shutil.copy2(source / VOCABULARY_NAME, unfinished)
+            if (source / CACHES).is_dir():
+                shutil.copytree(source / CACHES, unfinished / CACHES, copy_function=_link)
     tqdm.write(f"{out}: {', '.join(filter(None, parts)) or 'the dataset'} with the column `nouns`", file=sys.stderr)
 
 
