@@ -29,12 +29,12 @@ from transformers import (
 from modeling_gkc import mask_resampling
 from modeling_gkc.post_processing import semantic_scores, semantic_segmentation
 from modeling_gkc.vocabulary import Vocabulary
+from train.data.benchmarks.protocol import Protocol
 from train.data.drawn_world.world import draw_scene
 from train.data.prepared import load_prepared
 from train.data.schema import read_row, semantic_map
 from train.evaluate.adapters import CLIPSegSegmenter, LabelledSegmenter, match_labels
 from train.evaluate.command import main
-from train.evaluate.protocol import Protocol
 from train.evaluate.result import read_result
 from train.evaluate.segmenter import GKCSegmenter, View, all_views
 from train.evaluate.vocabulary import words_of
@@ -100,7 +100,7 @@ def test_augmentation_sums_the_scores_of_all_views(gkc, within):
     within("pixels where tiles and whole maps disagree (TTA)", np.mean(found != total.argmax(0).numpy()), 1e-4)
     assert len({tuple(output.content_sizes[0].tolist()) for output in outputs}) == 5
     assert 0.001 < np.mean(found != alone) < 0.2  # the other views have a say
-    assert "panoptic" not in segmenter.tasks
+    assert segmenter.provided == ("classes",)
 
 
 def test_tiles_of_a_large_image_are_put_together(gkc, monkeypatch):

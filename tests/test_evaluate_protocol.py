@@ -6,22 +6,31 @@ from PIL import Image
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
-from train.data.benchmarks import all_benchmarks, benchmark_named
+from train.data.benchmarks import all_benchmarks, benchmark_named, protocol_of
+from train.data.benchmarks.protocol import Protocol
 from train.data.schema import NO_CLASS
 from train.evaluate.command import main
 from train.evaluate.groups import class_facts, class_groups, group_scores
 from train.evaluate.loop import predict
 from train.evaluate.predictions import PredictionWriter
-from train.evaluate.protocol import PROTOCOLS, Protocol, protocol_of, reduced_size
 from train.evaluate.result import read_result
 from train.evaluate.run import published_images
-from train.evaluate.samples import Sample, read_sample, resize_bilinear, resize_nearest
-from train.evaluate.scores import Prediction, VideoPanopticScore, VideoScore, flatten, link_segments
+from train.evaluate.samples import read_sample, reduced_size, resize_bilinear, resize_nearest
 from train.evaluate.vocabulary import words_of
 from train.metrics import SemanticMetric, VideoConsistencyMetric, VideoPanopticMetric
+from train.metrics.consistency import VideoConsistencyScore
+from train.metrics.score import Prediction, Sample, flatten
+from train.metrics.video_panoptic import VideoPanopticScore, link_segments
 
 from .conftest import small_config, word_tokenizer
 from .test_evaluate import row, write_prepared
+
+# Benchmarks whose protocol is their own; variants take that of the benchmark whose classes they have.
+PROTOCOLS = {
+    *("coco_panoptic_133", "coco_stuff_133", "coco_stuff_171", "ade20k_150", "ade20k_150_panoptic", "ade20k_847"),
+    *("pascal_voc_20", "pascal_voc_21", "pascal_voc_20b", "pascal_context_59", "pascal_context_459", "cityscapes_19"),
+    *("cityscapes_panoptic_19", "vspw_124", "vipseg_124", "miniworld"),
+}
 
 
 def test_every_benchmark_has_a_protocol():
@@ -31,14 +40,15 @@ def test_every_benchmark_has_a_protocol():
             protocol = protocol_of(benchmark.name)
             assert "no published protocol" not in protocol.note, benchmark.name
             words_of(benchmark.classes(), protocol)  # its background is among them
-    assert set(PROTOCOLS) <= set(benchmarks)
+    stated = {name for name, benchmark in benchmarks.items() if benchmark.protocol is not None}
+    assert stated == PROTOCOLS
 
 
 def test_sizes_are_the_published_ones():
-    usual = [protocol for name, protocol in PROTOCOLS.items() if name not in ("vipseg_124", "miniworld")]
+    usual = [protocol_of(name) for name in PROTOCOLS - {"vipseg_124", "miniworld"}]
     assert all((protocol.short_side, protocol.long_side) == (800, 1333) for protocol in usual)
-    assert PROTOCOLS["ade20k_847"].shrink_above == 512
-    assert protocol_of("coco_panoptic_novel") is PROTOCOLS["coco_panoptic_133"]
+    assert protocol_of("ade20k_847").shrink_above == 512
+    assert protocol_of("coco_panoptic_novel") is benchmark_named("coco_panoptic_133").protocol
     assert protocol_of("pascal_voc_20b").background_class == 20
     assert protocol_of("pascal_voc_20").background_class is None
 
@@ -187,7 +197,7 @@ def _frame(image_id: str, video: str, ids: np.ndarray, classes: list[int]) -> Sa
 
 
 def test_video_scores_get_whole_videos():
-    score, direct = VideoScore(VideoConsistencyMetric([2])), VideoConsistencyMetric([2])
+    score, direct = VideoConsistencyScore(VideoConsistencyMetric([2])), VideoConsistencyMetric([2])
     rng = np.random.default_rng(0)
     truths, found = rng.integers(0, 2, (2, 5, 4, 4)).astype(np.int32)
     truths[:, 0] = 0

@@ -28,8 +28,7 @@ from train.data.sources import Picture
 from train.engine.checkpoints import last_complete_checkpoint, require_undamaged, seal
 from train.evaluate.chunks import ChunkFolder
 from train.evaluate.result import read_result, write_result
-from train.evaluate.scores import SemanticScore
-from train.metrics import SemanticMetric
+from train.metrics.semantic import SemanticMetric, SemanticScore
 from train.storage.shards import StoreSettings, StoreWriter
 from train.teacher.region_teacher import TeacherCache, TeacherEmbeddings
 

@@ -26,6 +26,7 @@ from modeling_gkc.post_processing import panoptic_segmentation, semantic_segment
 from modeling_gkc.prompt_templates import fill_template
 from modeling_gkc.vocabulary import Vocabulary
 
+from ..metrics.score import PREDICTION_FIELDS
 from .segmenter import DTYPES, NOT_A_CLASS, Size, detections
 from .vocabulary import Words
 
@@ -124,8 +125,7 @@ class LabelledSegmenter:
         self.panoptic_settings = dict(panoptic or {})
         stuff = self.panoptic_settings.pop("label_ids_to_fuse", ())
         self.fused = {position for position, index in enumerate(self.class_of.tolist()) if index in stuff}
-        tasks = ("semantic", "video", "boundary")
-        self.tasks = ("semantic", "panoptic", "instance", "video", "boundary") if self.has_masks else tasks
+        self.provided = PREDICTION_FIELDS if self.has_masks else ("classes",)
 
     def prepare(self, images: Sequence[np.ndarray]) -> list[Any]:
         """See `Segmenter`."""
@@ -196,7 +196,7 @@ class CLIPSegSegmenter:
         self.tokens = self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
         classes = words.class_of[words.vocabulary.class_ids]
         self.class_of = np.repeat(classes, len(words.templates)).astype(np.int32)
-        self.tasks = ("semantic", "video", "boundary")
+        self.provided = ("classes",)
         self.notes = {"architecture": "clipseg", "image_size": "as the model's own processor has it"}
 
     def prepare(self, images: Sequence[np.ndarray]) -> list[Any]:

@@ -21,7 +21,7 @@ from modeling_gkc.sealed_files import DamagedFileError
 from ..storage.shard_folder import ShardFolder
 
 if TYPE_CHECKING:
-    from .scores import Score
+    from ..metrics.score import Score
 
 IMAGES_PER_CHUNK = 64
 _META = "meta"

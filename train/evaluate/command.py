@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.cli.common import UserError, error_line, interruptible
 
-from ..data.benchmarks import all_benchmarks
+from ..data.benchmarks import all_benchmarks, protocol_of
+from ..metrics.score import all_scores, all_tasks, needs_segments
 from ..storage.locks import lock_output
 from .chunks import IMAGES_PER_CHUNK
-from .protocol import TASKS, protocol_of
 from .vocabulary import PROMPTS, REDUCTIONS
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 DONE, INCOMPLETE, MISUSED = 0, 1, 2
 SHORT_TABLE = 40
-LEAST_SCORED, MOST_PREDICTED = 0.5, 0.95
 
 DESCRIPTION = "Judge a model on a prepared benchmark, as the field does it, and write one result file."
 EPILOG = """\
@@ -64,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, metavar="DIR", help="folder of train.data.prepare or from_folder")
     add("--out", type=Path, metavar="RESULT.json", help="(results/MODEL-BENCHMARK-SPLIT[-what is special].json)")
     add("--split", default="val", help="of the data (%(default)s)")
-    add("--tasks", nargs="+", choices=TASKS, default=(), metavar="TASK", help=f"{', '.join(TASKS)} (the benchmark's)")
+    tasks = all_tasks()
+    add("--tasks", nargs="+", choices=tasks, default=(), metavar="TASK", help=f"{', '.join(tasks)} (the benchmark's)")
     add(
         "--prompts",
         choices=PROMPTS,
@@ -152,30 +152,20 @@ def _say_what_is_wrong(result: Mapping[str, Any]) -> int:
 
 
 def flattering(result: Mapping[str, Any]) -> list[str]:
-    """Reasons why semantic scores may look better than the maps are: much is void, or one class takes nearly all."""
-    semantic, lines = result["scores"].get("semantic", {}), []
-    share = semantic.get("scored_share")
-    if share is not None and share < LEAST_SCORED:
-        lines.append(
-            f"only {100 * share:.1f} % of the pixels have a class and are scored: what the model shows on the others "
-            "counts for nothing, however wrong."
-        )
-    columns = [entry["scores"].get("semantic", {}) for entry in result["classes"]]
-    predicted, true = ([column.get(name) or 0 for column in columns] for name in ("predicted", "pixels"))
-    largest = max(range(len(predicted)), key=predicted.__getitem__, default=0)
-    if len(columns) > 1 and sum(predicted) and predicted[largest] >= MOST_PREDICTED * sum(predicted):
-        lines.append(
-            f"{result['classes'][largest]['name']!r} takes {100 * predicted[largest] / sum(predicted):.1f} % of the "
-            f"predictions, and is {100 * true[largest] / max(sum(true), 1):.1f} % of the truth: look at the maps "
-            "before you trust pixel accuracy."
-        )
+    """Reasons why scores may look better than the predictions are, see `Score.warnings` of each metric."""
+    labels, lines = [entry["name"] for entry in result["classes"]], []
+    for name, score in all_scores().items():
+        if name in result["scores"]:
+            rows = [entry["scores"].get(name, {}) for entry in result["classes"]]
+            columns = {key: [row.get(key) for row in rows] for key in (rows[0] if rows else ())}
+            lines += score.warnings(result["scores"][name], columns, labels)
     return lines
 
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
     protocol = protocol_of(options.benchmark)
-    if options.tta and {"panoptic", "instance"} & set(options.tasks or protocol.tasks):
+    if options.tta and any(needs_segments(task) for task in options.tasks or protocol.tasks):
         raise ValueError("--tta: segments of several views cannot be merged; give --tasks semantic.")
     if not options.data.is_dir():
         raise ValueError(f"--data: there is no folder {options.data}; `python -m train.data.prepare` makes it.")
@@ -212,7 +202,9 @@ def describe(result: Mapping[str, Any], per_class: bool = False) -> str:
     if images["published"] not in (None, images["evaluated"]):
         lines.append(f"published are {images['published']} images: this is not the benchmark's number")
     for task, scores in result["per_cent"].items():
-        shown = [f"{name} {_text(value)}" for name, value in scores.items() if not name.startswith("windows_")]
+        known = all_scores().get(task)
+        hidden = known.details if known else ()
+        shown = [f"{name} {_text(value)}" for name, value in scores.items() if not name.startswith(hidden)]
         lines.append(f"  {task:<15}{'  '.join(shown)}")
     for group, values in result["groups"].items():
         shown = [

@@ -9,14 +9,8 @@ from modeling_gkc.vocabulary_files import packaged_facts
 
 from ..data.benchmarks.base import Benchmark
 from ..metrics.base import harmonic_mean, mean
+from ..metrics.score import all_scores
 
-# The scores of a task that are means over classes, and the per-class list that each is the mean of.
-CLASS_MEANS = {
-    "semantic": {"miou": "iou", "mean_accuracy": "accuracy"},
-    "boundary": {"boundary_iou": "iou"},
-    "panoptic": {"pq": "pq", "sq": "sq", "rq": "rq"},
-    "instance": {"ap": "ap", "ap50": "ap50"},
-}
 OPPOSITES = (("base", "novel"), ("seen", "unseen"))
 
 
@@ -101,22 +95,19 @@ def group_scores(groups: ClassGroups, computed: Mapping[str, Mapping[str, Any]])
     Returns:
         Group -> `classes` (their number) and task -> score; and `harmonic_mean of A and B` -> task -> score.
     """
+    known = [score for score in all_scores().values() if score.class_means and score.name in computed]
+    class_means = {score.name: score.class_means for score in known}
     scores: dict[str, Any] = {}
     for group, members in groups.members.items():
         scores[group] = {"classes": len(members)} | {
             task: {name: mean(computed[task][column][index] for index in members) for name, column in means.items()}
-            for task, means in CLASS_MEANS.items()
-            if task in computed
+            for task, means in class_means.items()
         }
     for first, second in groups.opposites:
         if first in scores and second in scores:
             scores[f"harmonic mean of {first} and {second}"] = {
-                task: {
-                    name: harmonic_mean(scores[first][task][name], scores[second][task][name])
-                    for name in CLASS_MEANS[task]
-                }
-                for task in CLASS_MEANS
-                if task in computed
+                task: {name: harmonic_mean(scores[first][task][name], scores[second][task][name]) for name in means}
+                for task, means in class_means.items()
             }
     return scores
 

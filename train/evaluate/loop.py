@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..metrics.score import Prediction, Sample, Score
 from .predictions import PredictionWriter
-from .samples import Sample, read_sample
-from .scores import Prediction, Score
+from .samples import read_sample
 from .segmenter import Segmenter
 
 PHASES = ("waiting_for_data", "model", "post_processing", "scoring")

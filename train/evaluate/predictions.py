@@ -10,8 +10,7 @@ from PIL import Image
 from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 
 from ..data.schema import encode_ids
-from .samples import Sample
-from .scores import Prediction
+from ..metrics.score import Prediction, Sample
 
 PANOPTIC_JSON = "panoptic.json"
 

@@ -8,41 +8,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..data.benchmarks import all_benchmarks, benchmark_named
+from ..data.benchmarks.protocol import PUBLISHED_ROWS
+from ..metrics.score import ReportedScore, all_scores, table_score
 from .result import per_cent, read_result
 
-# Heading of a column, and the benchmark whose mIoU stands in it.
-COLUMNS = (
-    ("COCO", "coco_panoptic_133"),
-    ("PAS-20", "pascal_voc_20"),
-    ("Cityscapes", "cityscapes_19"),
-    ("A-150", "ade20k_150"),
-    ("A-847", "ade20k_847"),
-    ("PC-59", "pascal_context_59"),
-    ("PC-459", "pascal_context_459"),
-    ("VSPW", "vspw_124"),
-    ("VIPSeg", "vipseg_124"),
-)
-# mIoU in per cent, in the order of the columns; what was not published is None.
-PUBLISHED = (
-    ("GKC, CLIP R-50 (Han et al., ICCV 2023, table 1)", (49.8, 78.7, 34.3, 17.5, 3.2, 41.9, 6.5, None, None)),
-    ("GKC, R-101 (the same)", (51.2, 83.2, 34.8, 18.8, 3.5, 45.2, 7.1, None, None)),
-    ("GKC, R-50, re-run by OpenTrans (CVPR 2024)", (46.0, 71.2, 33.9, 16.6, 2.5, 39.0, 7.1, None, None)),
-    ("FC-CLIP, R-50 (Yu et al., NeurIPS 2023)", (None, 89.5, None, 23.3, 7.1, 50.5, 12.9, None, None)),
-)
-NOTE = (
-    "mIoU in per cent: one confusion matrix over the split, classes without ground truth left out. Published rows are "
-    "as their authors measured them: on other hardware, partly with other words."
-)
-METRICS = {  # task -> metrics of a model card: name in the result, type, name
-    "semantic": (("miou", "mean_iou", "mIoU"), ("pixel_accuracy", "accuracy", "pixel accuracy")),
-    "panoptic": (("pq", "panoptic_quality", "PQ"),),
-    "instance": (("ap", "mask_ap", "mask AP"), ("ap50", "mask_ap50", "mask AP50")),
-    "boundary": (("boundary_iou", "boundary_iou", "boundary IoU"),),
-    "video": (("mVC8", "mvc8", "mVC8"), ("mVC16", "mvc16", "mVC16")),
-    "video_panoptic": (("vpq", "vpq", "VPQ"),),
-    "tracking": (("stq", "stq", "STQ"),),
-}
-TASK_TYPES = {"semantic": "image-segmentation", "video": "video-segmentation"}
+PUBLISHED_NOTE = "Published rows are as their authors measured them: on other hardware, partly with other words."
 
 EPILOG = """\
 examples:
@@ -68,6 +39,22 @@ def row_name(result: Mapping[str, Any]) -> str:
     return f"{model['name']} ({model['sha256'][:8]}{', ' if special else ''}{', '.join(special)})"
 
 
+def columns() -> list[tuple[str, str]]:
+    """Heading of every column of the table, and the benchmark whose score stands in it."""
+    known = [benchmark for benchmark in all_benchmarks().values() if benchmark.column is not None]
+    known.sort(key=lambda benchmark: (benchmark.column.position, benchmark.column.heading))
+    return [(benchmark.column.heading, benchmark.name) for benchmark in known]
+
+
+def published_rows() -> dict[str, dict[str, float]]:
+    """Row of the table -> benchmark -> published score in per cent."""
+    rows: dict[str, dict[str, float]] = {title: {} for title in PUBLISHED_ROWS}
+    for _, name in columns():
+        for title, value in benchmark_named(name).column.published.items():
+            rows.setdefault(title, {})[name] = value
+    return rows
+
+
 def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
     """
     The field's table as Markdown, with the benchmarks that some result is of and the published rows that share one.
@@ -79,42 +66,42 @@ def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
     Raises:
         ValueError: two results fall into one cell.
     """
-    scored = [result for result in results if result["scores"].get("semantic", {}).get("miou") is not None]
-    known = {benchmark for _, benchmark in COLUMNS}
-    extra = sorted({result["benchmark"] for result in scored} - known)
+    score, shown = table_score()
+    scored = [result for result in results if result["scores"].get(score.name, {}).get(shown.name) is not None]
     asked = {result["benchmark"] for result in scored}
-    shared = [index for index, (_, benchmark) in enumerate(COLUMNS) if benchmark in asked]
-    columns = [*(COLUMNS[index] for index in shared), *((benchmark, benchmark) for benchmark in extra)]
+    headings = [(heading, name) for heading, name in columns() if name in asked]
+    headings += [(name, name) for name in sorted(asked - {name for _, name in headings})]
     cells: dict[str, dict[str, str]] = {}
     for result in scored:
         row = cells.setdefault(row_name(result), {})
         if result["benchmark"] in row:
             raise ValueError(f"two results are of {row_name(result)} on {result['benchmark']}: name one of them.")
         mark = "*" if _is_partial(result) else ""
-        row[result["benchmark"]] = f"{per_cent(result['scores']['semantic']['miou'], 1):.1f}{mark}"
-    lines = [_line(["model", *(heading for heading, _ in columns)]), _line(["---", *["---:"] * len(columns)])]
-    lines += [_line([name, *(row.get(benchmark, "") for _, benchmark in columns)]) for name, row in cells.items()]
-    rows = [(name, [values[index] for index in shared]) for name, values in PUBLISHED if published]
-    rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
+        row[result["benchmark"]] = f"{per_cent(result['scores'][score.name][shown.name], 1):.1f}{mark}"
+    rows = {
+        title: {name: f"{values[name]:.1f}" for name in asked & values.keys()}
+        for title, values in published_rows().items()
+        if published and asked & values.keys()
+    }
+    lines = [_line(["model", *(heading for heading, _ in headings)]), _line(["---", *["---:"] * len(headings)])]
     lines += [
-        _line([name, *("" if value is None else f"{value:.1f}" for value in values), *[""] * len(extra)])
-        for name, values in rows
+        _line([title, *(row.get(name, "") for _, name in headings)]) for title, row in [*cells.items(), *rows.items()]
     ]
-    notes = [NOTE if rows else NOTE.partition(" Published")[0], *_footnotes(results)]
+    notes = [f"{shown.table_note} {PUBLISHED_NOTE}" if rows else shown.table_note, *_footnotes(results)]
     return "\n".join([*lines, "", *notes])
 
 
 def other_scores(results: Sequence[Mapping[str, Any]]) -> str:
     """The scores of the other tasks and of groups of classes as a Markdown table; empty if there are none."""
-    rows = []
+    rows, (table_of, in_table) = [], table_score()
     for result in results:
         for task, scores in result["scores"].items():
-            names = [entry for entry in METRICS.get(task, ()) if task != "semantic" or entry[0] != "miou"]
-            rows += [(result, label, per_cent(scores.get(name), 1)) for name, _, label in names]
+            others = [entry for entry in _reported(task) if not entry.table_note]
+            rows += [(result, entry.label, per_cent(scores.get(entry.name), 1)) for entry in others]
         rows += [
-            (result, f"mIoU, {group}", per_cent(values["semantic"]["miou"], 1))
+            (result, f"{in_table.label}, {group}", per_cent(values[table_of.name][in_table.name], 1))
             for group, values in result["groups"].items()
-            if "semantic" in values
+            if table_of.name in values
         ]
     if not rows:
         return ""
@@ -124,6 +111,11 @@ def other_scores(results: Sequence[Mapping[str, Any]]) -> str:
         for result, label, value in rows
     ]
     return "\n".join(lines)
+
+
+def _reported(name: str) -> tuple[ReportedScore, ...]:
+    """The numbers that are reported of a score; none of one that this version does not know."""
+    return all_scores()[name].report if name in all_scores() else ()
 
 
 def _is_partial(result: Mapping[str, Any]) -> bool:
@@ -165,23 +157,24 @@ def model_index(results: Sequence[Mapping[str, Any]]) -> str:
     names = {result["model"]["name"] for result in results}
     if len({result["model"]["sha256"] for result in results}) > 1:
         raise ValueError(f"--model-index is of one model, the results are of {', '.join(sorted(names))}.")
+    headings = {name: heading for heading, name in columns()}
     entries = [
         EvalResult(
-            task_type=TASK_TYPES.get(task, "image-segmentation"),
+            task_type=all_scores()[task].task_type,
             task_name=f"{task.replace('_', ' ')} segmentation",
             dataset_type=result["benchmark"],
-            dataset_name=dict(map(reversed, COLUMNS)).get(result["benchmark"], result["benchmark"]),
+            dataset_name=headings.get(result["benchmark"], result["benchmark"]),
             dataset_split=result["split"],
-            metric_type=kind,
-            metric_name=label,
-            metric_value=per_cent(scores[name]),
+            metric_type=entry.type,
+            metric_name=entry.label,
+            metric_value=per_cent(scores[entry.name]),
             metric_args={"prompts": result["prompts"]["kind"], "reduction": result["prompts"]["reduction"]},
         )
         for result in results
         if not _is_partial(result)
         for task, scores in result["scores"].items()
-        for name, kind, label in METRICS.get(task, ())
-        if scores.get(name) is not None
+        for entry in _reported(task)
+        if scores.get(entry.name) is not None
     ]
     if not entries:
         raise ValueError("there is no complete score: partial results and trials do not belong on a card.")

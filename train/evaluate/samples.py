@@ -1,7 +1,6 @@
 """Rows of a prepared benchmark as images with their ground truth, at the size that is scored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,34 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from ..data.schema import read_row, semantic_map
-from .protocol import reduced_size
+from ..metrics.score import Sample
 
 
-@dataclass
-class Sample:
+def reduced_size(size: tuple[int, int], shrink_above: int | None) -> tuple[int, int]:
     """
-    One image with its ground truth.
+    Height and width at which an image is scored.
 
-    Attributes:
-        image: (H, W, 3) uint8.
-        ids: (H, W) int32 segment ids, 0 void.
-        truth: (H, W) int32 class of every pixel, crowds too; -1 where there is none.
-        segments: `id`, `category_id` (-1: no class) and `iscrowd` of each.
-        image_id, video_id, frame: as in `train.data.schema`.
+    Args:
+        size: of the image.
+        shrink_above: as in `Protocol`.
     """
-
-    image: np.ndarray
-    ids: np.ndarray
-    truth: np.ndarray
-    segments: list[dict[str, Any]]
-    image_id: str
-    video_id: str = ""
-    frame: int = 0
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.ids.shape
+    if shrink_above is None or min(size) <= shrink_above:
+        return size
+    scale = shrink_above / min(size)
+    height, width = (shrink_above if side == min(size) else round(side * scale) for side in size)
+    return height, width
 
 
 def read_sample(row: Mapping[str, Any], shrink_above: int | None = None) -> Sample:

@@ -18,6 +18,7 @@ from modeling_gkc.mask_resampling import MaskResampler
 from modeling_gkc.post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation
 from modeling_gkc.vocabulary import Vocabulary
 
+from ..metrics.score import PREDICTION_FIELDS
 from .vocabulary import Words
 
 Size = tuple[int, int]
@@ -33,12 +34,12 @@ class Segmenter(Protocol):
 
     Attributes:
         class_of: (A,) int32, the benchmark's class of every class that the model tells apart, -1 for none.
-        tasks: what it can do, of `protocol.TASKS`.
+        provided: fields of `train.metrics.score.Prediction` that it gives.
         notes: what the result file should say about it.
     """
 
     class_of: np.ndarray
-    tasks: tuple[str, ...]
+    provided: tuple[str, ...]
     notes: dict[str, Any]
 
     def prepare(self, images: Sequence[np.ndarray]) -> Any:
@@ -109,11 +110,7 @@ class GKCSegmenter:
         self.model, self.processor, self.words = model, processor, words
         self.sides, self.panoptic_settings, self.views = (short_side, long_side), panoptic or {}, tuple(views)
         self.class_of = words.class_of
-        self.tasks = (
-            ("semantic", "video", "boundary")
-            if len(self.views) > 1
-            else ("semantic", "panoptic", "instance", "video", "boundary")
-        )
+        self.provided = ("classes",) if len(self.views) > 1 else PREDICTION_FIELDS
         said = [str(warning.message) for warning in caught]
         self.notes = {"architecture": "gkc", "views": len(self.views), "warnings": said}
 

@@ -13,14 +13,14 @@ import modeling_gkc
 from modeling_gkc.cli.common import load_checkpoint, without_progress_bars
 from modeling_gkc.vocabulary import Vocabulary
 
-from .. import metrics
+from ..data.benchmarks import protocol_of
+from ..data.benchmarks.protocol import Protocol
 from ..data.load import load_judged
 from ..data.prepared import Prepared
+from ..metrics.score import Score, make_scores, scores_of_task
 from ..storage.fingerprints import model_fingerprint, settings_fingerprint
 from .adapters import CLIPSegSegmenter, LabelledSegmenter, model_type
 from .processes import from_main
-from .protocol import Protocol, protocol_of
-from .scores import InstanceScore, PanopticScore, Score, SemanticScore, VideoPanopticScore, VideoScore
 from .segmenter import GKCSegmenter, Segmenter, View, all_views
 from .vocabulary import Words, words_of
 
@@ -81,35 +81,7 @@ class Session:
 
     def make_scores(self) -> dict[str, Score]:
         """New, empty scores of the tasks."""
-        return make_scores(self.tasks, self.prepared.vocabulary)
-
-
-def make_scores(tasks: Sequence[str], vocabulary: Vocabulary) -> dict[str, Score]:
-    """
-    New, empty scores.
-
-    Raises:
-        ValueError: a task needs to know things from stuff, and the vocabulary does not say.
-    """
-    count, scores = len(vocabulary), {}
-    kinds = vocabulary.is_thing or [None] * count
-    if None in kinds and {"panoptic", "instance"} & set(tasks):
-        raise ValueError("--tasks: the benchmark does not tell things from stuff: ask for semantic results.")
-    for task in tasks:
-        if task == "semantic":
-            scores[task] = SemanticScore(metrics.SemanticMetric(count))
-        elif task == "boundary":
-            scores[task] = SemanticScore(metrics.BoundaryMetric(count))
-        elif task == "panoptic":
-            scores[task] = PanopticScore(metrics.PanopticMetric(kinds))
-        elif task == "instance":
-            scores[task] = InstanceScore(metrics.InstanceMetric(count, kinds))
-        else:
-            scores["video"] = VideoScore(metrics.VideoConsistencyMetric())
-            if None not in kinds:
-                scores["video_panoptic"] = VideoPanopticScore(metrics.VideoPanopticMetric(kinds), kinds)
-                scores["tracking"] = VideoPanopticScore(metrics.TrackingQualityMetric(kinds), kinds)
-    return scores
+        return make_scores(self.tasks, self.prepared.vocabulary, self.segmenter.provided)
 
 
 def load_session(request: Request, state: PartialState) -> Session:
@@ -124,14 +96,13 @@ def load_session(request: Request, state: PartialState) -> Session:
         raise ValueError(f"--data: {request.data} holds {prepared.benchmark!r}, not {request.benchmark!r}.")
     protocol = protocol_of(prepared.benchmark)
     tasks = tuple(dict.fromkeys(request.tasks or protocol.tasks))
-    if "video" in tasks and not any(video_ids(prepared)):
+    kinds = [score for task in tasks for score in scores_of_task(task).values()]
+    if any(score.needs_videos for score in kinds) and not any(video_ids(prepared)):
         raise ValueError(f"--tasks: {prepared.benchmark} has no videos.")
     trained_on = _training_vocabulary(request.trained_on)
     words = words_of(prepared.vocabulary, protocol, request.prompts, request.reduction)
     segmenter, sha256 = _load_segmenter(request, protocol, words, prepared.vocabulary, state)
-    impossible = [task for task in tasks if task not in segmenter.tasks]
-    if impossible:
-        raise ValueError(f"--tasks: the model, as it is asked, gives no {', '.join(impossible)} results.")
+    make_scores(tasks, prepared.vocabulary, segmenter.provided)  # refuses what cannot be scored, before any work
     settings = _settings(request, prepared, protocol, tasks, words, sha256, state)
     parameters = sum(weight.numel() for weight in segmenter.model.parameters())
     return Session(request, prepared, protocol, tasks, words, segmenter, settings, trained_on, parameters, sha256)

@@ -8,7 +8,7 @@ import numpy as np
 from modeling_gkc.prompt_templates import resolve_templates
 from modeling_gkc.vocabulary import Vocabulary
 
-from .protocol import Protocol
+from ..data.benchmarks.protocol import Protocol
 
 PROMPTS = {  # name of a way to ask: template set, and whether synonyms are asked too
     "plain": ("plain", False),

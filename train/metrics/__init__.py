@@ -19,15 +19,18 @@
 
 All scores are 0 to 1; None stands where nothing is to be scored. A prediction has the size of its truth. Sums are
 whole numbers: pixels, or multiples of 2**-52 where shares are summed, which costs at most 2**-52 per summand.
-`describe()` gives all tables. The folders below `train/metrics/modules` are the same for `evaluate.load`.
+`describe()` gives all tables. A new metric is a file of this folder, see `train.metrics.score`. The folders below
+`train/metrics/modules` are the same for `evaluate.load`.
 """
 
-from . import boundary, consistency, instance, panoptic, semantic, tracking, video_panoptic
+import sys
+
 from .base import harmonic_mean
 from .boundary import BoundaryMetric, boundary_band, boundary_counts
 from .consistency import VideoConsistencyMetric, video_consistency
 from .instance import InstanceMetric
 from .panoptic import PanopticMetric, match_image, match_segments
+from .score import all_scores
 from .semantic import SemanticMetric, confusion_matrix, semantic_scores
 from .tracking import TrackingQualityMetric, association
 from .video_panoptic import VideoPanopticMetric, match_windows
@@ -40,6 +43,7 @@ __all__ = [
     "TrackingQualityMetric",
     "VideoConsistencyMetric",
     "VideoPanopticMetric",
+    "all_scores",
     "association",
     "boundary_band",
     "boundary_counts",
@@ -56,5 +60,5 @@ __all__ = [
 
 def describe() -> str:
     """Which convention each number follows, as Markdown."""
-    modules = (semantic, boundary, panoptic, instance, video_panoptic, tracking, consistency)
-    return "\n\n".join(module.__doc__.strip() for module in modules) + "\n"
+    modules = dict.fromkeys(score.__module__ for score in all_scores().values())
+    return "\n\n".join(sys.modules[module].__doc__.strip() for module in modules) + "\n"

@@ -14,9 +14,11 @@ The paper scores masks one by one (for AP and PQ); here the classes' bands are s
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+
+from modeling_gkc.vocabulary import Vocabulary
 
 from .base import (
     Metric,
@@ -28,6 +30,7 @@ from .base import (
     mean,
     ratio,
 )
+from .score import Prediction, ReportedScore, Sample, Score
 
 _VOID = -1
 
@@ -127,3 +130,23 @@ class BoundaryMetric(Metric):
         scored = true if absent == "left_out" else unions
         iou = [ratio(both[k], unions[k]) if scored[k] else None for k in range(self.num_classes)]
         return {"boundary_iou": mean(iou[k] for k in chosen_classes(classes, self.num_classes)), "iou": iou}
+
+
+class BoundaryScore(Score):
+    """Dataset-level boundary IoU."""
+
+    name = task = "boundary"
+    class_means = {"boundary_iou": "iou"}
+    report = (ReportedScore("boundary_iou", "boundary_iou", "boundary IoU"),)
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
+        """See `Score`."""
+        return cls(BoundaryMetric(len(vocabulary)))
+
+    def update(self, sample: Sample, prediction: Prediction) -> None:
+        """See `Score`."""
+        self.metric.update(prediction.classes, sample.truth)
+
+
+SCORES = (BoundaryScore,)

@@ -10,11 +10,14 @@
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from modeling_gkc.vocabulary import Vocabulary
+
 from .base import Metric, add_fixed, as_fixed, check_maps, check_windows, exact_sum, exact_values
+from .score import Prediction, ReportedScore, Sample, VideoScore
 
 
 def video_consistency(
@@ -96,3 +99,27 @@ class VideoConsistencyMetric(Metric):
             for window, total, number in zip(self.windows, sums, videos, strict=True)
         }
         return {**scores, "videos": dict(zip(map(str, self.windows), videos, strict=True))}
+
+
+class VideoConsistencyScore(VideoScore):
+    """Consistency of class maps over the frames of a video."""
+
+    name = task = "video"
+    report = (ReportedScore("mVC8", "mvc8", "mVC8"), ReportedScore("mVC16", "mvc16", "mVC16"))
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
+        """See `Score`."""
+        return cls(VideoConsistencyMetric())
+
+    def frame(self, sample: Sample, prediction: Prediction) -> tuple:
+        """Class maps of prediction and truth, in 16 bits."""
+        return prediction.classes.astype(np.int16), sample.truth.astype(np.int16)
+
+    def update_video(self, frames: list[tuple]) -> None:
+        """See `VideoScore`."""
+        predictions, truths = (np.stack(maps) for maps in zip(*frames, strict=True))
+        self.metric.update(predictions, truths)
+
+
+SCORES = (VideoConsistencyScore,)

@@ -22,9 +22,11 @@ from typing import Any, Self
 import numpy as np
 
 from modeling_gkc.run_length import checked_runs
+from modeling_gkc.vocabulary import Vocabulary
 
 from .base import Metric, State, check_num_classes, chosen_classes
 from .panoptic import NO_CLASS, SegmentList, Segments, shared_runs
+from .score import Prediction, ReportedScore, Sample, Score
 
 _COLUMNS = {"image": np.int64, "category_id": np.int64, "score": np.float64, "iscrowd": bool, "length": np.int64}
 _KINDS = ("detections", "truths")
@@ -248,3 +250,25 @@ def _precision(images: Mapping[str, _Image], classes: Sequence[int]) -> dict[int
         evaluation.accumulate()
     precision = evaluation.eval["precision"][:, :, :, 0, 0]
     return {index: precision[:, :, place] for place, index in enumerate(sorted(classes))}
+
+
+class InstanceScore(Score):
+    """Average precision of objects."""
+
+    name = task = "instance"
+    needs = ("instances",)
+    needs_kinds = True
+    class_means = {"ap": "ap", "ap50": "ap50"}
+    report = (ReportedScore("ap", "mask_ap", "mask AP"), ReportedScore("ap50", "mask_ap50", "mask AP50"))
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
+        """See `Score`."""
+        return cls(InstanceMetric(len(vocabulary), vocabulary.is_thing))
+
+    def update(self, sample: Sample, prediction: Prediction) -> None:
+        """See `Score`."""
+        self.metric.update(sample.image_id, prediction.instances, sample.ids, sample.segments)
+
+
+SCORES = (InstanceScore,)

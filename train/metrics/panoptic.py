@@ -14,15 +14,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from modeling_gkc.vocabulary import Vocabulary
+
 from .base import Metric, add_fixed, as_fixed, chosen_classes, exact_sum, exact_values, mean
+from .score import Prediction, ReportedScore, Sample, Score
 
 VOID = 0
 NO_CLASS = -1
-SCORES = ("pq", "sq", "rq")
+QUALITIES = ("pq", "sq", "rq")
 
 Segments = Sequence[Mapping[str, Any]]
 
@@ -213,7 +216,7 @@ def _class_quality(true_positives: int, false_positives: int, false_negatives: i
 
 def _means(per_class: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     listed = list(per_class)
-    return {name: mean(scores[name] for scores in listed) for name in SCORES}
+    return {name: mean(scores[name] for scores in listed) for name in QUALITIES}
 
 
 class PanopticMetric(QualityCounts):
@@ -251,3 +254,25 @@ class PanopticMetric(QualityCounts):
             `false_negatives`.
         """
         return self._scores(0, classes)
+
+
+class PanopticScore(Score):
+    """Panoptic quality."""
+
+    name = task = "panoptic"
+    needs = ("ids",)
+    needs_kinds = True
+    class_means = {"pq": "pq", "sq": "sq", "rq": "rq"}
+    report = (ReportedScore("pq", "panoptic_quality", "PQ"),)
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
+        """See `Score`."""
+        return cls(PanopticMetric(vocabulary.is_thing))
+
+    def update(self, sample: Sample, prediction: Prediction) -> None:
+        """See `Score`."""
+        self.metric.update(prediction.ids, prediction.segments, sample.ids, sample.segments)
+
+
+SCORES = (PanopticScore,)

@@ -16,12 +16,17 @@ dataset's confusion matrix as in the PASCAL VOC challenge.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
+from modeling_gkc.vocabulary import Vocabulary
+
 from .base import Metric, check_absent, check_maps, check_num_classes, check_truth, chosen_classes, mean, ratio
+from .score import Prediction, ReportedScore, Sample, Score
+
+LEAST_SCORED, MOST_PREDICTED = 0.5, 0.95  # shares of pixels beyond which scores are warned of
 
 
 def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
@@ -114,3 +119,53 @@ class SemanticMetric(Metric):
         """See `semantic_scores`; and `scored_share`, the share of all pixels that have a class, None if none has."""
         scores = semantic_scores(self.confusion, absent, classes)
         return scores | {"scored_share": ratio(int(self.confusion.sum()), int(self.all_pixels[0])) or None}
+
+
+class SemanticScore(Score):
+    """Dataset-level mIoU and its relatives."""
+
+    name = task = "semantic"
+    class_means = {"miou": "iou", "mean_accuracy": "accuracy"}
+    report = (
+        ReportedScore(
+            "miou",
+            "mean_iou",
+            "mIoU",
+            table_note="mIoU in per cent: one confusion matrix over the split, classes without ground truth left out.",
+        ),
+        ReportedScore("pixel_accuracy", "accuracy", "pixel accuracy"),
+    )
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
+        """See `Score`."""
+        return cls(SemanticMetric(len(vocabulary)))
+
+    def update(self, sample: Sample, prediction: Prediction) -> None:
+        """See `Score`."""
+        self.metric.update(prediction.classes, sample.truth)
+
+    @classmethod
+    def warnings(
+        cls, scores: Mapping[str, float | None], columns: Mapping[str, Sequence], labels: Sequence[str]
+    ) -> list[str]:
+        """Warn if much of the truth is void, or if one class takes nearly all predictions."""
+        lines = []
+        share = scores.get("scored_share")
+        if share is not None and share < LEAST_SCORED:
+            lines.append(
+                f"only {100 * share:.1f} % of the pixels have a class and are scored: what the model shows on the "
+                "others counts for nothing, however wrong."
+            )
+        predicted, true = ([value or 0 for value in columns.get(name, ())] for name in ("predicted", "pixels"))
+        largest = max(range(len(predicted)), key=predicted.__getitem__, default=0)
+        if len(labels) > 1 and sum(predicted) and predicted[largest] >= MOST_PREDICTED * sum(predicted):
+            lines.append(
+                f"{labels[largest]!r} takes {100 * predicted[largest] / sum(predicted):.1f} % of the predictions, and "
+                f"is {100 * true[largest] / max(sum(true), 1):.1f} % of the truth: look at the maps before you trust "
+                "pixel accuracy."
+            )
+        return lines
+
+
+SCORES = (SemanticScore,)

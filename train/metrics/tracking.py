@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from .base import Metric, add_fixed, as_fixed, exact_sum, exact_values
-from .panoptic import SegmentList, Segments, shared_runs
+from .panoptic import SegmentList, shared_runs
+from .score import ReportedScore
 from .semantic import semantic_scores
-
-Frame = tuple[np.ndarray, Segments, np.ndarray, Segments]
+from .video_panoptic import Frame, LinkedVideoScore
 
 
 class _Runs:
@@ -126,3 +126,15 @@ class TrackingQualityMetric(Metric):
         sq, aq = scores["miou"], exact_values(self.association_sum)[0] / tracks if tracks else None
         stq = None if sq is None or aq is None else math.sqrt(sq * aq)
         return {"stq": stq, "sq": sq, "aq": aq, "tracks": tracks, "iou": scores["iou"]}
+
+
+class TrackingQualityScore(LinkedVideoScore):
+    """Segmentation and tracking quality."""
+
+    name = "tracking"
+    metric_class = TrackingQualityMetric
+    report = (ReportedScore("stq", "stq", "STQ"),)
+    task_type = "image-segmentation"
+
+
+SCORES = (TrackingQualityScore,)

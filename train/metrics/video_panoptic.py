@@ -13,12 +13,15 @@ which are frames of a video with a truth at every fifth and so 1, 2, 3, 4 here (
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from .base import check_windows, mean
+from modeling_gkc.vocabulary import Vocabulary
+
+from .base import Metric, check_windows, mean
 from .panoptic import Matches, QualityCounts, SegmentList, Segments, match_segments, shared_runs
+from .score import Prediction, ReportedScore, Sample, VideoScore
 
 Frame = tuple[np.ndarray, Segments, np.ndarray, Segments]
 Overlaps = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -117,3 +120,107 @@ class VideoPanopticMetric(QualityCounts):
             **{f"vpq_{kind}": mean(scores[kind]["pq"] for scores in windows.values()) for kind in ("things", "stuff")},
             "windows": windows,
         }
+
+
+class LinkedVideoScore(VideoScore):
+    """
+    A score of segments through a video, for models of images, which number the segments of every frame from the start.
+
+    Objects are followed by `link_segments`; segments of stuff have one id per class.
+
+    Args:
+        metric: Its `update` gets the frames of a video.
+        is_thing: Of each class, whether it is a thing.
+    """
+
+    task = "video"
+    needs = ("ids",)
+    needs_kinds = True
+    metric_class: type[Metric]
+
+    def __init__(self, metric: Metric, is_thing: Sequence[bool]):
+        super().__init__(metric)
+        self.is_thing = list(is_thing)
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
+        """See `Score`."""
+        return cls(cls.metric_class(vocabulary.is_thing), vocabulary.is_thing)
+
+    def frame(self, sample: Sample, prediction: Prediction) -> Frame:
+        """Ids and segments of prediction and truth."""
+        return prediction.ids, prediction.segments, sample.ids, sample.segments
+
+    def update_video(self, frames: list[tuple]) -> None:
+        """See `VideoScore`."""
+        linked = link_segments([frame[:2] for frame in frames], self.is_thing)
+        self.metric.update([(*new, *old[2:]) for new, old in zip(linked, frames, strict=True)])
+
+
+class VideoPanopticScore(LinkedVideoScore):
+    """Video panoptic quality."""
+
+    name = "video_panoptic"
+    metric_class = VideoPanopticMetric
+    report = (ReportedScore("vpq", "vpq", "VPQ"),)
+    task_type = "image-segmentation"
+    details = ("windows_",)
+
+
+def link_segments(
+    frames: Sequence[tuple[np.ndarray, list[dict[str, Any]]]], is_thing: Sequence[bool]
+) -> list[tuple[np.ndarray, list[dict[str, Any]]]]:
+    """
+    Ids that stay the same over the frames of a video.
+
+    An object is the one of its class in the frame before with which it has the highest IoU above 0, each taken once,
+    best pairs first; else it is new. Stuff has the id class + 1.
+
+    Args:
+        frames: ids (H, W) and `id` and `category_id` of each segment.
+        is_thing: of every class.
+
+    Returns:
+        The frames with new ids.
+    """
+    following, linked = len(is_thing) + 1, []
+    before: tuple[np.ndarray, dict[int, int]] = (np.zeros((0, 0)), {})  # new ids, and the class of each object
+    for ids, segments in frames:
+        things = {segment["id"]: segment["category_id"] for segment in segments if is_thing[segment["category_id"]]}
+        new_ids = _followed(ids, things, *before)
+        for segment in segments:
+            if segment["id"] not in things:
+                new_ids[segment["id"]] = segment["category_id"] + 1
+            elif segment["id"] not in new_ids:
+                new_ids[segment["id"]] = following
+                following += 1
+        present, inverse = np.unique(ids, return_inverse=True)
+        values = np.array([new_ids.get(number, 0) for number in present.tolist()], dtype=np.int32)
+        renumbered = values[inverse].reshape(ids.shape)
+        classes = {new_ids[segment["id"]]: segment["category_id"] for segment in segments}
+        linked.append((renumbered, [{"id": number, "category_id": label} for number, label in classes.items()]))
+        before = renumbered, {new_ids[number]: label for number, label in things.items()}
+    return linked
+
+
+def _followed(
+    ids: np.ndarray, things: Mapping[int, int], before: np.ndarray, known: Mapping[int, int]
+) -> dict[int, int]:
+    """The earlier id of each object that has one."""
+    if before.shape != ids.shape:
+        return {}
+    pairs, shared = np.unique(np.stack([ids.ravel(), before.ravel()]), axis=1, return_counts=True)
+    areas, areas_before = (dict(zip(*np.unique(m, return_counts=True), strict=True)) for m in (ids, before))
+    candidates = [
+        (count / (areas[new] + areas_before[old] - count), new, old)
+        for (new, old), count in zip(pairs.T.tolist(), shared.tolist(), strict=True)
+        if new in things and known.get(old) == things[new]
+    ]
+    found: dict[int, int] = {}
+    for _, new, old in sorted(candidates, key=lambda candidate: (-candidate[0], candidate[1:])):
+        if new not in found and old not in found.values():
+            found[new] = old
+    return found
+
+
+SCORES = (VideoPanopticScore,)

@@ -1,10 +1,15 @@
-"""The benchmarks, each family in a module of its own that defines `BENCHMARKS`."""
+"""The benchmarks, each family in a module of its own that defines `BENCHMARKS`.
+
+A benchmark is one such module (its reader, protocol and published results) and a packaged vocabulary; nothing else has
+to know it by name.
+"""
 
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
 from .base import Benchmark
+from .protocol import Protocol
 
 
 @cache
@@ -29,3 +34,18 @@ def benchmark_named(name: str) -> Benchmark:
     if name not in benchmarks:
         raise ValueError(f"There is no benchmark {name!r}; there are {', '.join(benchmarks)}.")
     return benchmarks[name]
+
+
+def protocol_of(name: str) -> Protocol:
+    """The protocol of a benchmark.
+
+    A variant, such as base or novel classes only, is scored as the benchmark whose classes it takes; one's own data,
+    which no protocol names, by mIoU at the usual sizes.
+
+    Raises:
+        ValueError: there is no such benchmark.
+    """
+    benchmark = benchmark_named(name)
+    original = all_benchmarks().get(benchmark.vocabulary)
+    usual = Protocol(note="no published protocol: the usual sizes")
+    return benchmark.protocol or (original and original.protocol) or usual

@@ -21,6 +21,7 @@ from .base import (
     semantic_segments,
 )
 from .pairs import paired
+from .protocol import FC_CLIP_R50, GKC_R50, GKC_R50_OPENTRANS, GKC_R101, Protocol, ReportColumn
 
 SCENE_PARSING, FULL = "ade20k_150", "ade20k_847"
 FOLDERS = {"train": "training", "val": "validation"}
@@ -165,14 +166,31 @@ def _read_full(classes: str, path: Path, shape: tuple[int, int]) -> Segmentation
 
 
 BENCHMARKS = (
-    Benchmark(SCENE_PARSING, SCENE_PARSING, LAYOUT, find_scene_parsing, {"train": 20_210, "val": 2_000}),
+    Benchmark(
+        SCENE_PARSING,
+        SCENE_PARSING,
+        LAYOUT,
+        find_scene_parsing,
+        {"train": 20_210, "val": 2_000},
+        protocol=Protocol(),
+        column=ReportColumn("A-150", 4, {GKC_R50: 17.5, GKC_R101: 18.8, GKC_R50_OPENTRANS: 16.6, FC_CLIP_R50: 23.3}),
+    ),
     Benchmark(
         f"{SCENE_PARSING}_panoptic",
         SCENE_PARSING,
         PANOPTIC_LAYOUT,
         find_scene_parsing_panoptic,
         {"train": 20_210, "val": 2_000},
+        protocol=Protocol(tasks=("semantic", "panoptic")),
     ),
-    Benchmark(FULL, FULL, FULL_LAYOUT, partial(find_full, FULL), FULL_COUNTS),
+    Benchmark(
+        FULL,
+        FULL,
+        FULL_LAYOUT,
+        partial(find_full, FULL),
+        FULL_COUNTS,
+        protocol=Protocol(shrink_above=512, note="scored at the reduced size, as all published numbers"),
+        column=ReportColumn("A-847", 5, {GKC_R50: 3.2, GKC_R101: 3.5, GKC_R50_OPENTRANS: 2.5, FC_CLIP_R50: 7.1}),
+    ),
     Benchmark("ade20k_full_150", SCENE_PARSING, FULL_150_LAYOUT, partial(find_full, SCENE_PARSING), FULL_COUNTS),
 )

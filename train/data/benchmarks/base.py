@@ -16,6 +16,7 @@ from ...storage.checksums import shape_problems
 from ..schema import NO_CLASS, VOID, decode_ids, ids_within
 from ..sources import Picture, Segmentation
 from ..splits import vocabulary_subset
+from .protocol import Protocol, ReportColumn
 
 KEPT_WITH_ANY, KEPT_WITH_ONLY = "any", "only"
 _NAMED_VALUES = 10
@@ -38,6 +39,8 @@ class Benchmark:
         kept_images: by split, which images stay where `subset` is given: `any`, those with a segment of a kept class;
             `only`, those of them without a segment of another class; all where the split is not named.
         make_vocabulary: source folder -> vocabulary, for data that brings its own.
+        protocol: how the field scores it; None for the protocol of the benchmark that is called as `vocabulary`.
+        column: of the table of results; None where it has none but its name.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Benchmark:
     subset: Sequence[int] | None = None
     kept_images: Mapping[str, str] = field(default_factory=dict)
     make_vocabulary: Callable[[Path], Vocabulary] | None = None
+    protocol: Protocol | None = None
+    column: ReportColumn | None = None
 
     def classes(self, source: Path | None = None) -> Vocabulary:
         """The classes that `category_id` counts in what is written.

@@ -12,6 +12,7 @@ from modeling_gkc.vocabulary_files import packaged_facts
 from ..schema import NO_CLASS
 from ..sources import Picture, Segmentation
 from .base import Benchmark, look_up, raw_ids, read_numbers, require, semantic_segments
+from .protocol import GKC_R50, GKC_R50_OPENTRANS, GKC_R101, Protocol, ReportColumn
 from .raw_segments import BITS_16, segments_of_values
 
 VOCABULARY = "cityscapes_19"
@@ -97,6 +98,8 @@ BENCHMARKS = (
         layout=LAYOUT.format(what="semantic", kind="labelIds", bits="8 bits: label ids 0..33"),
         find=find_semantic,
         splits=_IMAGES,
+        protocol=Protocol(),
+        column=ReportColumn("Cityscapes", 3, {GKC_R50: 34.3, GKC_R101: 34.8, GKC_R50_OPENTRANS: 33.9}),
     ),
     Benchmark(
         name="cityscapes_panoptic_19",
@@ -108,5 +111,6 @@ BENCHMARKS = (
         ),
         find=find_panoptic,
         splits=_IMAGES,
+        protocol=Protocol(tasks=("semantic", "panoptic")),
     ),
 )

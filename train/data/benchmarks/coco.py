@@ -26,6 +26,7 @@ from .base import (
     semantic_segments,
 )
 from .pairs import paired
+from .protocol import GKC_R50, GKC_R50_OPENTRANS, GKC_R101, Protocol, ReportColumn
 
 PANOPTIC, STUFF = "coco_panoptic_133", "coco_stuff_171"
 IMAGES = {"train": 118_287, "val": 5_000}
@@ -168,7 +169,15 @@ def _positions(novel: bool) -> tuple[int, ...]:
 
 
 BENCHMARKS = (
-    Benchmark(PANOPTIC, PANOPTIC, PANOPTIC_LAYOUT, find_panoptic, IMAGES),
+    Benchmark(
+        PANOPTIC,
+        PANOPTIC,
+        PANOPTIC_LAYOUT,
+        find_panoptic,
+        IMAGES,
+        protocol=Protocol(tasks=("semantic", "panoptic"), note="mIoU over 133, crowds count for it"),
+        column=ReportColumn("COCO", 1, {GKC_R50: 49.8, GKC_R101: 51.2, GKC_R50_OPENTRANS: 46.0}),
+    ),
     Benchmark(
         "coco_panoptic_base_ignore",
         PANOPTIC,
@@ -196,6 +205,14 @@ BENCHMARKS = (
         subset=_positions(novel=True),
         kept_images={"val": KEPT_WITH_ANY},
     ),
-    Benchmark(STUFF, STUFF, STUFF_LAYOUT, partial(find_stuff, STUFF), IMAGES, STUFF_COUNTS),
-    Benchmark("coco_stuff_133", PANOPTIC, STUFF_133_LAYOUT, partial(find_stuff, PANOPTIC), IMAGES, STUFF_COUNTS),
+    Benchmark(STUFF, STUFF, STUFF_LAYOUT, partial(find_stuff, STUFF), IMAGES, STUFF_COUNTS, protocol=Protocol()),
+    Benchmark(
+        "coco_stuff_133",
+        PANOPTIC,
+        STUFF_133_LAYOUT,
+        partial(find_stuff, PANOPTIC),
+        IMAGES,
+        STUFF_COUNTS,
+        protocol=Protocol(note="COCO-Stuff's labels in the classes of COCO panoptic"),
+    ),
 )

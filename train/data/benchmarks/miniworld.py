@@ -23,11 +23,12 @@ from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..drawn_world.dataset import test_vocabulary, training_vocabulary
-from ..drawn_world.words import COARSE, CONCEPTS, coarse_label
+from ..drawn_world.words import COARSE, CONCEPTS, KEPT, NEVER_SEEN, SUB, VOID, coarse_label
 from ..drawn_world.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
 from ..schema import NO_CLASS, encode_ids
 from ..sources import Picture, Segmentation
 from .base import Benchmark, read_colour_ids, require
+from .protocol import Protocol
 
 LAYOUT = """\
 DIR/{train,val}/SCENE.png                       a drawn scene
@@ -98,7 +99,18 @@ def _training_classes() -> dict[str, int]:
     return {concept: COARSE.index(label) for concept, label in labels.items() if label is not None}
 
 
-def _benchmark(name: str, classes: Mapping[str, int], vocabulary: Vocabulary) -> Benchmark:
+_PROTOCOL = Protocol(
+    tasks=("semantic", "panoptic"),
+    short_side=96,
+    long_side=192,
+    groups={"base": KEPT, "novel": SUB + VOID + NEVER_SEEN, "sub": SUB, "void": VOID, "never": NEVER_SEEN},
+    note="a drawn world: comparable to nothing else",
+)
+
+
+def _benchmark(
+    name: str, classes: Mapping[str, int], vocabulary: Vocabulary, protocol: Protocol | None = None
+) -> Benchmark:
     return Benchmark(
         name=name,
         vocabulary="",
@@ -106,11 +118,12 @@ def _benchmark(name: str, classes: Mapping[str, int], vocabulary: Vocabulary) ->
         find=partial(find, classes),
         splits=dict.fromkeys(SPLITS),
         make_vocabulary=lambda source: vocabulary,
+        protocol=protocol,
     )
 
 
 BENCHMARKS = (
-    _benchmark("miniworld", {concept: index for index, concept in enumerate(CONCEPTS)}, test_vocabulary()),
+    _benchmark("miniworld", {concept: index for index, concept in enumerate(CONCEPTS)}, test_vocabulary(), _PROTOCOL),
     _benchmark("miniworld_train", _training_classes(), training_vocabulary()),
 )
 

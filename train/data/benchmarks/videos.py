@@ -20,6 +20,7 @@ from ..schema import VOID, ids_within
 from ..sources import IMAGE_SUFFIXES, Picture, Segmentation
 from ..splits import novel_positions
 from .base import Benchmark, look_up, raw_ids, read_colour_ids, read_numbers, require, semantic_segments
+from .protocol import Protocol, ReportColumn
 from .raw_segments import BITS_16, segments_of_values
 
 VSPW, VIPSEG = "vspw_124", "vipseg_124"
@@ -316,6 +317,8 @@ BENCHMARKS = (
         find=find_vspw,
         splits={"train": None, "val": 24502},
         discrepancy=_VSPW_DISCREPANCY,
+        protocol=Protocol(tasks=("semantic", "video"), note="the whole validation split at 480p"),
+        column=ReportColumn("VSPW", 8),
     ),
     Benchmark(
         name="vipseg_124",
@@ -323,6 +326,10 @@ BENCHMARKS = (
         layout=VIPSEG_LAYOUT,
         find=find_vipseg,
         splits=dict.fromkeys(_VIDEOS),
+        protocol=Protocol(
+            tasks=("semantic", "video"), short_side=360, note="scored frame by frame; the paper tests videos at 360"
+        ),
+        column=ReportColumn("VIPSeg", 9),
     ),
     _subset("vipseg_124_base", novel=False),
     _subset("vipseg_124_novel", novel=True),
