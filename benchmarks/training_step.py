@@ -174,7 +174,7 @@ def random_row(index: int, size: int, regions: int, num_classes: int) -> dict:
 
 def make_recipe(preset: Preset) -> Recipe:
     """The defaults, which are the paper's; `online`, so that batches keep their pictures."""
-    return Recipe(
+    return Recipe().replace(
         batch_size=preset.batch_size,
         crop_size=preset.image_size,
         scale_range=(1.0, 1.0),
@@ -213,7 +213,7 @@ def make_published_student(preset: Preset, recipe: Recipe, num_classes: int) -> 
             dim_feedforward=sizes.decoder_ffn_dim,
             num_queries=sizes.num_queries,
             num_labels=num_classes,
-            train_num_points=recipe.train_num_points,
+            train_num_points=recipe.matching.train_num_points,
         )
     )
 
@@ -270,7 +270,7 @@ class Workload:
         self.published_student = make_published_student(preset, recipe, len(vocabulary.names))
         self.step_regions = {
             "online": StepRegions(recipe, bank, online),
-            "cached": StepRegions(replace(recipe, teacher="cached"), bank, embeddings),
+            "cached": StepRegions(recipe.replace({"teacher.source": "cached"}), bank, embeddings),
         }
 
     @torch.no_grad()

@@ -1,5 +1,5 @@
-"""What is run: recipes as short, validated data."""
+"""Training recipes: short files of validated settings."""
 
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, recipe_names
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "load_recipe", "recipe_names"]

@@ -1,245 +1,206 @@
-"""`Recipe`: everything that decides a training run, validated when it is made."""
+"""`Recipe`: everything that decides a training run, in sections that validate themselves."""
 
+import dataclasses
+import difflib
 import importlib
 import os
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from .sections import (
+    DataSection,
+    DistillationSection,
+    GroundingSection,
+    MatchingSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    Section,
+    SynonymsSection,
+    TeacherSection,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-SYNONYM_MODES = ("none", "average", "max", "sample")
-SYNONYM_PROBABILITIES = ("uniform", "teacher", "boxes")
-TEACHERS = ("cached", "online")
-CATEGORY_SPLITS = ("all", "ignore", "delete")
-DISTILLATION_EMBEDDINGS = ("shared", "query", "projected")
-DISTILLATION_TERMS = ("joint", "split", "feature", "relation")
-DISTILLATION_HEADS = ("common", "per_stage")
-RELATIONS = ("cosine", "euclidean")
-PRECISIONS = ("fp32", "bf16", "fp16")
+# Names from before recipes had sections whose field is called otherwise today. All other old names are the names of
+# fields that one section alone has, which are accepted without their section.
+_RENAMED_FIELDS = {
+    "model": "model.config",
+    "teacher": "teacher.source",
+    "synonym_mode": "synonyms.mode",
+    "synonym_weight": "synonyms.weight",
+    "synonym_probabilities": "synonyms.probabilities",
+    "synonym_threshold": "synonyms.threshold",
+    "synonym_logit_scale": "synonyms.logit_scale",
+    "distillation_weight": "distillation.weight",
+    "distillation_embedding": "distillation.embedding",
+    "distillation_terms": "distillation.terms",
+    "distillation_relation": "distillation.relation",
+    "distillation_relation_weight": "distillation.relation_weight",
+    "distillation_max_regions": "distillation.max_regions",
+    "distillation_heads": "distillation.heads",
+    "grounding_weight": "grounding.weight",
+    "grounding_noun_dropout": "grounding.noun_dropout",
+    "grounding_max_nouns": "grounding.max_nouns",
+}
+_SIMILARITY = 0.6  # least similarity of a known name that is suggested for an unknown one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A training run.
 
-    The defaults are the settings of the paper's R-50 row but for six, which its recipe `coco_clip_r50` sets:
-    `precision` (published: mixed), `synonym_probabilities` (published: those of CLIP for the region's box),
-    `distillation_embedding` (published: `query`), `distillation_max_regions` (published: 200 on each of 8 GPUs),
-    `region_dropout` (published: 0.5) and `grounding_weight` (published: 10).
+    The defaults are the settings of the paper's R-50 row except for six, which its recipe `coco_clip_r50` sets:
+    `optimizer.precision` (published: mixed), `synonyms.probabilities` (published: those of CLIP for the region's box),
+    `distillation.embedding` (published: `query`), `distillation.max_regions` (published: 200 on each of 8 GPUs),
+    `data.region_dropout` (published: 0.5) and `grounding.weight` (published: 10).
 
-    Attributes:
-        vocabulary: Name of the training vocabulary, or None where the caller gives one.
-        model: Fields of `GKCConfig` that differ from its defaults, the losses' ones below excepted.
-        steps: Optimiser steps.
-        batch_size: Images per step over all processes and accumulated batches.
-        crop_size, scale_range, flip_probability: Augmentation, see `train.data.JointTransform`.
-        learning_rate: Of AdamW, at the start.
-        backbone_factor: Learning rate of the backbone over that of the rest.
-        weight_decay: Of all parameters but those of normalisations and embeddings.
-        max_grad_norm: Gradients are clipped to this norm.
-        milestones: Shares of the steps after which the learning rate is multiplied by `decay_factor`.
-        decay_factor: See `milestones`.
-        warmup_share: Share of the steps over which the learning rate grows linearly from zero.
-        precision: `fp32`, or mixed `bf16` or `fp16`.
-        accumulation: Micro-batches that a process accumulates before each optimiser step.
-        frozen_stages: Stages of the backbone, the stem counted with the first, that are not trained.
-        compile: Compile the student with `torch.compile`.
-        dataset: Folder that `save_to_disk`, `train.data.prepare` or `train.data.from_folder` wrote, or a dataset's
-            name on the Hub.
-        train_split, eval_split: Its splits; None evaluates nothing.
-        category_split: All classes (`all`); or only those that the vocabulary does not mark as novel, the regions of
-            the others void (`ignore`), or images with such regions left out (`delete`).
-        streaming: Read the dataset in its order, without random access.
-        max_broken_samples: Samples that cannot be read are logged and skipped up to this number; one more stops.
-        num_workers: Processes that read and augment, for each training process.
-        clip: Folder or Hub name of the CLIP that gives backbone, text tower and teacher, as `gkc convert` writes it.
-        backbone: Folder or Hub name of another backbone's pretrained weights, such as those of an ImageNet ResNet; its
-            `backbone_config` may stand in `model`. None takes CLIP's image tower.
-        init_from: Folder or Hub name of a GKC checkpoint to start from instead.
-        save_every, evaluate_every, log_every: Steps between checkpoints, evaluations and log lines.
-        seed: Of weights, data order, augmentation and draws.
-        class_weight, mask_weight, dice_weight: Weights of plain names and masks, in the loss and in the matching.
-        no_object_weight: Weight of the no-object class in the cross-entropies.
-        train_num_points, oversample_ratio, importance_sample_ratio: Point sampling of the mask losses.
-        synonym_mode: Text diversification: `none`, `average`, `max` or `sample`.
-        synonym_weight: Its weight.
-        synonym_probabilities: Words that `sample` may draw: all (`uniform`), or those that CLIP finds probable for
-            the region: by the teacher's embedding of the region alone (`teacher`), or by the region's box with its
-            surroundings, as published (`boxes`, made by `train.cache synonyms`).
-        synonym_threshold: What a probability must exceed.
-        synonym_logit_scale: Temperature of those probabilities: that of the teacher, 100 for OpenAI's CLIP.
-        distillation_weight: Weight of text-guided distillation; zero leaves it out.
-        distillation_embedding: What is distilled: the class embedding itself (`shared`), or a map of the query's
-            feature (`query`, as published) or of the class embedding (`projected`) that only training has.
-        distillation_terms: All residuals averaged together (`joint`), the two terms added (`split`), or one alone.
-        distillation_relation: `cosine` or `euclidean`.
-        distillation_relation_weight: Weight of the relation term in `split`, where `distillation_weight` is that of
-            the feature term; None for the same.
-        distillation_max_regions: Regions of one step, over all processes and accumulated batches, that are distilled
-            at most; which ones is drawn. Published: 200 on each of 8 GPUs.
-        distillation_heads: One map for all decoder stages (`common`) or one each (`per_stage`); `shared` has none.
-        teacher: Where the teacher's embeddings of regions come from: made once (`cached`, `train.cache teacher`), or
-            computed in every step from the augmented crops (`online`).
-        region_dropout: Share of the annotated regions that distillation and grounding leave out, drawn anew each time
-            an image is seen.
-        grounding_weight: Weight of caption grounding, on the class embeddings of the last stage; zero leaves it out.
-        grounding_noun_dropout: Share of a caption's nouns that are left out.
-        grounding_max_nouns: Nouns of a caption at most.
+    Each section is a dataclass in `configuration.sections`, whose docstring explains its fields. The section of a loss
+    of `train.losses` has the name of that loss.
     """
 
-    vocabulary: str | None = None
-    model: Mapping[str, Any] = field(default_factory=dict)
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    run: RunSection = field(default_factory=RunSection)
+    matching: MatchingSection = field(default_factory=MatchingSection)
+    teacher: TeacherSection = field(default_factory=TeacherSection)
+    synonyms: SynonymsSection = field(default_factory=SynonymsSection)
+    distillation: DistillationSection = field(default_factory=DistillationSection)
+    grounding: GroundingSection = field(default_factory=GroundingSection)
 
-    steps: int = 50_000
-    batch_size: int = 112
-    crop_size: int | None = 512
-    scale_range: tuple[float, float] = (0.8, 1.2)
-    flip_probability: float = 0.5
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Every `section.field`, in the order of the sections."""
+        default = cls()
+        return [
+            f"{section.name}.{each.name}"
+            for section in dataclasses.fields(cls)
+            for each in dataclasses.fields(getattr(default, section.name))
+        ]
 
-    learning_rate: float = 3e-4
-    backbone_factor: float = 0.1
-    weight_decay: float = 0.05
-    max_grad_norm: float = 0.01
-    milestones: tuple[float, ...] = (0.8, 0.9)
-    decay_factor: float = 0.1
-    warmup_share: float = 0.0
-    precision: str = "fp32"
-    accumulation: int = 1
-    frozen_stages: int = 0
-    compile: bool = False
-    seed: int = 0
+    @classmethod
+    def full_name(cls, name: str) -> str:
+        """`section.field` of a name.
 
-    dataset: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    category_split: str = "all"
-    streaming: bool = False
-    max_broken_samples: int = 100
-    num_workers: int = 4
-    clip: str | None = None
-    backbone: str | None = None
-    init_from: str | None = None
-    save_every: int = 1000
-    evaluate_every: int = 5000
-    log_every: int = 50
+        Args:
+            name: `section.field`; or the name of a field that one section alone has, such as `steps`; or a name from
+                before recipes had sections, such as `synonym_mode`.
 
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    no_object_weight: float = 0.1
-    train_num_points: int = 12544
-    oversample_ratio: float = 3.0
-    importance_sample_ratio: float = 0.75
+        Raises:
+            ValueError: There is no such field, or several sections have it.
+        """
+        known = cls.field_names()
+        if name in known:
+            return name
+        if name in _RENAMED_FIELDS:
+            return _RENAMED_FIELDS[name]
+        found = [full for full in known if full.partition(".")[2] == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"Several sections of a recipe have a field {name!r}: give {' or '.join(found)}.")
+        fields_alone = [full.partition(".")[2] for full in known]
+        near = []
+        last_part = name.rpartition(".")[2]
+        for match in difflib.get_close_matches(last_part, [*fields_alone, *_RENAMED_FIELDS], cutoff=_SIMILARITY):
+            fulls = [full for full in known if full.partition(".")[2] == match]
+            near += [full for full in fulls or [_RENAMED_FIELDS[match]] if full not in near]
+        near = near or difflib.get_close_matches(name, known, cutoff=_SIMILARITY)
+        hint = f"; did you mean {' or '.join(near[:4])}?" if near else "; `python -m train --help` lists all fields."
+        raise ValueError(f"A recipe has no field {name!r}{hint}")
 
-    synonym_mode: str = "sample"
-    synonym_weight: float = 10.0
-    synonym_probabilities: str = "uniform"
-    synonym_threshold: float = 0.1
-    synonym_logit_scale: float = 100.0
-    distillation_weight: float = 10.0
-    distillation_embedding: str = "shared"
-    distillation_terms: str = "joint"
-    distillation_relation: str = "cosine"
-    distillation_relation_weight: float | None = None
-    distillation_max_regions: int = 200
-    distillation_heads: str = "common"
-    teacher: str = "cached"
-    region_dropout: float = 0.0
-    grounding_weight: float = 0.0
-    grounding_noun_dropout: float = 0.25
-    grounding_max_nouns: int = 5
+    def get(self, name: str) -> Any:
+        """Value of a field by any name that `full_name` knows."""
+        section, _, each = self.full_name(name).partition(".")
+        return getattr(getattr(self, section), each)
 
-    def __post_init__(self):
-        self._check_numbers()
-        self._check_choices()
-        low, high = self.scale_range
-        _require(0 < low <= high, f"`scale_range` must be two rising positive factors, got {self.scale_range}.")
-        _require(
-            list(self.milestones) == sorted(self.milestones) and all(0 < share < 1 for share in self.milestones),
-            f"`milestones` must be rising shares of the steps between 0 and 1, got {self.milestones}.",
+    def replace(self, changes: Mapping[str, Any] | None = None, **short_names: Any) -> Self:
+        """This recipe with some fields changed.
+
+        Args:
+            changes: Values by name, such as `{"synonyms.mode": "max"}`; see `full_name` for the names.
+            short_names: The same for names without a dot, such as `steps=100`.
+
+        Raises:
+            ValueError: There is no such field, or a value is impossible.
+        """
+        by_section: dict[str, dict[str, Any]] = {}
+        for name, value in {**(changes or {}), **short_names}.items():
+            section, _, each = self.full_name(name).partition(".")
+            by_section.setdefault(section, {})[each] = value
+        sections = {name: dataclasses.replace(getattr(self, name), **values) for name, values in by_section.items()}
+        return dataclasses.replace(self, **sections)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Values by section and field, as plain types that JSON can hold."""
+        return {section.name: _plain(getattr(self, section.name)) for section in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The recipe that `to_dict` gave, also in the flat form from before recipes had sections.
+
+        Raises:
+            ValueError: A name or value is impossible.
+        """
+        sections = {section.name for section in dataclasses.fields(cls)}
+        changes = {}
+        # A flat recipe has a `model` and a `teacher` too: the first is `model.config`, the second is text.
+        is_flat = bool(values.keys() - sections)
+        for name, value in values.items():
+            if is_flat:
+                changes[name] = value
+            else:
+                changes |= {f"{name}.{each}": part for each, part in value.items()}
+        tuples = {full for full in cls.field_names() if isinstance(cls().get(full), tuple)}
+        return cls().replace(
+            {name: tuple(value) if cls.full_name(name) in tuples else value for name, value in changes.items()}
         )
-        _require(
-            self.distillation_heads == "common" or self.distillation_embedding != "shared",
-            "`distillation_heads` = 'per_stage' needs a map, which `distillation_embedding` = 'shared' has not.",
-        )
-        clash = sorted(self.model.keys() & _MODEL_FIELDS)
-        _require(not clash, f"`model` must not hold {clash}: set the recipe's own fields of these names.")
-
-    def _check_numbers(self):
-        positive = ("steps", "batch_size", "learning_rate", "max_grad_norm", "decay_factor", "train_num_points")
-        every = ("save_every", "evaluate_every", "log_every")
-        counts = ("distillation_max_regions", "accumulation", "grounding_max_nouns", *every)
-        for name in (*positive, "synonym_logit_scale", *counts):
-            _require(getattr(self, name) > 0, f"`{name}` must be positive, got {getattr(self, name)}.")
-        _require(self.crop_size is None or self.crop_size > 0, f"`crop_size` must be positive, got {self.crop_size}.")
-        weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "synonym_weight")
-        counts = ("seed", "frozen_stages", "max_broken_samples", "num_workers")
-        for name in (*weights, "distillation_weight", "grounding_weight", "weight_decay", "backbone_factor", *counts):
-            _require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
-        shares = ("flip_probability", "warmup_share", "synonym_threshold", "importance_sample_ratio")
-        for name in (*shares, "region_dropout", "grounding_noun_dropout"):
-            _require(0 <= getattr(self, name) <= 1, f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
-
-    def _check_choices(self):
-        choices = {
-            "precision": PRECISIONS,
-            "synonym_mode": SYNONYM_MODES,
-            "synonym_probabilities": SYNONYM_PROBABILITIES,
-            "distillation_embedding": DISTILLATION_EMBEDDINGS,
-            "distillation_terms": DISTILLATION_TERMS,
-            "distillation_relation": RELATIONS,
-            "distillation_heads": DISTILLATION_HEADS,
-            "teacher": TEACHERS,
-            "category_split": CATEGORY_SPLITS,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            _require(value in allowed, f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
 
     def model_settings(self) -> dict[str, Any]:
         """Fields of the `GKCConfig` that this recipe trains: `GKCConfig(**recipe.model_settings(), ...)`."""
-        return {**self.model, **self.loss_settings()}
+        return {**self.model.config, **self.loss_settings()}
 
     def loss_settings(self) -> dict[str, Any]:
-        """Those of `model_settings` that belong to the losses."""
-        return {name: getattr(self, name) for name in sorted(_MODEL_FIELDS)}
+        """Those of `model_settings` that belong to matching and losses."""
+        return dict(sorted(vars(self.matching).items()))
 
     def to_training_arguments(self, output_dir: str | os.PathLike, **overrides: Any) -> "TrainingArguments":
         """Arguments for `GKCTrainer`.
 
-        The batch is shared by processes and accumulated micro-batches, which changes no gradient, see `GKCTrainer`.
+        The batch is divided among processes and accumulated micro-batches; gradients do not depend on the division.
 
         Args:
-            output_dir: Where checkpoints go.
+            output_dir: Folder of the checkpoints.
             overrides: Any further `TrainingArguments`, such as `save_steps`.
 
         Raises:
-            ValueError: the batch cannot be divided among processes and accumulated batches.
+            ValueError: The batch cannot be divided among processes and accumulated batches.
         """
-        accumulation = overrides.get("gradient_accumulation_steps", self.accumulation)
+        accumulation = overrides.get("gradient_accumulation_steps", self.optimizer.accumulation)
         parts = int(os.environ.get("WORLD_SIZE", "1")) * accumulation
-        _require(
-            self.batch_size % parts == 0,
-            f"`batch_size` = {self.batch_size} cannot be divided among {parts} processes times accumulated batches; "
-            "change one of them.",
+        Section.require(
+            self.data.batch_size % parts == 0,
+            f"`data.batch_size` = {self.data.batch_size} cannot be divided among {parts} processes times accumulated "
+            "batches; change one of them.",
         )
         import torch
         from transformers import TrainingArguments
 
         settings = {
-            "max_steps": self.steps,
-            "per_device_train_batch_size": self.batch_size // parts,
+            "max_steps": self.optimizer.steps,
+            "per_device_train_batch_size": self.data.batch_size // parts,
             "gradient_accumulation_steps": accumulation,
-            "learning_rate": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "max_grad_norm": self.max_grad_norm,
-            "bf16": self.precision == "bf16",
-            "fp16": self.precision == "fp16",
-            "seed": self.seed,
-            "data_seed": self.seed,
+            "learning_rate": self.optimizer.learning_rate,
+            "weight_decay": self.optimizer.weight_decay,
+            "max_grad_norm": self.optimizer.max_grad_norm,
+            "bf16": self.optimizer.precision == "bf16",
+            "fp16": self.optimizer.precision == "fp16",
+            "seed": self.run.seed,
+            "data_seed": self.run.seed,
             "remove_unused_columns": False,
             "dataloader_drop_last": True,
             "ddp_find_unused_parameters": False,
@@ -250,34 +211,35 @@ class Recipe:
         return TrainingArguments(output_dir=os.fspath(output_dir), **{**settings, **overrides})
 
 
-_MODEL_FIELDS = {
-    "class_weight",
-    "mask_weight",
-    "dice_weight",
-    "no_object_weight",
-    "train_num_points",
-    "oversample_ratio",
-    "importance_sample_ratio",
-}
+def _plain(value: Any) -> Any:
+    """Dataclasses and configurations of transformers as dictionaries, tuples as lists, at any depth."""
+    if dataclasses.is_dataclass(value) and isinstance(value, Section):
+        value = vars(value)
+    elif hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def load_recipe(name: str, **changes: Any) -> Recipe:
-    """The recipe of `configuration/recipes/<name>.py`, with some fields changed.
-
-    Raises:
-        ValueError: there is no such recipe, or a change cannot be.
-    """
+def recipe_names() -> list[str]:
+    """Names of the recipes in `configuration/recipes`."""
     from . import recipes
 
-    known = sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
-    _require(name in known, f"There is no recipe {name!r}; there are {', '.join(known)}.")
-    recipe: Recipe = importlib.import_module(f"{recipes.__name__}.{name}").RECIPE
-    fields = recipe.__dataclass_fields__
-    unknown = sorted(changes.keys() - fields.keys())
-    _require(not unknown, f"A recipe has no field {', '.join(unknown)}; it has {', '.join(fields)}.")
-    return replace(recipe, **changes)
+    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
+
+
+def load_recipe(name: str, changes: Mapping[str, Any] | None = None, **short_names: Any) -> Recipe:
+    """The recipe of `configuration/recipes/<name>.py`, with some fields changed.
+
+    Args:
+        name: Name of the recipe.
+        changes, short_names: See `Recipe.replace`.
+
+    Raises:
+        ValueError: There is no such recipe or field, or a value is impossible.
+    """
+    known = recipe_names()
+    Section.require(name in known, f"There is no recipe {name!r}; there are {', '.join(known)}.")
+    recipe: Recipe = importlib.import_module(f"{__package__}.recipes.{name}").RECIPE
+    return recipe.replace(changes, **short_names)

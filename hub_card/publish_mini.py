@@ -71,6 +71,8 @@ def card(results: dict, config: dict) -> str:
     arm, seed = results["published"]["arm"], str(results["published"]["seed"])
     published = results["seeds"][seed]
     settings, scores = published["settings"], published["arms"][arm]
+    recipe = settings["recipe"]
+    steps = recipe.get("optimizer", recipe)["steps"]  # recipes were flat before they had sections
     values = {
         "arm": ARM_NAMES[arm],
         "seed": seed,
@@ -82,8 +84,8 @@ def card(results: dict, config: dict) -> str:
         "shipped_arm": arm,
         "images": str(scores["images"]),
         "minutes": ", ".join(f"{name} {minutes}" for name, minutes in published["minutes"].items()),
-        "steps": str(STEPS.get(arm, settings["recipe"]["steps"])),
-        "table_steps": str(settings["recipe"]["steps"]),
+        "steps": str(STEPS.get(arm, steps)),
+        "table_steps": str(steps),
         "warmup_steps": str(settings["warmup_steps"]),
         "clip_steps": str(settings["clip"]["steps"]),
         "train_scenes": str(settings["train_scenes"]),

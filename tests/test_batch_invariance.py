@@ -11,7 +11,6 @@ GroupNorms has two channels: with one channel the bias before it would be such a
 import os
 import shutil
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ PROCESSES = 2
 SIZES = {"hidden_size": 64, "mask_feature_size": 64, "encoder_layers": 1, "decoder_layers": 2}
 BOUND = 1e-5
 
-RECIPE = Recipe(
+RECIPE = Recipe().replace(
     steps=STEPS,
     batch_size=4,
     crop_size=64,
@@ -165,7 +164,7 @@ class Sharded(InOrder):
 
 def run_sharded(folder: Path, resume: bool = False) -> dict:
     """All weights at the end, in the first process, and how many parameters each held a part of only."""
-    recipe = replace(RECIPE, **MODES["grounding"])
+    recipe = RECIPE.replace(**MODES["grounding"])
     trainer = make_trainer(folder, recipe, kind=Sharded, save_strategy="steps", save_steps=2)
     trainer.train(resume_from_checkpoint=resume or None)
     parts = [p for p in trainer.model.parameters() if isinstance(p, DTensor) and p.to_local().numel() < p.numel()]
@@ -181,7 +180,7 @@ RUNS = {  # name: mode, optimiser
 
 def run_named(folder: str | Path, name: str, accumulation: int = 1, **overrides) -> dict:
     mode, optimizer = RUNS[name]
-    return run(folder, replace(RECIPE, accumulation=accumulation, **MODES[mode]), optim=optimizer, **overrides)
+    return run(folder, RECIPE.replace(accumulation=accumulation, **MODES[mode]), optim=optimizer, **overrides)
 
 
 def run_process(rank: int, folder: str, port: int) -> None:
@@ -213,7 +212,7 @@ def resume_from_step_2(undisturbed: Path, folder: Path, rank: int) -> None:
 
 def stop_at_an_image_of_nan(folder: Path, rank: int) -> str:
     """The second process meets an image that cannot be matched; the first has no trouble of its own."""
-    trainer = make_trainer(folder, replace(RECIPE, **MODES["grounding"]))
+    trainer = make_trainer(folder, RECIPE.replace(**MODES["grounding"]))
     original = trainer.get_batch_samples
 
     def broken(*args):
@@ -345,9 +344,9 @@ def test_bf16_stays_close_to_fp32(tmp_path, within):
     """
     means = []
     for seed in (0, 1):
-        recipe = replace(RECIPE, steps=10, synonym_mode="sample", distillation_embedding="query", seed=seed)
+        recipe = RECIPE.replace(steps=10, synonym_mode="sample", distillation_embedding="query", seed=seed)
         full = run(tmp_path / str(seed), recipe)
-        half = run(tmp_path / str(seed), replace(recipe, precision="bf16"))
+        half = run(tmp_path / str(seed), recipe.replace(precision="bf16"))
         assert len(half["losses"]) == len(full["losses"]) == 10
         assert half["losses"] != full["losses"]
         means.append([statistics.fmean(step["loss"] for step in steps["losses"]) for steps in (half, full)])

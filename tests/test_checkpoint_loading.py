@@ -211,7 +211,7 @@ def test_commands_end_with_2_and_leave_nothing_behind(damaged, capsys):
         assert error.count("\n") == 1 and error.endswith(f"is not a GKC checkpoint: {reason}\n")
     assert not list(out.rglob("*.*"))
     with pytest.raises(ValueError, match=r"^`init_from`: .* cannot be loaded: `hidden_size`"):
-        load_student(Recipe(init_from=str(damaged)), None)
+        load_student(Recipe().replace(init_from=str(damaged)), None)
     with pytest.raises(ValueError, match=r"^--model: .* holds no model: `hidden_size`"):
         model_type(str(damaged))
     with pytest.raises(ValueError, match="holds no CLIP"):
@@ -255,7 +255,7 @@ def test_code_of_a_folder_is_never_run_nor_asked_for(damaged, name, place, monke
         assert "\n" not in str(error)
     assert not list(damaged.rglob("ran"))
     try:
-        load_student(Recipe(init_from=str(damaged)), None)
+        load_student(Recipe().replace(init_from=str(damaged)), None)
     except ValueError as error:
         assert "\n" not in str(error)
 

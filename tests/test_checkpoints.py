@@ -206,7 +206,7 @@ def test_whenever_it_is_killed_a_complete_checkpoint_is_there(tmp_path, monkeypa
     assert status == 0 and event > 40 and seen == {"checkpoint-3", "checkpoint-6", "checkpoint-9"}
 
 
-RECIPE = Recipe(
+RECIPE = Recipe().replace(
     steps=6,
     batch_size=2,
     crop_size=64,

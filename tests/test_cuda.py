@@ -4,8 +4,6 @@ These tests need a GPU and `GKC_TEST_CUDA=1`; the rest of the suite hides the GP
 in full single precision here, so that both devices can be compared.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -24,7 +22,7 @@ from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, to
 
 DEVICE = "cuda"
 WORDS = "red cross; orange square; cyan hoop; lawn, meadow; masonry; sky"
-RECIPE = Recipe(steps=2, batch_size=4, crop_size=64, learning_rate=3e-4, train_num_points=64)
+RECIPE = Recipe().replace(steps=2, batch_size=4, crop_size=64, learning_rate=3e-4, train_num_points=64)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: GKC_TEST_CUDA=1 on a machine that has one"
@@ -177,11 +175,11 @@ MODES = {
 def test_training_steps_are_those_of_the_cpu(mode, tmp_path, within, same_points):
     losses = []
     for device in (DEVICE, "cpu"):
-        recipe = replace(RECIPE, **MODES[mode])
+        recipe = RECIPE.replace(**MODES[mode])
         settings = {"save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": device == "cpu"}
         dataset = toy_dataset(4).add_column("nouns", [["disc", "lawn"], ["square"], ["box"], []])
         teacher = RegionTeacher(toy_vision_model())
-        if recipe.teacher == "online":
+        if recipe.teacher.source == "online":
             teaching = {"online_teacher": OnlineTeacher(teacher)}
         else:
             teaching = {"teacher_embeddings": teacher.embed_dataset(dataset, progress=False)}
@@ -196,6 +194,6 @@ def test_training_steps_are_those_of_the_cpu(mode, tmp_path, within, same_points
         )
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-        assert len(losses[-1]) == RECIPE.steps
+        assert len(losses[-1]) == RECIPE.optimizer.steps
     errors = [abs(one - other) / other for one, other in zip(*losses, strict=True)]
     within(f"CUDA against CPU: loss of two training steps, {mode}, relative", max(errors), 1e-2)

@@ -365,9 +365,9 @@ def test_recipes_and_caches_take_a_prepared_folder(tmp_path, capsys):
     prepare(benchmark, mini.source, out, ["val"], Settings(any_count=True, progress=False))
     assert is_prepared(out)
     with pytest.raises(ValueError, match=r"`dataset`: .* has no split 'train', but val"):
-        load_data(Recipe(dataset=str(out), eval_split="val"))
+        load_data(Recipe().replace(dataset=str(out), eval_split="val"))
     prepare(benchmark, mini.source, out, None, Settings(any_count=True, progress=False))
-    recipe = Recipe(dataset=str(out), eval_split="val", vocabulary="dataset")
+    recipe = Recipe().replace(dataset=str(out), eval_split="val", vocabulary="dataset")
     splits = load_data(recipe)
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 3, "val": 2}
     assert load_vocabulary(recipe).labels == Vocabulary.named("coco_panoptic_133").labels
@@ -375,10 +375,11 @@ def test_recipes_and_caches_take_a_prepared_folder(tmp_path, capsys):
     wordnet = write_wordnet(tmp_path / "wordnet")
     assert precompute.main(["nouns", str(out), "--wordnet", str(wordnet)]) == 0
     capsys.readouterr()
-    made = load_data(Recipe(dataset=f"{out}-nouns", eval_split="val"))["val"]
+    made = load_data(Recipe().replace(dataset=f"{out}-nouns", eval_split="val"))["val"]
     assert made["nouns"][:] == [[[], []], [[]]] and made["captions"][1] == ["Only one."]
     assert (
-        load_vocabulary(Recipe(dataset=f"{out}-nouns", vocabulary="dataset")).labels == load_vocabulary(recipe).labels
+        load_vocabulary(Recipe().replace(dataset=f"{out}-nouns", vocabulary="dataset")).labels
+        == load_vocabulary(recipe).labels
     )
 
 

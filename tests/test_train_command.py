@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor, ResNetConfig, ResNetModel, pipeline
 
-from configuration import Recipe
+from configuration import Recipe, load_recipe
 from modeling_gkc.cli.main import main as gkc
 from train.engine import trainer
 from train.engine.builders import JoinedLookup, load_student, load_towers
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = """
 from configuration import Recipe
 
-RECIPE = Recipe(
+RECIPE = Recipe().replace(
     dataset={dataset!r}, vocabulary="dataset", clip={clip!r}, eval_split="val",
     model=dict(hidden_size=32, mask_feature_size=32, encoder_layers=1, encoder_ffn_dim=64, decoder_layers=2,
                decoder_ffn_dim=64, num_attention_heads=4, num_queries=10),
@@ -158,7 +158,7 @@ def test_the_output_folder_is_a_checkpoint_for_every_door(continued, tmp_path, c
     image.save(tmp_path / "image.png")
     arguments = ["segment", str(tmp_path / "image.png"), "--model", str(continued.out), "--out", str(tmp_path / "out")]
     assert gkc(arguments) == 0 and len(list((tmp_path / "out").iterdir())) > 0
-    assert json.loads((continued.out / "recipe.json").read_text())["steps"] == 8
+    assert json.loads((continued.out / "recipe.json").read_text())["optimizer"]["steps"] == 8
     assert {path.name for path in checkpoints(continued.out)} == {"checkpoint-6", "checkpoint-8"}
 
 
@@ -197,7 +197,7 @@ def test_tensorboard_gets_every_figure(continued):
 
 REFUSED = {
     "an earlier run": ([], "holds checkpoint-8 of an earlier run: go on with --resume"),
-    "other settings": (["--resume", "steps=13"], "was trained with steps 8 and now 13"),
+    "other settings": (["--resume", "steps=13"], "was trained with optimizer.steps 8 and now 13"),
     "no such split": (["eval_split=test"], "`eval_split`: .* has no split 'test', it has train, val"),
     "no dataset": (["dataset=nowhere"], "`dataset`: nowhere cannot be loaded"),
     "none named": (["dataset=none"], "names no dataset: give dataset=FOLDER"),
@@ -209,9 +209,12 @@ REFUSED = {
         "--vocabulary .*/data/vocabulary.json`",
     ),
     "another vocabulary": (["vocabulary=disc"], "category ids .* are not in the vocabulary of 1 classes"),
-    "batches": (["batch_size=3", "accumulation=2"], "`batch_size` = 3 cannot be divided among 2"),
-    "no checkpoint": (["init_from=nowhere/at/all"], "`model` and `backbone` are settled by the checkpoint"),
-    "a value": (["steps=many"], "`steps` must be a whole number, got 'many'"),
+    "batches": (["batch_size=3", "accumulation=2"], "`data.batch_size` = 3 cannot be divided among 2"),
+    "no checkpoint": (
+        ["init_from=nowhere/at/all"],
+        "`model.config` and `model.backbone` are settled by the checkpoint",
+    ),
+    "a value": (["steps=many"], "`optimizer.steps`: Value 'many' of type 'str' could not be converted to Integer"),
 }
 
 
@@ -369,75 +372,89 @@ def test_help_lists_recipes_and_every_field(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
-    assert "coco_clip_r50 " in text and "fine-tune on your own pictures" in text
-    for name, value in asdict(Recipe()).items():
-        assert f"{name}=" in text or isinstance(value, dict), name
-    assert "batch_size=112\n      Images per step over all processes" in text
+    assert "coco_clip_r50 " in text and "fine-tune on your own images" in text
+    for name in Recipe.field_names():
+        assert f"  {name}=" in text or name == "model.config", name
+    assert "  data.batch_size=112\n      Number of images in an optimizer step" in text
 
 
 def test_show_prints_the_settings_and_stops(capsys, tmp_path):
-    arguments = [
-        "coco_r101",
-        "steps=10",
-        "model.num_queries=50",
-        "crop_size=none",
-        "--out",
-        str(tmp_path / "o"),
-        "--show",
-    ]
-    assert main(arguments) == 0
+    arguments = ["coco_r101", "steps=10", "model.num_queries=50", "data.crop_size=none", "--out", str(tmp_path / "o")]
+    assert main([*arguments, "--show"]) == 0
     text = capsys.readouterr().out
-    assert "  steps=10   (given)" in text and "  crop_size=none   (given)" in text and "  batch_size=56\n" in text
-    assert "model.num_queries=50" in text and not (tmp_path / "o").exists()
+    assert "  optimizer.steps=10   (given)" in text and "  data.crop_size=none   (given)" in text
+    assert "  data.batch_size=56\n" in text
+    assert "model.config.num_queries=50" in text and not (tmp_path / "o").exists()
+    assert len(text.splitlines()) == 1 + len(Recipe.field_names())
 
 
 def test_values_are_read_by_the_type_of_their_field():
+    """By full names and by short ones."""
     changes = parse_changes(
         Recipe(),
         [
             "steps=50_000",
-            "learning_rate=1e-4",
+            "optimizer.learning_rate=1e-4",
             "compile=True",
             "crop_size=none",
             "scale_range=(0.1, 2)",
             "milestones=",
-            "dataset=data/a=b",
+            "data.dataset=data/a=b",
+            "vocabulary=a: b; [c]",
             "distillation_relation_weight=2",
+            "teacher=online",
             "model.num_queries=50",
-            "model.backbone_config.depths=[3,4,23,3]",
+            "model.config.dropout=0.1",
+            "model.config.backbone_config.depths=[3,4,23,3]",
             "model.backbone_config.model_type=resnet",
         ],
     )
+    backbone = {"depths": [3, 4, 23, 3], "model_type": "resnet"}
     assert changes == {
-        "steps": 50_000,
-        "learning_rate": 1e-4,
-        "compile": True,
-        "crop_size": None,
-        "scale_range": (0.1, 2.0),
-        "milestones": (),
-        "dataset": "data/a=b",
-        "distillation_relation_weight": 2.0,
-        "model": {"num_queries": 50, "backbone_config": {"depths": [3, 4, 23, 3], "model_type": "resnet"}},
+        "optimizer.steps": 50_000,
+        "optimizer.learning_rate": 1e-4,
+        "run.compile": True,
+        "data.crop_size": None,
+        "data.scale_range": (0.1, 2.0),
+        "optimizer.milestones": (),
+        "data.dataset": "data/a=b",
+        "data.vocabulary": "a: b; [c]",
+        "distillation.relation_weight": 2.0,
+        "teacher.source": "online",
+        "model.config": {"num_queries": 50, "dropout": 0.1, "backbone_config": backbone},
     }
-    assert isinstance(changes["distillation_relation_weight"], float)
+    assert isinstance(changes["distillation.relation_weight"], float)
+
+
+def test_nested_changes_of_the_model_keep_what_the_recipe_has():
+    recipe = load_recipe("coco_r101")
+    changes = parse_changes(recipe, ["model.config.backbone_config.depths=[3,4,6,3]"])
+    backbone = {"model_type": "resnet", "depths": [3, 4, 6, 3]}
+    assert changes == {"model.config": {"backbone_config": backbone}}
+    assert recipe.model.config["backbone_config"]["depths"] == [3, 4, 23, 3]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["coco"], "no recipe 'coco'; did you mean .*coco_r101"),
+        (["coco"], "no recipe 'coco'; there are .*coco_r101"),
         (["nowhere.py"], "no file nowhere.py"),
-        (["coco_r101", "stepz=3"], "no field 'stepz'; did you mean steps"),
-        (["coco_r101", "num_queries=3"], "no field 'num_queries'; did you mean model.num_queries"),
-        (["coco_r101", "model.num_querys=3"], "no field 'num_querys'; did you mean model.num_queries"),
-        (["coco_r101", "model.num_queries=few"], "`model.num_queries` must be a whole number, got 'few'"),
-        (["coco_r101", "steps"], "'steps' is no field=value"),
-        (["coco_r101", "steps=1", "steps=2"], "`steps` is given twice"),
-        (["coco_r101", "scale_range=1"], "`scale_range` must be 2 values"),
-        (["coco_r101", "learning_rate=nan"], "`learning_rate` must be a number, got 'nan'"),
-        (["coco_r101", "compile=1"], "`compile` must be true or false, got '1'"),
-        (["coco_r101", "steps=none"], "`steps` must be a whole number, got 'none'"),
-        (["coco_r101", "precision=int8"], "`precision` must be one of fp32, bf16, fp16"),
+        (["coco_r101", "stepz=3"], "no field 'stepz'; did you mean optimizer.steps"),
+        (["coco_r101", "data.stepz=3"], "no field 'data.stepz'; did you mean optimizer.steps"),
+        (["coco_r101", "num_queries=3"], "no field 'num_queries'; did you mean model.config.num_queries"),
+        (["coco_r101", "model.num_querys=3"], "'num_querys' not in 'GKCConfig'. Did you mean: 'num_queries'"),
+        (["coco_r101", "model.num_queries=few"], "`model.config.num_queries`: Value 'few' .* converted to Integer"),
+        (["coco_r101", "model.backbone_confg.depths=[1]"], "'backbone_confg' not in 'GKCConfig'"),
+        (["coco_r101", "model={}"], "`model.config` is set field by field"),
+        (["coco_r101", "weight=3"], "Several sections .* give synonyms.weight or distillation.weight"),
+        (["coco_r101", "steps"], "'steps' does not have the form section.field=value"),
+        (["coco_r101", "steps=1", "optimizer.steps=2"], "`optimizer.steps` is given twice"),
+        (["coco_r101", "scale_range=1"], "`data.scale_range`: .*length 1 does not match .*length 2"),
+        (["coco_r101", "learning_rate=nan"], "`optimizer.learning_rate` must be positive, got nan"),
+        (["coco_r101", "compile=maybe"], "`run.compile`: Value 'maybe' is not a valid bool"),
+        (["coco_r101", "steps=none"], "`optimizer.steps`: Value 'none' .* converted to Integer"),
+        (["coco_r101", "steps=many"], "`optimizer.steps`: Value 'many' .* converted to Integer"),
+        (["coco_r101", "precision=int8"], r"`optimizer.precision`: Invalid value 'int8', .*'fp32', 'bf16', 'fp16'"),
     ],
 )
 def test_what_cannot_be_read_is_named(arguments, message):
@@ -447,7 +464,7 @@ def test_what_cannot_be_read_is_named(arguments, message):
 
 def test_a_file_without_a_recipe_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text("RECIPE = {}")
-    with pytest.raises(ValueError, match=r"mine.py holds no RECIPE = Recipe"):
+    with pytest.raises(ValueError, match=r"mine.py does not define RECIPE = Recipe"):
         parse([str(tmp_path / "mine.py")])
 
 
@@ -477,7 +494,7 @@ def test_another_backbone_comes_with_its_weights(workplace, tmp_path):
     found = [key for key in loaded if any(torch.equal(value, loaded[key]) for value in saved.values())]
     assert len(found) >= len(saved) - 2
     recipe = parse([workplace.recipe, *changes, "model.backbone_config.depths=[1,1,2,1]"]).recipe
-    with pytest.raises(ValueError, match=r"differs from `model.backbone_config` in"):
+    with pytest.raises(ValueError, match=r"differs from `model.config.backbone_config` in"):
         load_student(recipe, load_towers(recipe))
 
 

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -29,7 +28,7 @@ from .processes import forked
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
 
 ROOT = Path(__file__).parent.parent
-RECIPE = Recipe(
+RECIPE = Recipe().replace(
     steps=8,
     batch_size=2,
     crop_size=64,
@@ -77,7 +76,7 @@ def trained(tmp_path_factory):
     """A run of 30 steps on six images, with its checkpoint."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    recipe = replace(RECIPE, steps=30, batch_size=3)
+    recipe = RECIPE.replace(steps=30, batch_size=3)
     overrides = {"logging_steps": 5, "save_strategy": "steps", "save_steps": 30}
     trainer = make_trainer(tmp_path_factory.mktemp("run"), recipe, images=6, **overrides)
     trainer.train()
@@ -123,7 +122,7 @@ def test_checkpoint_has_the_heads_beside_the_model(trained):
     heads = load_file(checkpoint / HEADS_NAME)
     assert sorted(heads) == [f"distillation_head.{name}" for name in ("projection.bias", "projection.weight", "scale")]
     assert not [key for key in load_file(checkpoint / "model.safetensors") if "distillation" in key or "head" in key]
-    assert json.loads((checkpoint / "recipe.json").read_text())["distillation_embedding"] == "query"
+    assert json.loads((checkpoint / "recipe.json").read_text())["distillation"]["embedding"] == "query"
     scale = heads["distillation_head.scale"]
     assert scale != 1 and torch.equal(scale, trained.model.distillation_head.scale)
 
@@ -136,7 +135,7 @@ def test_the_frozen_text_tower_does_not_move(trained):
 
 
 def test_no_step_runs_clip(tmp_path):
-    trainer = make_trainer(tmp_path, replace(RECIPE, steps=1, synonym_probabilities="teacher"))
+    trainer = make_trainer(tmp_path, RECIPE.replace(steps=1, synonym_probabilities="teacher"))
 
     def refuse(*args, **kwargs):
         raise AssertionError("CLIP ran in a step")
@@ -157,7 +156,7 @@ def test_no_step_runs_clip(tmp_path):
 )
 def test_every_arm_back_propagates(tmp_path, mode, embedding):
     changes = {"distillation_weight": 0.0} if embedding is None else {"distillation_embedding": embedding}
-    trainer = make_trainer(tmp_path, replace(RECIPE, synonym_mode=mode, **changes))
+    trainer = make_trainer(tmp_path, RECIPE.replace(synonym_mode=mode, **changes))
     trainer.model.train()
     loss, outputs = trainer.compute_loss(trainer.model, a_batch(trainer), return_outputs=True)
     loss.backward()
@@ -171,7 +170,7 @@ def test_every_arm_back_propagates(tmp_path, mode, embedding):
 @pytest.mark.parametrize("crop_size", [64, 72])
 def test_without_the_papers_losses_the_loss_is_the_public_models(tmp_path, within, training, crop_size):
     """Also where the model has to pad its input."""
-    recipe = replace(RECIPE, synonym_mode="none", distillation_weight=0.0, crop_size=crop_size)
+    recipe = RECIPE.replace(synonym_mode="none", distillation_weight=0.0, crop_size=crop_size)
     trainer = make_trainer(tmp_path, recipe)
     trainer.model.train(training)
     batch = a_batch(trainer)
@@ -196,14 +195,18 @@ def test_without_the_papers_losses_the_loss_is_the_public_models(tmp_path, withi
 )
 def test_the_loss_is_the_weighted_sum_over_stages(tmp_path, terms, relation_weight):
     changes = {"distillation_weight": 7.0, "distillation_relation_weight": relation_weight, "synonym_weight": 3.0}
-    recipe = replace(RECIPE, distillation_terms=terms, **changes)
+    recipe = RECIPE.replace(distillation_terms=terms, **changes)
     trainer = make_trainer(tmp_path, recipe)
     trainer.model.train()
     loss, outputs = trainer.compute_loss(trainer.model, a_batch(trainer), return_outputs=True)
     log = trainer._averages.take()
     auxiliary = len(outputs.student.stages) - 1
     total = {name: log[f"loss_{name}"] + auxiliary * log[f"loss_{name}_auxiliary"] for name in LOSSES}
-    weights = {"cross_entropy": recipe.class_weight, "mask": recipe.mask_weight, "dice": recipe.dice_weight}
+    weights = {
+        "cross_entropy": recipe.matching.class_weight,
+        "mask": recipe.matching.mask_weight,
+        "dice": recipe.matching.dice_weight,
+    }
     weights |= {"synonym": 3.0}
     weights |= {f"distillation_{term}": 7.0 for term in {"split": ("feature", "relation")}.get(terms, (terms,))}
     if relation_weight:
@@ -232,7 +235,7 @@ def test_evaluation_reports_the_loss(tmp_path):
 
 
 def test_gradient_accumulation_and_mixed_precision(tmp_path, monkeypatch):
-    recipe = replace(RECIPE, steps=2, batch_size=4, precision="bf16")
+    recipe = RECIPE.replace(steps=2, batch_size=4, precision="bf16")
     trainer = make_trainer(tmp_path, recipe, gradient_accumulation_steps=2)
     micro_batches, layer_dtypes, logits_dtypes = [], set(), set()
     original = trainer.compute_loss
@@ -348,7 +351,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, undisturbed):
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_its_keys(tmp_path, undisturbed):
-    recipe = replace(RECIPE, distillation_embedding="shared")
+    recipe = RECIPE.replace(distillation_embedding="shared")
     with pytest.raises(RuntimeError, match=r"projection\.weight"):
         make_trainer(tmp_path, recipe).train(resume_from_checkpoint=str(undisturbed / "checkpoint-3"))
 
@@ -410,7 +413,7 @@ def test_model_and_recipe_must_agree(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"distillation_weight": 0.0, "synonym_probabilities": "teacher"}])
 def test_teacher_embeddings_must_be_there_if_needed(tmp_path, changes):
-    recipe = replace(RECIPE, **changes)
+    recipe = RECIPE.replace(**changes)
     with pytest.raises(ValueError, match="needs `teacher_embeddings`"):
         GKCTrainer(
             toy_model(**recipe.model_settings()),
@@ -424,7 +427,7 @@ def test_teacher_embeddings_must_be_there_if_needed(tmp_path, changes):
 
 def test_a_dataset_smaller_than_a_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match="2 images, fewer than one batch"):
-        make_trainer(tmp_path, replace(RECIPE, batch_size=4), images=2)
+        make_trainer(tmp_path, RECIPE.replace(batch_size=4), images=2)
 
 
 def test_parameter_groups(tmp_path):
@@ -437,7 +440,7 @@ def test_parameter_groups(tmp_path):
             assert name not in groups
             groups[name] = (group["lr"], group["weight_decay"])
     assert all("text_model" in name for name in names.values())
-    fast, slow = RECIPE.learning_rate, RECIPE.learning_rate * RECIPE.backbone_factor
+    fast, slow = RECIPE.optimizer.learning_rate, RECIPE.optimizer.learning_rate * RECIPE.optimizer.backbone_factor
     expected = {
         "student.model.backbone.encoder.stem.layers.0.convolution.weight": (slow, 0.05),
         "student.model.backbone.encoder.stem.layers.0.normalization.weight": (slow, 0.0),
@@ -455,7 +458,7 @@ def test_parameter_groups(tmp_path):
 
 
 def test_learning_rate_schedule():
-    recipe = Recipe(steps=100, milestones=(0.8, 0.9), warmup_share=0.04)
+    recipe = Recipe().replace(steps=100, milestones=(0.8, 0.9), warmup_share=0.04)
     factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1]) and factors[79] == 1
     assert factors[80:90] == [0.1] * 10 and factors[90:] == pytest.approx([0.01] * 10)

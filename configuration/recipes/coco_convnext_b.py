@@ -8,22 +8,21 @@ Expect:   no published number: nobody has reported this method with this backbon
           COCO, 18.8 A-150) is what it should pass.
 """
 
-from dataclasses import replace
-
 from configuration.recipes import coco_clip_r50
 
-RECIPE = replace(
-    coco_clip_r50.RECIPE,
-    model={
-        "backbone_config": {
-            "model_type": "convnext",
-            "depths": [3, 3, 27, 3],
-            "hidden_sizes": [128, 256, 512, 1024],
-        }
-    },
-    backbone="facebook/convnext-base-224-22k",
-    batch_size=56,
-    learning_rate=1e-4,  # Mask2Former's for Swin backbones
-    class_weight=10.0,
-    distillation_embedding="shared",
+RECIPE = coco_clip_r50.RECIPE.replace(
+    {
+        "model.config": {
+            "backbone_config": {
+                "model_type": "convnext",
+                "depths": [3, 3, 27, 3],
+                "hidden_sizes": [128, 256, 512, 1024],
+            }
+        },
+        "model.backbone": "facebook/convnext-base-224-22k",
+        "data.batch_size": 56,
+        "optimizer.learning_rate": 1e-4,  # Mask2Former's for Swin backbones
+        "matching.class_weight": 10.0,
+        "distillation.embedding": "shared",
+    }
 )

@@ -7,14 +7,13 @@ Expect:   mIoU 51.2 COCO, 83.2 PAS-20, 34.8 Cityscapes, 18.8 A-150, 3.5 A-847, 4
           (Han, Liu et al., ICCV 2023, Table 1).
 """
 
-from dataclasses import replace
-
 from configuration.recipes import coco_clip_r50
 
-RECIPE = replace(
-    coco_clip_r50.RECIPE,
-    model={"backbone_config": {"model_type": "resnet", "depths": [3, 4, 23, 3]}},
-    backbone="microsoft/resnet-101",
-    batch_size=56,
-    class_weight=10.0,
+RECIPE = coco_clip_r50.RECIPE.replace(
+    {
+        "model.config": {"backbone_config": {"model_type": "resnet", "depths": [3, 4, 23, 3]}},
+        "model.backbone": "microsoft/resnet-101",
+        "data.batch_size": 56,
+        "matching.class_weight": 10.0,
+    }
 )

@@ -257,7 +257,7 @@ def why_indistinct(vocabulary: Vocabulary, checkpoint: str) -> str | None:
 
 def _note_of_default(out: Path) -> str | None:
     """What the recipe `own_folder` will refuse, if no other checkpoint is named."""
-    checkpoint = load_recipe("own_folder").init_from
+    checkpoint = load_recipe("own_folder").model.init_from
     if not (Path(checkpoint) / "config.json").is_file():
         return None
     reason = why_indistinct(Vocabulary.from_file(out / VOCABULARY_NAME), checkpoint)

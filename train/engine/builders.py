@@ -42,17 +42,17 @@ def load_data(recipe: Recipe) -> dict[str, Dataset]:
     Raises:
         ValueError: dataset or split is not there.
     """
-    if recipe.dataset is None:
+    if recipe.data.dataset is None:
         raise ValueError("The recipe names no dataset: give dataset=FOLDER, see README for making one.")
-    several = not Path(recipe.dataset).is_dir() or (Path(recipe.dataset) / "dataset_dict.json").exists()
-    several = several or is_prepared(recipe.dataset)
-    if recipe.eval_split is not None and not several:
-        raise ValueError(f"{recipe.dataset} has one split only, nothing to evaluate on: set eval_split=none.")
+    several = not Path(recipe.data.dataset).is_dir() or (Path(recipe.data.dataset) / "dataset_dict.json").exists()
+    several = several or is_prepared(recipe.data.dataset)
+    if recipe.data.eval_split is not None and not several:
+        raise ValueError(f"{recipe.data.dataset} has one split only, nothing to evaluate on: set eval_split=none.")
     splits = {}
     for field in ("train_split", "eval_split"):
-        if (split := getattr(recipe, field)) is not None:
+        if (split := recipe.get(field)) is not None:
             try:
-                splits[split] = load_split(recipe.dataset, split)
+                splits[split] = load_split(recipe.data.dataset, split)
             except ValueError as error:
                 reason = str(error).replace("DATASET:", "`dataset`:").replace("--split:", f"`{field}`:")
                 reason += " Name another, or set eval_split=none." if field == "eval_split" else ""
@@ -66,12 +66,12 @@ def load_vocabulary(recipe: Recipe) -> Vocabulary:
     Raises:
         ValueError: there is none.
     """
-    if recipe.vocabulary not in (None, _OF_THE_DATASET):
+    if recipe.data.vocabulary not in (None, _OF_THE_DATASET):
         try:
-            return Vocabulary.parse(recipe.vocabulary)
+            return Vocabulary.parse(recipe.data.vocabulary)
         except ValueError as error:
             raise ValueError(f"`vocabulary`: {error}") from error
-    path = Path(recipe.dataset or "") / VOCABULARY_NAME
+    path = Path(recipe.data.dataset or "") / VOCABULARY_NAME
     if not path.is_file():
         raise ValueError(f"There is no {path}: name the classes with vocabulary=NAME or vocabulary=FILE.")
     return Vocabulary.from_file(path)
@@ -79,7 +79,7 @@ def load_vocabulary(recipe: Recipe) -> Vocabulary:
 
 def load_towers(recipe: Recipe) -> CLIPTowers | None:
     """The recipe's CLIP, None where it names none."""
-    return None if recipe.clip is None else load_clip_towers(recipe.clip)
+    return None if recipe.model.clip is None else load_clip_towers(recipe.model.clip)
 
 
 def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
@@ -91,7 +91,7 @@ def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenV
     Raises:
         ValueError: the recipe names neither, or what does not fit together.
     """
-    if recipe.init_from is not None:
+    if recipe.model.init_from is not None:
         return _load_checkpoint(recipe)
     if towers is None:
         raise ValueError("The recipe names nothing to start from: give clip=FOLDER, or init_from=CHECKPOINT.")
@@ -105,9 +105,12 @@ def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenV
 
 
 def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
-    if recipe.model or recipe.backbone:
-        raise ValueError("`model` and `backbone` are settled by the checkpoint of `init_from`: take one or the other.")
-    path = recipe.init_from
+    if recipe.model.config or recipe.model.backbone:
+        raise ValueError(
+            "`model.config` and `model.backbone` are settled by the checkpoint of `model.init_from`: give one or the "
+            "other."
+        )
+    path = recipe.model.init_from
     if not Path(path).exists() and (_ROOT / path / "config.json").is_file():
         path = str(_ROOT / path)  # the shipped checkpoint, which recipes name from the root of the clone
     if path.startswith((".", "/")) or path.count("/") != 1:
@@ -128,10 +131,10 @@ def _warn_of_other_sizes(recipe: Recipe, processor: GKCProcessor) -> None:
     """Say it if training shows objects at another scale than the checkpoint looks at them later."""
     size = processor.image_processor.size
     short, long = size.get("shortest_edge"), size.get("longest_edge")
-    if recipe.crop_size and short and long and not short / 2 <= recipe.crop_size <= 2 * long:
+    if recipe.data.crop_size and short and long and not short / 2 <= recipe.data.crop_size <= 2 * long:
         warnings.warn(
-            f"crop_size={recipe.crop_size} is far from the {short} to {long} pixels at which {recipe.init_from} looks "
-            "at pictures; choose one between.",
+            f"data.crop_size={recipe.data.crop_size} is far from the size at which {recipe.model.init_from} processes "
+            f"images, {short} to {long} pixels; choose a value in this range.",
             UserWarning,
             stacklevel=2,
         )
@@ -139,19 +142,21 @@ def _warn_of_other_sizes(recipe: Recipe, processor: GKCProcessor) -> None:
 
 def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Tensor] | None]:
     """Configuration and weights of the backbone; no weights for one that starts at random."""
-    wanted = recipe.model.get("backbone_config")
-    if recipe.backbone is not None:
-        backbone = _pretrained_backbone(recipe.backbone)
+    wanted = recipe.model.config.get("backbone_config")
+    if recipe.model.backbone is not None:
+        backbone = _pretrained_backbone(recipe.model.backbone)
         differing = sorted(key for key, value in (wanted or {}).items() if getattr(backbone.config, key) != value)
         if differing:
-            raise ValueError(f"`backbone`: {recipe.backbone} differs from `model.backbone_config` in {differing}.")
+            raise ValueError(
+                f"`backbone`: {recipe.model.backbone} differs from `model.config.backbone_config` in {differing}."
+            )
         return backbone.config, backbone.state_dict()
     if wanted is not None:
         warnings.warn("No `backbone` is named: it starts from random weights.", UserWarning, stacklevel=2)
         return wanted, None
     if not isinstance(towers.vision_model, CLIPResNetVisionModel):
         raise ValueError(
-            f"The image tower of {recipe.clip} gives no maps of four scales: name another `backbone`, such as "
+            f"The image tower of {recipe.model.clip} gives no maps of four scales: name another `backbone`, such as "
             "facebook/convnext-base-224-22k."
         )
     weights = {f"encoder.{name}": value for name, value in towers.vision_model.encoder.state_dict().items()}
@@ -214,13 +219,13 @@ def split_classes(
     Raises:
         ValueError: the vocabulary marks no class as novel, or no image is left.
     """
-    if recipe.category_split == "all":
+    if recipe.data.category_split == "all":
         return dict(splits), vocabulary
     parts = {
-        name: split_categories(dataset, vocabulary, recipe.vocabulary, recipe.category_split)
+        name: split_categories(dataset, vocabulary, recipe.data.vocabulary, recipe.data.category_split)
         for name, dataset in splits.items()
     }
-    return {name: dataset for name, (dataset, _) in parts.items()}, parts[recipe.train_split][1]
+    return {name: dataset for name, (dataset, _) in parts.items()}, parts[recipe.data.train_split][1]
 
 
 def load_teacher(
@@ -242,15 +247,15 @@ def load_teacher(
     Raises:
         ValueError: a cache is not there or was made from something else; the message has the command that makes it.
     """
-    samples = recipe.synonym_mode == "sample"
+    samples = recipe.synonyms.mode == "sample"
     sources = {}
-    if recipe.distillation_weight > 0 or (samples and recipe.synonym_probabilities == "teacher"):
+    if recipe.distillation.weight > 0 or (samples and recipe.synonyms.probabilities == "teacher"):
         teacher = RegionTeacher(_require_towers(recipe, towers).vision_model)
-        if recipe.teacher == "online":
+        if recipe.teacher.source == "online":
             sources["online_teacher"] = OnlineTeacher(teacher)
         else:
             sources["teacher_embeddings"] = JoinedLookup(_open(recipe, splits, TeacherCache, teacher))
-    if samples and recipe.synonym_probabilities == "boxes":
+    if samples and recipe.synonyms.probabilities == "boxes":
         source = BoxSynonyms(_require_towers(recipe, towers), vocabulary)
         stores = _open(recipe, splits, SynonymProbabilities, source)
         sources["word_probabilities"] = JoinedLookup(stores, columns=max(map(len, trained.names)))
@@ -270,11 +275,11 @@ def _open(recipe: Recipe, splits: Mapping[str, Dataset], kind: type[RegionStore]
     """The caches of all splits."""
     stores = []
     for split, dataset in splits.items():
-        folder = cache_folder(recipe.dataset, split, kind.kind)
+        folder = cache_folder(recipe.data.dataset, split, kind.kind)
         if not (folder / MANIFEST).exists():
             command = _cache_command(recipe, kind, split)
             raise ValueError(f"There are no {kind.holds} in {folder}: make them with `{command}`.")
-        stores.append(kind.open(folder, source.fingerprint(dataset, fingerprint_file(recipe.dataset, split))))
+        stores.append(kind.open(folder, source.fingerprint(dataset, fingerprint_file(recipe.data.dataset, split))))
     if len(stores) > 1:
         _refuse_common_images(splits)
     return stores
@@ -286,15 +291,18 @@ def _cache_command(recipe: Recipe, kind: type[RegionStore], split: str) -> str:
         "-m",
         "train.cache",
         kind.kind,
-        recipe.dataset,
+        recipe.data.dataset,
         "--clip",
-        recipe.clip,
+        recipe.model.clip,
         "--split",
         split,
     ]
     if kind is SynonymProbabilities:
-        own = recipe.vocabulary in (None, _OF_THE_DATASET)
-        command += ["--vocabulary", str(Path(recipe.dataset) / VOCABULARY_NAME) if own else recipe.vocabulary]
+        own = recipe.data.vocabulary in (None, _OF_THE_DATASET)
+        command += [
+            "--vocabulary",
+            str(Path(recipe.data.dataset) / VOCABULARY_NAME) if own else recipe.data.vocabulary,
+        ]
     return shlex.join(command)
 
 

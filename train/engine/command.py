@@ -1,4 +1,4 @@
-"""The command line of training: a recipe by name or file, and its fields as `field=value`."""
+"""The command line of training: a recipe by name or file, and changes of its fields as `section.field=value`."""
 
 import argparse
 import dataclasses
@@ -6,66 +6,70 @@ import difflib
 import importlib.util
 import inspect
 import json
-import math
 import os
-import pkgutil
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from tqdm import tqdm
 
-from configuration import Recipe, load_recipe, recipes
+from configuration import Recipe, load_recipe, recipe_names, recipes
+from configuration.sections import Section
 
 DESCRIPTION = (
-    "Train a segmenter by a recipe, in one process; `accelerate launch -m train ...` takes any number of them."
+    "Train a segmentation model by a recipe. This command starts one process; `accelerate launch -m train ...` starts "
+    "any number of them."
 )
 EXAMPLES = """\
 examples:
-  python -m train own_folder dataset=data/my-tools                     fine-tune on your own pictures
+  python -m train own_folder dataset=data/my-tools                     fine-tune on your own images
   python -m train own_folder dataset=data/my-tools steps=200 --out runs/try
-  python -m train own_folder dataset=data/my-tools --resume            go on where a killed run was saved
-  python -m train coco_clip_r50 --show                                 the settings, without training
+  python -m train own_folder dataset=data/my-tools --resume            continue from the last checkpoint
+  python -m train coco_clip_r50 --show                                 print the settings without training
   accelerate launch --config_file configuration/accelerate/8gpu.yaml -m train coco_clip_r50
-  python -m train my_recipe.py learning_rate=1e-4 scale_range=0.5,2 model.num_queries=50 eval_split=none
+  python -m train my_recipe.py optimizer.learning_rate=1e-4 data.scale_range=0.5,2 model.config.num_queries=50
 
-A recipe of your own is a .py file that holds RECIPE, such as
-  from dataclasses import replace
+A field is given as section.field=value. The section may be left out where only one section has a field of that name:
+steps=200 is short for optimizer.steps=200. Names from before recipes had sections, such as synonym_mode, are accepted
+too. The value none stands for no value.
+
+A recipe of your own is a .py file that defines RECIPE, for example:
   from configuration import load_recipe
-  RECIPE = replace(load_recipe("own_folder"), dataset="data/my-tools", steps=1000)
+  RECIPE = load_recipe("own_folder", {"data.dataset": "data/my-tools", "optimizer.steps": 1000})
 
-DIR gets checkpoint-<step> folders, tensorboard/, pictures/ of every evaluation and, at the end, the model:
+The output folder receives checkpoint-<step> folders, tensorboard/, pictures/ of every evaluation and, at the end, the
+model, which can be used at once:
   gkc segment photo.jpg --model DIR
 """
 _INDENT = "      "
-_NEAR = 0.5  # names at least so alike are proposed for an unknown one
-_ALMOST_EQUAL = 0.8  # a field of the recipe so alike is meant, not one of the model
+_MODEL_CONFIG = "model.config"
+_ALMOST_EQUAL = 0.8  # similarity from which a field of the recipe is meant, not one of the model
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all of an `accelerate launch`."""
+    """Whether this is the first process of an `accelerate launch`, which prints for all of them."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def say(text: str) -> None:
-    """Print a line, above any progress bar; one process speaks for all."""
+def print_rank0(text: str) -> None:
+    """Print a line above any progress bar, in the main process only."""
     if is_main_process():
         tqdm.write(text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What the command line asks for.
+    """A parsed command line.
 
     Attributes:
-        name: Of the recipe.
-        recipe: With the changes.
-        changed: Names of the fields that were given.
+        name: Name of the recipe.
+        recipe: The recipe with the changes.
+        changed: Names of the fields that were given, as `section.field`.
         out: Output folder.
-        resume, show: The flags.
+        resume, show: Whether the flags were given.
         report_to: Reporters, as `TrainingArguments.report_to`.
     """
 
@@ -79,18 +83,18 @@ class Command:
 
 
 def parse(argv: Sequence[str] | None) -> Command:
-    """Read a command line.
+    """Parse a command line.
 
     Raises:
-        ValueError: there is no such recipe or field, or a value cannot be.
-        SystemExit: arguments that cannot be parsed, or `--help`.
+        ValueError: There is no such recipe or field, or a value is impossible.
+        SystemExit: The arguments cannot be parsed, or `--help` was given.
     """
     options = _parser().parse_intermixed_args(argv)
     name, recipe = read_recipe(options.recipe)
     changes = parse_changes(recipe, options.changes)
     return Command(
         name=name,
-        recipe=dataclasses.replace(recipe, **changes),
+        recipe=recipe.replace(changes),
         changed=frozenset(changes),
         out=options.out or Path("runs") / name,
         resume=options.resume,
@@ -103,22 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description=DESCRIPTION,
-        epilog=f"{EXAMPLES}\nrecipes:\n{_recipe_list()}\n\nfields, with their defaults:\n{_field_list()}",
+        epilog=f"{EXAMPLES}\nrecipes:\n{_recipe_list()}\n\nfields by section, with their defaults:\n{_field_list()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="a name of the list below, or a .py file")
-    add("changes", metavar="field=value", nargs="*", help="settings that differ from the recipe's")
+    add("recipe", metavar="RECIPE", help="name of a recipe listed below, or path of a .py file that defines RECIPE")
+    add("changes", metavar="section.field=value", nargs="*", help="fields to set to another value than the recipe's")
     add("--out", type=Path, metavar="DIR", help="output folder (default: runs/RECIPE)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in DIR")
-    add("--show", action="store_true", help="print the settings that would be used, and stop")
-    add("--report-to", metavar="NAME", help="tensorboard (default where installed), wandb, ... or none")
+    add("--resume", action="store_true", help="continue from the last complete checkpoint in the output folder")
+    add("--show", action="store_true", help="print all settings and exit without training")
+    reporters = "where to log metrics: tensorboard, wandb, ... or none (default: tensorboard if it is installed)"
+    add("--report-to", metavar="NAME", help=reporters)
     return parser
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes of `configuration.recipes`."""
-    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
 
 
 def _recipe_list() -> str:
@@ -128,31 +128,35 @@ def _recipe_list() -> str:
 
 
 def _field_list() -> str:
-    """Every field with its default, under it what the docstring of `Recipe` says."""
+    """Every section with its summary, and every field with its default and its description."""
     lines = []
-    for names, text in _field_descriptions():
-        lines.append("  " + " ".join(_as_argument(name, getattr(Recipe(), name)) for name in names))
-        lines += textwrap.wrap(text, width=110, initial_indent=_INDENT, subsequent_indent=_INDENT)
+    for each in dataclasses.fields(Recipe):
+        section = each.default_factory()
+        doc = inspect.getdoc(type(section))
+        lines += ["", f"{each.name}: {doc.splitlines()[0]}"]
+        for name, text in _attribute_descriptions(doc):
+            lines.append(f"  {_as_argument(f'{each.name}.{name}', getattr(section, name))}")
+            lines += textwrap.wrap(text, width=110, initial_indent=_INDENT, subsequent_indent=_INDENT)
     return "\n".join(lines)
 
 
-def _field_descriptions() -> list[tuple[list[str], str]]:
-    """(names, description) of the entries under `Attributes:` in the docstring of `Recipe`."""
-    section = inspect.getdoc(Recipe).partition("Attributes:\n")[2]
-    entries = re.split(r"\n(?= {4}\S)", section.rstrip())
-    pairs = (re.sub(r"\s+", " ", entry).strip().partition(": ") for entry in entries)
-    return [(names.split(", "), text) for names, _, text in pairs]
+def _attribute_descriptions(doc: str) -> Iterator[tuple[str, str]]:
+    """Name and description of each entry under `Attributes:` of a docstring."""
+    for entry in re.split(r"\n(?= {4}\S)", doc.partition("Attributes:\n")[2].rstrip()):
+        name, _, text = re.sub(r"\s+", " ", entry).strip().partition(": ")
+        yield name, text
 
 
 def read_recipe(given: str) -> tuple[str, Recipe]:
-    """Name and recipe of a packaged name or of a .py file that holds `RECIPE`.
+    """Name and recipe of a packaged name or of a .py file that defines `RECIPE`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     if not given.endswith(".py"):
         if given not in recipe_names():
-            raise ValueError(f"There is no recipe {given!r}{_near(given, recipe_names())}; a file must end in .py.")
+            listed = ", ".join(recipe_names())
+            raise ValueError(f"There is no recipe {given!r}; there are {listed}. The name of a file must end in .py.")
         return given, load_recipe(given)
     path = Path(given)
     if not path.is_file():
@@ -162,132 +166,120 @@ def read_recipe(given: str) -> tuple[str, Recipe]:
     spec.loader.exec_module(module)
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
-        raise ValueError(f"{given} holds no RECIPE = Recipe(...); see configuration/recipes for examples.")
+        raise ValueError(f"{given} does not define RECIPE = Recipe(...); see configuration/recipes for examples.")
     return path.stem, recipe
 
 
 def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
-    """Values by field of `field=value` arguments; `model.<field>=value` changes one field of `GKCConfig`.
+    """Parse arguments of the form `section.field=value`.
+
+    Args:
+        recipe: The recipe that is changed.
+        arguments: `name=value`, see `Recipe.full_name` for the names; or `model.config.<field>=value`, also nested,
+            for a field of `GKCConfig`.
+
+    Returns:
+        Values by `section.field`.
 
     Raises:
-        ValueError: naming the field and what it can be.
+        ValueError: A name or value is impossible; the message names the field.
     """
-    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
-    changes, seen = {}, set()
+    changes: dict[str, Any] = {}
+    given: set[str] = set()
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
-            raise ValueError(f"{argument!r} is no field=value; write for example steps=1000.")
-        if name in seen:
-            raise ValueError(f"`{name}` is given twice.")
-        seen.add(name)
-        if name.startswith("model."):
-            changes["model"] = _changed_model(changes.get("model", recipe.model), name, text)
-        elif name == "model" or name not in types:
-            known = [field for field in types if field != "model"]
-            if not difflib.get_close_matches(name, known, cutoff=_ALMOST_EQUAL):
-                known += _model_fields("model.")
-            raise ValueError(f"A recipe has no field {name!r}{_near(name, known)}.")
+            raise ValueError(f"{argument!r} does not have the form section.field=value, such as optimizer.steps=1000.")
+        path = _full_path(recipe, name)
+        if path in given:
+            raise ValueError(f"`{path}` is given twice.")
+        given.add(path)
+        if path.startswith(f"{_MODEL_CONFIG}."):
+            config = changes.get(_MODEL_CONFIG, recipe.model.config)
+            changes[_MODEL_CONFIG] = _parse_model_field(config, path.removeprefix(f"{_MODEL_CONFIG}."), text)
         else:
-            changes[name] = parse_value(name, text, types[name])
+            section, _, each = path.partition(".")
+            changes[path] = _parse_field(type(getattr(recipe, section)), section, each, text)
     return changes
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    """The known names most like one, all of them if few, or where to find them."""
-    near = difflib.get_close_matches(name, known, n=4, cutoff=_NEAR)
-    if near:
-        return f"; did you mean {' or '.join(near)}"
-    return f"; there are {', '.join(known)}" if len(known) < 20 else "; `python -m train --help` lists them"
-
-
-def _model_fields(prefix: str = "") -> list[str]:
-    from modeling_gkc.configuration_gkc import GKCConfig  # needs torch, which help and most slips do without
-
-    return [prefix + name for name in GKCConfig.__annotations__ if not name.startswith("vocabulary")]
-
-
-def _changed_model(model: Mapping[str, Any], name: str, text: str) -> dict[str, Any]:
-    """The mapping with one value changed, however deep, such as `model.backbone_config.depths=[3,4,23,3]`."""
-    _, *path = name.split(".")
-    if path[0] not in _model_fields():
-        raise ValueError(f"`GKCConfig` has no field {path[0]!r}{_near(name, _model_fields('model.'))}.")
-    value = _literal(text) if len(path) > 1 else _model_value(name, path[0], text)
-    changed = dict(model)
-    inner = changed
-    for key in path[:-1]:
-        inner[key] = dict(inner.get(key) or {})
-        inner = inner[key]
-    inner[path[-1]] = value
-    return changed
-
-
-def _model_value(name: str, field: str, text: str) -> Any:
-    from modeling_gkc.configuration_gkc import GKCConfig
-
-    kind = GKCConfig.__annotations__[field]
-    simple = {int, float, bool, str, NoneType}
-    return parse_value(name, text, kind) if {kind, *get_args(kind)} - {kind} <= simple else _literal(text)
-
-
-def _literal(text: str) -> Any:
-    """JSON where it is that, else the text itself."""
+def _full_path(recipe: Recipe, name: str) -> str:
+    """`section.field` or `model.config.field` of a name; the latter may be shortened to `model.field`."""
+    head, _, rest = name.partition(".")
+    if head == "model" and rest and f"{head}.{rest}" not in recipe.field_names():
+        rest = rest.removeprefix("config.")
+        return f"{_MODEL_CONFIG}.{rest}"
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def parse_value(name: str, text: str, kind: Any) -> Any:
-    """A text as a value of a type: `int`, `float`, `bool`, `str`, a tuple of them, or one of several with None.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    if get_origin(kind) is UnionType:
-        if NoneType in get_args(kind) and text.lower() == "none":
-            return None
-        kind = next(part for part in (float, int, bool, str) if part in get_args(kind))
-    if get_origin(kind) is tuple:
-        return _parse_tuple(name, text, get_args(kind))
-    try:
-        return _PARSERS[kind](text)
+        path = recipe.full_name(name)
     except ValueError:
-        raise ValueError(f"`{name}` must be {_KINDS[kind]}, got {text!r}.") from None
+        known = [full.partition(".")[2] for full in recipe.field_names()]
+        if difflib.get_close_matches(name, known, cutoff=_ALMOST_EQUAL):
+            raise
+        if near := difflib.get_close_matches(name, _model_config_class().__dataclass_fields__, cutoff=_ALMOST_EQUAL):
+            raise ValueError(f"A recipe has no field {name!r}; did you mean {_MODEL_CONFIG}.{near[0]}?") from None
+        raise
+    if path == _MODEL_CONFIG:
+        raise ValueError(f"`{_MODEL_CONFIG}` is set field by field, such as {_MODEL_CONFIG}.num_queries=50.")
+    return path
 
 
-def _parse_tuple(name: str, text: str, kinds: tuple) -> tuple:
-    parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
-    if kinds[-1] is Ellipsis:
-        kinds = (kinds[0],) * len(parts)
-    if len(parts) != len(kinds):
-        raise ValueError(f"`{name}` must be {len(kinds)} values with a comma between, got {text!r}.")
-    return tuple(parse_value(name, part, kind) for part, kind in zip(parts, kinds, strict=True))
+def _parse_field(section: type[Section], section_name: str, name: str, text: str) -> Any:
+    """Convert a text to the type of a field of a section."""
+    kind = next(each.type for each in dataclasses.fields(section) if each.name == name)
+    value: Any = text
+    if text.lower() == "none" and get_origin(kind) is UnionType and NoneType in get_args(kind):
+        value = None
+    elif get_origin(kind) is tuple:
+        value = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+    return _convert(section, section_name, name, value)
 
 
-def _parse_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
+def _parse_model_field(config: Mapping[str, Any], path: str, text: str) -> dict[str, Any]:
+    """The fields of `GKCConfig` with one of them, or a value at any depth of one, set to what a text says."""
+    from omegaconf import OmegaConf
+
+    field, _, nested = path.partition(".")
+    literal = OmegaConf.to_container(OmegaConf.from_dotlist([f"{path}={text}"]))[field]
+    if nested:
+        _convert(_model_config_class(), _MODEL_CONFIG, field, None)
+        return OmegaConf.to_container(OmegaConf.merge({field: {}}, dict(config), {field: literal}))
+    return {**config, field: _convert(_model_config_class(), _MODEL_CONFIG, field, literal)}
 
 
-def _parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+def _convert(schema: type, prefix: str, name: str, value: Any) -> Any:
+    """Convert a value to the type of a field of a dataclass; the errors of OmegaConf say what is wrong."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        converted = OmegaConf.structured(schema)
+        OmegaConf.set_readonly(converted, False)
+        OmegaConf.update(converted, name, value)
+        plain = OmegaConf.to_container(converted, resolve=False)[name]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"`{prefix}.{name}`: {str(error).splitlines()[0]}") from None
+    return tuple(plain) if isinstance(plain, list) and isinstance(value, list) else plain
 
 
-_PARSERS = {int: int, float: _parse_float, bool: _parse_bool, str: str}
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def _model_config_class() -> type:
+    """A dataclass with the fields of `GKCConfig`; those that are not of simple types take any value."""
+    from modeling_gkc.configuration_gkc import GKCConfig  # needs torch, which help and most errors do without
+
+    def checked(kind: Any) -> Any:
+        return kind | None if {*(get_args(kind) or (kind,))} <= {int, float, bool, str, NoneType} else Any
+
+    kinds = {name: kind for name, kind in GKCConfig.__annotations__.items() if not name.startswith("vocabulary")}
+    fields = [(name, checked(kind), dataclasses.field(default=None)) for name, kind in kinds.items()]
+    return dataclasses.make_dataclass("GKCConfig", fields)
 
 
 def format_recipe(command: Command) -> str:
-    """The settings as they could be typed; what was given is marked."""
-    fields = {field.name: getattr(command.recipe, field.name) for field in dataclasses.fields(Recipe)}
-    lines = [f"{command.name}, to {command.out}"]
-    for name, value in fields.items():
-        lines.append(f"  {_as_argument(name, value)}{'   (given)' if name in command.changed else ''}")
+    """All settings in the form in which they can be given, with a mark on those that were."""
+    lines = [f"Settings of {command.name}; output folder: {command.out}"]
+    for name in command.recipe.field_names():
+        lines.append(
+            f"  {_as_argument(name, command.recipe.get(name))}{'   (given)' if name in command.changed else ''}"
+        )
     return "\n".join(lines)
 
 

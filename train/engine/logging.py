@@ -142,4 +142,4 @@ class LastEvaluation(TrainerCallback):
 
 def default_callbacks(recipe: Recipe) -> list[TrainerCallback]:
     """What every run of a recipe reports besides its losses. To be added last: `Speed` leaves out what others do."""
-    return [LastEvaluation(), Speed(recipe.batch_size)]
+    return [LastEvaluation(), Speed(recipe.data.batch_size)]

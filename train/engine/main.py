@@ -10,7 +10,7 @@ from modeling_gkc.cli.common import error_line, without_progress_bars
 from modeling_gkc.sealed_files import DamagedFileError
 
 from ..storage.locks import lock_output
-from .command import Command, format_recipe, is_main_process, parse, say
+from .command import Command, format_recipe, is_main_process, parse, print_rank0
 
 FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that was stopped
 
@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(argv)
         if command.show:
-            say(format_recipe(command))
+            print_rank0(format_recipe(command))
             return 0
         with _sigterm_as_interrupt(), without_progress_bars():
             return _train(command, argv)
     except KeyboardInterrupt as stop:
-        say("train: stopped.")
+        print_rank0("train: stopped.")
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except ValueError as error:
         return _complain(error, MISUSED)
@@ -65,7 +65,7 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
     except ValueError as error:  # no longer of what the user typed: the place in the code tells more
         raise RuntimeError(str(error)) from error
     except KeyboardInterrupt as stop:
-        say(f"Stopped in step {trainer.state.global_step + 1}. {_how_to_go_on(command, argv)}")
+        print_rank0(f"Stopped in step {trainer.state.global_step + 1}. {_how_to_go_on(command, argv)}")
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except Exception as error:
         if not is_disk_full(error):
@@ -76,7 +76,7 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
             f"{_how_to_go_on(command, argv)}",
             FAILED,
         )
-    say(f"The model is in {command.out}:\n  gkc segment photo.jpg --model {shlex.quote(str(command.out))}")
+    print_rank0(f"The model is in {command.out}:\n  gkc segment photo.jpg --model {shlex.quote(str(command.out))}")
     return 0
 
 

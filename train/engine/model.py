@@ -83,20 +83,20 @@ class TrainingModel(nn.Module):
 def make_training_model(student: GKCForOpenVocabSegmentation, recipe: Recipe) -> TrainingModel:
     """The student with the heads that a recipe needs; their initial weights depend on the recipe's seed alone."""
     return TrainingModel(
-        student, _make_distillation_head(student, recipe), recipe.grounding_weight > 0, recipe.frozen_stages
+        student, _make_distillation_head(student, recipe), recipe.grounding.weight > 0, recipe.model.frozen_stages
     )
 
 
 def _make_distillation_head(student: GKCForOpenVocabSegmentation, recipe: Recipe) -> DistillationHead | None:
-    if recipe.distillation_weight == 0:
+    if recipe.distillation.weight == 0:
         return None
     config = student.config
-    stages = config.decoder_layers + 1 if recipe.distillation_heads == "per_stage" else None
+    stages = config.decoder_layers + 1 if recipe.distillation.heads == "per_stage" else None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.run.seed)
         head = DistillationHead(
-            recipe.distillation_embedding, config.hidden_size, config.projection_dim, num_stages=stages
+            recipe.distillation.embedding, config.hidden_size, config.projection_dim, num_stages=stages
         )
     # A parameter that no loss reaches would stop distributed training.
-    head.scale.requires_grad_(recipe.distillation_terms != "feature")
+    head.scale.requires_grad_(recipe.distillation.terms != "feature")
     return head

@@ -79,7 +79,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, recipe: Recipe) 
     return [
         {
             "params": parameters,
-            "lr": args.learning_rate * (recipe.backbone_factor if in_backbone else 1),
+            "lr": args.learning_rate * (recipe.optimizer.backbone_factor if in_backbone else 1),
             "weight_decay": args.weight_decay if decays else 0.0,
         }
         for (in_backbone, decays), parameters in groups.items()
@@ -88,7 +88,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, recipe: Recipe) 
 
 def learning_rate_factor(step: int, num_steps: int, recipe: Recipe) -> float:
     """Linear warm-up, then one decay at each milestone."""
-    warmup_steps = recipe.warmup_share * num_steps
+    warmup_steps = recipe.optimizer.warmup_share * num_steps
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    return recipe.decay_factor ** sum(step >= share * num_steps for share in recipe.milestones)
+    return recipe.optimizer.decay_factor ** sum(step >= share * num_steps for share in recipe.optimizer.milestones)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..data import check_dataset
 from ..teacher.region_teacher import TextBank
 from .builders import load_data, load_student, load_teacher, load_towers, load_vocabulary, split_classes
 from .checkpoints import checkpoints, is_complete, require_undamaged
-from .command import is_main_process, say
+from .command import is_main_process, print_rank0
 from .logging import Screen, default_callbacks
 from .trainer import RECIPE_NAME, GKCTrainer
 from .visualization import PICTURES_FOLDER, EvaluationPictures
@@ -26,8 +25,8 @@ from .visualization import PICTURES_FOLDER, EvaluationPictures
 TENSORBOARD_FOLDER = "tensorboard"
 _CHECKED_SAMPLES = 32
 _KEPT_CHECKPOINTS = 2
-# Fields that may be another when a run is continued: they change nothing of its result.
-_FREE_FIELDS = {"save_every", "evaluate_every", "log_every", "max_broken_samples", "compile"}
+# Fields that may change when a run is resumed, because they do not change its result.
+_FREE_FIELDS = {"run.save_every", "run.evaluate_every", "run.log_every", "run.compile", "data.max_broken_samples"}
 
 
 def run(recipe: Recipe, output_dir: str | Path, resume: bool = False, **training_arguments: Any) -> GKCTrainer:
@@ -48,7 +47,7 @@ def train(trainer: GKCTrainer, checkpoint: Path | None = None) -> None:
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / RECIPE_NAME, json.dumps(_as_json(trainer.recipe), indent=2) + "\n")
+        atomic_write(folder / RECIPE_NAME, json.dumps(trainer.recipe.to_dict(), indent=2) + "\n")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder))
 
@@ -73,26 +72,26 @@ def check_folder(output_dir: str | Path, recipe: Recipe, resume: bool) -> Path |
         return complete[-1]
     _refuse_other_files(folder)
     if resume:
-        say(f"There is no complete checkpoint in {folder}: training starts from the beginning.")
+        print_rank0(f"There is no complete checkpoint in {folder}: training starts from the beginning.")
     return None
 
 
 def _check_same_recipe(checkpoint: Path, recipe: Recipe) -> None:
-    """Refuse to go on with other settings: the result would be that of neither."""
-    made_with, now = json.loads((checkpoint / RECIPE_NAME).read_text()), _as_json(recipe)
-    # The workers of a stream share it out among them.
-    free = _FREE_FIELDS if recipe.streaming else _FREE_FIELDS | {"num_workers"}
-    differing = [name for name in now if name not in free and made_with.get(name) != now[name]]
+    """Raise a `ValueError` if a checkpoint was trained with other settings, which would mix two runs."""
+    path = checkpoint / RECIPE_NAME
+    try:
+        stored = type(recipe).from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a recipe: {error}") from error
+    # The workers of a streamed dataset share its samples out among them.
+    free = _FREE_FIELDS if recipe.data.streaming else _FREE_FIELDS | {"data.num_workers"}
+    differing = [name for name in recipe.field_names() if name not in free and stored.get(name) != recipe.get(name)]
     if differing:
-        listed = ", ".join(f"{name} {made_with.get(name)} and now {now[name]}" for name in differing)
+        listed = ", ".join(f"{name} {stored.get(name)} and now {recipe.get(name)}" for name in differing)
         raise ValueError(
-            f"{checkpoint} was trained with {listed}: give the same to go on; or start a new run with "
-            f"init_from={checkpoint} and another --out."
+            f"{checkpoint} was trained with {listed}: give the same values to resume; or start a new run with "
+            f"model.init_from={checkpoint} and another --out."
         )
-
-
-def _as_json(recipe: Recipe) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(recipe), default=lambda config: config.to_dict()))
 
 
 def _refuse_other_files(folder: Path) -> None:
@@ -117,7 +116,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
     Raises:
         ValueError: something that the recipe names is not there, or does not fit; the message names the field.
     """
-    set_seed(recipe.seed)
+    set_seed(recipe.run.seed)
     arguments = recipe.to_training_arguments(output_dir, **{**_arguments_of(recipe), **training_arguments})
     require_all_processes(arguments)
     stored, all_classes = load_data(recipe), load_vocabulary(recipe)
@@ -136,16 +135,16 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
         model=model,
         recipe=recipe,
         args=arguments,
-        train_dataset=splits[recipe.train_split],
+        train_dataset=splits[recipe.data.train_split],
         vocabulary=vocabulary,
         processor=processor,
         text_bank=TextBank.from_vocabulary(vocabulary, model, processor, progress=is_main_process()),
-        eval_dataset=splits.get(recipe.eval_split),
+        eval_dataset=splits.get(recipe.data.eval_split),
         **sources,
     )
     _place_reports(trainer)
-    if (dataset := splits.get(recipe.eval_split)) is not None:
-        trainer.add_callback(EvaluationPictures(trainer, dataset, vocabulary, processor, recipe.crop_size))
+    if (dataset := splits.get(recipe.data.eval_split)) is not None:
+        trainer.add_callback(EvaluationPictures(trainer, dataset, vocabulary, processor, recipe.data.crop_size))
     for callback in default_callbacks(recipe):
         trainer.add_callback(callback)
     return trainer
@@ -165,14 +164,14 @@ def _arguments_of(recipe: Recipe) -> dict[str, Any]:
     """What of the recipe's engine `Recipe.to_training_arguments` leaves open."""
     return {
         "save_strategy": "steps",
-        "save_steps": recipe.save_every,
+        "save_steps": recipe.run.save_every,
         "save_total_limit": _KEPT_CHECKPOINTS,
-        "logging_steps": recipe.log_every,
-        "eval_strategy": "no" if recipe.eval_split is None else "steps",
-        "eval_steps": recipe.evaluate_every,
+        "logging_steps": recipe.run.log_every,
+        "eval_strategy": "no" if recipe.data.eval_split is None else "steps",
+        "eval_steps": recipe.run.evaluate_every,
         "use_cpu": not torch.accelerator.is_available(),  # processes on CPUs find each other only if told so
         "per_device_eval_batch_size": 1,  # every image counts alike, and none is over where batches must be full
-        "dataloader_num_workers": recipe.num_workers,
+        "dataloader_num_workers": recipe.data.num_workers,
     }
 
 

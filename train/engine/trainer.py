@@ -6,7 +6,6 @@ S decoder stages.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ class GKCTrainer(Trainer):
         word_probabilities: RegionLookup | None = None,
         noun_bank: NounBank | None = None,
     ):
-        teacher = online_teacher if recipe.teacher == "online" else teacher_embeddings
+        teacher = online_teacher if recipe.teacher.source == "online" else teacher_embeddings
         _check_agreement(model, recipe)
         _check_sources(recipe, teacher, word_probabilities)
         self.recipe = recipe
@@ -97,7 +96,7 @@ class GKCTrainer(Trainer):
             model=make_training_model(model, recipe),
             args=args,
             data_collator=SegmentationCollator(
-                processor.image_processor, len(vocabulary.names), keep_images=recipe.teacher == "online"
+                processor.image_processor, len(vocabulary.names), keep_images=recipe.teacher.source == "online"
             ),
             train_dataset=samples,
             eval_dataset=None if eval_dataset is None else _augmented(eval_dataset, recipe, training=False),
@@ -106,7 +105,7 @@ class GKCTrainer(Trainer):
         )
         self._check_size(samples)
         device = self.args.device
-        if recipe.grounding_weight > 0 and noun_bank is None:
+        if recipe.grounding.weight > 0 and noun_bank is None:
             noun_bank = NounBank.encode(distinct_nouns(train_dataset, eval_dataset), model, processor)
         text_bank = (text_bank or TextBank.from_vocabulary(vocabulary, model, processor)).to(device)
         self.step_regions = StepRegions(recipe, text_bank, teacher, word_probabilities)
@@ -116,7 +115,7 @@ class GKCTrainer(Trainer):
         self._latest: dict[str, Tensor] = {}
         if self.is_fsdp_enabled:
             give_scalars_a_dimension(self.model)
-        if recipe.compile:
+        if recipe.run.compile:
             # In place: the keys of checkpoints stay as they are. The losses, which match on the CPU, stay outside.
             model.model.compile()
 
@@ -203,7 +202,7 @@ class GKCTrainer(Trainer):
             pixel_values=inputs["pixel_values"],
             pixel_mask=inputs.get("pixel_mask"),
             class_embeds=text_bank.embeds[text_bank.name_prompts],
-            prompt_embeds=None if self.recipe.synonym_mode == "none" else text_bank.embeds,
+            prompt_embeds=None if self.recipe.synonyms.mode == "none" else text_bank.embeds,
         )
 
     def _stop_together(self, problem: str | None, image_ids: list[str], everywhere: bool = False) -> None:
@@ -326,8 +325,7 @@ class GKCTrainer(Trainer):
         heads = {key: value.contiguous() for key, value in state.items() if not key.startswith(_STUDENT)}
         if heads:
             save_file(heads, folder / HEADS_NAME)
-        recipe = json.dumps(asdict(self.recipe), indent=2, default=lambda config: config.to_dict())
-        (folder / RECIPE_NAME).write_text(recipe + "\n")
+        (folder / RECIPE_NAME).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -375,9 +373,11 @@ def _augmented(dataset: Any, recipe: Recipe, training: bool) -> torch.utils.data
     streams = isinstance(dataset, IterableDataset)
     if streams and not training:
         raise ValueError("`eval_dataset` cannot be streamed: load it with random access.")
-    changes = (recipe.scale_range, recipe.flip_probability) if training else ((1.0, 1.0), 0.0)
-    kind = StreamingDataset if streams or (recipe.streaming and training) else AugmentedDataset
-    return kind(dataset, JointTransform(recipe.crop_size, *changes), recipe.seed, recipe.max_broken_samples)
+    changes = (recipe.data.scale_range, recipe.data.flip_probability) if training else ((1.0, 1.0), 0.0)
+    kind = StreamingDataset if streams or (recipe.data.streaming and training) else AugmentedDataset
+    return kind(
+        dataset, JointTransform(recipe.data.crop_size, *changes), recipe.run.seed, recipe.data.max_broken_samples
+    )
 
 
 def _check_agreement(model: GKCForOpenVocabSegmentation, recipe: Recipe) -> None:
@@ -396,16 +396,16 @@ def _check_agreement(model: GKCForOpenVocabSegmentation, recipe: Recipe) -> None
 def _check_sources(
     recipe: Recipe, teacher: RegionLookup | RegionEmbedder | None, word_probabilities: RegionLookup | None
 ) -> None:
-    samples = recipe.synonym_mode == "sample"
-    needs_teacher = recipe.distillation_weight > 0 or (samples and recipe.synonym_probabilities == "teacher")
+    samples = recipe.synonyms.mode == "sample"
+    needs_teacher = recipe.distillation.weight > 0 or (samples and recipe.synonyms.probabilities == "teacher")
     if needs_teacher and teacher is None:
-        name = "online_teacher" if recipe.teacher == "online" else "teacher_embeddings"
-        source = "OnlineTeacher(...)" if recipe.teacher == "online" else "RegionTeacher(...).embed_dataset(...)"
+        name = "online_teacher" if recipe.teacher.source == "online" else "teacher_embeddings"
+        source = "OnlineTeacher(...)" if recipe.teacher.source == "online" else "RegionTeacher(...).embed_dataset(...)"
         raise ValueError(
             f"The recipe needs `{name}`: pass {source}, or set distillation_weight=0 and "
             "synonym_probabilities='uniform'."
         )
-    if samples and recipe.synonym_probabilities == "boxes" and word_probabilities is None:
+    if samples and recipe.synonyms.probabilities == "boxes" and word_probabilities is None:
         raise ValueError(
             "The recipe needs `word_probabilities`: pass what `python -m train.cache synonyms` made, or set "
             "synonym_probabilities='uniform'."

@@ -162,7 +162,7 @@ class TrainingLosses:
         all_matches: list[Matches],
         divisors: StepDivisors,
     ) -> dict[str, Tensor]:
-        mode, no_object_weight = self.recipe.synonym_mode, self.recipe.no_object_weight
+        mode, no_object_weight = self.recipe.synonyms.mode, self.recipe.matching.no_object_weight
         divisor = divisors.labels.class_weight
         losses = []
         for logits, matches in zip(outputs.prompt_logits, all_matches, strict=True):
@@ -187,7 +187,7 @@ class TrainingLosses:
                 text=self.text_bank.embeds[regions.prompts[region]],
                 image_index=image,
                 scale=outputs.distillation_scale,
-                relation=self.recipe.distillation_relation,
+                relation=self.recipe.distillation.relation,
                 counts=divisors.distillation,
             )
             losses.append(torch.stack(terms))
@@ -201,17 +201,17 @@ class TrainingLosses:
     def _weights(self) -> dict[str, float]:
         """Weight of each loss that is learned from; the others are only logged."""
         recipe = self.recipe
-        terms = {"split": ("feature", "relation")}.get(recipe.distillation_terms, (recipe.distillation_terms,))
+        terms = {"split": ("feature", "relation")}.get(recipe.distillation.terms, (recipe.distillation.terms,))
         weights = {
-            "loss_cross_entropy": recipe.class_weight,
-            "loss_mask": recipe.mask_weight,
-            "loss_dice": recipe.dice_weight,
-            "loss_synonym": recipe.synonym_weight,
-            "loss_grounding": recipe.grounding_weight,
-            **{f"loss_distillation_{term}": recipe.distillation_weight for term in terms},
+            "loss_cross_entropy": recipe.matching.class_weight,
+            "loss_mask": recipe.matching.mask_weight,
+            "loss_dice": recipe.matching.dice_weight,
+            "loss_synonym": recipe.synonyms.weight,
+            "loss_grounding": recipe.grounding.weight,
+            **{f"loss_distillation_{term}": recipe.distillation.weight for term in terms},
         }
-        if recipe.distillation_terms == "split" and recipe.distillation_relation_weight is not None:
-            weights["loss_distillation_relation"] = recipe.distillation_relation_weight
+        if recipe.distillation.terms == "split" and recipe.distillation.relation_weight is not None:
+            weights["loss_distillation_relation"] = recipe.distillation.relation_weight
         return weights
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configuration.recipe import DISTILLATION_EMBEDDINGS, RELATIONS
+from configuration.sections import DISTILLATION_EMBEDDINGS, RELATIONS
 from modeling_gkc.loss_gkc import mean_over_processes
 from modeling_gkc.modeling_gkc import GKCStageOutput
 

@@ -117,7 +117,7 @@ class StepRegions:
         `distillation_max_regions` at most. Without `training` no region is dropped.
         """
         step = [self._draw(batch, training) for batch in batches]
-        if self.recipe.distillation_weight > 0:
+        if self.recipe.distillation.weight > 0:
             self._choose_distilled(step)
             for regions, batch in zip(step, batches, strict=True):
                 if regions.teacher is None:
@@ -132,24 +132,24 @@ class StepRegions:
         # In double precision: two regions of a step hardly ever draw the same lot.
         pairs = zip(counts, generators, strict=True)
         lots, dropout = torch.cat([torch.rand(2, n, generator=own, dtype=torch.float64) for n, own in pairs], dim=1)
-        kept = (dropout >= (self.recipe.region_dropout if training else 0.0)).to(device)
+        kept = (dropout >= (self.recipe.data.region_dropout if training else 0.0)).to(device)
         nouns = [self._draw_nouns(nouns, own) for nouns, own in zip(batch["nouns"], generators, strict=True)]
         regions = Regions(counts, classes, self.text_bank.name_prompts[classes], kept, lots, nouns, distilled=kept)
-        if self.recipe.synonym_mode == "sample":
+        if self.recipe.synonyms.mode == "sample":
             self._draw_words(batch, regions, generators)
         return regions
 
     def _draw_nouns(self, nouns: Sequence[str], generator: torch.Generator) -> list[str]:
-        if self.recipe.grounding_weight == 0:
+        if self.recipe.grounding.weight == 0:
             return []
-        return draw_nouns(nouns, self.recipe.grounding_noun_dropout, self.recipe.grounding_max_nouns, generator)
+        return draw_nouns(nouns, self.recipe.grounding.noun_dropout, self.recipe.grounding.max_nouns, generator)
 
     def _draw_words(self, batch: Batch, regions: Regions, generators: list[torch.Generator]) -> None:
         """Every region goes by a synonym that is probable enough for it, and has a slot that holds it."""
         labels = regions.classes.split(regions.counts)
         probabilities = self._probabilities(batch, regions)
         words = [
-            draw_synonyms(classes, self._synonym_table, generator, likely, self.recipe.synonym_threshold)
+            draw_synonyms(classes, self._synonym_table, generator, likely, self.recipe.synonyms.threshold)
             for classes, generator, likely in zip(labels, generators, probabilities, strict=True)
         ]
         slots = [
@@ -161,9 +161,9 @@ class StepRegions:
 
     def _probabilities(self, batch: Batch, regions: Regions) -> list[Tensor] | list[None]:
         """For each image (N, M) of the words of its regions' classes; None where all words count the same."""
-        if self.recipe.synonym_probabilities == "boxes":
+        if self.recipe.synonyms.probabilities == "boxes":
             return self.word_probabilities.lookup(batch["image_ids"], batch["segment_ids"])
-        if self.recipe.synonym_probabilities == "uniform":
+        if self.recipe.synonyms.probabilities == "uniform":
             return [None] * len(regions.counts)
         regions.teacher = self._embeds(batch, torch.ones_like(regions.kept), regions.counts)
         probabilities = synonym_probabilities(
@@ -171,7 +171,7 @@ class StepRegions:
             regions.classes,
             self._synonym_table,
             self.text_bank.embeds,
-            self.recipe.synonym_logit_scale,
+            self.recipe.synonyms.logit_scale,
         )
         return list(probabilities.split(regions.counts))
 
@@ -179,7 +179,7 @@ class StepRegions:
         """(N, D) the teacher's embeddings of the wanted (N,) regions, zeros elsewhere."""
         chosen = wanted.cpu().split(counts)
         segment_ids = [ids.cpu()[mask] for ids, mask in zip(batch["segment_ids"], chosen, strict=True)]
-        if self.recipe.teacher == "online":
+        if self.recipe.teacher.source == "online":
             found = self.teacher.embed({**batch, "segment_ids": segment_ids})
         else:
             found = self.teacher.lookup(batch["image_ids"], segment_ids)
@@ -188,7 +188,7 @@ class StepRegions:
         return embeds
 
     def _choose_distilled(self, step: list[Regions]) -> None:
-        limit = self.recipe.distillation_max_regions
+        limit = self.recipe.distillation.max_regions
         lots = [regions.lots.masked_fill(~regions.kept.cpu(), torch.inf) for regions in step]
         first_out = _lowest_over_processes(torch.cat([*lots, torch.empty(0, dtype=torch.float64)]), limit + 1)[-1]
         for regions, own in zip(step, lots, strict=True):

@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--warmup-steps", type=int, default=defaults.warmup_steps, help="steps that all arms share (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=recipe.steps, help="steps of an arm (%(default)s)")
+    parser.add_argument("--steps", type=int, default=recipe.optimizer.steps, help="steps of an arm (%(default)s)")
     parser.add_argument("--num-proc", type=int, default=1, help="processes that draw scenes (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch; beside other jobs, 1 is often faster than 2")
     return parser.parse_args(arguments)

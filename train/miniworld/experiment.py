@@ -119,9 +119,9 @@ def _arm(experiment: Experiment, name: str, parts: Parts) -> None:
 def _train_arm(experiment: Experiment, name: str, parts: Parts, start: Path) -> GKCTrainer:
     """Train an arm from the weights of the file `start`."""
     arm = ARMS[name]
-    recipe = replace(experiment.recipe, seed=experiment.seed, **arm.changes)
+    recipe = experiment.recipe.replace({"run.seed": experiment.seed, **arm.changes})
     if arm.class_feature is not None:
-        recipe = replace(recipe, model={**recipe.model, "class_feature": arm.class_feature})
+        recipe = recipe.replace({"model.config": {**recipe.model.config, "class_feature": arm.class_feature}})
     model = make_student(parts.clip, recipe)
     _load_warm_up(model, start)
     embeddings = parts.train_embeddings if _needs_teacher(recipe) else None
@@ -130,15 +130,16 @@ def _train_arm(experiment: Experiment, name: str, parts: Parts, start: Path) -> 
 
 
 def _needs_teacher(recipe: Recipe) -> bool:
-    return recipe.distillation_weight > 0 or recipe.synonym_probabilities == "teacher"
+    return recipe.distillation.weight > 0 or recipe.synonyms.probabilities == "teacher"
 
 
 def _warm_up(experiment: Experiment, parts: Parts) -> Path:
     """Weights that every arm starts from: trained to find regions, all of them under one word."""
     weights = Path(experiment.out) / WARM_UP / "model.safetensors"
     if not weights.exists():
-        changes = NO_SYNONYMS | NO_DISTILLATION | {"steps": experiment.warmup_steps, "milestones": ()}
-        recipe = replace(experiment.recipe, seed=experiment.seed, synonym_probabilities="uniform", **changes)
+        changes = {"run.seed": experiment.seed, "synonyms.probabilities": "uniform"}
+        changes |= {"optimizer.steps": experiment.warmup_steps, "optimizer.milestones": ()}
+        recipe = experiment.recipe.replace(NO_SYNONYMS | NO_DISTILLATION | changes)
         regions = parts.train_set.map(_without_classes, desc="Regions without classes")
         train = partial(
             _train,
@@ -179,9 +180,12 @@ def _train(
     folder: Path,
 ) -> GKCTrainer:
     """Train a segmenter; a killed training continues at its last checkpoint."""
-    set_seed(recipe.seed)
+    set_seed(recipe.run.seed)
     arguments = recipe.to_training_arguments(
-        folder, logging_steps=max(1, recipe.steps // 20), save_steps=max(1, recipe.steps // 5), save_total_limit=1
+        folder,
+        logging_steps=max(1, recipe.optimizer.steps // 20),
+        save_steps=max(1, recipe.optimizer.steps // 5),
+        save_total_limit=1,
     )
     trainer = GKCTrainer(
         model, recipe, arguments, train_set, vocabulary, make_processor(clip), teacher_embeddings=embeddings
@@ -200,7 +204,7 @@ def _checkpoint(folder: Path) -> str | None:
 def make_student(clip: MiniCLIP, recipe: Recipe) -> GKCForOpenVocabSegmentation:
     """A segmenter that starts from the tiny CLIP: its image tower as backbone, its text tower."""
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.run.seed)
         model = _random_student(clip, recipe)
     model.model.backbone.encoder.load_state_dict(clip.vision.encoder.state_dict())
     model.text_model.load_state_dict(clip.text.state_dict())
@@ -239,10 +243,13 @@ def _check_same_settings(experiment: Experiment) -> None:
         "test_scenes": experiment.test_scenes,
         "warmup_steps": experiment.warmup_steps,
         "clip": asdict(experiment.clip),
-        "recipe": json.loads(json.dumps(asdict(experiment.recipe))),
+        "recipe": experiment.recipe.to_dict(),
     }
     path = Path(experiment.out) / "settings.json"
-    if path.exists() and (made_with := _read(path)) != settings:
+    made_with = _read(path) if path.exists() else settings
+    # Converts a recipe from before recipes had sections.
+    made_with |= {"recipe": Recipe.from_dict(made_with["recipe"]).to_dict()}
+    if made_with != settings:
         differing = sorted(key for key in settings if made_with.get(key) != settings[key])
         raise ValueError(
             f"{experiment.out} was made with other settings of {', '.join(differing)}; choose another folder, or "

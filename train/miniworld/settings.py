@@ -30,7 +30,7 @@ class Arm:
 
     Attributes:
         title: For tables.
-        changes: Fields of the recipe.
+        changes: Values of the recipe's fields by `section.field`.
         class_feature: Field of the model's configuration, None for the recipe's own.
         test_on_both: Classify by the mean of class and distillation embedding, which must be different ones.
         trained_as: The arm whose weights are tested, where this one only tests differently.
@@ -43,8 +43,8 @@ class Arm:
     trained_as: str | None = None
 
 
-NO_SYNONYMS, NO_DISTILLATION = {"synonym_mode": "none"}, {"distillation_weight": 0.0}
-OWN_HEAD = {"distillation_embedding": "query"}
+NO_SYNONYMS, NO_DISTILLATION = {"synonyms.mode": "none"}, {"distillation.weight": 0.0}
+OWN_HEAD = {"distillation.embedding": "query"}
 # `both` is the method of the paper; these four are the ablation.
 MAIN_ARMS = {
     "baseline": Arm("plain names only", NO_SYNONYMS | NO_DISTILLATION),
@@ -55,10 +55,10 @@ MAIN_ARMS = {
 # Further questions: one thing changed in one of the four.
 VARIANTS = {
     "synonyms-unfiltered": Arm(
-        "synonyms, drawn from all words", NO_DISTILLATION | {"synonym_probabilities": "uniform"}
+        "synonyms, drawn from all words", NO_DISTILLATION | {"synonyms.probabilities": "uniform"}
     ),
-    "synonyms-average": Arm("synonyms, average of the words' logits", NO_DISTILLATION | {"synonym_mode": "average"}),
-    "synonyms-max": Arm("synonyms, maximum of the words' logits", NO_DISTILLATION | {"synonym_mode": "max"}),
+    "synonyms-average": Arm("synonyms, average of the words' logits", NO_DISTILLATION | {"synonyms.mode": "average"}),
+    "synonyms-max": Arm("synonyms, maximum of the words' logits", NO_DISTILLATION | {"synonyms.mode": "max"}),
     "distillation-own-head": Arm("distillation by a head of its own", NO_SYNONYMS | OWN_HEAD),
     "distillation-own-head-both": Arm(
         "the same, tested on both embeddings",
@@ -70,7 +70,7 @@ VARIANTS = {
     "both-own-head-both": Arm(
         "the same, tested on both embeddings", OWN_HEAD, test_on_both=True, trained_as="both-own-head"
     ),
-    "both-long": Arm("both, three times the steps", {"steps": 1200}),
+    "both-long": Arm("both, three times the steps", {"optimizer.steps": 1200}),
     "both-query": Arm("both, classes read from the query alone", class_feature="query"),
     "baseline-query": Arm(
         "plain names only, classes read from the query alone", NO_SYNONYMS | NO_DISTILLATION, class_feature="query"
