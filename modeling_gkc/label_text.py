@@ -29,6 +29,10 @@ _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 # "|" and full stops are the separators of Grounding DINO and GLIP, the others those of other keyboards.
 _SEPARATORS = re.compile(r"[；﹔؛|｜¦，﹐、､،]|\s[.·•](?=\s|$)|\.(?=\s.*\.\s*$)")
+# Tabs, which separate the columns of a copied table, and other control characters that Python counts as spaces.
+_COLUMN_BREAK = re.compile(r"[^\s;,] *([\t\v\f\x1c-\x1f])[^\S\r\n]*[^\s;,]")
+# Marks that may be meant as separators where they stand between two words, but may also belong to a label.
+_LONE_MARK = re.compile(r"\w\s+[-/\\&+*:=>~→–—]+\s+\w")
 
 
 def tidy(label: str) -> str:
@@ -67,11 +71,19 @@ def refuse_other_separators(text: str) -> None:
     Refuse typed labels that are separated by anything but ';' and ','.
 
     Raises:
-        ValueError: with the separator that was found; or the text is a list in JSON.
+        ValueError: with the separator that was found; or the text is a list in JSON, or has a tab between two words.
     """
     if re.match(r"\s*[\[{]\s*[\"'\[{]", text):
         raise ValueError(
             f"this is a list as programs write it, {text.strip()[:200]!r}: write 'dog; sofa, couch; lamp'."
+        )
+    column_break = _COLUMN_BREAK.search(text)
+    if column_break:
+        mark = column_break[1]
+        kind = "a tab" if mark == "\t" else f"U+{ord(mark):04X}"
+        raise ValueError(
+            f"Classes are separated by ';' and several names of one class by ',', not by {kind}: "
+            f"{text.strip()[:200]!r}. Write ';' in its place, or a space if it stands within one label."
         )
     found = _SEPARATORS.search(text)
     if found:
@@ -81,6 +93,11 @@ def refuse_other_separators(text: str) -> None:
             f"(U+{ord(mark):04X}): {text.strip()[:200]!r}. (A label with {mark!r} in it can be given in a list or a "
             ".json file.)"
         )
+
+
+def has_lone_mark(text: str) -> bool:
+    """Tell if a mark stands alone between two words: "red disc / sky" may be two labels, "black & white" is one."""
+    return _LONE_MARK.search(text) is not None
 
 
 def shown(value: Any, limit: int = 200) -> str:
@@ -95,4 +112,4 @@ def shown(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-__all__ = ["comparison_key", "is_invisible", "refuse_other_separators", "shown", "tidy"]
+__all__ = ["comparison_key", "has_lone_mark", "is_invisible", "refuse_other_separators", "shown", "tidy"]

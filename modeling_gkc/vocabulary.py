@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .label_text import comparison_key, refuse_other_separators, shown, tidy
+from .label_text import comparison_key, has_lone_mark, refuse_other_separators, shown, tidy
 from .prompt_templates import resolve_templates
 from .vocabulary_files import (
     PACKAGED_NAMES,
@@ -115,12 +115,13 @@ class Vocabulary:
 
         Raises:
             ValueError: as for `Vocabulary`, `named` and `from_file`; a word that is a packaged name misspelt; a
-                string with a line break inside a class, with other separators ("dog | lamp", "dog . lamp ."), or that
-                is the path of another file.
+                string with a line break or tab inside a class, with other separators ("dog | lamp", "dog . lamp ."),
+                or that is the path of another file; a dict whose keys are not the class numbers.
             TypeError: an item is neither a string nor a sequence of strings, or it is another kind of thing.
 
         Warns:
-            UserWarning: as for `Vocabulary`; a string of two or more names has no `;`, so that all are one class.
+            UserWarning: as for `Vocabulary`; a string without `;`, so that all is one class, has two or more names or
+                a mark between words, as "dog / lamp" and "black & white" have.
         """
         if isinstance(text, cls):
             return text
@@ -189,11 +190,11 @@ class Vocabulary:
                     "file with a class per line."
                 )
         vocabulary = cls([label.split(",") for label in labels])
-        if ";" not in text and len(vocabulary.flat_names) > 1:
-            label, *others = vocabulary.flat_names
+        label, *others = vocabulary.flat_names
+        if ";" not in text and (others or has_lone_mark(text)):
+            also = f" (also: {', '.join(others)})" if others else ""
             warnings.warn(
-                f"1 class: {label} (also: {', '.join(others)}); separate classes by ';', or put one at the end if "
-                "one class is meant.",
+                f"1 class: {label}{also}; separate classes by ';', or put one at the end if one class is meant.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -300,6 +301,7 @@ class Vocabulary:
 
 def _listed(labels: Any) -> list:
     """The classes of a list, array, set, dict or other iterable in their order."""
+    given = labels
     if isinstance(labels, Mapping):
         return _by_number(labels)
     if isinstance(labels, Set) and not isinstance(labels, KeysView):
@@ -310,9 +312,14 @@ def _listed(labels: Any) -> list:
     if hasattr(labels, "tolist"):  # arrays of numpy, columns of pandas
         labels = labels.tolist()
     if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
+        hint = ""
+        if isinstance(labels, bytes):
+            hint = " Decode the bytes to text."
+        elif isinstance(labels, str):  # the value of an array without axes
+            hint = " Give the array's text, `.item()`."
         raise TypeError(
             "Labels must be a string, a list or another iterable of names, a dict such as `id2label`, or a "
-            f"Vocabulary, got {shown(labels)}."
+            f"Vocabulary, got {shown(given)}.{hint}"
         )
     return list(labels)
 
@@ -323,6 +330,8 @@ def _by_number(labels: Mapping) -> list:
     numbers = {}
     for key, label in labels.items():
         try:
+            if isinstance(key, bool):  # an int to Python, but no number of a class
+                raise TypeError("The key is a bool.")
             number = int(key) if isinstance(key, str) else operator.index(key)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{expected}; got the key {shown(key)}.") from error
@@ -475,6 +484,8 @@ def _checked_color(value: Sequence[int]) -> tuple[int, ...]:
 
 
 def _clean_names(names: Sequence[str], place: str) -> list[str]:
+    if isinstance(names, bytes):
+        raise TypeError(f"The name of {place} must be text, got {shown(names)}: decode the bytes to text.")
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"{place} must be a name or a sequence of names, got {shown(names)}.")
     if not names:

@@ -53,7 +53,11 @@ def test_items_of_a_list_are_taken_as_they_stand():
 
 
 def test_spaces_are_tidied_and_a_name_repeated_in_its_class_counts_once():
-    assert Vocabulary.parse("traffic \t light;  sofa, couch, Sofa").names == [["traffic light"], ["sofa", "couch"]]
+    assert Vocabulary.parse("traffic   light;  sofa, couch, Sofa").names == [["traffic light"], ["sofa", "couch"]]
+    assert Vocabulary.parse(["traffic \t light", ["sofa", "couch", "Sofa"]]).names == [
+        ["traffic light"],
+        ["sofa", "couch"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -400,6 +404,32 @@ class TestTyped:
                 Vocabulary.parse(write(tmp_path, "x.txt", f"dog\n{text}"))
         assert Vocabulary.parse([text.replace(";", ",")]).labels  # in a list all is taken as it stands
 
+    @pytest.mark.parametrize("mark", ["\t", "\t\t", " \t ", "\v", "\f", "\x1c"])
+    @pytest.mark.parametrize("text", ["red disc{}sky", "red disc{}sky; lawn", "lawn; red disc, circle{}sky"])
+    def test_tabs_between_words_are_refused(self, text, mark, tmp_path):
+        kind = "a tab" if "\t" in mark else rf"U\+{ord(mark):04X}"
+        with pytest.raises(ValueError, match=rf"^Classes are separated by ';' and .* not by {kind}: .* Write ';'"):
+            Vocabulary.parse(text.format(mark))
+
+    def test_tabs_beside_separators_are_harmless(self):
+        assert Vocabulary.parse("\tdog;\tsofa,\tcouch\t; lamp\t").names == NAMES
+
+    @pytest.mark.parametrize("mark", ["/", "&", "+", "-", "\\", "*", ":", "->", "–"])
+    def test_a_mark_between_words_warns_that_all_is_one_class(self, mark):
+        with pytest.warns(UserWarning) as caught:
+            assert Vocabulary.parse(f"black {mark} white").labels == [f"black {mark} white"]
+        assert [str(warning.message) for warning in caught] == [
+            f"1 class: black {mark} white; separate classes by ';', or put one at the end if one class is meant."
+        ]
+
+    @pytest.mark.parametrize(
+        "text", ["black & white;", "black & white; sky", "and/or", "st. bernard", ["a / b"], "c +"]
+    )
+    def test_other_marks_do_not_warn(self, text):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Vocabulary.parse(text)
+
     @pytest.mark.parametrize("text", ['["dog", "cat"]', "[['dog'], ['cat']]", '{"0": "dog"}'])
     def test_a_typed_list_of_python_is_refused(self, text):
         with pytest.raises(ValueError, match="this is a list as programs write it"):
@@ -741,6 +771,7 @@ def test_every_container_of_words(given):
         ({1: "dog", 2: "lamp"}, r"class numbers 0\.\.1 to names, as `id2label` does; got the keys \[1, 2\]"),
         ({"dog": 0, "lamp": 1}, "got the key 'dog'"),
         ({0.5: "dog"}, "got the key 0.5"),
+        ({True: "sky", False: "lawn"}, "class numbers 0..1 to names, as `id2label` does; got the key True"),
         ({"0": "dog", 0: "lamp"}, "got the keys"),
         ({}, "no labels"),
         ([], "no labels"),
@@ -754,4 +785,19 @@ def test_refused_containers(given, message):
 @pytest.mark.parametrize("given", [5, None, b"dog", [{"dog", "cat"}], [{0: "dog"}], {1, "dog"}])
 def test_what_is_no_container_of_words(given):
     with pytest.raises(TypeError, match=r"(?i)label"):
+        Vocabulary.parse(given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([b"sky"], r"^The name of label 1 \(index 0\) must be text, got b'sky': decode the bytes to text\."),
+        (np.array(["sky"], dtype="S"), "got b'sky': decode the bytes"),
+        (np.array("sky; lawn"), r"got array\('sky; lawn'.*\. Give the array's text, `\.item\(\)`\.$"),
+        (np.array(b"sky"), "Decode the bytes to text"),
+        (b"sky; lawn", "Decode the bytes to text"),
+    ],
+)
+def test_text_in_another_container_is_refused_with_what_to_give(given, message):
+    with pytest.raises(TypeError, match=message):
         Vocabulary.parse(given)
