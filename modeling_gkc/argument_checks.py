@@ -108,7 +108,8 @@ def check_logits(
     Check type and shape of the class logits (Q, K + 1) and mask logits (Q, h, w) of an image; with `batch` of images.
 
     Raises:
-        ValueError: one of them is no tensor of floating point or has another shape, or they do not fit each other.
+        ValueError: one of them is no dense tensor of floating-point numbers of at least 16 bits, or has another shape,
+            or they do not fit each other.
     """
     axes = ("Q, K + 1", "Q, h, w")
     for name, logits, shape in zip(names, (class_logits, mask_logits), axes, strict=True):
@@ -116,6 +117,11 @@ def check_logits(
         if not _is_tensor(logits) or not logits.is_floating_point():
             kind = f"of {logits.dtype}" if _is_tensor(logits) else f"a {type(logits).__name__}"
             raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {kind}.")
+        if logits.is_nested or str(logits.layout) != "torch.strided":
+            kind = "a nested tensor" if logits.is_nested else f"the layout {logits.layout}"
+            raise ValueError(f"`{name}` must be a dense tensor {shape}, got {kind}: convert it to a dense one first.")
+        if logits.element_size() < 2:
+            raise ValueError(f"`{name}` must have at least 16 bits, got {logits.dtype}: convert it with `.float()`.")
         if logits.ndim != shape.count(",") + 1:
             raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(logits.shape)}.")
     if class_logits.shape[:-1] != mask_logits.shape[:-2]:

@@ -185,6 +185,9 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
         """
         # Before transformers checks the types of the settings, whose error is no ValueError.
         _check_settings({name: value for name, value in kwargs.items() if name not in _SIZE_SETTINGS})
+        for name, value in kwargs.items():
+            if value is None and name.startswith("do_"):
+                raise ValueError(f"`{name}` must be True or False, got None: leave it out for the processor's own.")
         kwargs = _with_longest_edge(kwargs, self.size)
         # By position: transformers 5.17 takes no `image_like_kwargs`.
         return super().preprocess(images, segmentation_maps, instance_id_to_semantic_id, **kwargs)
@@ -455,6 +458,16 @@ def _check_device(device: Any) -> None:
         raise ValueError(f"`device` must be a device such as 'cpu' or 'cuda', got {shown(device)}.") from error
 
 
+def _check_available(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch raises the former where it was built without the device
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"`device` {str(device)!r} is not available here ({reason}): leave it out for 'cpu'."
+        ) from error
+
+
 def _check_channels(name: str, value: Any, low: float, lengths: tuple[int, ...]) -> None:
     values = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
     values = values if isinstance(values, list | tuple) else [values]
@@ -506,10 +519,11 @@ def as_batch(
         device: Where the tensors go; of no effect on arrays and lists.
 
     Raises:
-        ValueError: `return_tensors` is none of these.
+        ValueError: `return_tensors` is none of these, or there is no such device here.
     """
     check_return_tensors(return_tensors)
     if return_tensors == "pt":
+        _check_available(device)
         return BatchFeature({name: _on_device(value, device) for name, value in data.items()})
     data = {name: _as_array(value) for name, value in data.items()}
     if return_tensors is None:
@@ -529,7 +543,7 @@ def _on_device(value: Any, device: str | torch.device | None) -> Any:
 def _as_array(value: Any) -> Any:
     if isinstance(value, list):
         return [_as_array(entry) for entry in value]
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
 
 
 def _decode(

@@ -415,6 +415,7 @@ class TestSaving:
         assert changed(picture, return_tensors="pt").pixel_values.shape == (1, 3, 64, 32) and not changed.do_normalize
 
 
+KNOWN_SETTINGS = list(GKCImageProcessor.valid_kwargs.__annotations__)
 WRONG_SETTINGS = {
     "do_resize": ["no", 1],
     "image_mean": [[0.5, 0.5], math.nan, "grey", [0.5, 0.5, "0.5"]],
@@ -615,6 +616,16 @@ class TestCommonCalls:
         ):
             with pytest.raises(ValueError, match="crop_size" if "do_center_crop" in setting else next(iter(setting))):
                 GKCImageProcessor()(picture, **setting, return_tensors="pt")
+
+    @pytest.mark.parametrize("device", ["mps:0" if torch.cuda.is_available() else "cuda", "xpu", "vulkan"])
+    def test_a_device_that_is_not_here(self, picture, device):
+        with pytest.raises(ValueError, match=rf"^`device` '{device}' is not available here \(.+\): leave it out"):
+            GKCImageProcessor()(picture, device=device, return_tensors="pt")
+
+    @pytest.mark.parametrize("name", [name for name in KNOWN_SETTINGS if name.startswith("do_")])
+    def test_a_flag_that_is_none(self, picture, name):
+        with pytest.raises(ValueError, match=f"^`{name}` must be True or False, got None: leave it out"):
+            GKCImageProcessor()(picture, **{name: None}, return_tensors="pt")
 
     def test_own_channels(self):
         values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)

@@ -579,6 +579,23 @@ class TestArguments:
                 "`class_logits` must have at least two columns, one class and no-object",
             ),
             (0, lambda logits: logits[:5], "`class_logits` and `mask_logits` must be of the same queries"),
+            (
+                0,
+                lambda logits: logits.to_sparse(),
+                r"`class_logits` must be a dense .*, got the layout torch.sparse_coo",
+            ),
+            (
+                1,
+                lambda logits: logits.to_sparse(),
+                r"`mask_logits` must be a dense .*: convert it to a dense one first",
+            ),
+            (1, lambda logits: logits.to_mkldnn(), r"`mask_logits` must be a dense .*torch._mkldnn"),
+            (1, lambda logits: logits.to(torch.float8_e4m3fn), r"`mask_logits` must have at least 16 bits.*float8"),
+            (
+                0,
+                lambda logits: torch.nested.nested_tensor(list(logits), layout=torch.jagged),
+                "`class_logits` must be a dense .* got a nested tensor",
+            ),
         ],
     )
     def test_logits_that_do_not_fit(self, function, which, change, message):
