@@ -117,7 +117,7 @@ def test_the_drawn_world_is_that_of_the_mini_world(data, tmp_path, name, split, 
 
 
 def test_numbers_are_those_of_an_independent_evaluation(whole, model, within):
-    """The mini-world's own evaluation, which shares neither data path nor post-processing nor metric."""
+    """The mini-world's own evaluation, which shares neither data path nor post-processing."""
     _, result = whole
     protocol = concepts("all", CONCEPTS)
     scenes = build_dataset("test", SCENES, show_progress=False)

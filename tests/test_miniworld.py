@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import jaccard_score
 
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCProcessor
 from train.data.drawn_world import dataset as dataset_module
 from train.data.drawn_world.dataset import build_dataset, training_vocabulary
 from train.data.drawn_world.parallel import map_scenes
@@ -29,17 +30,11 @@ from train.data.drawn_world.words import (
 )
 from train.data.drawn_world.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
 from train.data.schema import check_dataset, read_row
+from train.metrics import SemanticMetric
 from train.miniworld import clip as clip_module
 from train.miniworld.clip import MiniCLIP, contrastive_loss, load_clip, train_clip
 from train.miniworld.clip_data import CaptionedBatches, collect_crops, collect_other_world
-from train.miniworld.evaluate import (
-    confusion_matrix,
-    evaluate,
-    format_scores,
-    harmonic_mean,
-    mean_iou,
-    per_cent,
-)
+from train.miniworld.evaluate import ProtocolScore, evaluate, format_scores, per_cent
 from train.miniworld.gate import format_gate, measure_gate, save_gate
 from train.miniworld.lexicon import Lexicon
 from train.miniworld.other_world import draw_other_world
@@ -389,27 +384,50 @@ def test_protocols():
         assert all(tokenizer.unk_token_id not in tokenizer(words[0]).input_ids for words in protocol.prompts)
 
 
-def test_mean_iou_by_hand_and_against_scikit_learn():
-    truth = torch.tensor([0, 0, 0, 1, 1, -1])
-    prediction = torch.tensor([0, 0, 1, 1, 2, 2])
-    confusion = confusion_matrix(truth, prediction, 4)
-    assert confusion.dtype == torch.int64
-    assert confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0] * 4, [0] * 4]
-    assert mean_iou(confusion) == pytest.approx((2 / 3 + 1 / 3) / 2)
-    assert mean_iou(confusion, [1, 3]) == pytest.approx(1 / 3)
-    assert mean_iou(confusion, [2]) is None
-
-    generator = torch.Generator().manual_seed(0)
-    truth, prediction = torch.randint(0, 5, (2, 1000), generator=generator)
-    expected = jaccard_score(truth, prediction, average="macro")
-    assert mean_iou(confusion_matrix(truth, prediction, 5)) == pytest.approx(expected)
-
-
-def test_harmonic_mean():
-    assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
-    assert harmonic_mean(0.0, 0.0) == 0.0
-    assert harmonic_mean(None, 0.5) is None and harmonic_mean(0.5, None) is None
+def test_per_cent():
     assert (per_cent(0.1234), per_cent(0.0), per_cent(None)) == ("12.3", "0.0", "-")
+
+
+def recorded_scores(pairs, num_classes, classes):
+    """IoU by class and its mean, as the recorded figures were computed: by torch's own confusion matrix and mean."""
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    for prediction, truth in pairs:
+        known = truth >= 0
+        index = truth[known].long() * num_classes + prediction[known].long()
+        confusion += torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+    chosen = torch.tensor(list(classes))
+    chosen = chosen[confusion.sum(dim=1)[chosen] > 0]
+    union = confusion.sum(dim=1) + confusion.sum(dim=0) - confusion.diag()
+    iou = confusion.diag().double()[chosen] / union[chosen]
+    return dict(zip(chosen.tolist(), iou.tolist(), strict=True)), iou.mean().item()
+
+
+def test_recorded_figures_are_those_of_the_metrics(monkeypatch, test_rows):
+    """The shipped checkpoint on scenes of the recorded protocol: the old computation and `train.metrics` agree."""
+    folder = Path(__file__).parent.parent / "hub_card" / "gkc-mini"
+    model, processor = (kind.from_pretrained(folder) for kind in (GKCForOpenVocabSegmentation, GKCProcessor))
+    pairs, update, compared = {}, SemanticMetric.update, []
+
+    def record(metric, prediction, truth):
+        pairs.setdefault(metric, []).append((torch.from_numpy(prediction), torch.from_numpy(truth)))
+        update(metric, prediction, truth)
+
+    class Compared(ProtocolScore):
+        def result(self):
+            found = super().result()
+            for group, classes in self.protocol.groups.items():
+                iou, miou = recorded_scores(pairs[self.metric], len(self.protocol.prompts), classes)
+                columns = self.metric.compute(classes=classes)["iou"]
+                assert {index: columns[index] for index in classes if columns[index] is not None} == iou
+                # The metric's mean is rounded once, torch's in every sum: the last bit of a double may differ.
+                assert found[group]["miou"] == pytest.approx(miou, rel=0, abs=2**-53)
+                compared.append(group)
+            return found
+
+    monkeypatch.setattr(SemanticMetric, "update", record)
+    monkeypatch.setattr("train.miniworld.evaluate.ProtocolScore", Compared)
+    evaluate(model, processor, list(test_rows), show_progress=False)
+    assert len(compared) == 13 and min(map(len, pairs.values())) > 5
 
 
 class _Inputs(dict):

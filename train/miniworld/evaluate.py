@@ -3,7 +3,7 @@
 Letters: Q queries, D text width, K classes and P prompts of one vocabulary, (H, W) a picture, N its regions.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from modeling_gkc.post_processing import resize_masks
 
 from ..data.schema import read_row
 from ..losses.distillation import DistillationHead
+from ..metrics.base import harmonic_mean, ratio
+from ..metrics.semantic import SemanticMetric
 from ..teacher.region_teacher import TeacherEmbeddings
 from .protocols import IGNORED, Protocol, all_protocols
 
@@ -34,13 +36,12 @@ class _Image:
 
 
 class ProtocolScore:
-    """Running score of one vocabulary; the confusion matrix (K, K) counts the pixels of the whole dataset."""
+    """Running score of one vocabulary: mIoU by `train.metrics`, and the share of regions that get their own class."""
 
     def __init__(self, protocol: Protocol, class_embeds: Tensor, class_ids: Tensor):
         self.protocol, self.class_embeds, self.class_ids = protocol, class_embeds, class_ids
-        classes = len(protocol.prompts)
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # rows: truth
-        self.regions = torch.zeros(2, classes, dtype=torch.int64)  # rightly named regions, all regions
+        self.metric = SemanticMetric(len(protocol.prompts))
+        self.regions = torch.zeros(2, len(protocol.prompts), dtype=torch.int64)  # correct regions, all regions
 
     def update(self, image: _Image, class_scores: Tensor, best_queries: Tensor) -> None:
         """Add one picture.
@@ -56,46 +57,22 @@ class ProtocolScore:
         if (truth == IGNORED).all():
             return
         prediction = torch.einsum("qk,qhw->hwk", class_scores, image.masks).argmax(dim=2)
-        self.confusion += confusion_matrix(truth, prediction, len(self.confusion))
+        self.metric.update(prediction.numpy(), truth.numpy())
         asked = labels[:-1] != IGNORED
         named = class_scores[best_queries].argmax(dim=1)
         for row, kept in enumerate((asked & (named == labels[:-1]), asked)):
-            self.regions[row] += torch.bincount(labels[:-1][kept], minlength=len(self.confusion))
+            self.regions[row] += torch.bincount(labels[:-1][kept], minlength=self.regions.shape[1])
 
     def result(self) -> dict[str, dict[str, float | None]]:
         """Group of classes -> its `miou` and `region_accuracy`, both 0..1, None without ground truth."""
         scores = {}
         for group, classes in self.protocol.groups.items():
-            right, total = self.regions[:, list(classes)].sum(dim=1).tolist()
-            accuracy = right / total if total else None
-            scores[group] = {"miou": mean_iou(self.confusion, classes), "region_accuracy": accuracy}
+            correct, total = self.regions[:, list(classes)].sum(dim=1).tolist()
+            scores[group] = {
+                "miou": self.metric.compute(classes=classes)["miou"],
+                "region_accuracy": ratio(correct, total),
+            }
         return scores
-
-
-def confusion_matrix(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
-    """(num_classes, num_classes) int64 pixel counts, rows are the truth; negative truths do not count."""
-    known = truth >= 0
-    pairs = truth[known].long() * num_classes + prediction[known].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def mean_iou(confusion: Tensor, classes: Iterable[int] | None = None) -> float | None:
-    """Mean IoU, 0..1, of the given (or all) classes that have ground truth; None if none has."""
-    chosen = torch.arange(len(confusion)) if classes is None else torch.tensor(list(classes))
-    intersection = confusion.diag().double()
-    truth, prediction = confusion.sum(dim=1), confusion.sum(dim=0)
-    chosen = chosen[truth[chosen] > 0]
-    if len(chosen) == 0:
-        return None
-    union = truth + prediction - confusion.diag()
-    return (intersection[chosen] / union[chosen]).mean().item()
-
-
-def harmonic_mean(first: float | None, second: float | None) -> float | None:
-    """Harmonic mean of two scores; 0 if both are 0, None if one is."""
-    if first is None or second is None:
-        return None
-    return 2 * first * second / (first + second) if first + second else 0.0
 
 
 @torch.no_grad()
@@ -192,10 +169,10 @@ def _embeds(outputs, distillation_head: DistillationHead | None) -> Tensor:
 def _region_index(row: Mapping) -> Tensor:
     """(H, W) position of every pixel's segment in `row["segments"]`, -1 for none."""
     _, ids = read_row(row)
-    positions = np.full(ids.max() + 1, -1)
-    for position, segment in enumerate(row["segments"]):
-        positions[segment["id"]] = position
-    return torch.from_numpy(positions[ids])
+    present, inverse = np.unique(ids, return_inverse=True)
+    positions = {segment["id"]: position for position, segment in enumerate(row["segments"])}
+    found = np.array([positions.get(number, -1) for number in present.tolist()])
+    return torch.from_numpy(found[inverse].reshape(ids.shape))
 
 
 def _best_queries(image: _Image) -> Tensor:
