@@ -73,7 +73,7 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, mean
     return number
 
 
-def check_shares(**shares: Any) -> list[float | None]:
+def check_fractions(**shares: Any) -> list[float | None]:
     """
     Check thresholds that are probabilities or shares, given by their names; None is allowed for `void_threshold`.
 
@@ -204,10 +204,10 @@ __all__ = [
     "MAX_PIXELS",
     "Size",
     "check_flags",
+    "check_fractions",
     "check_label_ids",
     "check_logits",
     "check_number",
-    "check_shares",
     "check_size",
     "check_whole_number",
     "pair",

@@ -45,12 +45,12 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of wrong weights: the error lists them
     try:
-        _refuse_damaged_json(path)
+        _check_json_files(path)
         stored = _stored_config(path)
         model_type = stored.get("model_type") if isinstance(stored, dict) else None
         if model_type != GKCConfig.model_type:
             raise ValueError(f"its model_type is {shown(model_type)}, not 'gkc'.")
-        refuse_shards_outside(path)
+        check_shard_paths(path)
         model, info = GKCForOpenVocabSegmentation.from_pretrained(
             path,
             output_loading_info=True,
@@ -59,9 +59,9 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
             ignore_mismatched_sizes=True,  # so that the error below can name them
             **settings,
         )
-        refuse_other_weights(info)
+        check_loading_info(info)
         processor = GKCProcessor.from_pretrained(path, trust_remote_code=False)
-        _refuse_other_tokens(model, processor)
+        _check_tokenizer(model, processor)
     except Exception as error:  # a damaged file can make transformers raise errors of any type
         raise ValueError(one_line(error)) from error
     finally:
@@ -69,7 +69,7 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
     return model.eval(), processor
 
 
-def _refuse_damaged_json(path: str | Path) -> None:
+def _check_json_files(path: str | Path) -> None:
     """Name the file that cannot be read, which transformers' errors leave out."""
     folder = Path(path)
     if not folder.is_dir():  # a repository of the Hub
@@ -96,7 +96,7 @@ def _stored_config(path: str | Path) -> Any:
         raise ValueError(f"its config.json cannot be read: {one_line(error)}") from error
 
 
-def refuse_shards_outside(path: str | Path, subfolder: str = "") -> None:
+def check_shard_paths(path: str | Path, subfolder: str = "") -> None:
     """
     Refuse an index of weights that names files outside of the checkpoint, which transformers would read.
 
@@ -127,7 +127,7 @@ def refuse_shards_outside(path: str | Path, subfolder: str = "") -> None:
                 raise ValueError(f"{name} names {shown(shard)}, which is no file beside it: it was not read.")
 
 
-def refuse_other_weights(info: dict[str, Any]) -> None:
+def check_loading_info(info: dict[str, Any]) -> None:
     """
     Refuse weights that do not fit the configuration.
 
@@ -155,7 +155,7 @@ def refuse_other_weights(info: dict[str, Any]) -> None:
         raise ValueError("; ".join(reasons) + ".")
 
 
-def _refuse_other_tokens(model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> None:
+def _check_tokenizer(model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> None:
     """Refuse a tokenizer whose tokens the text tower does not have, or whose end it would not find."""
     tokenizer, text = processor.tokenizer, model.config.text_config
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -192,8 +192,8 @@ def one_line(error: BaseException) -> str:
 
 
 __all__ = [
+    "check_loading_info",
+    "check_shard_paths",
     "load_checkpoint_parts",
     "one_line",
-    "refuse_other_weights",
-    "refuse_shards_outside",
 ]

@@ -37,8 +37,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.import_utils import is_tracing
 
 from .atomic_files import atomic_path
-from .sealed_files import UNSEALED, require_sealed, seal_safetensors
-from .vocabulary import KNOWING_CHECKPOINT, Vocabulary, VocabularyLike
+from .file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
+from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
 
 MAX_CACHED_PROMPTS = 32_768
 FILE_FORMAT = "gkc-class-embeddings-2"
@@ -354,7 +354,7 @@ def check_distinct(
     listed += f"; and {len(groups) - 10} more groups" if len(groups) > 10 else ""
     message = f"These classes have equal embeddings, so that the checkpoint cannot tell them apart: {listed}."
     if distinct or len(groups[0]) == len(vocabulary):
-        raise ValueError(f"{message} {KNOWING_CHECKPOINT}")
+        raise ValueError(f"{message} {UNKNOWN_WORDS_HINT}")
     warnings.warn(f"{message} Which of them a result shows means nothing.", UserWarning, stacklevel=3)
 
 
@@ -405,7 +405,7 @@ def add_void_words(
     # Not `void_labels`, which are read already, with what there is to warn of.
     added = slice(len(vocabulary), None)
     void = encode_vocabulary(
-        Vocabulary.trusted(joined.names[added], templates=joined.templates and joined.templates[added]),
+        Vocabulary.from_stored(joined.names[added], templates=joined.templates and joined.templates[added]),
         model,
         processor,
     )
@@ -431,10 +431,10 @@ def save_class_embeddings(
     """
     tensors = {"probe": _probe(model), "class_embeds": embeddings.class_embeds, "class_ids": embeddings.class_ids}
     words = dataclasses.asdict(vocabulary)
-    metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(words, ensure_ascii=False), **UNSEALED}
+    metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(words, ensure_ascii=False), **EMPTY_CHECKSUM}
     with atomic_path(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        seal_safetensors(temporary)
+        write_checksum(temporary)
 
 
 def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddings, Vocabulary]:
@@ -456,9 +456,9 @@ def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddi
             metadata = file.metadata() or {}
             if metadata.get("format") != FILE_FORMAT:
                 raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
-            require_sealed(path, "write it anew with `gkc embed`.")
+            verify_checksum(path, "write it anew with `gkc embed`.")
             probe, embeds, class_ids = (file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids"))
-        vocabulary = Vocabulary.trusted(**json.loads(metadata["vocabulary"]))
+        vocabulary = Vocabulary.from_stored(**json.loads(metadata["vocabulary"]))
         num_classes = count_classes(class_ids, len(embeds))
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of class embeddings: {error}") from error

@@ -347,7 +347,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             isinstance(names, list) and names and isinstance(names[0], str) for names in stored
         )
         if stored and is_whole:  # else the constructor says what is wrong with it
-            _refuse_other_labels([names[0] for names in stored], config_dict, kwargs)
+            _check_given_labels([names[0] for names in stored], config_dict, kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -505,7 +505,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         )
 
 
-def _refuse_other_labels(labels: list[str], config_dict: dict[str, Any], given: dict[str, Any]) -> None:
+def _check_given_labels(labels: list[str], config_dict: dict[str, Any], given: dict[str, Any]) -> None:
     """
     Refuse labels that are given while a checkpoint is loaded which stores words.
 

@@ -135,7 +135,7 @@ def _(value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_wei
 def _backward(
     grad_output: Tensor, value: Tensor, sizes: list[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _refuse_determinism(value)
+    _check_determinism(value)
     inputs = [tensor.contiguous() for tensor in (value, sampling_locations, attention_weights, grad_output)]
     # Atomic additions sum many small parts: in the precision of the computation, whatever that of the values.
     # The values are read in its layout too, so that their products need not change threads before they are added.
@@ -166,15 +166,15 @@ def _differentiate(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tens
     return grads[0], None, *grads[1:]
 
 
-def _refuse_second_derivative(ctx, *grads: Tensor) -> None:
+def _raise_on_second_derivative(ctx, *grads: Tensor) -> None:
     raise NotImplementedError("Deformable attention has no second derivative, by Triton or otherwise.")
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse_second_derivative)
+_backward.register_autograd(_raise_on_second_derivative)
 
 
-def _refuse_determinism(value: Tensor) -> None:
+def _check_determinism(value: Tensor) -> None:
     """As torch's own backward of `grid_sample` does, which adds atomically too."""
     if value.is_cuda and torch.are_deterministic_algorithms_enabled():
         message = "The gradient of deformable attention is not deterministic on a GPU: compute it on the CPU."

@@ -32,9 +32,9 @@ from torch import Tensor
 from .atomic_files import atomic_path
 from .class_embeddings import count_classes, equal_classes
 from .configuration_gkc import PROMPT_REDUCTIONS
+from .file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
 from .prompt_templates import TemplatesLike
-from .sealed_files import UNSEALED, require_sealed, seal_safetensors
-from .vocabulary import KNOWING_CHECKPOINT, Vocabulary, VocabularyLike
+from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
 
 FILE_FORMAT = "gkc-class-embeddings-2"
 # Of files that hold void classes or a reduction, which readers of the first form would overlook.
@@ -149,9 +149,9 @@ class EncodedVocabulary:
             "prompt_reduction": self.reduction,
         }
 
-    def with_kinds_of(self, other: Vocabulary | None) -> "EncodedVocabulary":
-        """Return the same with the thing/stuff kinds of another vocabulary, as `Vocabulary.with_kinds_of`."""
-        return dataclasses.replace(self, vocabulary=self.vocabulary.with_kinds_of(other))
+    def with_is_thing_from(self, other: Vocabulary | None) -> "EncodedVocabulary":
+        """Return the same with the thing/stuff kinds of another vocabulary, as `Vocabulary.with_is_thing_from`."""
+        return dataclasses.replace(self, vocabulary=self.vocabulary.with_is_thing_from(other))
 
     def with_void(
         self,
@@ -178,7 +178,7 @@ class EncodedVocabulary:
         joined, void_ids = self.vocabulary.with_void(void_labels)
         # Not `void_labels`: these have been read, and the user been warned of them.
         added = slice(len(self.vocabulary), None)
-        void = Vocabulary.trusted(joined.names[added], templates=joined.templates and joined.templates[added])
+        void = Vocabulary.from_stored(joined.names[added], templates=joined.templates and joined.templates[added])
         encoded = EncodedVocabulary.encode(void, model, processor, prompt_templates=prompt_templates)
         return dataclasses.replace(
             self,
@@ -219,7 +219,7 @@ class EncodedVocabulary:
         listed += f"; and {more} more groups" if more > 0 else ""
         message = f"These classes have equal embeddings, so that the checkpoint cannot tell them apart: {listed}."
         if distinct or len(groups[0]) == len(self.vocabulary):
-            raise ValueError(f"{message} {KNOWING_CHECKPOINT}")
+            raise ValueError(f"{message} {UNKNOWN_WORDS_HINT}")
         warnings.warn(f"{message} Which of them a result shows means nothing.", UserWarning, stacklevel=3)
 
     def save(self, path: str | Path, model: Any) -> None:
@@ -232,13 +232,13 @@ class EncodedVocabulary:
         """
         tensors = {"probe": _probe(model), "class_embeds": self.class_embeds, "class_ids": self.class_ids}
         vocabulary = json.dumps(dataclasses.asdict(self.vocabulary), ensure_ascii=False)
-        metadata = {"format": FILE_FORMAT, "vocabulary": vocabulary, **UNSEALED}
+        metadata = {"format": FILE_FORMAT, "vocabulary": vocabulary, **EMPTY_CHECKSUM}
         if self.void_ids or self.reduction is not None:
             extension = {"num_void": len(self.void_ids), "reduction": self.reduction}
             metadata |= {"format": EXTENDED_FILE_FORMAT, "extension": json.dumps(extension)}
         with atomic_path(path) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-            seal_safetensors(temporary)
+            write_checksum(temporary)
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "EncodedVocabulary":
@@ -260,9 +260,9 @@ class EncodedVocabulary:
                 metadata = file.metadata() or {}
                 if metadata.get("format") not in (FILE_FORMAT, EXTENDED_FILE_FORMAT):
                     raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
-                require_sealed(path, "write it again with `gkc embed`.")
+                verify_checksum(path, "write it again with `gkc embed`.")
                 probe, embeds, class_ids = (file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids"))
-            vocabulary = Vocabulary.trusted(**json.loads(metadata["vocabulary"]))
+            vocabulary = Vocabulary.from_stored(**json.loads(metadata["vocabulary"]))
             extension = json.loads(metadata.get("extension", '{"num_void": 0, "reduction": null}'))
             num_classes = count_classes(class_ids, len(embeds))
             void_ids = tuple(range(num_classes - extension["num_void"], num_classes))

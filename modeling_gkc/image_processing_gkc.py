@@ -40,7 +40,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .argument_checks import MAX_PIXELS, check_flags, check_number, check_whole_number, shown
 from .configuration_gkc import GKCConfig
-from .image_reading import open_rgb, refuse_empty, rescale, to_rgb
+from .image_reading import check_not_empty, open_rgb, rescale, to_rgb
 from .post_processing import PostProcessingMixin
 from .remote_code import CodeSavingMixin
 from .segmentation_maps import MapLike, mask_and_class_labels, place_segmentation_map, read_segmentation_maps
@@ -653,7 +653,7 @@ def _from_array(image: np.ndarray | torch.Tensor, input_data_format: str | Chann
         values = np.moveaxis(values, 0, -1) if data_format is ChannelDimension.FIRST else values
         if values.shape[-1] not in (1, 3, 4):
             raise ValueError(f"an image needs 1, 3 or 4 channels, got {values.shape[-1]} ({data_format.value}).")
-    refuse_empty(values.shape[:2])
+    check_not_empty(values.shape[:2])
     values = np.ascontiguousarray(_to_8_bits(values))
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 
@@ -685,7 +685,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 def _to_channels(image: Image.Image) -> Image.Image:
     """An upright image with its own 1, 3 or 4 channels of 8 bits; other kinds become RGB."""
-    refuse_empty(image.size[::-1])
+    check_not_empty(image.size[::-1])
     keeps = image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info
     return ImageOps.exif_transpose(image) if keeps else to_rgb(image)
 

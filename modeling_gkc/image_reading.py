@@ -63,8 +63,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: it is empty or has values outside its range.
     """
-    refuse_empty(image.size[::-1])
-    _refuse_missing_strips(image)
+    check_not_empty(image.size[::-1])
+    _check_strips(image)
     limit, white_is_zero = _scale_of(image)  # asked first: once the pixels are loaded, their packing is not known
     image = _upright(image)
     if image.mode in (*_SIXTEEN_BIT_MODES, "F"):
@@ -100,7 +100,7 @@ def _has_palette_with_opacities(image: Image.Image) -> bool:
     return image.mode == "P" and getattr(image.palette, "mode", "RGB") == "RGBA"
 
 
-def _refuse_missing_strips(image: Image.Image) -> None:
+def _check_strips(image: Image.Image) -> None:
     """Raise a ValueError for a TIFF file whose strips do not fill the picture: Pillow leaves the rest black."""
     if image.format == "TIFF" and getattr(image, "tile", []):
         rows = max(bottom for _, (_, _, _, bottom), *_ in image.tile)
@@ -134,7 +134,7 @@ def rescale(values: np.ndarray, limit: int) -> np.ndarray:
     return scaled
 
 
-def refuse_empty(size: tuple[int, ...]) -> None:
+def check_not_empty(size: tuple[int, ...]) -> None:
     """Raise a ValueError for a height or width of zero."""
     if 0 in size:
         raise ValueError(f"it has no pixels, its height and width are {tuple(size)}.")
@@ -145,4 +145,4 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if is_stored_upright else ImageOps.exif_transpose(image)
 
 
-__all__ = ["open_rgb", "refuse_empty", "rescale", "to_rgb"]
+__all__ = ["check_not_empty", "open_rgb", "rescale", "to_rgb"]

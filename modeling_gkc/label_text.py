@@ -66,7 +66,7 @@ def is_invisible(char: str) -> bool:
     return ord(char) in _FILLERS or unicodedata.category(char) in _INVISIBLE_CATEGORIES
 
 
-def refuse_other_separators(text: str) -> None:
+def check_separators(text: str) -> None:
     """
     Refuse typed labels that are separated by anything but ';' and ','.
 
@@ -112,4 +112,4 @@ def shown(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-__all__ = ["comparison_key", "has_lone_mark", "is_invisible", "refuse_other_separators", "shown", "tidy"]
+__all__ = ["check_separators", "comparison_key", "has_lone_mark", "is_invisible", "shown", "tidy"]

@@ -51,7 +51,7 @@ class LossDivisors:
     class_weight: Tensor
 
     @classmethod
-    def of(
+    def from_counts(
         cls,
         segment_counts: Sequence[int],
         num_queries: int,
@@ -81,7 +81,7 @@ class MaskParts:
     features: Tensor
 
     @classmethod
-    def of(cls, stages: Sequence, mask_features: Tensor | None) -> "MaskParts | None":
+    def from_stages(cls, stages: Sequence, mask_features: Tensor | None) -> "MaskParts | None":
         """From a model's stages; None where it gives no parts, as in evaluation."""
         return None if mask_features is None else cls([stage.mask_embeds for stage in stages], mask_features)
 
@@ -153,7 +153,7 @@ def classification_loss(
     Returns:
         Scalar: sum of weighted losses over the divisor.
     """
-    pairs = _Pairs.of([matches], [len(classes) for classes in class_labels], logits.device)
+    pairs = _Pairs.from_matches([matches], [len(classes) for classes in class_labels], logits.device)
     classes = torch.cat([classes.to(logits.device) for classes in class_labels])
     return _classification_losses(logits[None], classes, pairs, no_object_weight, divisor)[0]
 
@@ -174,7 +174,7 @@ class _Pairs:
     segments: Tensor
 
     @classmethod
-    def of(cls, matches: Sequence[Matches], counts: Sequence[int], device: torch.device) -> "_Pairs":
+    def from_matches(cls, matches: Sequence[Matches], counts: Sequence[int], device: torch.device) -> "_Pairs":
         """From the matches of each stage and the number of segments of each image; one copy to the device."""
         firsts = list(accumulate(counts, initial=0))[:-1]
         pair_counts = [len(queries) for queries, _ in matches[0]]
@@ -371,7 +371,7 @@ class GKCCriterion:
         class_labels = [classes.to(device) for classes in class_labels]
         draws = _PointDraws(len(mask_labels), point_seeds, device)
         matches = self._match(class_logits, mask_logits, mask_labels, class_labels, draws)
-        pairs = _Pairs.of(matches, [len(classes) for classes in class_labels], device)
+        pairs = _Pairs.from_matches(matches, [len(classes) for classes in class_labels], device)
 
         divisors = divisors or LossDivisors(self._num_masks(class_labels), None)
         cross_entropies = _classification_losses(

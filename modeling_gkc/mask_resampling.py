@@ -105,7 +105,7 @@ class MaskResampler:
         resampled = F.interpolate(band, scale_factor=width / extent, mode="linear", recompute_scale_factor=False)
         return resampled[..., :width]
 
-    def of(self, queries: Tensor) -> "MaskResampler":
+    def select(self, queries: Tensor) -> "MaskResampler":
         """The same for the masks of these queries only, (N,) numbers."""
         part = copy.copy(self)
         part.num_masks = len(queries)

@@ -605,7 +605,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         if config.vocabulary is None:
             return None
         fields = (config.vocabulary_is_thing, config.vocabulary_colors, config.vocabulary_templates)
-        return Vocabulary.trusted(config.vocabulary, *fields)
+        return Vocabulary.from_stored(config.vocabulary, *fields)
 
     @property
     def temperature(self) -> Tensor:
@@ -872,7 +872,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             masks,
             mask_labels,
             class_labels,
-            mask_parts=MaskParts.of(stages, mask_features),
+            mask_parts=MaskParts.from_stages(stages, mask_features),
         )
         return self.criterion.total(losses), losses, matches
 

@@ -44,10 +44,10 @@ from transformers.image_processing_outputs import SemanticSegmentationPostProces
 
 from .argument_checks import (
     check_flags,
+    check_fractions,
     check_label_ids,
     check_logits,
     check_number,
-    check_shares,
     check_whole_number,
     pair,
     shown,
@@ -81,7 +81,7 @@ class Thresholds:
     void_label_ids: Collection[int] = ()
     void_id: int | None = None
 
-    def check_shares(self) -> "Thresholds":
+    def check_fractions(self) -> "Thresholds":
         """
         Check the thresholds of segments, and convert numbers of numpy and torch.
 
@@ -89,7 +89,7 @@ class Thresholds:
             ValueError: a threshold is not between 0 and 1.
         """
         names = ("threshold", "mask_threshold", "overlap_mask_area_threshold", "void_threshold")
-        values = check_shares(**{name: getattr(self, name) for name in names})
+        values = check_fractions(**{name: getattr(self, name) for name in names})
         return dataclasses.replace(self, **dict(zip(names, values, strict=True)))
 
     def void_classes(self, num_classes: int) -> Tensor:
@@ -399,7 +399,7 @@ def panoptic_segmentation(
     """
     thresholds = Thresholds(
         threshold, mask_threshold, overlap_mask_area_threshold, void_threshold, void_label_ids, void_id
-    ).check_shares()
+    ).check_fractions()
     check_flags(return_binary_maps=return_binary_maps)
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
     num_queries, num_classes = class_logits.shape[0], class_logits.shape[1] - 1
@@ -409,7 +409,7 @@ def panoptic_segmentation(
     scores, labels = class_logits.softmax(dim=-1).max(dim=-1)
     kept = (labels < num_classes) & (scores > thresholds.threshold)
     scores, labels = scores[kept], labels[kept].cpu()
-    resampler = resampler.of(kept.nonzero().flatten())
+    resampler = resampler.select(kept.nonzero().flatten())
     owner, won, shown, area = _compete(resampler, scores, thresholds)
     valid = (shown > 0) & (won >= thresholds.overlap_mask_area_threshold * area) & ~is_void[labels]
     ids, segments = _number_segments(valid, labels.tolist(), scores.tolist(), label_ids_to_fuse)
@@ -548,7 +548,7 @@ def instance_segmentation(
     """
     thresholds = Thresholds(
         threshold, mask_threshold, overlap_mask_area_threshold, void_threshold, void_label_ids, void_id
-    ).check_shares()
+    ).check_fractions()
     check_flags(return_binary_maps=return_binary_maps, return_coco_annotation=return_coco_annotation)
     if return_binary_maps and return_coco_annotation:
         raise ValueError("choose one of `return_binary_maps` and `return_coco_annotation`.")
@@ -585,7 +585,7 @@ def _rank_pairs(class_logits: Tensor, resampler: MaskResampler, thresholds: Thre
     queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)
 
     asked, position = queries.unique(return_inverse=True)
-    quality = _mask_quality(resampler.of(asked), thresholds.mask_threshold)[position]
+    quality = _mask_quality(resampler.select(asked), thresholds.mask_threshold)[position]
     scores = class_scores * quality
     kept = (quality > 0) & (scores >= thresholds.threshold)
     ranked = _Pairs(queries, labels, class_scores, scores).take(kept)
@@ -636,7 +636,7 @@ def _binary_masks(
     thresholds: Thresholds,
 ) -> Tensor:
     """Masks (N, H, W) bool of the pairs `ranks` (N,), without their void pixels."""
-    resampler, class_scores = resampler.of(pairs.queries[ranks]), pairs.class_scores[ranks]
+    resampler, class_scores = resampler.select(pairs.queries[ranks]), pairs.class_scores[ranks]
     masks = torch.zeros(len(ranks), *resampler.size, dtype=torch.bool, device=ranks.device)
     for rows, logits in resampler.tiles(planes=3 * len(ranks) + 1):
         probabilities = logits.sigmoid()
@@ -654,7 +654,7 @@ def _first_void_pair(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, m
     ranks, count = is_void.nonzero().flatten().int(), len(is_void)
     if not len(ranks):
         return None
-    resampler = resampler.of(pairs.queries[ranks])
+    resampler = resampler.select(pairs.queries[ranks])
     first = torch.empty(resampler.size, dtype=torch.int32, device=ranks.device)
     for rows, logits in resampler.tiles(planes=3 * len(ranks) + 1):
         inside = logits.sigmoid() > mask_threshold
@@ -668,7 +668,7 @@ def _paint(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds:
     owner = torch.zeros(resampler.size, dtype=torch.int32, device=device)
     area, covered, shown = torch.zeros(3, count, dtype=torch.int64, device=device)
     precedence = torch.arange(count, 0, -1, dtype=torch.int32, device=device)[:, None, None]
-    for rows, logits in resampler.of(pairs.queries).tiles(planes=3 * count + 4) if count else ():
+    for rows, logits in resampler.select(pairs.queries).tiles(planes=3 * count + 4) if count else ():
         masks = logits.sigmoid()
         inside = masks > thresholds.mask_threshold
         front = count - (inside * precedence).amax(dim=0).long()  # `count` where there is none

@@ -44,7 +44,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
-from .argument_checks import check_flags, check_shares, check_whole_number
+from .argument_checks import check_flags, check_fractions, check_whole_number
 from .checkpoint_loading import load_checkpoint_parts
 from .encoded_vocabulary import EncodedVocabulary, input_device
 from .image_processing_gkc import URL_TIMEOUT_S, ImageLike, read_image
@@ -106,7 +106,7 @@ class PredictionOptions:
                 tasks = " and ".join(task for task, names in TASK_OPTIONS.items() if name in names)
                 raise ValueError(f"`{name}` is an option of {tasks} results, not of {self.task} ones.")
         shares = {name: getattr(self, name) for name in TASK_OPTIONS["panoptic"]}
-        check_shares(**{name: value for name, value in shares.items() if value is not None})
+        check_fractions(**{name: value for name, value in shares.items() if value is not None})
         if self.top_k is not None:
             check_whole_number("top_k", self.top_k, 1)
 
@@ -406,7 +406,9 @@ class GKCPredictor:
             encoded = EncodedVocabulary.encode(
                 vocabulary, self.model, self.processor, prompt_templates=prompt_templates, reduction=reduction
             )
-        encoded = encoded.with_kinds_of(self.model.vocabulary)  # before void classes, which have kinds of their own
+        encoded = encoded.with_is_thing_from(
+            self.model.vocabulary
+        )  # before void classes, which have kinds of their own
         self._vocabulary = encoded.with_void(
             void_labels, self.model, self.processor, prompt_templates=prompt_templates
         )

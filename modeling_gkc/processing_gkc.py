@@ -31,7 +31,7 @@ from .post_processing import PostProcessingMixin
 from .prompt_templates import TemplatesLike, fill_template, resolve_templates
 from .remote_code import CodeSavingMixin
 from .segmentation_maps import MapLike
-from .vocabulary import KNOWING_CHECKPOINT, Vocabulary, VocabularyLike
+from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
 
 MAX_LISTED_WORDS = 20
 UNLIMITED = 10**6  # tokenizers that know no limit give a number above
@@ -210,7 +210,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         add_special_tokens: bool | None = True,
     ) -> dict[str, Any]:
-        self._refuse_unreadable(vocabulary)
+        self._check_tokens(vocabulary)
         own_templates = vocabulary.templates or [None] * len(vocabulary)
         names = list(zip(vocabulary.class_ids, vocabulary.flat_names, strict=True))
         prompts, name_ids = [], []
@@ -225,7 +225,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         tokens = self.tokenizer(
             prompts, add_special_tokens=add_special_tokens is not False, verbose=False, padding=False, **cut
         )["input_ids"]
-        self._refuse_long(prompts, tokens, limit)
+        self._check_lengths(prompts, tokens, limit)
         self._check_known(vocabulary, void_ids, prompts, tokens)
         length = self._padded_length(tokens, padding, max_length, pad_to_multiple_of)
         encoded = self._pad(tokens, length, padding_side)
@@ -284,7 +284,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             ids[place], mask[place] = torch.tensor(prompt), 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def _refuse_unreadable(self, vocabulary: Vocabulary) -> None:
+    def _check_tokens(self, vocabulary: Vocabulary) -> None:
         """
         Refuse names that the text encoder cannot read as such, and labels that it cannot tell apart.
 
@@ -318,7 +318,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
                     "one of them another name."
                 )
 
-    def _refuse_long(self, prompts: list[str], tokens: list[list[int]], limit: int) -> None:
+    def _check_lengths(self, prompts: list[str], tokens: list[list[int]], limit: int) -> None:
         for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > limit:
                 raise ValueError(
@@ -344,13 +344,13 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             if group and set(group) <= set(unknown):
                 raise ValueError(
                     f"{place}The text encoder knows none of these words, which all look the same to this checkpoint: "
-                    f"{list_words(labels[index] for index in group)}. {KNOWING_CHECKPOINT}"
+                    f"{list_words(labels[index] for index in group)}. {UNKNOWN_WORDS_HINT}"
                 )
         message = f"The text encoder does not know these words: {list_words(self._unknown_words(prompts, tokens))}."
         if unknown:
             message += (
                 " Classes named by nothing else all look the same to this checkpoint, and their results mean nothing: "
-                f"{list_words(labels[index] for index in unknown)}. {KNOWING_CHECKPOINT}"
+                f"{list_words(labels[index] for index in unknown)}. {UNKNOWN_WORDS_HINT}"
             )
         warnings.warn(message, UserWarning, stacklevel=4)
 

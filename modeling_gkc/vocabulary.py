@@ -26,19 +26,19 @@ from typing import Any
 
 import numpy as np
 
-from .label_text import comparison_key, has_lone_mark, refuse_other_separators, shown, tidy
+from .label_text import check_separators, comparison_key, has_lone_mark, shown, tidy
 from .prompt_templates import resolve_templates
 from .vocabulary_files import (
     PACKAGED_NAMES,
     VocabularyEntry,
+    check_packaged_name,
     is_file_name,
     packaged_entries,
     read_vocabulary_file,
-    refuse_misspelt_name,
 )
 
 # For messages about words that the text encoder of a checkpoint does not know.
-KNOWING_CHECKPOINT = (
+UNKNOWN_WORDS_HINT = (
     "Take a checkpoint whose text encoder knows them: `gkc convert mask2former --help` makes one for photographs."
 )
 
@@ -81,7 +81,7 @@ class Vocabulary:
         )
 
     @classmethod
-    def trusted(
+    def from_stored(
         cls,
         names: list[list[str]],
         is_thing: list[bool | None] | None = None,
@@ -174,8 +174,8 @@ class Vocabulary:
             return cls.named(text.strip())
         if is_file_name(text.strip()):
             return cls.from_file(text.strip())
-        refuse_misspelt_name(text)
-        refuse_other_separators(text)
+        check_packaged_name(text)
+        check_separators(text)
         labels = text.split(";")
         if len(labels) > 1 and not labels[-1].strip():
             labels.pop()
@@ -239,7 +239,7 @@ class Vocabulary:
         """The same classes with their labels only, as in the field's published evaluations."""
         return Vocabulary([[label] for label in self.labels], self.is_thing, self.colors, self.templates)
 
-    def with_kinds_of(self, other: "Vocabulary | None") -> "Vocabulary":
+    def with_is_thing_from(self, other: "Vocabulary | None") -> "Vocabulary":
         """
         The same classes with the thing/stuff kinds that their labels have in another vocabulary.
 
@@ -444,7 +444,7 @@ def _check_classes(
     names = [_clean_names(class_names, places.one(index)) for index, class_names in enumerate(names)]
     if not names:
         raise ValueError("no labels were given: name at least one class, for example 'dog; sofa, couch; lamp'.")
-    _refuse_repeated_labels([class_names[0] for class_names in names], places)
+    _check_unique_labels([class_names[0] for class_names in names], places)
     checks = {
         "is_thing": (is_thing, _checked_kind),
         "colors": (colors, _checked_color),
@@ -507,7 +507,7 @@ def _clean_names(names: Sequence[str], place: str) -> list[str]:
     return list(cleaned.values())
 
 
-def _refuse_repeated_labels(labels: list[str], places: _Places) -> None:
+def _check_unique_labels(labels: list[str], places: _Places) -> None:
     first = {}
     for index, label in enumerate(labels):
         earlier = first.setdefault(comparison_key(label), index)
@@ -541,4 +541,4 @@ def _warn_shared_names(names: list[list[str]]) -> None:
 
 VocabularyLike = str | os.PathLike | Iterable[str | Sequence[str]] | Mapping[int, str] | Vocabulary
 
-__all__ = ["KNOWING_CHECKPOINT", "Vocabulary", "VocabularyLike", "color_palette"]
+__all__ = ["UNKNOWN_WORDS_HINT", "Vocabulary", "VocabularyLike", "color_palette"]

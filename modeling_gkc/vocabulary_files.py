@@ -58,7 +58,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .label_text import refuse_other_separators, shown
+from .label_text import check_separators, shown
 
 PACKAGED_NAMES = (
     "ade20k_150",
@@ -212,7 +212,7 @@ def packaged_path(name: str) -> Path:
     )
 
 
-def refuse_misspelt_name(text: str) -> None:
+def check_packaged_name(text: str) -> None:
     """
     Refuse a single label that is no packaged name but was surely meant as one: "ade20k_151", "cityscapes", "voc_2012".
 
@@ -274,7 +274,7 @@ def _read_text(source: _Source) -> list[VocabularyEntry]:
         if ";" in words:
             raise source.error(number, "a ';' separates classes in typed words; in a file each has a line of its own.")
         try:
-            refuse_other_separators(words)
+            check_separators(words)
         except ValueError as error:
             raise source.error(number, str(error)) from error
         if words:
@@ -454,7 +454,7 @@ def _classes_position(start: int, source: _Source) -> int:
     if not found:
         return start
     for index, item in enumerate(items):
-        _refuse_key(item.key, _HEAD, [earlier.key for earlier in items[:index]], item.line, source)
+        _check_key(item.key, _HEAD, [earlier.key for earlier in items[:index]], item.line, source)
     return found[0]
 
 
@@ -470,7 +470,7 @@ def _json_entry(item: _JsonItem, source: _Source) -> VocabularyEntry:
 def _json_class(pairs: _Pairs, line: int, source: _Source) -> VocabularyEntry:
     keys = [key for key, _ in pairs]
     for index, key in enumerate(keys):
-        _refuse_key(key, _COLUMNS + _FACTS, keys[:index], line, source)
+        _check_key(key, _COLUMNS + _FACTS, keys[:index], line, source)
     fields = dict(pairs)
     if "isthing" in fields:
         if fields["isthing"] not in (0, 1) or "is_thing" in fields:
@@ -494,7 +494,7 @@ def _synonyms(name: Any, value: Any, line: int, source: _Source) -> list[Any]:
     return value
 
 
-def _refuse_key(key: str, known: tuple[str, ...], earlier: list[str], line: int, source: _Source) -> None:
+def _check_key(key: str, known: tuple[str, ...], earlier: list[str], line: int, source: _Source) -> None:
     if key in earlier:
         raise source.error(line, f"the key {key!r} is given twice.")
     if key not in known:
@@ -506,10 +506,10 @@ def _refuse_key(key: str, known: tuple[str, ...], earlier: list[str], line: int,
 __all__ = [
     "PACKAGED_NAMES",
     "VocabularyEntry",
+    "check_packaged_name",
     "is_file_name",
     "packaged_entries",
     "packaged_facts",
     "packaged_path",
     "read_vocabulary_file",
-    "refuse_misspelt_name",
 ]

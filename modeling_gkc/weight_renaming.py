@@ -45,7 +45,7 @@ def split_packed_projection(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{packed[1]}{part}_proj.{packed[2]}": piece for part, piece in pieces}
 
 
-def require_weights(
+def check_weight_shapes(
     weights: Mapping[str, Tensor], num_dimensions: Mapping[str, int], refusal: str, advice: str
 ) -> None:
     """Checks the weights off which sizes are read.
@@ -94,4 +94,4 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-__all__ = ["Renaming", "load_strictly", "rename_weight", "require_weights", "split_packed_projection"]
+__all__ = ["Renaming", "check_weight_shapes", "load_strictly", "rename_weight", "split_packed_projection"]

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from configuration import Recipe
-from modeling_gkc.sealed_files import DamagedFileError
+from modeling_gkc.file_checksums import DamagedFileError
 from train.engine import checkpoints as checkpoints_module
 from train.engine import trainer as trainer_module
 from train.engine.checkpoints import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from modeling_gkc.sealed_files import UNSEALED, DamagedFileError, require_sealed, seal_safetensors
+from modeling_gkc.file_checksums import EMPTY_CHECKSUM, DamagedFileError, verify_checksum, write_checksum
 from train.data import from_folder
 from train.data.load import CHECKSUMS_NAME, load_split, load_splits
 from train.data.prepare import Settings, prepare
@@ -176,18 +176,18 @@ def test_an_older_format_is_refused_by_its_name(tmp_path):
 def test_equal_tensors_make_equal_sealed_files(tmp_path):
     path, seals = tmp_path / "a.safetensors", set()
     for _ in range(8):  # safetensors orders metadata anew each time
-        save_file({"a": np.arange(3)}, path, {"one": "ä\n\x1f", "two": "2", "three": "3", **UNSEALED})
-        seal_safetensors(path)
-        seals.add(require_sealed(path, "x"))
+        save_file({"a": np.arange(3)}, path, {"one": "ä\n\x1f", "two": "2", "three": "3", **EMPTY_CHECKSUM})
+        write_checksum(path)
+        seals.add(verify_checksum(path, "x"))
     assert len(seals) == 1 and load_file(path)["a"].tolist() == [0, 1, 2]
     for position in range(0, path.stat().st_size, 5):
         flip(path, position)
         with pytest.raises(DamagedFileError, match=rf"{path} is damaged, .*: make it again"):
-            require_sealed(path, "make it again")
+            verify_checksum(path, "make it again")
         flip(path, position)
     save_file({"a": np.arange(3)}, path)
     with pytest.raises(ValueError, match="not written with the metadata"):
-        seal_safetensors(path)
+        write_checksum(path)
 
 
 def test_sealed_json_is_read_as_written_and_in_its_shape(tmp_path):

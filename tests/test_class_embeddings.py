@@ -21,7 +21,7 @@ from modeling_gkc.class_embeddings import (
     load_class_embeddings,
     save_class_embeddings,
 )
-from modeling_gkc.sealed_files import UNSEALED, seal_safetensors
+from modeling_gkc.file_checksums import EMPTY_CHECKSUM, write_checksum
 
 from .conftest import small_config, word_tokenizer
 
@@ -380,8 +380,8 @@ class TestFiles:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids")} | change
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        save_file(tensors, path, metadata | UNSEALED)
-        seal_safetensors(path)
+        save_file(tensors, path, metadata | EMPTY_CHECKSUM)
+        write_checksum(path)
         with pytest.raises(ValueError, match=message):
             load_class_embeddings(path, model)
 

@@ -199,7 +199,7 @@ def test_divisors_counted_ahead_are_those_counted_from_the_matches(counts):
     torch.manual_seed(1)
     expected, _ = GKCCriterion(small_config())(*stages, mask_labels, class_labels)
     torch.manual_seed(1)
-    divisors = LossDivisors.of(counts, 10, 0.1)
+    divisors = LossDivisors.from_counts(counts, 10, 0.1)
     losses, _ = GKCCriterion(small_config())(*stages, mask_labels, class_labels, divisors=divisors)
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
@@ -210,7 +210,7 @@ def test_given_divisors_divide(monkeypatch):
     """Without any counting over processes: a loss under three times the divisors is a third."""
     mask_labels, class_labels = batch()
     stages = [[tensor] * 2 for tensor in stage_logits()]
-    divisors = LossDivisors.of((3, 1), 10, 0.1)
+    divisors = LossDivisors.from_counts((3, 1), 10, 0.1)
     assert divisors.num_masks == 4 and divisors.class_weight == torch.tensor(4 + 16 * 0.1)
     tripled = LossDivisors(3 * divisors.num_masks, 3 * divisors.class_weight)
     monkeypatch.setattr(loss_gkc, "mean_over_processes", lambda _: pytest.fail("counted again"))
@@ -225,7 +225,7 @@ def test_given_divisors_divide(monkeypatch):
 def test_divisor_of_a_micro_batch_without_segments_is_the_steps():
     """The other micro-batch holds all segments of the step: this one's masks lose nothing, its queries no-objects."""
     classes, masks = (tensor.requires_grad_() for tensor in stage_logits())
-    both = (LossDivisors.of(counts, 10, 0.1) for counts in ((0, 0), (3, 1)))
+    both = (LossDivisors.from_counts(counts, 10, 0.1) for counts in ((0, 0), (3, 1)))
     averaged = LossDivisors(*(sum(pair) / 2 for pair in zip(*(vars(each).values() for each in both), strict=True)))
     mask_labels, class_labels = batch((0, 0))
     losses, _ = GKCCriterion(small_config())([classes], [masks], mask_labels, class_labels, divisors=averaged)
@@ -358,7 +358,7 @@ def test_points_of_an_image_do_not_depend_on_the_batch(within):
     """With seeds, the sums over two halves of a batch are those over the whole."""
     mask_labels, class_labels = batch((3, 0, 2, 12))
     stages = [stage_logits(4) for _ in range(3)]
-    divisors, seeds = LossDivisors.of((3, 0, 2, 12), 10, 0.1), [11, 12, 13, 14]
+    divisors, seeds = LossDivisors.from_counts((3, 0, 2, 12), 10, 0.1), [11, 12, 13, 14]
 
     def losses(images):
         shard = [[tensor[images] for tensor in kind] for kind in zip(*stages, strict=True)]

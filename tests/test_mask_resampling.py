@@ -72,6 +72,6 @@ def test_impossible_sizes(content, target):
 
 def test_masks_may_be_chosen_twice():
     _, masks = random_logits()
-    chosen = MaskResampler(masks, None, (20, 31)).of(torch.tensor([5, 1, 3])).of(torch.tensor([2, 0]))
+    chosen = MaskResampler(masks, None, (20, 31)).select(torch.tensor([5, 1, 3])).select(torch.tensor([2, 0]))
     assert chosen.num_masks == 2
     assert torch.equal(chosen.rows(0, 20), resize_masks(masks[[3, 5]], None, (20, 31)))

@@ -297,7 +297,7 @@ class TestNames:
 
     def test_no_label_of_a_packaged_vocabulary_looks_like_a_misspelt_name(self):
         for label in itertools.chain.from_iterable(Vocabulary.named(name).flat_names for name in PACKAGED_NAMES):
-            vocabulary_files.refuse_misspelt_name(label)
+            vocabulary_files.check_packaged_name(label)
 
     def test_an_unknown_name_lists_the_known(self):
         with pytest.raises(ValueError, match=r"no packaged vocabulary 'lvis'; there are ade20k_150, .*, vspw_124"):

@@ -17,7 +17,7 @@ from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.prompt_templates import PROMPT_TEMPLATES
-from modeling_gkc.vocabulary import KNOWING_CHECKPOINT, Vocabulary
+from modeling_gkc.vocabulary import UNKNOWN_WORDS_HINT, Vocabulary
 
 from .conftest import small_config, word_tokenizer
 
@@ -180,7 +180,7 @@ class TestWords:
         listed = ", ".join(repr(word) for word in ["a", *(f"beast{index}" for index in range(19))])
         message = str(caught[0].message)
         assert message.startswith(f"The text encoder does not know these words: {listed} and 6 more. Classes named by")
-        assert message.endswith(f" and 5 more. {KNOWING_CHECKPOINT}")
+        assert message.endswith(f" and 5 more. {UNKNOWN_WORDS_HINT}")
 
     def test_classes_of_unknown_words_only_are_named_with_what_that_means(self, processor):
         with pytest.warns(UserWarning, match="results mean nothing: 'zebra', 'big okapi'. Take a checkpoint"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import disable_progress_bars
 
-from modeling_gkc.sealed_files import DamagedFileError
+from modeling_gkc.file_checksums import DamagedFileError
 from train.storage.shard_folder import ShardFolder
 
 from .fuzz import stores

@@ -175,7 +175,7 @@ class TestTrusted:
         fields = ([np.True_, None], [[1, 2, 3], None], ["photo", None])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            stored = Vocabulary.trusted(names, *fields)
+            stored = Vocabulary.from_stored(names, *fields)
         with pytest.warns(UserWarning, match="'seat'"):
             assert stored == Vocabulary(names, *fields)
 
@@ -184,7 +184,7 @@ class TestTrusted:
         with pytest.raises(ValueError) as expected:
             Vocabulary(*fields)
         with pytest.raises(ValueError) as caught:
-            Vocabulary.trusted(*fields)
+            Vocabulary.from_stored(*fields)
         assert str(caught.value) == str(expected.value)
 
 
@@ -193,31 +193,31 @@ class TestKindsOfAnother:
 
     def test_any_name_of_the_other_counts_in_any_case(self):
         words = Vocabulary([["Sky"], ["HOUND", "air"], ["rock"], ["unicorn", "dog"]], templates=["photo", *[None] * 3])
-        described = words.with_kinds_of(self.STORED)
+        described = words.with_is_thing_from(self.STORED)
         assert described.is_thing == [False, True, None, None]
         assert (described.names, described.templates) == (words.names, words.templates) and words.is_thing is None
 
     def test_a_label_goes_before_synonyms_and_those_must_agree(self):
-        stored = Vocabulary.trusted(
+        stored = Vocabulary.from_stored(
             [["plant"], ["tree", "plant", "wood"], ["table", "wood"], ["bush", "shrub"], ["hedge", "shrub"]],
             is_thing=[True, False, True, False, False],
         )
         words = Vocabulary.parse("plant; wood; shrub")
-        assert words.with_kinds_of(stored).is_thing == [True, None, False]
-        swapped = Vocabulary.trusted(stored.names[1::-1], [False, True])
-        assert words.with_kinds_of(swapped).is_thing == [True, False, None]
+        assert words.with_is_thing_from(stored).is_thing == [True, None, False]
+        swapped = Vocabulary.from_stored(stored.names[1::-1], [False, True])
+        assert words.with_is_thing_from(swapped).is_thing == [True, False, None]
 
     def test_nothing_to_add(self):
         words, kinds = Vocabulary.parse("sky; unicorn"), Vocabulary([["sky"]], is_thing=[True])
-        assert kinds.with_kinds_of(self.STORED) is kinds
+        assert kinds.with_is_thing_from(self.STORED) is kinds
         for other in (None, Vocabulary.parse("sky"), Vocabulary([["rock"]], [True])):
-            assert words.with_kinds_of(other) is words
+            assert words.with_is_thing_from(other) is words
 
     def test_a_shared_name_is_not_warned_of_again(self):
-        words = Vocabulary.trusted([["sky", "air"], ["cloud", "air"]])
+        words = Vocabulary.from_stored([["sky", "air"], ["cloud", "air"]])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert words.with_kinds_of(self.STORED).is_thing == [False, None]
+            assert words.with_is_thing_from(self.STORED).is_thing == [False, None]
 
 
 @pytest.mark.parametrize("field", ["is_thing", "colors", "templates"])

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..atomic_files import atomic_folder
-from ..checkpoint_loading import one_line, refuse_shards_outside
+from ..checkpoint_loading import check_shard_paths, one_line
 from ..conversion.clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
 from ..conversion.mask2former import (
     CONVERSION_TEMPLATES,
@@ -88,7 +88,7 @@ def _load(
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if model_type not in model_types:
             raise UserError(f"{option}: {path} is a {model_type}, not a {model_types[0]}")
-        refuse_shards_outside(path)
+        check_shard_paths(path)
         safetensors = None if arguments.allow_pickle else True
         model, info = model_class.from_pretrained(path, use_safetensors=safetensors, output_loading_info=True)
     except UserError:

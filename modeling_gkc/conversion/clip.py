@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from ..configuration_gkc import CLIPResNetConfig
 from ..modeling_clip_resnet import CLIPResNetVisionModel
-from ..weight_renaming import Renaming, load_strictly, rename_weight, require_weights, split_packed_projection
+from ..weight_renaming import Renaming, check_weight_shapes, load_strictly, rename_weight, split_packed_projection
 from .torchscript_archive import is_torchscript_archive, read_torchscript_weights
 
 _CONVOLUTION_PARTS = {"conv": "convolution", "bn": "normalization"}
@@ -80,7 +80,7 @@ def clip_resnet_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPResNetVisio
     """
     prefix = "visual." if any(name.startswith("visual.") for name in state_dict) else ""
     weights = {name[len(prefix) :]: weight for name, weight in state_dict.items() if name.startswith(prefix)}
-    require_weights(
+    check_weight_shapes(
         weights,
         {"attnpool.positional_embedding": 2, "attnpool.c_proj.weight": 2},
         "These are no weights of a CLIP ResNet",
@@ -124,7 +124,7 @@ def clip_text_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPTextModelWith
             wrong shapes.
     """
     weights = {name: weight for name, weight in state_dict.items() if not _NOT_TEXT.search(name)}
-    require_weights(
+    check_weight_shapes(
         weights,
         {"text_projection": 2, "token_embedding.weight": 2, "positional_embedding": 2},
         "There is no text tower in these weights",

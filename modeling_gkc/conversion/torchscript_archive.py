@@ -106,13 +106,13 @@ class _WeightUnpickler(pickle.Unpickler):
 
 def _tensor_maker() -> Callable[..., Tensor]:
     def make_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-        _refuse_repeated_numbers(storage, size, stride)
+        _check_no_overlap(storage, size, stride)
         return storage.as_strided(size, stride, offset)
 
     return make_tensor
 
 
-def _refuse_repeated_numbers(storage: Tensor, size: tuple, stride: tuple) -> None:
+def _check_no_overlap(storage: Tensor, size: tuple, stride: tuple) -> None:
     """Refuse a tensor that shows numbers of its storage more than once: a copy of it could be of any size.
 
     Sorted by stride, every axis must step over all that the axes before it span.

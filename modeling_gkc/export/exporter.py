@@ -241,7 +241,7 @@ def _encoded(
             return None, None
         vocabulary = model.vocabulary
         embeddings = GKCClassEmbeddings(class_embeds=model.vocabulary_embeds, class_ids=model.vocabulary_class_ids)
-    vocabulary = Vocabulary.parse(vocabulary).with_kinds_of(model.vocabulary)
+    vocabulary = Vocabulary.parse(vocabulary).with_is_thing_from(model.vocabulary)
     if embeddings is None:
         embeddings = encode_vocabulary(vocabulary, model, processor)
     class_embeds, class_ids = embeddings.class_embeds.detach().cpu().float(), embeddings.class_ids.cpu()

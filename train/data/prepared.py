@@ -31,7 +31,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_path
-from modeling_gkc.sealed_files import DamagedFileError
+from modeling_gkc.file_checksums import DamagedFileError
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.checksums import Each, Perhaps, file_sha256, file_xxh3, read_sealed_json, write_sealed_json

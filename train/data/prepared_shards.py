@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from modeling_gkc.sealed_files import DamagedFileError
+from modeling_gkc.file_checksums import DamagedFileError
 
 from ..storage.checksums import Each, file_sha256, read_sealed_json, write_sealed_json
 from ..storage.shard_folder import ShardFolder

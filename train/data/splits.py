@@ -78,4 +78,6 @@ def _renumbered(segments: list[dict[str, Any]], new_ids: Mapping[int, int]) -> l
 def vocabulary_subset(vocabulary: Vocabulary, kept: Sequence[int]) -> Vocabulary:
     """The classes of a vocabulary at some positions, in that order."""
     columns = vocabulary.names, vocabulary.is_thing, vocabulary.colors, vocabulary.templates
-    return Vocabulary.trusted(*(None if column is None else [column[index] for index in kept] for column in columns))
+    return Vocabulary.from_stored(
+        *(None if column is None else [column[index] for index in kept] for column in columns)
+    )

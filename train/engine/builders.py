@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from configuration import Recipe
-from modeling_gkc.checkpoint_loading import load_checkpoint_parts, one_line, refuse_shards_outside
+from modeling_gkc.checkpoint_loading import check_shard_paths, load_checkpoint_parts, one_line
 from modeling_gkc.configuration_gkc import GKCConfig
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
@@ -165,7 +165,7 @@ def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Ten
 
 def _pretrained_backbone(path: str) -> PreTrainedModel:
     try:
-        refuse_shards_outside(path)
+        check_shard_paths(path)
         config = AutoConfig.from_pretrained(path, out_features=_STAGES, trust_remote_code=False)
         # Not by AutoBackbone, which knows no folders.
         backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_gkc.sealed_files import DamagedFileError
+from modeling_gkc.file_checksums import DamagedFileError
 
 from ..storage.checksums import FILES, describe_files, read_json, read_sealed_json, require_files, write_sealed_json
 

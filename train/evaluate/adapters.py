@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForUniversalSegmentation,
 )
 
-from modeling_gkc.checkpoint_loading import one_line, refuse_shards_outside
+from modeling_gkc.checkpoint_loading import check_shard_paths, one_line
 from modeling_gkc.post_processing import panoptic_segmentation, semantic_segmentation
 from modeling_gkc.prompt_templates import fill_template
 from modeling_gkc.vocabulary import Vocabulary
@@ -108,7 +108,7 @@ class LabelledSegmenter:
     def __init__(
         self, path: str, vocabulary: Vocabulary, panoptic: Mapping[str, Any] | None = None, dtype: str = "float32"
     ):
-        refuse_shards_outside(path)
+        check_shard_paths(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = config.model_type
         if kind in UNIVERSAL:

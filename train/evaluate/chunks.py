@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modeling_gkc.sealed_files import DamagedFileError
+from modeling_gkc.file_checksums import DamagedFileError
 
 from ..storage.shard_folder import ShardFolder
 

@@ -158,7 +158,7 @@ def _refuse_indistinct(words: Words, encoded: GKCClassEmbeddings, processor: Any
     ):
         names.setdefault(asked, []).append(name)
     order = sorted(names)
-    classes = Vocabulary.trusted([names[index] for index in order])
+    classes = Vocabulary.from_stored([names[index] for index in order])
     class_ids = torch.tensor([order.index(index) for index in words.class_of[encoded.class_ids.tolist()]])
     try:
         check_distinct(classes, GKCClassEmbeddings(encoded.class_embeds, class_ids), processor, distinct=True)

@@ -66,7 +66,7 @@ def words_of(vocabulary: Vocabulary, protocol: Protocol, prompts: str = "plain",
     """
     names = vocabulary.names if PROMPTS[prompts][1] else [[label] for label in vocabulary.labels]
     # Templates of single classes are left out, so that all classes are asked in one way.
-    asked = Vocabulary.trusted([list(synonyms) for synonyms in names], vocabulary.is_thing, vocabulary.colors)
+    asked = Vocabulary.from_stored([list(synonyms) for synonyms in names], vocabulary.is_thing, vocabulary.colors)
     class_of = np.arange(len(asked), dtype=np.int32)
     if protocol.background_class is None:
         return Words(asked, class_of, prompts, reduction)
@@ -82,4 +82,4 @@ def words_of(vocabulary: Vocabulary, protocol: Protocol, prompts: str = "plain",
     kept = [index for index in range(len(asked)) if index != background]
     names = [*(asked.names[index] for index in kept), *([label] for label in words.labels)]
     class_of = np.array([*kept, *[background] * len(words)], dtype=np.int32)
-    return Words(Vocabulary.trusted(names), class_of, prompts, reduction)
+    return Words(Vocabulary.from_stored(names), class_of, prompts, reduction)

@@ -69,7 +69,7 @@ class StepDivisors:
         config, device = criterion.config, step[0].classes.device
         sums = torch.zeros(4, dtype=torch.float64)
         for regions in step:
-            labels = LossDivisors.of(regions.counts, config.num_queries, config.no_object_weight)
+            labels = LossDivisors.from_counts(regions.counts, config.num_queries, config.no_object_weight)
             sums += torch.tensor([labels.num_masks, labels.class_weight, *regions.distilled_counts()])
         means = mean_over_processes((sums / len(step)).float().to(device))
         return cls(LossDivisors(means[0], means[1]), means[2:])
@@ -150,7 +150,7 @@ class TrainingLosses:
             batch["class_labels"],
             divisors=divisors.labels,
             point_seeds=point_seeds(batch),
-            mask_parts=MaskParts.of(stages, outputs.student.mask_features) if training else None,
+            mask_parts=MaskParts.from_stages(stages, outputs.student.mask_features) if training else None,
         )
         return _by_stage(values, len(stages)), matches
 

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from modeling_gkc.atomic_files import atomic_write
-from modeling_gkc.sealed_files import BLOCK_BYTES, DamagedFileError
+from modeling_gkc.file_checksums import BLOCK_BYTES, DamagedFileError
 
 SUM = "checksum"
 

@@ -17,7 +17,7 @@ import xxhash
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_gkc.sealed_files import DamagedFileError
+from modeling_gkc.file_checksums import DamagedFileError
 
 from .checksums import read_sealed_json, write_sealed_json
 

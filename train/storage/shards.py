@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from modeling_gkc.atomic_files import atomic_path
-from modeling_gkc.sealed_files import UNSEALED, DamagedFileError, require_sealed, seal_safetensors
+from modeling_gkc.file_checksums import EMPTY_CHECKSUM, DamagedFileError, verify_checksum, write_checksum
 
 from .checksums import Each, Perhaps, read_json, read_sealed_json, write_sealed_json
 from .shard_folder import ShardFolder
@@ -165,13 +165,13 @@ class StoreWriter:
             with atomic_path(self.folder / INDEX, sync=True) as temporary:
                 _save(temporary, self._index(), {"format": FORMAT})
             shards = [self._describe(number) for number in range(self.settings.num_shards)]
-            self._write_manifest({"shards": shards, "index": require_sealed(self.folder / INDEX, "write it again.")})
+            self._write_manifest({"shards": shards, "index": verify_checksum(self.folder / INDEX, "write it again.")})
 
     def _verify(self, shard: int) -> bool | None:
         """True if a shard has its checksum and belongs to this store, else None; all of it is read."""
         path = self.folder / shard_name(shard)
         try:
-            require_sealed(path, "")
+            verify_checksum(path, "")
             with safe_open(path, framework="numpy") as file:
                 return (file.metadata() or {}).get("mark") == self.settings.mark(shard) or None
         except (OSError, SafetensorError, DamagedFileError):
@@ -386,7 +386,7 @@ def _damaged_file(folder: Path, manifest: Mapping[str, Any]) -> str | None:
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             return path.name
     try:
-        return None if require_sealed(folder / INDEX, "") == manifest.get("index") else INDEX
+        return None if verify_checksum(folder / INDEX, "") == manifest.get("index") else INDEX
     except DamagedFileError:
         return INDEX
 
@@ -437,5 +437,5 @@ def _sums_of_images(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    save_file(dict(tensors), path, {**metadata, **UNSEALED})
-    seal_safetensors(path)
+    save_file(dict(tensors), path, {**metadata, **EMPTY_CHECKSUM})
+    write_checksum(path)

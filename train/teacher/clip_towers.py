@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from modeling_gkc.checkpoint_loading import one_line, refuse_shards_outside
+from modeling_gkc.checkpoint_loading import check_shard_paths, one_line
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
@@ -96,7 +96,7 @@ def _find(path: str | Path, subfolders: tuple[str, ...], kinds: dict) -> tuple[s
 
 def _load(model_class: type[PreTrainedModel], path: str | Path, subfolder: str) -> nn.Module:
     try:
-        refuse_shards_outside(path, subfolder)
+        check_shard_paths(path, subfolder)
         model, info = model_class.from_pretrained(
             path, subfolder=subfolder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )

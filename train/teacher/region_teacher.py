@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_path
 from modeling_gkc.class_embeddings import average_class_embeds, encode_vocabulary
+from modeling_gkc.file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
-from modeling_gkc.sealed_files import UNSEALED, require_sealed, seal_safetensors
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.fingerprints import data_fingerprint, model_fingerprint, settings_fingerprint
@@ -96,12 +96,12 @@ class TeacherEmbeddings:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        metadata = {"fingerprint": json.dumps(self.fingerprint), "rows": json.dumps(self.rows), **UNSEALED}
+        metadata = {"fingerprint": json.dumps(self.fingerprint), "rows": json.dumps(self.rows), **EMPTY_CHECKSUM}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             save_file({"embeddings": self.embeddings, "segment_ids": self.segment_ids}, temporary, metadata)
-            seal_safetensors(temporary)
+            write_checksum(temporary)
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: Mapping[str, str]) -> "TeacherEmbeddings":
@@ -111,7 +111,7 @@ class TeacherEmbeddings:
             ValueError: it is damaged, or was made from another dataset, by another teacher, or with other crop
                 settings.
         """
-        require_sealed(path, f"delete it (`rm {shlex.quote(str(path))}`) to embed anew.")
+        verify_checksum(path, f"delete it (`rm {shlex.quote(str(path))}`) to embed anew.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if differing := _differing(metadata.get("fingerprint"), fingerprint):

@@ -24,8 +24,8 @@ import re
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 22
-# Metadata to give to `save_file`; `seal_safetensors` then puts the checksum in its place.
-UNSEALED = {"sha256": "0" * 64}
+# Metadata to give to `save_file`; `write_checksum` then puts the checksum in its place.
+EMPTY_CHECKSUM = {"sha256": "0" * 64}
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
 
@@ -33,34 +33,34 @@ class DamagedFileError(ValueError):
     """A stored file is missing, or does not hold what was written; the message names it and how to make it again."""
 
 
-def seal_safetensors(path: str | Path) -> None:
+def write_checksum(path: str | Path) -> None:
     """
     Put the checksum of a file into its header, and the metadata into the order of their names.
 
     safetensors writes metadata in another order each time; in order, equal content makes equal files.
 
     Args:
-        path: File that `save_file` wrote with the metadata `UNSEALED`.
+        path: File that `save_file` wrote with the metadata `EMPTY_CHECKSUM`.
 
     Raises:
-        ValueError: the file was written without `UNSEALED`.
+        ValueError: the file was written without `EMPTY_CHECKSUM`.
     """
     with open(path, "rb+") as file:
         header = _in_order(_header(file) or b"")
         found = _SEAL.search(header)
         if found is None or found[1] != b"0" * 64:
-            raise ValueError(f"{path} cannot be sealed: it was not written with the metadata `UNSEALED`.")
+            raise ValueError(f"{path} cannot be sealed: it was not written with the metadata `EMPTY_CHECKSUM`.")
         digest = _digest(file, header).encode()
         file.seek(0)
         file.write(header[: found.start(1)] + digest + header[found.end(1) :])
 
 
-def require_sealed(path: str | Path, remedy: str) -> str:
+def verify_checksum(path: str | Path, remedy: str) -> str:
     """
     Refuse a safetensors file that is damaged or not sealed; all of it is read, 1 to 2 GB a second.
 
     Args:
-        path: File that `seal_safetensors` sealed.
+        path: File that `write_checksum` sealed.
         remedy: What to do about a damaged file, the end of a sentence.
 
     Returns:
@@ -111,4 +111,4 @@ def _digest(file, header: bytes) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["UNSEALED", "DamagedFileError", "require_sealed", "seal_safetensors"]
+__all__ = ["EMPTY_CHECKSUM", "DamagedFileError", "verify_checksum", "write_checksum"]
