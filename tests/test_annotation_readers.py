@@ -715,6 +715,19 @@ class TestLayouts:
         path.write_text(json.dumps({"images": [], "annotations": []}))
         assert find_source(tmp_path / "coco").notes == [f"{path} is not read: it has no categories"]
 
+    @pytest.mark.parametrize("text", ["[]", "null", '"x"', "{}", "3", '[{"image_id": 1}]', '{"images": []}'])
+    def test_a_json_file_that_is_no_coco_is_named_with_what_it_lacks(self, tmp_path, text):
+        path = coco_folder(tmp_path / "coco") / "annotations" / "instances_val.json"
+        path.write_text(text)
+        (note,) = find_source(tmp_path / "coco").notes
+        assert note.startswith(f"{path} is not read: it ") and note.count("categories") == 1
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "alone" / "annotations.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"\n  .*annotations\.json is not read: it (has no|must be an object of) "
+        ):
+            find_source(tmp_path / "alone")
+
     def test_a_folder_of_no_known_layout_is_told_of(self, tmp_path):
         shutil.copytree(Path(__file__).parent / "golden", tmp_path / "mine", dirs_exist_ok=True)
         with pytest.raises(ValueError, match="has neither folders images and masks"):

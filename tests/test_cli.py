@@ -461,8 +461,13 @@ class TestNames:
         for path in paths:
             (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).touch()
-        with pytest.raises(UserError, match=r"a\.png and .*would both be written as [aA]\.overlay\.png: .*--out"):
+        way = "give their common parent folder with --recursive" if "y/a.png" in paths else "rename one of them"
+        message = rf"a\.png and .*would both be written as [aA]\.overlay\.png: .*different --out folders, or {way}$"
+        with pytest.raises(UserError, match=message):
             find_images([str(tmp_path / path) for path in paths])
+        with pytest.raises(UserError, match=r"rename one of them$"):
+            (tmp_path / "x" / "a.webp").touch()
+            find_images([str(tmp_path / "x"), str(tmp_path / "x" / ".." / "x" / "a.webp")], recursive=True)
 
     def test_what_is_not_looked_at_is_said(self, pictures):
         for name in ("below/d.png", "below/deep/a.png", "gkc-out/x.png", "notes.txt", "a.json", ".hidden/e.png"):

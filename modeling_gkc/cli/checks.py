@@ -150,9 +150,11 @@ def _check_distinct_names(images: Iterable[FoundImage]) -> None:
     for image in images:
         other = first.setdefault(str(image.name).casefold(), image)
         if other is not image:
+            in_one_folder = other.path.resolve().parent == image.path.resolve().parent
+            way = "rename one of them" if in_one_folder else "give their common parent folder with --recursive"
             raise UserError(
                 f"IMAGE: {other.path} and {image.path} would both be written as {image.name}{OUTPUT_SUFFIXES[0]}: "
-                "segment them with different --out folders, or give their common parent folder with --recursive"
+                f"segment them with different --out folders, or {way}"
             )
 
 

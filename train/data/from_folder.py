@@ -63,7 +63,7 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
         raise ValueError(
             f"{folder} has neither folders images and masks with a file {mask_folder.NAMES_FILE}, nor COCO's or "
             "labelme's JSON, nor YOLO's text files with their names; `python -m train.data.from_folder --help` shows "
-            "the layouts." + "".join(f"\n  {note}" for note in notes)
+            "the layouts." + "".join(f"\n  {note}" for note in notes[:_SHOWN])
         )
     return _not_empty(folder, source)
 

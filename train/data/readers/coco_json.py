@@ -59,8 +59,10 @@ def find_coco_files(folder: Path) -> tuple[list[Path], list[str]]:
             annotations = content["annotations"] if isinstance(content["annotations"], list) else []
             is_panoptic = any(isinstance(entry, dict) and "segments_info" in entry for entry in annotations)
             kinds[path] = "panoptic" if is_panoptic else "instances"
-        elif len(lacking) == 1:
-            notes.append(f"{path} is not read: it has no {lacking[0]}")
+        elif isinstance(content, dict):
+            notes.append(f"{path} is not read: it has no {', '.join(lacking)}")
+        else:
+            notes.append(f"{path} is not read: it must be an object of {', '.join(_PARTS)}, got {_shown(content)}")
     chosen = "panoptic" if "panoptic" in kinds.values() else "instances"
     notes += [f"{path} is not read: panoptic files are there, too" for path, kind in kinds.items() if kind != chosen]
     return [path for path, kind in kinds.items() if kind == chosen], notes
