@@ -406,9 +406,8 @@ class GKCPredictor:
             encoded = EncodedVocabulary.encode(
                 vocabulary, self.model, self.processor, prompt_templates=prompt_templates, reduction=reduction
             )
-        encoded = encoded.with_is_thing_from(
-            self.model.vocabulary
-        )  # before void classes, which have kinds of their own
+        # Before void classes, which have kinds of their own.
+        encoded = encoded.with_is_thing_from(self.model.vocabulary)
         self._vocabulary = encoded.with_void(
             void_labels, self.model, self.processor, prompt_templates=prompt_templates
         )

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
-from modeling_gkc.class_embeddings import encode_vocabulary, save_class_embeddings
 from modeling_gkc.cli import export as export_command
 from modeling_gkc.cli import main
 from modeling_gkc.cli.common import UserError
 from modeling_gkc.cli.parsers import add_export
+from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.export import exporter
-from modeling_gkc.vocabulary import Vocabulary
 
 from .conftest import small_config, word_tokenizer
 
@@ -92,12 +91,11 @@ def test_settings_arrive(checkpoint, tmp_path, calls):
 
 def test_words_that_embed_has_written(checkpoint, tmp_path, calls):
     model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint).eval()
-    words = Vocabulary.parse("star; air, sky")
-    encoded = encode_vocabulary(words, model, GKCProcessor.from_pretrained(checkpoint))
-    save_class_embeddings(tmp_path / "words.safetensors", model, encoded, words)
+    encoded = EncodedVocabulary.encode("star; air, sky", model, GKCProcessor.from_pretrained(checkpoint))
+    encoded.save(tmp_path / "words.safetensors", model)
     assert gkc("export", checkpoint, "--vocab", tmp_path / "words.safetensors", "--out", tmp_path / "new") == 0
     assert calls[0]["vocabulary"].labels == ["star", "air"]
-    assert torch.equal(calls[0]["class_embeddings"].class_embeds, encoded.class_embeds)
+    assert torch.equal(calls[0]["vocabulary"].class_embeds, encoded.class_embeds)
 
 
 def test_words_of_the_checkpoint(checkpoint, tmp_path, calls):

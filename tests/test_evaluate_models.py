@@ -37,7 +37,7 @@ from train.evaluate.adapters import CLIPSegSegmenter, LabelledSegmenter, match_l
 from train.evaluate.command import main
 from train.evaluate.result import read_result
 from train.evaluate.segmenter import GKCSegmenter, View, all_views
-from train.evaluate.vocabulary import words_of
+from train.evaluate.vocabulary import BenchmarkVocabulary
 from train.metrics import SemanticMetric
 
 from .conftest import word_tokenizer
@@ -66,7 +66,9 @@ def gkc():
 
 
 def segmenter_of(gkc, *views: View) -> GKCSegmenter:
-    return GKCSegmenter(*gkc, words_of(SCENE_CLASSES, Protocol()), 96, 192, views=views or (View(),))
+    return GKCSegmenter(
+        *gkc, BenchmarkVocabulary.from_protocol(SCENE_CLASSES, Protocol()), 96, 192, views=views or (View(),)
+    )
 
 
 def test_classes_are_those_of_the_library(gkc):
@@ -303,7 +305,9 @@ def test_clipseg(data, tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     result = evaluated(tmp_path / "model", data, tmp_path, "--tasks", "semantic")
-    segmenter = CLIPSegSegmenter(str(tmp_path / "model"), words_of(CLASSES, Protocol(), "synonyms"))
+    segmenter = CLIPSegSegmenter(
+        str(tmp_path / "model"), BenchmarkVocabulary.from_protocol(CLASSES, Protocol(), "synonyms")
+    )
     assert segmenter.class_of.tolist() == [0, 1, 1, 2, 2, 3]
 
     metric = SemanticMetric(len(CLASSES))

@@ -16,7 +16,7 @@ from train.evaluate.predictions import PredictionWriter
 from train.evaluate.result import read_result
 from train.evaluate.run import published_images
 from train.evaluate.samples import read_sample, reduced_size, resize_bilinear, resize_nearest
-from train.evaluate.vocabulary import words_of
+from train.evaluate.vocabulary import BenchmarkVocabulary
 from train.metrics import SemanticMetric, VideoConsistencyMetric, VideoPanopticMetric
 from train.metrics.consistency import VideoConsistencyScore
 from train.metrics.score import Prediction, Sample, flatten
@@ -39,7 +39,7 @@ def test_every_benchmark_has_a_protocol():
         if benchmark.make_vocabulary is None:
             protocol = protocol_of(benchmark.name)
             assert "no published protocol" not in protocol.note, benchmark.name
-            words_of(benchmark.classes(), protocol)  # its background is among them
+            BenchmarkVocabulary.from_protocol(benchmark.classes(), protocol)  # its background is among them
     stated = {name for name, benchmark in benchmarks.items() if benchmark.protocol is not None}
     assert stated == PROTOCOLS
 
@@ -98,15 +98,17 @@ def test_a_sample_is_scored_at_the_reduced_size():
 
 def test_prompts():
     vocabulary = Vocabulary([["sofa", "couch"], ["dog"]], templates=[["one {}"], None])
-    plain, synonyms = (words_of(vocabulary, Protocol(), prompts) for prompts in ("plain", "synonyms"))
+    plain, synonyms = (
+        BenchmarkVocabulary.from_protocol(vocabulary, Protocol(), prompts) for prompts in ("plain", "synonyms")
+    )
     assert plain.vocabulary.names == [["sofa"], ["dog"]] and synonyms.vocabulary.names == vocabulary.names
     assert plain.vocabulary.templates is None and plain.templates == ["{}"]
-    assert len(words_of(vocabulary, Protocol(), "templates").templates) == 14
+    assert len(BenchmarkVocabulary.from_protocol(vocabulary, Protocol(), "templates").templates) == 14
     assert plain.class_of.tolist() == [0, 1]
 
 
 def test_background_of_voc_21_is_one_class_of_many_words():
-    words = words_of(Vocabulary.named("pascal_voc_21"), protocol_of("pascal_voc_21"))
+    words = BenchmarkVocabulary.from_protocol(Vocabulary.named("pascal_voc_21"), protocol_of("pascal_voc_21"))
     background = Vocabulary.named("pascal_voc_background_39").labels
     assert words.vocabulary.names[0] == ["background", *background] and words.class_of.tolist() == list(range(21))
     assert words.reduction == "max" and len(words.vocabulary.flat_names) == 21 + 39
@@ -116,7 +118,7 @@ def test_background_of_voc_21_is_one_class_of_many_words():
 def test_background_of_voc_20b_is_whatever_39_words_win():
     objects = Vocabulary.named("pascal_voc_20").labels
     vocabulary = Vocabulary([[name] for name in (*objects, "background")])
-    words = words_of(vocabulary, protocol_of("pascal_voc_20b"))
+    words = BenchmarkVocabulary.from_protocol(vocabulary, protocol_of("pascal_voc_20b"))
     assert words.vocabulary.labels == [*objects, *Vocabulary.named("pascal_voc_background_39").labels]
     assert words.class_of.tolist() == [*range(20), *[20] * 39]
 

@@ -19,8 +19,9 @@ from torch import nn
 from transformers import ConvNextConfig
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
-from modeling_gkc.class_embeddings import GKCClassEmbeddings, encode_vocabulary
+from modeling_gkc.class_embeddings import GKCClassEmbeddings
 from modeling_gkc.cli.main import main
+from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.export import exporter
 from modeling_gkc.export import graph as export_graph
 from modeling_gkc.export.exporter import export_segmenter, write_class_embeds
@@ -54,7 +55,7 @@ def processor() -> GKCProcessor:
 def toy(config) -> GKCForOpenVocabSegmentation:
     model = GKCForOpenVocabSegmentation(config).eval()
     if model.is_convex:
-        names = encode_vocabulary([["dog"], ["sofa", "couch"], ["lamp"]], model, processor())
+        names = EncodedVocabulary.encode([["dog"], ["sofa", "couch"], ["lamp"]], model, processor())
         head = nn.Linear(config.hidden_size, 4)
         model.class_embedder.set_source(head, names.class_embeds, names.class_ids)
     return model
@@ -82,7 +83,8 @@ def check(within, name: str, run, model, size, numbers, words=None) -> None:
         inputs = {"pixel_values": pixel_values}
         if words is None:
             inputs["class_embeds"] = F.normalize(torch.randn(num_classes, model.config.projection_dim), dim=-1)
-        expected = model(pixel_values, **(words or {"class_embeds": inputs["class_embeds"]}))
+        given = {"class_embeds": inputs["class_embeds"]} if words is None else words.model_inputs()
+        expected = model(pixel_values, **given)
         found = run(**inputs)
         for key in OUTPUTS:
             assert found[key].shape == expected[key].shape and found[key].dtype == torch.float32
@@ -113,13 +115,13 @@ def test_onnx_equals_the_model_for_any_number_of_images_and_classes(folder, ship
 
 def test_classes_with_synonyms_get_the_logits_of_the_model(folder, shipped, within):
     model, processor = shipped
-    words = encode_vocabulary(WORDS, model, processor)
+    words = EncodedVocabulary.encode(WORDS, model, processor)
     assert model.config.prompt_reduction == "mean" and len(words.class_ids) > 4
     stored = np.load(folder / "class_embeds.npz")
     assert stored["names"].tolist() == ["red disc", "lawn", "sky", "square"]
     pixel_values = torch.randn(1, 3, *SIZE)
     with torch.no_grad():
-        expected = model(pixel_values, **words).class_queries_logits
+        expected = model(pixel_values, **words.model_inputs()).class_queries_logits
     found = onnx_runner(folder)(pixel_values=pixel_values, class_embeds=torch.from_numpy(stored["class_embeds"]))
     within("ONNX, synonyms: class_queries_logits", (found["class_queries_logits"] - expected).abs().max(), 1e-3)
 
@@ -185,7 +187,7 @@ def label_map_of(model, processor, image, size, words) -> np.ndarray:
     height, width = size
     inputs = processor(images=image, size={"height": height, "width": width}, return_tensors="pt")
     with torch.no_grad():
-        outputs = model(**inputs, **words)
+        outputs = model(**inputs, **words.model_inputs())
     target = read_image(image).size[::-1]
     return processor.post_process_semantic_segmentation(outputs, target_sizes=[target])[0].numpy()
 
@@ -210,7 +212,7 @@ def test_run_sees_pictures_of_every_kind_as_the_library_does(folder, shipped, ru
     """Each file gives the same input to the graph and to the model, and then the same label map."""
     model, processor = shipped
     settings = json.loads((folder / "export.json").read_text())
-    words = encode_vocabulary(WORDS, model, processor)
+    words = EncodedVocabulary.encode(WORDS, model, processor)
     _, _, inputs = runner.load_classes(folder, settings)
     pictures, differing, pixels = pictures_of_every_kind(), 0, 0
     assert len(pictures) > 40
@@ -237,7 +239,7 @@ def test_a_picture_becomes_a_label_map_without_torch(folder, shipped, tmp_path, 
     model, processor = shipped
     other, copied = Vocabulary.parse("water; star; ring; wood; brick"), tmp_path / "words"
     shutil.copytree(folder, copied)
-    write_class_embeds(copied / "class_embeds.npz", model, encode_vocabulary(other, model, processor), other)
+    write_class_embeds(copied / "class_embeds.npz", model, EncodedVocabulary.encode(other, model, processor))
     plain, changed = run_without_torch(
         folder,
         [folder, PICTURE, tmp_path / "labels.png"],
@@ -247,7 +249,7 @@ def test_a_picture_becomes_a_label_map_without_torch(folder, shipped, tmp_path, 
     vocabulary = Vocabulary.parse(WORDS)
     image = Image.open(tmp_path / "labels.png")
     found = np.array(image)
-    expected = label_map_of(model, processor, PICTURE, SIZE, encode_vocabulary(WORDS, model, processor))
+    expected = label_map_of(model, processor, PICTURE, SIZE, EncodedVocabulary.encode(WORDS, model, processor))
     assert found.shape == expected.shape and len(np.unique(expected)) > 1
     within("run.py without torch: share of pixels that differ", (found != expected).mean(), 1e-3)
     printed = {line.partition(":")[0] for line in plain[1].splitlines()}
@@ -297,7 +299,7 @@ def test_swin_with_words_baked_in_of_which_the_best_counts(tmp_path, within):
     config.decoder_layers, config.prompt_reduction = 1, "max"
     model = toy(config)
     vocabulary = "lamp; red disc, box, star; sofa, couch"
-    words = encode_vocabulary(vocabulary, model, processor())
+    words = EncodedVocabulary.encode(vocabulary, model, processor())
     exported = export_segmenter(model, processor(), tmp_path / "fixed", size=64, vocabulary=vocabulary, fixed=True)
     assert exported.settings["words"] == "fixed" and not (tmp_path / "fixed" / "class_embeds.npz").exists()
     run = onnx_runner(tmp_path / "fixed")
@@ -337,9 +339,9 @@ def test_what_is_traced_equals_the_model(make, reduction, is_fixed, within):
     config = make()
     config.prompt_reduction = reduction
     model = toy(config)
-    words = encode_vocabulary("dog; sofa, couch, red box; lamp, star", model, processor())
+    words = EncodedVocabulary.encode("dog; sofa, couch, red box; lamp, star", model, processor())
     pixel_values = torch.randn(2, 3, 64, 96)
-    expected = model(pixel_values, **words)
+    expected = model(pixel_values, **words.model_inputs())
     if is_fixed:
         found = ExportableSegmenter(model, words)(pixel_values)
     elif reduction == "embedding_mean" or (reduction == "mean" and not model.is_convex):
@@ -368,22 +370,18 @@ def test_one_embedding_per_class_follows_the_class_ids():
         ({"opset": 17}, ValueError, "at least 18, got 17"),
         ({"fixed": True}, ValueError, "no words to bake in"),
         (
-            {
-                "vocabulary": "dog",
-                "class_embeddings": GKCClassEmbeddings(class_embeds=torch.ones(1, 8), class_ids=torch.zeros(1).long()),
-            },
+            {"vocabulary": EncodedVocabulary(Vocabulary([["dog"]]), torch.ones(1, 8), torch.zeros(1).long())},
             ValueError,
             r"\(1, 8\), but this model's text space has the width 16",
         ),
         (
             {
-                "vocabulary": "dog; lamp",
-                "class_embeddings": GKCClassEmbeddings(
-                    class_embeds=torch.ones(1, 16), class_ids=torch.zeros(1).long()
-                ),
+                "vocabulary": EncodedVocabulary(
+                    Vocabulary([["dog"], ["sky"]]), torch.eye(2, 16), torch.arange(2), void_ids=(1,)
+                )
             },
             ValueError,
-            "of 1 classes, the vocabulary has 2",
+            "neither void classes nor a reduction of its own",
         ),
     ],
 )

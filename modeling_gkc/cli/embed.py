@@ -15,13 +15,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import BatchFeature
 
-from ..class_embeddings import GKCClassEmbeddings, check_distinct, save_class_embeddings
+from ..encoded_vocabulary import EncodedVocabulary
 from ..prompt_templates import resolve_templates
 from ..vocabulary import Vocabulary
 from .common import (
@@ -37,7 +35,7 @@ PROMPTS_PER_STEP = 256
 
 
 def embed(arguments: argparse.Namespace) -> int:
-    """Run `gkc embed`; the exit code."""
+    """Run `gkc embed` and return the exit code."""
     # What was typed is read before the model, so that a slip costs no waiting.
     with user_errors("--labels"), warnings_as_lines():
         vocabulary = Vocabulary.parse(arguments.labels)
@@ -49,15 +47,21 @@ def embed(arguments: argparse.Namespace) -> int:
         model.to(pick_device(arguments.device))
     with user_errors("--labels"), warnings_as_lines():
         prompts = processor(text=vocabulary, prompt_templates=templates, return_tensors="pt").to(model.device)
-    embeddings = _encode(model, prompts)
+    steps = [prompts[name].split(PROMPTS_PER_STEP) for name in ("input_ids", "attention_mask")]
+    with tqdm(total=len(prompts["input_ids"]), unit="prompt", disable=None) as bar:
+        for ids, mask in zip(*steps, strict=True):
+            model.embed_prompts(ids, mask)  # which the model remembers
+            bar.update(len(ids))
+    embeddings = model.get_class_embeddings(**prompts)
+    encoded = EncodedVocabulary(vocabulary, embeddings.class_embeds, embeddings.class_ids)
     with user_errors("--labels"), warnings_as_lines():
-        check_distinct(vocabulary, embeddings, processor)
+        encoded.check_distinct(processor)
     try:
-        save_class_embeddings(path, model, embeddings, vocabulary)
+        encoded.save(path, model)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out: cannot write {path}: {error}") from error
     counts = f"{len(vocabulary)} classes, {len(vocabulary.flat_names)} names, {len(prompts['input_ids'])} prompts"
-    print(f"{path}: {counts}, width {embeddings.class_embeds.shape[-1]}, text tower of {model.name_or_path}")
+    print(f"{path}: {counts}, width {encoded.class_embeds.shape[-1]}, text tower of {model.name_or_path}")
     return 0
 
 
@@ -70,16 +74,6 @@ def _prepare_output(text: str) -> Path:
     except OSError as error:
         raise UserError(f"--out: cannot make the folder {path.parent}: {error.strerror}") from error
     return path
-
-
-def _encode(model: Any, prompts: BatchFeature) -> GKCClassEmbeddings:
-    """Call `model.get_class_embeddings` with a progress bar: the model remembers what has been encoded."""
-    steps = [prompts[name].split(PROMPTS_PER_STEP) for name in ("input_ids", "attention_mask")]
-    with tqdm(total=len(prompts["input_ids"]), unit="prompt", disable=None) as bar:
-        for ids, mask in zip(*steps, strict=True):
-            model.embed_prompts(ids, mask)
-            bar.update(len(ids))
-    return model.get_class_embeddings(**prompts)
 
 
 __all__ = ["embed"]

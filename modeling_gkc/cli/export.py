@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..class_embeddings import GKCClassEmbeddings, load_class_embeddings
+from ..encoded_vocabulary import EncodedVocabulary
 from ..export.exporter import (
     FORMATS,
     RUNNER_FILE,
@@ -58,7 +58,10 @@ def export(arguments: argparse.Namespace) -> int:
     if arguments.templates:
         processor.prompt_templates = resolve_templates(arguments.templates)
     with user_errors("--vocab"):
-        vocabulary, embeddings = _words(arguments, vocabulary, model)
+        if vocabulary is None and arguments.vocab is not None:
+            vocabulary = EncodedVocabulary.load(arguments.vocab, model)
+        elif vocabulary is None and model.vocabulary is None:
+            raise UserError("the checkpoint stores no vocabulary: give one with --vocab")
     with user_errors("export"), warnings_as_lines():
         exported = export_segmenter(
             model,
@@ -67,7 +70,6 @@ def export(arguments: argparse.Namespace) -> int:
             format=arguments.format,
             size=size,
             vocabulary=vocabulary,
-            class_embeddings=embeddings,
             fixed=arguments.fixed,
             opset=arguments.opset,
             check=compares,
@@ -104,20 +106,6 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     except UserError as error:
         # In this command the checkpoint is a positional argument.
         raise UserError(str(error).replace("--model:", "DIR:", 1)) from error
-
-
-def _words(
-    arguments: argparse.Namespace, vocabulary: Vocabulary | None, model: Any
-) -> tuple[Vocabulary | None, GKCClassEmbeddings | None]:
-    """Return the requested vocabulary, and its embeddings if they are in a file."""
-    if vocabulary is not None:
-        return vocabulary, None
-    if arguments.vocab is not None:
-        embeddings, vocabulary = load_class_embeddings(arguments.vocab, model)
-        return vocabulary, embeddings
-    if model.vocabulary is None:
-        raise UserError("the checkpoint stores no vocabulary: give one with --vocab")
-    return None, None
 
 
 def _report(exported: ExportedSegmenter, model: Any) -> None:

@@ -29,6 +29,7 @@ Letters: B images, Q queries, K classes, P prompts, D text-embedding width, (H, 
 """
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import re
@@ -44,8 +45,9 @@ from transformers.image_utils import PILImageResampling
 
 from .. import atomic_files, image_reading
 from ..atomic_files import atomic_folder, check_new_folder
-from ..class_embeddings import GKCClassEmbeddings, count_classes, encode_vocabulary
+from ..class_embeddings import GKCClassEmbeddings
 from ..configuration_gkc import GKCConfig
+from ..encoded_vocabulary import EncodedVocabulary
 from ..padding import SIZE_DIVISOR
 from ..vocabulary import Vocabulary, VocabularyLike
 from . import runner
@@ -92,22 +94,21 @@ class ExportedSegmenter:
     difference: float | None
 
 
-def write_class_embeds(path: str | Path, model: Any, words: GKCClassEmbeddings, vocabulary: Vocabulary) -> None:
+def write_class_embeds(path: str | Path, model: Any, encoded: EncodedVocabulary) -> None:
     """
-    Write words for a graph that takes them as input: `names` (K,), `class_embeds` (K, D) and `colors` (K, 3).
+    Write a vocabulary for a graph that takes it as input: `names` (K,), `class_embeds` (K, D) and `colors` (K, 3).
 
     Nothing in the file is pickled.
 
     Args:
         path: File to write, .npz.
         model: The `GKCForOpenVocabSegmentation` that was exported.
-        words: Their embeddings, such as `encode_vocabulary(vocabulary, model, processor)` gives.
-        vocabulary: The K classes.
+        encoded: The K classes.
 
     Raises:
         ValueError: as `one_embed_per_class`.
     """
-    class_embeds = one_embed_per_class(model, words).numpy()
+    class_embeds, vocabulary = one_embed_per_class(model, encoded).numpy(), encoded.vocabulary
     with open(path, "wb") as file:
         np.savez(
             file,
@@ -168,8 +169,7 @@ def export_segmenter(
     *,
     format: str = "onnx",
     size: int | tuple[int, int] = 512,
-    vocabulary: VocabularyLike | None = None,
-    class_embeddings: GKCClassEmbeddings | None = None,
+    vocabulary: VocabularyLike | EncodedVocabulary | None = None,
     fixed: bool = False,
     opset: int = DEFAULT_OPSET,
     check: bool | None = None,
@@ -186,8 +186,8 @@ def export_segmenter(
         folder: New folder to write; it appears only once it is complete.
         format: "onnx", or "torch-export" for `torch.export.load`.
         size: Pixels of the graph's images: one side, or (height, width), multiples of 32.
-        vocabulary: The words, in any form that `Vocabulary.parse` takes; default: those stored in the model, if any.
-        class_embeddings: Embeddings of `vocabulary`, if they are at hand.
+        vocabulary: The words, in any form that `Vocabulary.parse` takes or encoded; default: those stored in the
+            model, if any.
         fixed: Bake the words into the graph, instead of taking embeddings as a second input.
         opset: Version of ONNX's operators, at least 18.
         check: Compare the graph with the model on a random image; default: if onnxruntime is installed.
@@ -205,12 +205,13 @@ def export_segmenter(
     compares = check_packages(format, check)
     if format == "onnx" and opset < DEFAULT_OPSET:
         raise ValueError(f"the opset must be at least {DEFAULT_OPSET}, got {opset}.")
-    vocabulary, words = _encoded(model, processor, vocabulary, class_embeddings)
+    encoded = _encode(model, processor, vocabulary)
+    words = None if encoded is None else GKCClassEmbeddings(encoded.class_embeds, encoded.class_ids)
     if fixed and words is None:
         raise ValueError("there are no words to bake in: give a vocabulary.")
     with atomic_folder(folder) as unfinished:
-        if words is not None and not fixed:
-            write_class_embeds(unfinished / WORDS_FILE, model, words, vocabulary)
+        if encoded is not None and not fixed:
+            write_class_embeds(unfinished / WORDS_FILE, model, encoded)
         reference = _fp32_copy(model, keeps_attention=format != "onnx")
         progress(f"tracing the image path at {height} x {width}")
         program = trace(ExportableSegmenter(reference, words if fixed else None), height, width, fixed)
@@ -221,7 +222,8 @@ def export_segmenter(
         if compares:
             progress("comparing it with the model")
             difference = compare(load_graph(graph), reference, (height, width), words, fixed)
-        settings = describe(model, processor, graph.name, (height, width), vocabulary, fixed)
+        classes = None if encoded is None else encoded.vocabulary
+        settings = describe(model, processor, graph.name, (height, width), classes, fixed)
         settings |= {"opset": opset} if format == "onnx" else {}
         settings["largest_mask_difference"] = difference
         _write_json(unfinished / SETTINGS_FILE, settings)
@@ -230,25 +232,24 @@ def export_segmenter(
     return ExportedSegmenter(folder, folder / FORMATS[format], settings, difference)
 
 
-def _encoded(
-    model: Any, processor: Any, vocabulary: VocabularyLike | None, embeddings: GKCClassEmbeddings | None
-) -> tuple[Vocabulary | None, GKCClassEmbeddings | None]:
-    """The words and their embeddings in fp32 on the CPU; None for both if there are none."""
-    if vocabulary is None and embeddings is not None:
-        raise ValueError("`class_embeddings` need the `vocabulary` that they encode.")
+def _encode(
+    model: Any, processor: Any, vocabulary: VocabularyLike | EncodedVocabulary | None
+) -> EncodedVocabulary | None:
+    """Return the vocabulary of the graph with embeddings in fp32 on the CPU, None if there is none."""
     if vocabulary is None:
-        if model.vocabulary is None:
-            return None, None
-        vocabulary = model.vocabulary
-        embeddings = GKCClassEmbeddings(class_embeds=model.vocabulary_embeds, class_ids=model.vocabulary_class_ids)
-    vocabulary = Vocabulary.parse(vocabulary).with_is_thing_from(model.vocabulary)
-    if embeddings is None:
-        embeddings = encode_vocabulary(vocabulary, model, processor)
-    class_embeds, class_ids = embeddings.class_embeds.detach().cpu().float(), embeddings.class_ids.cpu()
-    check_width(model, class_embeds)
-    if (num_classes := count_classes(class_ids, len(class_embeds))) != len(vocabulary):
-        raise ValueError(f"the embeddings are of {num_classes} classes, the vocabulary has {len(vocabulary)}.")
-    return vocabulary, GKCClassEmbeddings(class_embeds=class_embeds, class_ids=class_ids)
+        encoded = EncodedVocabulary.from_model(model)
+        if encoded is None:
+            return None
+    elif isinstance(vocabulary, EncodedVocabulary):
+        encoded = vocabulary
+    else:
+        encoded = EncodedVocabulary.encode(vocabulary, model, processor)
+    if encoded.void_ids or encoded.reduction not in (None, model.config.prompt_reduction):
+        raise ValueError("A graph has neither void classes nor a reduction of its own: encode the vocabulary without.")
+    check_width(model, encoded.class_embeds)
+    class_embeds, class_ids = encoded.class_embeds.detach().cpu().float(), encoded.class_ids.cpu()
+    encoded = dataclasses.replace(encoded, class_embeds=class_embeds, class_ids=class_ids)
+    return encoded.with_is_thing_from(model.vocabulary)
 
 
 def _fp32_copy(model: Any, keeps_attention: bool) -> Any:

@@ -28,7 +28,7 @@ from modeling_gkc.vocabulary import Vocabulary
 
 from ..metrics.score import PREDICTION_FIELDS
 from .segmenter import DTYPES, NOT_A_CLASS, Size, detections
-from .vocabulary import Words
+from .vocabulary import BenchmarkVocabulary
 
 # The others of this family are asked in other ways (OneFormer's tasks, clips of video) or have no semantic result.
 UNIVERSAL = {"eomt", "eomt_dinov3", "mask2former", "maskformer"} & set(MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES)
@@ -182,20 +182,20 @@ class CLIPSegSegmenter:
 
     Args:
         path: folder or name on the Hub.
-        words: what is asked; of several names of a class the best counts.
+        asked: the vocabulary; of several names of a class the best counts.
         dtype: that the model computes in.
     """
 
-    def __init__(self, path: str, words: Words, dtype: str = "float32"):
+    def __init__(self, path: str, asked: BenchmarkVocabulary, dtype: str = "float32"):
         from transformers import CLIPSegForImageSegmentation
 
         self.model = CLIPSegForImageSegmentation.from_pretrained(path, dtype=DTYPES[dtype]).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        names, templates = words.vocabulary.flat_names, words.templates
+        names, templates = asked.vocabulary.flat_names, asked.templates
         prompts = [fill_template(template, name) for name in names for template in templates]
         self.tokens = self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
-        classes = words.class_of[words.vocabulary.class_ids]
-        self.class_of = np.repeat(classes, len(words.templates)).astype(np.int32)
+        classes = asked.class_of[asked.vocabulary.class_ids]
+        self.class_of = np.repeat(classes, len(templates)).astype(np.int32)
         self.provided = ("classes",)
         self.notes = {"architecture": "clipseg", "image_size": "as the model's own processor has it"}
 

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+
+from modeling_gkc.predictor import prefetch
 
 from ..metrics.score import Prediction, Sample, Score
 from .predictions import PredictionWriter
@@ -65,7 +66,9 @@ class Evaluation:
         """
         scores, clock = self.make_scores(), _Clock()
         broken, written, images = [], [], 0
-        for batch in _ahead(self._batches(rows)):
+        starts = range(rows.start, rows.stop, self.batch_size)
+        batches = (range(start, min(start + self.batch_size, rows.stop)) for start in starts)
+        for batch in prefetch(batches, self._read, ahead=1):
             clock.lap("waiting_for_data")
             broken += batch.broken
             for sample, prediction in self._predict(batch, clock):
@@ -82,12 +85,6 @@ class Evaluation:
             score.finish()
         clock.lap("scoring")
         return scores, {"images": images, "broken": broken, "seconds": clock.seconds, "written": written}
-
-    def _batches(self, rows: range) -> Iterator[Callable[[], Batch]]:
-        """Makers of the batches, in order."""
-        for start in range(rows.start, rows.stop, self.batch_size):
-            chosen = range(start, min(start + self.batch_size, rows.stop))
-            yield lambda chosen=chosen: self._read(chosen)
 
     def _read(self, rows: range) -> Batch:
         samples, broken = [], []
@@ -156,19 +153,6 @@ class _Clock:
         self.seconds[phase] += now - self._mark
         self.seconds["total"] += now - self._mark
         self._mark = now
-
-
-def _ahead(makers: Iterator[Callable[[], Batch]]) -> Iterator[Batch]:
-    """Batches in order; while one is used, the next is made in another thread."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        future = None
-        for make in makers:
-            following = reader.submit(make)
-            if future is not None:
-                yield future.result()
-            future = following
-        if future is not None:
-            yield future.result()
 
 
 def total_seconds(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

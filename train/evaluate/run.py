@@ -170,7 +170,7 @@ def _circumstances(session: Session) -> dict[str, Any]:
     sides = {name: getattr(request, name) or getattr(protocol, name) for name in ("short_side", "long_side")}
     return {
         "protocol": protocol.as_dict() | sides,
-        "prompts": session.words.as_dict() | {"tta": request.tta},
+        "prompts": session.asked.as_dict() | {"tta": request.tta},
         "model": {
             "name": model_name(request.model),
             "sha256": session.model_sha256,

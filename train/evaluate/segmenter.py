@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling_gkc.class_embeddings import GKCClassEmbeddings, check_distinct, encode_vocabulary
+from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.mask_resampling import MaskResampler
-from modeling_gkc.post_processing import instance_segmentation, panoptic_segmentation, semantic_segmentation
+from modeling_gkc.post_processing import instance_segmentation
+from modeling_gkc.predictor import GKCPredictor, PredictionOptions, PreparedImage, SegmentationResult
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..metrics.score import PREDICTION_FIELDS
-from .vocabulary import Words
+from .vocabulary import BenchmarkVocabulary
 
 Size = tuple[int, int]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,13 +74,13 @@ def all_views() -> tuple[View, ...]:
 
 class GKCSegmenter:
     """
-    A `GKCForOpenVocabSegmentation` with encoded words.
+    A `GKCPredictor` with the vocabulary of a benchmark.
 
     Args:
         model, processor: the checkpoint.
-        words: what is asked.
-        short_side, long_side: as in `evaluation.protocol`.
-        panoptic: settings of `panoptic_segmentation`, such as the stuff among the asked classes.
+        asked: the vocabulary.
+        short_side, long_side: as in `evaluate.protocol`.
+        panoptic: thresholds of panoptic results, of `PredictionOptions`.
         views: shown to the model; scores of several are summed before the arg-max.
         dtype: that the image path computes in.
         compile: compile it.
@@ -92,7 +93,7 @@ class GKCSegmenter:
         self,
         model: Any,
         processor: Any,
-        words: Words,
+        asked: BenchmarkVocabulary,
         short_side: int,
         long_side: int,
         panoptic: Mapping[str, Any] | None = None,
@@ -100,68 +101,79 @@ class GKCSegmenter:
         dtype: str = "float32",
         compile: bool = False,
     ):
-        processor.prompt_templates = words.templates
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            self.encoded = encode_vocabulary(words.vocabulary, model, processor)  # in fp32, before the model is cast
-        _refuse_indistinct(words, self.encoded, processor)
+            # In fp32, before the model is cast.
+            encoded = EncodedVocabulary.encode(
+                asked.vocabulary,
+                model,
+                processor,
+                prompt_templates=asked.templates,
+                reduction=asked.reduction,
+            )
+        _check_distinct(asked, encoded, processor)
         if dtype != "float32" or compile:
-            model.optimize_for_inference(DTYPES[dtype], compile=compile)
-        self.model, self.processor, self.words = model, processor, words
-        self.sides, self.panoptic_settings, self.views = (short_side, long_side), panoptic or {}, tuple(views)
-        self.class_of = words.class_of
+            model = model.optimize_for_inference(DTYPES[dtype], compile=compile)
+        self.model, self.predictor = model, GKCPredictor(model, processor)
+        self.predictor.set_vocabulary(encoded)
+        self.sides, self.views = (short_side, long_side), tuple(views)
+        self.panoptic_options = PredictionOptions("panoptic", **(panoptic or {}))
+        self.class_of = asked.class_of
         self.provided = ("classes",) if len(self.views) > 1 else PREDICTION_FIELDS
         said = [str(warning.message) for warning in caught]
         self.notes = {"architecture": "gkc", "views": len(self.views), "warnings": said}
 
-    def prepare(self, images: Sequence[np.ndarray]) -> list[Any]:
+    def prepare(self, images: Sequence[np.ndarray]) -> list[list[PreparedImage]]:
         """Inputs of every view."""
         return [self._prepare_view(images, view) for view in self.views]
 
-    def _prepare_view(self, images: Sequence[np.ndarray], view: View) -> Any:
+    def _prepare_view(self, images: Sequence[np.ndarray], view: View) -> list[PreparedImage]:
         shown = [Image.fromarray(np.ascontiguousarray(image[:, ::-1] if view.flip else image)) for image in images]
         short, long = (max(1, round(side * view.scale)) for side in self.sides)
-        return self.processor(
-            images=shown, size={"shortest_edge": short, "longest_edge": long}, do_resize=True, return_tensors="pt"
-        )
+        size = {"shortest_edge": short, "longest_edge": long}
+        return [self.predictor.prepare(image, size=size, do_resize=True) for image in shown]
 
-    def forward(self, inputs: list[Any]) -> list[Any]:
+    def forward(self, inputs: list[list[PreparedImage]]) -> list[Any]:
         """Outputs of every view."""
-        words = {"class_embeds": self.encoded.class_embeds, "class_ids": self.encoded.class_ids}
-        return [
-            self.model(**view.to(self.model.device), **words, prompt_reduction=self.words.reduction) for view in inputs
-        ]
+        return [self.predictor.forward(view) for view in inputs]
 
     def semantic(self, outputs: list[Any], index: int, size: Size) -> np.ndarray:
         """See `Segmenter`."""
         if len(outputs) == 1:
-            labels, _ = semantic_segmentation(*_image(outputs[0], index), size)
+            labels = self._result(outputs[0], index, size, PredictionOptions("semantic")).segmentation
         else:
             labels = _best_of_views([_image(output, index) for output in outputs], self.views, size)
         return labels.cpu().numpy().astype(np.int32)
 
     def panoptic(self, outputs: list[Any], index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """See `Segmenter`."""
-        result = panoptic_segmentation(*_image(outputs[0], index), size, **self.panoptic_settings)
-        return result["segmentation"].cpu().numpy(), result["segments_info"]
+        result = self._result(outputs[0], index, size, self.panoptic_options)
+        segments = [{"id": segment.id, "label_id": segment.label_id} for segment in result.segments]
+        return result.segmentation.cpu().numpy(), segments
 
     def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
         """See `Segmenter`."""
         return detections(*_image(outputs[0], index), size)
 
+    def _result(self, output: Any, index: int, size: Size, options: PredictionOptions) -> SegmentationResult:
+        fields = ("class_queries_logits", "masks_queries_logits", "content_sizes")
+        one = {name: output[name][index : index + 1] for name in fields if output[name] is not None}
+        (result,) = self.predictor.post_process(one, [size], options)
+        return result
 
-def _refuse_indistinct(words: Words, encoded: GKCClassEmbeddings, processor: Any) -> None:
+
+def _check_distinct(asked: BenchmarkVocabulary, encoded: EncodedVocabulary, processor: Any) -> None:
     """Refuse words whose scores would mean nothing; several words that stand for one class may be equal."""
     names: dict[int, list[str]] = {}
-    for asked, name in zip(
-        words.class_of[words.vocabulary.class_ids].tolist(), words.vocabulary.flat_names, strict=True
+    for index, name in zip(
+        asked.class_of[asked.vocabulary.class_ids].tolist(), asked.vocabulary.flat_names, strict=True
     ):
-        names.setdefault(asked, []).append(name)
+        names.setdefault(index, []).append(name)
     order = sorted(names)
     classes = Vocabulary.from_stored([names[index] for index in order])
-    class_ids = torch.tensor([order.index(index) for index in words.class_of[encoded.class_ids.tolist()]])
+    class_ids = torch.tensor([order.index(index) for index in asked.class_of[encoded.class_ids.tolist()]])
     try:
-        check_distinct(classes, GKCClassEmbeddings(encoded.class_embeds, class_ids), processor, distinct=True)
+        EncodedVocabulary(classes, encoded.class_embeds, class_ids).check_distinct(processor, distinct=True)
     except ValueError as error:
         raise ValueError(f"--model: {error}") from error
 

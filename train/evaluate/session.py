@@ -22,7 +22,7 @@ from ..storage.fingerprints import model_fingerprint, settings_fingerprint
 from .adapters import CLIPSegSegmenter, LabelledSegmenter, model_type
 from .processes import from_main
 from .segmenter import GKCSegmenter, Segmenter, View, all_views
-from .vocabulary import Words, words_of
+from .vocabulary import BenchmarkVocabulary
 
 # Files of a checkpoint that decide its predictions.
 _MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*.json", "vocab.json", "merges.txt")
@@ -62,7 +62,7 @@ class Session:
     prepared: Prepared
     protocol: Protocol
     tasks: tuple[str, ...]
-    words: Words
+    asked: BenchmarkVocabulary
     segmenter: Segmenter
     settings: dict[str, Any]
     trained_on: Vocabulary | None
@@ -100,12 +100,12 @@ def load_session(request: Request, state: PartialState) -> Session:
     if any(score.needs_videos for score in kinds) and not any(video_ids(prepared)):
         raise ValueError(f"--tasks: {prepared.benchmark} has no videos.")
     trained_on = _training_vocabulary(request.trained_on)
-    words = words_of(prepared.vocabulary, protocol, request.prompts, request.reduction)
-    segmenter, sha256 = _load_segmenter(request, protocol, words, prepared.vocabulary, state)
+    asked = BenchmarkVocabulary.from_protocol(prepared.vocabulary, protocol, request.prompts, request.reduction)
+    segmenter, sha256 = _load_segmenter(request, protocol, asked, prepared.vocabulary, state)
     make_scores(tasks, prepared.vocabulary, segmenter.provided)  # refuses what cannot be scored, before any work
-    settings = _settings(request, prepared, protocol, tasks, words, sha256, state)
+    settings = _settings(request, prepared, protocol, tasks, asked, sha256, state)
     parameters = sum(weight.numel() for weight in segmenter.model.parameters())
-    return Session(request, prepared, protocol, tasks, words, segmenter, settings, trained_on, parameters, sha256)
+    return Session(request, prepared, protocol, tasks, asked, segmenter, settings, trained_on, parameters, sha256)
 
 
 def _training_vocabulary(text: str | None) -> Vocabulary | None:
@@ -116,14 +116,12 @@ def _training_vocabulary(text: str | None) -> Vocabulary | None:
 
 
 def _load_segmenter(
-    request: Request, protocol: Protocol, words: Words, vocabulary: Vocabulary, state: PartialState
+    request: Request, protocol: Protocol, asked: BenchmarkVocabulary, vocabulary: Vocabulary, state: PartialState
 ) -> tuple[Segmenter, str]:
     short, long = request.short_side or protocol.short_side, request.long_side or protocol.long_side
-    stuff = [index for index, asked in enumerate(words.class_of.tolist()) if asked in vocabulary.stuff_ids]
     panoptic = {
         "threshold": protocol.panoptic_threshold,
         "overlap_mask_area_threshold": protocol.panoptic_overlap,
-        "label_ids_to_fuse": stuff,
     }
     kind = model_type(request.model)
     if kind == "gkc":
@@ -132,16 +130,16 @@ def _load_segmenter(
         views = all_views() if request.tta else (View(),)
         model.to(state.device)
         options = {"dtype": request.dtype, "compile": request.compile}
-        return GKCSegmenter(model, processor, words, short, long, panoptic, views, **options), sha256
+        return GKCSegmenter(model, processor, asked, short, long, panoptic, views, **options), sha256
     if request.tta or request.compile or request.short_side or request.long_side:
         raise ValueError("--tta, --compile and the sides are for checkpoints of gkc: others prepare their own images.")
     with without_progress_bars():
         if kind == "clipseg":
-            segmenter = CLIPSegSegmenter(request.model, words, request.dtype)
+            segmenter = CLIPSegSegmenter(request.model, asked, request.dtype)
         else:
             if request.prompts != "plain":
                 raise ValueError(f"--prompts: a {kind} has a fixed list of labels and reads no words.")
-            panoptic["label_ids_to_fuse"] = vocabulary.stuff_ids
+            panoptic |= {"label_ids_to_fuse": vocabulary.stuff_ids}
             segmenter = LabelledSegmenter(request.model, vocabulary, panoptic, request.dtype)
     sha256 = model_sha256(request.model, segmenter.model)
     segmenter.model.to(state.device)
@@ -167,7 +165,7 @@ def _settings(
     prepared: Prepared,
     protocol: Protocol,
     tasks: Sequence[str],
-    words: Words,
+    asked: BenchmarkVocabulary,
     sha256: str,
     state: PartialState,
 ) -> dict[str, Any]:
@@ -181,7 +179,7 @@ def _settings(
         "vocabulary": [prepared.vocabulary.names, prepared.vocabulary.is_thing],
         "protocol": protocol.as_dict(),
         "tasks": list(tasks),
-        "prompts": words.as_dict() | {"words": words.vocabulary.names},
+        "prompts": asked.as_dict() | {"words": asked.vocabulary.names},
         "predictions": None if request.write_predictions is None else str(request.write_predictions.resolve()),
         "device": state.device.type,
     } | {
