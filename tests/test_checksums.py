@@ -200,7 +200,8 @@ def test_sealed_json_is_read_as_written_and_in_its_shape(tmp_path):
         (path.read_text().replace("2}", "3}"), "its checksum is another"),
         (path.read_text().replace('"names"', '"nouns"'), "names: is missing"),
         (path.read_text().replace("2}", "true}"), "counts.10: must be int, got True"),
-        ("[" * 100_000, "is no JSON"),
+        ("[" * 100_000, "it cannot be read as JSON: it is nested too deeply"),
+        ("[\n1 2]", "line 2: invalid JSON: Expecting ',' delimiter"),
         ("[]", "the file: must be an object, got list"),
     ]:
         other = tmp_path / "b.json"

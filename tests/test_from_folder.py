@@ -179,7 +179,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"1": "cat",\n "2" "dog"}', "names.json, line 2: this is no JSON"),
+        ('{"1": "cat",\n "2" "dog"}', "names.json, line 2: invalid JSON"),
         ('{"1": "cat", "red": "dog"}', "all numbers or all colors"),
         ('{"#12345": "cat"}', 'names.json, key "#12345"'),
         ('{"1": "cat", "2": " "}', "names.json: .*empty"),

@@ -229,7 +229,7 @@ def test_coco_lists_that_do_not_fit_are_named(tmp_path):
     assert "there are no categories [12]" in first and "panoptic_val2017.json" in first
     assert "no annotation of this image" in second and "000000000140" in second
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"panoptic_val2017\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json, line 1: invalid JSON"):
         prepare(benchmark_named(mini.benchmark), mini.source, tmp_path / "other", ["val"], ALL)
 
 

@@ -310,7 +310,7 @@ def test_vipseg_raw_masks_at_720p_are_taken_before_those_of_full_size(tmp_path):
     [
         (lambda c: c["categories"].pop(), "its category 123 is None, but in VIPSeg 'train'"),
         (lambda c: [x.update(id=x["id"] + 1) for x in c["categories"]], "its category 0 is None, but .* 'wall'"),
-        (lambda c: c.pop("categories"), r"lacks \['categories'\]"),
+        (lambda c: c.pop("categories"), r"categories: is missing: make it with the owners' script"),
     ],
     ids=["a class too few", "counted from 1", "no categories"],
 )
@@ -363,7 +363,7 @@ def test_vipseg_damaged_and_missing_files_are_named(tmp_path):
             picture.read(SHAPE)
     assert not pictures[3].image.exists()
     path.write_text(path.read_text()[:200])
-    with pytest.raises(ValueError, match=r"panoptic_gt_VIPSeg_val.json: .*cut off"):
+    with pytest.raises(ValueError, match=r"VIPSeg_val.json is damaged, line 1: invalid JSON: .*make it with the own"):
         VIPSEG.find(tmp_path, "val")
 
 

@@ -191,7 +191,7 @@ class TestCommand:
             ('{"dog": {"add": "hound"}}', "'add' must be a list of words"),
             ('{"dog": {"synset": 7}}', "'synset' must be a name"),
             ("[]", "must hold an object"),
-            ("{", "cannot be read as JSON"),
+            ("{", "line 1: invalid JSON"),
         ],
     )
     def test_wrong_corrections_are_refused(self, tmp_path, content, expected):

@@ -1,6 +1,5 @@
 """What readers of other people's data give: pictures, and how to get their segments."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-_JSON_NESTING = "it is nested too deeply"
 # How numpy turns an array as Pillow turns a picture that is stored on its side, by its EXIF orientation.
 _SIDEWAYS = {
     5: lambda array: array.T,
@@ -220,36 +218,6 @@ def relative_names(file_name: str) -> list[PurePosixPath]:
 def first_folder(folder: Path, names: Sequence[str]) -> Path | None:
     """The first folder of these names that is there."""
     return next((folder / name for name in names if (folder / name).is_dir()), None)
-
-
-def load_json(path: Path, unique_keys: bool = False) -> Any:
-    """
-    Content of a JSON file.
-
-    Args:
-        path: the file, in UTF-8.
-        unique_keys: refuse an object that has a key twice, of which JSON's reader would keep the last.
-
-    Raises:
-        ValueError: it cannot be read; file and line are named.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique if unique_keys else None)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: this is no JSON: {error.msg}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is not UTF-8 ({error}): save it as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        reason = _JSON_NESTING if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path}: it cannot be read as JSON: {reason}.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the keys {sorted({key for key in keys if keys.count(key) > 1})} are given twice")
-    return content
 
 
 def declared_shape(height: Any, width: Any, place: str) -> tuple[int, int] | None:

@@ -111,24 +111,54 @@ def write_sealed_json(path: str | Path, content: Mapping[str, Any], sync: bool =
     atomic_write(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n", sync=sync)
 
 
-def read_json(path: str | Path, remedy: str) -> Any:
+def read_json(path: str | Path, remedy: str = "", shape: Any = None, unique_keys: bool = False) -> Any:
     """
-    Read a JSON file.
+    Read a JSON file in UTF-8.
 
     Args:
-        path: the file.
-        remedy: what to do about a damaged file, the end of a sentence.
+        path: The file.
+        remedy: How to make a file that a command wrote again, the end of a sentence. Empty for files of users.
+        shape: Shape of the content, as in `shape_problems`; None accepts any.
+        unique_keys: Refuse an object that has a key twice, of which JSON's reader would keep the last.
 
     Raises:
-        DamagedFileError: it is missing, cannot be read or is no JSON.
+        DamagedFileError: with a remedy, if the file is missing, cannot be read, is invalid JSON or of another shape.
+        OSError: without a remedy, if the file is missing or cannot be read.
+        ValueError: without a remedy, if it is invalid JSON or of another shape; file and line are named.
     """
+    place = f"{path} is damaged" if remedy else str(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except OSError as error:
+        if not remedy:
+            raise
         raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
     except (ValueError, RecursionError) as error:
-        reason = str(error) or "nested too deeply"
-        raise DamagedFileError(f"{path} is damaged, it is no JSON ({reason}): {remedy}") from error
+        if isinstance(error, json.JSONDecodeError):
+            problem = f"{place}, line {error.lineno}: invalid JSON: {error.msg}"
+        elif isinstance(error, UnicodeDecodeError):
+            problem = f"{place}: it is not UTF-8 ({error})"
+        else:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            problem = f"{place}: it cannot be read as JSON: {reason}"
+        raise _file_error(problem, remedy) from error
+    if shape is not None and (problems := shape_problems(content, shape)):
+        more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
+        raise _file_error(f"{place}{',' if remedy else ':'} {'; '.join(problems[:2])}{more}", remedy)
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the keys {sorted({key for key in keys if keys.count(key) > 1})} are given twice")
+    return content
+
+
+def _file_error(problem: str, remedy: str) -> ValueError:
+    return DamagedFileError(f"{problem}: {remedy}") if remedy else ValueError(f"{problem}.")
 
 
 def read_sealed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) -> dict[str, Any]:
@@ -141,12 +171,9 @@ def read_sealed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) ->
         remedy: what to do about a damaged file, the end of a sentence.
 
     Raises:
-        DamagedFileError: it is missing, no JSON, of another shape, or its checksum is another; the message says which.
+        DamagedFileError: it is missing, invalid JSON, of another shape or edited; the message says which.
     """
-    content = read_json(path, remedy)
-    if problems := shape_problems(content, {**shape, SUM: str}):
-        more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
-        raise DamagedFileError(f"{path} is damaged, {'; '.join(problems[:2])}{more}: {remedy}")
+    content = read_json(path, remedy, {**shape, SUM: str})
     stored = content.pop(SUM)
     if stored != _json_sum(content):
         raise DamagedFileError(f"{path} is damaged or was edited, its checksum is another than when written: {remedy}")

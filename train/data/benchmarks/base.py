@@ -12,7 +12,6 @@ from PIL import Image
 from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import packaged_facts
 
-from ...storage.checksums import shape_problems
 from ..schema import NO_CLASS, VOID, decode_ids, ids_within
 from ..sources import Picture, Segmentation
 from ..splits import vocabulary_subset
@@ -182,27 +181,6 @@ def _read(path: Path, shape: tuple[int, int] | None, modes: Collection[str]) -> 
     if shape is not None:
         check_size(path, pixels.shape[:2], shape)
     return pixels
-
-
-def read_json(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """The object of a JSON file that has at least these keys, with values of these types.
-
-    Args:
-        path: the file.
-        shape: of its content, as in `train.storage.checksums.shape_problems`.
-
-    Raises:
-        ValueError: it cannot be read, is no object, lacks a key or has a value of another type; the file is named.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if missing := [key for key in shape if not isinstance(content, dict) or key not in content]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
-    if problems := shape_problems(content, shape):
-        raise ValueError(f"{path}: {'; '.join(problems[:_NAMED_VALUES])}.")
-    return content
 
 
 def check_size(path: Path | str, found: tuple[int, ...], shape: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...storage.checksums import Perhaps
+from ...storage.checksums import Perhaps, read_json
 from ..schema import NO_CLASS, VOID, ids_within
 from ..sources import Picture, Segmentation
 from ..splits import novel_positions
@@ -19,7 +19,6 @@ from .base import (
     look_up,
     raw_ids,
     read_colour_ids,
-    read_json,
     read_numbers,
     read_table,
     require,
@@ -83,7 +82,7 @@ def find_panoptic(source: Path, split: str) -> list[Picture]:
         (place for place in (source, source / "annotations") if (place / f"panoptic_{split}2017").is_dir()), source
     )
     masks = require(masks / f"panoptic_{split}2017", "the folder of the segmentations: unzip it")
-    content = read_json(path, _PANOPTIC_JSON)
+    content = read_json(path, shape=_PANOPTIC_JSON)
     captions = _captions(source / "annotations" / f"captions_{split}2017.json")
     annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
     names = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
@@ -104,7 +103,7 @@ def _captions(path: Path) -> dict[int, list[str]]:
     """The captions of each image; none where the file is not there."""
     captions = defaultdict(list)
     if path.is_file():
-        for annotation in sorted(read_json(path, _CAPTIONS_JSON)["annotations"], key=lambda entry: entry["id"]):
+        for annotation in sorted(read_json(path, shape=_CAPTIONS_JSON)["annotations"], key=lambda entry: entry["id"]):
             captions[annotation["image_id"]].append(annotation["caption"].strip())
     return captions
 

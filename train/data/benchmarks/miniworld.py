@@ -9,7 +9,6 @@ training, in which some concepts go by their hypernym and others are void.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 from modeling_gkc.vocabulary import Vocabulary
 
+from ...storage.checksums import Each, read_json
 from ..drawn_world.dataset import test_vocabulary, training_vocabulary
 from ..drawn_world.words import COARSE, CONCEPTS, KEPT, NEVER_SEEN, SUB, VOID, coarse_label
 from ..drawn_world.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
@@ -75,7 +75,7 @@ def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
         ValueError: the folder was not drawn by this module; what is missing is named.
     """
     listed = require(folder / f"{split}.json", "which `python -m train.data.benchmarks.miniworld` writes")
-    concepts = json.loads(listed.read_text(encoding="utf-8"))
+    concepts = read_json(listed, shape=Each([str]))
     pictures = require(folder / split)
     return [
         Picture(name, pictures / f"{name}.png", partial(_read, pictures / f"{name}.ids.png", names, classes), split)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ...storage.checksums import read_json
 from ..readers.coco_masks import run_length_mask
 from ..sources import Picture, Segmentation
-from .base import Benchmark, check_size, look_up, raw_ids, read_json, read_numbers, require, semantic_segments
+from .base import Benchmark, check_size, look_up, raw_ids, read_numbers, require, semantic_segments
 from .pairs import listed, names_in
 from .protocol import FC_CLIP_R50, GKC_R50, GKC_R50_OPENTRANS, GKC_R101, Protocol, ReportColumn
 
@@ -93,7 +94,7 @@ def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
     if merged is not None:
         return [
             Path(image["file_name"]).stem
-            for image in read_json(merged, _MERGED_JSON)["images"]
+            for image in read_json(merged, shape=_MERGED_JSON)["images"]
             if image["phase"] == split
         ]
     lists = [folder / "ImageSets" / place / f"{split}.txt" for place in ("SegmentationContext", "Main")]
@@ -102,7 +103,7 @@ def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
 
 
 def _find_merged(vocabulary: str, images: Path, path: Path, split: str) -> list[Picture]:
-    content = read_json(path, _MERGED_JSON)
+    content = read_json(path, shape=_MERGED_JSON)
     masks = defaultdict(list)
     for annotation in content["annos_segmentation"]:
         masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))

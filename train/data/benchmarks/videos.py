@@ -4,7 +4,6 @@ An `image_id` is VIDEO/FRAME, which leads to the names of the files; `frame` cou
 keeps counting where one cannot be read. Segments of VIPSeg keep their id over the frames of a video.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from PIL import Image
 
 from modeling_gkc.vocabulary_files import packaged_facts
 
-from ...storage.checksums import shape_problems
+from ...storage.checksums import read_json
 from ..schema import VOID, ids_within
 from ..sources import IMAGE_SUFFIXES, Picture, Segmentation
 from ..splits import novel_positions
@@ -122,7 +121,7 @@ def _vipseg_meaning(things: Sequence[bool], value: int) -> tuple[int, bool] | No
 
 
 def _find_vipseg_json(root: Path, path: Path, names: Path, split: str) -> list[Picture]:
-    content = _load(path)
+    content = read_json(path, "make it with the owners' script.", _VIPSEG_JSON)
     _check_categories(content["categories"], path)
     annotated = {video["video_id"]: _by_frame(video["annotations"]) for video in content["annotations"]}
     # The JSON of all splits needs the list; that of one split is checked against it where there is one.
@@ -147,19 +146,6 @@ _VIPSEG_JSON = {
         }
     ],
 }
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: this is no JSON, it may be cut off: {error}") from error
-    missing = {"annotations", "categories"} - (content.keys() if isinstance(content, dict) else set())
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}: make it with the owners' script.")
-    if problems := shape_problems(content, _VIPSEG_JSON):
-        raise ValueError(f"{path}: {'; '.join(problems[:3])}: make it with the owners' script.")
-    return content
 
 
 def _check_categories(categories: Sequence[Mapping[str, Any]], path: Path) -> None:

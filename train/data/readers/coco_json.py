@@ -23,6 +23,7 @@ from PIL import Image
 from modeling_gkc.label_text import shown
 from modeling_gkc.vocabulary import Vocabulary
 
+from ...storage.checksums import read_json
 from ..schema import VOID, decode_ids, ids_within
 from ..sources import (
     Picture,
@@ -30,7 +31,6 @@ from ..sources import (
     Source,
     annotated_shape,
     declared_shape,
-    load_json,
     relative_names,
     split_named,
     split_of_folders,
@@ -53,7 +53,7 @@ def find_coco_files(folder: Path) -> tuple[list[Path], list[str]]:
     places = (folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
     kinds, notes = {}, []
     for path in (path for place in places for path in sorted(place.glob("*.json"))):
-        content = load_json(path)
+        content = read_json(path)
         lacking = [part for part in _PARTS if not isinstance(content, dict) or part not in content]
         if not lacking:
             annotations = content["annotations"] if isinstance(content["annotations"], list) else []
@@ -90,7 +90,7 @@ def read_coco(folder: Path, files: list[Path]) -> Source:
 
 def _checked_content(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The three lists of a COCO file, their ids made comparable."""
-    content = load_json(path)
+    content = read_json(path)
     for part in _PARTS:
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from modeling_gkc.vocabulary import Vocabulary
 
+from ...storage.checksums import read_json
 from ..schema import NO_CLASS
 from ..sources import (
     IMAGE_SUFFIXES,
@@ -28,7 +29,6 @@ from ..sources import (
     Source,
     annotated_shape,
     declared_shape,
-    load_json,
     relative_names,
     split_of_folders,
     upright,
@@ -45,7 +45,7 @@ def find_labelme_files(folder: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for path in sorted(folder.rglob("*.json")):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            content = load_json(path)
+            content = read_json(path)
             content = content if isinstance(content, dict) else {}
             found[path] = {key: value for key, value in content.items() if key != "imageData"}
     if not any(content.keys() >= _KEYS for content in found.values()):

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 
 from modeling_gkc.vocabulary import Vocabulary
 
+from ...storage.checksums import read_json
 from ..schema import VOID, decode_ids, ids_within
 from ..sources import (
     Picture,
@@ -35,7 +36,6 @@ from ..sources import (
     annotated_shape,
     files_of_splits,
     folder_pairs,
-    load_json,
     split_of_folders,
     upright,
 )
@@ -159,7 +159,7 @@ def read_names(path: Path) -> tuple[MaskNames, Vocabulary]:
 
 
 def _entries(path: Path) -> dict[Any, Any]:
-    content = load_json(path, unique_keys=True)
+    content = read_json(path, unique_keys=True)
     if isinstance(content, list):
         return dict(enumerate(content))
     if not isinstance(content, dict) or not content:

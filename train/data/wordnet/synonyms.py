@@ -44,6 +44,7 @@ from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import PACKAGED_NAMES, packaged_facts
 from modeling_gkc.vocabulary_provenance import WordOrigin, provenance_path, write_provenance
 
+from ...storage.checksums import read_json
 from .database import WordNet, open_wordnet
 
 MAX_WORDS = 8
@@ -335,9 +336,9 @@ def read_corrections(path: str | Path, labels: Iterable[str]) -> dict[str, Corre
         ValueError: it is no such file, or names a class or a field that there is not.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        content = read_json(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, label to its corrections.")
     unknown = sorted(set(content) - set(labels))
