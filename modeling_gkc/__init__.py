@@ -13,9 +13,10 @@ from .auto_registration import register
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .configuration_gkc import CLIPResNetConfig, GKCConfig
+    from .configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig, GKCConfig
     from .encoded_vocabulary import EncodedVocabulary
     from .image_processing_gkc import GKCImageProcessor
+    from .modeling_clip_convnext import CLIPConvNextBackbone, CLIPConvNextVisionModel
     from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
     from .modeling_gkc import GKCForOpenVocabSegmentation, GKCModel
     from .pipeline_gkc import GKCSegmentationPipeline
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .vocabulary import Vocabulary
 
 __all__ = [
+    "CLIPConvNextBackbone",
+    "CLIPConvNextConfig",
+    "CLIPConvNextVisionModel",
     "CLIPResNetBackbone",
     "CLIPResNetConfig",
     "CLIPResNetVisionModel",
@@ -39,6 +43,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CLIPConvNextBackbone": "modeling_clip_convnext",
+    "CLIPConvNextConfig": "configuration_gkc",
+    "CLIPConvNextVisionModel": "modeling_clip_convnext",
     "CLIPResNetBackbone": "modeling_clip_resnet",
     "CLIPResNetConfig": "configuration_gkc",
     "CLIPResNetVisionModel": "modeling_clip_resnet",

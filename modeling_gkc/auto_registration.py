@@ -32,7 +32,7 @@ _REGISTERING = {
     f"{_AUTO}.configuration_auto": ("configuration_gkc",),
     f"{_AUTO}.image_processing_auto": ("image_processing_gkc",),
     f"{_AUTO}.processing_auto": ("processing_gkc",),
-    f"{_AUTO}.modeling_auto": ("modeling_clip_resnet", "modeling_gkc"),
+    f"{_AUTO}.modeling_auto": ("modeling_clip_convnext", "modeling_clip_resnet", "modeling_gkc"),
 }
 
 

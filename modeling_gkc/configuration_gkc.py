@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet image tower (`CLIPResNetConfig`)."""
+"""Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet and ConvNeXt image towers."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, ConvNextConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
@@ -208,6 +208,74 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     def hidden_size(self) -> int:
         """Channels of the last stage, which the attention pooling works on."""
         return 32 * self.width
+
+
+@_refusing_by_value_error
+@strict
+class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
+    r"""
+    Configuration of a CLIP ConvNeXt image tower of OpenCLIP, as backbone and as full image model.
+
+    The defaults are those of `convnext_large_d_320`. `convnext_base_w_320` has `hidden_sizes=[128, 256, 512, 1024],
+    depths=[3, 3, 27, 3], projection_dim=640, projection_hidden_dim=None`.
+
+    Args:
+        hidden_sizes: Channels of the four stages.
+        depths: Blocks of the four stages.
+        projection_dim: Width D of the image-text space.
+        projection_hidden_dim: Hidden width of the two-layer perceptron that maps the pooled features to D; None for a
+            single linear layer.
+        image_size: Side in pixels of the square training images. The tower computes images of any size.
+        layer_norm_eps: Epsilon of the normalization after pooling. (That of all others is 1e-6 as well.)
+        hidden_act: Activation of the blocks and of the projection.
+        out_features, out_indices: Stages that the backbone returns, of `stem`, `stage1` .. `stage4` (strides 4, 4, 8,
+            16, 32). All four stages by default.
+
+    The other fields are those of transformers' `ConvNextConfig`.
+
+    Raises:
+        ValueError: if the values cannot make a model; the message says what to change.
+    """
+
+    model_type = "clip_convnext"
+
+    hidden_sizes: list[int] | tuple[int, ...] = (192, 384, 768, 1536)
+    depths: list[int] | tuple[int, ...] = (3, 3, 27, 3)
+    image_size: int = 320
+    layer_norm_eps: float = 1e-6
+    projection_dim: int = 768
+    projection_hidden_dim: int | None = 1536
+
+    def __post_init__(self, **kwargs):
+        self.hidden_sizes, self.depths = list(self.hidden_sizes), list(self.depths)
+        self._check()
+        kwargs.pop("stage_names", None)  # of a stored configuration, where they are written for others
+        if kwargs.get("out_features") is None and kwargs.get("out_indices") is None:
+            kwargs["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+        super().__post_init__(**kwargs)
+
+    def _check(self):
+        _require_positive(self, ("image_size", "projection_dim", "num_channels"))
+        for name, limit in (("hidden_sizes", MAX_WIDTH), ("depths", MAX_LAYERS)):
+            values = getattr(self, name)
+            _require(
+                len(values) == 4 and all(type(value) is int and 0 < value <= limit for value in values),
+                f"`{name}` needs four positive whole numbers up to {limit}, one per stage, got {shown(values)}.",
+            )
+        if self.projection_hidden_dim is not None:
+            _require_positive(self, ("projection_hidden_dim",))
+        _require(self.num_stages == 4, f"`num_stages` must be 4, got {shown(self.num_stages)}.")
+        _require(
+            self.patch_size == 4, f"`patch_size` must be 4, the stride of the stem, got {shown(self.patch_size)}."
+        )
+        _require(
+            self.hidden_act in ACT2FN,
+            f"`hidden_act` must be an activation of transformers, got {shown(self.hidden_act)}.",
+        )
+        check_number("layer_norm_eps", self.layer_norm_eps, 0, 1)
+        check_number("drop_path_rate", self.drop_path_rate, 0, 1)
+        check_number("layer_scale_init_value", self.layer_scale_init_value, 0, 1)
+        check_number("initializer_range", self.initializer_range, 0)
 
 
 @_refusing_by_value_error
@@ -609,6 +677,7 @@ def _without_origin(values: dict) -> dict:
 
 
 AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig, exist_ok=True)
+AutoConfig.register(CLIPConvNextConfig.model_type, CLIPConvNextConfig, exist_ok=True)
 AutoConfig.register(GKCConfig.model_type, GKCConfig, exist_ok=True)
 
-__all__ = ["CLIPResNetConfig", "GKCConfig"]
+__all__ = ["CLIPConvNextConfig", "CLIPResNetConfig", "GKCConfig"]

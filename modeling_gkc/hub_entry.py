@@ -25,9 +25,10 @@ from transformers import CONFIG_MAPPING
 # transformers prefers to those of a folder. The others then come from it too: two copies do not know each other.
 _known = CONFIG_MAPPING["gkc"].__module__.rpartition(".")[0] if "gkc" in CONFIG_MAPPING else __package__
 if _known == __package__:
-    from .configuration_gkc import CLIPResNetConfig, GKCConfig
+    from .configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig, GKCConfig
     from .encoded_vocabulary import EncodedVocabulary
     from .image_processing_gkc import GKCImageProcessor
+    from .modeling_clip_convnext import CLIPConvNextBackbone, CLIPConvNextVisionModel
     from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
     from .modeling_gkc import GKCForOpenVocabSegmentation
     from .pipeline_gkc import GKCSegmentationPipeline
@@ -35,6 +36,9 @@ if _known == __package__:
     from .processing_gkc import GKCProcessor
 else:
     _library = importlib.import_module(f"{_known}.{__name__.rpartition('.')[2]}")
+    CLIPConvNextBackbone = _library.CLIPConvNextBackbone
+    CLIPConvNextConfig = _library.CLIPConvNextConfig
+    CLIPConvNextVisionModel = _library.CLIPConvNextVisionModel
     CLIPResNetBackbone = _library.CLIPResNetBackbone
     CLIPResNetConfig = _library.CLIPResNetConfig
     CLIPResNetVisionModel = _library.CLIPResNetVisionModel
@@ -47,6 +51,9 @@ else:
     GKCSegmentationPipeline = _library.GKCSegmentationPipeline
 
 __all__ = [
+    "CLIPConvNextBackbone",
+    "CLIPConvNextConfig",
+    "CLIPConvNextVisionModel",
     "CLIPResNetBackbone",
     "CLIPResNetConfig",
     "CLIPResNetVisionModel",

@@ -87,6 +87,11 @@ AUTO_CLASSES = {
         "AutoModelForUniversalSegmentation": "GKCForOpenVocabSegmentation",
         "AutoProcessor": "GKCProcessor",
     },
+    "clip_convnext": {
+        "AutoBackbone": "CLIPConvNextBackbone",
+        "AutoConfig": "CLIPConvNextConfig",
+        "AutoModel": "CLIPConvNextVisionModel",
+    },
     "clip_resnet": {
         "AutoBackbone": "CLIPResNetBackbone",
         "AutoConfig": "CLIPResNetConfig",
@@ -109,7 +114,8 @@ def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> 
     Save a checkpoint together with the code that it needs and, where there is none, a model card.
 
     Args:
-        model: A `GKCForOpenVocabSegmentation`, `CLIPResNetVisionModel` or `CLIPResNetBackbone`.
+        model: A `GKCForOpenVocabSegmentation`, or an image tower or backbone of CLIP (`CLIPResNetVisionModel`,
+            `CLIPResNetBackbone`, `CLIPConvNextVisionModel`, `CLIPConvNextBackbone`).
         processor: Its processor, or None.
         folder: Made if it is not there.
         kwargs: For the model's `save_pretrained`.
@@ -126,8 +132,8 @@ def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> 
     published = AUTO_CLASSES.get(model.config.model_type, {})
     if type(model).__name__ not in published.values() or not model.has_code():
         raise ValueError(
-            f"no Auto class loads a {type(model).__name__}: publish the GKCForOpenVocabSegmentation, or a "
-            "CLIPResNetVisionModel or CLIPResNetBackbone."
+            f"no Auto class loads a {type(model).__name__}: publish the GKCForOpenVocabSegmentation, or an image "
+            "tower or backbone of CLIP."
         )
     model.save_pretrained(folder, **kwargs)
     if processor is not None:

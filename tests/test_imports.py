@@ -48,6 +48,7 @@ MODELS = (
     "class_embedder",
     "loss_gkc",
     "mask_decoder",
+    "modeling_clip_convnext",
     "modeling_clip_resnet",
     "modeling_gkc",
     "pixel_decoder",

@@ -1,6 +1,9 @@
 """The classes of the installed library, where `trust_remote_code=True` looks for a checkpoint's code."""
 
 from modeling_gkc import (
+    CLIPConvNextBackbone,
+    CLIPConvNextConfig,
+    CLIPConvNextVisionModel,
     CLIPResNetBackbone,
     CLIPResNetConfig,
     CLIPResNetVisionModel,
@@ -11,6 +14,9 @@ from modeling_gkc import (
 )
 
 __all__ = [
+    "CLIPConvNextBackbone",
+    "CLIPConvNextConfig",
+    "CLIPConvNextVisionModel",
     "CLIPResNetBackbone",
     "CLIPResNetConfig",
     "CLIPResNetVisionModel",

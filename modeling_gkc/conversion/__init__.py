@@ -11,9 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Weights in: OpenAI's CLIP ResNets and transformers' Mask2Former."""
+"""Weights in: CLIP towers of OpenAI and OpenCLIP, and transformers' Mask2Former."""
 
-from .clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
+from .clip import clip_convnext_from_open_clip, clip_resnet_from_openai, clip_text_from_openai, read_weights
 from .mask2former import from_mask2former
 
-__all__ = ["clip_resnet_from_openai", "clip_text_from_openai", "from_mask2former", "read_weights"]
+__all__ = [
+    "clip_convnext_from_open_clip",
+    "clip_resnet_from_openai",
+    "clip_text_from_openai",
+    "from_mask2former",
+    "read_weights",
+]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""OpenAI's CLIP ResNets: reading their files, image tower, text tower."""
+"""CLIP weights of OpenAI and OpenCLIP: reading their files, ResNet and ConvNeXt image towers, text tower."""
 
 import os
 import re
@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from ..configuration_gkc import CLIPResNetConfig
+from ..configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig
+from ..modeling_clip_convnext import CLIPConvNextVisionModel
 from ..modeling_clip_resnet import CLIPResNetVisionModel
 from ..weight_renaming import Renaming, check_weight_shapes, load_strictly, rename_weight, split_packed_projection
 from .torchscript_archive import is_torchscript_archive, read_torchscript_weights
@@ -50,6 +51,20 @@ _IMAGE_NAMES: tuple[Renaming, ...] = (
     (r"^attnpool\.c_proj\.", "attention_pooling.out_proj."),
 )
 
+_BLOCK_OF_CONVNEXT = r"^trunk\.stages\.(\d)\.blocks\.(\d+)\."
+_CONVNEXT_NAMES: tuple[Renaming, ...] = (
+    (r"^trunk\.stem\.0\.", "encoder.stem.patch_embeddings."),
+    (r"^trunk\.stem\.1\.", "encoder.stem.layernorm."),
+    (r"^trunk\.stages\.(\d)\.downsample\.", r"encoder.stages.\1.downsampling_layer."),
+    (_BLOCK_OF_CONVNEXT + r"gamma$", r"encoder.stages.\1.layers.\2.layer_scale_parameter"),
+    (_BLOCK_OF_CONVNEXT + r"conv_dw\.", r"encoder.stages.\1.layers.\2.dwconv."),
+    (_BLOCK_OF_CONVNEXT + r"norm\.", r"encoder.stages.\1.layers.\2.layernorm."),
+    (_BLOCK_OF_CONVNEXT + r"mlp\.fc([12])\.", r"encoder.stages.\1.layers.\2.pwconv\3."),
+    (r"^trunk\.head\.norm\.", "head.layer_norm."),
+    (r"^head\.proj\.", "head.projection."),
+    (r"^head\.mlp\.fc([12])\.", lambda m: f"head.projection.{2 * int(m[1]) - 2}."),
+)
+
 _TEXT_NAMES: tuple[Renaming, ...] = (
     (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
@@ -65,11 +80,15 @@ _NOT_TEXT = re.compile(r"^visual\.|^(logit_scale|input_resolution|context_length
 _CHANNELS_PER_HEAD = 64
 
 
-def clip_resnet_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPResNetVisionModel:
+def clip_resnet_from_openai(
+    state_dict: Mapping[str, Tensor], num_attention_heads: int | None = None
+) -> CLIPResNetVisionModel:
     """Builds CLIP's ResNet image tower from OpenAI's weights; its size is read off their shapes.
 
     Args:
         state_dict: Weights of a whole OpenAI CLIP model (image tower under `visual.`), or of the image tower alone.
+        num_attention_heads: Heads of the attention pooling, which the weights do not tell; default: those of the
+            published towers, one for each 64 channels and at least 32.
 
     Returns:
         The image model in evaluation mode, fp32.
@@ -78,8 +97,7 @@ def clip_resnet_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPResNetVisio
         ValueError: if the weights are not those of a ResNet tower, naming missing and unexpected ones and those of
             wrong shapes.
     """
-    prefix = "visual." if any(name.startswith("visual.") for name in state_dict) else ""
-    weights = {name[len(prefix) :]: weight for name, weight in state_dict.items() if name.startswith(prefix)}
+    weights = _image_weights(state_dict)
     check_weight_shapes(
         weights,
         {"attnpool.positional_embedding": 2, "attnpool.c_proj.weight": 2},
@@ -87,12 +105,18 @@ def clip_resnet_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPResNetVisio
         "CLIP's vision transformers load with transformers' CLIPVisionModelWithProjection.",
     )
     renamed = {rename_weight(name, _IMAGE_NAMES) or name: weight.float() for name, weight in weights.items()}
-    model = CLIPResNetVisionModel(_image_config(weights))
+    model = CLIPResNetVisionModel(_image_config(weights, num_attention_heads))
     load_strictly(model, renamed)
     return model.eval()
 
 
-def _image_config(weights: Mapping[str, Tensor]) -> CLIPResNetConfig:
+def _image_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the image tower, by their names inside it."""
+    prefix = "visual." if any(name.startswith("visual.") for name in state_dict) else ""
+    return {name[len(prefix) :]: weight for name, weight in state_dict.items() if name.startswith(prefix)}
+
+
+def _image_config(weights: Mapping[str, Tensor], num_attention_heads: int | None) -> CLIPResNetConfig:
     blocks = {
         tuple(map(int, match.groups())) for match in map(re.compile(r"layer(\d)\.(\d+)\.").match, weights) if match
     }
@@ -102,19 +126,60 @@ def _image_config(weights: Mapping[str, Tensor]) -> CLIPResNetConfig:
         depths=[sum(stage == index for stage, _ in blocks) for index in range(1, 5)],
         # The weights do not tell the number of heads. CLIP's towers have heads of 64 channels and at least 32 of them;
         # the released GKC code keeps the 32 at smaller widths too.
-        num_attention_heads=max(32, hidden_size // _CHANNELS_PER_HEAD),
+        num_attention_heads=num_attention_heads or max(32, hidden_size // _CHANNELS_PER_HEAD),
         image_size=32 * round((positions - 1) ** 0.5),
         projection_dim=weights["attnpool.c_proj.weight"].shape[0],
     )
 
 
-def clip_text_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPTextModelWithProjection:
-    """Builds CLIP's text tower from OpenAI's weights; its size is read off their shapes.
+def clip_convnext_from_open_clip(state_dict: Mapping[str, Tensor]) -> CLIPConvNextVisionModel:
+    """Build OpenCLIP's ConvNeXt image tower from its weights; its size is read off their shapes.
+
+    Args:
+        state_dict: Weights of a whole OpenCLIP model such as `convnext_large_d_320` (image tower under `visual.`), or
+            of the image tower alone.
+
+    Returns:
+        The image model in evaluation mode, fp32.
+
+    Raises:
+        ValueError: if the weights are not those of a ConvNeXt tower, naming missing and unexpected ones and those of
+            wrong shapes.
+    """
+    weights = _image_weights(state_dict)
+    projection = "head.mlp.fc2.weight" if "head.mlp.fc2.weight" in weights else "head.proj.weight"
+    check_weight_shapes(
+        weights,
+        {f"trunk.stages.{stage}.blocks.0.conv_dw.bias": 1 for stage in range(4)} | {projection: 2},
+        "These are no weights of a CLIP ConvNeXt",
+        "OpenCLIP publishes them as `open_clip_model.safetensors`.",
+    )
+    blocks = {tuple(map(int, match.groups())) for match in map(re.compile(_BLOCK_OF_CONVNEXT).match, weights) if match}
+    config = CLIPConvNextConfig(
+        hidden_sizes=[len(weights[f"trunk.stages.{stage}.blocks.0.conv_dw.bias"]) for stage in range(4)],
+        depths=[sum(stage == index for stage, _ in blocks) for index in range(4)],
+        projection_dim=len(weights[projection]),
+        projection_hidden_dim=weights[projection].shape[1] if projection == "head.mlp.fc2.weight" else None,
+    )
+    model = CLIPConvNextVisionModel(config)
+    load_strictly(
+        model, {rename_weight(name, _CONVNEXT_NAMES) or name: weight.float() for name, weight in weights.items()}
+    )
+    return model.eval()
+
+
+def clip_text_from_openai(
+    state_dict: Mapping[str, Tensor], hidden_act: str = "quick_gelu", num_attention_heads: int | None = None
+) -> CLIPTextModelWithProjection:
+    """Builds CLIP's text tower from the weights of OpenAI or OpenCLIP; its size is read off their shapes.
 
     Its tokens are those of CLIP's one tokenizer, which transformers has with any of OpenAI's published models.
 
     Args:
-        state_dict: Weights of a whole OpenAI CLIP model, ResNet or vision transformer.
+        state_dict: Weights of a whole CLIP model in OpenAI's names, which OpenCLIP shares.
+        hidden_act: Activation, which the weights do not tell: `quick_gelu` for OpenAI's models, `gelu` for most of
+            OpenCLIP's.
+        num_attention_heads: Heads, which the weights do not tell; default: one for each 64 channels.
 
     Returns:
         The text model in evaluation mode, fp32.
@@ -130,7 +195,7 @@ def clip_text_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPTextModelWith
         "There is no text tower in these weights",
         "OpenAI's published archives hold it beside the image tower.",
     )
-    model = CLIPTextModelWithProjection(_text_config(weights))
+    model = CLIPTextModelWithProjection(_text_config(weights, hidden_act, num_attention_heads))
     renamed = {}
     for name, weight in weights.items():
         weight = weight.T if name == "text_projection" else weight
@@ -139,7 +204,7 @@ def clip_text_from_openai(state_dict: Mapping[str, Tensor]) -> CLIPTextModelWith
     return model.eval()
 
 
-def _text_config(weights: Mapping[str, Tensor]) -> CLIPTextConfig:
+def _text_config(weights: Mapping[str, Tensor], hidden_act: str, num_attention_heads: int | None) -> CLIPTextConfig:
     hidden_size, projection_dim = weights["text_projection"].shape
     vocab_size = len(weights["token_embedding.weight"])
     layers = {match[1] for match in map(re.compile(r"transformer\.resblocks\.(\d+)\.").match, weights) if match}
@@ -150,10 +215,10 @@ def _text_config(weights: Mapping[str, Tensor]) -> CLIPTextConfig:
         intermediate_size=len(first_linear) if first_linear is not None and first_linear.ndim else 4 * hidden_size,
         num_hidden_layers=len(layers),
         # As in the image tower, the number of heads follows from their width.
-        num_attention_heads=max(1, hidden_size // _CHANNELS_PER_HEAD),
+        num_attention_heads=num_attention_heads or max(1, hidden_size // _CHANNELS_PER_HEAD),
         max_position_embeddings=len(weights["positional_embedding"]),
         projection_dim=projection_dim,
-        hidden_act="quick_gelu",
+        hidden_act=hidden_act,
         # The last two tokens are start and end; CLIP's tokenizer pads with the end.
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
@@ -213,4 +278,4 @@ def _read_pickled_weights(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
-__all__ = ["clip_resnet_from_openai", "clip_text_from_openai", "read_weights"]
+__all__ = ["clip_convnext_from_open_clip", "clip_resnet_from_openai", "clip_text_from_openai", "read_weights"]

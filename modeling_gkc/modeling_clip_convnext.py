@@ -1,0 +1,199 @@
+# Copyright 2026 The GKC Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ConvNeXt image tower of OpenCLIP (Liu et al., *A ConvNet for the 2020s*, CVPR 2022; Ilharco et al., *OpenCLIP*).
+
+Stem and stages are those of transformers' ConvNeXt. Its backbone cannot serve, because it normalizes every feature
+map, while CLIP normalizes only what it has pooled, in the head that maps it to the image-text space.
+
+Letters in the comments: B images, C channels, (H, W) input size, (h, w) size of the last feature map, D projection.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoModel
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextPreTrainedModel, ConvNextStage
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_gkc import CLIPConvNextConfig
+from .modeling_clip_resnet import GKCModelMixin, channels_last, in_dtype_of
+
+
+@dataclass
+class CLIPConvNextVisionOutput(ModelOutput):
+    """Output of `CLIPConvNextVisionModel`.
+
+    Attributes:
+        image_embeds: (B, D) image embeddings in CLIP's image-text space, not normalized.
+        last_hidden_state: (B, C, h, w) feature map of the last stage, stride 32.
+        dense_embeds: (B, D, h, w) the head applied to every position instead of to their mean; given with
+            `output_dense_embeds=True`.
+        hidden_states: Stem and stage feature maps, (B, C_i, h_i, w_i) of strides 4, 4, 8, 16, 32; given with
+            `output_hidden_states=True`.
+    """
+
+    image_embeds: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    dense_embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class CLIPConvNextHead(nn.Module):
+    """Normalization and projection of pooled features (..., C) to the image-text space (..., D)."""
+
+    def __init__(self, config: CLIPConvNextConfig):
+        super().__init__()
+        width, hidden = config.hidden_sizes[-1], config.projection_hidden_dim
+        self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if hidden is None:
+            self.projection = nn.Linear(width, config.projection_dim, bias=False)
+        else:
+            self.projection = nn.Sequential(
+                nn.Linear(width, hidden),
+                ACT2FN[config.hidden_act],
+                nn.Linear(hidden, config.projection_dim, bias=False),
+            )
+
+    def forward(self, pooled_features: Tensor) -> Tensor:
+        """Embed pooled features (..., C): (..., D), not normalized."""
+        return self.projection(self.layer_norm(pooled_features))
+
+
+class CLIPConvNextEncoder(nn.Module):
+    """Stem and four stages of transformers' ConvNeXt; returns all five feature maps."""
+
+    def __init__(self, config: CLIPConvNextConfig):
+        super().__init__()
+        self.stem = ConvNextEmbeddings(config)
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(config.depths)
+        self.stages = nn.ModuleList()
+        in_channels = config.hidden_sizes[0]
+        for index, (channels, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+            stride = 2 if index else 1
+            self.stages.append(
+                ConvNextStage(
+                    config,
+                    in_channels,
+                    channels,
+                    stride=stride,
+                    depth=depth,
+                    drop_path_rates=rates[index].tolist(),
+                )
+            )
+            in_channels = channels
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        hidden_states = (self.stem(channels_last(in_dtype_of(self.stem, pixel_values))),)
+        for stage in self.stages:
+            hidden_states += (stage(hidden_states[-1]),)
+        return hidden_states
+
+
+class CLIPConvNextPreTrainedModel(GKCModelMixin, ConvNextPreTrainedModel):
+    """Weight initialization and loading."""
+
+    config_class = CLIPConvNextConfig
+    config: CLIPConvNextConfig
+    base_model_prefix = "clip_convnext"
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the stem, which first turns pixels into features."""
+        return self.encoder.stem
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the stem by a module that maps (B, 3, H, W) to (B, C, H/4, W/4)."""
+        self.encoder.stem = value
+
+
+class CLIPConvNextBackbone(BackboneMixin, CLIPConvNextPreTrainedModel):
+    """CLIP's ConvNeXt without its head; feature maps of strides 4, 8, 16, 32, which are not normalized."""
+
+    has_attentions = False
+
+    def __init__(self, config: CLIPConvNextConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.encoder = CLIPConvNextEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
+    ) -> BackboneOutput:
+        """Compute the feature maps named in `config.out_features`.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalized images of any size of at least 32 x 32.
+            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
+            output_attentions: Accepted for the common call of backbones; there is no attention here.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = self.encoder(pixel_values)
+        return BackboneOutput(
+            feature_maps=tuple(hidden_states[index] for index in self.out_indices),
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+
+
+class CLIPConvNextVisionModel(CLIPConvNextPreTrainedModel):
+    """CLIP's full ConvNeXt image model: image -> embedding in the image-text space."""
+
+    def __init__(self, config: CLIPConvNextConfig):
+        super().__init__(config)
+        self.encoder = CLIPConvNextEncoder(config)
+        self.head = CLIPConvNextHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_dense_embeds: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> CLIPConvNextVisionOutput:
+        """Embed images.
+
+        Args:
+            pixel_values: (B, 3, H, W) images normalized with CLIP's mean and deviation, of any size of at least
+                32 x 32.
+            output_dense_embeds: Also return the embedding at every position of the last feature map.
+            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
+            output_attentions: Accepted for the common call of image models; there is no attention here.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = self.encoder(pixel_values)
+        last_hidden_state = hidden_states[-1]
+        dense_embeds = None
+        if output_dense_embeds:
+            dense_embeds = self.head(last_hidden_state.movedim(1, -1)).movedim(-1, 1)
+        return CLIPConvNextVisionOutput(
+            image_embeds=self.head(last_hidden_state.mean(dim=(-2, -1))),
+            last_hidden_state=last_hidden_state,
+            dense_embeds=dense_embeds,
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+
+
+AutoBackbone.register(CLIPConvNextConfig, CLIPConvNextBackbone, exist_ok=True)
+AutoModel.register(CLIPConvNextConfig, CLIPConvNextVisionModel, exist_ok=True)
+
+__all__ = ["CLIPConvNextBackbone", "CLIPConvNextHead", "CLIPConvNextVisionModel", "CLIPConvNextVisionOutput"]
