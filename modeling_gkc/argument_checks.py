@@ -101,6 +101,33 @@ def check_flags(**flags: Any) -> None:
             raise ValueError(f"`{name}` must be True or False, got {shown(value)}.")
 
 
+def check_tensor(name: str, value: Any, shape: str, kind: str = "floating-point numbers") -> None:
+    """
+    Check type, layout and number of axes of a tensor; its values are not read.
+
+    Args:
+        name: Name of the argument.
+        value: Value to check.
+        shape: Axes for messages, such as "(B, 3, H, W)", which are counted.
+        kind: "floating-point numbers", "integers" (booleans are none), or "numbers", which may also be booleans.
+
+    Raises:
+        ValueError: `value` is no dense tensor of this kind, or has another number of axes.
+    """
+    is_of_kind = _is_tensor(value) and not value.is_complex() and not value.is_quantized
+    if is_of_kind and kind != "numbers":
+        is_integer = not value.is_floating_point() and str(value.dtype) != "torch.bool"
+        is_of_kind = is_integer if kind == "integers" else value.is_floating_point()
+    if not is_of_kind:
+        got = f"of {value.dtype}" if _is_tensor(value) else f"a {type(value).__name__}"
+        raise ValueError(f"`{name}` must be a tensor {shape} of {kind}, got {got}.")
+    if value.is_nested or str(value.layout) != "torch.strided":
+        got = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
+        raise ValueError(f"`{name}` must be a dense tensor {shape}, got {got}: convert it to a dense one first.")
+    if value.ndim != shape.count(",") + 1 - shape.count(",)"):
+        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(value.shape)}.")
+
+
 def check_logits(
     class_logits: Any, mask_logits: Any, names: Sequence[str] = ("class_logits", "mask_logits"), batch: bool = False
 ) -> None:
@@ -114,16 +141,9 @@ def check_logits(
     axes = ("Q, K + 1", "Q, h, w")
     for name, logits, shape in zip(names, (class_logits, mask_logits), axes, strict=True):
         shape = f"(B, {shape})" if batch else f"({shape})"
-        if not _is_tensor(logits) or not logits.is_floating_point():
-            kind = f"of {logits.dtype}" if _is_tensor(logits) else f"a {type(logits).__name__}"
-            raise ValueError(f"`{name}` must be a tensor {shape} of floating-point numbers, got {kind}.")
-        if logits.is_nested or str(logits.layout) != "torch.strided":
-            kind = "a nested tensor" if logits.is_nested else f"the layout {logits.layout}"
-            raise ValueError(f"`{name}` must be a dense tensor {shape}, got {kind}: convert it to a dense one first.")
+        check_tensor(name, logits, shape)
         if logits.element_size() < 2:
             raise ValueError(f"`{name}` must have at least 16 bits, got {logits.dtype}: convert it with `.float()`.")
-        if logits.ndim != shape.count(",") + 1:
-            raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(logits.shape)}.")
     if class_logits.shape[:-1] != mask_logits.shape[:-2]:
         raise ValueError(
             f"`{names[0]}` and `{names[1]}` must be of the same {'images and ' if batch else ''}queries, got the "
@@ -209,6 +229,7 @@ __all__ = [
     "check_logits",
     "check_number",
     "check_size",
+    "check_tensor",
     "check_whole_number",
     "pair",
     "shown",

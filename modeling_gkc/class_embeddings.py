@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import ModelOutput
 from transformers.utils.import_utils import is_tracing
 
+from .argument_checks import check_tensor
 from .atomic_files import atomic_path
 from .file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
 from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
@@ -219,6 +220,10 @@ def count_classes(
         ValueError: the ids are not P numbers from 0 that leave none out, they do not fit `counts`, or they would have
             to be read in a graph.
     """
+    if not is_tracing(class_ids):
+        check_tensor(name, class_ids, "(P,)", "integers")
+        if counts is not None:
+            check_tensor(counts_name, counts, "(K,)", "integers")
     if class_ids.shape != (num_prompts,):
         raise ValueError(f"`{name}` must have shape ({num_prompts},), got {tuple(class_ids.shape)}.")
     if counts is not None and (is_tracing(class_ids) or class_ids.device.type != "cpu"):
@@ -235,6 +240,54 @@ def count_classes(
     if counts is not None and counts.tolist() != class_ids.bincount().tolist():
         raise ValueError(f"`{counts_name}` must count each number of `{name}`: they were not made together.")
     return len(present)
+
+
+def check_class_embeds(class_embeds: Tensor, width: int | None = None, read: bool = False) -> None:
+    """Check text embeddings (P, D).
+
+    Args:
+        class_embeds: (P, D).
+        width: D, if it is known.
+        read: Read embeddings on an accelerator too, which waits for it, to look for NaN and infinity; those on the
+            CPU are read in any case, but never in a graph.
+
+    Raises:
+        ValueError: If they are no floating-point tensor of this shape, or not finite.
+    """
+    shape = f"(prompts, {'D' if width is None else width})"
+    if is_tracing(class_embeds):
+        return
+    check_tensor("class_embeds", class_embeds, shape)
+    if width not in (None, class_embeds.shape[1]):
+        raise ValueError(f"`class_embeds` must be {shape}, got {tuple(class_embeds.shape)}.")
+    if (read or class_embeds.device.type == "cpu") and not class_embeds.isfinite().all():
+        rows = (~class_embeds.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"`class_embeds` must be finite, but {len(rows)} of {len(class_embeds)} rows hold NaN or infinity, such "
+            f"as row {rows[0]}: encode the vocabulary again, and check the weights of the text encoder."
+        )
+
+
+def check_prompts(input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Check tokenized prompts (P, L); their values are not read, and in a graph nothing is checked.
+
+    Raises:
+        ValueError: If they are no integers of this shape with at least one token, or the mask has another shape.
+    """
+    if is_tracing(input_ids):
+        return
+    check_tensor("input_ids", input_ids, "(P, L)", "integers")
+    if 0 in input_ids.shape:
+        raise ValueError(
+            f"`input_ids` must hold at least one prompt and token, got the shape {tuple(input_ids.shape)}."
+        )
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask, "(P, L)", "numbers")
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
 
 
 def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str, num_classes: int | None = None) -> Tensor:
@@ -331,6 +384,7 @@ def encode_vocabulary(
     """
     words = Vocabulary.parse(vocabulary)
     embeddings = model.get_class_embeddings(**processor(text=words, return_tensors="pt").to(_input_device(model)))
+    check_class_embeds(embeddings.class_embeds, read=True)
     check_distinct(words, embeddings, processor, distinct)
     return embeddings
 
@@ -462,6 +516,7 @@ def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddi
         num_classes = count_classes(class_ids, len(embeds))
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of class embeddings: {error}") from error
+    check_class_embeds(embeds, read=True)
     if num_classes != len(vocabulary):
         raise ValueError(f"{path} holds embeddings of {num_classes} classes, but names {len(vocabulary)}.")
     if not _same_tower(probe, _probe(model)):
@@ -499,7 +554,9 @@ __all__ = [
     "add_void_words",
     "average_class_embeds",
     "average_templates",
+    "check_class_embeds",
     "check_distinct",
+    "check_prompts",
     "count_classes",
     "encode_vocabulary",
     "equal_classes",

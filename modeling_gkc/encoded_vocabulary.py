@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic_files import atomic_path
-from .class_embeddings import count_classes, equal_classes
+from .class_embeddings import check_class_embeds, count_classes, equal_classes
 from .configuration_gkc import PROMPT_REDUCTIONS
 from .file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
 from .prompt_templates import TemplatesLike
@@ -62,8 +62,8 @@ class EncodedVocabulary:
             None for the model's own, `config.prompt_reduction`.
 
     Raises:
-        ValueError: Embeddings, class ids and vocabulary do not fit each other, the void classes are not the last ones
-            or are all classes, or there is no such reduction.
+        ValueError: Embeddings are not finite; embeddings, class ids and vocabulary do not fit each other; the void
+            classes are not the last ones or are all classes; or there is no such reduction.
 
     Example:
         >>> encoded = EncodedVocabulary.encode("dog; sofa, couch; lamp", model, processor)
@@ -79,6 +79,7 @@ class EncodedVocabulary:
     names_per_class: Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
+        check_class_embeds(self.class_embeds, read=True)
         num_classes = count_classes(self.class_ids, len(self.class_embeds))
         if num_classes != len(self.vocabulary):
             raise ValueError(

@@ -13,7 +13,7 @@
 # limitations under the License.
 """What `GKCForOpenVocabSegmentation.optimize_for_inference` is made of: folding, compiling, warming up."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from transformers.models.resnet.modeling_resnet import (
 )
 from transformers.utils import logging
 
+from .argument_checks import check_size, check_whole_number, shown
 from .modeling_clip_resnet import CLIPResNetConvLayer
 from .padding import round_up
 
@@ -81,6 +82,22 @@ def run_or_uncompile(image_path: nn.Module, *inputs, **settings) -> object:
         return image_path(*inputs, **settings)
 
 
+def check_optimization(
+    dtype: torch.dtype | None, sizes: Sequence[tuple[int, int]], batch_size: int
+) -> list[tuple[int, int]]:
+    """Check the arguments of `optimize_for_inference` before anything is changed; return the sizes.
+
+    Raises:
+        ValueError: If `dtype` is no floating-point type, `sizes` no list of (height, width), or `batch_size` below 1.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype` must be a floating-point type such as torch.bfloat16, got {shown(dtype)}.")
+    if isinstance(sizes, str | bytes) or not isinstance(sizes, Iterable):
+        raise ValueError(f"`sizes` must be a list of (height, width), such as [(512, 512)], got {shown(sizes)}.")
+    check_whole_number("batch_size", batch_size, 1)
+    return [check_size(f"sizes[{index}]", size) for index, size in enumerate(sizes)]
+
+
 def warm_up(
     run: Callable[[Tensor], object], sizes: Sequence[tuple[int, int]], batch_size: int, device: torch.device
 ) -> None:
@@ -96,4 +113,11 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-__all__ = ["compile_image_path", "fold_batch_norms", "run_or_uncompile", "warm_up", "work_in_place"]
+__all__ = [
+    "check_optimization",
+    "compile_image_path",
+    "fold_batch_norms",
+    "run_or_uncompile",
+    "warm_up",
+    "work_in_place",
+]

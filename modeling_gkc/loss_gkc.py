@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .argument_checks import check_tensor
 from .configuration_gkc import GKCConfig
 from .mask_decoder import predict_matched_masks
 
@@ -368,7 +369,7 @@ class GKCCriterion:
         check_labels(class_logits[-1], mask_labels, class_labels)
         device = mask_logits[-1].device
         mask_labels = [masks.to(device) for masks in mask_labels]
-        class_labels = [classes.to(device) for classes in class_labels]
+        class_labels = [classes.to(device, torch.int64) for classes in class_labels]
         draws = _PointDraws(len(mask_labels), point_seeds, device)
         matches = self._match(class_logits, mask_logits, mask_labels, class_labels, draws)
         pairs = _Pairs.from_matches(matches, [len(classes) for classes in class_labels], device)
@@ -508,12 +509,16 @@ def check_labels(class_logits: Tensor, mask_labels: Sequence[Tensor], class_labe
         ValueError: naming the sample and what is wrong with it.
     """
     batch_size, _, num_columns = class_logits.shape
+    for name, labels in (("mask_labels", mask_labels), ("class_labels", class_labels)):
+        if not isinstance(labels, Sequence | Tensor):
+            raise ValueError(f"`{name}` must be a list with a tensor for each image, got a {type(labels).__name__}.")
     if not len(mask_labels) == len(class_labels) == batch_size:
         raise ValueError(
             f"`mask_labels` ({len(mask_labels)}) and `class_labels` ({len(class_labels)}) need one entry for each of "
             f"the {batch_size} images."
         )
     for image, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
+        check_tensor(f"class_labels[{image}]", classes, "(N,)", "integers")
         if masks.ndim != 3 or len(masks) != len(classes):
             raise ValueError(
                 f"Sample {image}: `mask_labels` must be (N, height, width) with N = {len(classes)} as in "

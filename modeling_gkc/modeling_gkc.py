@@ -55,6 +55,8 @@ from .class_embeddings import (
     TextEmbeddingCache,
     average_class_embeds,
     average_templates,
+    check_class_embeds,
+    check_prompts,
     count_classes,
     encode_vocabulary,
     has_adapters,
@@ -62,11 +64,18 @@ from .class_embeddings import (
     weights_state,
 )
 from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
-from .inference import compile_image_path, fold_batch_norms, run_or_uncompile, warm_up, work_in_place
+from .inference import (
+    check_optimization,
+    compile_image_path,
+    fold_batch_norms,
+    run_or_uncompile,
+    warm_up,
+    work_in_place,
+)
 from .loss_gkc import GKCCriterion, MaskParts, Matches
 from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
 from .modeling_clip_resnet import GKCModelMixin, channels_last, in_dtype_of
-from .padding import extend_masks, hide_padding, only_of_one_size, pad_to_stride, round_up
+from .padding import check_pixel_values, extend_masks, hide_padding, only_of_one_size, pad_to_stride, round_up
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 from .vocabulary import Vocabulary, VocabularyLike
 
@@ -264,6 +273,11 @@ class GKCModel(GKCPreTrainedModel):
         self.train(self.training)
 
     @property
+    def num_channels(self) -> int:
+        """Number of channels of the images that the backbone takes."""
+        return getattr(self.backbone.config, "num_channels", 3)
+
+    @property
     def num_pooled_features(self) -> int:
         """Width F of the features that are pooled under a mask: the backbone's strides 8, 16 and 32."""
         return sum(self.backbone.channels[1:])
@@ -310,6 +324,7 @@ class GKCModel(GKCPreTrainedModel):
             ValueError: if the backbone's maps have other strides than 4, 8, 16 and 32.
         """
         requested = self.requested_outputs(output_hidden_states, output_attentions)
+        check_pixel_values(pixel_values, self.num_channels)
         pixel_values = in_dtype_of(self.backbone, pixel_values)
         feature_maps = self.backbone(channels_last(pixel_values), return_dict=True).feature_maps
         _check_strides(pixel_values.shape, feature_maps)
@@ -459,6 +474,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             `model.optimize_for_inference(torch.bfloat16, sizes=[(512, 512)])`
         """
         self.refuse_if_optimized("optimise it otherwise")
+        sizes = check_optimization(dtype, sizes, batch_size)
         self.eval().requires_grad_(False)
         fold_batch_norms(self.model.backbone)
         work_in_place(self.model.backbone)
@@ -559,6 +575,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         Raises:
             ValueError: if ids do not fit each other, or leave a class or a name out.
         """
+        check_prompts(input_ids, attention_mask)
         with torch.inference_mode(False), torch.no_grad():  # as for `embed_prompts`
             embeds = self.embed_prompts(input_ids, attention_mask)
             if name_ids is not None:
@@ -680,6 +697,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
         has_labels = mask_labels is not None
         counts = names_per_class, prompts_per_name
         words = self._words(input_ids, attention_mask, class_ids, name_ids, class_embeds, prompt_reduction, *counts)
+        check_pixel_values(pixel_values, self.model.num_channels)
         pixel_values, content_sizes, mask_labels = pad_to_stride(pixel_values, pixel_mask, mask_labels)
         wants_stages = has_labels or (self.training if output_stages is None else output_stages)
         requested = self.requested_outputs(output_hidden_states, output_attentions)
@@ -764,10 +782,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             if class_ids is not None:
                 raise ValueError("`class_ids` need `input_ids` or `class_embeds` beside them.")
             return self._stored_prompts()
-        if class_embeds.ndim != 2 or class_embeds.shape[-1] != self.config.projection_dim:
-            raise ValueError(
-                f"`class_embeds` must be (prompts, {self.config.projection_dim}), got {tuple(class_embeds.shape)}."
-            )
+        check_class_embeds(class_embeds, self.config.projection_dim)
         if class_ids is None:
             return class_embeds, None, len(class_embeds)
         num_classes = count_classes(class_ids, len(class_embeds), counts=names_per_class)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
+from .argument_checks import check_tensor
 from .configuration_gkc import BACKBONE_STRIDES
 
 SIZE_DIVISOR = BACKBONE_STRIDES[-1]
@@ -51,6 +52,8 @@ def content_sizes_of(pixel_mask: Tensor, pixel_values: Tensor) -> Tensor:
             checked in a graph.
     """
     expected = (len(pixel_values), *pixel_values.shape[-2:])
+    if not isinstance(pixel_mask, Tensor) and not is_tracing(pixel_mask):
+        raise ValueError(f"`pixel_mask` must be a tensor {expected}, got a {type(pixel_mask).__name__}.")
     if tuple(pixel_mask.shape) != expected:
         raise ValueError(f"`pixel_mask` must have shape {expected}, as the images, got {tuple(pixel_mask.shape)}.")
     mask = pixel_mask.bool()
@@ -58,6 +61,27 @@ def content_sizes_of(pixel_mask: Tensor, pixel_values: Tensor) -> Tensor:
     if not is_tracing(mask) and not torch.equal(mask, rectangles(sizes, *expected[1:])):
         raise ValueError("`pixel_mask` must be 1 on a rectangle at the upper left of each input, and 0 elsewhere.")
     return sizes
+
+
+def check_pixel_values(pixel_values: Tensor, num_channels: int = 3) -> None:
+    """Check the images of a model; in a graph nothing is checked.
+
+    Args:
+        pixel_values: (B, num_channels, H, W).
+        num_channels: Channels that the backbone takes.
+
+    Raises:
+        ValueError: If they are no floating-point tensor of this shape with at least one image and pixel.
+    """
+    if is_tracing(pixel_values):
+        return
+    shape = f"(B, {num_channels}, H, W)"
+    check_tensor("pixel_values", pixel_values, shape)
+    if pixel_values.shape[1] != num_channels or 0 in pixel_values.shape:
+        raise ValueError(
+            f"`pixel_values` must have the shape {shape} with at least one image and one pixel, got "
+            f"{tuple(pixel_values.shape)}."
+        )
 
 
 def rectangles(sizes: Tensor, height: int, width: int) -> Tensor:
@@ -81,10 +105,14 @@ def pad_to_stride(
         Padded images, content sizes (B, 2) or None if all of the padded input is image, padded masks.
 
     Raises:
-        ValueError: naming a sample whose masks have another size than the images.
+        ValueError: naming a sample whose masks are no tensor (N, H, W), or have another size than the images.
     """
     height, width = pixel_values.shape[-2:]
+    if mask_labels is not None and not isinstance(mask_labels, Sequence | Tensor):
+        raise ValueError(f"`mask_labels` must be a list of tensors (N, H, W), got a {type(mask_labels).__name__}.")
     for sample, masks in enumerate(() if mask_labels is None else mask_labels):
+        if not is_tracing(masks):
+            check_tensor(f"mask_labels[{sample}]", masks, "(N, H, W)", "numbers")
         if masks.shape[-2:] != (height, width):
             raise ValueError(
                 f"Sample {sample}: `mask_labels` are {tuple(masks.shape[-2:])}, but `pixel_values` are "
@@ -137,6 +165,7 @@ def hide_padding(masks: Tensor, content_sizes: Tensor) -> Tensor:
 
 
 __all__ = [
+    "check_pixel_values",
     "content_sizes_of",
     "extend_masks",
     "hide_padding",
