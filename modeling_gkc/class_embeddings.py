@@ -11,40 +11,27 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Text embeddings of words: cached by content, reduced from prompts to classes, stored in files.
+"""Text embeddings of words: cached by content, reduced from prompts to classes.
 
 Letters: P prompts, N names (a prompt is a name put into a template), K classes, D text-embedding width; P >= N >= K.
 """
 
-import dataclasses
-import json
 import threading
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import ModelOutput
 from transformers.utils.import_utils import is_tracing
 
 from .argument_checks import check_tensor
-from .atomic_files import atomic_path
-from .file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
-from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
 
 MAX_CACHED_PROMPTS = 32_768
-FILE_FORMAT = "gkc-class-embeddings-2"
-PROBE_PROMPTS = 16
-SAME_TOWER_COSINE = 0.995
 WEIGHTS_SAMPLED = 16
 # Cosine distances up to which two embeddings are of the same text: in other company, they differ by rounding.
 SAME_TEXT = 1e-6
@@ -53,7 +40,7 @@ SAME_TEXT_IN_HALF = 2e-5
 
 @dataclass
 class GKCClassEmbeddings(ModelOutput):
-    """Encoded vocabulary, to be kept and passed to `forward`.
+    """Text embeddings of a vocabulary, as `forward` takes them; `EncodedVocabulary` holds the words with them.
 
     Attributes:
         class_embeds: (N, D) L2-normalised text embeddings of the names.
@@ -366,52 +353,6 @@ def average_templates(
     return embeds, classes
 
 
-def encode_vocabulary(
-    vocabulary: VocabularyLike, model: Any, processor: Any, distinct: bool = False
-) -> GKCClassEmbeddings:
-    """Encodes words of any form with a `GKCForOpenVocabSegmentation` and its `GKCProcessor`.
-
-    Args:
-        vocabulary, model, processor: The words and the checkpoint.
-        distinct: Refuse classes that the text encoder cannot tell apart, as training and evaluation need; by default
-            they are refused only if that is all of them, and a warning names them else.
-
-    Raises:
-        ValueError: as `GKCProcessor`, or classes cannot be told apart.
-
-    Warns:
-        UserWarning: as `GKCProcessor`; some classes cannot be told apart.
-    """
-    words = Vocabulary.parse(vocabulary)
-    embeddings = model.get_class_embeddings(**processor(text=words, return_tensors="pt").to(_input_device(model)))
-    check_class_embeds(embeddings.class_embeds, read=True)
-    check_distinct(words, embeddings, processor, distinct)
-    return embeddings
-
-
-def check_distinct(
-    vocabulary: Vocabulary, embeddings: GKCClassEmbeddings, processor: Any, distinct: bool = False
-) -> None:
-    """Refuses or names classes that a text encoder cannot tell apart; arguments and errors as `encode_vocabulary`.
-
-    They are classes whose names have the same embeddings, to rounding, and classes of which the tokenizer knows no
-    name: "hammer" and "claw hammer" may differ by the number of unknown words and still say nothing.
-    """
-    equal = equal_classes(embeddings.class_embeds, embeddings.class_ids)
-    unknown = processor.unknown_classes(vocabulary) if equal or distinct else []
-    groups = [group for group in equal if not set(group) <= set(unknown)]
-    if distinct and len(unknown) > 1:
-        groups.append(unknown)
-    if not groups:
-        return
-    listed = "; ".join(" = ".join(repr(vocabulary.labels[index]) for index in group) for group in groups[:10])
-    listed += f"; and {len(groups) - 10} more groups" if len(groups) > 10 else ""
-    message = f"These classes have equal embeddings, so that the checkpoint cannot tell them apart: {listed}."
-    if distinct or len(groups[0]) == len(vocabulary):
-        raise ValueError(f"{message} {UNKNOWN_WORDS_HINT}")
-    warnings.warn(f"{message} Which of them a result shows means nothing.", UserWarning, stacklevel=3)
-
-
 def equal_classes(class_embeds: Tensor, class_ids: Tensor) -> list[list[int]]:
     """Groups of two or more classes whose names have the same embeddings, to rounding.
 
@@ -433,136 +374,16 @@ def equal_classes(class_embeds: Tensor, class_ids: Tensor) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def add_void_words(
-    vocabulary: Vocabulary,
-    embeddings: GKCClassEmbeddings,
-    void_labels: VocabularyLike | None,
-    model: Any,
-    processor: Any,
-) -> tuple[Vocabulary, GKCClassEmbeddings, list[int]]:
-    """Adds words for "none of these" to K encoded classes, encoding only them.
-
-    Args:
-        vocabulary, embeddings: The K classes.
-        void_labels: V classes in any form that `Vocabulary.parse` takes; None adds none.
-        model, processor: As for `encode_vocabulary`.
-
-    Returns:
-        The K + V classes, their embeddings, and the ids K..K+V-1 of the added ones, as `Vocabulary.with_void` gives.
-
-    Raises:
-        ValueError: as `Vocabulary.with_void`.
-    """
-    if void_labels is None:
-        return vocabulary, embeddings, []
-    joined, void_ids = vocabulary.with_void(void_labels)
-    # Not `void_labels`, which are read already, with what there is to warn of.
-    added = slice(len(vocabulary), None)
-    void = encode_vocabulary(
-        Vocabulary.from_stored(joined.names[added], templates=joined.templates and joined.templates[added]),
-        model,
-        processor,
-    )
-    class_ids = torch.cat([embeddings.class_ids, void.class_ids + len(vocabulary)])
-    embeddings = GKCClassEmbeddings(
-        class_embeds=torch.cat([embeddings.class_embeds, void.class_embeds]),
-        class_ids=class_ids,
-        names_per_class=class_ids.bincount(),
-    )
-    return joined, embeddings, void_ids
-
-
-def save_class_embeddings(
-    path: str | Path, model: Any, embeddings: GKCClassEmbeddings, vocabulary: Vocabulary
-) -> None:
-    """Stores an encoded vocabulary as safetensors, its names, kinds and colours in the header.
-
-    Args:
-        path: File to write.
-        model: The `GKCForOpenVocabSegmentation` that encoded it, of which a probe is stored beside.
-        embeddings: What `model.get_class_embeddings` gave.
-        vocabulary: The words.
-    """
-    tensors = {"probe": _probe(model), "class_embeds": embeddings.class_embeds, "class_ids": embeddings.class_ids}
-    words = dataclasses.asdict(vocabulary)
-    metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(words, ensure_ascii=False), **EMPTY_CHECKSUM}
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        write_checksum(temporary)
-
-
-def load_class_embeddings(path: str | Path, model: Any) -> tuple[GKCClassEmbeddings, Vocabulary]:
-    """Reads what `save_class_embeddings` wrote, onto the model's device.
-
-    Args:
-        path: The file.
-        model: The `GKCForOpenVocabSegmentation` that is to use it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds something else, or words encoded by another text tower than the
-            model's.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no file {path}: write it with `gkc embed`.")
-    try:
-        with safe_open(path, framework="pt", device=str(_input_device(model))) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FILE_FORMAT:
-                raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
-            verify_checksum(path, "write it anew with `gkc embed`.")
-            probe, embeds, class_ids = (file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids"))
-        vocabulary = Vocabulary.from_stored(**json.loads(metadata["vocabulary"]))
-        num_classes = count_classes(class_ids, len(embeds))
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of class embeddings: {error}") from error
-    check_class_embeds(embeds, read=True)
-    if num_classes != len(vocabulary):
-        raise ValueError(f"{path} holds embeddings of {num_classes} classes, but names {len(vocabulary)}.")
-    if not _same_tower(probe, _probe(model)):
-        raise ValueError(
-            f"{path} was written with another text tower than this model's: write it anew with `gkc embed --model`."
-        )
-    return GKCClassEmbeddings(embeds, class_ids, class_ids.bincount()), vocabulary
-
-
-def _probe(model: Any) -> Tensor:
-    """(16, D) embeddings of tokens from all over the token table, by which a text tower is known in any precision."""
-    config = model.config.text_config
-    length = min(8, config.max_position_embeddings)
-    steps = torch.arange(PROBE_PROMPTS * length).unflatten(0, (PROBE_PROMPTS, length))
-    tokens = (steps * 7919 + 1) % config.vocab_size
-    tokens[tokens == config.eos_token_id] -= 1
-    tokens[:, -1] = config.eos_token_id
-    return model.embed_prompts(tokens.to(_input_device(model)))
-
-
-def _same_tower(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape:
-        return False
-    return float(F.cosine_similarity(first.float(), second.float(), dim=-1).min()) >= SAME_TOWER_COSINE
-
-
-def _input_device(model: Any) -> torch.device:
-    """Where the model takes its input: on the CPU if it is offloaded, for accelerate to move."""
-    return torch.device("cpu") if model.device.type == "meta" else model.device
-
-
 __all__ = [
     "GKCClassEmbeddings",
     "TextEmbeddingCache",
-    "add_void_words",
     "average_class_embeds",
     "average_templates",
     "check_class_embeds",
-    "check_distinct",
     "check_prompts",
     "count_classes",
-    "encode_vocabulary",
     "equal_classes",
     "has_adapters",
-    "load_class_embeddings",
     "reduce_prompt_logits",
-    "save_class_embeddings",
     "weights_state",
 ]

@@ -58,12 +58,12 @@ from .class_embeddings import (
     check_class_embeds,
     check_prompts,
     count_classes,
-    encode_vocabulary,
     has_adapters,
     reduce_prompt_logits,
     weights_state,
 )
 from .configuration_gkc import BACKBONE_STRIDES, PROMPT_REDUCTIONS, GKCConfig
+from .encoded_vocabulary import EncodedVocabulary
 from .inference import (
     check_optimization,
     compile_image_path,
@@ -602,7 +602,7 @@ class GKCForOpenVocabSegmentation(GKCPreTrainedModel):
             ValueError: labels that `Vocabulary` refuses, or classes that the text encoder cannot tell apart.
         """
         vocabulary = Vocabulary.parse(vocabulary)
-        encoded = encode_vocabulary(vocabulary, self, processor, distinct=True)
+        encoded = EncodedVocabulary.encode(vocabulary, self, processor, distinct=True)
         # A configuration of its own, so that no other model made from the same one claims these words.
         self.config = copy.deepcopy(self.config)
         self.vocabulary_embeds = encoded.class_embeds

@@ -9,19 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor
 from modeling_gkc.class_embeddings import (
     TextEmbeddingCache,
     average_templates,
-    encode_vocabulary,
     equal_classes,
-    load_class_embeddings,
-    save_class_embeddings,
 )
-from modeling_gkc.file_checksums import EMPTY_CHECKSUM, write_checksum
 
 from .conftest import small_config, word_tokenizer
 
@@ -59,42 +53,14 @@ def large_vocabulary() -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
     return GKCForOpenVocabSegmentation(config).eval(), processor
 
 
-class TestClassesThatCannotBeToldApart:
-    def test_equal_are_classes_with_the_same_set_of_embeddings(self):
-        first, second, third = torch.eye(3, 8)
-        near = torch.nn.functional.normalize(first + 1e-4 * third, dim=0)  # to rounding
-        rows = torch.stack([first, second, first, near, second, second, third, second])
-        class_ids = torch.tensor([0, 0, 1, 2, 3, 4, 4, 5])
-        assert equal_classes(rows, class_ids) == [[1, 2], [3, 5]]
-        assert equal_classes(rows.bfloat16(), class_ids) == [[1, 2], [3, 5]]
-        assert equal_classes(torch.eye(3, 8), torch.arange(3)) == []
-
-    @pytest.mark.parametrize("words", ["red; zebra; okapi, gnu", "red; zebra; big okapi"])
-    def test_they_are_not_stored(self, model, processor, words):
-        """Also those that differ only in how many unknown words they have."""
-        with (
-            pytest.warns(UserWarning, match="results mean nothing"),
-            pytest.raises(ValueError, match=r"'zebra' = '.*oka"),
-        ):
-            model.set_vocabulary(words, processor)
-        assert model.vocabulary is None
-        with pytest.warns(UserWarning, match="does not know these words: 'zebra'"):
-            model.set_vocabulary("red; zebra; dog", processor)
-
-    def test_one_name_of_several_classes_makes_them_no_less_distinct(self, model, processor, recwarn):
-        with pytest.warns(UserWarning, match="one name is shared"):
-            model.set_vocabulary("dog, lamp; sofa, lamp", processor)
-
-    def test_a_tower_that_ignores_its_words_is_noticed(self, model, processor):
-        known = model.text_model.get_input_embeddings()
-        with torch.no_grad():
-            known.weight[processor.tokenizer.convert_tokens_to_ids("couch")] = known.weight[
-                processor.tokenizer.convert_tokens_to_ids("sofa")
-            ]
-        with pytest.warns(UserWarning, match=r"equal embeddings.*'sofa' = 'couch'"):
-            encode_vocabulary("dog; sofa; couch", model, processor)
-        with pytest.raises(ValueError, match=r"equal embeddings.*'sofa' = 'couch'"):
-            encode_vocabulary("sofa; couch", model, processor)
+def test_equal_are_classes_with_the_same_set_of_embeddings():
+    first, second, third = torch.eye(3, 8)
+    near = torch.nn.functional.normalize(first + 1e-4 * third, dim=0)  # to rounding
+    rows = torch.stack([first, second, first, near, second, second, third, second])
+    class_ids = torch.tensor([0, 0, 1, 2, 3, 4, 4, 5])
+    assert equal_classes(rows, class_ids) == [[1, 2], [3, 5]]
+    assert equal_classes(rows.bfloat16(), class_ids) == [[1, 2], [3, 5]]
+    assert equal_classes(torch.eye(3, 8), torch.arange(3)) == []
 
 
 class TestCache:
@@ -312,88 +278,6 @@ class TestTemplates:
     def test_name_ids_without_tokens_are_refused(self, model):
         with pytest.raises(ValueError, match="`name_ids` need `input_ids`"):
             model(torch.zeros(1, 3, 64, 64), class_embeds=torch.eye(2, 16), name_ids=torch.tensor([0, 1]))
-
-
-class TestFiles:
-    VOCABULARY = Vocabulary([["red"], ["lawn", "grass"]], is_thing=[True, None], colors=[(1, 2, 3), (4, 5, 6)])
-
-    def test_what_is_stored_comes_back(self, model, processor, tmp_path):
-        embeddings = model.get_class_embeddings(**processor(text=self.VOCABULARY, return_tensors="pt"))
-        save_class_embeddings(tmp_path / "words.safetensors", model, embeddings, self.VOCABULARY)
-        read, vocabulary = load_class_embeddings(tmp_path / "words.safetensors", model)
-        assert torch.equal(read.class_embeds, embeddings.class_embeds)
-        assert torch.equal(read.class_ids, embeddings.class_ids)
-        assert vocabulary.names == self.VOCABULARY.names
-        assert vocabulary.is_thing == self.VOCABULARY.is_thing
-        assert vocabulary.palette == self.VOCABULARY.palette
-
-    def test_precision_does_not_matter_but_another_tower_does(self, model, processor, tmp_path):
-        path = tmp_path / "words.safetensors"
-        save_class_embeddings(
-            path,
-            model,
-            model.get_class_embeddings(**processor(text="red; blue", return_tensors="pt")),
-            Vocabulary.parse("red; blue"),
-        )
-        load_class_embeddings(path, copy.deepcopy(model).to(torch.bfloat16))
-        torch.manual_seed(1)
-        with pytest.raises(ValueError, match=r"words\.safetensors was written with another text tower"):
-            load_class_embeddings(path, GKCForOpenVocabSegmentation(small_config()))
-
-    def test_templates_of_a_class_come_back(self, model, processor, tmp_path):
-        vocabulary = Vocabulary([["red"], ["lawn"]], templates=[["star {}"], None])
-        path = tmp_path / "words.safetensors"
-        save_class_embeddings(
-            path, model, model.get_class_embeddings(**processor(text=vocabulary, return_tensors="pt")), vocabulary
-        )
-        assert load_class_embeddings(path, model)[1] == vocabulary
-        model.set_vocabulary(vocabulary, processor)
-        model.save_pretrained(tmp_path)
-        loaded = GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
-        before = loaded.vocabulary_embeds.clone()
-        loaded.set_vocabulary(loaded.vocabulary, processor)
-        torch.testing.assert_close(loaded.vocabulary_embeds, before)
-
-    def test_a_tower_that_differs_a_little_or_in_some_tokens_is_another(self, model, processor, tmp_path):
-        path = tmp_path / "words.safetensors"
-        embeddings = model.get_class_embeddings(**processor(text="red; blue", return_tensors="pt"))
-        save_class_embeddings(path, model, embeddings, Vocabulary.parse("red; blue"))
-        embedding = model.text_model.get_input_embeddings()
-        with torch.no_grad():
-            embedding.weight[40:].normal_()
-        with pytest.raises(ValueError, match="another text tower"):
-            load_class_embeddings(path, model)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"class_ids": torch.tensor([0, 5])}, "leave none out"),
-            ({"class_ids": torch.tensor([0, 0])}, "holds embeddings of 1 classes, but names 2"),
-            ({"class_ids": None}, "is no file of class embeddings"),
-        ],
-    )
-    def test_a_file_that_does_not_fit_itself_is_refused(self, model, processor, tmp_path, change, message):
-        path = tmp_path / "words.safetensors"
-        embeddings = model.get_class_embeddings(**processor(text="red; blue", return_tensors="pt"))
-        save_class_embeddings(path, model, embeddings, Vocabulary.parse("red; blue"))
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids")} | change
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        save_file(tensors, path, metadata | EMPTY_CHECKSUM)
-        write_checksum(path)
-        with pytest.raises(ValueError, match=message):
-            load_class_embeddings(path, model)
-
-    def test_other_files_are_refused(self, model, tmp_path):
-        with pytest.raises(FileNotFoundError):
-            load_class_embeddings(tmp_path / "none.safetensors", model)
-        (tmp_path / "text").write_text("no safetensors")
-        with pytest.raises(ValueError, match="text is no file of class embeddings"):
-            load_class_embeddings(tmp_path / "text", model)
-        model.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="write one with `gkc embed`"):
-            load_class_embeddings(tmp_path / "model.safetensors", model)
 
 
 def tokens(processor, text, class_ids=False):

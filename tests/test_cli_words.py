@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCImageProcessor, GKCProcessor, Vocabulary
-from modeling_gkc.class_embeddings import load_class_embeddings
 from modeling_gkc.cli.common import UserError
 from modeling_gkc.cli.parsers import add_embed, add_vocab
+from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.vocabulary_files import packaged_facts
 
 from .conftest import small_config, word_tokenizer
@@ -157,7 +157,8 @@ class TestEmbed:
             f"{out}: 3 classes, 4 names, 4 prompts, width 16, text tower of {checkpoint}\n"
         ) and printed.err == ""  # fmt: skip
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
-        embeddings, vocabulary = load_class_embeddings(out, model)
+        embeddings = EncodedVocabulary.load(out, model)
+        vocabulary = embeddings.vocabulary
         assert vocabulary == Vocabulary.parse("dog; sofa, couch; sky")
         expected = model.get_class_embeddings(
             **GKCProcessor.from_pretrained(checkpoint)(text=vocabulary, return_tensors="pt")
@@ -175,7 +176,7 @@ class TestEmbed:
         assert gkc(*command) == 0
         assert "3 classes, 4 names, 12 prompts" in capsys.readouterr().out
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
-        embeddings, _ = load_class_embeddings(out, model)
+        embeddings = EncodedVocabulary.load(out, model)
         prompts = GKCProcessor.from_pretrained(checkpoint)(text=words, prompt_templates="three", return_tensors="pt")
         expected = model.get_class_embeddings(**prompts)
         assert embeddings.class_embeds.shape == (4, 16)
@@ -186,7 +187,7 @@ class TestEmbed:
         assert gkc("embed", "--labels", "cityscapes_19", "--model", checkpoint, "--out", out) == 0
         assert capsys.readouterr().err.startswith("gkc: warning: The text encoder does not know these words: 'road'")
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
-        assert load_class_embeddings(out, model)[1] == Vocabulary.named("cityscapes_19")
+        assert EncodedVocabulary.load(out, model).vocabulary == Vocabulary.named("cityscapes_19")
 
     def test_what_was_understood_is_said_where_it_is_one_class(self, checkpoint, tmp_path, capsys):
         command = ["embed", "--model", checkpoint, "--out", tmp_path / "words.safetensors", "--labels"]

@@ -35,6 +35,7 @@ ALLOWED = {
     "configuration": {"configuration"},
 }
 PROCESSORS = (
+    "encoded_vocabulary",
     "image_processing_gkc",
     "image_reading",
     "post_processing",

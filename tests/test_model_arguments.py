@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_gkc import GKCImageProcessor, GKCProcessor
-from modeling_gkc.class_embeddings import check_class_embeds, encode_vocabulary
+from modeling_gkc.class_embeddings import check_class_embeds
 from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.vocabulary import Vocabulary
@@ -153,7 +153,7 @@ def test_a_text_encoder_without_finite_weights_makes_no_vocabulary(model):
     model.text_model.text_projection.weight.data.fill_(math.nan)
     for encode in (
         lambda words: model.set_vocabulary(words, processor),
-        lambda words: encode_vocabulary(words, model, processor),
+        lambda words: EncodedVocabulary.encode(words, model, processor),
     ):
         with pytest.raises(
             ValueError, match=r"^`class_embeds` must be finite, .* check the weights of the text encoder"

@@ -1,8 +1,7 @@
-"""`GKCPredictor` and `EncodedVocabulary`: equal to the calls that they replace, bounded, and clear about errors."""
+"""`GKCPredictor`: equal to the calls that it replaces, bounded in memory, clear about errors."""
 
 import io
 import itertools
-import json
 import logging
 import threading
 
@@ -10,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from modeling_gkc import (
-    EncodedVocabulary,
     GKCForOpenVocabSegmentation,
     GKCImageProcessor,
     GKCPredictor,
@@ -281,53 +278,6 @@ class TestVocabulary:
         next(results)
         predictor.set_vocabulary("star; sky")
         assert next(results).labels == ["red disc", "blue square", "lawn"]
-
-
-class TestEncodedVocabulary:
-    def test_inputs_are_those_of_the_model(self, model, processor):
-        encoded = EncodedVocabulary.encode(WORDS, model, processor)
-        expected = model.get_class_embeddings(**processor(text=WORDS, return_tensors="pt"))
-        inputs = encoded.model_inputs()
-        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
-        assert inputs["prompt_reduction"] is None and encoded.labels == ["red disc", "blue square", "lawn"]
-
-    @pytest.mark.parametrize("void_labels", [None, "star; sky, air"])
-    @pytest.mark.parametrize("reduction", [None, "max"])
-    def test_files(self, model, processor, tmp_path, void_labels, reduction):
-        words = Vocabulary([["disc"], ["lawn", "grass"]], [True, None], [(1, 2, 3), (4, 5, 6)])
-        encoded = EncodedVocabulary.encode(words, model, processor, reduction=reduction)
-        encoded = encoded.with_void(void_labels, model, processor)
-        encoded.save(tmp_path / "words.safetensors", model)
-        read = EncodedVocabulary.load(tmp_path / "words.safetensors", model)
-        assert torch.equal(read.class_embeds, encoded.class_embeds) and torch.equal(read.class_ids, encoded.class_ids)
-        assert (read.vocabulary, read.void_ids, read.reduction) == (encoded.vocabulary, encoded.void_ids, reduction)
-        with safe_open(tmp_path / "words.safetensors", "pt") as file:
-            metadata = file.metadata()
-        plain = void_labels is None and reduction is None
-        assert metadata["format"] == f"gkc-class-embeddings-{2 if plain else 3}"
-        assert json.loads(metadata["vocabulary"])["names"] == encoded.vocabulary.names
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"vocabulary": "dog; sofa"}, "embeddings are of 3 classes, but the vocabulary has 2"),
-            ({"class_ids": [0, 0, 2]}, "must count from 0"),
-            ({"void_ids": (1,)}, r"must be the last of 3 classes and not all of them, got \[1\]"),
-            ({"void_ids": (0, 1, 2)}, "and not all of them"),
-            ({"reduction": "median"}, "`reduction` must be one of mean, max, embedding_mean, got 'median'"),
-        ],
-    )
-    def test_parts_that_do_not_fit(self, changes, message):
-        parts = {"vocabulary": "dog; sofa; lamp", "class_ids": [0, 1, 2]} | changes
-        parts["vocabulary"] = Vocabulary.parse(parts["vocabulary"])
-        parts["class_ids"] = torch.tensor(parts["class_ids"])
-        with pytest.raises(ValueError, match=message):
-            EncodedVocabulary(class_embeds=torch.eye(3, 16), **parts)
-
-    def test_void_classes_are_given_once(self, model, processor):
-        encoded = EncodedVocabulary.encode("dog", model, processor).with_void("sky", model, processor)
-        with pytest.raises(ValueError, match="void classes already"):
-            encoded.with_void("star", model, processor)
 
 
 class TestPredictBatches:

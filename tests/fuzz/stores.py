@@ -17,7 +17,7 @@ import torch
 from datasets import disable_progress_bars
 from PIL import Image
 
-from modeling_gkc.class_embeddings import encode_vocabulary, load_class_embeddings, save_class_embeddings
+from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from train.data.benchmarks.base import Benchmark, semantic_segments
 from train.data.from_folder import convert
 from train.data.load import load_split
@@ -299,16 +299,15 @@ def _embeddings(folder: Path) -> Store:
     folder.mkdir()
     model, processor = toy_model().eval(), toy_processor()
     with torch.no_grad():
-        embeddings = encode_vocabulary(VOCABULARY, model, processor)
-        save_class_embeddings(folder / "words.safetensors", model, embeddings, VOCABULARY)
+        EncodedVocabulary.encode(VOCABULARY, model, processor).save(folder / "words.safetensors", model)
 
     def read(copy: Path) -> tuple:
         with torch.no_grad():
             try:
-                found, words = load_class_embeddings(copy / "words.safetensors", model)
+                found = EncodedVocabulary.load(copy / "words.safetensors", model)
             except FileNotFoundError as error:
                 raise ValueError(str(error)) from error
-        return found.class_embeds.tolist(), found.class_ids.tolist(), words
+        return found.class_embeds.tolist(), found.class_ids.tolist(), found.vocabulary
 
     return Store(folder, read)
 

@@ -243,13 +243,13 @@ def why_indistinct(vocabulary: Vocabulary, checkpoint: str) -> str | None:
     Raises:
         UserError: it is no checkpoint.
     """
-    from modeling_gkc.class_embeddings import encode_vocabulary
+    from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 
     model, processor = load_checkpoint(checkpoint)
     try:
         with warnings.catch_warnings():  # words that are unknown without harm are warned of in training
             warnings.simplefilter("ignore", UserWarning)
-            encode_vocabulary(vocabulary, model, processor, distinct=True)
+            EncodedVocabulary.encode(vocabulary, model, processor, distinct=True)
     except ValueError as error:
         return f"{checkpoint}: {error}"
     return None

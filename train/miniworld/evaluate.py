@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_gkc.class_embeddings import encode_vocabulary
+from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.post_processing import resize_masks
 
 from ..data.schema import read_row
@@ -136,7 +136,7 @@ def _seen_and_novel(results: Mapping[str, Mapping[str, float | None]]) -> float 
 
 def _score(model, processor, protocol: Protocol) -> ProtocolScore:
     """Encode a vocabulary once."""
-    encoded = encode_vocabulary([list(prompts) for prompts in protocol.prompts], model, processor)
+    encoded = EncodedVocabulary.encode([list(prompts) for prompts in protocol.prompts], model, processor)
     return ProtocolScore(protocol, encoded.class_embeds, encoded.class_ids)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_path
-from modeling_gkc.class_embeddings import average_class_embeds, encode_vocabulary
+from modeling_gkc.class_embeddings import average_class_embeds
+from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
@@ -344,5 +345,5 @@ class TextBank:
 
 def _embed_words(words: list[str], model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> Tensor:
     """(len(words), D) embeddings on the CPU."""
-    encoded = encode_vocabulary(words, model, processor)
+    encoded = EncodedVocabulary.encode(words, model, processor)
     return average_class_embeds(encoded.class_embeds, encoded.class_ids).float().cpu()
