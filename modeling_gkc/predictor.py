@@ -68,12 +68,12 @@ Item, Value = TypeVar("Item"), TypeVar("Value")
 @dataclass(frozen=True)
 class PredictionOptions:
     """
-    What a prediction gives; None stands for the default of the task.
+    Options of a prediction; None stands for the default of the task.
 
     Args:
         task: "semantic", "instance" or "panoptic".
-        return_scores: Semantic: give the score of every pixel too.
-        return_images: Give the upright image with its result, for drawing.
+        return_scores: Semantic: return the score of every pixel too.
+        return_images: Return the upright image with its result, for drawing.
         threshold: Instance and panoptic: lowest score of a segment; 0.5 by default.
         mask_threshold: Instance and panoptic: lowest mask probability of a pixel inside; 0.5 by default.
         overlap_mask_area_threshold: Instance and panoptic: lowest share of its mask that a segment must show; 0 for

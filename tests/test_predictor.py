@@ -211,6 +211,19 @@ class TestPredict:
         with pytest.raises(ValueError, match=r"^image 2 \(index 1\): cannot be read"):
             predictor.predict([noise(32, 32), b"no image"])
 
+    def test_a_model_optimized_for_inference(self, processor, within):
+        """Words that were encoded before serve it, and so do new ones."""
+        plain, model = (GKCForOpenVocabSegmentation(small_config()) for _ in range(2))
+        model.load_state_dict(plain.state_dict())
+        expected = GKCPredictor(plain, processor)
+        expected.set_vocabulary(WORDS)
+        optimized = GKCPredictor(model.optimize_for_inference(compile=False), processor)
+        for vocabulary in (expected.vocabulary, WORDS):
+            optimized.set_vocabulary(vocabulary)
+            results = [each.predict(noise(80, 120), return_scores=True) for each in (expected, optimized)]
+            difference = (results[0].scores - results[1].scores).abs().max()
+            within("predictor: score map of an optimized model", difference, 1e-4)
+
     def test_the_model_is_put_into_evaluation_mode(self, processor):
         model = GKCForOpenVocabSegmentation(small_config()).train()
         GKCPredictor(model, processor)
