@@ -28,7 +28,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .argument_checks import check_number, check_whole_number, shown
-from .label_text import tidy
+from .label_text import normalize_label
 from .remote_code import CodeSavingMixin
 
 CLASSIFIERS = ("projection", "convex_combination")
@@ -656,7 +656,7 @@ def _nested(field: str, config_class: Callable[..., PreTrainedConfig], values: d
 
 def _require_label(name: Any, place: str) -> None:
     try:
-        _require(bool(tidy(name)), f"{place} has an empty name.")
+        _require(bool(normalize_label(name)), f"{place} has an empty name.")
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images of any kind to padded, normalised `pixel_values`. All sizes are (height, width)."""
+"""`GKCImageProcessor`: decode, resize, normalize and pad images. All sizes are (height, width) in pixels."""
 
 import io
 import math
@@ -52,13 +52,13 @@ URL_TIMEOUT_S = 30
 MAX_URL_BYTES = 256 * 2**20
 BYTES_PER_READ = 2**16
 MAX_SIDE = 2**16
-SMALLEST_SCALE = 1e-12  # a divisor or factor below is a slip
+SMALLEST_SCALE = 1e-12  # a smaller divisor or factor is a mistake
 _SIZE_SETTINGS = ("size", "crop_size", "pad_size")
 _SIZE_KEYS = ({"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"}, {"height", "width"})
 
 
 class GKCImageProcessorKwargs(TypedDict, total=False):
-    """Settings of `GKCImageProcessor`, each of which a call may override."""
+    """Keyword arguments of `GKCImageProcessor`; a call may override each of them."""
 
     do_convert_rgb: bool
     do_resize: bool
@@ -86,51 +86,52 @@ class GKCImageProcessorKwargs(TypedDict, total=False):
 
 
 class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
-    """
-    Turns images into the model's input, and the model's output into segmentations.
+    """Image processor that prepares images for GKC and post-processes the model's outputs.
 
-    An image is a path, URL (http, https or data), bytes of a file, PIL image, array or tensor; several are a list, or
-    an array with a batch axis. It is shown as its EXIF orientation says; of an animation the first frame is taken;
-    grey, palette, CMYK and other kinds become RGB, transparency is laid on white, 16-bit values are scaled to 8 bits,
-    floats are 0..1. Arrays and tensors have 1, 3 (RGB), 4 (RGBA) channels or no channel axis; booleans, 8-bit integers
-    (also wider types with values 0..255), 16-bit unsigned integers 0..65535 and floats 0..1, which may pass the ends
-    by rounding errors of 1e-5. The channel axis is found by its length; where both ends fit, arrays are read channels
-    last and tensors channels first, unless `input_data_format` ("channels_first" or "channels_last") says otherwise.
+    An image is a path, URL (http, https or data), the bytes of a file, a PIL image, an array or a tensor; several
+    images are a list, or an array with a batch axis. Images are rotated by their EXIF orientation; of an animation
+    the first frame is used; gray, palette, CMYK and other modes are converted to RGB, transparent pixels are blended
+    with white, and 16-bit values are scaled to 8 bits. Arrays and tensors have 1, 3 (RGB) or 4 (RGBA) channels or no
+    channel axis, and hold booleans, 8-bit integers (or wider types with values in 0..255), 16-bit unsigned integers
+    in 0..65535, or floats in 0..1, with a tolerance of 1e-5. The channel axis is inferred from its length; if both
+    ends fit, arrays are read as channels last and tensors as channels first, unless `input_data_format`
+    ("channels_first" or "channels_last") is given.
 
     Args:
-        do_convert_rgb: Make every image RGB, as the model needs it. Without it grey and RGBA images keep their 1 or 4
-            channels.
-        do_resize: Resize to `size`.
-        size: `{"shortest_edge", "longest_edge"}` keeps the aspect, the short side reaching `shortest_edge` unless the
-            long one would exceed `longest_edge` (either may stand alone); `{"height", "width"}` does not. Default 800
-            and 1333, those of detectron2, at which the method's published numbers were measured. A single number is
-            `shortest_edge`.
-        max_size: The older name of `size["longest_edge"]`: `size=42, max_size=84`.
-        default_to_square: Read a single number as `size` as both sides of a square.
-        resample: Filter of the resizing, of `PIL.Image.Resampling`; bilinear by default.
-        do_center_crop: Cut `crop_size`, `{"height", "width"}` or the side of a square, out of the middle after the
-            resizing; what the crop holds beyond the image is zero.
-        crop_size: See `do_center_crop`.
-        do_rescale: Multiply 8-bit values by `rescale_factor`. (Floats 0..1 stay in that range without it.)
-        rescale_factor: 1 / 255 by default.
-        do_normalize: Subtract `image_mean`, then divide by `image_std`.
-        image_mean: Per channel, for values 0..1; that of ImageNet by default.
-        image_std: Per channel, for values 0..1; that of ImageNet by default.
-        do_pad: Pad with zeros at the right and bottom, after the normalisation.
-        pad_size: `{"height", "width"}` to pad to, instead of the largest sides of the batch.
-        size_divisor: Both padded sides become multiples of it; 32 is the stride of the backbone.
-        ignore_index: Value of pixels of `segmentation_maps` that belong to no class; None counts every value.
-        do_reduce_labels: Value 0 of `segmentation_maps` means no class, and all others are one less, as ADE20K needs
-            it; `ignore_index` has to be given.
-        data_format: "channels_last" gives `pixel_values` as (B, H, W, 3), which the model does not take.
-        device: Where the tensors of `return_tensors="pt"` go; images are always prepared on the CPU.
-        disable_grouping: Accepted for calls of torchvision's processors; images are prepared one by one.
-        return_tensors: "pt" or "np"; without it a list per entry, with an array for each image, as in transformers.
+        do_convert_rgb: Whether to convert every image to RGB, as the model needs it. If False, gray and RGBA images
+            keep their 1 or 4 channels.
+        do_resize: Whether to resize to `size`.
+        size: `{"shortest_edge", "longest_edge"}` preserves the aspect ratio: the shorter side becomes
+            `shortest_edge` pixels unless the longer side would exceed `longest_edge` (either may be given alone).
+            `{"height", "width"}` does not preserve it. Default: 800 and 1333, the values of detectron2 with which the
+            published numbers of GKC (Han, Liu et al., ICCV 2023) were measured. A single number is `shortest_edge`.
+        max_size: Deprecated name of `size["longest_edge"]`, as in `size=42, max_size=84`.
+        default_to_square: Whether a single number as `size` is both sides of a square.
+        resample: Resampling filter, a `PIL.Image.Resampling`. Default: bilinear.
+        do_center_crop: Whether to crop `crop_size` from the center after resizing; pixels outside of the image are
+            zero.
+        crop_size: `{"height", "width"}` of the center crop in pixels, or the side of a square.
+        do_rescale: Whether to multiply 8-bit values by `rescale_factor`. If False, floats in 0..1 keep their range.
+        rescale_factor: Factor of `do_rescale`. Default: 1 / 255.
+        do_normalize: Whether to subtract `image_mean` and divide by `image_std`.
+        image_mean: Mean of each channel, for values in 0..1. Default: that of ImageNet.
+        image_std: Standard deviation of each channel, for values in 0..1. Default: that of ImageNet.
+        do_pad: Whether to pad with zeros at the right and bottom, after normalization.
+        pad_size: `{"height", "width"}` to pad to. Default: the largest sides of the batch.
+        size_divisor: Number of pixels of which both padded sides are multiples. Default: 32, the backbone's stride.
+        ignore_index: Value of pixels of `segmentation_maps` that belong to no class; if None, every value is a class.
+        do_reduce_labels: Whether value 0 of `segmentation_maps` means "no class" and all other values are reduced by
+            one, as for ADE20K; needs `ignore_index`.
+        data_format: "channels_last" returns `pixel_values` as (B, H, W, 3), which the model does not accept.
+        device: Device of the tensors of `return_tensors="pt"`; images are always processed on the CPU.
+        disable_grouping: Accepted for compatibility with torchvision processors and ignored; images are processed
+            one by one.
+        return_tensors: "pt" or "np"; if None, each entry is a list with an array for each image, as in transformers.
 
     Raises:
-        ValueError: an image cannot be read, is empty, or has values outside its range; the message names the file or
-            the position in the batch.
-        FileNotFoundError: a path does not exist.
+        ValueError: If an image cannot be read, is empty, or has values outside of its range; the message names the
+            file or the position in the batch.
+        FileNotFoundError: If a path does not exist.
     """
 
     valid_kwargs = GKCImageProcessorKwargs
@@ -161,35 +162,35 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
         instance_id_to_semantic_id: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """
-        Prepare images, and for training their annotations, as a call of the processor does.
+        """Prepare images, and for training their segmentation maps, for the model.
 
         Args:
-            images: One image or B images.
-            segmentation_maps: For each image the class or instance of every pixel, (H, W) in the upright image's size:
-                PIL image, array, tensor, path or bytes of a file.
-            instance_id_to_semantic_id: Class of each value of the maps, for all images or for each; without it the
-                values are the classes.
-            kwargs: Settings for this call.
+            images: One image or a batch of B images.
+            segmentation_maps: For each image a map (H, W) of the size of the upright image with the class or instance
+                id of every pixel: a PIL image, array, tensor, path, or the bytes of a file.
+            instance_id_to_semantic_id: Class of each value of the maps, one dict for all images or one for each.
+                Default: the values are class ids.
+            kwargs: Arguments of the class for this call.
 
         Returns:
-            `pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W), 1 where the image is, and `original_sizes` (B, 2),
-            height and width of the upright images (with `do_center_crop` of the crops), for the `target_sizes` of
-            post-processing. With maps also lists of B entries: `mask_labels`, (N, H, W) masks of 0 and 1, and
-            `class_labels`, (N,) classes. They are those of transformers' Mask2Former, whose padding alone differs:
-            there masks are 0 here.
+            `pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W), 1 inside the image and 0 in the padding, and
+            `original_sizes` (B, 2), (height, width) in pixels of the upright images (with `do_center_crop`: of the
+            crops), for the `target_sizes` of post-processing. With maps also two lists of length B: `mask_labels`,
+            (N, H, W) masks of 0 and 1, and `class_labels`, (N,) class ids. They equal those of transformers'
+            Mask2Former except that masks are 0 in the padding.
 
         Raises:
-            ValueError: as for the class; or a map is of another size than its image, holds no whole numbers, or a
-                value that `instance_id_to_semantic_id` lacks. The image's position in the batch is named.
+            ValueError: If an argument or image is invalid (see the class), or if a map differs in size from its
+                image, holds values that are not integers, or holds a value without an entry in
+                `instance_id_to_semantic_id`. The message names the position in the batch.
         """
-        # Before transformers checks the types of the settings, whose error is no ValueError.
+        # Checked before transformers checks the types, because its error is not a ValueError.
         _check_settings({name: value for name, value in kwargs.items() if name not in _SIZE_SETTINGS})
         for name, value in kwargs.items():
             if value is None and name.startswith("do_"):
                 raise ValueError(f"`{name}` must be True or False, got None: leave it out for the processor's own.")
         kwargs = _with_longest_edge(kwargs, self.size)
-        # By position: transformers 5.17 takes no `image_like_kwargs`.
+        # Positional, because transformers 5.17 has no `image_like_kwargs`.
         return super().preprocess(images, segmentation_maps, instance_id_to_semantic_id, **kwargs)
 
     def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
@@ -199,9 +200,9 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
                 raise ValueError(f"`{name}` as a list must be [height, width], got {shown(size)}.")
         try:
             return super()._standardize_kwargs(**kwargs)
-        except (TypeError, ValueError) as error:  # of the sizes, the only settings that are converted
+        except (TypeError, ValueError) as error:  # from the sizes, the only arguments that are converted
             names = " or ".join(f"`{name}`" for name in _SIZE_SETTINGS if kwargs.get(name) is not None)
-            raise ValueError(f"{names} is no size of images: {error}") from error
+            raise ValueError(f"{names} is not a valid image size: {error}") from error
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
         _check_settings(kwargs)
@@ -216,7 +217,7 @@ class GKCImageProcessor(CodeSavingMixin, PostProcessingMixin, PilBackend):
     ) -> BatchFeature:
         images = _as_list(images)
         if not images:
-            raise ValueError("no images were given.")
+            raise ValueError("`images` is empty: give at least one image.")
         crop = _crop_size(settings)
         pixels, original_sizes, resized_sizes = [], [], []
         for index, image in enumerate(images):
@@ -255,12 +256,12 @@ def _resized(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
         return image
     if image.mode != "RGBA":
         return image.resize((width, height), settings["resample"])
-    # Band by band: Pillow would weigh the colors with the fourth channel.
+    # Band by band, because Pillow would weight the colors by the alpha channel.
     return Image.merge("RGBA", [band.resize((width, height), settings["resample"]) for band in image.split()])
 
 
 def _crop_size(settings: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the center crop; None without one."""
+    """Return (height, width) of the center crop, or None if images are not cropped."""
     if not settings["do_center_crop"]:
         return None
     size = dict(settings["crop_size"])
@@ -270,20 +271,20 @@ def _crop_size(settings: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _sides(name: str, size: dict[str, Any]) -> tuple[int, int]:
-    """Height and width of a setting that has both."""
+    """Check a size with the keys "height" and "width", and return (height, width)."""
     return tuple(check_whole_number(f"{name}['{side}']", size[side], 1, MAX_SIDE) for side in ("height", "width"))
 
 
 def _center_crop(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
-    """The middle (height, width) of an image; zero beyond it."""
+    """Crop (height, width) pixels from the center of an image; pixels outside of it are zero."""
     top, left = ((side - cropped) // 2 for side, cropped in zip((image.height, image.width), crop, strict=True))
     return image.crop((left, top, left + crop[1], top + crop[0]))
 
 
 def _to_pixels(picture: Image.Image, source: ImageLike, **settings) -> torch.Tensor:
-    """A picture, normalised, fp32 (C, H, W); `source` is what it was read from."""
+    """Rescale and normalize an image to fp32 (C, H, W); `source` is the input that it was read from."""
     values = np.array(picture)
-    # Bytes are reordered, not floats: that is four times less to move.
+    # The axes are permuted before the conversion to fp32, which moves a quarter of the bytes.
     pixels = torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1).contiguous().float()
     if settings["do_rescale"]:
         pixels *= settings["rescale_factor"]
@@ -298,16 +299,16 @@ def _to_pixels(picture: Image.Image, source: ImageLike, **settings) -> torch.Ten
 def _per_channel(name: str, values: Any, num_channels: int) -> torch.Tensor:
     values = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
     if len(values) not in (1, num_channels):
-        raise ValueError(f"`{name}` gives {len(values)} numbers for images of {num_channels} channels.")
+        raise ValueError(f"`{name}` must have 1 or {num_channels} numbers, one per channel, got {len(values)}.")
     return values.expand(num_channels)[:, None, None]
 
 
 def _padded_size(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> tuple[int, int]:
-    """Height and width of the batch of images (height, width)."""
+    """Return the padded (height, width) of a batch of images with the given sizes."""
     largest = tuple(max(size[axis] for size in sizes) for axis in (0, 1))
     if not settings["do_pad"]:
         if len(set(sizes)) > 1:
-            raise ValueError("images of different sizes make no batch without padding: leave `do_pad` on.")
+            raise ValueError("Images of different sizes cannot form a batch without padding: set `do_pad=True`.")
         return largest
     if settings["pad_size"] is not None:
         asked = dict(settings["pad_size"])
@@ -320,10 +321,10 @@ def _padded_size(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> tupl
 
 
 def _stack(images: list[torch.Tensor], size: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Images (C, H_i, W_i) in one batch, padded with zeros at the right and bottom, and where they are in it."""
+    """Stack images (C, H_i, W_i) into `pixel_values` padded at the right and bottom, and compute `pixel_mask`."""
     channels = {len(image) for image in images}
     if len(channels) > 1:
-        raise ValueError(f"images of {sorted(channels)} channels make no batch: leave `do_convert_rgb` on.")
+        raise ValueError(f"Images with {sorted(channels)} channels cannot form a batch: set `do_convert_rgb=True`.")
     pixel_values = torch.zeros(len(images), channels.pop(), *size)
     pixel_mask = torch.zeros(len(images), *size, dtype=torch.int64)
     for index, image in enumerate(images):
@@ -333,7 +334,7 @@ def _stack(images: list[torch.Tensor], size: tuple[int, int]) -> dict[str, torch
 
 
 def _with_longest_edge(settings: dict[str, Any], default: Mapping[str, int]) -> dict[str, Any]:
-    """Settings with `max_size`, the older name of the longest edge, as part of `size`."""
+    """Move `max_size`, the deprecated name of the longest edge, into `size`."""
     if settings.get("max_size") is None:
         return settings
     settings = dict(settings)
@@ -342,7 +343,9 @@ def _with_longest_edge(settings: dict[str, Any], default: Mapping[str, int]) -> 
         size = {side: pixels for side, pixels in dict(default).items() if side != "longest_edge"}
     size = dict(size) if isinstance(size, Mapping) else {"shortest_edge": size}
     if set(size) != {"shortest_edge"} and size.get("longest_edge") != max_size:
-        raise ValueError(f"`max_size` goes with `shortest_edge` alone: leave it away, or write it into `size` {size}.")
+        raise ValueError(
+            f"`max_size` can only be combined with `shortest_edge`: remove it, or set it in `size`, which is {size}."
+        )
     return settings | {"size": size | {"longest_edge": max_size}}
 
 
@@ -353,21 +356,24 @@ def read_image(
     timeout: float = URL_TIMEOUT_S,
     keep_channels: bool = False,
 ) -> Image.Image:
-    """
-    Any image as an upright 8-bit RGB picture; the kinds are those of `GKCImageProcessor`.
+    """Read an image of any kind that `GKCImageProcessor` accepts as an upright 8-bit RGB image.
 
     Args:
         image: Path, URL, bytes of a file, PIL image, array or tensor.
-        input_data_format: "channels_first" or "channels_last" of an array or tensor; None finds it out.
-        name: What to call the image in errors, if it has no file name.
-        timeout: Seconds that reading a URL may take in all; at most 256 MiB are read of it, and redirects lead to
-            http and https only.
-        keep_channels: Leave 8-bit grey and RGBA images as they are, instead of making them RGB.
+        input_data_format: "channels_first" or "channels_last", the layout of an array or tensor. Default: inferred.
+        name: Name of the image in error messages, if it has no file name.
+        timeout: Maximum time in seconds of reading a URL. At most 256 MiB are read, and only redirects to http and
+            https are followed.
+        keep_channels: Whether 8-bit gray and RGBA images keep their channels instead of being converted to RGB.
+
+    Returns:
+        The decoded image in mode "RGB", or with `keep_channels` in mode "L" or "RGBA".
 
     Raises:
-        ValueError: the image cannot be read, is empty, or has values outside its range; the file or `name` is named.
-        FileNotFoundError: the path does not exist.
-        TypeError: `image` is none of these, or an array of what are no numbers.
+        ValueError: If the image cannot be read, is empty, or has values outside of its range; the message names the
+            file, or `name`.
+        FileNotFoundError: If the path does not exist.
+        TypeError: If `image` has another type, or is an array of a non-numeric type.
     """
     if isinstance(image, str | os.PathLike):
         name = str(image) if len(str(image)) < 500 else f"{str(image)[:60]}..."
@@ -378,9 +384,8 @@ def read_image(
     except FileNotFoundError:
         raise
     except TypeError as error:
-        if isinstance(
-            image, str | os.PathLike | bytes | Image.Image
-        ):  # of a damaged file, by one of Pillow's decoders
+        # Pillow's decoders raise TypeErrors for damaged files.
+        if isinstance(image, str | os.PathLike | bytes | Image.Image):
             raise ValueError(f"{name}: cannot be read as an image: {error}") from error
         raise TypeError(f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise errors of many types
@@ -388,16 +393,18 @@ def read_image(
 
 
 def resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
-    """
-    Height and width that an image of `image_size` is resized to.
+    """Compute the size that an image is resized to.
 
     Args:
-        image_size: Height and width in pixels.
-        size: As in `GKCImageProcessor`.
+        image_size: (height, width) of the image in pixels.
+        size: Target size as in `GKCImageProcessor`.
 
     Returns:
-        Sides of at least 1 pixel. With `shortest_edge` they are those of transformers' image processors, which may
-        round down, but never above `longest_edge`.
+        (height, width) in pixels, each at least 1. With `shortest_edge` they equal those of transformers' image
+        processors, which may round down, and never exceed `longest_edge`.
+
+    Raises:
+        ValueError: If `size` is invalid.
     """
     _check_size(size)
     if "height" in size:
@@ -415,14 +422,13 @@ def resized_size(image_size: tuple[int, int], size: dict[str, int]) -> tuple[int
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """
-    Refuse settings of the image processor that cannot be meant.
+    """Check arguments of the image processor.
 
     Args:
-        settings: By name, some of `GKCImageProcessorKwargs`; None stands for a default.
+        settings: Arguments by name, a subset of `GKCImageProcessorKwargs`; None means the default.
 
     Raises:
-        ValueError: a setting has a wrong type, is not finite or lies outside its range; the message names it.
+        ValueError: If an argument has a wrong type, is not finite or is outside of its range; the message names it.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     check_flags(**{name: value for name, value in given.items() if name.startswith("do_")})
@@ -472,7 +478,7 @@ def _check_channels(name: str, value: Any, low: float, lengths: tuple[int, ...])
     values = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
     values = values if isinstance(values, list | tuple) else [values]
     if len(values) not in lengths:
-        raise ValueError(f"`{name}` must be one number, or one for each of the 3 channels, got {shown(value)}.")
+        raise ValueError(f"`{name}` must be one number or one number per channel (3), got {shown(value)}.")
     for number in values:
         check_number(name, number, low)
 
@@ -480,7 +486,9 @@ def _check_channels(name: str, value: Any, low: float, lengths: tuple[int, ...])
 def _check_size(size: dict[str, int]) -> None:
     if set(size) not in _SIZE_KEYS:
         raise ValueError(
-            "`size` needs 'shortest_edge' and/or 'longest_edge', or 'height' and 'width'; got " + ", ".join(size) + "."
+            "`size` needs the keys 'shortest_edge' and/or 'longest_edge', or 'height' and 'width'; got "
+            + ", ".join(size)
+            + "."
         )
     for side, pixels in size.items():
         check_whole_number(f"size['{side}']", pixels, 1, MAX_SIDE if side in ("height", "width") else 2**31 - 1)
@@ -491,35 +499,36 @@ def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
         return list(images) if images.ndim == 4 else [images]
     if not isinstance(images, list | tuple):
         return [images]
-    # Lists of the images of each text, as transformers' processors of images and text take them.
+    # Nested lists: transformers' processors of images and text take the images of each text as a list.
     return [image for entry in images for image in (entry if isinstance(entry, list | tuple) else [entry])]
 
 
 def check_return_tensors(return_tensors: str | None) -> None:
-    """
-    Refuse a form of tensors that the processors do not give.
+    """Check that `return_tensors` is "pt", "np" or None.
 
     Raises:
-        ValueError: it is neither "pt" nor "np", nor None for lists.
+        ValueError: If it is anything else.
     """
     if return_tensors not in (None, "pt", "np"):
-        raise ValueError(f"`return_tensors` must be 'pt', 'np' or None, which gives lists; got {return_tensors!r}.")
+        raise ValueError(f"`return_tensors` must be 'pt', 'np' or None (lists), got {return_tensors!r}.")
 
 
 def as_batch(
     data: dict[str, Any], return_tensors: str | None, device: str | torch.device | None = None
 ) -> BatchFeature:
-    """
-    Tensors, and lists of tensors, in the form that a processor's caller asks for.
+    """Convert tensors, and lists of tensors, to the type that `return_tensors` names.
 
     Args:
-        data: Tensors by name. What is no tensor is left as it is.
-        return_tensors: "pt" for tensors, "np" for arrays, None for lists, as transformers' processors give them: of
-            arrays where an entry has more than two axes, else of numbers.
-        device: Where the tensors go; of no effect on arrays and lists.
+        data: Tensors by name; other values are kept unchanged.
+        return_tensors: "pt" for tensors, "np" for arrays, None for lists as in transformers' processors: lists of
+            arrays for entries with more than two axes, else of numbers.
+        device: Device of the tensors; ignored for arrays and lists.
+
+    Returns:
+        The converted entries as a `BatchFeature`.
 
     Raises:
-        ValueError: `return_tensors` is none of these, or there is no such device here.
+        ValueError: If `return_tensors` is unknown, or the device does not exist.
     """
     check_return_tensors(return_tensors)
     if return_tensors == "pt":
@@ -562,7 +571,7 @@ def _decode(
         source = _file_of(image, timeout)
         with source if hasattr(source, "read") else open(source, "rb") as file, Image.open(file) as opened:
             return convert(opened)
-    raise TypeError(f"an image is a path, URL, bytes, PIL image, array or tensor, not {type(image).__name__}.")
+    raise TypeError(f"an image must be a path, URL, bytes, PIL image, array or tensor, got {type(image).__name__}.")
 
 
 def _file_of(image: str | os.PathLike | bytes, timeout: float) -> str | os.PathLike | BinaryIO:
@@ -574,26 +583,25 @@ def _file_of(image: str | os.PathLike | bytes, timeout: float) -> str | os.PathL
 
 
 class _WebRedirects(HTTPRedirectHandler):
-    """Follows redirects to http and https only; urllib's own would also go to ftp."""
+    """Redirect handler for http and https only; urllib's default would also follow redirects to ftp."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        """The request of the next hop."""
+        """Create the request of the next redirect."""
         if not newurl.lower().startswith(("http://", "https://")):
-            raise ValueError(f"the address redirects to {newurl[:200]!r}, which is neither http nor https.")
+            raise ValueError(f"the URL redirects to {newurl[:200]!r}, which is neither http nor https.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def urlopen(request: Request, timeout: float) -> Any:
-    """Open an address as urllib does, redirects to http and https only."""
+    """Open a URL with urllib, following redirects to http and https only."""
     return build_opener(_WebRedirects).open(request, timeout=timeout)
 
 
 def _download_in_time(url: str, timeout: float) -> bytes:
-    """
-    Read what an address gives, in a thread: a server may also send the head of its answer a byte a second.
+    """Download a URL in a thread, so that a slow response header counts towards the timeout too.
 
     Raises:
-        ValueError: as of `_download`.
+        ValueError: As in `_download`.
     """
     check_number("timeout", timeout, 0)
     answers: list[bytes | Exception] = []
@@ -608,34 +616,35 @@ def _download_in_time(url: str, timeout: float) -> bytes:
     thread.start()
     thread.join(timeout)
     if not answers:
-        raise ValueError(f"reading the address took longer than {timeout:g} s: set a longer `timeout`.")
+        raise ValueError(f"the download took longer than {timeout:g} s: set a longer `timeout`.")
     if isinstance(answers[0], Exception):
         raise answers[0]
     return answers[0]
 
 
 def _download(url: str, timeout: float) -> bytes:
-    """
-    Read what an address gives.
+    """Download a URL.
 
     Raises:
-        ValueError: it gives more than `MAX_URL_BYTES`, or takes longer than `timeout` seconds in all.
+        ValueError: If the response is larger than `MAX_URL_BYTES`, incomplete, or takes longer than `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     parts, size = [], 0
-    # Some servers refuse a client without a name.
+    # Some servers reject clients without a user agent.
     with urlopen(Request(url, headers={"User-Agent": "gkc"}), timeout=timeout) as response:
-        # `read1` returns what has come; `read` would wait for all of it, however slowly it comes.
+        # `read1` returns the bytes received so far; `read` would block until all of them have arrived.
         read = getattr(response, "read1", None) or response.read
         while part := read(BYTES_PER_READ):
             size += len(part)
             parts.append(part)
             if size > MAX_URL_BYTES:
-                raise ValueError(f"the address gives more than {MAX_URL_BYTES // 2**20} MiB: download it yourself.")
+                raise ValueError(
+                    f"the file at the URL is larger than {MAX_URL_BYTES // 2**20} MiB: download it and give its path."
+                )
             if time.monotonic() > deadline:
-                raise ValueError(f"reading the address took longer than {timeout:g} s: set a longer `timeout`.")
+                raise ValueError(f"the download took longer than {timeout:g} s: set a longer `timeout`.")
         if missing := getattr(response, "length", None):
-            raise ValueError(f"the address broke off {missing} bytes before its end.")
+            raise ValueError(f"the download ended {missing} bytes early: try again.")
     return b"".join(parts)
 
 
@@ -647,26 +656,26 @@ def _from_array(image: np.ndarray | torch.Tensor, input_data_format: str | Chann
     else:
         values, preferred = image, ChannelDimension.LAST
     if values.ndim not in (2, 3):
-        raise ValueError(f"an array needs 2 or 3 axes, got the shape {values.shape}.")
+        raise ValueError(f"an array must have 2 or 3 axes, got the shape {values.shape}.")
     if values.ndim == 3:
         data_format = ChannelDimension(input_data_format or _channel_axis(values.shape, preferred))
         values = np.moveaxis(values, 0, -1) if data_format is ChannelDimension.FIRST else values
         if values.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"an image needs 1, 3 or 4 channels, got {values.shape[-1]} ({data_format.value}).")
+            raise ValueError(f"an image must have 1, 3 or 4 channels, got {values.shape[-1]} ({data_format.value}).")
     check_not_empty(values.shape[:2])
     values = np.ascontiguousarray(_to_8_bits(values))
     return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 
 
 def _channel_axis(shape: tuple[int, ...], preferred: ChannelDimension) -> ChannelDimension:
-    """Where the channels are: an end of length 3 or 4, else one of length 1; `preferred` if both ends qualify."""
+    """Infer the channel axis: the first or last axis with length 3 or 4, else 1; `preferred` if both qualify."""
     for lengths in ((3, 4), (1,)):
         fits_first, fits_last = shape[0] in lengths, shape[-1] in lengths
         if fits_first and fits_last:
             return preferred
         if fits_first or fits_last:
             return ChannelDimension.FIRST if fits_first else ChannelDimension.LAST
-    raise ValueError(f"no axis of the shape {shape} can be the channels, of which there must be 1, 3 or 4.")
+    raise ValueError(f"neither the first nor the last axis of the shape {shape} has 1, 3 or 4 channels.")
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
@@ -680,11 +689,11 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
         return rescale(values, 1)
     if values.dtype.kind in "iu":
         return rescale(values, 255)
-    raise TypeError(f"images have boolean, integer or float values, not {values.dtype}.")
+    raise TypeError(f"an image must have boolean, integer or float values, got {values.dtype}.")
 
 
 def _to_channels(image: Image.Image) -> Image.Image:
-    """An upright image with its own 1, 3 or 4 channels of 8 bits; other kinds become RGB."""
+    """Rotate an 8-bit image with 1, 3 or 4 channels upright; convert other kinds to upright RGB."""
     check_not_empty(image.size[::-1])
     keeps = image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info
     return ImageOps.exif_transpose(image) if keeps else to_rgb(image)

@@ -11,18 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The characters of labels: what cannot be seen or read, when two labels are the same, which separators people use."""
+"""Text of labels: normalization, comparison, invisible characters, and separators other than ';' and ','."""
 
 import math
 import re
 import unicodedata
 from typing import Any
 
-# Format characters without width or meaning of their own: they stick to text that is copied from web pages and tables.
+# Format characters without width or meaning, often copied along with text from web pages and tables.
 _DROPPED = dict.fromkeys(
     [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
 )
-# These join letters in some scripts and emoji, or fill a place: they are kept, but tell no two labels apart.
+# Joiners of some scripts and emoji, and fillers: they are kept, but ignored when labels are compared.
 _FILLERS = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, *range(0x180B, 0x1810)}
 _FILLERS |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
@@ -35,47 +35,56 @@ _COLUMN_BREAK = re.compile(r"[^\s;,] *([\t\v\f\x1c-\x1f])[^\S\r\n]*[^\s;,]")
 _LONE_MARK = re.compile(r"\w\s+[-/\\&+*:=>~→–—]+\s+\w")
 
 
-def tidy(label: str) -> str:
-    """
-    Remove format characters without width; trim spaces at the ends, and make runs of spaces one.
+def normalize_label(label: str) -> str:
+    """Remove format characters without width, strip the label, and collapse repeated spaces.
+
+    Args:
+        label: Text of a label.
+
+    Returns:
+        The normalized label.
 
     Raises:
-        ValueError: the label has half of a surrogate pair, or nothing in it can be seen. The message has no subject.
+        ValueError: If the label contains an unpaired surrogate or invisible characters only. The message is a
+            predicate, to which the caller adds the subject.
     """
     surrogate = re.search("[\ud800-\udfff]", label)
     if surrogate:
-        raise ValueError(
-            f"has U+{ord(surrogate[0]):04X}, half of a character that was cut in two: write the whole character."
-        )
+        raise ValueError(f"contains U+{ord(surrogate[0]):04X}, half of a surrogate pair: write the whole character.")
     tidied = " ".join(label.translate(_DROPPED).split())
     if not comparison_key(tidied) and label.strip():
         codes = ", ".join(dict.fromkeys(f"U+{ord(char):04X}" for char in label if not char.isspace()))
-        raise ValueError(f"has only characters that cannot be seen ({codes[:100]}): give every class a name.")
+        raise ValueError(f"contains only invisible characters ({codes[:100]}): give every class a visible name.")
     return tidied
 
 
 def comparison_key(label: str) -> str:
-    """Form in which two labels are equal when they look the same in any case: composed or not, with fillers or not."""
+    """Return a key that is equal for labels that look the same regardless of case.
+
+    The key is case-folded, in Unicode normalization form C, and without fillers.
+    """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", label).casefold())
     seen = (char for char in folded if char.isspace() or not is_invisible(char))
     return " ".join("".join(seen).split())
 
 
 def is_invisible(char: str) -> bool:
-    """Tell if a character leaves no mark: spaces, controls, format characters and fillers."""
+    """Return whether a character is invisible: a space, control character, format character or filler."""
     return ord(char) in _FILLERS or unicodedata.category(char) in _INVISIBLE_CATEGORIES
 
 
 def check_separators(text: str) -> None:
-    """
-    Refuse typed labels that are separated by anything but ';' and ','.
+    """Check that typed labels are separated by ';' and ',' only.
+
+    Args:
+        text: Labels typed as one string.
 
     Raises:
-        ValueError: with the separator that was found; or the text is a list in JSON, or has a tab between two words.
+        ValueError: If the text uses another separator, is a JSON list, or has a tab between two words.
     """
     if re.match(r"\s*[\[{]\s*[\"'\[{]", text):
         raise ValueError(
-            f"this is a list as programs write it, {text.strip()[:200]!r}: write 'dog; sofa, couch; lamp'."
+            f"Labels in a string must not be a JSON list, got {text.strip()[:200]!r}: write 'dog; sofa, couch; lamp'."
         )
     column_break = _COLUMN_BREAK.search(text)
     if column_break:
@@ -83,33 +92,36 @@ def check_separators(text: str) -> None:
         kind = "a tab" if mark == "\t" else f"U+{ord(mark):04X}"
         raise ValueError(
             f"Classes are separated by ';' and several names of one class by ',', not by {kind}: "
-            f"{text.strip()[:200]!r}. Write ';' in its place, or a space if it stands within one label."
+            f"{text.strip()[:200]!r}. Replace it by ';', or by a space within a label."
         )
     found = _SEPARATORS.search(text)
     if found:
         mark = found[0].strip()
         raise ValueError(
-            f"classes are separated by ';' and several names of one class by ',', not by {mark!r} "
-            f"(U+{ord(mark):04X}): {text.strip()[:200]!r}. (A label with {mark!r} in it can be given in a list or a "
-            ".json file.)"
+            f"Classes are separated by ';' and several names of one class by ',', not by {mark!r} "
+            f"(U+{ord(mark):04X}): {text.strip()[:200]!r}. (A label that contains {mark!r} can be given in a list or "
+            "a .json file.)"
         )
 
 
 def has_lone_mark(text: str) -> bool:
-    """Tell if a mark stands alone between two words: "red disc / sky" may be two labels, "black & white" is one."""
+    """Return whether a mark is surrounded by spaces, as in "red disc / sky" or "black & white".
+
+    Such text may be meant as two labels or as one.
+    """
     return _LONE_MARK.search(text) is not None
 
 
 def shown(value: Any, limit: int = 200) -> str:
-    """Short form of a value for a message; never fails, whatever the value is."""
+    """Return a short representation of a value for an error message; never raises, whatever the value is."""
     try:
         shape = getattr(value, "shape", None)
         if isinstance(shape, tuple) and math.prod(shape) > 8:
             return f"a {type(value).__name__} of shape {tuple(shape)}"
         text = repr(value)
-    except Exception:  # such as an integer with more digits than Python prints
+    except Exception:  # for example an integer with more digits than Python prints
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-__all__ = ["check_separators", "comparison_key", "has_lone_mark", "is_invisible", "shown", "tidy"]
+__all__ = ["check_separators", "comparison_key", "has_lone_mark", "is_invisible", "normalize_label", "shown"]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`GKCProcessor`: images and words to tensors, tensors to segmentations."""
+"""`GKCProcessor`: prepare images and class names for the model, and post-process its outputs."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,31 +34,32 @@ from .segmentation_maps import MapLike
 from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
 
 MAX_LISTED_WORDS = 20
-UNLIMITED = 10**6  # tokenizers that know no limit give a number above
-# What a call may ask of the tokenizer; all else would change what `class_ids` mean, or is of no use to the model.
+UNLIMITED = 10**6  # tokenizers without a maximum length report a larger number
+# Tokenizer arguments that a call accepts; the others would change the meaning of `class_ids` or are of no use here.
 TEXT_SETTINGS = ("padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of", "add_special_tokens")
 KINDS_OF_SETTINGS = ("images_kwargs", "text_kwargs", "common_kwargs")
 
 
 class GKCProcessorKwargs(ProcessingKwargs, total=False):
-    """Settings of a call of `GKCProcessor`, flat or by kind."""
+    """Keyword arguments of `GKCProcessor.__call__`, flat or grouped by modality."""
 
     images_kwargs: GKCImageProcessorKwargs
 
 
 class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
-    """
-    A `GKCImageProcessor` and the tokenizer of the text tower in one.
+    """Processor that combines a `GKCImageProcessor` with the tokenizer of the text tower.
 
     Args:
         image_processor: A `GKCImageProcessor`.
         tokenizer: Tokenizer of the text tower.
-        prompt_templates: A set of `modeling_gkc.prompt_templates` ("plain", "photo", "vild14"), or sentences with one
-            `{}` each; every name is put into every one, and "a" before the `{}` becomes "an" where it should. Default
-            "plain", the name alone, as in the method's published evaluation.
+        prompt_templates: Name of a template set of `modeling_gkc.prompt_templates` ("plain", "photo", "vild14"), or
+            a list of sentences with one `{}` each. Every class name is inserted into every template; "a" before the
+            `{}` becomes "an" before a vowel sound. Default: "plain", the name alone, as in the published evaluation
+            of GKC (Han, Liu et al., ICCV 2023).
 
     Raises:
-        ValueError: there is no template, no such set, or a template has not exactly one `{}`.
+        ValueError: If no template is given, the template set is unknown, or a template does not contain exactly one
+            `{}`.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, prompt_templates: TemplatesLike | None = None):
@@ -79,76 +80,76 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         instance_id_to_semantic_id: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """
-        Prepare images, words, or both.
+        """Prepare images, class names, or both.
 
         Args:
-            images: One image or B images, see `GKCImageProcessor`.
-            text: The K classes in any form that `Vocabulary.parse` takes: "dog; sofa, couch; lamp", ["dog", ["sofa",
-                "couch"], "lamp"], "ade20k_150", a file, or a `Vocabulary`, whose classes may have templates of their
-                own.
+            images: One image or a batch of B images, see `GKCImageProcessor`.
+            text: The K classes in any form that `Vocabulary.parse` accepts: "dog; sofa, couch; lamp", ["dog",
+                ["sofa", "couch"], "lamp"], "ade20k_150", a file, or a `Vocabulary`, whose classes may have their own
+                prompt templates.
             return_tensors: "pt", "np", or None for lists.
-            void_labels: V more classes, in the same forms, for what is none of the K. They get the ids K..K+V-1; give
-                these to `post_process_*` as `void_label_ids`.
-            prompt_templates: Templates for this call instead of the processor's, in the same forms.
+            void_labels: V additional classes, in the same forms, for regions that belong to none of the K classes.
+                They get the class ids K..K+V-1; pass these to `post_process_*` as `void_label_ids`.
+            prompt_templates: Templates of this call, which replace the processor's, in the same forms.
             segmentation_maps: Annotations of the images for training, see `GKCImageProcessor.preprocess`.
-            instance_id_to_semantic_id: Classes of the values in the maps, see `GKCImageProcessor.preprocess`.
-            kwargs: Settings of the image processor, and of the prompts: `padding` (True, "longest", "max_length" or
-                False; by default to the longest), `truncation`, `max_length`, `padding_side`, `pad_to_multiple_of` and
-                `add_special_tokens`, as of transformers' tokenizers. They may be grouped as `images_kwargs`,
-                `text_kwargs` and `common_kwargs`.
+            instance_id_to_semantic_id: Class of each value in the maps, see `GKCImageProcessor.preprocess`.
+            kwargs: Arguments of the image processor and of the tokenizer: `padding` (True, "longest", "max_length" or
+                False; default: to the longest prompt), `truncation`, `max_length`, `padding_side`,
+                `pad_to_multiple_of` and `add_special_tokens`, as in transformers' tokenizers. They may be grouped as
+                `images_kwargs`, `text_kwargs` and `common_kwargs`.
 
         Returns:
-            For images `pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W), 1 where the image is, and `original_sizes`
-            (B, 2), height and width of the upright images, for the `target_sizes` of post-processing; with maps also
-            `mask_labels` and `class_labels`. For text the P prompts, class by class, name by name, template by
-            template: `input_ids` and `attention_mask` (P, L), padded at the right, `class_ids` (P,) in 0..K+V-1 and
-            `names_per_class` (K+V,); if a name has several templates also `name_ids` (P,) in 0..N-1, the name that
-            each prompt stands for, and `prompts_per_name` (N,).
+            For images: `pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W), 1 inside the image and 0 in the padding,
+            and `original_sizes` (B, 2), (height, width) in pixels of the upright images, for the `target_sizes` of
+            post-processing; with maps also `mask_labels` and `class_labels`. For text: the P prompts, ordered by
+            class, name and template: `input_ids` and `attention_mask` (P, L), padded at the right, `class_ids` (P,)
+            in 0..K+V-1 and `names_per_class` (K+V,); if a name has several templates, also `name_ids` (P,) in 0..N-1,
+            the name of each prompt, and `prompts_per_name` (N,).
 
         Raises:
-            ValueError: neither images nor text; labels that `Vocabulary` refuses; a label without a token or with a
-                special one; two labels with the same tokens; the tokenizer knows none of the words in `text`, or none
-                in `void_labels`; a label with more tokens than the tokenizer's `model_max_length` or `max_length`
-                (nothing is truncated, unless `truncation=True` asks for it); images and maps that `GKCImageProcessor`
-                refuses; another `return_tensors`.
-            TypeError: an unknown setting, or one of images without images.
+            ValueError: If neither images nor text are given; if `Vocabulary` rejects the labels; if a label has no
+                token or contains a special token; if two labels have the same tokens; if the tokenizer knows no word
+                of `text` or none of `void_labels`; if a label has more tokens than `max_length` or the tokenizer's
+                `model_max_length` (prompts are truncated only with `truncation=True`); if `GKCImageProcessor` rejects
+                the images or maps; or if `return_tensors` is unknown.
+            TypeError: If an argument is unknown, or if image arguments are given without images.
 
         Warns:
-            UserWarning: the tokenizer does not know a word, or a name belongs to several classes.
+            UserWarning: If the tokenizer does not know a word, or if a name belongs to several classes.
         """
         if images is None and text is None:
-            raise ValueError("give images, text, or both.")
+            raise ValueError("Give `images`, `text`, or both.")
         if text is None and (void_labels is not None or prompt_templates is not None):
-            raise ValueError("`void_labels` and `prompt_templates` go with `text`: give it too.")
+            raise ValueError("`void_labels` and `prompt_templates` need `text`: give it too.")
         images_settings, text_settings = self._split_settings(kwargs)
         for settings in (images_settings, text_settings):
             return_tensors = settings.pop("return_tensors", None) or return_tensors
         check_return_tensors(return_tensors)
         if images is None and images_settings:
-            raise TypeError(f"without images there is no use for {', '.join(images_settings)}.")
+            raise TypeError(f"Image settings need `images`: give images, or remove {', '.join(images_settings)}.")
         device = images_settings.get("device")
         data = {}
         if images is not None:
             annotations = (segmentation_maps, instance_id_to_semantic_id)
             data.update(self.image_processor(images, *annotations, **images_settings, return_tensors="pt"))
         elif segmentation_maps is not None or instance_id_to_semantic_id is not None:
-            raise ValueError("`segmentation_maps` go with `images`: give them too.")
+            raise ValueError("`segmentation_maps` need `images`: give them too.")
         if text is not None:
             vocabulary, void_ids = Vocabulary.parse(text).with_void(void_labels)
             templates = self.prompt_templates if prompt_templates is None else prompt_templates
             data.update(self._encode(vocabulary, void_ids, resolve_templates(templates), **text_settings))
         if return_tensors is not None and isinstance(data.get("input_ids"), list):
-            raise ValueError("labels differ in length and make no tensor without padding: leave `padding` on.")
+            raise ValueError("Prompts of different lengths cannot form a tensor without padding: set `padding=True`.")
         return as_batch(data, return_tensors, device)
 
     def _split_settings(self, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """
-        The settings of images, and of prompts with those that the tokenizer was made with.
+        """Split the arguments of a call into those of images and those of text.
+
+        Padding arguments that were stored with the tokenizer are the defaults of the latter.
 
         Raises:
-            TypeError: there is no such setting.
-            ValueError: a setting is given twice, or a group is no dict.
+            TypeError: If an argument is unknown.
+            ValueError: If an argument is given twice, or a group of arguments is not a dict.
         """
         groups = {name: settings.pop(name, None) or {} for name in KINDS_OF_SETTINGS}
         for name, group in groups.items():
@@ -161,7 +162,9 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         for kind in ("images_kwargs", "text_kwargs"):
             twice = groups[kind].keys() & settings.keys()
             if twice:
-                raise ValueError(f"{', '.join(sorted(twice))}: given in `{kind}` and beside it.")
+                raise ValueError(
+                    f"Give {', '.join(sorted(twice))} either in `{kind}` or as a separate argument, not both."
+                )
             own = {name: value for name, value in settings.items() if name in known[kind]}
             common = {name: value for name, value in groups["common_kwargs"].items() if name in known[kind]}
             split[kind] = common | dict(groups[kind]) | own
@@ -169,7 +172,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         for kind, group in groups.items():
             unknown = [name for name in group if name not in known[kind]]
             if unknown:
-                raise TypeError(f"{type(self).__name__} has no setting {', '.join(map(repr, unknown))}.")
+                raise TypeError(f"{type(self).__name__} has no argument {', '.join(map(repr, unknown))}.")
         stored = {
             name: self.tokenizer.init_kwargs.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")
         }
@@ -178,16 +181,15 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the tensors that a call with images and words returns, with the processor's own templates."""
-        words = ["input_ids", "attention_mask", "class_ids", "names_per_class"]
-        names = [*self.image_processor.model_input_names, *words]
+        """Names of the tensors that a call with images and text returns with the processor's own templates."""
+        text_names = ["input_ids", "attention_mask", "class_ids", "names_per_class"]
+        names = [*self.image_processor.model_input_names, *text_names]
         return names + ["name_ids", "prompts_per_name"] * (len(self.prompt_templates) > 1)
 
     def unknown_classes(self, vocabulary: Vocabulary) -> list[int]:
-        """
-        Classes of which the tokenizer knows no name: all their words become its token for unknown words.
+        """Return the ids of classes whose names consist of unknown tokens only.
 
-        Such classes all look the same to the text encoder, whatever they are called.
+        The text encoder gives all such classes the same embedding, so that they cannot be told apart.
         """
         tokens = self.tokenizer(vocabulary.flat_names, add_special_tokens=False, verbose=False)["input_ids"]
         unknown_ids = set() if self._unknown_id is None else {self._unknown_id}
@@ -237,21 +239,21 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         return encoded
 
     def _limit(self, max_length: int | None) -> int:
-        """Tokens that a prompt may have at most."""
+        """Return the maximum number of tokens of a prompt."""
         if max_length is None:
             return self.tokenizer.model_max_length
         limit = check_whole_number("max_length", max_length, 1)
         if limit > self.tokenizer.model_max_length:
             raise ValueError(
-                f"`max_length` {limit} is more than the {self.tokenizer.model_max_length} tokens that the text "
-                "encoder reads."
+                f"`max_length` must be at most {self.tokenizer.model_max_length}, the text encoder's maximum, got "
+                f"{limit}."
             )
         return limit
 
     def _padded_length(
         self, tokens: list[list[int]], padding: bool | str | None, max_length: int | None, multiple: int | None
     ) -> int:
-        """Length of all prompts after padding, 0 where they are not padded."""
+        """Return the length of all prompts after padding, or 0 if they are not padded."""
         if isinstance(padding, bool) or padding is None:
             padding = "do_not_pad" if padding is False else "longest"
         strategy = PaddingStrategy(padding)
@@ -261,14 +263,14 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         if strategy is PaddingStrategy.MAX_LENGTH:
             length = self._limit(max_length)
             if length > UNLIMITED:
-                raise ValueError("`padding='max_length'` needs a `max_length`: the tokenizer has none of its own.")
+                raise ValueError("`padding='max_length'` needs `max_length`: the tokenizer has no maximum length.")
         if multiple is None:
             return length
         multiple = check_whole_number("pad_to_multiple_of", multiple, 1)
         return -(-length // multiple) * multiple
 
     def _pad(self, tokens: list[list[int]], length: int, side: str | None) -> dict[str, Any]:
-        """Token ids and where they are, as tensors (P, length); as lists where they are of several lengths."""
+        """Return `input_ids` and `attention_mask` (P, length), as lists if unpadded prompts differ in length."""
         if side not in (None, "left", "right"):
             raise ValueError(f"`padding_side` must be 'right' or 'left', got {side!r}.")
         lengths = {len(prompt) for prompt in tokens}
@@ -276,7 +278,9 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             return {"input_ids": tokens, "attention_mask": [[1] * len(prompt) for prompt in tokens]}
         length = length or lengths.pop()
         if self.tokenizer.pad_token_id is None and lengths - {length}:
-            raise ValueError("labels differ in length and the tokenizer cannot pad them: give it a `pad_token`.")
+            raise ValueError(
+                "Prompts differ in length and the tokenizer cannot pad them: set the tokenizer's `pad_token`."
+            )
         input_ids = torch.full((len(tokens), length), self.tokenizer.pad_token_id or 0)
         attention_mask = torch.zeros_like(input_ids)
         for ids, mask, prompt in zip(input_ids, attention_mask, tokens, strict=True):
@@ -285,10 +289,12 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _check_tokens(self, vocabulary: Vocabulary) -> None:
-        """
-        Refuse names that the text encoder cannot read as such, and labels that it cannot tell apart.
+        """Check that names have ordinary tokens and that labels can be told apart by their tokens.
 
-        Labels with unknown words, which all have the same token, are no matter of this check.
+        Labels with unknown words are left to `_check_known`, since they all have the same token.
+
+        Raises:
+            ValueError: If a name has no token or a special token, or if two labels have the same tokens.
         """
         tokenizer = self.tokenizer
         tokens = tokenizer(vocabulary.flat_names, add_special_tokens=False, verbose=False)["input_ids"]
@@ -298,12 +304,12 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         tokens_of = dict(zip(vocabulary.flat_names, tokens, strict=True))
         for name, ids in tokens_of.items():
             if not ids:
-                raise ValueError(f"the tokenizer makes no token of the label {name!r}: write it in other characters.")
+                raise ValueError(f"The tokenizer has no token for the label {name!r}: write it in other characters.")
             if special.intersection(ids):
                 token = tokenizer.convert_ids_to_tokens(next(token for token in ids if token in special))
                 raise ValueError(
-                    f"the tokenizer reads a part of the label {name!r} as its special token {token!r}: write it in "
-                    "other characters."
+                    f"The label {name!r} contains the tokenizer's special token {token!r}: write it in other "
+                    "characters."
                 )
         first: dict[tuple, int] = {}
         for index, label in enumerate(vocabulary.labels):
@@ -313,49 +319,49 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             earlier = first.setdefault((*ids, *(templates or ())), index)
             if earlier != index:
                 raise ValueError(
-                    f"labels {earlier + 1} and {index + 1} ({vocabulary.labels[earlier]!r} and {label!r}) have the "
-                    "same tokens, so that the text encoder cannot tell them apart: make one class of them, or give "
-                    "one of them another name."
+                    f"Labels {earlier + 1} and {index + 1} ({vocabulary.labels[earlier]!r} and {label!r}) have the "
+                    "same tokens, so that the text encoder cannot tell them apart: merge them into one class, or "
+                    "rename one of them."
                 )
 
     def _check_lengths(self, prompts: list[str], tokens: list[list[int]], limit: int) -> None:
         for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > limit:
                 raise ValueError(
-                    f"the label {prompt!r} has {len(ids)} tokens with its start and end, but the text encoder "
-                    f"reads at most {limit}: shorten it."
+                    f"The prompt {prompt!r} has {len(ids)} tokens including start and end, but the text encoder "
+                    f"takes at most {limit}: shorten it."
                 )
 
     @property
     def _unknown_id(self) -> int | None:
-        """Token of unknown words, None where the tokenizer spells every word."""
+        """Id of the token for unknown words, or None if the tokenizer can encode every word."""
         unknown_id = self.tokenizer.unk_token_id
         return None if unknown_id == self.tokenizer.eos_token_id else unknown_id
 
     def _check_known(
         self, vocabulary: Vocabulary, void_ids: list[int], prompts: list[str], tokens: list[list[int]]
     ) -> None:
-        """Refuse classes of which none is known, and warn of unknown words."""
+        """Check that the tokenizer knows a class of each group, and warn about unknown words."""
         if not any(self._unknown_id in ids for ids in tokens):
             return
         labels, unknown = vocabulary.labels, self.unknown_classes(vocabulary)
         asked = list(range(len(vocabulary) - len(void_ids)))
-        for group, place in ((asked, ""), (void_ids, "void labels: ")):
+        for group, place in ((asked, ""), (void_ids, "Void labels: ")):
             if group and set(group) <= set(unknown):
                 raise ValueError(
-                    f"{place}The text encoder knows none of these words, which all look the same to this checkpoint: "
+                    f"{place}The text encoder knows none of these words and gives them all the same embedding: "
                     f"{list_words(labels[index] for index in group)}. {UNKNOWN_WORDS_HINT}"
                 )
         message = f"The text encoder does not know these words: {list_words(self._unknown_words(prompts, tokens))}."
         if unknown:
             message += (
-                " Classes named by nothing else all look the same to this checkpoint, and their results mean nothing: "
+                " Classes without a known word all get the same embedding, so that their results are meaningless: "
                 f"{list_words(labels[index] for index in unknown)}. {UNKNOWN_WORDS_HINT}"
             )
         warnings.warn(message, UserWarning, stacklevel=4)
 
     def _unknown_words(self, prompts: list[str], tokens: list[list[int]]) -> list[str]:
-        """Words of the prompts that become the tokenizer's token for unknown words, each once."""
+        """Return the distinct words of the prompts that the tokenizer does not know."""
         unknown_id = self._unknown_id
         suspects = dict.fromkeys(
             word.strip(".,")
@@ -371,7 +377,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
 
 
 def list_words(words: Iterable[str]) -> str:
-    """Words for a message, in quotes, the first twenty of them."""
+    """Return a comma-separated list of quoted words for a message, at most the first twenty."""
     listed = [repr(word) for word in words]
     more = f" and {len(listed) - MAX_LISTED_WORDS} more" if len(listed) > MAX_LISTED_WORDS else ""
     return ", ".join(listed[:MAX_LISTED_WORDS]) + more

@@ -11,19 +11,19 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prompt templates: the sentences that names are put into before the text tower reads them."""
+"""Prompt templates: sentences into which class names are inserted before they are encoded by the text tower."""
 
 import difflib
 import re
 import unicodedata
 from collections.abc import Sequence
 
-from .label_text import shown, tidy
+from .label_text import normalize_label, shown
 
 TemplatesLike = str | Sequence[str]
 
-# "vild14" is the set that open-vocabulary segmentation took over from ViLD (Gu et al., 2022) and that ODISE, SAN and
-# FC-CLIP print their numbers with; there "a" stands before every name.
+# "vild14" is the set of ViLD (Gu et al., 2022) with which ODISE, SAN and FC-CLIP report their results; there every
+# name is preceded by "a".
 PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("{}",),
     "photo": ("a photo of a {}.",),
@@ -68,39 +68,47 @@ _VOWEL_SOUND = re.compile(
 
 
 def resolve_templates(value: TemplatesLike) -> list[str]:
-    """
-    The templates that a setting means.
+    """Return the list of templates of a set name, a template, or a sequence of templates.
 
     Args:
-        value: The name of a set in `PROMPT_TEMPLATES`, one template, or a sequence of templates; each has one `{}`
-            where the name goes.
+        value: Name of a set in `PROMPT_TEMPLATES`, one template, or a sequence of templates. Each template has one
+            `{}` as the placeholder of the class name.
+
+    Returns:
+        The templates.
 
     Raises:
-        ValueError: there is no such set, there is no template, or one of them has not exactly one `{}`.
+        ValueError: If the set is unknown, there is no template, or a template does not contain exactly one `{}`.
     """
     if isinstance(value, str):
         value = [value] if "{}" in value else _named_set(value)
     if not isinstance(value, Sequence) or not value:
         raise ValueError(
-            "no prompt template was given: name a set "
+            "No prompt template was given: name a set "
             f"({', '.join(PROMPT_TEMPLATES)}) or list templates; the plain name is the template '{{}}'."
         )
     for template in value:
         if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"a prompt template needs exactly one '{{}}' for the name, got {shown(template)}.")
+            raise ValueError(f"A prompt template needs exactly one '{{}}' for the name, got {shown(template)}.")
         try:
-            tidy(template)
+            normalize_label(template)
         except ValueError as error:
-            raise ValueError(f"the prompt template {template!r} {error}") from error
+            raise ValueError(f"The prompt template {template!r} {error}") from error
     return list(value)
 
 
 def fill_template(template: str, name: str) -> str:
-    """
-    Put a name into a template.
+    """Insert a class name into a template.
 
-    "a" or "an" right before the `{}` becomes whichever the sound of the name asks for: "a photo of a {}." gives
-    "a photo of an umbrella." and "a photo of a unicorn.".
+    "a" or "an" directly before the `{}` is adapted to the sound of the name: "a photo of a {}." gives "a photo of an
+    umbrella." and "a photo of a unicorn.".
+
+    Args:
+        template: Sentence with one `{}`.
+        name: Name of a class.
+
+    Returns:
+        The prompt.
     """
     article = _ARTICLE.search(template)
     if article:
@@ -110,12 +118,11 @@ def fill_template(template: str, name: str) -> str:
 
 
 def starts_with_vowel_sound(name: str) -> bool:
-    """
-    Whether English says "an" before a name.
+    """Return whether an English name starts with a vowel sound, so that its article is "an".
 
-    The first letter decides, except where the sound is another: hour, honest and heir; university, European, one-way
-    and utensil; letters and abbreviations that are spelled out (X-ray, T-shirt, SUV, LCD); 8, 11 and 18. "Herb" is
-    taken as the British say it; other scripts count as consonants.
+    The first letter decides, with exceptions for other sounds: hour, honest and heir; university, European, one-way
+    and utensil; letters and abbreviations that are spelled out (X-ray, T-shirt, SUV, LCD); 8, 11 and 18. "Herb"
+    follows British pronunciation; letters of other scripts count as consonants.
     """
     plain = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
     start = re.search(r"[^\W\d_]+|\d+", plain.casefold())

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Vocabularies: the words that an image is cut into, with synonyms, thing/stuff and colours."""
+"""Vocabularies: classes with their names, thing/stuff labels, colors and prompt templates."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .label_text import check_separators, comparison_key, has_lone_mark, shown, tidy
+from .label_text import check_separators, comparison_key, has_lone_mark, normalize_label, shown
 from .prompt_templates import resolve_templates
 from .vocabulary_files import (
     PACKAGED_NAMES,
@@ -37,33 +37,34 @@ from .vocabulary_files import (
     read_vocabulary_file,
 )
 
-# For messages about words that the text encoder of a checkpoint does not know.
+# Ends messages about words that the text encoder of a checkpoint does not know.
 UNKNOWN_WORDS_HINT = (
-    "Take a checkpoint whose text encoder knows them: `gkc convert mask2former --help` makes one for photographs."
+    "Use a checkpoint whose text encoder knows them: see `gkc convert mask2former --help` to create one for "
+    "photographs."
 )
 
 
 @dataclass
 class Vocabulary:
-    """
-    K classes, each with one or more names.
+    """Vocabulary of K classes, each with one or more names.
 
     Args:
-        names: K lists of names; the first name of a class is its label, the others are synonyms. Spaces at the ends
-            are dropped and runs of spaces become one; characters without width, such as U+200B, are dropped; a name
-            given twice to one class counts once. Two names are the same that look the same in any case: an accent may
-            be a character of its own or not.
-        is_thing: For each class whether it is countable (thing), not (stuff), or unknown (None).
-        colors: For each class an (red, green, blue) triple, 0..255, or None; None chooses well-spread ones.
-        templates: For each class its own prompt templates, as `resolve_templates` takes them, or None for those of
-            the processor.
+        names: K lists of names; the first name of a class is its label, the others are synonyms. Leading and
+            trailing spaces are removed, repeated spaces are collapsed, characters without width such as U+200B are
+            removed, and duplicate names of a class are dropped. Names are compared regardless of case and of Unicode
+            composition, so that names that look the same are equal.
+        is_thing: For each class, whether it is countable (a thing), uncountable (stuff), or unknown (None).
+        colors: For each class an (red, green, blue) triple in 0..255, or None to choose a distinct color.
+        templates: For each class its own prompt templates, as `resolve_templates` accepts them, or None to use those
+            of the processor.
 
     Raises:
-        ValueError: no class, an empty or invisible name, two classes with the same label, a kind, colour or template
-            that is none, or lists that differ in length. The message names the positions.
+        ValueError: If there is no class, a name is empty or invisible, two classes have the same label, an entry of
+            `is_thing`, `colors` or `templates` is invalid, or the lists differ in length. The message names the
+            positions of the classes.
 
     Warns:
-        UserWarning: one name belongs to several classes.
+        UserWarning: If a name belongs to several classes.
     """
 
     names: list[list[str]]
@@ -77,7 +78,7 @@ class Vocabulary:
 
     def _check(self) -> None:
         self.names, self.is_thing, self.colors, self.templates = _check_classes(
-            self.names, self.is_thing, self.colors, self.templates, _Places()
+            self.names, self.is_thing, self.colors, self.templates, _Positions()
         )
 
     @classmethod
@@ -88,11 +89,19 @@ class Vocabulary:
         colors: list[tuple[int, int, int] | None] | None = None,
         templates: list[list[str] | None] | None = None,
     ) -> "Vocabulary":
-        """
-        A vocabulary of stored values, of which whoever stored them has been warned: as `Vocabulary`, without warnings.
+        """Create a vocabulary from stored values without the warnings that were issued when it was first created.
+
+        Args:
+            names: As in `Vocabulary`.
+            is_thing: As in `Vocabulary`.
+            colors: As in `Vocabulary`.
+            templates: As in `Vocabulary`.
+
+        Returns:
+            The vocabulary.
 
         Raises:
-            ValueError: as `Vocabulary`.
+            ValueError: As in `Vocabulary`.
         """
         vocabulary = cls.__new__(cls)
         vocabulary.names, vocabulary.is_thing = names, is_thing
@@ -102,74 +111,89 @@ class Vocabulary:
 
     @classmethod
     def parse(cls, text: "VocabularyLike") -> "Vocabulary":
-        """
-        Read a vocabulary in any of the forms that users type.
+        """Parse a vocabulary from any supported form.
 
         Args:
-            text: A string, classes separated by `;` and synonyms by `,` ("dog; sofa, couch; lamp"), with or without a
-                `;` at the end; the name of a packaged vocabulary ("ade20k_150"); a file, as a path object or a string
-                without `;` that ends in .json, .csv or .txt; a list, array or other iterable whose items are a name,
-                taken as it stands (a `;` in it is refused), or a sequence of synonyms (["dog", ["sofa", "couch"]]); a
-                set, whose classes come in alphabetical order; a dict of names by class number, such as a model's
-                `id2label` ({0: "dog", 1: "lamp"}); or a Vocabulary, returned as it is.
+            text: One of these forms:
+
+                - a string with classes separated by `;` and synonyms by `,` ("dog; sofa, couch; lamp"), optionally
+                  ending with `;`;
+                - the name of a packaged vocabulary ("ade20k_150");
+                - a file, as a path object or a string without `;` that ends in .json, .csv or .txt;
+                - a list, array or other iterable, each item a name without `;` or a sequence of synonyms (["dog",
+                  ["sofa", "couch"]]);
+                - a set, whose classes are sorted alphabetically;
+                - a dict of names by class id, such as a model's `id2label` ({0: "dog", 1: "lamp"});
+                - a Vocabulary, which is returned unchanged.
+
+        Returns:
+            The vocabulary.
 
         Raises:
-            ValueError: as for `Vocabulary`, `named` and `from_file`; a word that is a packaged name misspelt; a
-                string with a line break or tab inside a class, with other separators ("dog | lamp", "dog . lamp ."),
-                or that is the path of another file; a dict whose keys are not the class numbers.
-            TypeError: an item is neither a string nor a sequence of strings, or it is another kind of thing.
+            ValueError: As in `Vocabulary`, `named` and `from_file`; if the name of a packaged vocabulary is
+                misspelled; if a string has a line break or tab inside a class, uses other separators ("dog | lamp",
+                "dog . lamp ."), or is the path of another kind of file; or if the keys of a dict are not the class
+                ids.
+            TypeError: If `text` or an item has an unsupported type.
 
         Warns:
-            UserWarning: as for `Vocabulary`; a string without `;`, so that all is one class, has two or more names or
-                a mark between words, as "dog / lamp" and "black & white" have.
+            UserWarning: As in `Vocabulary`; if a string without `;`, which is a single class, has several names or a
+                mark between words, as in "dog / lamp" and "black & white".
         """
         if isinstance(text, cls):
             return text
-        if type(text).__name__ == cls.__name__:  # of another copy of this library: installed, or from a folder's code
+        if type(text).__name__ == cls.__name__:  # from another copy of this library: installed, or remote code
             return cls(text.names, text.is_thing, text.colors, text.templates)
         if isinstance(text, os.PathLike):
             return cls.from_file(text)
         if isinstance(text, str):
-            return cls._typed(text)
-        return cls([_listed_names(label, index) for index, label in enumerate(_listed(text))])
+            return cls._from_text(text)
+        return cls([_list_names(label, index) for index, label in enumerate(_list_classes(text))])
 
     @classmethod
     def named(cls, name: str) -> "Vocabulary":
-        """
-        A packaged vocabulary, one of `names_of_packaged`, with its synonyms, kinds and colours.
+        """Load a packaged vocabulary with its synonyms, thing/stuff labels and colors.
+
+        Args:
+            name: Name of the vocabulary, one of `packaged_names()`.
+
+        Returns:
+            The vocabulary.
 
         Raises:
-            ValueError: there is no such vocabulary, or this code was loaded from a checkpoint and the package that has
-                the vocabularies is not installed.
+            ValueError: If there is no such vocabulary, or if this code was loaded from a checkpoint and the package
+                with the vocabularies is not installed.
         """
         return cls(*_columns(packaged_entries(name)))
 
     @staticmethod
-    def names_of_packaged() -> list[str]:
-        """Names that `named` and `parse` know: label sets of the field's benchmarks."""
+    def packaged_names() -> list[str]:
+        """Return the names of the packaged vocabularies, the label sets of common benchmarks."""
         return list(PACKAGED_NAMES)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "Vocabulary":
-        """
-        Read a vocabulary from a file.
+        """Read a vocabulary from a file.
 
         Args:
-            path: JSON, CSV or text, UTF-8; `modeling_gkc.vocabulary_files` describes the three.
+            path: A JSON, CSV or text file in UTF-8; `modeling_gkc.vocabulary_files` describes the formats.
+
+        Returns:
+            The vocabulary.
 
         Raises:
-            ValueError: the file cannot be read, or what stands in it is refused; the message names file and line.
+            ValueError: If the file cannot be read or its content is invalid; the message names the file and line.
         """
         entries = read_vocabulary_file(path)
         columns = _columns(entries)
         try:
-            _check_classes(*columns, _FilePlaces(str(path), [entry.line for entry in entries]))
+            _check_classes(*columns, _FilePositions(str(path), [entry.line for entry in entries]))
         except TypeError as error:
             raise ValueError(str(error)) from error
         return cls(*columns)
 
     @classmethod
-    def _typed(cls, text: str) -> "Vocabulary":
+    def _from_text(cls, text: str) -> "Vocabulary":
         if text.strip() in PACKAGED_NAMES:
             return cls.named(text.strip())
         if is_file_name(text.strip()):
@@ -182,19 +206,20 @@ class Vocabulary:
         for label in labels:
             if label.strip() in PACKAGED_NAMES:
                 raise ValueError(
-                    f"{label.strip()!r} is a packaged vocabulary and cannot stand among other labels: give it alone."
+                    f"{label.strip()!r} is a packaged vocabulary and cannot be combined with other labels: give it "
+                    "alone."
                 )
             if re.search(r"[\r\n]", label.strip()):
                 raise ValueError(
-                    f"a label cannot go over two lines: {label.strip()!r}; separate classes by ';', or give a .txt "
-                    "file with a class per line."
+                    f"A label cannot contain a line break: {label.strip()!r}; separate classes by ';', or give a .txt "
+                    "file with one class per line."
                 )
         vocabulary = cls([label.split(",") for label in labels])
         label, *others = vocabulary.flat_names
         if ";" not in text and (others or has_lone_mark(text)):
             also = f" (also: {', '.join(others)})" if others else ""
             warnings.warn(
-                f"1 class: {label}{also}; separate classes by ';', or put one at the end if one class is meant.",
+                f"1 class: {label}{also}; separate classes by ';', or end the text with ';' if it is a single class.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -205,29 +230,29 @@ class Vocabulary:
 
     @property
     def labels(self) -> list[str]:
-        """The K first names."""
+        """The K labels, the first name of each class."""
         return [names[0] for names in self.names]
 
     @property
     def flat_names(self) -> list[str]:
-        """All names in class order, synonyms after their first name."""
+        """All names in the order of their classes, each label before its synonyms."""
         return [name for names in self.names for name in names]
 
     @property
     def class_ids(self) -> list[int]:
-        """The class 0..K-1 of every entry of `flat_names`."""
+        """Class id in 0..K-1 of every entry of `flat_names`."""
         return [index for index, names in enumerate(self.names) for _ in names]
 
     @property
     def stuff_ids(self) -> set[int]:
-        """Classes known to be stuff, whose segments a panoptic result merges into one."""
+        """Ids of the stuff classes, whose segments are merged into one in panoptic segmentation."""
         return {index for index, is_thing in enumerate(self.is_thing or []) if is_thing is False}
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """
-        K colours, (red, green, blue) in 0..255: the given ones, and for the rest those of `color_palette` that are
-        free, or any of them when none is.
+        """K colors (red, green, blue) in 0..255.
+
+        Classes without a color get unused colors of `color_palette`, or any of its colors if all are used.
         """
         given = self.colors or [None] * len(self)
         taken = set(given)
@@ -236,18 +261,20 @@ class Vocabulary:
         return [next(spare) if color is None else color for color in given]
 
     def without_synonyms(self) -> "Vocabulary":
-        """The same classes with their labels only, as in the field's published evaluations."""
+        """Return a copy whose classes have their labels only, as in most published evaluations."""
         return Vocabulary([[label] for label in self.labels], self.is_thing, self.colors, self.templates)
 
     def with_is_thing_from(self, other: "Vocabulary | None") -> "Vocabulary":
-        """
-        The same classes with the thing/stuff kinds that their labels have in another vocabulary.
+        """Return a copy with the thing/stuff labels that its classes have in another vocabulary.
 
-        A kind is that of the class of `other` whose label is the same word in any case, else of the classes with such
-        a synonym, if they agree.
+        A class takes the value of the class of `other` with the same label (regardless of case), else the value of
+        the classes that have its label as a synonym, if these agree.
+
+        Args:
+            other: Vocabulary to take `is_thing` from; None returns this vocabulary.
 
         Returns:
-            A new vocabulary; this one if it has kinds itself or `other` has none for its labels.
+            A new vocabulary, or this one if it has `is_thing` itself or `other` knows none of its labels.
         """
         if self.is_thing is not None or other is None or other.is_thing is None:
             return self
@@ -266,30 +293,33 @@ class Vocabulary:
         return described
 
     def with_void(self, void_labels: "VocabularyLike | None") -> "tuple[Vocabulary, list[int]]":
-        """
-        Add words for what is none of the classes; `post_process_*` make void of what they win.
+        """Append void classes for regions that belong to none of the classes.
+
+        `post_process_*` label the pixels that are assigned to a void class as void.
 
         Args:
-            void_labels: V classes in any form that `parse` takes, for example "pascal_voc_background_39"; None adds
-                none.
+            void_labels: V classes in any form that `parse` accepts, for example "pascal_voc_background_39"; None
+                appends none.
 
         Returns:
-            The K + V classes, and the ids K..K+V-1 of the added ones.
+            The vocabulary of K + V classes, and the ids K..K+V-1 of the void classes.
 
         Raises:
-            ValueError: as `parse`, or a word stands for a class and for void.
+            ValueError: As in `parse`, or if a name belongs to both a class and a void class.
         """
         if void_labels is None:
             return self, []
         try:
             void = Vocabulary.parse(void_labels)
         except ValueError as error:
-            raise ValueError(f"void labels: {error}") from error
+            raise ValueError(f"Void labels: {error}") from error
         owners = {comparison_key(name): names[0] for names in self.names for name in names}
         for name in void.flat_names:
             owner = owners.get(comparison_key(name))
             if owner is not None:
-                raise ValueError(f"{name!r} is a void label and a name of the class {owner!r}: take it out of one.")
+                raise ValueError(
+                    f"{name!r} is a void label and a name of the class {owner!r}: remove it from one of them."
+                )
         joined = copy.copy(self)
         joined.names = self.names + void.names
         for field in ("is_thing", "colors", "templates"):
@@ -299,11 +329,11 @@ class Vocabulary:
         return joined, list(range(len(self), len(joined)))
 
 
-def _listed(labels: Any) -> list:
-    """The classes of a list, array, set, dict or other iterable in their order."""
+def _list_classes(labels: Any) -> list:
+    """Return the classes of a list, array, set, dict or other iterable in their order."""
     given = labels
     if isinstance(labels, Mapping):
-        return _by_number(labels)
+        return _order_by_class_id(labels)
     if isinstance(labels, Set) and not isinstance(labels, KeysView):
         try:
             return sorted(labels)
@@ -324,13 +354,13 @@ def _listed(labels: Any) -> list:
     return list(labels)
 
 
-def _by_number(labels: Mapping) -> list:
-    """The names of a dict, in the order of its keys, which must be the class numbers."""
-    expected = f"A dict of labels must map the class numbers 0..{len(labels) - 1} to names, as `id2label` does"
+def _order_by_class_id(labels: Mapping) -> list:
+    """Return the names of a dict in the order of its keys, which must be the class ids."""
+    expected = f"A dict of labels must map the class ids 0..{len(labels) - 1} to names, as `id2label` does"
     numbers = {}
     for key, label in labels.items():
         try:
-            if isinstance(key, bool):  # an int to Python, but no number of a class
+            if isinstance(key, bool):  # a bool is an int in Python, but not a class id
                 raise TypeError("The key is a bool.")
             number = int(key) if isinstance(key, str) else operator.index(key)
         except (TypeError, ValueError) as error:
@@ -341,29 +371,32 @@ def _by_number(labels: Mapping) -> list:
     return [numbers[number] for number in range(len(labels))]
 
 
-def _listed_names(label: Any, index: int) -> Sequence[str]:
-    """The names of one item of a list."""
+def _list_names(label: Any, index: int) -> Sequence[str]:
+    """Return the names of one item of a list, checked for separators of typed labels."""
     names = [label] if isinstance(label, str) else label.tolist() if isinstance(label, np.ndarray) else label
     if isinstance(names, Set | Mapping):
-        raise TypeError(f"{_Places().one(index)} must be a name or a sequence of names, got {shown(names)}.")
+        raise TypeError(f"{_Positions().describe(index)} must be a name or a sequence of names, got {shown(names)}.")
     for name in names if isinstance(names, Sequence) else ():
         if isinstance(name, str) and ";" in name:
             raise ValueError(
-                f"{_Places().one(index)} is {name!r}: a ';' separates classes where they are typed. Give each class "
-                'an item of its own, and synonyms as a list: ["sky", ["sofa", "couch"]].'
+                f"{_Positions().describe(index)} is {name!r}: a ';' separates classes only within a string. Give each "
+                'class as a separate item, and synonyms as a list: ["sky", ["sofa", "couch"]].'
             )
     return names
 
 
 def color_palette(num_colors: int) -> list[tuple[int, int, int]]:
-    """
-    Colours for overlays that differ as much as possible to the eye, always the same and in the same order.
+    """Return a deterministic palette of colors for overlays that are as distinct as possible.
 
-    Each colour is the one farthest from all earlier ones in the Oklab space (Ottosson, *A perceptual color space for
-    image processing*, 2020), among colours neither dark, pale, grey nor glaring. After some two thousand they repeat.
+    Each color is the farthest from all previous ones in the Oklab color space (Ottosson, *A perceptual color space
+    for image processing*, 2020), among colors of medium lightness and chroma. After about two thousand colors the
+    palette repeats.
+
+    Args:
+        num_colors: Number of colors.
 
     Returns:
-        `num_colors` (red, green, blue) triples in 0..255; a longer palette begins with the shorter ones.
+        `num_colors` (red, green, blue) triples in 0..255; a longer palette starts with the shorter ones.
     """
     distinct = _spread_colors()
     return [distinct[index % len(distinct)] for index in range(num_colors)]
@@ -386,7 +419,7 @@ def _spread_colors() -> list[tuple[int, int, int]]:
 
 
 def _oklab(colors: np.ndarray) -> np.ndarray:
-    """SRGB colours (N, 3) in 0..255 to Oklab (N, 3): lightness 0..1 and two opponent axes."""
+    """Convert sRGB colors (N, 3) in 0..255 to Oklab (N, 3): lightness in 0..1 and two opponent axes."""
     srgb = colors / 255.0
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     to_cone = np.array(
@@ -406,57 +439,61 @@ def _oklab(colors: np.ndarray) -> np.ndarray:
     return np.cbrt(linear @ to_cone.T) @ to_lab.T
 
 
-class _Places:
-    """How messages call the classes of typed words."""
+class _Positions:
+    """Positions of classes in typed labels, for error messages."""
 
-    def one(self, index: int) -> str:
-        return f"label {index + 1} (index {index})"
+    def describe(self, index: int) -> str:
+        return f"Label {index + 1} (index {index})"
 
-    def two(self, first: int, second: int) -> str:
-        return f"labels {first + 1} and {second + 1} (indexes {first} and {second})"
+    def describe_pair(self, first: int, second: int) -> str:
+        return f"Labels {first + 1} and {second + 1} (indexes {first} and {second})"
 
 
 @dataclass
-class _FilePlaces(_Places):
-    """How messages call the classes of a file."""
+class _FilePositions(_Positions):
+    """Positions of classes in a file, for error messages."""
 
     file: str
     lines: list[int]
 
-    def one(self, index: int) -> str:
-        return f"entry {index + 1} (line {self.lines[index]}) of {self.file}"
+    def describe(self, index: int) -> str:
+        return f"Entry {index + 1} (line {self.lines[index]}) of {self.file}"
 
-    def two(self, first: int, second: int) -> str:
+    def describe_pair(self, first: int, second: int) -> str:
         lines = f"lines {self.lines[first]} and {self.lines[second]}"
-        return f"entries {first + 1} and {second + 1} ({lines}) of {self.file}"
+        return f"Entries {first + 1} and {second + 1} ({lines}) of {self.file}"
 
 
 def _columns(entries: Sequence[VocabularyEntry]) -> tuple[list, list | None, list | None, list | None]:
-    """The fields of `Vocabulary`; one that no entry has is None."""
+    """Return the fields of `Vocabulary`, with None for fields that no entry has."""
     fields = [[getattr(entry, field) for entry in entries] for field in ("is_thing", "color", "templates")]
     return [entry.names for entry in entries], *(None if not any(v is not None for v in f) else f for f in fields)
 
 
 def _check_classes(
-    names: Sequence, is_thing: Sequence | None, colors: Sequence | None, templates: Sequence | None, places: _Places
+    names: Sequence,
+    is_thing: Sequence | None,
+    colors: Sequence | None,
+    templates: Sequence | None,
+    positions: _Positions,
 ) -> tuple[list[list[str]], list[bool | None] | None, list[tuple] | None, list[list[str] | None] | None]:
-    """The fields of `Vocabulary` in one form, or an error that says which class is wrong."""
-    names = [_clean_names(class_names, places.one(index)) for index, class_names in enumerate(names)]
+    """Check and normalize the fields of `Vocabulary`; errors name the position of the class."""
+    names = [_clean_names(class_names, positions.describe(index)) for index, class_names in enumerate(names)]
     if not names:
-        raise ValueError("no labels were given: name at least one class, for example 'dog; sofa, couch; lamp'.")
-    _check_unique_labels([class_names[0] for class_names in names], places)
+        raise ValueError("No labels were given: name at least one class, for example 'dog; sofa, couch; lamp'.")
+    _check_unique_labels([class_names[0] for class_names in names], positions)
     checks = {
-        "is_thing": (is_thing, _checked_kind),
-        "colors": (colors, _checked_color),
+        "is_thing": (is_thing, _check_is_thing),
+        "colors": (colors, _check_color),
         "templates": (templates, resolve_templates),
     }
     for field, (values, _) in checks.items():
         if values is not None and len(values) != len(names):
-            raise ValueError(f"`{field}` has {len(values)} entries for {len(names)} classes.")
-    return names, *(_checked_values(values, check, places) for values, check in checks.values())
+            raise ValueError(f"`{field}` must have one entry for each of the {len(names)} classes, got {len(values)}.")
+    return names, *(_check_values(values, check, positions) for values, check in checks.values())
 
 
-def _checked_values(values: Sequence | None, check: Callable[[Any], Any], places: _Places) -> list | None:
+def _check_values(values: Sequence | None, check: Callable[[Any], Any], positions: _Positions) -> list | None:
     if values is None:
         return None
     checked = []
@@ -464,17 +501,17 @@ def _checked_values(values: Sequence | None, check: Callable[[Any], Any], places
         try:
             checked.append(None if value is None else check(value))
         except ValueError as error:
-            raise ValueError(f"{places.one(index)}: {error}") from error
+            raise ValueError(f"{positions.describe(index)}: {error}") from error
     return checked
 
 
-def _checked_kind(value: bool) -> bool:
+def _check_is_thing(value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"is_thing must be true (thing), false (stuff) or null, got {shown(value)}.")
     return bool(value)
 
 
-def _checked_color(value: Sequence[int]) -> tuple[int, ...]:
+def _check_color(value: Sequence[int]) -> tuple[int, ...]:
     is_triple = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) and len(value) == 3
     if not is_triple or not all(type(v) is int or isinstance(v, np.integer) for v in value):
         raise ValueError(f"a color must be three whole numbers, red, green and blue, got {shown(value)}.")
@@ -483,46 +520,48 @@ def _checked_color(value: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(channel) for channel in value)
 
 
-def _clean_names(names: Sequence[str], place: str) -> list[str]:
+def _clean_names(names: Sequence[str], position: str) -> list[str]:
+    """Check and normalize the names of one class, whose position starts error messages."""
+    within = f"{position[0].lower()}{position[1:]}"
     if isinstance(names, bytes):
-        raise TypeError(f"The name of {place} must be text, got {shown(names)}: decode the bytes to text.")
+        raise TypeError(f"The name of {within} must be text, got {shown(names)}: decode the bytes to text.")
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{place} must be a name or a sequence of names, got {shown(names)}.")
+        raise TypeError(f"{position} must be a name or a sequence of names, got {shown(names)}.")
     if not names:
-        raise ValueError(f"{place} is empty: give every class a name.")
+        raise ValueError(f"{position} is empty: give every class a name.")
     cleaned: dict[str, str] = {}
-    for position, name in enumerate(names):
+    for index, name in enumerate(names):
         if not isinstance(name, str):
-            raise TypeError(f"name {position + 1} of {place} must be a string, got {shown(name)}.")
-        what = place if len(names) == 1 else f"name {position + 1} of {place}"
+            raise TypeError(f"Name {index + 1} of {within} must be a string, got {shown(name)}.")
+        subject = position if len(names) == 1 else f"Name {index + 1} of {within}"
         try:
-            name = tidy(name)
+            name = normalize_label(name)
         except ValueError as error:
-            raise ValueError(f"{what} {error}") from error
+            raise ValueError(f"{subject} {error}") from error
         if not name:
-            raise ValueError(f"{what} is empty: give every class a name.")
-        if ";" in name:  # it would be two classes where the name is typed, as `gkc segment` and pipelines take it
-            raise ValueError(f"{what} is {name!r}: a ';' separates classes. Give each class an entry of its own.")
+            raise ValueError(f"{subject} is empty: give every class a name.")
+        if ";" in name:  # typed as a string, as in `gkc segment` and pipelines, it would be two classes
+            raise ValueError(f"{subject} is {name!r}: a ';' separates classes. Give each class as a separate entry.")
         cleaned.setdefault(comparison_key(name), name)
     return list(cleaned.values())
 
 
-def _check_unique_labels(labels: list[str], places: _Places) -> None:
+def _check_unique_labels(labels: list[str], positions: _Positions) -> None:
     first = {}
     for index, label in enumerate(labels):
         earlier = first.setdefault(comparison_key(label), index)
         if earlier != index:
             raise ValueError(
-                f"{places.two(earlier, index)} are both {label!r}{_difference(labels[earlier], label)}: make one "
-                "class of them, or give them names that differ."
+                f"{positions.describe_pair(earlier, index)} are both {label!r}{_difference(labels[earlier], label)}: "
+                "merge them into one class, or rename one of them."
             )
 
 
 def _difference(first: str, second: str) -> str:
-    """The characters in which two labels differ that look the same."""
+    """Describe the characters of two labels that look the same but differ in more than case."""
     if first.casefold() == second.casefold():
         return ""
-    return f" to the eye ({first!a} and {second!a})"
+    return f" when displayed ({first!a} and {second!a})"
 
 
 def _warn_shared_names(names: list[list[str]]) -> None:
@@ -536,7 +575,7 @@ def _warn_shared_names(names: list[list[str]]) -> None:
             f"{name!r} belongs to " + " and ".join(repr(names[index][0]) for index in classes)
             for name, classes in shared.items()
         )
-        warnings.warn(f"one name is shared by several classes: {listed}.", UserWarning, stacklevel=4)
+        warnings.warn(f"A name is shared by several classes: {listed}.", UserWarning, stacklevel=4)
 
 
 VocabularyLike = str | os.PathLike | Iterable[str | Sequence[str]] | Mapping[int, str] | Vocabulary

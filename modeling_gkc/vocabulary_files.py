@@ -11,37 +11,38 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Vocabularies in files: the packaged ones, and users' own as JSON, CSV or plain text.
+"""Vocabulary files: packaged vocabularies, and users' vocabularies as JSON, CSV or plain text.
 
 A packaged vocabulary is `vocabularies/NAME.json`, an object with
 
 * `name`, `description` (one line), `source` of the facts, `synonyms_source`;
-* `ids`: what the `id` of a class is, and `ignore_index`: what void pixels become when ids become class indices;
-* `classes`, in the order of the benchmark's training labels. A class has a `name`, its label, which no other class of
-  the file has; `synonyms`; `is_thing` (true, false, or null where the benchmark does not say); `color` as [red, green,
-  blue] or null; `id`, its value in the benchmark's annotation files; `official_name` where it differs from the label.
-  Official words that would stand for two classes are in `official_name`, not in `synonyms`;
-* where the benchmark has them: `novel_ids` of the classes that the method's zero-shot experiments hold out,
-  `background`, the vocabulary whose words stand for the background; per class `gkc_name` and `detectron2_name` (other
-  spellings in use), `supercategory`, `category`, `stuff35` (stuff in the first ADE20K split) and `labels59_txt_id`.
+* `ids`: the meaning of the `id` of a class, and `ignore_index`: the class index of void pixels;
+* `classes`, in the order of the benchmark's training labels. A class has a `name`, its label, which is unique within
+  the file; `synonyms`; `is_thing` (true, false, or null if the benchmark does not define it); `color` as [red, green,
+  blue] or null; `id`, its value in the benchmark's annotation files; `official_name` if it differs from the label.
+  Official names that would belong to two classes are in `official_name`, not in `synonyms`;
+* if the benchmark defines them: `novel_ids`, the classes held out in the zero-shot experiments of the paper (Han, Liu
+  et al., *Global Knowledge Calibration for Fast Open-Vocabulary Segmentation*, ICCV 2023); `background`, the
+  vocabulary whose classes make up the background; per class `gkc_name` and `detectron2_name` (other spellings in
+  use), `supercategory`, `category`, `stuff35` (stuff in the first ADE20K split) and `labels59_txt_id`.
 
-Users' files are UTF-8 and say the same with less:
+Users' files are in UTF-8 and in one of these formats:
 
 * JSON: a list whose items are names, lists of synonyms or objects as above; an object {"name": ["synonym", ...]}; or
-  an object with `classes`, one of the two. A `color` may also be "#rrggbb"; `templates` are prompt templates.
-* CSV: a first line that names some of the columns name, synonyms, is_thing, color, templates, with commas, semicolons
-  or tabs between them. Several synonyms or templates of a cell are separated by `|`; is_thing is "thing" or "stuff",
-  "true" or "false", or empty; color is "#rrggbb" or empty.
-* Text: one class per line, its synonyms after commas; `#` at the start of a line or after a blank begins a comment.
+  an object whose `classes` are one of the two. A `color` may also be "#rrggbb"; `templates` are prompt templates.
+* CSV: a header with some of the columns name, synonyms, is_thing, color, templates, separated by commas, semicolons
+  or tabs. Several synonyms or templates in a cell are separated by `|`; is_thing is "thing" or "stuff", "true" or
+  "false", or empty; color is "#rrggbb" or empty.
+* Text: one class per line, with its synonyms separated by commas; `#` at the start of a line or after a space starts
+  a comment.
 
-Files of other projects are read too:
+Files of other projects are supported too:
 
-* lists of names by number as FC-CLIP has them, "1:wall,walls" per line: the numbers must ascend and are dropped, lines
-  with the name `invalid_class_id` are no classes;
+* numbered lists of names as in FC-CLIP, "1:wall,walls" per line: the numbers must ascend and are dropped, and lines
+  with the name `invalid_class_id` are skipped;
 * JSON {"0": "wall", "1": "sky"} or {"wall": 0, "sky": 1}, transformers' `id2label` and `label2id`, alone or in a
-  model's config.json: the ids must be 0, 1, 2 .. or 1, 2, 3 .., in any order;
-* COCO's categories, as list or in an annotation file: `name`, `isthing` and `color`, in the order of the list.
+  model's config.json: the ids must be 0, 1, 2, ... or 1, 2, 3, ..., in any order;
+* COCO's categories, as a list or in an annotation file: `name`, `isthing` and `color`, in the order of the list.
 """
 
 import bisect
@@ -110,7 +111,7 @@ _LISTS_OF_NAMES = {"categories", "class_names", "labels", "names", "vocabulary",
 
 @dataclass
 class VocabularyEntry:
-    """One class as it stands in a file, names unchecked, and the line it begins in."""
+    """Class as read from a file, with unchecked names, and the number of its first line."""
 
     names: list[Any]
     line: int
@@ -121,7 +122,7 @@ class VocabularyEntry:
 
 @dataclass
 class _Source:
-    """The text of a file, for messages that name file and line."""
+    """Text of a file, which creates errors that name the file and line."""
 
     name: str
     text: str
@@ -138,11 +139,10 @@ class _Source:
 
 
 def is_file_name(text: str) -> bool:
-    """
-    Whether typed words are meant as the path of a file, be it one that `read_vocabulary_file` refuses.
+    """Return whether typed labels are the path of a file, even of a type that `read_vocabulary_file` rejects.
 
-    They have no `;`, and end as a vocabulary or as class embeddings do, or are the path of a file. A file without
-    ending in the working folder may be named like any label and does not count.
+    A path has no `;`, and has the suffix of a vocabulary or of class embeddings or is an existing file. A file without
+    a suffix in the working folder does not count, because its name may be a label.
     """
     if ";" in text:
         return False
@@ -153,87 +153,86 @@ def is_file_name(text: str) -> bool:
 
 
 def read_vocabulary_file(path: str | Path) -> list[VocabularyEntry]:
-    """
-    Read the classes of a vocabulary file, see the module for its forms.
+    """Read the classes of a vocabulary file; the module describes the formats.
 
     Args:
-        path: A .json, .csv or .txt file, UTF-8 with or without byte order mark.
+        path: A .json, .csv or .txt file in UTF-8, with or without a byte order mark.
+
+    Returns:
+        The classes of the file. `Vocabulary` checks their names.
 
     Raises:
-        ValueError: the file cannot be read, is not UTF-8, or does not have its form; the message names file and line.
-            Names are left for `Vocabulary` to check.
+        ValueError: If the file cannot be read, is not UTF-8, or has an invalid format; the message names the file and
+            line.
     """
     readers = {".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
     suffix = Path(path).suffix.casefold()
     if suffix not in readers:
         hint = " `gkc segment --vocab` reads class embeddings." if suffix == EMBEDDINGS_SUFFIX else ""
-        raise ValueError(f"{path} is no vocabulary file: its name must end in .json, .csv or .txt.{hint}")
+        raise ValueError(f"{path} is not a vocabulary file: its name must end in .json, .csv or .txt.{hint}")
     source = _Source(str(path), _decode(path))
     entries = readers[suffix](source)
     if not entries:
-        raise ValueError(f"{path} names no class.")
+        raise ValueError(f"{path} contains no class: name at least one.")
     return entries
 
 
 def packaged_facts(name: str) -> dict[str, Any]:
-    """
-    All that is stored about a packaged vocabulary, see the module for its layout.
+    """Load the JSON object of a packaged vocabulary; the module describes its fields.
 
     Raises:
-        ValueError: there is no such vocabulary, or this copy of the code came without them.
+        ValueError: If there is no such vocabulary, or this copy of the code was published without them.
     """
     return json.loads(packaged_path(name).read_text(encoding="utf-8"))
 
 
 @functools.cache
 def packaged_entries(name: str) -> tuple[VocabularyEntry, ...]:
-    """The classes of a packaged vocabulary, read once; raises as `packaged_facts`."""
+    """Load the classes of a packaged vocabulary, cached; errors are those of `packaged_facts`."""
     return tuple(read_vocabulary_file(packaged_path(name)))
 
 
 def packaged_path(name: str) -> Path:
-    """
-    The file of a packaged vocabulary.
+    """Return the path of the file of a packaged vocabulary.
 
-    The Hub copies this module beside a checkpoint without its data; then the installed package has it.
+    Code that was published with a checkpoint has no vocabularies; those of the installed package are used then.
 
     Raises:
-        ValueError: there is no such vocabulary, or neither place has it.
+        ValueError: If there is no such vocabulary, or its file is in neither place.
     """
     if name not in PACKAGED_NAMES:
-        raise ValueError(f"there is no packaged vocabulary {name!r}; {_suggestion(_meant_names(name, 0.6))}")
+        raise ValueError(f"There is no packaged vocabulary {name!r}; {_suggestion(_meant_names(name, 0.6))}")
     for package in (Path(__file__).parent, _installed_package()):
         path = package and package / PACKAGED_FOLDER / f"{name}.json"
         if path and path.is_file():
             return path
     raise ValueError(
-        f"the vocabulary {name!r} comes with the package, not with a checkpoint's code: install GKC (pip install), or "
-        "give the words themselves."
+        f"The vocabulary {name!r} is part of the package, not of a checkpoint's code: install GKC (pip install), or "
+        "give the class names."
     )
 
 
 def check_packaged_name(text: str) -> None:
-    """
-    Refuse a single label that is no packaged name but was surely meant as one: "ade20k_151", "cityscapes", "voc_2012".
+    """Check that a single label is not a misspelled packaged vocabulary, as "ade20k_151", "cityscapes", "voc_2012".
 
     Raises:
-        ValueError: with the name that was probably meant, if any is like it.
+        ValueError: If it is; the message suggests similar names.
     """
     text = text.strip()
-    # Ordinary words are labels, however like a name; those with digits or underscores hardly ever are.
+    # Ordinary words are labels, even if similar to a name; labels with digits or underscores are rare.
     cutoff = 0.6 if re.search(r"_\d+$", text) else 0.75 if re.search(r"[\d_]", text) else 1.0
     meant = _meant_names(text, cutoff)
     is_name = re.fullmatch(r"(?=.*\d)\w+_\w+", text)
     if (meant or is_name) and not re.search("[;,]", text):
         suggestion = f"{_suggestion(meant)} " if meant else ""
         raise ValueError(
-            f"there is no packaged vocabulary {text!r}; {suggestion}`gkc vocab list` lists them. (If {text!r} is a "
+            f"There is no packaged vocabulary {text!r}; {suggestion}`gkc vocab list` lists them. (If {text!r} is a "
             f"label, give it in a list, [{text!r}], or in a .txt file.)"
         )
 
 
 def _meant_names(text: str, cutoff: float) -> list[str]:
-    """Packaged names that differ from a text only by their number, else those that are as like it as `cutoff`."""
+    """Return packaged names that differ from a text only by their number, else those of similarity `cutoff`."""
     word = re.sub(r"[\s-]+", "_", text.strip().casefold())
     families = [name for name in PACKAGED_NAMES if re.sub(r"_\d+$", "", name) == word]
     return families or difflib.get_close_matches(word, PACKAGED_NAMES, n=2, cutoff=cutoff)
@@ -254,16 +253,16 @@ def _decode(path: str | Path) -> str:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"the vocabulary file {path} cannot be read: {error.strerror}.") from error
+        raise ValueError(f"The vocabulary file {path} cannot be read: {error.strerror}.") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file with the encoding UTF-8."
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not valid UTF-8; save the file in UTF-8."
         ) from error
     if "\0" in text:
-        raise ValueError(f"{path} is not UTF-8 text, it has zero bytes; save the file with the encoding UTF-8.")
+        raise ValueError(f"{path} contains zero bytes and is not UTF-8 text; save the file in UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -272,7 +271,7 @@ def _read_text(source: _Source) -> list[VocabularyEntry]:
     for number, line in enumerate(source.text.split("\n"), start=1):
         words = re.sub(r"(^|\s)#.*", "", line).strip()
         if ";" in words:
-            raise source.error(number, "a ';' separates classes in typed words; in a file each has a line of its own.")
+            raise source.error(number, "a ';' separates classes only in a string; in a file, use a line per class.")
         try:
             check_separators(words)
         except ValueError as error:
@@ -283,14 +282,14 @@ def _read_text(source: _Source) -> list[VocabularyEntry]:
 
 
 def _without_numbers(entries: list[VocabularyEntry], source: _Source) -> list[VocabularyEntry]:
-    """The classes of a file whose lines begin with a number and a colon; others as they are."""
+    """Remove the class numbers of a file whose lines start with a number and a colon."""
     numbered = [re.match(r"\s*(\d{1,9})\s*:", entry.names[0]) for entry in entries]
     if not any(numbered):
         return entries
     classes, last = [], -1
     for entry, match in zip(entries, numbered, strict=True):
         if match is None:
-            raise source.error(entry.line, "other lines begin with a number and ':', this one does not.")
+            raise source.error(entry.line, "this line must start with a number and ':', as the other lines do.")
         if int(match[1]) <= last:
             raise source.error(entry.line, f"the numbers of the classes must ascend, got {match[1]} after {last}.")
         last = int(match[1])
@@ -314,7 +313,7 @@ def _read_csv(source: _Source) -> list[VocabularyEntry]:
                     entries.append(_csv_entry(row, columns, line, source))
             line = rows.line_num + 1
     except csv.Error as error:
-        raise source.error(line, f"this is no CSV: {error}.") from error
+        raise source.error(line, f"invalid CSV: {error}.") from error
     return entries
 
 
@@ -322,17 +321,17 @@ def _csv_columns(row: list[str], line: int, source: _Source) -> list[str]:
     columns = [cell.strip().casefold() for cell in row]
     if "name" not in columns or not set(columns) <= set(_COLUMNS) or len(set(columns)) < len(columns):
         known = ", ".join(_COLUMNS[1:])
-        raise source.error(line, f"the columns must be named, name and some of {known}; got {columns}.")
+        raise source.error(line, f"the header must have the column name and some of {known}; got {columns}.")
     return columns
 
 
 def _csv_entry(row: list[str], columns: list[str], line: int, source: _Source) -> VocabularyEntry:
     if len(row) > len(columns):
-        raise source.error(line, f"{len(row)} cells for {len(columns)} columns; put a name with a comma in quotes.")
+        raise source.error(line, f"{len(row)} cells for {len(columns)} columns; quote names that contain a comma.")
     cells = dict.fromkeys(_COLUMNS, "") | {column: cell.strip() for column, cell in zip(columns, row, strict=False)}
     wrong = next((mark for mark in ";," if mark in cells["synonyms"]), None)
     if wrong:
-        raise source.error(line, f"several synonyms are separated by '|', not by {wrong!r}: {cells['synonyms']!r}.")
+        raise source.error(line, f"separate synonyms by '|', not by {wrong!r}: {cells['synonyms']!r}.")
     kind = cells["is_thing"].casefold()
     if kind not in _KINDS:
         raise source.error(line, f"is_thing must be thing, stuff or empty, got {cells['is_thing']!r}.")
@@ -349,7 +348,7 @@ def _hex_color(text: str, line: int, source: _Source) -> tuple[int, ...]:
 
 
 class _Pairs(list):
-    """Keys and values of a JSON object, repeated keys too."""
+    """Key-value pairs of a JSON object, including repeated keys."""
 
 
 def _read_json(source: _Source) -> list[VocabularyEntry]:
@@ -357,14 +356,14 @@ def _read_json(source: _Source) -> list[VocabularyEntry]:
         json.loads(source.text)
         return _json_entries(source)
     except json.JSONDecodeError as error:
-        raise source.error(error.lineno, f"this is no JSON: {error.msg} (column {error.colno}).") from error
+        raise source.error(error.lineno, f"invalid JSON: {error.msg} (column {error.colno}).") from error
     except RecursionError as error:
         raise ValueError(f"{source.name} is nested too deeply.") from error
     except ValueError as error:
         if source.name in str(error):
             raise
-        # Python's own, of an integer of thousands of digits.
-        raise ValueError(f"{source.name} holds a number that cannot be read: {error}.") from error
+        # Python cannot convert integers of thousands of digits.
+        raise ValueError(f"{source.name} contains a number that cannot be read: {error}.") from error
 
 
 def _json_entries(source: _Source) -> list[VocabularyEntry]:
@@ -378,13 +377,13 @@ def _json_entries(source: _Source) -> list[VocabularyEntry]:
     if by_id is not None:
         return by_id
     if len(items) == 1 and items[0].key in _LISTS_OF_NAMES:
-        raise source.error(items[0].line, f"call the list of names 'classes', not {items[0].key!r}.")
+        raise source.error(items[0].line, f"rename the key {items[0].key!r} to 'classes'.")
     return [_json_entry(item, source) for item in items]
 
 
 @dataclass
 class _JsonItem:
-    """An item of a JSON list, or of an object with its key; the line it begins in, and where its value does."""
+    """Item of a JSON list or object, with its key, its line, and the position of its value in the text."""
 
     key: str | None
     value: Any
@@ -393,7 +392,7 @@ class _JsonItem:
 
 
 def _json_items(start: int, source: _Source) -> Iterator[_JsonItem]:
-    """Items of the list or object that opens at `start` in valid JSON."""
+    """Yield the items of the list or object that starts at position `start` of valid JSON."""
     text, has_keys = source.text, source.text[start] == "{"
     decode = json.JSONDecoder(object_pairs_hook=_Pairs).raw_decode
     position = _skip(r"[\[{]", text, start)
@@ -412,7 +411,7 @@ def _skip(pattern: str, text: str, position: int) -> int:
 
 
 def _entries_by_id(items: list[_JsonItem], source: _Source) -> list[VocabularyEntry] | None:
-    """The classes of {"0": "wall"} or {"wall": 0} in the order of their ids; None if the object is none of these."""
+    """Return the classes of {"0": "wall"} or {"wall": 0} ordered by id, or None for any other object."""
     if not items or any(item.key is None for item in items):
         return None
     if all(re.fullmatch(r"\d{1,9}", item.key) for item in items):
@@ -431,16 +430,16 @@ def _entries_by_id(items: list[_JsonItem], source: _Source) -> list[VocabularyEn
         if number != position:
             raise source.error(
                 item.line,
-                f"the ids of the classes must be 0, 1, 2 .. or 1, 2, 3 .. without gap, got {shown(number)} instead of "
+                f"the class ids must be 0, 1, 2, ... or 1, 2, 3, ... without gaps, got {shown(number)} instead of "
                 f"{position}: give the names as a list.",
             )
     return [VocabularyEntry(item.value, item.line) for _, item in pairs]
 
 
 def _classes_position(start: int, source: _Source) -> int:
-    """Where the value of `classes` begins in the object that opens at `start`; `start` if there is none.
+    """Return the position of the value of `classes` in the object that starts at `start`, or `start` without one.
 
-    COCO's `categories` and transformers' `id2label` stand for it in their files.
+    In files of COCO and transformers, `categories` and `id2label` take the place of `classes`.
     """
     items = list(_json_items(start, source))
     found = [item.position for item in items if item.key == "classes"]
@@ -477,7 +476,7 @@ def _json_class(pairs: _Pairs, line: int, source: _Source) -> VocabularyEntry:
             raise source.error(line, f"COCO's 'isthing' must be 0 or 1, got {shown(fields['isthing'])}.")
         fields["is_thing"] = bool(fields["isthing"])
     if "name" not in fields:
-        raise source.error(line, "this class has no 'name'.")
+        raise source.error(line, "the class has no 'name': add it.")
     synonyms, color = fields.get("synonyms"), fields.get("color")
     return VocabularyEntry(
         [fields["name"], *([] if synonyms is None else _synonyms(fields["name"], synonyms, line, source))],

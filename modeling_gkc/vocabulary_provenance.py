@@ -11,12 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Where the words of a vocabulary come from: a table beside it, `NAME.provenance.csv`, with a row for each word.
+"""Provenance of the words of a vocabulary: a table `NAME.provenance.csv` beside it, with one row per word.
 
-Its columns are `label` and `word`; `origin`, one of `ORIGINS`; and the sense that was chosen for the class, as
-`synset` (WordNet's name of it, "kite.n.03") and `wnid` (its part of speech and offset in WordNet 3.0, "n03621473", as
-ImageNet writes them). Both are empty for a class that WordNet does not have.
+Its columns are `label` and `word`; `origin`, one of `ORIGINS`; and the WordNet sense of the class, as `synset` (its
+name, "kite.n.03") and `wnid` (its part of speech and offset in WordNet 3.0, "n03621473", as in ImageNet). Both are
+empty for a class that is not in WordNet.
 """
 
 import csv
@@ -30,21 +29,21 @@ from .vocabulary_files import packaged_path
 
 ORIGINS = {
     "name": "the label itself",
-    "given": "was in the vocabulary before",
-    "lemma": "another word of the chosen sense",
-    "hyponym": "a word of a kind of it",
-    "deeper hyponym": "a word of a kind of a kind of it",
-    "hypernym": "a word of what it is a kind of",
-    "sister": "a word of another kind of the same",
+    "given": "a synonym of the original vocabulary",
+    "lemma": "another lemma of the chosen sense",
+    "hyponym": "a lemma of a hyponym of the sense",
+    "deeper hyponym": "a lemma of a hyponym of a hyponym",
+    "hypernym": "a lemma of a hypernym of the sense",
+    "sister": "a lemma of another hyponym of the hypernym",
     "merged member": "a label of the benchmark that was merged into the class",
-    "manual": "written by hand",
+    "manual": "added by hand",
 }
 SUFFIX = ".provenance.csv"
 
 
 @dataclass(frozen=True)
 class WordOrigin:
-    """One word of a class and where it comes from, see the module."""
+    """Word of a class with its origin; the module describes the fields."""
 
     label: str
     word: str
@@ -54,31 +53,41 @@ class WordOrigin:
 
 
 def packaged_provenance(name: str) -> list[WordOrigin]:
-    """
-    The origin of every word of a packaged vocabulary, in its order.
+    """Load the origins of all words of a packaged vocabulary, in its order.
+
+    Args:
+        name: Name of the vocabulary.
+
+    Returns:
+        The origin of each word.
 
     Raises:
-        ValueError: there is no such vocabulary, or its words have no recorded origin.
+        ValueError: If there is no such vocabulary, or the origins of its words are not recorded.
     """
     path = provenance_path(packaged_path(name))
     if not path.is_file():
         raise ValueError(
-            f"where the words of {name!r} come from is not recorded; `source` in its facts names the list."
+            f"The origins of the words of {name!r} are not recorded; `source` in its file names the original list."
         )
     return read_provenance(path)
 
 
 def provenance_path(vocabulary_file: str | os.PathLike) -> Path:
-    """The table that belongs to a vocabulary file."""
+    """Return the path of the provenance table of a vocabulary file."""
     return Path(vocabulary_file).with_suffix(SUFFIX)
 
 
 def read_provenance(path: str | os.PathLike) -> list[WordOrigin]:
-    """
-    Read such a table.
+    """Read a provenance table.
+
+    Args:
+        path: CSV file with the columns that the module describes.
+
+    Returns:
+        The origin of each word, in the order of the rows.
 
     Raises:
-        ValueError: a column is missing, or an origin is none of `ORIGINS`.
+        ValueError: If a column is missing, or an origin is not in `ORIGINS`.
     """
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
@@ -88,12 +97,12 @@ def read_provenance(path: str | os.PathLike) -> list[WordOrigin]:
     origins = [WordOrigin(*row) for row in rows[1:]]
     unknown = {origin.origin for origin in origins} - set(ORIGINS)
     if unknown:
-        raise ValueError(f"{path} has the origins {sorted(unknown)}; there are {', '.join(ORIGINS)}.")
+        raise ValueError(f"{path}: origins must be among {', '.join(ORIGINS)}, got {sorted(unknown)}.")
     return origins
 
 
 def write_provenance(path: str | os.PathLike, origins: Iterable[WordOrigin]) -> None:
-    """Write such a table."""
+    """Write a provenance table to a CSV file, replacing it atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([_columns(), *map(astuple, origins)])
 

@@ -286,7 +286,7 @@ class TestSegment:
         assert finished.returncode == 1
         assert len(finished.stdout.splitlines()) == 3
         lines = without_lines_of_others(finished.stderr)
-        assert lines[0] == "gkc: warning: one name is shared by several classes: 'lawn' belongs to 'lawn' and 'sky'."
+        assert lines[0] == "gkc: warning: A name is shared by several classes: 'lawn' belongs to 'lawn' and 'sky'."
         assert lines[1].startswith("gkc: warning: The text encoder does not know these words: 'zebra'.")
         assert lines[2].startswith(f"gkc: {pictures}: skipped 1 files")
         assert lines[3].startswith("gkc: skipped: ") and "broken.png" in lines[3]
@@ -297,16 +297,16 @@ class TestUserErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--labels", "dog;;cat"], "--labels: label 2 (index 1) is empty"),
-            (["--labels", "dog;dog"], "--labels: labels 1 and 2"),
-            (["--labels", "sky . grass ."], "--labels: classes are separated by ';'"),
+            (["--labels", "dog;;cat"], "--labels: Label 2 (index 1) is empty"),
+            (["--labels", "dog;dog"], "--labels: Labels 1 and 2"),
+            (["--labels", "sky . grass ."], "--labels: Classes are separated by ';'"),
             (["--labels", "sky", "--void-labels", "red | blue"], "--void-labels: "),
             (
                 ["--labels", "sky; <end>"],
-                "--labels: the tokenizer reads a part of the label '<end>' as its special token",
+                "--labels: The label '<end>' contains the tokenizer's special token",
             ),
-            (["--labels", "dog " * 15], "--labels: the label 'dog dog"),
-            (["--labels", ""], "--labels: label 1 (index 0) is empty"),
+            (["--labels", "dog " * 15], "--labels: The prompt 'dog dog"),
+            (["--labels", ""], "--labels: Label 1 (index 0) is empty"),
             (["--device", "toaster"], "--device: "),
             (["--device", "cuda:99"], "--device: this machine has no device cuda:99"),
             (["--threshold", "0.3"], "--threshold needs --task instance or panoptic"),
@@ -315,7 +315,7 @@ class TestUserErrors:
             (["--vocab", "nowhere.safetensors"], "--vocab: "),
             (["--vocab", "words.safetensors", "--templates", "photo"], "--templates needs --labels"),
             (["--templates", "photo"], "--templates needs --labels"),
-            (["--void-labels", "lawn;;sky"], "--void-labels: label 2 (index 1) is empty"),
+            (["--void-labels", "lawn;;sky"], "--void-labels: Label 2 (index 1) is empty"),
             (["--void-labels", "sky; Disc"], "--void-labels: "),
             (["--labels", "red", "--templates", "nonsense"], "--templates: "),
             (["--model", "./nowhere"], "--model: ./nowhere is not a directory"),

@@ -171,7 +171,7 @@ class TestMask2Former:
         ("arguments", "message"),
         [
             (("--class-names", "red; blue"), "--class-names: `class_names` are 2, but the source has 5 classes"),
-            (("--class-names", "red; ;blue"), "--class-names: label 2"),
+            (("--class-names", "red; ;blue"), "--class-names: Label 2"),
             (("--tokenizer", "./nowhere"), "--tokenizer: ./nowhere is not a directory"),
         ],
     )

@@ -51,7 +51,7 @@ class TestList:
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["NAME", "CLASSES", "DESCRIPTION"]
         rows = [line.split(maxsplit=2) for line in lines[1:-2]]
-        assert [row[0] for row in rows] == Vocabulary.names_of_packaged()
+        assert [row[0] for row in rows] == Vocabulary.packaged_names()
         for name, num_classes, description in rows:
             assert int(num_classes) == len(Vocabulary.named(name))
             assert description == packaged_facts(name)["description"]
@@ -98,7 +98,7 @@ class TestShow:
         heading = next(line for line in lines if "INDEX" in line)
         assert all(line[heading.index("LABEL") - 3 :].strip() for line in painted)
 
-    @pytest.mark.parametrize("name", Vocabulary.names_of_packaged())
+    @pytest.mark.parametrize("name", Vocabulary.packaged_names())
     def test_json_of_a_packaged_one_is_its_file(self, capsys, tmp_path, name):
         assert gkc("vocab", "show", name, "--json") == 0
         output = capsys.readouterr().out
@@ -119,8 +119,8 @@ class TestShow:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("ade20k", "there is no packaged vocabulary 'ade20k'; did you mean 'ade20k_150' or 'ade20k_847'"),
-            ("dog", "there is no packaged vocabulary 'dog'; there are ade20k_150"),
+            ("ade20k", "There is no packaged vocabulary 'ade20k'; did you mean 'ade20k_150' or 'ade20k_847'"),
+            ("dog", "There is no packaged vocabulary 'dog'; there are ade20k_150"),
             ("gone.txt", "gone.txt cannot be read: No such file"),
         ],
     )
@@ -130,13 +130,13 @@ class TestShow:
 
     def test_a_file_with_another_ending(self, tmp_path):
         (tmp_path / "words.md").write_text("dog")
-        with pytest.raises(UserError, match=r"words\.md is no vocabulary file: .*\.json, \.csv or \.txt"):
+        with pytest.raises(UserError, match=r"words\.md is not a vocabulary file: .*\.json, \.csv or \.txt"):
             gkc("vocab", "show", tmp_path / "words.md")
 
     def test_a_warning_is_a_line(self, capsys, tmp_path):
         (tmp_path / "words.txt").write_text("stool, seat\nchair, seat\n")
         assert gkc("vocab", "show", tmp_path / "words.txt") == 0
-        assert capsys.readouterr().err.startswith("gkc: warning: one name is shared by several classes: 'seat'")
+        assert capsys.readouterr().err.startswith("gkc: warning: A name is shared by several classes: 'seat'")
 
     def test_a_reader_that_has_seen_enough(self, monkeypatch):
         """As in `gkc vocab show ade20k_847 | head`."""
@@ -193,12 +193,12 @@ class TestEmbed:
         command = ["embed", "--model", checkpoint, "--out", tmp_path / "words.safetensors", "--labels"]
         assert gkc(*command, "red disc, sky") == 0
         assert capsys.readouterr().err.splitlines() == [
-            "gkc: warning: 1 class: red disc (also: sky); separate classes by ';', or put one at the end if one class "
-            "is meant."
+            "gkc: warning: 1 class: red disc (also: sky); separate classes by ';', or end the text with ';' if it "
+            "is a single class."
         ]
         assert gkc(*command, "red disc, sky;") == 0
         assert capsys.readouterr().err == ""
-        with pytest.raises(UserError, match=r"--labels: classes are separated by ';' .*, not by '\|'"):
+        with pytest.raises(UserError, match=r"--labels: Classes are separated by ';' .*, not by '\|'"):
             gkc(*command, "red disc | sky")
 
     def test_the_bar_moves_on_a_terminal(self, checkpoint, tmp_path, capsys, monkeypatch):
@@ -210,8 +210,8 @@ class TestEmbed:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"--labels": "dog;;"}, r"--labels: label 2 \(index 1\) is empty"),
-            ({"--labels": "dog " * 20}, "--labels: the label 'dog dog.* has 22 tokens"),
+            ({"--labels": "dog;;"}, r"--labels: Label 2 \(index 1\) is empty"),
+            ({"--labels": "dog " * 20}, "--labels: The prompt 'dog dog.* has 22 tokens"),
             ({"--labels": "ade20k_151"}, "--labels: .*'ade20k_150'"),
             ({"--labels": "gone.csv"}, r"--labels: .*gone\.csv cannot be read"),
             ({"--templates": "vild"}, "--templates: 'vild' is neither .*'vild14'"),

@@ -274,7 +274,7 @@ class TestRefusing:
             read_image(image)
 
     def test_no_images(self):
-        with pytest.raises(ValueError, match="no images"):
+        with pytest.raises(ValueError, match="`images` is empty"):
             GKCImageProcessor()([], return_tensors="pt")
 
     @pytest.mark.parametrize("size", [{"height": 5}, {"max_height": 5, "max_width": 5}, {"shortest_edge": 0}])
@@ -531,7 +531,7 @@ class TestAddresses:
 
     def test_the_size_is_limited(self, address, monkeypatch):
         monkeypatch.setattr(image_processing_gkc, "MAX_URL_BYTES", 2**20)
-        with pytest.raises(ValueError, match="gives more than 1 MiB: download it yourself"):
+        with pytest.raises(ValueError, match="is larger than 1 MiB: download it"):
             read_image(f"{address}/endless")
 
     @pytest.mark.parametrize("target", ["ftp://127.0.0.1:1/a.png", "file:///etc/hostname", "data:image/png;base64,"])
@@ -543,7 +543,7 @@ class TestAddresses:
         assert read_image(f"{address}/to/{address}/picture").size == (3, 2)
 
     def test_what_breaks_off_is_refused(self, address):
-        with pytest.raises(ValueError, match="broke off 9"):
+        with pytest.raises(ValueError, match=r"ended 9\d+ bytes early"):
             read_image(f"{address}/broken-off")
 
     @pytest.mark.parametrize("timeout", [math.nan, -1, "3"])
@@ -588,7 +588,7 @@ class TestCommonCalls:
         called = GKCImageProcessor()(picture, size=42, max_size=50, return_tensors="pt")
         assert called["pixel_mask"].sum(dim=(1, 2)).tolist() == [32 * 50]
         for wrong in ({"height": 4, "width": 4}, {"shortest_edge": 4, "longest_edge": 5}):
-            with pytest.raises(ValueError, match="`max_size` goes with `shortest_edge`"):
+            with pytest.raises(ValueError, match="`max_size` can only be combined with `shortest_edge`"):
                 GKCImageProcessor(size=wrong, max_size=84)
         with pytest.raises(ValueError, match="`max_size`"):
             GKCImageProcessor()(picture, size=42, max_size=0)
@@ -640,9 +640,9 @@ class TestCommonCalls:
         assert ours.shape == (1, 4, 32, 32) and torch.allclose(ours[:, :3], expected, atol=2e-2)
         grey = GKCImageProcessor()(Image.new("L", (8, 8)), **settings, image_mean=0.5, image_std=0.5)
         assert grey["pixel_values"].shape == (1, 1, 32, 32)
-        with pytest.raises(ValueError, match="`image_mean` gives 3 numbers for images of 4 channels"):
+        with pytest.raises(ValueError, match="`image_mean` must have 1 or 4 numbers, one per channel, got 3"):
             GKCImageProcessor()(values, **settings)
-        with pytest.raises(ValueError, match=r"images of \[1, 3\] channels make no batch: leave `do_convert_rgb`"):
+        with pytest.raises(ValueError, match=r"with \[1, 3\] channels cannot form a batch: set `do_convert_rgb=True`"):
             mixed = [Image.new("L", (8, 8)), Image.new("RGB", (8, 8))]
             GKCImageProcessor()(mixed, do_convert_rgb=False, do_normalize=False)
 

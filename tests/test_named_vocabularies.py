@@ -217,7 +217,7 @@ class TestWords:
 class TestPackage:
     def test_the_list_is_what_is_there(self):
         assert sorted(path.stem for path in FOLDER.glob("*.json")) == list(PACKAGED_NAMES)
-        assert Vocabulary.names_of_packaged() == sorted([*FACTS, BACKGROUND])
+        assert Vocabulary.packaged_names() == sorted([*FACTS, BACKGROUND])
         for name in PACKAGED_NAMES:
             facts = packaged_facts(name)
             assert facts["name"] == name and name.endswith(f"_{len(facts['classes'])}")
@@ -239,7 +239,7 @@ class TestPackage:
         monkeypatch.setattr(vocabulary_files, "__file__", str(tmp_path / "vocabulary_files.py"))
         monkeypatch.setattr(vocabulary_files.importlib.util, "find_spec", lambda name: None)
         for call in (Vocabulary.named, Vocabulary.parse):
-            with pytest.raises(ValueError, match=r"'ade20k_150' comes with the package.*pip install"):
+            with pytest.raises(ValueError, match=r"'ade20k_150' is part of the package.*pip install"):
                 call("ade20k_150")
         assert Vocabulary.parse("dog; cat").labels == ["dog", "cat"]
 

@@ -451,8 +451,8 @@ def test_parts_of_a_processor(folder, segmenter, processor, image, within):
     ("settings", "error", "message"),
     [
         ({"subtask": "video"}, ValueError, "`subtask` must be one of panoptic, instance, semantic, got 'video'"),
-        ({"labels": "dog; ; lamp"}, ValueError, "label 2 .* is empty"),
-        ({"labels": []}, ValueError, "no labels were given"),
+        ({"labels": "dog; ; lamp"}, ValueError, "Label 2 .* is empty"),
+        ({"labels": []}, ValueError, "No labels were given"),
         ({"labels": 3}, TypeError, "Labels must be"),
         ({"void_labels": "lawn"}, ValueError, "'lawn' is a void label"),
         ({"lables": "dog"}, TypeError, "no parameter 'lables'"),

@@ -145,7 +145,7 @@ class TestWords:
         assert inputs["class_ids"].max() == 18 and len(inputs["class_ids"]) == 35
 
     @pytest.mark.parametrize(
-        ("text", "match"), [([], "no labels"), ("dog;;", "label 2"), ("dog;dog", "labels 1 and 2")]
+        ("text", "match"), [([], "No labels"), ("dog;;", "Label 2"), ("dog;dog", "Labels 1 and 2")]
     )
     def test_the_checks_of_the_vocabulary(self, processor, text, match):
         with pytest.raises(ValueError, match=match):
@@ -179,13 +179,15 @@ class TestWords:
             )
         listed = ", ".join(repr(word) for word in ["a", *(f"beast{index}" for index in range(19))])
         message = str(caught[0].message)
-        assert message.startswith(f"The text encoder does not know these words: {listed} and 6 more. Classes named by")
+        assert message.startswith(
+            f"The text encoder does not know these words: {listed} and 6 more. Classes without a"
+        )
         assert message.endswith(f" and 5 more. {UNKNOWN_WORDS_HINT}")
 
     def test_classes_of_unknown_words_only_are_named_with_what_that_means(self, processor):
-        with pytest.warns(UserWarning, match="results mean nothing: 'zebra', 'big okapi'. Take a checkpoint"):
+        with pytest.warns(UserWarning, match="results are meaningless: 'zebra', 'big okapi'. Use a checkpoint"):
             processor(text="red disc; zebra, gnu; big okapi; okapi, sofa")
-        with pytest.warns(UserWarning, match="results mean nothing: 'okapi'"):
+        with pytest.warns(UserWarning, match="results are meaningless: 'okapi'"):
             processor(text="red disc", void_labels="lamp; okapi")
 
     @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ class TestWords:
             processor(text="zebra; okapi")
 
     def test_labels_with_the_same_tokens_are_refused(self, processor):
-        with pytest.raises(ValueError, match=r"labels 1 and 3 \('red disc' and 'red-disc'\) have the same tokens"):
+        with pytest.raises(ValueError, match=r"Labels 1 and 3 \('red disc' and 'red-disc'\) have the same tokens"):
             plain = word_tokenizer()
             plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s-]"), "removed")
             GKCProcessor(processor.image_processor, plain)(text=["red disc", "sky", "red-disc"])
@@ -214,12 +216,12 @@ class TestWords:
 
     def test_a_label_without_tokens_is_refused(self, processor):
         processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
-        with pytest.raises(ValueError, match="the tokenizer makes no token of the label '~~': write it in other"):
+        with pytest.raises(ValueError, match="The tokenizer has no token for the label '~~': write it in other"):
             processor(text="dog; ~~")
 
     @pytest.mark.parametrize("label", ["<end>", "dog <end> sofa", "<pad>"])
     def test_a_label_with_a_special_token_is_refused(self, processor, label):
-        with pytest.raises(ValueError, match=f"reads a part of the label '{label}' as its special token"):
+        with pytest.raises(ValueError, match=f"The label '{label}' contains the tokenizer's special token"):
             processor(text=["dog", ["sofa", label]])
 
     def test_known_words_do_not_warn(self, processor):
@@ -278,12 +280,12 @@ class TestCalls:
         for inputs in ({"text": "dog"}, {"images": image}, {"images": image, "text": "dog"}):
             with pytest.raises(ValueError, match=r"`return_tensors` must be 'pt', 'np' or None.* got 'foo'"):
                 processor(**inputs, return_tensors="foo")
-        with pytest.raises(ValueError, match="images, text, or both"):
+        with pytest.raises(ValueError, match="`images`, `text`, or both"):
             processor()
 
     @pytest.mark.parametrize("words", [{"void_labels": "sky"}, {"prompt_templates": "photo"}])
     def test_settings_of_words_without_words(self, processor, image, words):
-        with pytest.raises(ValueError, match="go with `text`"):
+        with pytest.raises(ValueError, match="need `text`"):
             processor(image, **words, return_tensors="pt")
 
     def test_inputs_move(self, processor, image):
@@ -402,14 +404,14 @@ class TestCommonCalls:
         "settings, message",
         [
             ({"max_length": 3}, "'red dog sofa' has 5 tokens .* at most 3"),
-            ({"max_length": 400}, "`max_length` 400 is more than the 16 tokens"),
+            ({"max_length": 400}, "`max_length` must be at most 16.* got 400"),
             ({"max_length": 0}, "`max_length`"),
             ({"padding": "all"}, "all"),
             ({"truncation": "some"}, "some"),
             ({"padding_side": "top"}, "`padding_side`"),
             ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of`"),
             ({"padding": False}, "without padding"),
-            ({"text_kwargs": {"padding": True}, "padding": False}, "`text_kwargs` and beside it"),
+            ({"text_kwargs": {"padding": True}, "padding": False}, "padding either in `text_kwargs` or"),
             ({"text_kwargs": [1]}, "`text_kwargs` must be a dict"),
         ],
     )
@@ -419,7 +421,7 @@ class TestCommonCalls:
 
     @pytest.mark.parametrize("settings", [{"sise": 1}, {"images_kwargs": {"sise": 1}}, {"text_kwargs": {"size": 1}}])
     def test_unknown_settings(self, processor, image, settings):
-        with pytest.raises(TypeError, match=r"no setting '(sise|size)'"):
+        with pytest.raises(TypeError, match=r"no argument '(sise|size)'"):
             processor(images=image, text="dog", **settings)
 
     def test_names_of_the_results(self, processor, image):

@@ -46,7 +46,7 @@ class TestArticle:
 
     def test_exceptions_among_the_benchmarks_names(self):
         """All names where ear and letter differ; the list was read by a person."""
-        names = {name for packaged in Vocabulary.names_of_packaged() for name in Vocabulary.named(packaged).flat_names}
+        names = {name for packaged in Vocabulary.packaged_names() for name in Vocabulary.named(packaged).flat_names}
         assert len(names) > 1900
         differing = {name for name in names if starts_with_vowel_sound(name) != (name[0].casefold() in "aeiou")}
         assert differing == {"ewe", "ewer", "mp3 player", "urinal", "utensils"}
@@ -113,8 +113,8 @@ class TestSets:
             (["a photo"], "exactly one .*'a photo'"),
             (["{}", "a {name}"], "exactly one .*'a {name}'"),
             (["{}", 5], "exactly one .*5"),
-            ([], "no prompt template was given"),
-            (5, "no prompt template was given"),
+            ([], "No prompt template was given"),
+            (5, "No prompt template was given"),
         ],
     )
     def test_what_is_refused(self, value, message):

@@ -164,5 +164,5 @@ def test_the_recipe_of_every_fine_tuning_example():
     ).to("cpu")
     model = GKCForOpenVocabSegmentation(small_config())
     model(**batch).loss.backward()
-    with pytest.raises(ValueError, match="`segmentation_maps` go with `images`"):
+    with pytest.raises(ValueError, match="`segmentation_maps` need `images`"):
         processor(text="dog", segmentation_maps=blocks())

@@ -266,7 +266,7 @@ class TestCuratedList:
             assert owners.setdefault(word_key(row.word), row.label) == row.label
 
     def test_other_lists_have_no_record(self):
-        with pytest.raises(ValueError, match="words of 'ade20k_150' come from is not recorded"):
+        with pytest.raises(ValueError, match="words of 'ade20k_150' are not recorded"):
             packaged_provenance("ade20k_150")
 
     def test_every_word_stands_where_it_is_said_to_in_wordnet(self):
@@ -290,7 +290,7 @@ class TestProvenanceFile:
         [
             ("label,word\n", "must have the columns label, word, origin, synset, wnid"),
             ("", "columns"),
-            ("label,word,origin,synset,wnid\ndog,dog,guess,,\n", r"origins \['guess'\]"),
+            ("label,word,origin,synset,wnid\ndog,dog,guess,,\n", r"origins must be among .*\['guess'\]"),
         ],
     )
     def test_something_else_is_refused(self, tmp_path, text, expected):

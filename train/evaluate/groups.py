@@ -44,7 +44,7 @@ class ClassFacts:
 
 def class_facts(benchmark: Benchmark, num_classes: int) -> ClassFacts:
     """Facts of the packaged vocabulary that a benchmark's classes come from; of others, positions and no more."""
-    if benchmark.vocabulary not in Vocabulary.names_of_packaged():
+    if benchmark.vocabulary not in Vocabulary.packaged_names():
         return ClassFacts(list(range(num_classes)), [])
     stored = packaged_facts(benchmark.vocabulary)
     raw_ids = [entry["id"] for entry in stored["classes"]]
