@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_folder, remove_leftovers
 from modeling_gkc.cli.common import error_line, interruptible
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..data.load import load_split, load_splits, seal_dataset
-from ..data.prepared import VOCABULARY_NAME
 from ..storage.locks import lock_output
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from datasets import Dataset
     from torch import nn
 
     from .region_rows import ImageRegions, RegionSource
@@ -195,6 +192,8 @@ def _bar(total: int, state: PartialState, progress: bool) -> tqdm:
 
 def _listed_regions(dataset: Dataset) -> np.ndarray:
     """Segments of every image, with a pixel or not."""
+    import pyarrow.compute as pc
+
     tables = dataset.select_columns("segments").with_format("arrow").iter(10_000)
     counts = [pc.list_value_length(table.column("segments")).to_numpy() for table in tables]
     return np.concatenate([np.empty(0, dtype=np.int64), *counts]).astype(np.int64)
@@ -324,6 +323,8 @@ def _synonyms(options: argparse.Namespace, command: str) -> None:
 def _write(source: RegionSource, models: list[nn.Module], options: argparse.Namespace, command: str) -> None:
     import torch
 
+    from ..data.load import load_split
+
     state = _processes()
     dataset = load_split(options.dataset, options.split)
     folder = options.out
@@ -372,6 +373,11 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--out: {out} is there already; name a new folder.")
     if not _processes().is_main_process:
         return
+    from datasets import DatasetDict
+
+    from ..data.load import load_splits, seal_dataset
+    from ..data.prepared import VOCABULARY_NAME
+
     with lock_output(out):
         remove_leftovers(out.parent, out.name)
         try:

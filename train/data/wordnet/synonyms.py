@@ -25,6 +25,8 @@ none); "words", the whole list after the label; "add" and "drop", single words.
     {"cake": {"synset": "cake.n.03", "drop": ["fish cake"]}, "stop sign": {"add": ["halt sign"]}}
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import re
@@ -34,9 +36,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from nltk.corpus.reader.wordnet import Lemma, Synset, WordNetError
+from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.atomic_files import atomic_write
 from modeling_gkc.cli.common import error_line, interruptible
@@ -45,7 +45,11 @@ from modeling_gkc.vocabulary_files import PACKAGED_NAMES, packaged_facts
 from modeling_gkc.vocabulary_provenance import WordOrigin, provenance_path, write_provenance
 
 from ...storage.checksums import read_json
-from .database import WordNet, open_wordnet
+
+if TYPE_CHECKING:
+    from nltk.corpus.reader.wordnet import Lemma, Synset
+
+    from .database import WordNet
 
 MAX_WORDS = 8
 MAX_KINDS = 4
@@ -413,6 +417,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse(arguments)
+    from .database import open_wordnet  # needs nltk, which the command's help does without
+
     try:
         if options.out.suffix != ".json":
             raise ValueError(f"--out must end in .json, got {options.out}.")
@@ -450,6 +456,8 @@ def _names(sense: Synset | None) -> tuple[str, str]:
 
 
 def _synset(name: str, label: str, wordnet: WordNet) -> Synset:
+    from nltk.corpus.reader.wordnet import WordNetError
+
     try:
         if re.fullmatch(r"n\d{8}", name):
             return wordnet.synset_from_pos_and_offset("n", int(name[1:]))
