@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
 from modeling_gkc.vocabulary import Vocabulary
-from train.data import dataset_features, read_row
+from train.data import dataset_features, load, read_row
 from train.storage import fingerprints, shards
 from train.storage.checksums import SUM, write_sealed_json
 from train.storage.fingerprints import data_fingerprint
@@ -585,6 +585,6 @@ def test_help_teaches(arguments, capsys):
 
 
 def test_an_unknown_place_is_asked_for(clip, monkeypatch, capsys):
-    monkeypatch.setattr(precompute, "load_split", lambda name, split: toy_dataset(1))
+    monkeypatch.setattr(load, "load_split", lambda name, split: toy_dataset(1))
     assert run("someone/pictures", "--clip", clip) == 2
     assert "--out: someone/pictures is no folder" in capsys.readouterr().err

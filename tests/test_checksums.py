@@ -210,6 +210,9 @@ def test_sealed_json_is_read_as_written_and_in_its_shape(tmp_path):
             read_sealed_json(other, shape, "make it again")
     with pytest.raises(DamagedFileError, match=r"c.json cannot be read \(No such file or directory\): make it again"):
         read_sealed_json(tmp_path / "c.json", shape, "make it again")
+    for missing in ("c.json", "no/folder.json"):
+        with pytest.raises(DamagedFileError):  # also without a remedy, for callers that catch it
+            read_sealed_json(tmp_path / missing, shape, "")
 
 
 def test_shapes():

@@ -173,7 +173,8 @@ def read_sealed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) ->
     Raises:
         DamagedFileError: it is missing, invalid JSON, of another shape or edited; the message says which.
     """
-    content = read_json(path, remedy, {**shape, SUM: str})
+    # Without a remedy `read_json` raises the errors of files of users; callers that catch the error give none.
+    content = read_json(path, remedy or "write it again.", {**shape, SUM: str})
     stored = content.pop(SUM)
     if stored != _json_sum(content):
         raise DamagedFileError(f"{path} is damaged or was edited, its checksum is another than when written: {remedy}")
