@@ -469,6 +469,12 @@ class TestNames:
             (tmp_path / "x" / "a.webp").touch()
             find_images([str(tmp_path / "x"), str(tmp_path / "x" / ".." / "x" / "a.webp")], recursive=True)
 
+    @pytest.mark.parametrize("url", ["http://x/a.png", "HTTPS://x/a.png", "file:///a.png", "data:image/png;base64,AA"])
+    def test_urls_are_refused_as_such(self, pictures, url):
+        for inputs in ([url], [str(pictures / "a.png"), url]):
+            with pytest.raises(UserError, match=f"IMAGE: {url} is a URL: give a file, and download an image"):
+                find_images(inputs)
+
     def test_what_is_not_looked_at_is_said(self, pictures):
         for name in ("below/d.png", "below/deep/a.png", "gkc-out/x.png", "notes.txt", "a.json", ".hidden/e.png"):
             (pictures / name).parent.mkdir(parents=True, exist_ok=True)

@@ -83,8 +83,14 @@ def find_images(
         The images, and one line for each kind of files that were skipped.
 
     Raises:
-        UserError: A folder has no images, no input exists, or two images would get the same result files.
+        UserError: A folder has no images, an input is a URL, no input exists, or two images would get the same result
+            files.
     """
+    for given in inputs:
+        if given.lower().startswith(("http://", "https://", "ftp://", "file://", "data:")) and not os.path.exists(
+            given
+        ):
+            raise UserError(f"IMAGE: {given[:200]} is a URL: give a file, and download an image on the web first")
     if not any(map(os.path.exists, inputs)):
         raise UserError(f"IMAGE: {inputs[0]} does not exist")
     images: dict[Path, FoundImage] = {}
