@@ -71,7 +71,8 @@ from train.engine.trainer import GKCTrainer  # noqa: E402
 from train.losses.criterion import StepDivisors  # noqa: E402
 from train.losses.region_sampling import StepRegions  # noqa: E402
 from train.miniworld.tokenizer import build_tokenizer  # noqa: E402
-from train.teacher.region_teacher import OnlineTeacher, RegionTeacher, TextBank  # noqa: E402
+from train.teacher.region_teacher import OnlineTeacher, RegionTeacher  # noqa: E402
+from train.teacher.text_bank import TextBank  # noqa: E402
 
 ARMS = ("cached", "online", "published")
 PARTS = ("CLIP", "forward", "matching", "losses", "backward", "optimiser")

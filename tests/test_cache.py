@@ -22,14 +22,8 @@ from train.storage.checksums import SUM, write_sealed_json
 from train.storage.fingerprints import data_fingerprint
 from train.storage.shards import StoreSettings, StoreWriter
 from train.teacher import precompute
-from train.teacher.region_teacher import (
-    CLIPTowers,
-    RegionTeacher,
-    SynonymProbabilities,
-    TeacherCache,
-    load_clip_towers,
-    load_vision_tower,
-)
+from train.teacher.clip_towers import CLIPTowers, load_clip_towers, load_vision_tower
+from train.teacher.region_teacher import RegionTeacher, SynonymProbabilities, TeacherCache
 from train.teacher.synonym_probabilities import BoxSynonyms
 
 from .conftest import small_config

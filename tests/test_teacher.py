@@ -13,17 +13,11 @@ from modeling_gkc.vocabulary import Vocabulary
 from train.data import read_row
 from train.losses.distillation import text_guided_distillation_loss
 from train.miniworld.clip import MiniCLIP, save_clip
+from train.teacher.clip_towers import load_clip_towers, load_vision_tower
 from train.teacher.crops import crop_box, crop_region, crop_regions, resample_regions
 from train.teacher.precompute import write_cache
-from train.teacher.region_teacher import (
-    OnlineTeacher,
-    RegionTeacher,
-    TeacherCache,
-    TeacherEmbeddings,
-    TextBank,
-    load_clip_towers,
-    load_vision_tower,
-)
+from train.teacher.region_teacher import OnlineTeacher, RegionTeacher, TeacherCache, TeacherEmbeddings
+from train.teacher.text_bank import TextBank
 
 from .conftest import small_config
 from .openai_clip import random_weights, save_archive

@@ -14,8 +14,9 @@ from train.engine.trainer import GKCTrainer
 from train.losses.criterion import StepDivisors
 from train.losses.region_sampling import Regions, StepRegions
 from train.teacher.noun_bank import NounBank, distinct_nouns, draw_nouns
-from train.teacher.region_teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities, TextBank
+from train.teacher.region_teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities
 from train.teacher.synonym_probabilities import synonym_table
+from train.teacher.text_bank import TextBank
 
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
 

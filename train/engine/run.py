@@ -14,7 +14,7 @@ from configuration import Recipe
 from modeling_gkc.atomic_files import atomic_write
 
 from ..data import check_dataset
-from ..teacher.region_teacher import TextBank
+from ..teacher.text_bank import TextBank
 from .builders import load_data, load_student, load_teacher, load_towers, load_vocabulary, split_classes
 from .checkpoints import checkpoints, is_complete, require_undamaged
 from .command import is_main_process, print_rank0

@@ -28,7 +28,8 @@ from ..data import AugmentedDataset, JointTransform, SegmentationCollator, Strea
 from ..losses.criterion import StepDivisors, TrainingLosses
 from ..losses.region_sampling import Batch, RegionEmbedder, RegionLookup, Regions, StepRegions
 from ..teacher.noun_bank import NounBank, distinct_nouns
-from ..teacher.region_teacher import TeacherEmbeddings, TextBank
+from ..teacher.region_teacher import TeacherEmbeddings
+from ..teacher.text_bank import TextBank
 from .checkpoints import is_complete, last_complete_checkpoint, require_undamaged, sealing
 from .fsdp import full_state_dict, give_scalars_a_dimension, load_full_state_dict
 from .logging import Averages, TrainingStopped, extra_log_values

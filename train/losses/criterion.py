@@ -19,7 +19,7 @@ from modeling_gkc.padding import hide_padding
 
 from ..data import expand_masks
 from ..teacher.noun_bank import NounBank
-from ..teacher.region_teacher import TextBank
+from ..teacher.text_bank import TextBank
 from .distillation import text_guided_distillation_loss
 from .grounding import gather_with_gradients, grounding_loss
 from .region_sampling import Batch, Regions

@@ -18,8 +18,8 @@ from configuration import Recipe
 from modeling_gkc.loss_gkc import Matches
 
 from ..teacher.noun_bank import draw_nouns
-from ..teacher.region_teacher import TextBank
 from ..teacher.synonym_probabilities import synonym_probabilities, synonym_table
+from ..teacher.text_bank import TextBank
 from .synonyms import assign_slots, draw_synonyms
 
 Batch = Mapping[str, Any]

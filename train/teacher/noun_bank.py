@@ -16,7 +16,7 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
-from .region_teacher import TextBank
+from .text_bank import TextBank
 
 _ROWS_PER_READ = 1000
 

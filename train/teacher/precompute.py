@@ -301,14 +301,15 @@ def _positive(text: str) -> int:
 
 
 def _teacher(options: argparse.Namespace, command: str) -> None:
-    from .region_teacher import RegionTeacher, load_vision_tower
+    from .clip_towers import load_vision_tower
+    from .region_teacher import RegionTeacher
 
     vision_model = load_vision_tower(options.clip)
     _write(RegionTeacher(vision_model, options.keep_aspect), [vision_model], options, command)
 
 
 def _synonyms(options: argparse.Namespace, command: str) -> None:
-    from .region_teacher import load_clip_towers
+    from .clip_towers import load_clip_towers
     from .synonym_probabilities import BoxSynonyms
 
     towers = load_clip_towers(options.clip)

@@ -1,14 +1,14 @@
-"""The frozen parts of CLIP, as training uses them: image embeddings of regions, text embeddings of all words.
+"""The frozen CLIP image encoder that embeds annotated regions, and the stores of what it computed before.
 
 Letters: B images, R annotated regions of a dataset, N regions of an image, S side of a crop, D width of the image-text
-space, P words, K classes.
+space.
 """
 
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_path
-from modeling_gkc.class_embeddings import average_class_embeds
-from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 from modeling_gkc.file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
-from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
-from modeling_gkc.processing_gkc import GKCProcessor
-from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.fingerprints import data_fingerprint, model_fingerprint, settings_fingerprint
 from ..storage.shards import RegionStore, missing_regions
-from .clip_towers import CLIPTowers, load_clip_towers, load_vision_tower
 from .crops import GREY, crop_region, crop_regions, normalize_crops
 from .region_rows import ImageRegions, RegionRows, embed_images, read_regions
 
-__all__ = [
-    "CLIPTowers",
-    "OnlineTeacher",
-    "RegionTeacher",
-    "SynonymProbabilities",
-    "TeacherCache",
-    "TeacherEmbeddings",
-    "TextBank",
-    "load_clip_towers",
-    "load_vision_tower",
-]
-
-_WORDS_PER_PASS = 256
 _CROPS_PER_PASS = 256
 
 
@@ -290,60 +271,3 @@ class OnlineTeacher:
         except ValueError as error:
             name = batch["image_ids"][position]
             raise ValueError(f"Image {name!r}, segments {wanted.tolist()}: {error}") from error
-
-
-@dataclass(frozen=True)
-class TextBank:
-    """Unit text embeddings of all words of a vocabulary.
-
-    Attributes:
-        words: P words, class by class, the name of a class before its synonyms.
-        class_ids: (P,) class of each word.
-        embeds: (P, D).
-    """
-
-    words: tuple[str, ...]
-    class_ids: Tensor
-    embeds: Tensor
-
-    @classmethod
-    def from_vocabulary(
-        cls,
-        vocabulary: Vocabulary,
-        model: GKCForOpenVocabSegmentation,
-        processor: GKCProcessor,
-        progress: bool = True,
-    ) -> "TextBank":
-        """Encode every word once; with several prompt templates, the average over them."""
-        # One word may belong to several classes; the processor takes each once, whatever its case.
-        distinct = list({word.casefold(): word for word in vocabulary.flat_names}.values())
-        parts = [distinct[start : start + _WORDS_PER_PASS] for start in range(0, len(distinct), _WORDS_PER_PASS)]
-        embeds = torch.cat(
-            [
-                _embed_words(part, model, processor)
-                for part in tqdm(parts, desc="Embedding words", unit=f"{_WORDS_PER_PASS} words", disable=not progress)
-            ]
-        )
-        position = {word.casefold(): index for index, word in enumerate(distinct)}
-        rows = [position[word.casefold()] for word in vocabulary.flat_names]
-        return cls(tuple(vocabulary.flat_names), torch.tensor(vocabulary.class_ids), embeds[rows])
-
-    @cached_property
-    def name_prompts(self) -> Tensor:
-        """(K,) positions of the classes' names, their first words."""
-        return torch.searchsorted(self.class_ids, torch.arange(self.num_classes, device=self.class_ids.device))
-
-    @cached_property
-    def num_classes(self) -> int:
-        """K."""
-        return int(self.class_ids[-1]) + 1
-
-    def to(self, device: torch.device | str) -> "TextBank":
-        """The same bank on another device."""
-        return replace(self, class_ids=self.class_ids.to(device), embeds=self.embeds.to(device))
-
-
-def _embed_words(words: list[str], model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> Tensor:
-    """(len(words), D) embeddings on the CPU."""
-    encoded = EncodedVocabulary.encode(words, model, processor)
-    return average_class_embeds(encoded.class_embeds, encoded.class_ids).float().cpu()

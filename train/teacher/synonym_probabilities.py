@@ -18,8 +18,9 @@ from torch import Tensor
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.fingerprints import data_fingerprint, model_fingerprint, settings_fingerprint
+from .clip_towers import CLIPTowers
 from .crops import crop_box
-from .region_teacher import CLIPTowers, RegionTeacher, SynonymProbabilities
+from .region_teacher import RegionTeacher, SynonymProbabilities
 
 PROMPT = "a photo of {}"
 _PROMPTS_PER_PASS = 256
@@ -53,7 +54,7 @@ class BoxSynonyms:
     """CLIP's probabilities of the words of a region's class.
 
     Args:
-        towers: from `train.teacher.region_teacher.load_clip_towers`.
+        towers: from `train.teacher.clip_towers.load_clip_towers`.
         vocabulary: K classes with their words.
         logit_scale: factor of the cosines; None takes CLIP's own.
         prompt: what the text tower reads, with `{}` for the word; no article is fitted, as published.
