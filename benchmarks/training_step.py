@@ -68,8 +68,9 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation  # noqa: E402
 from modeling_gkc.processing_gkc import GKCProcessor  # noqa: E402
 from train.data import dataset_features, encode_ids, expand_masks  # noqa: E402
 from train.engine.trainer import GKCTrainer  # noqa: E402
-from train.losses.criterion import StepDivisors  # noqa: E402
+from train.losses.base import LossContext  # noqa: E402
 from train.losses.region_sampling import StepRegions  # noqa: E402
+from train.losses.registry import make_losses  # noqa: E402
 from train.miniworld.tokenizer import build_tokenizer  # noqa: E402
 from train.teacher.region_teacher import OnlineTeacher, RegionTeacher  # noqa: E402
 from train.teacher.text_bank import TextBank  # noqa: E402
@@ -235,6 +236,14 @@ class RandomEmbeddings:
         return [self.embeds[image][ids.cpu() - 1].float() for image, ids in zip(image_ids, segment_ids, strict=True)]
 
 
+def make_step_regions(recipe: Recipe, text_bank: TextBank, teacher: RandomEmbeddings) -> StepRegions:
+    """What draws the regions of a step by a recipe, with a teacher of its own."""
+    losses = make_losses(recipe)
+    for loss in losses:
+        loss.setup(LossContext(recipe, text_bank=text_bank, teacher=teacher))
+    return StepRegions(losses, text_bank, recipe.data.region_dropout)
+
+
 class Workload:
     """Trainer, teacher and cached embeddings, of random weights and pixels.
 
@@ -267,11 +276,11 @@ class Workload:
             text_bank=bank,
             online_teacher=online,
         )
-        bank = self.trainer.losses.text_bank
+        bank = self.trainer.text_bank
         self.published_student = make_published_student(preset, recipe, len(vocabulary.names))
         self.step_regions = {
-            "online": StepRegions(recipe, bank, online),
-            "cached": StepRegions(recipe.replace({"teacher.source": "cached"}), bank, embeddings),
+            "online": self.trainer.step_regions,
+            "cached": make_step_regions(recipe.replace({"teacher.source": "cached"}), bank, embeddings),
         }
 
     @torch.no_grad()
@@ -296,7 +305,7 @@ class StepTimer:
         self.parts: dict[str, np.ndarray] = {}
         self.model.forward = self._timed("forward", self.model.forward)
         self.published.model.forward = self._timed("forward", self.published.model.forward)
-        matcher = self.trainer.losses.criterion.matcher
+        matcher = self.trainer.criterion.criterion.matcher
         matcher.match_stages = self._timed("matching", matcher.match_stages)
         matcher = self.published.criterion.matcher
         matcher.forward = self._timed("matching", matcher.forward)
@@ -325,12 +334,12 @@ class StepTimer:
     def _regions(self, source: str) -> list:
         regions = self.workload.step_regions[source]([self.batch])
         if source == "online":
-            names = self.trainer.losses.text_bank.name_prompts
+            names = self.trainer.text_bank.name_prompts
             self.workload.encode_words(len(torch.cat([names, regions[0].prompts]).unique()))
         return regions
 
     def _loss(self, regions: list) -> Tensor:
-        divisors = StepDivisors.of(regions, self.trainer.losses.criterion)
+        divisors = self.trainer.criterion.divisors(regions)
         inputs = {**self.batch, "regions": regions[0]}
         return self.trainer.compute_loss(self.model, inputs, num_items_in_batch=divisors)
 

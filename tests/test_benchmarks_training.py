@@ -26,7 +26,7 @@ def test_steps_run_both_towers_but_a_cached_one_neither(timer, monkeypatch):
     ran = []
     towers = {
         "text": timer.trainer.student.text_model,
-        "image": timer.workload.step_regions["online"].teacher.teacher.vision_model,
+        "image": timer.trainer.losses[0].context.teacher.teacher.vision_model,
     }
     hooks = [
         tower.register_forward_hook(lambda module, inputs, output, name=name: ran.append(name))

@@ -24,13 +24,14 @@ from transformers import AutoModel, AutoProcessor, ResNetConfig, ResNetModel, pi
 from configuration import Recipe, load_recipe
 from modeling_gkc.cli.main import main as gkc
 from train.engine import trainer
-from train.engine.builders import JoinedLookup, load_student, load_towers
+from train.engine.builders import load_student, load_towers
 from train.engine.checkpoints import checkpoints, is_complete
 from train.engine.command import parse, parse_changes
 from train.engine.main import main
 from train.engine.run import build_trainer, check_folder, require_all_processes
 from train.engine.visualization import EvaluationPictures, class_map, grid
 from train.teacher import precompute
+from train.teacher.caches import JoinedLookup
 
 from .processes import exit_code, start_child
 from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_row, toy_tokenizer, toy_vision_model
@@ -267,7 +268,8 @@ def test_a_loss_that_is_not_finite_ends_the_command(workplace, tmp_path, capsys,
     def broken(self, model, inputs):
         outputs = original(self, model, inputs)
         if self.state.global_step == 3:
-            outputs.distillation_scale = outputs.distillation_scale * float("nan")
+            head = outputs.heads["distillation"]
+            head["scale"] = head["scale"] * float("nan")
         return outputs
 
     monkeypatch.setattr(trainer.GKCTrainer, "_forward", broken)

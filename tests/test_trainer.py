@@ -20,7 +20,7 @@ from train.engine.checkpoints import last_complete_checkpoint
 from train.engine.logging import TrainingStopped
 from train.engine.optimization import learning_rate_factor, parameter_groups
 from train.engine.trainer import HEADS_NAME, GKCTrainer
-from train.losses import criterion
+from train.losses import distillation
 from train.losses.criterion import point_seeds
 from train.teacher.region_teacher import RegionTeacher
 
@@ -160,8 +160,8 @@ def test_every_arm_back_propagates(tmp_path, mode, embedding):
     trainer.model.train()
     loss, outputs = trainer.compute_loss(trainer.model, a_batch(trainer), return_outputs=True)
     loss.backward()
-    assert (outputs.prompt_logits is None) == (mode == "none")
-    assert (outputs.distillation_embeds is None) == (embedding is None)
+    assert ("synonyms" not in outputs.heads) == (mode == "none")
+    assert ("distillation" not in outputs.heads) == (embedding is None)
     without = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
 
@@ -174,7 +174,7 @@ def test_without_the_papers_losses_the_loss_is_the_public_models(tmp_path, withi
     trainer = make_trainer(tmp_path, recipe)
     trainer.model.train(training)
     batch = a_batch(trainer)
-    texts = trainer.losses.text_bank
+    texts = trainer.text_bank
     loss = trainer.compute_loss(trainer.model, batch)
     # The public model draws the points of masks from torch's generator.
     seeded = partial(trainer.student.criterion, point_seeds=point_seeds(batch))
@@ -358,13 +358,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_its_keys(tmp_path, undis
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **{**SAVING, "save_steps": 2})
-    original = criterion.text_guided_distillation_loss
+    original = distillation.text_guided_distillation_loss
 
     def broken(*args, **kwargs):
         terms = original(*args, **kwargs)
         return tuple(term * float("nan") for term in terms) if trainer.state.global_step == 2 else terms
 
-    monkeypatch.setattr(criterion, "text_guided_distillation_loss", broken)
+    monkeypatch.setattr(distillation, "text_guided_distillation_loss", broken)
     with pytest.raises(RuntimeError, match=r"step 3, images \['toy-\d', 'toy-\d'\].*loss_distillation_feature"):
         trainer.train()
     intact = checkpoint_weights(last_complete_checkpoint(tmp_path))

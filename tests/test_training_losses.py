@@ -11,14 +11,16 @@ from train.data import AugmentedDataset, JointTransform, SegmentationCollator, S
 from train.engine.model import TrainingModel
 from train.engine.optimization import freeze_stages
 from train.engine.trainer import GKCTrainer
-from train.losses.criterion import StepDivisors
-from train.losses.region_sampling import Regions, StepRegions
+from train.losses.base import Regions
+from train.losses.criterion import TrainingCriterion
+from train.losses.distillation import DistillationLoss
+from train.losses.registry import make_losses
 from train.teacher.noun_bank import NounBank, distinct_nouns, draw_nouns
 from train.teacher.region_teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities
 from train.teacher.synonym_probabilities import synonym_table
 from train.teacher.text_bank import TextBank
 
-from .training_toys import VOCABULARY, toy_dataset, toy_model, toy_processor, toy_vision_model
+from .training_toys import VOCABULARY, step_regions, toy_dataset, toy_model, toy_processor, toy_vision_model
 
 RECIPE = Recipe().replace(
     crop_size=64, steps=2, batch_size=4, train_num_points=64, max_grad_norm=1.0, learning_rate=3e-3
@@ -68,13 +70,13 @@ def make_trainer(folder, dataset, teacher, recipe, model=None, **sources) -> GKC
 def test_pairs_follow_the_matches_of_the_chosen_regions():
     none = torch.zeros(5)
     chosen = torch.tensor([True, True, True, False, True])
-    regions = Regions([2, 0, 3], none.long(), none.long(), chosen, none, [[]] * 3, chosen)
+    regions = Regions([2, 0, 3], none.long(), none.long(), chosen, none, prepared={"distillation": chosen})
     nothing = torch.zeros(0, dtype=torch.long)
     matches = [(torch.tensor([4, 7]), torch.tensor([1, 0])), (nothing, nothing)]
     matches.append((torch.tensor([1, 2, 3]), torch.tensor([2, 0, 1])))
     image, query, region = regions.pairs(matches, chosen)
     assert (image.tolist(), query.tolist(), region.tolist()) == ([0, 0, 2, 2], [4, 7, 1, 2], [1, 0, 4, 2])
-    assert regions.distilled_counts() == (4, 8)
+    assert DistillationLoss(Recipe()).divisor_counts(regions) == (4, 8)
 
 
 @pytest.mark.parametrize("probabilities", ["uniform", "teacher"])
@@ -85,57 +87,60 @@ def test_draws_do_not_depend_on_how_images_are_batched(rows, text_bank, teacher,
         grounding_weight=1.0,
         distillation_max_regions=7,
     )
-    make = StepRegions(recipe, text_bank, teacher)
+    make = step_regions(recipe, text_bank, teacher)
     whole = make([batch_of(rows, [0, 1, 2, 3, 4])])[0]
     parts = make([batch_of(rows, [0, 1]), batch_of(rows, [2]), batch_of(rows, [3, 4])])
     assert whole.counts == [count for part in parts for count in part.counts]
-    for name in ("classes", "prompts", "kept", "lots", "distilled", "teacher"):
+    for name in ("classes", "prompts", "kept", "priorities", "teacher"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
-    assert whole.nouns == [nouns for part in parts for nouns in part.nouns]
-    assert whole.distilled.sum() == 7 and not (whole.distilled & ~whole.kept).any()
+    distilled = whole.prepared["distillation"]
+    assert torch.equal(distilled, torch.cat([part.prepared["distillation"] for part in parts]))
+    assert whole.prepared["grounding"] == [nouns for part in parts for nouns in part.prepared["grounding"]]
+    assert distilled.sum() == 7 and not (distilled & ~whole.kept).any()
     again = make([batch_of(rows, [0, 1, 2, 3, 4])])[0]
-    assert torch.equal(again.prompts, whole.prompts) and torch.equal(again.lots, whole.lots)
+    assert torch.equal(again.prompts, whole.prompts) and torch.equal(again.priorities, whole.priorities)
     other = make([batch_of(rows, [0, 1, 2, 3, 4], epoch=1)])[0]
-    assert not torch.equal(other.lots[:2], whole.lots[:2])
+    assert not torch.equal(other.priorities[:2], whole.priorities[:2])
 
 
 def test_sampled_words_are_those_of_the_slots_and_of_distillation(rows, text_bank, teacher):
-    regions = StepRegions(RECIPE, text_bank, teacher)([batch_of(rows, range(8))])[0]
-    held = [prompts[labels] for prompts, labels in zip(regions.slot_prompts, regions.slot_labels, strict=True)]
+    regions = step_regions(RECIPE, text_bank, teacher)([batch_of(rows, range(8))])[0]
+    held = [prompts[labels] for prompts, labels in zip(*regions.prepared["synonyms"], strict=True)]
     assert torch.equal(torch.cat(held), regions.prompts)
     assert torch.equal(text_bank.class_ids[regions.prompts], regions.classes)
     assert len(set(regions.prompts.tolist())) > 3
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(3, 3), (10_000, None)])
-def test_the_lowest_lots_of_the_step_are_distilled(rows, text_bank, teacher, limit, expected):
+def test_the_regions_of_the_lowest_priorities_of_the_step_are_distilled(rows, text_bank, teacher, limit, expected):
     recipe = RECIPE.replace(distillation_max_regions=limit)
-    step = StepRegions(recipe, text_bank, teacher)([batch_of(rows, [0, 1]), batch_of(rows, [2, 3])])
-    lots, distilled = (torch.cat([getattr(part, name) for part in step]) for name in ("lots", "distilled"))
-    assert distilled.sum() == (len(lots) if expected is None else expected)
-    assert lots[distilled].max() < lots[~distilled].min() if expected else distilled.all()
+    step = step_regions(recipe, text_bank, teacher)([batch_of(rows, [0, 1]), batch_of(rows, [2, 3])])
+    priorities = torch.cat([part.priorities for part in step])
+    distilled = torch.cat([part.prepared["distillation"] for part in step])
+    assert distilled.sum() == (len(priorities) if expected is None else expected)
+    assert priorities[distilled].max() < priorities[~distilled].min() if expected else distilled.all()
 
 
 def test_region_dropout_leaves_out_its_share_anew_each_epoch(rows, text_bank, teacher):
-    make = StepRegions(RECIPE.replace(region_dropout=0.3), text_bank, teacher)
+    make = step_regions(RECIPE.replace(region_dropout=0.3), text_bank, teacher)
     kept = [make([batch_of(rows, range(8), epoch)])[0] for epoch in range(12)]
     shares = torch.cat([regions.kept for regions in kept]).float()
     # The deviation of a share of so many regions is 0.03.
     assert len(shares) > 250 and abs(shares.mean() - 0.7) < 0.1
-    assert all(torch.equal(regions.kept, regions.distilled) for regions in kept)
+    assert all(torch.equal(regions.kept, regions.prepared["distillation"]) for regions in kept)
     assert make([batch_of(rows, range(8))], training=False)[0].kept.all()
 
 
 def test_divisors_are_means_over_micro_batches(rows, text_bank, teacher):
     recipe = RECIPE.replace(distillation_max_regions=9)
     batches = [batch_of(rows, [0, 1, 2]), batch_of(rows, [3])]
-    step = StepRegions(recipe, text_bank, teacher)(batches)
-    divisors = StepDivisors.of(step, toy_model().criterion)
+    step = step_regions(recipe, text_bank, teacher)(batches)
+    divisors = TrainingCriterion(recipe, toy_model().criterion, make_losses(recipe)).divisors(step)
     counts = [count for part in step for count in part.counts]
     assert divisors.labels.num_masks == sum(counts) / 2
     assert divisors.labels.class_weight == pytest.approx((sum(counts) + 0.1 * (4 * 10 - sum(counts))) / 2)
-    per_image = [int(mask.sum()) for part in step for mask in part.distilled.split(part.counts)]
-    assert divisors.distillation.tolist() == [4.5, sum(count**2 for count in per_image) / 2]
+    per_image = [int(mask.sum()) for part in step for mask in part.prepared["distillation"].split(part.counts)]
+    assert divisors.losses["distillation"].tolist() == [4.5, sum(count**2 for count in per_image) / 2]
 
 
 def test_a_step_without_any_region(rows, text_bank, teacher):
@@ -143,9 +148,10 @@ def test_a_step_without_any_region(rows, text_bank, teacher):
     for name in ("class_labels", "segment_ids"):
         batch[name] = [values[:0] for values in batch[name]]
     for recipe in (RECIPE, RECIPE.replace(synonym_probabilities="teacher", grounding_weight=1.0)):
-        step = StepRegions(recipe, text_bank, teacher)([batch])
+        step = step_regions(recipe, text_bank, teacher)([batch])
         assert step[0].counts == [0, 0] and step[0].teacher.shape == (0, 16)
-        assert StepDivisors.of(step, toy_model().criterion).labels.num_masks == 0
+        criterion = TrainingCriterion(recipe, toy_model().criterion, make_losses(recipe))
+        assert criterion.divisors(step).labels.num_masks == 0
 
 
 class Probable:
@@ -170,7 +176,7 @@ def test_words_of_boxes_are_drawn_by_their_probabilities(tmp_path, dataset, rows
     with pytest.raises(ValueError, match=r"word_probabilities.*train\.cache synonyms"):
         make_trainer(tmp_path, dataset, teacher, recipe)
     table = synonym_table(text_bank.class_ids)
-    make = StepRegions(recipe, text_bank, teacher, Probable(dataset, table))
+    make = step_regions(recipe, text_bank, teacher, word_probabilities=Probable(dataset, table))
     regions = make([batch_of(rows, range(8))])[0]
     words = [text_bank.words[prompt] for prompt in regions.prompts.tolist()]
     assert set(words) == {"round", "box", "lawn"}
@@ -186,11 +192,12 @@ def test_online_teacher_sees_the_augmented_regions_that_are_distilled(rows, text
     online = Counting(RegionTeacher(toy_vision_model()))
     batch = batch_of(rows, [0, 1], keep_images=True)
     recipe = RECIPE.replace(teacher="online", distillation_max_regions=3)
-    regions = StepRegions(recipe, text_bank, online)([batch])[0]
+    regions = step_regions(recipe, text_bank, online)([batch])[0]
     assert online.seen == 3 < sum(regions.counts)
     everything = torch.cat(online.embed(batch))
-    torch.testing.assert_close(regions.teacher[regions.distilled], everything[regions.distilled])
-    assert not regions.teacher[~regions.distilled].any()
+    distilled = regions.prepared["distillation"]
+    torch.testing.assert_close(regions.teacher[distilled], everything[distilled])
+    assert not regions.teacher[~distilled].any()
 
 
 def test_online_and_cached_teacher_give_the_same_loss_on_the_same_crops(tmp_path, dataset, teacher, within):
@@ -230,7 +237,7 @@ def test_nouns_are_left_out_limited_and_never_repeated():
 def test_noun_bank_encodes_each_noun_once(dataset):
     model, processor = toy_model(), toy_processor()
     assert distinct_nouns(dataset, None) == ["Disc", "block", "disc", "grass", "lawn"]
-    bank = NounBank.encode(distinct_nouns(dataset), model, processor)
+    bank = NounBank.from_nouns(distinct_nouns(dataset), model, processor)
     assert bank.nouns == ("block", "disc", "grass", "lawn") and bank.embeds.shape == (4, 16)
     embeds, mask = bank.embed(CAPTIONS[:3])
     assert mask.tolist() == [[True, True, True], [False] * 3, [True, False, False]]
@@ -239,7 +246,7 @@ def test_noun_bank_encodes_each_noun_once(dataset):
     assert bank.embed([[], []])[0].shape == (2, 0, 16)
     with pytest.raises(KeyError, match="moon"):
         bank.embed([["disc", "moon"]])
-    other = NounBank.encode(["disc"], toy_model(seed=1), processor)
+    other = NounBank.from_nouns(["disc"], toy_model(seed=1), processor)
     assert not torch.allclose(other.embeds[0], bank.embeds[1])
 
 
@@ -260,14 +267,16 @@ def test_grounding_reaches_class_embeddings_of_the_last_stage_only(tmp_path, dat
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
     regions = trainer.step_regions([batch])[0]
     outputs = trainer._forward(trainer.model, batch)
-    _, matches = trainer.losses(outputs, batch, regions, StepDivisors.of([regions], trainer.student.criterion))
+    divisors = trainer.criterion.divisors([regions])
+    _, matches = trainer.criterion(outputs, batch, regions, divisors)
     for stage in outputs.student.stages:
         stage.query_embeds.retain_grad()
-    trainer.losses.grounding(outputs, regions, matches)["loss_grounding"].sum().backward()
+    losses = trainer.criterion.collective(outputs, batch, regions, matches, divisors)
+    losses["loss_grounding"].sum().backward()
     gradients = [stage.query_embeds.grad for stage in outputs.student.stages]
     assert gradients[:-1] == [None] * 3 and gradients[-1].any()
     # An image without nouns takes no part.
-    silent = [number for number, nouns in enumerate(regions.nouns) if not nouns]
+    silent = [number for number, nouns in enumerate(regions.prepared["grounding"]) if not nouns]
     assert silent and not gradients[-1][silent].any()
 
 
@@ -284,7 +293,7 @@ for config in BACKBONES.values():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_frozen_stages_have_no_gradient_and_their_statistics_do_not_move(name):
     student = toy_model(backbone_config=BACKBONES[name], freeze_backbone_batch_norm=False)
-    model = TrainingModel(student, None, frozen_stages=2).train()
+    model = TrainingModel(student, frozen_stages=2).train()
     backbone = student.model.backbone
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     outputs = model(pixel_values=torch.randn(2, 3, 64, 64), class_embeds=torch.randn(3, 16))

@@ -7,6 +7,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from configuration import Recipe
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
@@ -14,6 +15,10 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 from train.data import dataset_features, encode_ids
+from train.losses.base import LossContext
+from train.losses.region_sampling import StepRegions
+from train.losses.registry import make_losses
+from train.teacher.noun_bank import NounBank
 
 from .conftest import small_config
 
@@ -87,3 +92,12 @@ def toy_vision_model(seed: int = 0) -> CLIPResNetVisionModel:
 def toy_model(seed: int = 0, **overrides) -> GKCForOpenVocabSegmentation:
     torch.manual_seed(seed)
     return GKCForOpenVocabSegmentation(small_config(**{"decoder_layers": 3, **overrides}))
+
+
+def step_regions(recipe: Recipe, text_bank, teacher=None, **sources) -> StepRegions:
+    """What draws the regions of a step, with the losses of a recipe; without embeddings of nouns."""
+    losses = make_losses(recipe)
+    sources = {"noun_bank": NounBank((), torch.empty(0, 16)), **sources}
+    for loss in losses:
+        loss.setup(LossContext(recipe, text_bank=text_bank, teacher=teacher, sources=sources))
+    return StepRegions(losses, text_bank, recipe.data.region_dropout)

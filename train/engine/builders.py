@@ -1,9 +1,7 @@
-"""What a recipe names, loaded: dataset, vocabulary, student and the caches of its teacher."""
+"""Load what a recipe names: dataset, vocabulary, student, and the caches of its teacher and losses."""
 
-import shlex
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,13 @@ from modeling_gkc.vocabulary import Vocabulary
 from ..data.load import load_split
 from ..data.prepared import VOCABULARY_NAME, is_prepared
 from ..data.splits import split_categories
-from ..storage.shards import MANIFEST, RegionStore
+from ..losses.registry import make_losses
+from ..teacher.caches import DATASET_VOCABULARY, RegionCaches
 from ..teacher.clip_towers import CLIPTowers, load_clip_towers
-from ..teacher.precompute import cache_folder, fingerprint_file
-from ..teacher.region_teacher import OnlineTeacher, RegionTeacher, SynonymProbabilities, TeacherCache
-from ..teacher.synonym_probabilities import BoxSynonyms
+from ..teacher.region_teacher import OnlineTeacher, RegionTeacher, TeacherCache
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
-_OF_THE_DATASET = "dataset"
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -66,7 +62,7 @@ def load_vocabulary(recipe: Recipe) -> Vocabulary:
     Raises:
         ValueError: there is none.
     """
-    if recipe.data.vocabulary not in (None, _OF_THE_DATASET):
+    if recipe.data.vocabulary not in (None, DATASET_VOCABULARY):
         try:
             return Vocabulary.parse(recipe.data.vocabulary)
         except ValueError as error:
@@ -181,36 +177,6 @@ def _pretrained_backbone(path: str) -> PreTrainedModel:
     return backbone
 
 
-@dataclass(frozen=True)
-class JoinedLookup:
-    """Several stores of regions as one; an image is looked up in the first that knows it.
-
-    Attributes:
-        stores: at least one.
-        columns: of the rows that are returned, the first ones; None for all.
-    """
-
-    stores: Sequence[RegionStore]
-    columns: int | None = None
-
-    def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
-        """Rows (N, D) of each image's segments.
-
-        Raises:
-            KeyError: no store has them.
-        """
-        images = zip(image_ids, segment_ids, strict=True)
-        return [self._of_image(image_id, ids)[:, : self.columns] for image_id, ids in images]
-
-    def _of_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
-        for store in self.stores[:-1]:
-            try:
-                return store.lookup([image_id], [segment_ids])[0]
-            except KeyError:
-                continue
-        return self.stores[-1].lookup([image_id], [segment_ids])[0]
-
-
 def split_classes(
     recipe: Recipe, splits: Mapping[str, Dataset], vocabulary: Vocabulary
 ) -> tuple[dict[str, Dataset], Vocabulary]:
@@ -228,89 +194,24 @@ def split_classes(
     return {name: dataset for name, (dataset, _) in parts.items()}, parts[recipe.data.train_split][1]
 
 
-def load_teacher(
-    recipe: Recipe,
-    towers: CLIPTowers | None,
-    splits: Mapping[str, Dataset],
-    vocabulary: Vocabulary,
-    trained: Vocabulary,
-) -> dict[str, Any]:
-    """The arguments of `GKCTrainer` that tell about regions: `teacher_embeddings`, `online_teacher` and so on.
+def load_sources(recipe: Recipe, caches: RegionCaches) -> dict[str, Any]:
+    """The arguments of `GKCTrainer` that say something about regions: a teacher, and those of `TrainingLoss.sources`.
 
     Args:
-        recipe: which are needed.
-        towers: the recipe's CLIP.
-        splits: the dataset as it is stored, which the caches are known by.
-        vocabulary: its classes.
-        trained: those of them that are trained.
+        recipe: The recipe, which decides what is needed.
+        caches: The caches of the recipe's dataset.
 
     Raises:
-        ValueError: a cache is not there or was made from something else; the message has the command that makes it.
+        ValueError: A cache is not there or was made from something else; the message has the command that makes it.
     """
-    samples = recipe.synonyms.mode == "sample"
+    losses = make_losses(recipe)
     sources = {}
-    if recipe.distillation.weight > 0 or (samples and recipe.synonyms.probabilities == "teacher"):
-        teacher = RegionTeacher(_require_towers(recipe, towers).vision_model)
+    if needing := [loss.setting_without_clip for loss in losses if loss.needs_teacher]:
+        teacher = RegionTeacher(caches.require_towers(" and ".join(needing)).vision_model)
         if recipe.teacher.source == "online":
             sources["online_teacher"] = OnlineTeacher(teacher)
         else:
-            sources["teacher_embeddings"] = JoinedLookup(_open(recipe, splits, TeacherCache, teacher))
-    if samples and recipe.synonyms.probabilities == "boxes":
-        source = BoxSynonyms(_require_towers(recipe, towers), vocabulary)
-        stores = _open(recipe, splits, SynonymProbabilities, source)
-        sources["word_probabilities"] = JoinedLookup(stores, columns=max(map(len, trained.names)))
+            sources["teacher_embeddings"] = caches.open(TeacherCache, teacher)
+    for loss in losses:
+        sources |= loss.load_sources(caches)
     return sources
-
-
-def _require_towers(recipe: Recipe, towers: CLIPTowers | None) -> CLIPTowers:
-    if towers is None:
-        raise ValueError(
-            "The recipe has a teacher, but names no CLIP: give clip=FOLDER, or distillation_weight=0 and "
-            "synonym_probabilities=uniform."
-        )
-    return towers
-
-
-def _open(recipe: Recipe, splits: Mapping[str, Dataset], kind: type[RegionStore], source: Any) -> list[RegionStore]:
-    """The caches of all splits."""
-    stores = []
-    for split, dataset in splits.items():
-        folder = cache_folder(recipe.data.dataset, split, kind.kind)
-        if not (folder / MANIFEST).exists():
-            command = _cache_command(recipe, kind, split)
-            raise ValueError(f"There are no {kind.holds} in {folder}: make them with `{command}`.")
-        stores.append(kind.open(folder, source.fingerprint(dataset, fingerprint_file(recipe.data.dataset, split))))
-    if len(stores) > 1:
-        _refuse_common_images(splits)
-    return stores
-
-
-def _cache_command(recipe: Recipe, kind: type[RegionStore], split: str) -> str:
-    command = [
-        "python",
-        "-m",
-        "train.cache",
-        kind.kind,
-        recipe.data.dataset,
-        "--clip",
-        recipe.model.clip,
-        "--split",
-        split,
-    ]
-    if kind is SynonymProbabilities:
-        own = recipe.data.vocabulary in (None, _OF_THE_DATASET)
-        command += [
-            "--vocabulary",
-            str(Path(recipe.data.dataset) / VOCABULARY_NAME) if own else recipe.data.vocabulary,
-        ]
-    return shlex.join(command)
-
-
-def _refuse_common_images(splits: Mapping[str, Dataset]) -> None:
-    """An image is found by its id alone, so the splits must not share any."""
-    first, second = (set(dataset["image_id"][:]) for dataset in splits.values())
-    if common := sorted(first & second):
-        raise ValueError(
-            f"The splits {' and '.join(splits)} share {len(common)} image ids, such as {common[0]!r}: give every "
-            "image its own, or set eval_split=none."
-        )

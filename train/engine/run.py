@@ -14,8 +14,9 @@ from configuration import Recipe
 from modeling_gkc.atomic_files import atomic_write
 
 from ..data import check_dataset
+from ..teacher.caches import RegionCaches
 from ..teacher.text_bank import TextBank
-from .builders import load_data, load_student, load_teacher, load_towers, load_vocabulary, split_classes
+from .builders import load_data, load_sources, load_student, load_towers, load_vocabulary, split_classes
 from .checkpoints import checkpoints, is_complete, require_undamaged
 from .command import is_main_process, print_rank0
 from .logging import Screen, default_callbacks
@@ -124,7 +125,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
         check_dataset(dataset, all_classes.labels, progress=False, sample=_CHECKED_SAMPLES)
     splits, vocabulary = split_classes(recipe, stored, all_classes)
     towers = load_towers(recipe)
-    sources = load_teacher(recipe, towers, stored, all_classes, vocabulary)
+    sources = load_sources(recipe, RegionCaches(recipe, towers, stored, all_classes, vocabulary))
     model, processor = load_student(recipe, towers)
     # Stored now, so that every checkpoint answers in these words; the text tower does not change.
     try:

@@ -25,15 +25,25 @@ from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..data import AugmentedDataset, JointTransform, SegmentationCollator, StreamingDataset, streaming_loader
-from ..losses.criterion import StepDivisors, TrainingLosses
-from ..losses.region_sampling import Batch, RegionEmbedder, RegionLookup, Regions, StepRegions
-from ..teacher.noun_bank import NounBank, distinct_nouns
+from ..losses.base import (
+    Batch,
+    LossContext,
+    RegionEmbedder,
+    RegionLookup,
+    Regions,
+    StepDivisors,
+    TrainingLoss,
+    TrainingOutput,
+)
+from ..losses.criterion import TrainingCriterion
+from ..losses.region_sampling import StepRegions
+from ..losses.registry import loss_classes, make_losses
 from ..teacher.region_teacher import TeacherEmbeddings
 from ..teacher.text_bank import TextBank
 from .checkpoints import is_complete, last_complete_checkpoint, require_undamaged, sealing
 from .fsdp import full_state_dict, give_scalars_a_dimension, load_full_state_dict
 from .logging import Averages, TrainingStopped, extra_log_values
-from .model import TrainingModel, TrainingOutput, make_training_model
+from .model import TrainingModel
 from .optimization import learning_rate_factor, parameter_groups
 
 HEADS_NAME = "training_heads.safetensors"
@@ -62,13 +72,15 @@ class GKCTrainer(Trainer):
             already, such as those of `train.data.AugmentedDataset`.
         vocabulary: the classes that `category_id` counts; with a `category_split`, the base classes alone.
         processor: normalises pixels, tokenises words, and is saved with the model.
-        teacher_embeddings: of the regions of `train_dataset`; needed for distillation with `teacher="cached"`.
+        teacher_embeddings: of the regions of `train_dataset`, for losses that need a teacher with
+            `teacher.source=cached`.
         text_bank: embeddings of the vocabulary's words; computed here if not given.
         eval_dataset: its losses are reported, without augmentation; its regions must be in `teacher_embeddings` too.
         callbacks: as in transformers.
-        online_teacher: embeds regions of the augmented images, for `teacher="online"`.
-        word_probabilities: of synonyms for every region, for `synonym_probabilities="boxes"`.
-        noun_bank: embeddings of the captions' nouns, for grounding; computed here if not given.
+        online_teacher: embeds regions of the augmented images, for `teacher.source=online`.
+        loss_sources: further arguments of losses, see `TrainingLoss.sources`: `word_probabilities` of synonyms for
+            every region, for `synonyms.probabilities=boxes`; `noun_bank`, embeddings of the captions' nouns, for
+            grounding, computed here if not given.
     """
 
     def __init__(
@@ -85,16 +97,16 @@ class GKCTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         *,
         online_teacher: RegionEmbedder | None = None,
-        word_probabilities: RegionLookup | None = None,
-        noun_bank: NounBank | None = None,
+        **loss_sources: Any,
     ):
         teacher = online_teacher if recipe.teacher.source == "online" else teacher_embeddings
+        losses = make_losses(recipe)
         _check_agreement(model, recipe)
-        _check_sources(recipe, teacher, word_probabilities)
+        _check_sources(recipe, losses, teacher, loss_sources)
         self.recipe = recipe
         samples = _augmented(train_dataset, recipe, training=True)
         super().__init__(
-            model=make_training_model(model, recipe),
+            model=TrainingModel(model, losses, recipe.model.frozen_stages),
             args=args,
             data_collator=SegmentationCollator(
                 processor.image_processor, len(vocabulary.names), keep_images=recipe.teacher.source == "online"
@@ -105,12 +117,24 @@ class GKCTrainer(Trainer):
             callbacks=[_EpochSetter(samples), *(callbacks or [])],
         )
         self._check_size(samples)
-        device = self.args.device
-        if recipe.grounding.weight > 0 and noun_bank is None:
-            noun_bank = NounBank.encode(distinct_nouns(train_dataset, eval_dataset), model, processor)
-        text_bank = (text_bank or TextBank.from_vocabulary(vocabulary, model, processor)).to(device)
-        self.step_regions = StepRegions(recipe, text_bank, teacher, word_probabilities)
-        self.losses = TrainingLosses(recipe, model.criterion, text_bank, noun_bank and noun_bank.to(device))
+        self.losses = losses
+        context = LossContext(
+            recipe,
+            device=self.args.device,
+            teacher=teacher,
+            student=model,
+            processor=processor,
+            datasets=[dataset for dataset in (train_dataset, eval_dataset) if dataset is not None],
+            sources=loss_sources,
+        )
+        for loss in losses:
+            loss.setup(context)
+        # After the texts of the losses, which is the order of earlier versions: a word is encoded once, in the batch
+        # in which it comes first, and its rounding must be the same in a resumed run.
+        text_bank = text_bank or TextBank.from_vocabulary(vocabulary, model, processor)
+        context.text_bank = self.text_bank = text_bank.to(self.args.device)
+        self.step_regions = StepRegions(losses, self.text_bank, recipe.data.region_dropout)
+        self.criterion = TrainingCriterion(recipe, model.criterion, losses)
         self._averages = Averages()
         self._image_ids: list[str] = []
         self._latest: dict[str, Tensor] = {}
@@ -159,7 +183,7 @@ class GKCTrainer(Trainer):
         self._image_ids = [image_id for batch in batches for image_id in batch["image_ids"]]
         step = self.step_regions(batches)
         batches = [{**batch, "regions": regions} for batch, regions in zip(batches, step, strict=True)]
-        return batches, StepDivisors.of(step, self.losses.criterion)
+        return batches, self.criterion.divisors(step)
 
     def _least(self, count: int) -> int:
         """The least count of all processes: a stream may give one of them less."""
@@ -180,30 +204,33 @@ class GKCTrainer(Trainer):
         regions, divisors = inputs.get("regions"), num_items_in_batch
         if regions is None:
             step = self.step_regions([inputs], training=model.training)
-            regions, divisors = step[0], StepDivisors.of(step, self.losses.criterion)
+            regions, divisors = step[0], self.criterion.divisors(step)
         outputs, losses, matches, problem = None, {}, [], None
         try:
             outputs = self._forward(model, inputs)
-            losses, matches = self.losses(outputs, inputs, regions, divisors, model.training)
+            losses, matches = self.criterion(outputs, inputs, regions, divisors, model.training)
             problem = _not_finite(losses)
         except ValueError as error:
             problem = str(error)
         self._stop_together(problem, inputs["image_ids"])
-        losses |= (grounding := self.losses.grounding(outputs, regions, matches))
-        self._stop_together(_not_finite(grounding), inputs["image_ids"], everywhere=True)
+        losses |= (collective := self.criterion.collective(outputs, inputs, regions, matches, divisors))
+        self._stop_together(_not_finite(collective), inputs["image_ids"], everywhere=True)
         if model.training:
             self._latest = _log_values(losses, outputs, regions, matches)
+            for each in self.losses:
+                self._latest |= {
+                    name: value.detach().reshape(()) for name, value in each.log_values(outputs, regions).items()
+                }
             self._averages.add(self._latest)
-        loss = self.losses.total(losses)
+        loss = self.criterion.total(losses)
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: Batch) -> TrainingOutput:
-        text_bank = self.losses.text_bank
         return model(
             pixel_values=inputs["pixel_values"],
             pixel_mask=inputs.get("pixel_mask"),
-            class_embeds=text_bank.embeds[text_bank.name_prompts],
-            prompt_embeds=None if self.recipe.synonyms.mode == "none" else text_bank.embeds,
+            class_embeds=self.text_bank.embeds[self.text_bank.name_prompts],
+            head_inputs={loss.name: loss.head_inputs() for loss in self.losses},
         )
 
     def _stop_together(self, problem: str | None, image_ids: list[str], everywhere: bool = False) -> None:
@@ -346,13 +373,9 @@ def _log_values(
     counts = {
         "regions": sum(regions.counts),
         "matched_regions": sum(len(queries) for queries, _ in matches[-1]),
-        "distilled_regions": int(regions.distilled.sum()) if outputs.distillation_embeds is not None else None,
     }
-    values = {name: torch.tensor(float(count)) for name, count in counts.items() if count is not None}
+    values = {name: torch.tensor(float(count)) for name, count in counts.items()}
     values["temperature"] = outputs.temperature
-    for name in ("distillation_scale", "grounding_scale"):
-        if outputs.get(name) is not None:
-            values[name] = outputs[name]
     for name, stages in losses.items():
         values[name] = stages[-1]
         if len(stages) > 1:
@@ -395,21 +418,21 @@ def _check_agreement(model: GKCForOpenVocabSegmentation, recipe: Recipe) -> None
 
 
 def _check_sources(
-    recipe: Recipe, teacher: RegionLookup | RegionEmbedder | None, word_probabilities: RegionLookup | None
+    recipe: Recipe,
+    losses: list[TrainingLoss],
+    teacher: RegionLookup | RegionEmbedder | None,
+    loss_sources: dict[str, Any],
 ) -> None:
-    samples = recipe.synonyms.mode == "sample"
-    needs_teacher = recipe.distillation.weight > 0 or (samples and recipe.synonyms.probabilities == "teacher")
-    if needs_teacher and teacher is None:
-        name = "online_teacher" if recipe.teacher.source == "online" else "teacher_embeddings"
-        source = "OnlineTeacher(...)" if recipe.teacher.source == "online" else "RegionTeacher(...).embed_dataset(...)"
+    known = {name for each in loss_classes() for name in each.sources}
+    if unknown := sorted(loss_sources.keys() - known):
+        raise TypeError(f"GKCTrainer has no argument {', '.join(unknown)}; losses take {', '.join(sorted(known))}.")
+    needing = [loss.setting_without_clip for loss in losses if loss.needs_teacher]
+    if needing and teacher is None:
+        online = recipe.teacher.source == "online"
+        name = "online_teacher" if online else "teacher_embeddings"
+        source = "OnlineTeacher(...)" if online else "RegionTeacher(...).embed_dataset(...)"
         raise ValueError(
-            f"The recipe needs `{name}`: pass {source}, or set distillation_weight=0 and "
-            "synonym_probabilities='uniform'."
-        )
-    if samples and recipe.synonyms.probabilities == "boxes" and word_probabilities is None:
-        raise ValueError(
-            "The recipe needs `word_probabilities`: pass what `python -m train.cache synonyms` made, or set "
-            "synonym_probabilities='uniform'."
+            f"The recipe needs `{name}`: pass {source}, or set {' and '.join(needing)}, which needs no teacher."
         )
 
 

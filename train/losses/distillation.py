@@ -1,4 +1,4 @@
-"""Text-guided distillation: the student's matched queries learn what a frozen CLIP image encoder sees in the regions.
+"""Text-guided distillation: matched queries learn the embeddings of their regions by a frozen CLIP image encoder.
 
 Letters: N matched regions of a batch, D width of CLIP's image-text space, B images, Q queries, C hidden, S decoder
 stages.
@@ -7,12 +7,128 @@ stages.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configuration.sections import DISTILLATION_EMBEDDINGS, RELATIONS
-from modeling_gkc.loss_gkc import mean_over_processes
-from modeling_gkc.modeling_gkc import GKCStageOutput
+from modeling_gkc.loss_gkc import Matches, mean_over_processes
+from modeling_gkc.modeling_gkc import (
+    GKCForOpenVocabSegmentation,
+    GKCForOpenVocabSegmentationOutput,
+    GKCStageOutput,
+)
+
+from .base import Batch, Regions, StepDivisors, TrainingLoss, TrainingOutput
+
+
+class DistillationLoss(TrainingLoss):
+    """Text-guided distillation of matched regions, at every decoder stage.
+
+    `Regions.prepared` holds a (N,) bool, true for the regions that are distilled. Of the regions of a step, over its
+    micro-batches and all processes, these are those with the lowest priorities, `max_regions` at most.
+
+    The divisors are the number of distilled regions and of their pairs. Annotated regions are counted: with more
+    segments than queries, those that stay unmatched count as residuals of zero.
+    """
+
+    name = "distillation"
+    needs_teacher = True
+    setting_without_clip = "distillation.weight=0"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term that is learned from."""
+        terms = {"split": ("feature", "relation")}.get(self.settings.terms, (self.settings.terms,))
+        weights = {f"loss_distillation_{term}": self.settings.weight for term in terms}
+        if self.settings.terms == "split" and self.settings.relation_weight is not None:
+            weights["loss_distillation_relation"] = self.settings.relation_weight
+        return weights
+
+    def make_head(self, student: GKCForOpenVocabSegmentation) -> "DistillationHead":
+        """The scale and the map that the section asks for."""
+        config = student.config
+        stages = config.decoder_layers + 1 if self.settings.heads == "per_stage" else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.run.seed)
+            head = DistillationHead(self.settings.embedding, config.hidden_size, config.projection_dim, stages)
+        # A parameter that no loss reaches would stop distributed training.
+        head.scale.requires_grad_(self.settings.terms != "feature")
+        return head
+
+    def run_head(
+        self,
+        head: "DistillationHead",
+        student: GKCForOpenVocabSegmentation,
+        outputs: GKCForOpenVocabSegmentationOutput,
+    ) -> dict[str, tuple[Tensor, ...] | Tensor]:
+        """For each stage unit `embeds` (B, Q, D), and the learned `scale`."""
+        return {"embeds": head(outputs.stages), "scale": head.scale * 1}
+
+    def prepare(self, step: Sequence[Regions], batches: Sequence[Batch]) -> None:
+        """Choose the regions that are distilled, and look up the teacher's embeddings of them."""
+        limit = self.settings.max_regions
+        priorities = [regions.priorities.masked_fill(~regions.kept.cpu(), torch.inf) for regions in step]
+        first_out = _lowest_over_processes(torch.cat([*priorities, torch.empty(0, dtype=torch.float64)]), limit + 1)[
+            -1
+        ]
+        for regions, batch, own in zip(step, batches, priorities, strict=True):
+            distilled = (own < first_out).to(regions.kept.device)
+            regions.prepared[self.name] = distilled
+            if regions.teacher is None:
+                regions.teacher = self.context.teacher_embeds(batch, distilled, regions.counts)
+
+    def divisor_counts(self, regions: Regions) -> tuple[int, int]:
+        """Distilled regions, and pairs of those that are in one image, each also with itself."""
+        per_image = [int(part.sum()) for part in regions.prepared[self.name].cpu().split(regions.counts)]
+        return sum(per_image), sum(count**2 for count in per_image)
+
+    def __call__(
+        self,
+        outputs: TrainingOutput,
+        batch: Batch,
+        regions: Regions,
+        matches: Sequence[Matches],
+        divisors: StepDivisors,
+    ) -> dict[str, Tensor]:
+        """All three terms of every stage."""
+        head = outputs.heads[self.name]
+        losses = []
+        for embeds, of_stage in zip(head["embeds"], matches, strict=True):
+            image, query, region = regions.pairs(of_stage, regions.prepared[self.name])
+            terms = text_guided_distillation_loss(
+                student=embeds[image, query].float(),
+                teacher=regions.teacher[region],
+                text=self.context.text_bank.embeds[regions.prompts[region]],
+                image_index=image,
+                scale=head["scale"],
+                relation=self.settings.relation,
+                counts=divisors.losses[self.name],
+            )
+            losses.append(torch.stack(terms))
+        names = (f"loss_distillation_{term}" for term in ("feature", "relation", "joint"))
+        return dict(zip(names, torch.stack(losses, dim=1), strict=True))
+
+    def log_values(self, outputs: TrainingOutput, regions: Regions) -> dict[str, Tensor]:
+        """The number of distilled regions, and the scale."""
+        return {
+            "distilled_regions": regions.prepared[self.name].sum().float(),
+            "distillation_scale": outputs.heads[self.name]["scale"],
+        }
+
+
+def _lowest_over_processes(values: Tensor, count: int) -> Tensor:
+    """(count,) lowest of the values (any number,) of all processes in ascending order, padded with infinity."""
+    lowest = torch.full((count,), torch.inf, dtype=values.dtype)
+    own = values.sort().values[:count]
+    lowest[: len(own)] = own
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return lowest
+    # NCCL moves tensors of its GPU only.
+    sent = lowest.to("cuda") if torch.distributed.get_backend() == "nccl" else lowest
+    received = [torch.empty_like(sent) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(received, sent)
+    return torch.cat(received).cpu().sort().values[:count]
 
 
 def text_guided_distillation_loss(
@@ -52,7 +168,11 @@ def text_guided_distillation_loss(
         raise ValueError(f"`relation` must be one of {', '.join(RELATIONS)}, got {relation!r}.")
     feature_residuals = (student - teacher).square().sum(dim=-1)
     same_image = image_index[:, None] == image_index[None, :]
-    relation_residuals = _relation_residuals(student, teacher, text, scale, relation)[same_image]
+    if relation == "cosine":
+        differences = student @ teacher.T - scale**2 * (text @ text.T)
+    else:
+        differences = _distances(student, teacher) - abs(scale) * _distances(text, text)
+    relation_residuals = differences.square()[same_image]
     feature_sum, relation_sum = feature_residuals.sum(), relation_residuals.sum()
     if counts is None:
         counts = mean_over_processes(student.new_tensor([len(feature_residuals), len(relation_residuals)]))
@@ -60,22 +180,14 @@ def text_guided_distillation_loss(
     return feature_sum / regions, relation_sum / pairs, (feature_sum + relation_sum) / (regions + pairs)
 
 
-def _relation_residuals(
-    student: Tensor, teacher: Tensor, text: Tensor, scale: Tensor | float, relation: str
-) -> Tensor:
-    """Squared residuals (N, N) of all pairs."""
-    if relation == "cosine":
-        return (student @ teacher.T - scale**2 * (text @ text.T)).square()
-    return (_distances(student, teacher) - abs(scale) * _distances(text, text)).square()
-
-
 def _distances(first: Tensor, second: Tensor) -> Tensor:
+    """(N, M) Euclidean distances of the rows of two matrices."""
     # The matrix-product form loses the small distances to rounding.
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class DistillationHead(nn.Module):
-    """What only distillation trains: the scale s, and the map from the student's query to the distilled embedding.
+    """The scale s, and the map from the student's query to the distilled embedding; only training has them.
 
     Args:
         embedding: `shared` distils the class embedding itself; `query` a linear map of the query feature (as

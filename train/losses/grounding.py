@@ -1,4 +1,4 @@
-"""Grounding: the nouns of a caption find their regions, and the images of a batch their captions.
+"""Caption grounding: contrastive alignment of the nouns of captions with the regions of their images.
 
 The loss is that of captions in Zareian et al., *Open-Vocabulary Object Detection Using Captions*, CVPR 2021, between
 nouns and matched queries.
@@ -6,10 +6,91 @@ nouns and matched queries.
 Letters: B images, T nouns of a caption, R regions of an image (both padded), D width of the image-text space.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from modeling_gkc.loss_gkc import Matches
+from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation, GKCForOpenVocabSegmentationOutput
+
+from ..teacher.noun_bank import NounBank, distinct_nouns, draw_nouns
+from .base import Batch, LossContext, Regions, StepDivisors, TrainingLoss, TrainingOutput
+
+INITIAL_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # as in CLIP
+
+
+class GroundingLoss(TrainingLoss):
+    """Caption grounding of the class embeddings of the last stage, which inference compares with prompts.
+
+    The loss compares the images of a micro-batch, of all processes, with each other. `Regions.prepared` holds the
+    drawn nouns of each image. The head is the logarithm of the learned scale.
+    """
+
+    name = "grounding"
+    head_name = "grounding_logit_scale"
+    sources = ("noun_bank",)
+    is_collective = True
+
+    def setup(self, context: LossContext) -> None:
+        """Encode the nouns of the captions unless their embeddings were given.
+
+        Raises:
+            ValueError: A dataset has no nouns.
+        """
+        super().setup(context)
+        noun_bank = context.sources.get("noun_bank")
+        if noun_bank is None:
+            nouns = distinct_nouns(*context.datasets)
+            noun_bank = NounBank.from_nouns(nouns, context.student, context.processor)
+        self._noun_bank = noun_bank.to(context.device)
+
+    def make_head(self, student: GKCForOpenVocabSegmentation) -> nn.Parameter:
+        """Logarithm of the scale."""
+        return nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
+
+    def run_head(
+        self,
+        head: nn.Parameter,
+        student: GKCForOpenVocabSegmentation,
+        outputs: GKCForOpenVocabSegmentationOutput,
+    ) -> Tensor:
+        """The scale."""
+        return head.clamp(max=math.log(LARGEST_SCALE)).exp()
+
+    def draw(self, batch: Batch, regions: Regions, generators: Sequence[torch.Generator]) -> None:
+        """Draw nouns of each image's captions."""
+        limits = self.settings.noun_dropout, self.settings.max_nouns
+        regions.prepared[self.name] = [
+            draw_nouns(nouns, *limits, generator) for nouns, generator in zip(batch["nouns"], generators, strict=True)
+        ]
+
+    def __call__(
+        self,
+        outputs: TrainingOutput,
+        batch: Batch,
+        regions: Regions,
+        matches: Sequence[Matches],
+        divisors: StepDivisors,
+    ) -> dict[str, Tensor]:
+        """`loss_grounding` (1,)."""
+        image, query, _ = regions.pairs(matches[-1], regions.kept)
+        per_image = torch.bincount(image, minlength=len(regions.counts)).tolist()
+        embeds = outputs.student.stages[-1].query_embeds[image, query].split(per_image)
+        ones = [part.new_ones(len(part), dtype=torch.bool) for part in embeds]
+        region_embeds, region_mask = (
+            torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in (embeds, ones)
+        )
+        word_embeds, word_mask = self._noun_bank.embed(regions.prepared[self.name])
+        gathered = map(gather_with_gradients, (word_embeds, region_embeds, word_mask, region_mask))
+        return {"loss_grounding": grounding_loss(*gathered, outputs.heads[self.name])[None]}
+
+    def log_values(self, outputs: TrainingOutput, regions: Regions) -> dict[str, Tensor]:
+        """The scale."""
+        return {"grounding_scale": outputs.heads[self.name]}
 
 
 def grounding_loss(

@@ -68,7 +68,9 @@ class NounBank:
     embeds: Tensor
 
     @classmethod
-    def encode(cls, nouns: Iterable[str], model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> "NounBank":
+    def from_nouns(
+        cls, nouns: Iterable[str], model: GKCForOpenVocabSegmentation, processor: GKCProcessor
+    ) -> "NounBank":
         """Encode every noun once.
 
         Args:

@@ -123,6 +123,7 @@ class TeacherCache(RegionStore):
 
     kind = "teacher"
     holds = "teacher embeddings"
+    has_vocabulary = False
 
 
 class SynonymProbabilities(RegionStore):
@@ -135,6 +136,7 @@ class SynonymProbabilities(RegionStore):
 
     kind = "synonyms"
     holds = "synonym probabilities"
+    has_vocabulary = True
 
 
 class RegionTeacher:

@@ -1,0 +1,29 @@
+"""Find the losses: every subclass of `TrainingLoss` in a module of this package."""
+
+import importlib
+import pkgutil
+import sys
+
+from configuration import Recipe
+
+from .base import TrainingLoss
+
+
+def loss_classes() -> list[type[TrainingLoss]]:
+    """All losses, sorted by name."""
+    package = sys.modules[__package__]
+    modules = [
+        importlib.import_module(f"{__package__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)
+    ]
+    found = [
+        each
+        for module in modules
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, TrainingLoss) and each.__module__ == module.__name__
+    ]
+    return sorted((each for each in found if each is not TrainingLoss), key=lambda each: each.name)
+
+
+def make_losses(recipe: Recipe) -> list[TrainingLoss]:
+    """The losses that a recipe uses, sorted by name."""
+    return [each(recipe) for each in loss_classes() if each.is_enabled(recipe)]
