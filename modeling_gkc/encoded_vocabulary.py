@@ -50,7 +50,7 @@ class EncodedVocabulary:
     A vocabulary with the text embeddings of its names, encoded once for many images.
 
     Three types hold text embeddings. `GKCClassEmbeddings`, the output of `model.get_class_embeddings`, holds the
-    tensors that `forward` takes, without words. `train.teacher.region_teacher.TextBank` holds every word of a
+    tensors that `forward` takes, without words. `train.teacher.text_bank.TextBank` holds every word of a
     vocabulary on its own, for losses. This class also holds what the numbers of the classes mean, for results.
 
     Args:

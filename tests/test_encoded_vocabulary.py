@@ -31,7 +31,7 @@ class TestClassesThatCannotBeToldApart:
     def test_they_are_not_stored(self, model, processor, words):
         """Also those that differ only in how many unknown words they have."""
         with (
-            pytest.warns(UserWarning, match="results mean nothing"),
+            pytest.warns(UserWarning, match="results are meaningless"),
             pytest.raises(ValueError, match=r"'zebra' = '.*oka"),
         ):
             model.set_vocabulary(words, processor)
@@ -40,7 +40,7 @@ class TestClassesThatCannotBeToldApart:
             model.set_vocabulary("red; zebra; dog", processor)
 
     def test_one_name_of_several_classes_makes_them_no_less_distinct(self, model, processor, recwarn):
-        with pytest.warns(UserWarning, match="one name is shared"):
+        with pytest.warns(UserWarning, match="A name is shared"):
             model.set_vocabulary("dog, lamp; sofa, lamp", processor)
 
     def test_a_tower_that_ignores_its_words_is_noticed(self, model, processor):
