@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_gkc.atomic_files import atomic_folder, atomic_write, atomic_write_json
-from modeling_gkc.cli.common import error_line, interruptible
+from modeling_gkc.cli.common import interruptible
+from modeling_gkc.label_text import error_line
 
 TEMPLATE = Path(__file__).parent / "gkc_mini_template.md"
 SHIPPED = Path(__file__).parent / "gkc-mini"

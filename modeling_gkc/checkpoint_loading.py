@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .argument_checks import check_whole_number, shown
 from .configuration_gkc import GKCConfig
+from .label_text import error_line
 from .modeling_gkc import GKCForOpenVocabSegmentation
 from .processing_gkc import GKCProcessor
 
@@ -63,7 +64,7 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
         processor = GKCProcessor.from_pretrained(path, trust_remote_code=False)
         _check_tokenizer(model, processor)
     except Exception as error:  # a damaged file can make transformers raise errors of any type
-        raise ValueError(one_line(error)) from error
+        raise ValueError(error_line(error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     return model.eval(), processor
@@ -82,7 +83,7 @@ def _check_json_files(path: str | Path) -> None:
         try:
             content = json.loads((folder / name).read_text("utf-8"))
         except (ValueError, RecursionError) as error:  # no UTF-8 too
-            raise ValueError(f"its {name} cannot be read: {one_line(error)}") from error
+            raise ValueError(f"its {name} cannot be read: {error_line(error)}") from error
         if not isinstance(content, dict):
             raise ValueError(f"its {name} cannot be read: it must hold an object, got {shown(content)}.")
 
@@ -93,7 +94,7 @@ def _stored_config(path: str | Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # a number of thousands of digits, lists nested too deep, no object
-        raise ValueError(f"its config.json cannot be read: {one_line(error)}") from error
+        raise ValueError(f"its config.json cannot be read: {error_line(error)}") from error
 
 
 def check_shard_paths(path: str | Path, subfolder: str = "") -> None:
@@ -120,7 +121,7 @@ def check_shard_paths(path: str | Path, subfolder: str = "") -> None:
         try:
             shards = json.loads(Path(index).read_bytes())["weight_map"].values()
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(f"{name} is no index of weights: {one_line(error)}") from error
+            raise ValueError(f"{name} is no index of weights: {error_line(error)}") from error
         for shard in shards:
             parts = (PurePosixPath(shard).parts, PureWindowsPath(shard).parts) if isinstance(shard, str) else ((),)
             if any(len(names) != 1 or names[0] in ("..", ".") for names in parts):
@@ -182,18 +183,8 @@ def _check_tokenizer(model: GKCForOpenVocabSegmentation, processor: GKCProcessor
         tokenizer.model_max_length = text.max_position_embeddings
 
 
-def one_line(error: BaseException) -> str:
-    """Message of an error in one line, with its type where the message alone does not explain itself."""
-    text = str(error).encode("utf-8", "backslashreplace").decode()  # of half a character, which cannot be printed
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    if isinstance(error, ValueError | OSError) and line:
-        return line
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
 __all__ = [
     "check_loading_info",
     "check_shard_paths",
     "load_checkpoint_parts",
-    "one_line",
 ]

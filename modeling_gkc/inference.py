@@ -26,6 +26,7 @@ from transformers.models.resnet.modeling_resnet import (
 from transformers.utils import logging
 
 from .argument_checks import check_size, check_whole_number, shown
+from .label_text import error_line
 from .modeling_clip_resnet import CLIPResNetConvLayer
 from .padding import round_up
 
@@ -73,7 +74,7 @@ def run_or_uncompile(image_path: nn.Module, *inputs, **settings) -> object:
     try:
         return image_path(*inputs, **settings)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = _first_line(error.inner_exception)
+        reason = error_line(error.inner_exception)
         logger.warning(
             f"The model runs uncompiled: torch.compile does not work here ({reason}). Install a C++ compiler, or give "
             "`compile=False`."
@@ -107,10 +108,6 @@ def warm_up(
         # A CUDA graph is recorded when a compiled one is called again.
         for _ in range(2 if device.type == "cuda" else 1):
             run(blank)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 __all__ = [

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Text of labels: normalization, comparison, invisible characters, and separators other than ';' and ','."""
+"""Text of labels: normalization, comparison, invisible characters and separators; values and errors in messages."""
 
 import math
 import re
@@ -124,4 +124,28 @@ def shown(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-__all__ = ["check_separators", "comparison_key", "has_lone_mark", "is_invisible", "normalize_label", "shown"]
+def error_line(error: BaseException) -> str:
+    """Message of an error in one line.
+
+    Returns:
+        Of an OSError of the system the file and the reason; of others the first line of the message, with the type
+        where the message alone does not explain itself.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    text = str(error).encode("utf-8", "backslashreplace").decode()  # of half a character, which cannot be printed
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if (isinstance(error, ValueError | OSError) or type(error) is RuntimeError) and line:
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+__all__ = [
+    "check_separators",
+    "comparison_key",
+    "error_line",
+    "has_lone_mark",
+    "is_invisible",
+    "normalize_label",
+    "shown",
+]

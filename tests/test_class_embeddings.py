@@ -267,6 +267,7 @@ class TestTemplates:
         ("name_ids", "class_ids", "message"),
         [
             ([0, 0, 2], [0, 0, 1], "`name_ids` must count from 0 and leave none out: smallest 0, missing \\[1\\]"),
+            ([0, 0, 2**40], [0, 0, 1], "leave none out: smallest 0, missing \\[1, 2, 3, 4, 5, 6, 7, 8, 9, 10\\]"),
             ([0, 0, 1], [0, 1, 1], "one name to prompts of several classes"),
             ([0, 1], [0, 1, 1], "`name_ids` must have shape"),
         ],

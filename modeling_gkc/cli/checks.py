@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic_files import check_new_folder
-from .common import UserError, error_line, user_errors
+from ..label_text import error_line
+from .common import UserError, user_errors
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 OUTPUT_SUFFIXES = (".overlay.png", ".labels.png")

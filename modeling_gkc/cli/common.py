@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..label_text import error_line
 from ..prompt_templates import PROMPT_TEMPLATES
 
 if TYPE_CHECKING:
@@ -65,13 +66,6 @@ def default_model_path() -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise UserError(f"no checkpoint is installed with this package: give one with --model or {MODEL_VARIABLE}")
-
-
-def error_line(error: BaseException) -> str:
-    """Return an error as one line: for an OSError the file and the reason, otherwise the first line of the message."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def interruptible(program: str, hint: str = "") -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -202,7 +196,6 @@ __all__ = [
     "add_parser",
     "add_templates_option",
     "default_model_path",
-    "error_line",
     "interruptible",
     "load_checkpoint",
     "pick_device",

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..atomic_files import atomic_folder
-from ..checkpoint_loading import check_shard_paths, one_line
+from ..checkpoint_loading import check_shard_paths
 from ..conversion.clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
 from ..conversion.mask2former import (
     CONVERSION_TEMPLATES,
@@ -39,6 +39,7 @@ from ..conversion.mask2former import (
     source_vocabulary,
 )
 from ..image_processing_gkc import GKCImageProcessor
+from ..label_text import error_line
 from ..processing_gkc import GKCProcessor
 from ..vocabulary import Vocabulary
 from .common import UserError, user_errors, warnings_as_lines, without_progress_bars
@@ -94,7 +95,7 @@ def _load(
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise errors of any type
-        reason = one_line(error)
+        reason = error_line(error)
         if "safetensors" in reason and not arguments.allow_pickle:
             reason += " If it has a pytorch_model.bin, use --allow-pickle."
         raise UserError(f"{option}: cannot load {path}: {reason}") from error
@@ -125,7 +126,7 @@ def _load_tokenizer(arguments: argparse.Namespace) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file can make transformers raise errors of any type
         hint = "" if arguments.tokenizer else f"; name one with --tokenizer, such as {CLIP_TOKENIZER}"
-        raise UserError(f"{option}: {path} has no tokenizer{hint}: {one_line(error)}") from error
+        raise UserError(f"{option}: {path} has no tokenizer{hint}: {error_line(error)}") from error
 
 
 def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..atomic_files import atomic_path, atomic_write_json
 from ..encoded_vocabulary import EncodedVocabulary
+from ..label_text import error_line
 from ..post_processing import encode_rle, void_label
 from ..predictor import FailedImage, GKCPredictor, Result, Segment, SemanticResult
 from ..prompt_templates import resolve_templates
@@ -34,7 +35,6 @@ from .checks import OUTPUT_SUFFIXES
 from .common import (
     UserError,
     default_model_path,
-    error_line,
     load_checkpoint,
     pick_device,
     user_errors,

@@ -5,23 +5,24 @@
 The folder is one of
 """
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
-from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm.auto import tqdm
 
 from configuration import load_recipe
 from modeling_gkc.atomic_files import atomic_folder, atomic_write_json, remove_leftovers
-from modeling_gkc.cli.common import UserError, error_line, interruptible, load_checkpoint
+from modeling_gkc.cli.common import UserError, interruptible, load_checkpoint
+from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.locks import lock_output
@@ -30,6 +31,9 @@ from .prepared import VOCABULARY_NAME, vocabulary_json
 from .readers import coco_json, labelme_json, mask_folder, yolo_text
 from .schema import NO_CLASS, dataset_features, encode_ids
 from .sources import SPLITS, Picture, Source, check_classes, read_annotated
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 REPORT_NAME = "report.json"
 _MODULES = (mask_folder, coco_json, labelme_json, yolo_text)
@@ -104,6 +108,8 @@ def convert(
 def _convert(
     folder: Path, out: Path, val_share: float, instances: Sequence[str], init_from: str | None
 ) -> dict[str, Any]:
+    from datasets import DatasetDict
+
     if out.exists():
         raise ValueError(f"{out} is there already: choose another folder, or remove it.")
     source = find_source(folder, instances)
@@ -159,6 +165,9 @@ class _Writer:
         self.pixels, self.void_pixels = 0, 0
 
     def write(self, split: str, pictures: list[Picture], path: Path) -> Dataset:
+        from datasets import Dataset
+        from datasets.arrow_writer import ArrowWriter
+
         features = dataset_features()
         with ArrowWriter(features=features, path=str(path)) as writer:
             for picture in tqdm(pictures, f"Writing {split}", unit="image"):

@@ -4,16 +4,20 @@ A folder that a command of this project saved has a file of checksums, with whic
 is loaded, as fast as they can be read. Without that file nothing is compared.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-
-from modeling_gkc.cli.common import error_line
+from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.checksums import FILES, describe_files, read_sealed_json, require_files, write_sealed_json
 from ..storage.fingerprints import settings_fingerprint
 from .prepared import VOCABULARY_NAME, Prepared, finished_splits, is_prepared, load_prepared
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 CHECKSUMS_NAME = "checksums.json"
 _SHAPE = {"files": FILES, "remedy": str}
@@ -41,6 +45,8 @@ def load_saved(folder: str | Path, split: str | None = None) -> Dataset | Datase
     Raises:
         ValueError: it is no such folder, or a file is damaged.
     """
+    from datasets import load_from_disk
+
     folder = Path(folder)
     if (folder / CHECKSUMS_NAME).exists():
         own = read_sealed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
@@ -65,6 +71,8 @@ def load_split(dataset: str | Path, split: str) -> Dataset:
     Raises:
         ValueError: there is no such dataset or split, or it is damaged.
     """
+    from datasets import DatasetDict
+
     try:
         if is_prepared(dataset):
             return load_prepared(dataset, split).dataset
@@ -79,6 +87,8 @@ def load_split(dataset: str | Path, split: str) -> Dataset:
 
 
 def _from_hub(name: str | Path, split: str) -> Dataset:
+    from datasets import load_dataset
+
     try:
         return load_dataset(str(name), split=split)
     except (OSError, ValueError) as error:
@@ -107,6 +117,8 @@ def load_splits(folder: str | Path) -> Dataset | DatasetDict:
     Raises:
         ValueError: it is no folder of a dataset, or a file is damaged.
     """
+    from datasets import DatasetDict
+
     if is_prepared(folder):
         return DatasetDict({split: load_prepared(folder, split).dataset for split in finished_splits(folder)})
     return load_saved(folder)

@@ -24,7 +24,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_write_json, remove_leftovers
-from modeling_gkc.cli.common import error_line, interruptible, warnings_as_lines
+from modeling_gkc.cli.common import interruptible, warnings_as_lines
+from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.locks import lock_output

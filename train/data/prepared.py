@@ -15,18 +15,16 @@ theirs when they are made into Arrow, and whenever their size or time has change
 all rows are read, is compared with its own each time it is opened, as fast as it can be read.
 """
 
+from __future__ import annotations
+
 import os
 import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-from datasets import Dataset, Features, NamedSplit
-from datasets import config as datasets_config
-from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -36,6 +34,9 @@ from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.checksums import Each, Perhaps, file_sha256, file_xxh3, read_sealed_json, write_sealed_json
 from ..storage.fingerprints import settings_fingerprint
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MANIFEST_NAME = "prepared.json"
 VOCABULARY_NAME = "vocabulary.json"
@@ -125,6 +126,8 @@ def load_prepared(folder: str | Path, split: str) -> Prepared:
         ValueError: the folder, the split or a file is not there, half-written or damaged; the message says what to
             run.
     """
+    from datasets import Dataset, NamedSplit
+
     folder = Path(folder)
     manifest = read_manifest(folder)
     info = manifest["splits"].get(split)
@@ -201,6 +204,8 @@ def _arrow_file(folder: Path, split: str, info: Mapping[str, Any], command: str)
 
 
 def _arrow_place(folder: Path, name: str) -> Path:
+    from datasets import config as datasets_config
+
     if os.access(folder, os.W_OK):
         return folder / ARROW_FOLDER / name
     return Path(datasets_config.HF_DATASETS_CACHE) / "gkc_prepared" / name
@@ -216,6 +221,10 @@ def _known_arrow(path: Path) -> dict[str, Any] | None:
 
 
 def _write_arrow(files: list[Path], path: Path) -> None:
+    import pyarrow.parquet as pq
+    from datasets import Features
+    from datasets.arrow_writer import ArrowWriter
+
     features = Features.from_arrow_schema(pq.read_schema(files[0]))
     bar = tqdm(files, f"Reading {path.stem.partition('-')[0]}", unit="file", disable=None if len(files) > 1 else True)
     with atomic_path(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from modeling_gkc.file_checksums import DamagedFileError
@@ -206,6 +204,9 @@ def _write_in_process(plan: ShardPlan) -> ShardReport:
 
 def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> ShardReport:
     """Write a file under a temporary name, then its report, then give it its name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     report, schema = ShardReport(plan.file), dataset_features().arrow_schema
     with work.shards.writing(plan.number) as temporary:
         with pq.ParquetWriter(temporary, schema, compression="snappy", use_dictionary=False) as writer:

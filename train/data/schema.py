@@ -6,16 +6,19 @@ such a segment is void. `video_id` and `frame` say where a frame of a video stan
 A dataset may have a column `nouns`, for each caption the list of its nouns, and further columns.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, Value
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features, IterableDataset
 
 VOID = 0
 NO_CLASS = -1
@@ -27,6 +30,8 @@ _ROWS_AT_ONCE = 10_000
 
 def dataset_features() -> Features:
     """Features of a `datasets.Dataset` that training and evaluation read."""
+    from datasets import Features, Image, Value
+
     return Features(
         {
             "image": Image(),
@@ -63,6 +68,8 @@ def ids_within(ids: np.ndarray) -> np.ndarray:
 
 def without_decoding(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The dataset with its pictures as stored, so that a broken one breaks nothing but itself."""
+    from datasets import Image
+
     for column in PICTURE_COLUMNS:
         dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
@@ -91,6 +98,8 @@ def read_row(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _opened(picture: PIL.Image.Image | Mapping[str, Any], name: str) -> PIL.Image.Image:
+    from datasets import Image
+
     if isinstance(picture, PIL.Image.Image):
         return picture
     try:
@@ -220,6 +229,8 @@ def _listed_problems(dataset: Dataset, num_classes: int) -> Iterator[str]:
 
 def _suspicious_rows(segments: pa.ListArray, num_classes: int) -> set[int]:
     """Rows whose segments are missing, incomplete, void, listed twice or of an unknown class."""
+    import pyarrow.compute as pc
+
     missing = np.flatnonzero(segments.is_null().to_numpy(zero_copy_only=False))
     rows = pc.list_parent_indices(segments).to_numpy(zero_copy_only=False)
     flat = pc.list_flatten(segments)

@@ -1,14 +1,17 @@
 """Base and novel classes: training on some classes of a vocabulary, as the zero-shot experiments do."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from datasets import Dataset
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import packaged_facts
 
 from .schema import NO_CLASS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 VARIANTS = ("ignore", "delete")
 

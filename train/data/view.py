@@ -13,6 +13,8 @@ Look at: do the names fit what is there (classes moved by one show at once), do 
 of what has a class hatched (void)?
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import sys
@@ -20,21 +22,24 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_path
-from modeling_gkc.cli.common import error_line, interruptible
+from modeling_gkc.cli.common import interruptible
+from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from .contact_sheet import Sample, SheetRow, draw_sheet
 from .load import load_saved
 from .prepared import VOCABULARY_NAME, is_prepared, prepare_command, read_manifest, require_parquet
 from .schema import dataset_features, learnable_ids, read_row, without_decoding
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+    from datasets import Dataset
 
 ROWS, FRAMES, MAX_ROWS = 8, 4, 100
 _PLACE = {"image_id": "", "video_id": "", "frame": 0}  # columns, and what a dataset without videos has in them
@@ -70,6 +75,8 @@ def open_dataset(folder: Path, split: str | None = None, vocabulary: str | None 
         ValueError: there is no such dataset or split, it is half-written, or has no vocabulary; the message says what
             to do.
     """
+    from datasets import DatasetDict
+
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
     words = _vocabulary(folder, vocabulary)
@@ -115,6 +122,8 @@ def _open_saved(name: str, dataset: Dataset, vocabulary: Vocabulary) -> Viewed:
 
 def _open_prepared(folder: Path, split: str | None, vocabulary: Vocabulary) -> Viewed:
     """Rows come from the Parquet files themselves: loading a large benchmark as a whole would take long."""
+    import pyarrow.parquet as pq
+
     manifest = read_manifest(folder)
     split = _chosen(split, list(manifest["splits"]), folder)
     record, command = manifest["splits"][split], prepare_command(manifest, folder, split)

@@ -11,9 +11,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from configuration import Recipe
-from modeling_gkc.checkpoint_loading import check_shard_paths, load_checkpoint_parts, one_line
+from modeling_gkc.checkpoint_loading import check_shard_paths, load_checkpoint_parts
 from modeling_gkc.configuration_gkc import GKCConfig
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
+from modeling_gkc.label_text import error_line
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
@@ -169,7 +170,7 @@ def _pretrained_backbone(path: str) -> PreTrainedModel:
             path, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # a damaged file can make transformers raise errors of any type
-        raise ValueError(f"`backbone`: {path} cannot be loaded: {one_line(error)}") from error
+        raise ValueError(f"`backbone`: {path} cannot be loaded: {error_line(error)}") from error
     # Norms of the feature maps belong to the backbone alone: no classifier was trained with them.
     missing = sorted(key for key in info["missing_keys"] if "hidden_states_norms" not in key)
     if missing:

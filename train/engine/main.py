@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from modeling_gkc.cli.common import error_line, without_progress_bars
+from modeling_gkc.cli.common import without_progress_bars
 from modeling_gkc.file_checksums import DamagedFileError
+from modeling_gkc.label_text import error_line
 
 from ..storage.locks import lock_output
 from .command import Command, format_recipe, is_main_process, parse, print_rank0

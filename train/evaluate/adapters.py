@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForUniversalSegmentation,
 )
 
-from modeling_gkc.checkpoint_loading import check_shard_paths, one_line
+from modeling_gkc.checkpoint_loading import check_shard_paths
+from modeling_gkc.label_text import error_line
 from modeling_gkc.post_processing import panoptic_segmentation, semantic_segmentation
 from modeling_gkc.prompt_templates import fill_template
 from modeling_gkc.vocabulary import Vocabulary
@@ -47,7 +48,7 @@ def model_type(path: str) -> str:
     try:
         return str(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
     except Exception as error:  # a damaged file can make transformers raise errors of any type
-        raise ValueError(f"--model: {path} holds no model: {one_line(error)}") from error
+        raise ValueError(f"--model: {path} holds no model: {error_line(error)}") from error
 
 
 def match_labels(labels: Mapping[int, str], vocabulary: Vocabulary) -> tuple[np.ndarray, dict[str, Any]]:

@@ -11,7 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling_gkc.cli.common import UserError, error_line, interruptible
+from modeling_gkc.cli.common import UserError, interruptible
+from modeling_gkc.label_text import error_line
 
 from ..data.benchmarks import all_benchmarks, protocol_of
 from ..metrics.score import all_scores, all_tasks, needs_segments

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from modeling_gkc.label_text import error_line
 from modeling_gkc.predictor import prefetch
 
 from ..metrics.score import Prediction, Sample, Score
@@ -92,7 +93,7 @@ class Evaluation:
             try:
                 samples.append(read_sample(self.dataset[row], self.shrink_above))
             except ValueError as error:
-                broken.append(str(error).splitlines()[0])
+                broken.append(error_line(error))
         inputs = self.segmenter.prepare([sample.image for sample in samples]) if samples else None
         return Batch(samples, inputs, broken)
 

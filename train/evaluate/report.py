@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
-
 from ..data.benchmarks import all_benchmarks, benchmark_named
 from ..data.benchmarks.protocol import PUBLISHED_ROWS
 from ..metrics.score import ReportedScore, all_scores, table_score
@@ -154,6 +152,8 @@ def model_index(results: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         ValueError: the results are of several models, or have no score.
     """
+    from huggingface_hub import EvalResult, ModelCardData  # slow to import
+
     names = {result["model"]["name"] for result in results}
     if len({result["model"]["sha256"] for result in results}) > 1:
         raise ValueError(f"--model-index is of one model, the results are of {', '.join(sorted(names))}.")

@@ -111,13 +111,13 @@ def write_sealed_json(path: str | Path, content: Mapping[str, Any], sync: bool =
     atomic_write(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n", sync=sync)
 
 
-def read_json(path: str | Path, remedy: str = "", shape: Any = None, unique_keys: bool = False) -> Any:
+def read_json(path: str | Path, remedy: str | None = None, shape: Any = None, unique_keys: bool = False) -> Any:
     """
     Read a JSON file in UTF-8.
 
     Args:
         path: The file.
-        remedy: How to make a file that a command wrote again, the end of a sentence. Empty for files of users.
+        remedy: How to make a file that a command wrote again, the end of a sentence. None for files of users.
         shape: Shape of the content, as in `shape_problems`; None accepts any.
         unique_keys: Refuse an object that has a key twice, of which JSON's reader would keep the last.
 
@@ -126,12 +126,12 @@ def read_json(path: str | Path, remedy: str = "", shape: Any = None, unique_keys
         OSError: without a remedy, if the file is missing or cannot be read.
         ValueError: without a remedy, if it is invalid JSON or of another shape; file and line are named.
     """
-    place = f"{path} is damaged" if remedy else str(path)
+    place = str(path) if remedy is None else f"{path} is damaged"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         content = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except OSError as error:
-        if not remedy:
+        if remedy is None:
             raise
         raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
     except (ValueError, RecursionError) as error:
@@ -145,7 +145,7 @@ def read_json(path: str | Path, remedy: str = "", shape: Any = None, unique_keys
         raise _file_error(problem, remedy) from error
     if shape is not None and (problems := shape_problems(content, shape)):
         more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
-        raise _file_error(f"{place}{',' if remedy else ':'} {'; '.join(problems[:2])}{more}", remedy)
+        raise _file_error(f"{place}{':' if remedy is None else ','} {'; '.join(problems[:2])}{more}", remedy)
     return content
 
 
@@ -157,8 +157,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _file_error(problem: str, remedy: str) -> ValueError:
-    return DamagedFileError(f"{problem}: {remedy}") if remedy else ValueError(f"{problem}.")
+def _file_error(problem: str, remedy: str | None) -> ValueError:
+    return ValueError(f"{problem}.") if remedy is None else DamagedFileError(f"{problem}: {remedy}")
 
 
 def read_sealed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) -> dict[str, Any]:
@@ -173,8 +173,7 @@ def read_sealed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) ->
     Raises:
         DamagedFileError: it is missing, invalid JSON, of another shape or edited; the message says which.
     """
-    # Without a remedy `read_json` raises the errors of files of users; callers that catch the error give none.
-    content = read_json(path, remedy or "write it again.", {**shape, SUM: str})
+    content = read_json(path, remedy, {**shape, SUM: str})
     stored = content.pop(SUM)
     if stored != _json_sum(content):
         raise DamagedFileError(f"{path} is damaged or was edited, its checksum is another than when written: {remedy}")

@@ -3,6 +3,8 @@
 They are made to notice changes, not to withstand someone who looks for two datasets with one hash (xxHash, 128 bits).
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -11,10 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
-from datasets import Dataset
 from tqdm.auto import tqdm
 
 from modeling_gkc.file_checksums import DamagedFileError
@@ -22,6 +21,8 @@ from modeling_gkc.file_checksums import DamagedFileError
 from .checksums import read_sealed_json, write_sealed_json
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
     from torch import nn
 
 _PICTURES = ("image", "segmentation")
@@ -66,7 +67,7 @@ def data_fingerprint(dataset: Dataset, remember: str | Path | None = None, progr
     return reader.hexdigest()
 
 
-def model_fingerprint(*models: "nn.Module") -> str:
+def model_fingerprint(*models: nn.Module) -> str:
     """Hash of the weights of models and of what decides how CLIP towers use them."""
     import torch
 
@@ -109,12 +110,16 @@ class _RowsDigest:
         self._streams.setdefault(name, xxhash.xxh3_128()).update(values)
 
     def _add_segments(self, chunk: pa.Array) -> None:
+        import pyarrow.compute as pc
+
         self._add("segments.counts", _numbers(pc.list_value_length(chunk)))
         flat = chunk.flatten()
         for name in ("id", "category_id", "iscrowd"):
             self._add(f"segments.{name}", _numbers(pc.struct_field(flat, name)))
 
     def _add_pictures(self, name: str, chunk: pa.Array) -> None:
+        import pyarrow.compute as pc
+
         embedded = pc.struct_field(chunk, "bytes")
         self._add_bytes(name, embedded)
         referred = pc.filter(pc.struct_field(chunk, "path"), pc.is_null(embedded))
@@ -124,6 +129,9 @@ class _RowsDigest:
 
     def _add_bytes(self, name: str, array: pa.Array) -> None:
         """Lengths and contents of binary values."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         self._add(f"{name}.lengths", _numbers(pc.binary_length(array)))
         _, offsets, data = array.buffers()
         if data is not None:
@@ -135,6 +143,9 @@ class _RowsDigest:
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     return pc.fill_null(pc.cast(array, pa.int64()), -1).to_numpy(zero_copy_only=False)
 
 

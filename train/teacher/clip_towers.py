@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from modeling_gkc.checkpoint_loading import check_shard_paths, one_line
+from modeling_gkc.checkpoint_loading import check_shard_paths
+from modeling_gkc.label_text import error_line
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
@@ -101,7 +102,7 @@ def _load(model_class: type[PreTrainedModel], path: str | Path, subfolder: str) 
             path, subfolder=subfolder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # a damaged file can make transformers raise errors of any type
-        raise ValueError(f"{Path(path) / subfolder} cannot be loaded: {one_line(error)}") from error
+        raise ValueError(f"{Path(path) / subfolder} cannot be loaded: {error_line(error)}") from error
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
         raise ValueError(f"{Path(path) / subfolder} lacks weights: {', '.join(missing[:5])}.")

@@ -18,7 +18,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_folder, remove_leftovers
-from modeling_gkc.cli.common import error_line, interruptible
+from modeling_gkc.cli.common import interruptible
+from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.locks import lock_output
@@ -364,6 +365,8 @@ def _refuse_repeated_ids(dataset: Dataset) -> None:
 
 
 def _nouns(options: argparse.Namespace, command: str) -> None:
+    from datasets import DatasetDict
+
     from ..data.wordnet.caption_nouns import add_nouns  # needs nltk, the others do not
 
     source = Path(options.dataset)
@@ -374,8 +377,6 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--out: {out} is there already; name a new folder.")
     if not _processes().is_main_process:
         return
-    from datasets import DatasetDict
-
     from ..data.load import load_splits, seal_dataset
     from ..data.prepared import VOCABULARY_NAME
 

@@ -1,11 +1,13 @@
 """The mini-world as a Hugging Face dataset, in the schema that all training data has."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, Features, Value
 from PIL import Image
 
 from modeling_gkc.vocabulary import Vocabulary
@@ -14,6 +16,9 @@ from ..schema import dataset_features, encode_ids
 from .parallel import map_scenes
 from .words import COARSE, COARSE_SHAPES, CONCEPTS, SHAPES, STUFFS, TRAINING_WORDS, WORDS, coarse_label
 from .world import TRAINING_SHAPES, TRAINING_STUFFS, Scene, draw_scene
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
 
 SPLITS = {"train": 0, "test": 1}  # with the seed, they name independent worlds
 
@@ -31,6 +36,8 @@ def test_vocabulary() -> Vocabulary:
 
 def miniworld_features() -> Features:
     """The schema of training data, and the column `attributes`: what the world knows of every segment, in order."""
+    from datasets import Features, Value
+
     attributes = {
         "kind": Value("string"),
         "concept": Value("string"),
@@ -59,6 +66,8 @@ def build_dataset(
         num_proc: processes that draw.
         show_progress: show a progress bar.
     """
+    from datasets import Dataset
+
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}; use one of {', '.join(SPLITS)}.")
     draw_row = partial(_draw_row, split, seed, size)

@@ -14,9 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ..sources import SPLIT_NAMES, Picture, Source
 from .mask_folder import NAMES_FILE, read_mask, read_names
 
@@ -56,6 +53,9 @@ def read_list(folder: Path) -> Source:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pylist()

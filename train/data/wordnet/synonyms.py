@@ -39,7 +39,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.atomic_files import atomic_write
-from modeling_gkc.cli.common import error_line, interruptible
+from modeling_gkc.cli.common import interruptible
+from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import PACKAGED_NAMES, packaged_facts
 from modeling_gkc.vocabulary_provenance import WordOrigin, provenance_path, write_provenance
