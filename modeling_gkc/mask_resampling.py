@@ -19,7 +19,7 @@ Letters: Q queries, h x w the grid of the mask logits, H x W the target pixels. 
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class MaskResampler:
         ValueError: the logits are no tensor (Q, h, w) of floating point; a size is no pair of whole numbers of at
             least 1; the content is larger than the grid; the target has more than 2^31 - 1 pixels.
     """
+
+    resamples_results = False
 
     def __init__(self, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None):
         if not isinstance(mask_logits, Tensor) or not mask_logits.is_floating_point() or mask_logits.ndim != 3:
@@ -112,6 +114,20 @@ class MaskResampler:
         part._queries = queries if self._queries is None else self._queries[queries]
         return part
 
+    def map_tiles(self, function: Callable[[Tensor], Tensor], planes: int) -> Iterator[tuple[slice, Tensor]]:
+        """
+        Apply a function of each pixel's mask logits.
+
+        Args:
+            function: Mask logits (Q, rows, W) -> results (N, rows, W).
+            planes: As for `tiles`.
+
+        Yields:
+            The rows of the target and their results (N, rows, W).
+        """
+        for rows, logits in self.tiles(planes):
+            yield rows, function(logits)
+
     def tiles(self, planes: int) -> Iterator[tuple[slice, Tensor]]:
         """
         Walk over all rows in order.
@@ -127,6 +143,117 @@ class MaskResampler:
         for start in range(0, height, step):
             stop = min(start + step, height)
             yield slice(start, stop), self.rows(start, stop)
+
+
+class TwoStepMaskResampler(MaskResampler):
+    """
+    Resampling of mask logits by way of the model's input: to the pixels of the padded input, of which those of the
+    content are resampled to the target.
+
+    Mask2Former and FC-CLIP do so. Results differ from those of `MaskResampler` near outlines, and at the right and
+    lower end of the content, where the cells of the padding take part. Both steps are linear, so that one matrix for
+    each axis does both, with the same bounds of memory.
+
+    Args:
+        mask_logits, content_size, target_size: As for `MaskResampler`, with the same errors; without a target the two
+            do the same.
+    """
+
+    def __init__(self, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None):
+        super().__init__(mask_logits, content_size, target_size)
+        if self._keeps_grid:
+            return
+        self._mask_logits = mask_logits.detach()
+        grid = mask_logits.shape[-2:]
+        content = [MASK_STRIDE * cells for cells in grid] if content_size is None else content_size
+        rows, columns = map(_two_step_matrix, grid, content, self.size)
+        self._row_weights, self._column_weights = rows.to(self.device), columns.T.to(self.device)
+        is_used = rows != 0
+        self._first_row = is_used.int().argmax(dim=1).tolist()
+        self._row_end = (grid[0] - is_used.flip(1).int().argmax(dim=1)).tolist()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Compute the mask logits (Q, stop - start, W) of the target's rows `start` .. `stop - 1`, in fp32."""
+        if self._keeps_grid:
+            return self._band(start, stop)
+        first, last = self._first_row[start], self._row_end[stop - 1]
+        with torch.autocast(self.device.type, enabled=False):
+            return self._row_weights[start:stop, first:last] @ (self._band(first, last) @ self._column_weights)
+
+
+class ResultResampler(TwoStepMaskResampler):
+    """
+    As `TwoStepMaskResampler`, but `map_tiles` applies its function at the pixels of the input and resamples what it
+    gives to the target, as Mask2Former and FC-CLIP do where they compute semantic maps only.
+
+    Args:
+        mask_logits, content_size, target_size: As for `MaskResampler`, with the same errors.
+    """
+
+    resamples_results = True
+
+    def __init__(self, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None):
+        super().__init__(mask_logits, content_size, target_size)
+        if content_size is None:
+            content_size = tuple(MASK_STRIDE * cells for cells in mask_logits.shape[-2:])
+        self._at_input = TwoStepMaskResampler(mask_logits, content_size, content_size)
+
+    def map_tiles(self, function: Callable[[Tensor], Tensor], planes: int) -> Iterator[tuple[slice, Tensor]]:
+        """Apply a function at the pixels of the input, and resample its results; see `MaskResampler.map_tiles`."""
+        if self._keeps_grid:
+            yield from super().map_tiles(function, planes)
+            return
+        (content_height, content_width), (height, width) = self._at_input.size, self.size
+        row_weights = _interpolation_matrix(content_height, content_height, height).to(self.device)
+        column_weights = _interpolation_matrix(content_width, content_width, width).T.to(self.device)
+        # A tile of the target needs as many more rows of the input as that is larger.
+        step = rows_per_tile(max(width, content_width), planes * max(1, math.ceil(content_height / height)))
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            used = row_weights[start:stop].any(dim=0).nonzero()
+            first, last = int(used[0]), int(used[-1]) + 1
+            with torch.autocast(self.device.type, enabled=False):
+                results = function(self._at_input.rows(first, last)) @ column_weights
+                yield slice(start, stop), row_weights[start:stop, first:last] @ results
+
+
+# Masks are resampled once, or by way of the input; or scores of semantic maps are computed at the input's pixels, and
+# resampled themselves.
+MASK_RESAMPLINGS = ("direct", "two_step", "two_step_scores")
+
+
+def make_resampler(
+    mask_logits: Tensor,
+    content_size: Size | None,
+    target_size: Size | None,
+    resampling: str = "direct",
+    for_scores: bool = False,
+) -> MaskResampler:
+    """
+    Make the resampler that a name of `MASK_RESAMPLINGS` means.
+
+    Args:
+        mask_logits, content_size, target_size: As for `MaskResampler`.
+        resampling: `direct`, `two_step` or `two_step_scores`.
+        for_scores: Whether scores of semantic maps are computed, for which alone `two_step_scores` differs from
+            `two_step`.
+
+    Raises:
+        ValueError: There is no such resampling; or as for `MaskResampler`.
+    """
+    if resampling not in MASK_RESAMPLINGS:
+        raise ValueError(f"`resampling` must be one of {', '.join(MASK_RESAMPLINGS)}, got {shown(resampling)}.")
+    if resampling == "direct":
+        resampler_class = MaskResampler
+    else:
+        resampler_class = ResultResampler if for_scores and resampling == "two_step_scores" else TwoStepMaskResampler
+    return resampler_class(mask_logits, content_size, target_size)
+
+
+def _two_step_matrix(cells: int, content: int, target: int) -> Tensor:
+    """Weights (target, cells) from cells to input pixels, of which the first `content` are spread over the target."""
+    to_input = _interpolation_matrix(cells, cells, MASK_STRIDE * cells)
+    return _interpolation_matrix(content, content, target) @ to_input[:content]
 
 
 def _interpolation_matrix(extent: float, source: int, target: int) -> Tensor:
@@ -146,4 +273,13 @@ def resize_masks(mask_logits: Tensor, content_size: Size | None = None, target_s
     return resampler.rows(0, resampler.size[0])
 
 
-__all__ = ["MaskResampler", "Size", "resize_masks", "rows_per_tile"]
+__all__ = [
+    "MASK_RESAMPLINGS",
+    "MaskResampler",
+    "ResultResampler",
+    "Size",
+    "TwoStepMaskResampler",
+    "make_resampler",
+    "resize_masks",
+    "rows_per_tile",
+]

@@ -18,6 +18,7 @@ Letters: B images, Q queries, K classes (class K of the logits is "no object"), 
 H x W the target pixels, N segments. All sizes are (height, width).
 
 Masks are resampled once, straight from the grid to the target pixels of the true image content, before the sigmoid.
+(`resampling` gives the two ways of Mask2Former, by which published numbers were measured: see `MASK_RESAMPLINGS`.)
 The work goes in row tiles, so that memory is bounded by the result and never reaches Q x H x W or K x H x W.
 
 "None of these": pixels become void whose shown score is below `void_threshold`, and those which a class of
@@ -52,7 +53,7 @@ from .argument_checks import (
     pair,
     shown,
 )
-from .mask_resampling import MaskResampler, Size, resize_masks, rows_per_tile
+from .mask_resampling import MaskResampler, Size, make_resampler, resize_masks, rows_per_tile
 from .run_length import decode_rle, encode_rle
 
 MASKS_PER_PASS = 8
@@ -142,7 +143,12 @@ def _segment_void_id(void_id: int, most_segments: int) -> int:
 
 
 def _prepare(
-    class_logits: Tensor, mask_logits: Tensor, content_size: Size | None, target_size: Size | None
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    content_size: Size | None,
+    target_size: Size | None,
+    resampling: str = "direct",
+    for_scores: bool = False,
 ) -> tuple[Tensor, MaskResampler]:
     """The checked class logits (Q, K + 1) in fp32 and masks of one image, both without gradients."""
     check_logits(class_logits, mask_logits)
@@ -154,11 +160,15 @@ def _prepare(
                 f"the {name} logits hold NaN or infinity, as fp16 gives where numbers overflow: run the model in "
                 "bf16 or fp32, for instance with `dtype=torch.float32`."
             )
-    return class_logits, MaskResampler(mask_logits, content_size, target_size)
+    return class_logits, make_resampler(mask_logits, content_size, target_size, resampling, for_scores)
 
 
 def semantic_scores(
-    class_logits: Tensor, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    content_size: Size | None = None,
+    target_size: Size | None = None,
+    resampling: str = "direct",
 ) -> Tensor:
     """
     Score of every class at every pixel: the sum over queries of softmax(class logits)_k * sigmoid(mask logits).
@@ -170,6 +180,7 @@ def semantic_scores(
         mask_logits: (Q, h, w).
         content_size: As for `MaskResampler`.
         target_size: As for `MaskResampler`.
+        resampling: As for `make_resampler`.
 
     Returns:
         (K, H, W) fp32 between 0 and Q; K x H x W numbers, which `semantic_segmentation` avoids.
@@ -177,7 +188,9 @@ def semantic_scores(
     Raises:
         ValueError: logits are not finite, or a size is impossible.
     """
-    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
+    class_logits, resampler = _prepare(
+        class_logits, mask_logits, content_size, target_size, resampling, for_scores=True
+    )
     return _all_scores(resampler, class_logits)
 
 
@@ -197,6 +210,7 @@ def semantic_segmentation(
     void_threshold: float | None = None,
     void_label_ids: Collection[int] = (),
     void_id: int | None = None,
+    resampling: str = "direct",
 ) -> tuple[Tensor, Tensor]:
     """
     Best class of every pixel by `semantic_scores`, of which only one row tile exists at a time.
@@ -209,6 +223,7 @@ def semantic_segmentation(
         void_threshold: Pixels whose best score, between 0 and Q, is below become void; None keeps all.
         void_label_ids: Classes whose pixels become void.
         void_id: Value of void pixels, no class that is shown; None means `void_label` of the classes that are shown.
+        resampling: As for `make_resampler`.
 
     Returns:
         Class map (H, W) int64, and the best scores (H, W) fp32, at void pixels too.
@@ -217,7 +232,9 @@ def semantic_segmentation(
         ValueError: `void_label_ids` holds what is no class, `void_id` is a class or no whole number, logits are not
             finite, or a size is impossible.
     """
-    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
+    class_logits, resampler = _prepare(
+        class_logits, mask_logits, content_size, target_size, resampling, for_scores=True
+    )
     void = Thresholds(void_threshold=void_threshold, void_label_ids=void_label_ids, void_id=void_id)
     scores = mask_logits.new_empty(resampler.size, dtype=torch.float32)
     return _best_classes(resampler, class_logits, void, scores), scores
@@ -299,8 +316,9 @@ def _semantic_tiles(resampler: MaskResampler, class_logits: Tensor) -> Iterator[
     """Rows of the target and their class scores (K, rows, W)."""
     class_scores = _class_scores(class_logits)
     num_queries, num_classes = class_scores.shape
-    for rows, logits in resampler.tiles(planes=2 * num_queries + num_classes):
-        yield rows, _weighted_sums(class_scores, logits.sigmoid())
+    yield from resampler.map_tiles(
+        lambda logits: _weighted_sums(class_scores, logits.sigmoid()), planes=2 * num_queries + num_classes
+    )
 
 
 def _weighted_sums(class_scores: Tensor, masks: Tensor) -> Tensor:
@@ -316,7 +334,8 @@ def _winners(resampler: MaskResampler, class_logits: Tensor) -> Iterator[tuple[s
     finding them takes longer than computing them all.
     """
     class_scores = _class_scores(class_logits)
-    if class_scores.device.type != "cpu" or class_scores.shape[1] <= FEW_CLASSES:
+    computes_all = class_scores.device.type != "cpu" or class_scores.shape[1] <= FEW_CLASSES
+    if computes_all or resampler.resamples_results:
         for rows, scores in _semantic_tiles(resampler, class_logits):
             yield rows, *scores.max(dim=0)
         return
@@ -361,6 +380,7 @@ def panoptic_segmentation(
     void_label_ids: Collection[int] = (),
     void_id: int | None = None,
     return_binary_maps: bool = False,
+    resampling: str = "direct",
 ) -> dict[str, Any]:
     """
     Cut an image into segments that do not overlap.
@@ -387,6 +407,7 @@ def panoptic_segmentation(
         void_label_ids: Classes whose pixels become void.
         void_id: Value of void pixels, below 1 or above Q; None means 0.
         return_binary_maps: Give a mask for each segment instead of a map.
+        resampling: As for `make_resampler`.
 
     Returns:
         `segmentation`, a map (H, W) int32 or N masks (N, H, W) bool in the order of the ids, and `segments_info`, a
@@ -401,7 +422,7 @@ def panoptic_segmentation(
         threshold, mask_threshold, overlap_mask_area_threshold, void_threshold, void_label_ids, void_id
     ).check_fractions()
     check_flags(return_binary_maps=return_binary_maps)
-    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
+    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size, resampling)
     num_queries, num_classes = class_logits.shape[0], class_logits.shape[1] - 1
     void_id = _segment_void_id(PANOPTIC_VOID if void_id is None else void_id, num_queries)
     is_void = thresholds.void_classes(num_classes)
@@ -508,6 +529,7 @@ def instance_segmentation(
     void_threshold: float | None = None,
     void_label_ids: Collection[int] = (),
     void_id: int | None = None,
+    resampling: str = "direct",
 ) -> dict[str, Any]:
     """
     Find single objects, each with a score of its own.
@@ -535,6 +557,7 @@ def instance_segmentation(
             that covers it, in whole masks of each by itself; None keeps all.
         void_label_ids: Classes whose pixels become void.
         void_id: Value of void pixels in the map, below 1 or above `top_k`; None means -1.
+        resampling: As for `make_resampler`.
 
     Returns:
         `segments_info`, best score first: `id` (1, 2, .. N), `label_id`, `was_fused` (False) and `score`; and
@@ -553,7 +576,7 @@ def instance_segmentation(
     if return_binary_maps and return_coco_annotation:
         raise ValueError("choose one of `return_binary_maps` and `return_coco_annotation`.")
     top_k = check_whole_number("top_k", top_k, 1)
-    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size)
+    class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size, resampling)
     num_pairs = min(top_k, class_logits[:, :-1].numel())
     void_id = _segment_void_id(INSTANCE_VOID if void_id is None else void_id, num_pairs)
     is_void_class = thresholds.void_classes(class_logits.shape[1] - 1).to(class_logits.device)
@@ -728,7 +751,7 @@ class PostProcessingMixin:
         void = Thresholds(void_threshold=void_threshold, void_label_ids=void_label_ids, void_id=void_id)
         results = []
         for image in self._images(outputs, target_sizes):
-            class_logits, resampler = _prepare(*image)
+            class_logits, resampler = _prepare(*image, self._resampling, for_scores=True)
             scores = class_logits.new_empty(resampler.size) if return_scores else None
             data = {"segmentation": _best_classes(resampler, class_logits, void, scores)}
             if return_scores:
@@ -788,6 +811,7 @@ class PostProcessingMixin:
                 void_threshold=void_threshold,
                 void_label_ids=void_label_ids,
                 void_id=void_id,
+                resampling=self._resampling,
             )
             for image in self._images(outputs, target_sizes)
         ]
@@ -838,9 +862,14 @@ class PostProcessingMixin:
                 void_label_ids=void_label_ids,
                 void_id=void_id,
                 return_binary_maps=return_binary_maps,
+                resampling=self._resampling,
             )
             for image in self._images(outputs, target_sizes)
         ]
+
+    @property
+    def _resampling(self) -> str:
+        return getattr(getattr(self, "image_processor", self), "mask_resampling", None) or "direct"
 
     def _images(self, outputs: Any, target_sizes: Sequence[Size] | Tensor | None) -> list[tuple]:
         """The images of a batch, as `_split_batch`; warns of targets that are the transpose of their image."""
