@@ -11,30 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-How fast the segmenter is, beside what people would otherwise use: measured in one run, shown as one table.
+"""Measure the speed and memory of GKC compared with other models and write the result as one table.
 
-  python -m benchmarks                                 # 20 minutes for fp32 on two quiet cores, most of it compiling
+  python -m benchmarks                                 # about 20 minutes for fp32 on two idle cores, mostly compiling
   python -m benchmarks --preset quick                  # a few minutes: one size, fewer rounds, without torch.compile
-  python -m benchmarks --preset complete               # torch.compile everywhere, more rounds
-  python -m benchmarks --only image operator           # some of it
+  python -m benchmarks --preset complete               # torch.compile at all sizes, more rounds
+  python -m benchmarks --only image operator           # selected groups of measurements
   python -m benchmarks --device cuda                   # on a GPU
-  python -m benchmarks --out out/bench --continue      # what a run that was ended has left
+  python -m benchmarks --out out/bench --continue      # continue an interrupted run
 
-What is measured:
-  operator    deformable attention alone, each kernel, forward and backward
-  image       image tensor -> logits, and image file -> label map, against transformers' Mask2Former of equal weights,
-              and over our own backbone alone
-  batch       throughput of a batch of 32, on a GPU
-  two-stage   against masks first, then CLIP on 100 crops
-  clipseg     against CLIPSeg, asked for 20 and for 150 words
-  memory      the most that a process holds, each in its own
+Groups of measurements:
+  operator    deformable attention alone, all kernels, forward and backward
+  image       image tensor to logits, and image file to label map, against transformers' Mask2Former with the same
+              weights, and against GKC's backbone alone
+  batch       throughput of a batch of 32 images, on a GPU only
+  two-stage   against predicting masks first and then running CLIP on 100 crops
+  clipseg     against CLIPSeg with 20 and 150 classes
+  memory      peak memory of each candidate in a process of its own
 
-Each is a process of its own; in it the arms take turns, round by round. What each compares exactly stands at the top
-of benchmarks/inference.py, baselines.py and operator_kernels.py. Weights are random: nothing is downloaded.
+Each measurement runs in its own process, in which the candidates are timed in interleaved rounds. The docstrings of
+benchmarks/inference.py, baselines.py and operator_kernels.py say what exactly is compared. All weights are random:
+nothing is downloaded.
 
-OUT gets results.json and results.md, written anew after every measurement, so that an ended run keeps what it has.
-The table is also printed. Let nothing else run beside it: the load average is noted.
+OUT receives results.json and results.md after every measurement, so that an interrupted run keeps its results.
+The tables are also printed. Run nothing else on the machine meanwhile: the load average is recorded.
 """
 
 from __future__ import annotations
@@ -62,27 +62,27 @@ if TYPE_CHECKING:
     from .harness import Options, Result
 
 ROOT = Path(__file__).resolve().parent.parent
-# The names of `models.PRESETS` and `harness.DTYPES`, which need torch.
+# The keys of `models.PRESETS` and `harness.DTYPES`, which are not imported here because they need torch.
 PRESET_NAMES = ("complete", "full", "quick", "toy")
 DTYPE_NAMES = ("fp32", "bf16")
 GROUPS = ("operator", "image", "batch", "two-stage", "clipseg", "memory")
 RECORD, TABLE = "results.json", "results.md"
-FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that was ended
-FORMAT = 1
+FAILED, USAGE_ERROR = 1, 2  # exit codes; 128 + the signal's number for an interrupted run
+FORMAT = 2
 
 
-class Misuse(ValueError):
-    """Something the user can put right."""
+class UsageError(ValueError):
+    """Error that the user can fix by changing the command line."""
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 def measurements(options: Options) -> dict[str, Callable[[], list[Result]]]:
-    """All that can be measured, by name: the group, then what of it."""
-    from .baselines import measure_clipseg, measure_rival_memory, measure_two_stage
-    from .inference import OURS, THEIRS, measure_batch, measure_images, measure_memory, modes
+    """Return all measurements by name, which starts with its group."""
+    from .baselines import measure_baseline_memory, measure_clipseg, measure_two_stage
+    from .inference import GKC, MASK2FORMER, measure_batch, measure_images, measure_memory, modes
     from .models import EAGER, OPTIMIZED, PRESETS, mode_name
     from .operator_kernels import measure_operator
 
@@ -99,17 +99,19 @@ def measurements(options: Options) -> dict[str, Callable[[], list[Result]]]:
     found[f"clipseg {first}"] = partial(measure_clipseg, *given, first)
     for mode, dtype in modes(preset, options, first):
         measured = mode in (EAGER, OPTIMIZED) or preset.compiled_memory
-        for side in (THEIRS, OURS) if measured else ():
-            if (side, mode) == (THEIRS, OPTIMIZED):  # which is ours alone
+        for library in (MASK2FORMER, GKC) if measured else ():
+            if (library, mode) == (MASK2FORMER, OPTIMIZED):  # a mode that only GKC has
                 continue
-            found[f"memory {side}, {mode_name(mode, dtype)}"] = partial(measure_memory, *given, side, mode, dtype)
-    for rival in ("two-stage", "clipseg"):
-        found[f"memory {rival}"] = partial(measure_rival_memory, *given, rival)
+            found[f"memory {library}, {mode_name(mode, dtype)}"] = partial(
+                measure_memory, *given, library, mode, dtype
+            )
+    for baseline in ("two-stage", "clipseg"):
+        found[f"memory {baseline}"] = partial(measure_baseline_memory, *given, baseline)
     return found
 
 
-def measure_here(name: str, options: Options) -> dict[str, Any]:
-    """One measurement in this process, as JSON holds it."""
+def measure_in_process(name: str, options: Options) -> dict[str, Any]:
+    """Run one measurement in this process and return its results in a form that JSON can store."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -126,13 +128,17 @@ def measure_here(name: str, options: Options) -> dict[str, Any]:
     return {"took": time.perf_counter() - start, "results": results}
 
 
-def measure_apart(name: str, options: Options) -> dict[str, Any]:
-    """One measurement in a process of its own; where that fails, the last line of what it said."""
+def measure_in_subprocess(name: str, options: Options) -> dict[str, Any]:
+    """Run one measurement in a process of its own; if it fails, return the exit code and its last line of output."""
     command = [sys.executable, "-m", "benchmarks", "--measure", name, *option_arguments(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        said = _pass_on(process)
+        last_line = ""
+        for line in process.stderr:
+            text = line.decode(errors="replace")
+            sys.stderr.write(text)
+            last_line = text.strip() or last_line
         output = process.stdout.read()
         process.wait()
     finally:
@@ -140,50 +146,39 @@ def measure_apart(name: str, options: Options) -> dict[str, Any]:
             process.kill()
         process.wait()
     if process.returncode:
-        return {"failed": f"exit code {process.returncode}: {said}"}
+        return {"failed": f"exit code {process.returncode}: {last_line}"}
     return json.loads(output.decode().splitlines()[-1])
 
 
-def _pass_on(process: subprocess.Popen) -> str:
-    """Shows what a process says; its last line."""
-    last = ""
-    for line in process.stderr:
-        text = line.decode(errors="replace")
-        sys.stderr.write(text)
-        last = text.strip() or last
-    return last
-
-
 def option_arguments(options: Options) -> list[str]:
-    """The arguments that make these options."""
+    """Return the command-line arguments that produce these options."""
     arguments = ["--preset", options.preset, "--device", options.device, "--threads", str(options.threads)]
     return [*arguments, "--dtype", *options.dtypes, *([] if options.compile else ["--no-compile"])]
 
 
 class Record:
-    """What has been measured, on disk after every measurement.
+    """Results of a run, written to disk after every measurement.
 
     Args:
-        folder: Of the files; made with the first measurement.
-        content: What JSON holds.
-        document: A file that shows the tables between its marks, if any.
+        folder: Folder of the result files, created with the first measurement.
+        content: Content of results.json.
     """
 
-    def __init__(self, folder: Path, content: dict[str, Any], document: Path | None = None):
-        self.folder, self.content, self.document = folder, content, document
+    def __init__(self, folder: Path, content: dict[str, Any]):
+        self.folder, self.content = folder, content
 
     @classmethod
     def begin(cls, arguments: argparse.Namespace, options: Options, planned: list[str]) -> Record:
-        """A new one, or the one to be continued.
+        """Create a new record, or load the one to continue.
 
         Raises:
-            Misuse: the folder holds results that were not to be continued, or those of something else.
+            UsageError: The folder already holds results and --continue is missing, or they belong to another run.
         """
         from .harness import machine
 
         content = {
             "format": FORMAT,
-            "command": shlex.join(["python", "-m", "benchmarks", *arguments.typed]),
+            "command": shlex.join(["python", "-m", "benchmarks", *arguments.command_line]),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "options": json.loads(json.dumps(asdict(options))),
             "machine": machine(options.threads),
@@ -192,92 +187,121 @@ class Record:
         }
         path = arguments.out / RECORD
         if arguments.resume:
-            content = _continued(path, content)
+            content = _load_previous(path, content)
         elif path.exists() or (arguments.out / TABLE).exists():
-            raise Misuse(f"{arguments.out} holds results: name another folder with --out, or add --continue")
-        return cls(arguments.out, content, arguments.docs)
+            raise UsageError(
+                f"{arguments.out} already holds results: name another folder with --out, or add --continue"
+            )
+        return cls(arguments.out, content)
 
     def add(self, name: str, found: dict[str, Any]) -> None:
-        """Keeps a measurement."""
+        """Add the result of a measurement and write the files."""
         self.content["measurements"][name] = found
         self.write()
 
     def write(self) -> None:
-        """Writes the files, each at once."""
+        """Write results.json and results.md, each atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.folder / RECORD, json.dumps(self.content, indent=1) + "\n")
         atomic_write(self.folder / TABLE, self.table())
 
     def table(self) -> str:
-        """The tables in Markdown."""
+        """Return the tables in Markdown."""
         from .report import markdown
 
         return markdown(self.content)
 
 
-def _continued(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def _load_previous(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
-        raise Misuse(f"{path} is not there: there is nothing to continue")
+        raise UsageError(f"{path} does not exist: there is no run to continue")
     kept = json.loads(path.read_text(encoding="utf-8"))
-    names = ("format", "options")
-    about = ("processor", "cores", "threads", "accelerator", "torch", "transformers")
-    differing = [name for name in names if kept[name] != content[name]]
-    differing += [name for name in about if kept["machine"][name] != content["machine"][name]]
+    keys = ("format", "options")
+    machine_keys = ("processor", "cores", "threads", "accelerator", "torch", "transformers")
+    differing = [key for key in keys if kept[key] != content[key]]
+    differing += [key for key in machine_keys if kept["machine"][key] != content["machine"][key]]
     if differing:
-        raise Misuse(f"{path} is of another {' and '.join(differing)}: name another folder with --out")
+        raise UsageError(
+            f"{path} belongs to a run that differs in {', '.join(differing)}: name another folder with --out"
+        )
     kept["planned"] = list(dict.fromkeys([*kept["planned"], *content["planned"]]))
     kept["measurements"] = {name: each for name, each in kept["measurements"].items() if "failed" not in each}
     return kept
 
 
-def parse_arguments(typed: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     folder = Path("out") / datetime.now(UTC).strftime("bench-%Y%m%d-%H%M%S")
     parser.add_argument(
-        "--preset", choices=PRESET_NAMES, default="full", help="(default: %(default)s); toy only tests"
+        "--preset",
+        choices=PRESET_NAMES,
+        default="full",
+        help="sizes and number of rounds (default: %(default)s); toy is for tests of this command",
     )
-    parser.add_argument("--out", type=Path, default=folder, help="new folder of the results (default: out/bench-TIME)")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help="see above")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPE_NAMES, default=list(DTYPE_NAMES), help="(default: all)")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--continue", dest="resume", action="store_true", help="measure what OUT lacks")
-    parser.add_argument("--docs", type=Path, help="a document that shows the tables too, between its marks")
+    parser.add_argument(
+        "--out", type=Path, default=folder, help="new folder for the results (default: out/bench-TIME)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=GROUPS,
+        default=list(GROUPS),
+        metavar="GROUP",
+        help="groups of measurements to run, see the list above (default: all)",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPE_NAMES,
+        default=list(DTYPE_NAMES),
+        help="data types to measure (default: all)",
+    )
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="skip measurements that use torch.compile"
+    )
+    parser.add_argument(
+        "--continue", dest="resume", action="store_true", help="run only the measurements that are missing in OUT"
+    )
+    parser.add_argument("--docs", type=Path, help="Markdown document whose tables, between its markers, are replaced")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(typed)
-    arguments.typed = list(typed)
+    arguments = parser.parse_args(argv)
+    arguments.command_line = list(argv)
     if arguments.threads < 1:
         parser.error("--threads must be at least 1")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Run the command.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None uses `sys.argv`.
 
     Returns:
-        0 all was measured, 1 something failed, 2 an error of the user, 128 + number ended by a signal.
+        0 if everything was measured, 1 if a measurement failed, 2 for a usage error, 128 + the number of the signal
+        that interrupted the run.
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from .harness import Options, progress
+    from .harness import Options, print_progress
 
     dtypes = tuple(dtype for dtype in DTYPE_NAMES if dtype in arguments.dtype)
     options = Options(arguments.preset, arguments.device, dtypes, arguments.threads, arguments.compile)
     if arguments.measure:
-        sys.stdout.write(json.dumps(measure_here(arguments.measure, options)) + "\n")
+        sys.stdout.write(json.dumps(measure_in_process(arguments.measure, options)) + "\n")
         return 0
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments, options)
-    except (Misuse, ValueError) as error:
-        progress(f"error: {error}")
-        return MISUSED
+    except (UsageError, ValueError) as error:
+        print_progress(f"Error: {error}")
+        return USAGE_ERROR
     except KeyboardInterrupt as stop:
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     finally:
@@ -291,30 +315,30 @@ def _terminate(number: int, frame: Any) -> None:
 def _run(arguments: argparse.Namespace, options: Options) -> int:
     import torch
 
-    from .harness import progress
+    from .harness import print_progress
     from .report import update_document
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise Misuse("--device cuda: torch sees no CUDA device here")
+        raise UsageError("--device cuda: torch finds no CUDA device on this machine, use --device cpu")
     if find_spec("scipy") is None:
-        raise Misuse("transformers' Mask2Former needs scipy: pip install scipy")
+        raise UsageError("transformers' Mask2Former needs scipy: run pip install scipy")
     planned = [name for name in measurements(options) if name.split()[0] in arguments.only]
     if not planned:
-        raise Misuse(f"{', '.join(arguments.only)}: nothing of it is measured on the device {options.device}")
+        raise UsageError(f"--only {' '.join(arguments.only)}: nothing to measure with --device {options.device}")
     record = Record.begin(arguments, options, planned)
     missing = [name for name in planned if name not in record.content["measurements"]]
     start = time.perf_counter()
     try:
         for number, name in enumerate(missing):
-            progress(f"[{number + 1}/{len(missing)}] {name} ({time.perf_counter() - start:.0f} s so far)")
-            record.add(name, measure_apart(name, options))
+            print_progress(f"[{number + 1}/{len(missing)}] {name} ({time.perf_counter() - start:.0f} s so far)")
+            record.add(name, measure_in_subprocess(name, options))
     except KeyboardInterrupt:
-        progress(f"Ended; what was measured is kept. To go on: --out {arguments.out} --continue and the same options")
+        print_progress(f"Interrupted. To continue, use the same options and --out {arguments.out} --continue")
         raise
     sys.stdout.write(record.table())
     if arguments.docs:
         update_document(arguments.docs, record.table())
-    progress(f"Written to {arguments.out / RECORD} and {TABLE} beside it.")
+    print_progress(f"Results are in {arguments.out / RECORD} and {arguments.out / TABLE}.")
     return FAILED if any("failed" in each for each in record.content["measurements"].values()) else 0
 
 

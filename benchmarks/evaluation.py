@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Throughput and memory of `python -m train.evaluate` at 19, 150 and 847 classes.
+"""Measure throughput and memory of `python -m train.evaluate` at 19, 150 and 847 classes.
 
-    python benchmarks/evaluation.py                  # R50 at the usual sizes (short side 800), a few minutes
-    python benchmarks/evaluation.py --images 20      # steadier times
+    python benchmarks/evaluation.py                  # R50 at the usual size (short side 800), a few minutes
+    python benchmarks/evaluation.py --images 20      # more images for more stable times
 
-The model has the default sizes and random weights, the pictures (640 x 480) are random squares of random classes; the
-words are those of Cityscapes, ADE20K-150 and ADE20K-847. Each evaluation is a process of its own, whose highest
-resident memory is reported. Times are those of its result file: loading the model and encoding words is in none.
+The model has the default sizes and random weights. The images (640 x 480) consist of random squares of random
+classes, with the class names of Cityscapes, ADE20K-150 and ADE20K-847. Each evaluation runs in a process of its own,
+whose peak resident memory is reported. Times are those of its result file, without loading the model and encoding
+the class names.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SQUARES, SIDE = (6, 8), 80
 
 
 def write_model(folder: Path) -> None:
-    """A checkpoint of the default sizes with random weights, but the shipped checkpoint's small text tower."""
+    """Write a checkpoint with the default sizes, random weights and the small text tower of the shipped checkpoint."""
     torch.manual_seed(0)
     text_config = GKCConfig.from_pretrained(TOKENIZER).text_config
     text_config.projection_dim = GKCConfig().text_config.projection_dim
@@ -61,22 +61,26 @@ def write_model(folder: Path) -> None:
     GKCProcessor(GKCImageProcessor(), tokenizer).save_pretrained(folder)
 
 
-def write_pictures(folder: Path, vocabulary: str, images: int) -> None:
-    """Pictures and 16-bit masks as `python -m train.data.prepare folder` takes them."""
+def write_images(folder: Path, vocabulary: str, images: int) -> None:
+    """Write images and 16-bit label maps in the layout that `python -m train.data.prepare folder` reads."""
     labels = Vocabulary.named(vocabulary).labels
     rng = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (folder / kind / "val").mkdir(parents=True)
     for number in range(images):
         classes = rng.integers(0, len(labels), SQUARES).repeat(SIDE, 0).repeat(SIDE, 1)
-        colours = rng.integers(0, 256, (*SQUARES, 3), dtype=np.uint8).repeat(SIDE, 0).repeat(SIDE, 1)
-        Image.fromarray(colours).save(folder / "images" / "val" / f"{number}.jpg")
+        colors = rng.integers(0, 256, (*SQUARES, 3), dtype=np.uint8).repeat(SIDE, 0).repeat(SIDE, 1)
+        Image.fromarray(colors).save(folder / "images" / "val" / f"{number}.jpg")
         Image.fromarray(classes.astype(np.uint16)).save(folder / "masks" / "val" / f"{number}.png")
     (folder / "names.json").write_text(json.dumps(labels))
 
 
 def evaluate(model: Path, data: Path, result: Path, threads: int) -> dict[str, Any]:
-    """The result file of an evaluation in a process of its own, and that process's highest `memory_mb`."""
+    """Run an evaluation in a process of its own.
+
+    Returns:
+        The content of its result file, with that process's peak memory added as `memory_mb`.
+    """
     code = (
         "import resource, sys; from train.evaluate.command import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024); sys.exit(code)"
@@ -89,38 +93,40 @@ def evaluate(model: Path, data: Path, result: Path, threads: int) -> dict[str, A
 
 
 def row(classes: int, found: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format one row of the table."""
     each = found["times"]["milliseconds_per_image"]
     speed = found["times"]["images_per_second"]
     parts = (each[phase] / 1000 for phase in ("model", "post_processing", "scoring"))
     return f"| {classes} | {speed:.2f} | {' | '.join(f'{part:.3f}' for part in parts)} | {found['memory_mb']:.0f} |"
 
 
-def say(line: str) -> None:
-    """A line of the result, at once."""
+def print_line(line: str) -> None:
+    """Print a line without buffering."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the evaluations and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=6, help="of each benchmark (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--images", type=int, default=6, help="images per benchmark (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
-        say("| classes | images a second | model, s an image | post-processing, s | scoring, s | memory, MB |")
-        say("| ---: | ---: | ---: | ---: | ---: | ---: |")
+        print_line(
+            "| classes | images per second | model, s per image | post-processing, s | scoring, s | memory, MB |"
+        )
+        print_line("| ---: | ---: | ---: | ---: | ---: | ---: |")
         for vocabulary in VOCABULARIES:
             source, data = folder / vocabulary, folder / f"{vocabulary}-data"
-            write_pictures(source, vocabulary, options.images)
+            write_images(source, vocabulary, options.images)
             arguments = ["folder", "--source", source, "--out", data, "--split", "val"]
             if prepare.main([str(argument) for argument in arguments]):
-                raise SystemExit(f"{vocabulary} could not be prepared")
+                raise SystemExit(f"Cannot prepare the images of {vocabulary}, see the error above")
             found = evaluate(folder / "model", data, folder / f"{vocabulary}.json", options.threads)
-            say(row(len(Vocabulary.named(vocabulary)), found))
+            print_line(row(len(Vocabulary.named(vocabulary)), found))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the benchmarks of inference share: the machine's name, memory, and calls timed in turn.
+"""Shared code of the inference benchmarks: machine description, memory readings, interleaved timing and results.
 
-A result is a dict that JSON holds: `seconds` and `ratios` by name, `megabytes`, `agreement`, `not_measured`, `notes`.
+All results can be written as JSON.
 """
 
 import os
@@ -36,20 +36,20 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_b
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Disagreement(Exception):
-    """Two sides that should compute the same do not."""
+class OutputMismatch(Exception):
+    """Error raised when two candidates that should compute the same output do not."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What of the command line a measurement needs.
+    """Command-line options that affect a measurement.
 
     Attributes:
-        preset: Name of the sizes.
+        preset: Name of the preset that defines all sizes.
         device: `cpu` or `cuda`.
-        dtypes: Of `DTYPES`, those to be measured.
-        threads: Of the processor.
-        compile: Whether arms under torch.compile are measured.
+        dtypes: Names from `DTYPES` of the data types to measure.
+        threads: Number of CPU threads.
+        compile: Whether models are also measured under torch.compile.
     """
 
     preset: str
@@ -60,9 +60,10 @@ class Options:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Processor, its cores and instructions, accelerator, versions, and the load before anything was run."""
+    """Return processor, cores, instruction sets, accelerator, library versions and the current load average."""
     info = Path("/proc/cpuinfo")
-    fields = dict(_field(line) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", "").split()
     return {
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
@@ -79,88 +80,90 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def _field(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
-
-
 def load_average() -> float | None:
-    """Processes that wanted to run, on average of the last minute; None where the system does not count them."""
+    """Return the system's load average over the last minute, None where the system does not provide it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def memory_mb(name: str) -> float:
-    """A field of this process's status: `VmRSS`, memory held, or `VmHWM`, the most that was held.
+    """Return a memory field of this process's status in MB.
+
+    Args:
+        name: `VmRSS`, the resident memory, or `VmHWM`, the peak resident memory.
 
     Raises:
-        RuntimeError: the system has no such file, as only Linux has.
+        RuntimeError: The system has no /proc/self/status, which only Linux has.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     for line in lines:
         if line.startswith(name + ":"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError(f"the memory of a process ({name}) is read from Linux's /proc, which is not here")
+    raise RuntimeError(f"Cannot read {name} from /proc/self/status: memory is measured on Linux only")
 
 
-def forget_peak() -> None:
-    """From here on `VmHWM` counts anew."""
+def reset_peak_memory() -> None:
+    """Reset the peak resident memory (`VmHWM`) of this process to the current value."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def no_compiler() -> str | None:
-    """Why torch.compile cannot be measured here, None if it can."""
+def missing_compiler() -> str | None:
+    """Return the reason why torch.compile cannot be measured on this machine, None if it can."""
     if os.environ.get("CXX") or any(shutil.which(name) for name in ("g++", "clang++", "cl")):
         return None
     return "no C++ compiler: install g++"
 
 
-def progress(message: str) -> None:
-    """Says what is being done, apart from what is printed as the result."""
+def print_progress(message: str) -> None:
+    """Print a progress message to stderr; stdout is kept for the result."""
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    """Return the median, minimum and maximum of the values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def synchronise(device: str) -> None:
-    """Waits for what was given to the accelerator."""
+def synchronize(device: str) -> None:
+    """Wait until the accelerator has finished its queued work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 @dataclass
 class Rounds:
-    """Times of calls that took turns.
+    """Times of calls that were measured in interleaved rounds.
 
     Attributes:
-        samples: For each arm and round, (clock, processor) seconds of a call.
-        order: The arms in the order in which they were called.
-        device: Where they computed.
+        samples: Seconds of each call, (wall clock, processor time), one pair per round, by candidate.
+        order: Candidates in the order in which they were called.
+        device: Device on which the calls were computed.
     """
 
     samples: dict[str, list[tuple[float, float]]]
     order: list[str]
     device: str = "cpu"
 
-    def seconds(self, scale: float = 1.0) -> dict[str, dict]:
-        """Of each arm, by both clocks; `scale` turns the time of a call into that of a part or a multiple of it."""
+    def seconds(self) -> dict[str, dict]:
+        """Return the spread of the seconds of a call by candidate and clock."""
         return {
-            arm: {clock: spread([scale * sample[index] for sample in taken]) for index, clock in enumerate(CLOCKS)}
-            for arm, taken in self.samples.items()
+            candidate: {clock: spread([sample[index] for sample in samples]) for index, clock in enumerate(CLOCKS)}
+            for candidate, samples in self.samples.items()
         }
 
     def ratio(self, name: str, over: str, under: str, scale: float = 1.0, **goal: float) -> dict[str, Any] | None:
-        """How much longer `over` takes than `under`: of each round, then the median; None if either is missing.
+        """Compute the ratio of the times of two candidates within each round, and its spread over the rounds.
 
         Args:
-            name: What the ratio tells.
-            over, under: Arms.
-            scale: Factor of the ratio, where a call of `over` is a share of what is compared.
-            goal: `at_least` or `at_most`.
+            name: Label of the ratio.
+            over: Candidate whose time is the numerator.
+            under: Candidate whose time is the denominator.
+            scale: Factor applied to the ratio, for a call of `over` that does only a part of the compared work.
+            goal: `at_least` or `at_most`, the goal for the median.
+
+        Returns:
+            Label, candidates, scale, goal and the spread by clock; None if one of the candidates was not measured.
         """
         if over not in self.samples or under not in self.samples:
             return None
@@ -173,54 +176,63 @@ class Rounds:
         return {"name": name, "over": over, "under": under, "scale": scale, "goal": goal, **clocks}
 
 
-def take_turns(
-    arms: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1, limit: float = 60.0, device: str = "cpu"
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    limit: float = 60.0,
+    device: str = "cpu",
 ) -> Rounds:
-    """Times each arm once a round; every other round goes backwards, so that none is always the first.
+    """Time all candidates in interleaved rounds.
+
+    Every other round runs in reverse order, so that no candidate always comes first.
 
     Args:
-        arms: Calls by name.
-        rounds: That count.
-        warm_up: Rounds before them.
-        limit: Seconds after which no round is begun, once there are two.
-        device: What is waited for before the clock is read.
+        candidates: Calls by name.
+        rounds: Number of rounds that are kept.
+        warm_up: Number of rounds before them that are discarded.
+        limit: Seconds after which no further round is started, once two rounds are kept.
+        device: Device to synchronize with before each clock reading.
     """
-    taken = Rounds({arm: [] for arm in arms}, [], device)
+    timings = Rounds({candidate: [] for candidate in candidates}, [], device)
     start = time.perf_counter()
     for number in range(warm_up + rounds):
         if number >= warm_up + 2 and time.perf_counter() - start > limit:
-            progress(f"    {number - warm_up} rounds instead of {rounds}: {limit:.0f} s are over")
+            print_progress(
+                f"    stopped at the time limit ({limit:.0f} s) after {number - warm_up} of {rounds} rounds"
+            )
             break
-        for arm in list(arms) if number % 2 == 0 else reversed(list(arms)):
-            seconds = timed(arms[arm], device)
-            taken.order.append(arm)
+        for candidate in list(candidates) if number % 2 == 0 else reversed(list(candidates)):
+            seconds = timed(candidates[candidate], device)
+            timings.order.append(candidate)
             if number >= warm_up:
-                taken.samples[arm].append(seconds)
-    return taken
+                timings.samples[candidate].append(seconds)
+    return timings
 
 
 def timed(call: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
-    """Seconds of one call, by the clock and of all processor cores together."""
-    synchronise(device)
+    """Return the wall-clock seconds of a call and its processor seconds summed over all cores."""
+    synchronize(device)
     clock, processor = time.perf_counter(), time.process_time()
     call()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - clock, time.process_time() - processor
 
 
 def compare(
     name: str, actual: Tensor, expected: Tensor, bound: float | None = None, by: str = "largest"
 ) -> dict[str, Any]:
-    """How far two tensors lie apart, in units of the standard deviation of `expected`.
+    """Measure the difference of two tensors in units of the standard deviation of `expected`.
 
     Args:
-        name: What is compared.
-        actual, expected: Of one shape.
-        bound: Most that is allowed; None only tells.
-        by: What is bounded, the `largest` difference or the `rms`.
+        name: Label of the comparison.
+        actual: Tensor to check.
+        expected: Reference tensor of the same shape.
+        bound: Largest allowed difference; None checks nothing.
+        by: Difference that is checked, the `largest` or the `rms`.
 
     Raises:
-        Disagreement: the bound is passed.
+        OutputMismatch: The difference exceeds the bound.
     """
     actual, expected = actual.detach().float(), expected.detach().float()
     deviation = expected.std()
@@ -235,28 +247,28 @@ def compare(
         "bound": bound,
     }
     if bound is not None and not found[by] <= bound:
-        raise Disagreement(
-            f"{name}: the {by} difference is {found[by]:.3g} standard deviations, more than {bound:.3g}. The two do "
-            "not compute the same, so their times cannot be compared."
+        raise OutputMismatch(
+            f"{name}: the {by} difference is {found[by]:.3g} standard deviations, above the bound of {bound:.3g}. "
+            "The outputs differ, so the times cannot be compared."
         )
     return found
 
 
 @dataclass
 class Result:
-    """What a measurement found.
+    """Result of one measurement.
 
     Attributes:
-        title: Of its table.
-        seconds: Times by arm and clock.
-        ratios: See `Rounds.ratio`.
-        megabytes: Memory by arm.
-        agreement: See `compare`.
-        not_measured: Reasons by arm.
-        notes: Sentences below the table.
-        rounds: Numbers of rounds that counted.
-        order: Arms as they were called.
-        samples: Seconds of every call by arm, (clock, processor).
+        title: Heading of its tables.
+        seconds: Times by candidate and clock, see `Rounds.seconds`.
+        ratios: Time ratios, see `Rounds.ratio`.
+        megabytes: Memory in MB by candidate.
+        agreement: Differences between outputs, see `compare`.
+        not_measured: Reasons by candidate that could not be measured.
+        notes: Sentences shown below the tables.
+        rounds: Numbers of rounds that were kept.
+        order: Candidates in the order in which they were called.
+        samples: Seconds of every call by candidate, (wall clock, processor time).
     """
 
     title: str
@@ -270,16 +282,16 @@ class Result:
     order: list[str] = field(default_factory=list)
     samples: dict[str, list] = field(default_factory=dict)
 
-    def add(self, taken: Rounds, *ratios: dict | None) -> None:
-        """Times of more arms, and ratios of which those that could not be formed are left out."""
-        self.seconds |= taken.seconds()
-        self.samples |= {arm: [list(sample) for sample in found] for arm, found in taken.samples.items()}
-        self.order += taken.order
-        self.rounds += [len(found) for found in list(taken.samples.values())[:1]]
+    def add(self, timings: Rounds, *ratios: dict | None) -> None:
+        """Add times, and those of the ratios that could be computed."""
+        self.seconds |= timings.seconds()
+        self.samples |= {candidate: [list(sample) for sample in found] for candidate, found in timings.samples.items()}
+        self.order += timings.order
+        self.rounds += [len(found) for found in list(timings.samples.values())[:1]]
         for ratio in ratios:
             self.add_ratio(ratio)
 
     def add_ratio(self, ratio: dict | None) -> None:
-        """One that could be formed."""
+        """Add a ratio unless it is None."""
         if ratio is not None:
             self.ratios.append(ratio)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Models of random weights that the benchmarks of inference compare, and the sizes of it all."""
+"""Models with random weights for the inference benchmarks, and the presets that define all sizes."""
 
 import copy
 from collections.abc import Callable
@@ -39,28 +39,35 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from .harness import DTYPES
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-EAGER, OPTIMIZED, COMPILED, GRAPHS = "eager", "optimised", "compiled", "CUDA graphs"
+EAGER, OPTIMIZED, COMPILED, GRAPHS = "eager", "optimized", "compiled", "CUDA graphs"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of what is measured; the dicts are fields of configurations, empty for those of the published models.
+    """Sizes of a benchmark run.
+
+    The dicts are fields of model configurations; an empty dict stands for the published model's sizes.
 
     Attributes:
-        sizes: Sides of the square images.
-        operator_sizes: Sides of the images whose maps the operator alone works on.
-        classes: Numbers of words; the middle one where one is enough.
-        compiled_sizes: Those of `sizes` that are measured under torch.compile too, which takes minutes each.
-        rounds: Of every comparison, if there is time.
-        limit: Seconds after which a comparison begins no further round.
-        clipseg_words: Numbers of words that CLIPSeg is asked for.
-        clipseg_batch: Words that it is given at a time, and of which one call is timed.
-        rival_rounds: Rounds against the rivals that take many seconds.
-        batch_size: Images of a batch whose throughput is measured on an accelerator.
-        crop_size: Side of the crops that a two-stage segmenter shows to CLIP.
-        picture: (width, height) of the image file.
-        rival_modes: (mode, type) in which the two-stage segmenter is compared.
-        compiled_memory: Whether memory is measured under torch.compile too: each arm compiles in its own process.
+        sizes: Side lengths of the square input images in pixels.
+        compiled_sizes: Those of `sizes` that are also measured under torch.compile, which takes minutes each.
+        operator_sizes: Side lengths of the images whose feature maps the operator is measured on.
+        classes: Numbers of classes; the middle one is used where one number is enough.
+        rounds: Number of rounds of every comparison, as long as the time limit allows.
+        limit: Seconds after which a comparison starts no further round.
+        clipseg_classes: Numbers of classes that CLIPSeg is compared at.
+        clipseg_batch: Number of classes given to CLIPSeg in one call, which is the call that is timed.
+        baseline_rounds: Number of rounds for baselines that take many seconds per call.
+        batch_size: Number of images of the batch whose throughput is measured on an accelerator.
+        crop_size: Side length of the crops that a two-stage segmenter passes to CLIP.
+        image_file_size: Size (width, height) of the image file.
+        baseline_modes: Pairs of (mode, data type) at which the two-stage segmenter is compared.
+        compiled_memory: Whether memory is also measured under torch.compile, where each process compiles by itself.
+        resnet: Fields of `ResNetConfig`.
+        clip_resnet: Fields of `CLIPResNetConfig`.
+        mask2former: Fields of `Mask2FormerConfig`.
+        text: Fields of `CLIPTextConfig`.
+        clipseg: Fields of `CLIPSegConfig`.
     """
 
     sizes: tuple[int, ...]
@@ -69,13 +76,13 @@ class Preset:
     classes: tuple[int, int, int]
     rounds: int
     limit: float
-    clipseg_words: tuple[int, ...] = (20, 150)
+    clipseg_classes: tuple[int, ...] = (20, 150)
     clipseg_batch: int = 5
-    rival_rounds: int = 2
+    baseline_rounds: int = 2
     batch_size: int = 32
     crop_size: int = 224
-    picture: tuple[int, int] = (640, 480)
-    rival_modes: tuple[tuple[str, str], ...] = ((OPTIMIZED, "fp32"),)
+    image_file_size: tuple[int, int] = (640, 480)
+    baseline_modes: tuple[tuple[str, str], ...] = ((OPTIMIZED, "fp32"),)
     compiled_memory: bool = False
     resnet: dict[str, Any] = field(default_factory=dict)
     clip_resnet: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +92,7 @@ class Preset:
 
     @property
     def num_classes(self) -> int:
-        """Where one number of words is enough."""
+        """Number of classes for measurements that use only one."""
         return self.classes[1]
 
 
@@ -97,8 +104,8 @@ PRESETS = {
         classes=(20, 150, 847),
         rounds=7,
         limit=120,
-        rival_rounds=3,
-        rival_modes=((OPTIMIZED, "fp32"), (COMPILED, "bf16")),
+        baseline_rounds=3,
+        baseline_modes=((OPTIMIZED, "fp32"), (COMPILED, "bf16")),
         compiled_memory=True,
     ),
     "full": Preset(
@@ -116,7 +123,7 @@ PRESETS = {
         classes=(20, 150, 847),
         rounds=2,
         limit=10,
-        rival_rounds=1,
+        baseline_rounds=1,
     ),
     "toy": Preset(
         sizes=(64,),
@@ -125,11 +132,11 @@ PRESETS = {
         classes=(3, 5, 7),
         rounds=2,
         limit=20,
-        clipseg_words=(2, 4),
+        clipseg_classes=(2, 4),
         clipseg_batch=2,
         batch_size=2,
         crop_size=32,
-        picture=(80, 60),
+        image_file_size=(80, 60),
         resnet={"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
         clip_resnet={
             "width": 8,
@@ -184,17 +191,22 @@ PRESETS = {
 
 
 def is_compiled(mode: str) -> bool:
-    """Whether a mode needs a compiler."""
+    """Return whether a mode uses torch.compile."""
     return mode in (COMPILED, GRAPHS)
 
 
 def mode_name(mode: str, dtype: str) -> str:
-    """As arms are called: `compiled, bf16`."""
+    """Return the label of a mode and data type, for example `compiled, bf16`."""
     return f"{mode}, {dtype}"
 
 
 def text_config(preset: Preset, whole: bool = False) -> CLIPTextConfig:
-    """RN50's text tower; unless `whole` without its vocabulary and layers, as its embeddings are cached."""
+    """Return the configuration of RN50's text tower.
+
+    Args:
+        preset: Sizes to use.
+        whole: Whether to keep the vocabulary and all layers, which a model with cached class embeddings does not use.
+    """
     if preset.text:
         return CLIPTextConfig(**preset.text)
     config = GKCConfig().text_config
@@ -205,16 +217,16 @@ def text_config(preset: Preset, whole: bool = False) -> CLIPTextConfig:
 
 
 @torch.no_grad()
-def make_source(preset: Preset, num_labels: int) -> Mask2FormerForUniversalSegmentation:
-    """Transformers' Mask2Former with ResNet-50, of random weights."""
+def make_mask2former(preset: Preset, num_labels: int) -> Mask2FormerForUniversalSegmentation:
+    """Return transformers' Mask2Former with ResNet-50 and random weights."""
     torch.manual_seed(0)
     backbone = ResNetConfig(**preset.resnet, out_features=STAGES)
     config = Mask2FormerConfig(backbone_config=backbone, num_labels=num_labels, **preset.mask2former)
-    return _spread(Mask2FormerForUniversalSegmentation(config).eval(), "pixel_level_module.encoder.")
+    return _perturb(Mask2FormerForUniversalSegmentation(config).eval(), "pixel_level_module.encoder.")
 
 
-def _spread(model: nn.Module, backbone: str) -> nn.Module:
-    """Adds to all weights but the backbone's, so that masks have insides and outsides."""
+def _perturb(model: nn.Module, backbone: str) -> nn.Module:
+    """Add noise to all weights outside of the backbone, so that masks contain positive and negative pixels."""
     for name, parameter in model.model.named_parameters():
         if not name.startswith(backbone):
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -222,12 +234,12 @@ def _spread(model: nn.Module, backbone: str) -> nn.Module:
 
 
 def make_converted(source: Mask2FormerForUniversalSegmentation, preset: Preset) -> GKCForOpenVocabSegmentation:
-    """Ours, with the weights of the source; the projection into the space of words is random."""
+    """Return GKC with the weights of a Mask2Former; its projection into the text embedding space is random."""
     return from_mask2former(source, CLIPTextModelWithProjection(text_config(preset))).eval()
 
 
-def _our_sizes(preset: Preset) -> dict[str, Any]:
-    """The preset's sizes of a Mask2Former in the names of `GKCConfig`."""
+def _gkc_sizes(preset: Preset) -> dict[str, Any]:
+    """Translate the preset's Mask2Former sizes into fields of `GKCConfig`."""
     names = {
         "hidden_dim": "hidden_size",
         "encoder_feedforward_dim": "encoder_ffn_dim",
@@ -240,49 +252,57 @@ def _our_sizes(preset: Preset) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def make_ours(preset: Preset, backbone: str = "clip_resnet") -> GKCForOpenVocabSegmentation:
-    """Ours of random weights, text tower whole, with CLIP's RN50 (the paper's R-50 row) or a `resnet` as backbone."""
+def make_gkc(preset: Preset, backbone: str = "clip_resnet") -> GKCForOpenVocabSegmentation:
+    """Return GKC with random weights and the whole text tower.
+
+    Args:
+        preset: Sizes to use.
+        backbone: `clip_resnet`, CLIP's RN50 as in the paper's R-50 row, or `resnet`.
+    """
     torch.manual_seed(0)
     if backbone == "resnet":
         config = ResNetConfig(**preset.resnet, out_features=STAGES)
     else:
         config = CLIPResNetConfig(**preset.clip_resnet)
     text = text_config(preset, whole=True)
-    config = GKCConfig(backbone_config=config, text_config=text, **_our_sizes(preset))
-    return _spread(GKCForOpenVocabSegmentation(config).eval(), "backbone.")
+    config = GKCConfig(backbone_config=config, text_config=text, **_gkc_sizes(preset))
+    return _perturb(GKCForOpenVocabSegmentation(config).eval(), "backbone.")
 
 
-def random_words(count: int, width: int, device: str = "cpu") -> Tensor:
-    """(count, width) unit vectors, in place of the embeddings of words."""
+def random_class_embeds(count: int, width: int, device: str = "cpu") -> Tensor:
+    """Return random unit vectors (count, width) in place of encoded class names."""
     return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(count)), dim=-1).to(device)
 
 
 def random_pixels(size: int, batch_size: int = 1, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, 3, size, size), of blobs rather than of noise: all of a random model's masks would be noise too."""
+    """Return random images (B, 3, size, size) of smooth blobs.
+
+    On pure noise, all masks of a model with random weights would be noise too.
+    """
     generator = torch.Generator().manual_seed(size)
     coarse = torch.randn(batch_size, 3, 8, 8, generator=generator)
     pixels = F.interpolate(coarse, size=(size, size), mode="bicubic")
     return (pixels + 0.2 * torch.randn(pixels.shape, generator=generator)).to(device, dtype)
 
 
-def write_picture(folder: Path, preset: Preset) -> Path:
-    """A file of a picture of coloured blobs."""
-    path = folder / "picture.jpg"
+def write_image(folder: Path, preset: Preset) -> Path:
+    """Write a JPEG of smooth colored blobs into the folder and return its path."""
+    path = folder / "image.jpg"
     coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize(preset.picture, Image.Resampling.BICUBIC).save(path, quality=90)
+    Image.fromarray(coarse).resize(preset.image_file_size, Image.Resampling.BICUBIC).save(path, quality=90)
     return path
 
 
-def read_picture(path: Path) -> Image.Image:
-    """The picture of a file, as transformers' image processors want it."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+def read_image(path: Path) -> Image.Image:
+    """Open an image file in RGB, the form that transformers' image processors expect."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
-def prepare_source(
+def prepare_mask2former(
     source: Mask2FormerForUniversalSegmentation, mode: str, dtype: str, device: str
 ) -> Mask2FormerForUniversalSegmentation:
-    """A copy of transformers' model as its user would speed it up.
+    """Return a copy of transformers' model, compiled if the mode says so.
 
     Its class head stays outside of the compiled part, so that one compilation serves every number of classes: it is
     one product of 100 x 256 with 256 x (K + 1) for each of ten stages.
@@ -291,13 +311,16 @@ def prepare_source(
     return _compile(model, mode)
 
 
-def prepare_ours(
+def prepare_gkc(
     model: GKCForOpenVocabSegmentation, mode: str, dtype: str, device: str, size: int, batch_size: int = 1
 ) -> GKCForOpenVocabSegmentation:
-    """A copy of ours: eager as it was loaded, else by `optimize_for_inference`, `optimised` without compiling.
+    """Return a copy of GKC in the given mode.
+
+    In mode `eager` the model stays as it was loaded; all other modes use `optimize_for_inference`, of which
+    `optimized` does not compile.
 
     Raises:
-        RuntimeError: it could not be compiled.
+        RuntimeError: The model could not be compiled.
     """
     model = copy.deepcopy(model).to(device)
     if mode == EAGER:
@@ -308,26 +331,26 @@ def prepare_ours(
         return _compile(model.optimize_for_inference(dtype=DTYPES[dtype], compile=False), mode)
     model.optimize_for_inference(dtype=DTYPES[dtype], compile=True, sizes=[(size, size)], batch_size=batch_size)
     if model.model._compiled_call_impl is None:
-        raise RuntimeError("torch.compile failed and ours runs uncompiled: a compiled arm would not be one")
+        raise RuntimeError("torch.compile failed and GKC would run uncompiled: the mode 'compiled' cannot be measured")
     return model
 
 
 def _compile(model: nn.Module, mode: str) -> nn.Module:
-    """Compiles the part that both models call `model`, the image path without the class head; in place."""
+    """Compile in place the submodule that both models call `model`, the image path without the class head."""
     if is_compiled(mode):
         model.model.compile(**compile_options(mode, next(model.parameters()).device.type))
     return model
 
 
 def compile_options(mode: str, device: str) -> dict[str, Any]:
-    """Arguments of torch.compile, the same for all that is compared."""
+    """Return the arguments of torch.compile, which are the same for all candidates."""
     if device == "cpu":
         return {"dynamic": False}
     return {"dynamic": False, "mode": "reduce-overhead" if mode == GRAPHS else None}
 
 
-def with_head(model: Mask2FormerForUniversalSegmentation, num_classes: int) -> Callable[[], None]:
-    """Makes a random class head; calling what is returned puts it into the model."""
+def random_head_setter(model: Mask2FormerForUniversalSegmentation, num_classes: int) -> Callable[[], None]:
+    """Return a function that puts a random class head of `num_classes` classes into the model."""
     weight = next(model.parameters())
     head = nn.Linear(model.config.hidden_dim, num_classes + 1).to(weight.device, weight.dtype).eval()
 

@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Multi-scale deformable attention alone: every kernel, forward and with gradients, at the sizes of the pixel decoder.
+"""Multi-scale deformable attention alone: all kernels, forward and backward, at the sizes of the pixel decoder.
 
-8 heads of 32 channels, 4 points on each of the levels of stride 32, 16 and 8, one query for every position. Samples
-lie a few cells around their query's position, as in a trained model. That the kernels agree is checked first.
+8 heads of 32 channels, 4 points on each of the levels of stride 32, 16 and 8, one query for every position. Sampling
+points lie within a few cells of their query's position, as in a trained model. Before anything is timed, the outputs
+of the kernels are checked to agree.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from torch import Tensor
 from modeling_gkc.deformable_attention import multi_scale_deformable_attention
 from modeling_gkc.pixel_decoder import reference_points
 
-from .harness import DTYPES, Options, Result, Rounds, compare, no_compiler, take_turns
+from .harness import DTYPES, Options, Result, Rounds, compare, missing_compiler, time_interleaved
 from .models import Preset
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -37,7 +38,7 @@ FORWARD, BOTH = "forward", "forward and backward"
 
 
 def operator_inputs(size: int, device: str, dtype: str, requires_grad: bool = False) -> tuple[Any, ...]:
-    """Value, spatial shapes, locations and weights of one image of `size` x `size`."""
+    """Return value, spatial shapes, sampling locations and weights of one image of `size` x `size` pixels."""
     shapes = [(size // stride, size // stride) for stride in STRIDES]
     generator = torch.Generator().manual_seed(0)
     positions = sum(height * width for height, width in shapes)
@@ -57,7 +58,7 @@ def operator_inputs(size: int, device: str, dtype: str, requires_grad: bool = Fa
 
 
 def forward_call(inputs: tuple[Any, ...], kernel: str, compiled: bool = False) -> Callable[[], Tensor]:
-    """The operator without gradients."""
+    """Return a call of the operator without gradients."""
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -72,7 +73,7 @@ def forward_call(inputs: tuple[Any, ...], kernel: str, compiled: bool = False) -
 
 
 def backward_call(inputs: tuple[Any, ...], kernel: str) -> Callable[[], tuple[Tensor, ...]]:
-    """The operator and the gradients of value, locations and weights."""
+    """Return a call of the operator and of the gradients of value, locations and weights."""
     value, shapes, locations, weights = inputs
 
     def run() -> tuple[Tensor, ...]:
@@ -83,7 +84,7 @@ def backward_call(inputs: tuple[Any, ...], kernel: str) -> Callable[[], tuple[Te
 
 
 def measure_operator(preset: Preset, options: Options, size: int) -> list[Result]:
-    """All kernels of the device, in turn; the ratio is that of `grid_sample` over each."""
+    """Time all kernels of the device; the ratio is the time of `grid_sample` over that of each other kernel."""
     result = Result(f"Deformable attention alone, maps of an image of {size} x {size}")
     kernels = CPU_KERNELS if options.device == "cpu" else CUDA_KERNELS
     calls: dict[str, Callable[[], Any]] = {}
@@ -96,31 +97,33 @@ def measure_operator(preset: Preset, options: Options, size: int) -> list[Result
             actual, name = forward_call(inputs, kernel)(), f"{kernel}, {dtype}, against grid_sample, fp32"
             result.agreement.append(compare(name, actual, expected, BOUNDS[dtype]))
     _add_compiled(calls, result, options, size)
-    taken = take_turns(calls, 3 * preset.rounds, limit=preset.limit, device=options.device)
-    result.add(taken, *_ratios(taken, calls))
+    timings = time_interleaved(calls, 3 * preset.rounds, limit=preset.limit, device=options.device)
+    result.add(timings, *_ratios(timings, calls))
     return [result]
 
 
 def _add_compiled(calls: dict, result: Result, options: Options, size: int) -> None:
-    """`embedding_bag` under torch.compile, as in a compiled model."""
-    arm = f"embedding_bag compiled, fp32, {FORWARD}"
+    """Add `embedding_bag` under torch.compile, as it runs in a compiled model."""
+    candidate = f"embedding_bag compiled, fp32, {FORWARD}"
     if options.device != "cpu" or not options.compile:
         return
-    if missing := no_compiler():
-        result.not_measured[arm] = missing
+    if missing := missing_compiler():
+        result.not_measured[candidate] = missing
         return
     inputs = operator_inputs(size, options.device, "fp32")
-    calls[arm] = forward_call(inputs, "embedding_bag", compiled=True)
+    calls[candidate] = forward_call(inputs, "embedding_bag", compiled=True)
     expected = forward_call(inputs, "grid_sample")()
-    result.agreement.append(compare("embedding_bag compiled, against grid_sample", calls[arm](), expected, 1e-3))
+    result.agreement.append(compare("embedding_bag compiled, against grid_sample", calls[candidate](), expected, 1e-3))
 
 
-def _ratios(taken: Rounds, calls: dict) -> list[dict | None]:
+def _ratios(timings: Rounds, calls: dict) -> list[dict | None]:
     found = []
-    for arm in calls:
-        kernel, dtype, passes = arm.split(", ", 2)
+    for candidate in calls:
+        kernel, dtype, passes = candidate.split(", ", 2)
         if kernel != "grid_sample":
             found.append(
-                taken.ratio(f"grid_sample / {kernel}, {dtype}, {passes}", f"grid_sample, {dtype}, {passes}", arm)
+                timings.ratio(
+                    f"grid_sample / {kernel}, {dtype}, {passes}", f"grid_sample, {dtype}, {passes}", candidate
+                )
             )
     return found

@@ -11,14 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Peak memory of post-processing one image, as a Markdown table. Linux only.
+"""Measure the peak memory of post-processing one image and print it as a Markdown table. Linux only.
 
     python benchmarks/post_processing_memory.py                      # about a minute
-    python benchmarks/post_processing_memory.py --with-transformers  # needs 8 GB free
+    python benchmarks/post_processing_memory.py --with-transformers  # needs 8 GB of free memory
 
-Each row is a process of its own. "Above the inputs" is the peak of its resident memory while it works, result
-included, less what it held before with the logits loaded; a first call on a few pixels has loaded the libraries.
+Each row is measured in a process of its own. "Above the inputs" is the peak of its resident memory during the call,
+including the result, minus the resident memory before it with the logits in memory; a first call on a few pixels has
+loaded the libraries by then.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.harness import memory_mb  # noqa: E402
+from benchmarks.harness import memory_mb, reset_peak_memory  # noqa: E402
 
 TASKS = {
     "semantic": ("semantic", {}),
@@ -48,7 +48,7 @@ TASKS = {
 
 
 def random_outputs(classes: int, queries: int, height: int, width: int) -> SimpleNamespace:
-    """Logits as a model gives them for an input of this size: every query is sure of its class, masks are blobs."""
+    """Return model outputs for an input of this size: confident classes and smooth masks."""
     generator = torch.Generator().manual_seed(0)
     coarse = 6 * torch.randn(1, queries, 8, 16, generator=generator)
     labels = torch.randint(classes, (1, queries), generator=generator)
@@ -60,7 +60,7 @@ def random_outputs(classes: int, queries: int, height: int, width: int) -> Simpl
 
 
 def method_of(library: str, task: str) -> Callable:
-    """The method `post_process_<task>_segmentation` of ours or of transformers' Mask2Former."""
+    """Return the method `post_process_<task>_segmentation` of GKC's or transformers' Mask2Former's image processor."""
     if library == "transformers":
         from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
@@ -73,7 +73,7 @@ def method_of(library: str, task: str) -> Callable:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Peak memory above the inputs and time of one row, in this process."""
+    """Measure the peak memory above the inputs and the seconds of one row in this process."""
     torch.set_num_threads(arguments.threads)
     task, settings = TASKS[arguments.row]
     method = method_of(arguments.library, task)
@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     outputs = random_outputs(arguments.classes, arguments.queries, *input_size)
     method(random_outputs(3, 2, 32, 32), target_sizes=[(8, 8)], **settings)
     held = memory_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    reset_peak_memory()
     start = time.perf_counter()
     result = method(outputs, target_sizes=[(arguments.height, arguments.width)], **settings)
     seconds = time.perf_counter() - start
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def run_row(library: str, row: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` for one row in a process of its own."""
     numbers = ("classes", "queries", "height", "width", "threads")
     options = [part for name in numbers for part in (f"--{name}", str(getattr(arguments, name)))]
     if arguments.input_size:
@@ -103,25 +103,35 @@ def run_row(library: str, row: str, arguments: argparse.Namespace) -> dict[str, 
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, default=847)
-    parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--height", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--classes", type=int, default=847, help="number of classes (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=100, help="number of queries (default: %(default)s)")
     parser.add_argument(
-        "--input-size", type=int, nargs=2, help="height and width that the model saw (default: the same)"
+        "--height", type=int, default=1024, help="height of the result in pixels (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure (default: all)")
-    parser.add_argument("--with-transformers", action="store_true", help="measure transformers' Mask2Former beside it")
+    parser.add_argument("--width", type=int, default=2048, help="width of the result in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--input-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the model's input in pixels (default: the size of the result)",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to measure (default: all)"
+    )
+    parser.add_argument(
+        "--with-transformers", action="store_true", help="also measure transformers' Mask2Former for comparison"
+    )
     parser.add_argument("--library", choices=("gkc", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--row", choices=TASKS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prints the table, or the numbers of one row when called for it."""
+    """Print the table, or the figures of one row if the command was started for it."""
     arguments = parse_arguments()
     if arguments.row:
         sys.path.insert(0, str(ROOT))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Results of the benchmarks as Markdown; all its numbers are those of the JSON."""
+"""Report of the benchmark results in Markdown; all its numbers are those of results.json."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,14 +26,14 @@ END = "<!-- written by `python -m benchmarks`: end -->"
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The machine, then the tables of each result."""
-    parts = [machine_line(record), how_line(record)]
+    """Format a record as Markdown: the machine, then the tables of each result."""
+    parts = [machine_line(record), method_line(record)]
     measured = record["measurements"]
     parts += [f"**{name}** failed: {each['failed']}" for name, each in measured.items() if "failed" in each]
-    for result in merged(each for found in measured.values() for each in found.get("results", [])):
+    for result in merge_results(each for found in measured.values() for each in found.get("results", [])):
         parts.append("\n\n".join(result_parts(result, record["machine"])))
     if missing := [name for name in record["planned"] if name not in measured]:
-        parts.append("Not measured (the run was ended before): " + ", ".join(missing) + ".")
+        parts.append("Not measured (the run was interrupted): " + ", ".join(missing) + ".")
     if record["options"]["device"] == "cpu":
         has_none = record["machine"]["accelerator"] is None
         reason = "no CUDA device on this machine" if has_none else "run with `--device cuda`"
@@ -42,9 +42,9 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def machine_line(record: dict[str, Any]) -> str:
-    """What the numbers belong to."""
+    """Describe the machine on which the results were measured."""
     about = record["machine"]
-    has = ", ".join(about["instructions"]) or "none of those looked for"
+    has = ", ".join(about["instructions"]) or "no known vector extension"
     lacks = "" if about["has_amx"] else "; no AMX"
     accelerator = f"; {about['accelerator']}" if about["accelerator"] else ""
     load = "unknown" if about["load_average"] is None else f"{about['load_average']:.2f}"
@@ -55,17 +55,17 @@ def machine_line(record: dict[str, Any]) -> str:
     )
 
 
-def how_line(record: dict[str, Any]) -> str:
-    """What was run, and how to read it."""
+def method_line(record: dict[str, Any]) -> str:
+    """Describe the command and how to read the tables."""
     return (
         f"`{record['command']}`, preset `{record['options']['preset']}`, {record['date']}. Seconds are those of one "
-        "call, median (least - most) over rounds in which the arms take turns: by the clock, and of all processor "
-        "cores together. A ratio is taken within each round; the goal is for the clock."
+        "call, median (minimum - maximum) over interleaved rounds: wall-clock time, and processor time summed over "
+        "all cores. Ratios are computed within each round; goals are for the wall-clock time."
     )
 
 
-def merged(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of one title as one: the arms of memory have a process each."""
+def merge_results(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge results of the same title: memory is measured in one process per candidate."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:
         known = found.setdefault(result["title"], {**result, "megabytes": {}, "not_measured": {}})
@@ -75,7 +75,7 @@ def merged(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def result_parts(result: dict[str, Any], about: dict[str, Any]) -> list[str]:
-    """Heading, tables and notes of one result."""
+    """Format the heading, tables and notes of one result."""
     parts = [f"### {result['title']}"]
     if result["ratios"]:
         parts.append(ratio_table(result["ratios"], about))
@@ -90,7 +90,7 @@ def result_parts(result: dict[str, Any], about: dict[str, Any]) -> list[str]:
         rounds = ", ".join(map(str, result["rounds"]))
         parts.append(f"Rounds: {rounds}." + (f" Load average before and after: {loads}." if loads else ""))
     parts += result["notes"]
-    parts += [f"{arm}: not measured ({reason})." for arm, reason in result["not_measured"].items()]
+    parts += [f"{candidate}: not measured ({reason})." for candidate, reason in result["not_measured"].items()]
     return parts
 
 
@@ -100,33 +100,42 @@ def _rows(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def ratio_table(ratios: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """How many times as long."""
+    """Format the table of time ratios."""
     return _rows(
-        ["times as long", *(f"by {clock}" for clock in CLOCKS), "goal"],
+        ["time ratio", "wall clock", "processor", "goal"],
         [[each["name"], *(_spread(each.get(clock), 2) for clock in CLOCKS), _goal(each, about)] for each in ratios],
     )
 
 
 def seconds_table(seconds: dict[str, dict]) -> str:
-    """Of each arm."""
+    """Format the table of the seconds of a call by candidate."""
     return _rows(
-        ["seconds of a call", *CLOCKS],
-        [[arm, *(_spread(clocks[clock], 4) for clock in CLOCKS)] for arm, clocks in seconds.items()],
+        ["seconds per call", "wall clock", "processor"],
+        [[candidate, *(_spread(clocks[clock], 4) for clock in CLOCKS)] for candidate, clocks in seconds.items()],
     )
 
 
 def memory_table(megabytes: dict[str, dict]) -> str:
-    """Of each arm."""
+    """Format the table of memory by candidate."""
     return _rows(
-        ["MB of the process", "before the first call", "the most, first calls included", "the most of later calls"],
-        [[arm, *(f"{found[key]:.0f}" for key in ("before", "peak", "later"))] for arm, found in megabytes.items()],
+        ["memory in MB", "before the first call", "peak including the first calls", "peak of later calls"],
+        [
+            [candidate, *(f"{found[key]:.0f}" for key in ("before", "peak", "later"))]
+            for candidate, found in megabytes.items()
+        ],
     )
 
 
 def agreement_table(agreement: list[dict[str, Any]]) -> str:
-    """Differences before anything was timed."""
+    """Format the table of the differences between outputs that were checked before the timing."""
     return _rows(
-        ["differences before the timing", "largest", "in standard deviations", "their rms", "other sign"],
+        [
+            "difference between outputs",
+            "max abs",
+            "max, standard deviations",
+            "rms, standard deviations",
+            "sign flips",
+        ],
         [
             [
                 each["name"],
@@ -141,7 +150,7 @@ def agreement_table(agreement: list[dict[str, Any]]) -> str:
 def _spread(values: dict[str, float] | None, digits: int) -> str:
     if values is None:
         return "-"
-    return f"{values['median']:.{digits}f} ({values['least']:.{digits}f} - {values['most']:.{digits}f})"
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} - {values['max']:.{digits}f})"
 
 
 def _goal(ratio: dict[str, Any], about: dict[str, Any]) -> str:
@@ -153,19 +162,19 @@ def _goal(ratio: dict[str, Any], about: dict[str, Any]) -> str:
     else:
         return ""
     if goal.get("needs") == "amx" and not about["has_amx"]:
-        text += " where there is AMX"
+        text += " on processors with AMX"
     return f"{text}: {'met' if is_met else 'missed'}"
 
 
 def update_document(path: Path, text: str) -> None:
-    """Puts the tables between the marks of a document and leaves the rest as it is.
+    """Replace the tables between the markers of a document and leave the rest as it is.
 
     Raises:
-        ValueError: the document does not have both marks, in order.
+        ValueError: The document does not contain both markers, in order.
     """
     document = path.read_text(encoding="utf-8")
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{path} has no place for the tables: it needs a line {BEGIN} and after it a line {END}.")
+        raise ValueError(f"{path} has no place for the tables: add a line {BEGIN} and after it a line {END}")
     atomic_write(path, f"{before}{BEGIN}\n\n{text}\n{END}{after}")

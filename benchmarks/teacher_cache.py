@@ -11,14 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Disk, memory and time of a cache of teacher embeddings as large as COCO's, as a Markdown table. Linux only.
+"""Measure disk, memory and time of a teacher cache as large as COCO's and print a Markdown table. Linux only.
 
-    python benchmarks/teacher_cache.py --folder /data/try                   # needs 3.3 GB of disk for a while
+    python benchmarks/teacher_cache.py --folder /data/try                   # needs 3.3 GB of disk space temporarily
     python benchmarks/teacher_cache.py --folder /data/try --images 2000
 
-The embeddings are random numbers. The cache is deleted at the end. "Memory" is what looking up whole batches added to
-the resident memory of the process after the first batch.
+The embeddings are random numbers. The cache is deleted at the end. The last column is the growth of the process's
+resident memory over the look-ups of all batches after the first.
 """
 
 import argparse
@@ -40,7 +39,7 @@ FINGERPRINT = {"data": "synthetic"}
 
 
 def write(folder: Path, settings: StoreSettings, counts: np.ndarray) -> None:
-    """Write a cache of random rows."""
+    """Write a cache of random embeddings."""
     generator = np.random.default_rng(1)
     writer = StoreWriter(folder, settings)
     writer.begin()
@@ -54,7 +53,17 @@ def write(folder: Path, settings: StoreSettings, counts: np.ndarray) -> None:
 
 
 def look_up(store: TeacherCache, counts: np.ndarray, batch: int, batches: int) -> tuple[float, float]:
-    """Seconds of one look-up of a batch, the median, and the MB that all of them together left in memory."""
+    """Look up random batches of images.
+
+    Args:
+        store: Cache to read.
+        counts: Number of regions of each image.
+        batch: Number of images per look-up.
+        batches: Number of timed look-ups.
+
+    Returns:
+        The median seconds of a look-up and the growth of resident memory in MB over all of them.
+    """
     generator = np.random.default_rng(2)
     seconds, before = [], 0.0
     for _ in range(batches + 1):
@@ -69,17 +78,17 @@ def look_up(store: TeacherCache, counts: np.ndarray, batch: int, batches: int) -
 
 
 def main() -> None:
-    """Measure and write the table."""
+    """Run the measurement and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="new folder for the cache")
-    parser.add_argument("--images", type=int, default=118_287, help="(default: %(default)s)")
-    parser.add_argument("--regions", type=float, default=12.69, help="of an image, on average (default: %(default)s)")
-    parser.add_argument("--columns", type=int, default=1024, help="numbers of a region (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=112, help="images looked up together (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=500, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=118_287, help="number of images (default: %(default)s)")
+    parser.add_argument("--regions", type=float, default=12.69, help="mean regions per image (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=1024, help="embedding dimension (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=112, help="images per look-up (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=500, help="number of timed look-ups (default: %(default)s)")
     options = parser.parse_args()
     if options.folder.exists():
-        parser.error(f"{options.folder} is there already: name a new folder")
+        parser.error(f"--folder {options.folder} already exists: name a new folder")
     counts = np.random.default_rng(0).poisson(options.regions, options.images)
     settings = StoreSettings("teacher", FINGERPRINT, options.columns, options.images)
     try:
@@ -94,7 +103,7 @@ def main() -> None:
     finally:
         shutil.rmtree(options.folder, ignore_errors=True)
     sys.stdout.write(
-        "| images | regions | disk GB | writing s | opening s, MB | images of a batch | look-up ms | batches | MB |\n"
+        "| images | regions | disk GB | writing s | opening s, MB | batch size | look-up ms | batches | growth MB |\n"
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         f"| {options.images} | {counts.sum()} | {disk:.2f} | {writing:.0f} | {opening:.2f}, {opened:.1f} | "
         f"{options.batch} | {1000 * seconds:.0f} | {options.batches} | {growth:.1f} |\n"

@@ -11,15 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Memory of training: whether it grows with the steps, and the most that a step holds. Linux only.
+"""Measure memory growth over training steps and the peak memory of a step. Linux only.
 
-    python benchmarks/training_memory.py                   # 500 steps of a toy, then a step of each kind at full size
-    python benchmarks/training_memory.py --preset toy      # both of a toy
+    python benchmarks/training_memory.py                   # 500 steps of a toy model, then one full-size step each
+    python benchmarks/training_memory.py --preset toy      # toy sizes only
 
-`GKCTrainer` trains a toy student, and after every few steps the resident memory of the process is read. The slope is
-that of a straight line through the second half, when all buffers have been made, with its standard error. The peaks
-are those of `training_step.py`, each in a process of its own.
+`GKCTrainer` trains a toy student, and the resident memory of the process is read every few steps. The slope is that
+of a least-squares line through the second half of the readings, when all buffers have been allocated, with its
+standard error. The peaks are those of the step variants of `training_step.py`, each in a process of its own.
 """
 
 import argparse
@@ -39,11 +38,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.harness import memory_mb  # noqa: E402
-from benchmarks.training_step import ARMS, PRESETS, Workload, machine  # noqa: E402
+from benchmarks.training_step import PRESETS, VARIANTS, Workload, machine  # noqa: E402
 
 
 class MemoryReader(TrainerCallback):
-    """Reads the process's memory after every `every` steps."""
+    """Callback that reads the resident memory of the process after every `every` steps."""
 
     def __init__(self, every: int):
         self.every = every
@@ -51,14 +50,14 @@ class MemoryReader(TrainerCallback):
         self.held_mb: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        """After a step of the optimiser."""
+        """Read the memory after an optimizer step."""
         if state.global_step % self.every == 0:
             self.steps.append(state.global_step)
             self.held_mb.append(memory_mb("VmRSS"))
 
 
-def held_over_steps(steps: int, every: int) -> MemoryReader:
-    """Train a toy, with one batch and a half of images, so that epochs pass too."""
+def memory_over_steps(steps: int, every: int) -> MemoryReader:
+    """Train a toy model and read its memory; one and a half batches of images, so that epochs end too."""
     toy, reader = PRESETS["toy"], MemoryReader(every)
     with tempfile.TemporaryDirectory() as folder:
         workload = Workload(toy, Path(folder), images=3 * toy.batch_size, max_steps=steps, logging_steps=50)
@@ -69,7 +68,11 @@ def held_over_steps(steps: int, every: int) -> MemoryReader:
 
 
 def slope(steps: list[int], held_mb: list[float]) -> tuple[float, float]:
-    """Of the straight line of least squares, and its standard error; in kB a step."""
+    """Fit a least-squares line.
+
+    Returns:
+        The slope and its standard error in kB per step.
+    """
     x, y = np.asarray(steps, dtype=float), 1024 * np.asarray(held_mb)
     x = x - x.mean()
     rise = (x @ y) / (x @ x)
@@ -77,44 +80,50 @@ def slope(steps: list[int], held_mb: list[float]) -> tuple[float, float]:
     return float(rise), float(np.sqrt(residuals @ residuals / max(1, len(x) - 2) / (x @ x)))
 
 
-def peak(preset: str, arm: str, threads: int) -> float:
-    """The most that a process held which ran one step, in MB."""
-    options = ["--preset", preset, "--arms", arm, "--rounds", "1", "--warm-up", "1", "--threads", str(threads)]
+def peak(preset: str, variant: str, threads: int) -> float:
+    """Return the peak memory in MB of a process that runs one step."""
+    options = ["--preset", preset, "--variants", variant, "--rounds", "1", "--warm-up", "1", "--threads", str(threads)]
     command = [sys.executable, str(ROOT / "benchmarks" / "training_step.py"), *options]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise SystemExit(f"{arm}: exit code {finished.returncode}\n{finished.stderr}")
+        raise SystemExit(f"{variant}: exit code {finished.returncode}\n{finished.stderr}")
     return json.loads(finished.stdout.splitlines()[0])["peak_mb"]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="of the toy")
-    parser.add_argument("--every", type=int, default=5, help="steps between readings")
-    parser.add_argument("--preset", choices=PRESETS, default="coco", help="of the peaks")
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="of the peaks")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=500, help="steps of the toy model (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=5, help="steps between memory readings (default: %(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="coco", help="sizes of the peaks (default: %(default)s)")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="step variants whose peak is measured (default: all)",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints one line of JSON and the tables."""
+    """Run the measurement and print one line of JSON and the tables."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     disable_progress_bar()
-    reader = held_over_steps(options.steps, options.every)
+    reader = memory_over_steps(options.steps, options.every)
     half = len(reader.steps) // 2
     rise, error = slope(reader.steps[half:], reader.held_mb[half:])
-    peaks = {arm: peak(options.preset, arm, options.threads) for arm in options.arms}
+    peaks = {variant: peak(options.preset, variant, options.threads) for variant in options.variants}
     found = {"steps": reader.steps, "held_mb": reader.held_mb, "slope_kb": rise, "slope_error_kb": error}
     sys.stdout.write(json.dumps({"machine": machine(options.threads), **found, "peak_mb": peaks}) + "\n\n")
-    sys.stdout.write(machine(options.threads) + "\n\n| step | memory held, MB |\n| ---: | ---: |\n")
+    sys.stdout.write(machine(options.threads) + "\n\n| step | resident memory, MB |\n| ---: | ---: |\n")
     for position in np.linspace(0, len(reader.steps) - 1, 6).round().astype(int):
         sys.stdout.write(f"| {reader.steps[position]} | {reader.held_mb[position]:.1f} |\n")
-    sys.stdout.write(f"\nslope of the second half: {rise:.2f} kB a step, standard error {error:.2f}\n")
-    for arm, most in peaks.items():
-        sys.stdout.write(f"\npeak of the step, {options.preset}, {arm}: {most:.0f} MB\n")
+    sys.stdout.write(f"\nslope of the second half: {rise:.2f} kB per step, standard error {error:.2f}\n")
+    for variant, peak_mb in peaks.items():
+        sys.stdout.write(f"\npeak of the step, {options.preset}, {variant}: {peak_mb:.0f} MB\n")
 
 
 if __name__ == "__main__":

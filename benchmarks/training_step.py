@@ -11,26 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-What a training step costs: with everything frozen cached, with CLIP run in every step, and the published way.
+"""Measure the time of a training step with cached and online teacher, compared with transformers' Mask2Former.
 
-    python benchmarks/training_step.py                    # about 3 minutes a round on two cores of 2.5 GHz, 9 GB
+    python benchmarks/training_step.py                    # about 3 minutes per round on two cores of 2.5 GHz, 9 GB
     python benchmarks/training_step.py --preset toy       # seconds
 
-All steps train on the same batch, in turn:
+All variants train on the same batch in interleaved rounds:
 
-* `cached`: our student, CLIP's embeddings looked up;
-* `online`: our student, CLIP run in the step: its image tower embeds the 224 x 224 crop of every region, which is cut
-  out in the step, and its text tower encodes the names of all classes and the synonyms that the step drew, each padded
-  to 77 tokens, as CLIP's released code does. `--text-tokens 8` encodes them at about their real length;
-* `published`: CLIP in the step, and a student of the same sizes, backbone included, as transformers' Mask2Former
-  computes it, with its own losses: masks and names only, the text losses on top are given to it.
+* `cached`: GKC, CLIP's embeddings are looked up;
+* `online`: GKC, CLIP runs in the step: its image tower embeds the 224 x 224 crop of every region, which is cut out in
+  the step, and its text tower encodes the names of all classes and the synonyms sampled for the step, each padded to
+  77 tokens as in CLIP's released code. `--text-tokens 8` encodes them at about their real length;
+* `mask2former`: CLIP runs in the step as well, and the student is transformers' Mask2Former of the same sizes and with
+  the same backbone, trained with its own losses on masks and classes; the additional text losses are not counted.
 
-Weights are random, numbers fp32. A batch has 12 regions an image, about as many as COCO's panoptic training set
-(1,499,785 in 118,287 images).
+Weights are random, in fp32. Each image of the batch has 12 regions, about as many as in COCO's panoptic training set
+(1,499,785 regions in 118,287 images).
 
-Times are medians over rounds with the least and the most: by the clock, and of all processor cores together. Only the
-latter holds where other programs run beside.
+Times are medians over rounds with minimum and maximum: wall-clock time, and processor time summed over all cores. On
+a busy machine only the processor time is reliable.
 """
 
 import argparse
@@ -75,13 +74,13 @@ from train.miniworld.tokenizer import build_tokenizer  # noqa: E402
 from train.teacher.region_teacher import OnlineTeacher, RegionTeacher  # noqa: E402
 from train.teacher.text_bank import TextBank  # noqa: E402
 
-ARMS = ("cached", "online", "published")
-PARTS = ("CLIP", "forward", "matching", "losses", "backward", "optimiser")
+VARIANTS = ("cached", "online", "mask2former")
+PARTS = ("CLIP", "forward", "matching", "losses", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of what is measured; `backbone`, `text` and `student` are fields of their configurations."""
+    """Sizes of a measurement; `backbone`, `text` and `student` are fields of their configurations."""
 
     batch_size: int
     image_size: int
@@ -155,7 +154,7 @@ PRESETS = {
 
 
 def random_row(index: int, size: int, regions: int, num_classes: int) -> dict:
-    """A picture of noise whose `regions` segments are the places nearest to random points."""
+    """Return a dataset row: an image of noise with `regions` segments, the Voronoi cells of random points."""
     generator = np.random.default_rng(index)
     y, x = np.mgrid[:size, :size]
     seeds = generator.uniform(0, size, (regions, 2))
@@ -175,7 +174,7 @@ def random_row(index: int, size: int, regions: int, num_classes: int) -> dict:
 
 
 def make_recipe(preset: Preset) -> Recipe:
-    """The defaults, which are the paper's; `online`, so that batches keep their pictures."""
+    """Return the default recipe, which is the paper's, with teacher `online`, so that batches keep their images."""
     return Recipe().replace(
         batch_size=preset.batch_size,
         crop_size=preset.image_size,
@@ -188,7 +187,7 @@ def make_recipe(preset: Preset) -> Recipe:
 
 
 def make_student(preset: Preset, recipe: Recipe) -> GKCForOpenVocabSegmentation:
-    """Of random weights."""
+    """Return GKC with random weights."""
     return GKCForOpenVocabSegmentation(
         GKCConfig(
             backbone_config=CLIPResNetConfig(**preset.backbone),
@@ -199,8 +198,8 @@ def make_student(preset: Preset, recipe: Recipe) -> GKCForOpenVocabSegmentation:
     )
 
 
-def make_published_student(preset: Preset, recipe: Recipe, num_classes: int) -> Mask2FormerForUniversalSegmentation:
-    """Transformers' Mask2Former of the same sizes, of random weights."""
+def make_mask2former(preset: Preset, recipe: Recipe, num_classes: int) -> Mask2FormerForUniversalSegmentation:
+    """Return transformers' Mask2Former of the same sizes with random weights."""
     sizes = GKCConfig(**preset.student)
     return Mask2FormerForUniversalSegmentation(
         Mask2FormerConfig(
@@ -221,23 +220,23 @@ def make_published_student(preset: Preset, recipe: Recipe, num_classes: int) -> 
 
 
 def random_units(preset: Preset, count: int) -> Tensor:
-    """(count, D), what stands for embeddings."""
+    """Return random unit vectors (count, D) in place of embeddings."""
     return F.normalize(torch.randn(count, preset.text["projection_dim"]), dim=-1)
 
 
 class RandomEmbeddings:
-    """Stands for the teacher's cached embeddings, which are looked up in fp16."""
+    """Replacement for the teacher cache: random embeddings in fp16."""
 
     def __init__(self, embeds: dict[str, Tensor]):
         self.embeds = embeds
 
     def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
-        """Those of each image's segments, which are counted from 1."""
+        """Return the embeddings of each image's segments, whose ids start at 1."""
         return [self.embeds[image][ids.cpu() - 1].float() for image, ids in zip(image_ids, segment_ids, strict=True)]
 
 
 def make_step_regions(recipe: Recipe, text_bank: TextBank, teacher: RandomEmbeddings) -> StepRegions:
-    """What draws the regions of a step by a recipe, with a teacher of its own."""
+    """Return the region sampling of a recipe with a teacher of its own."""
     losses = make_losses(recipe)
     for loss in losses:
         loss.setup(LossContext(recipe, text_bank=text_bank, teacher=teacher))
@@ -245,13 +244,13 @@ def make_step_regions(recipe: Recipe, text_bank: TextBank, teacher: RandomEmbedd
 
 
 class Workload:
-    """Trainer, teacher and cached embeddings, of random weights and pixels.
+    """Trainer, teacher and cached embeddings with random weights and images.
 
     Args:
-        preset: sizes.
-        output_dir: where the trainer may write.
-        images: rows of the dataset; default: one batch.
-        training_arguments: further ones.
+        preset: Sizes to use.
+        output_dir: Folder that the trainer may write to.
+        images: Number of rows of the dataset (default: one batch).
+        training_arguments: Further training arguments.
     """
 
     def __init__(self, preset: Preset, output_dir: Path, images: int | None = None, **training_arguments):
@@ -277,7 +276,7 @@ class Workload:
             online_teacher=online,
         )
         bank = self.trainer.text_bank
-        self.published_student = make_published_student(preset, recipe, len(vocabulary.names))
+        self.mask2former = make_mask2former(preset, recipe, len(vocabulary.names))
         self.step_regions = {
             "online": self.trainer.step_regions,
             "cached": make_step_regions(recipe.replace({"teacher.source": "cached"}), bank, embeddings),
@@ -285,7 +284,7 @@ class Workload:
 
     @torch.no_grad()
     def encode_words(self, count: int) -> Tensor:
-        """What the text tower makes of as many words."""
+        """Encode `count` random token sequences with the text tower."""
         preset = self.preset
         device = self.trainer.args.device
         tokens = torch.randint(1, preset.text["vocab_size"], (count, preset.text_tokens), device=device)
@@ -293,38 +292,38 @@ class Workload:
 
 
 class StepTimer:
-    """Runs training steps and times their parts, in seconds by the clock and of the processor."""
+    """Timer of training steps and their parts."""
 
     def __init__(self, workload: Workload):
         self.workload, self.trainer = workload, workload.trainer
         self.model = self.trainer.model.train()
         self.trainer.create_optimizer_and_scheduler(num_training_steps=1000)
         self.batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
-        self.published = workload.published_student.train().to(self.trainer.args.device)
-        self.published_optimizer = torch.optim.AdamW(self.published.parameters(), lr=1e-4, fused=True)
+        self.mask2former = workload.mask2former.train().to(self.trainer.args.device)
+        self.mask2former_optimizer = torch.optim.AdamW(self.mask2former.parameters(), lr=1e-4, fused=True)
         self.parts: dict[str, np.ndarray] = {}
         self.model.forward = self._timed("forward", self.model.forward)
-        self.published.model.forward = self._timed("forward", self.published.model.forward)
+        self.mask2former.model.forward = self._timed("forward", self.mask2former.model.forward)
         matcher = self.trainer.criterion.criterion.matcher
         matcher.match_stages = self._timed("matching", matcher.match_stages)
-        matcher = self.published.criterion.matcher
+        matcher = self.mask2former.criterion.matcher
         matcher.forward = self._timed("matching", matcher.forward)
 
-    def __call__(self, arm: str) -> dict[str, np.ndarray]:
-        """One step: (clock, processor) seconds of each part and in all."""
+    def __call__(self, variant: str) -> dict[str, np.ndarray]:
+        """Run one step of a variant and return (wall-clock, processor) seconds of each part and of the whole."""
         self.parts = {}
-        published = arm == "published"
+        is_mask2former = variant == "mask2former"
         model, optimizer = (
-            (self.published, self.published_optimizer) if published else (self.model, self.trainer.optimizer)
+            (self.mask2former, self.mask2former_optimizer) if is_mask2former else (self.model, self.trainer.optimizer)
         )
         with self._measure("all"):
             with self._measure("CLIP"):
-                regions = self._regions("cached" if arm == "cached" else "online")
+                regions = self._regions("cached" if variant == "cached" else "online")
             with self._measure("losses"):
-                loss = self._published_loss() if published else self._loss(regions)
+                loss = self._mask2former_loss() if is_mask2former else self._loss(regions)
             with self._measure("backward"):
                 loss.backward()
-            with self._measure("optimiser"):
+            with self._measure("optimizer"):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self.trainer.args.max_grad_norm)
                 optimizer.step()
                 model.zero_grad()
@@ -343,10 +342,10 @@ class StepTimer:
         inputs = {**self.batch, "regions": regions[0]}
         return self.trainer.compute_loss(self.model, inputs, num_items_in_batch=divisors)
 
-    def _published_loss(self) -> Tensor:
+    def _mask2former_loss(self) -> Tensor:
         batch = self.batch
         masks = expand_masks(batch["segmentation"], batch["segment_ids"])
-        return self.published(
+        return self.mask2former(
             pixel_values=batch["pixel_values"],
             mask_labels=[each.float() for each in masks],
             class_labels=list(batch["class_labels"]),
@@ -359,7 +358,7 @@ class StepTimer:
         self.parts[name] = self._clocks() - start
 
     def _clocks(self) -> np.ndarray:
-        """Wall-clock and processor time in seconds, once the device has done what it was given."""
+        """Return wall-clock and processor time in seconds after waiting for the device."""
         if self.trainer.args.device.type == "cuda":
             torch.cuda.synchronize()
         return np.array([time.perf_counter(), time.process_time()])
@@ -376,31 +375,31 @@ class StepTimer:
 
 
 def machine(threads: int) -> str:
-    """Processor, cores, threads, versions."""
+    """Describe processor, cores, threads and torch version."""
     found = harness.machine(threads)
     return f"{found['processor']}, {found['cores']} cores, {threads} threads, torch {found['torch']}"
 
 
-def measure(preset: Preset, rounds: int, arms: tuple[str, ...] = ARMS, warm_up: int = 1) -> dict:
-    """Seconds of each arm's steps, and of their parts.
+def measure(preset: Preset, rounds: int, variants: tuple[str, ...] = VARIANTS, warm_up: int = 1) -> dict:
+    """Time the steps of each variant and their parts.
 
-    Every step that counts follows `warm_up` of its own kind, as it does in training: the first after another kind
-    waits for memory that is laid out otherwise.
+    Each timed step follows `warm_up` steps of the same variant: the first step after another variant waits for
+    memory to be reallocated, which does not happen in training.
     """
     with tempfile.TemporaryDirectory() as folder:
         timer = StepTimer(Workload(preset, Path(folder)))
-    steps: dict[str, list[dict[str, np.ndarray]]] = {arm: [] for arm in arms}
+    steps: dict[str, list[dict[str, np.ndarray]]] = {variant: [] for variant in variants}
     load = load_average()
     for number in range(rounds):
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            *_, parts = [timer(arm) for _ in range(warm_up + 1)]
-            steps[arm].append(parts)
+        for variant in variants if number % 2 == 0 else reversed(variants):
+            *_, parts = [timer(variant) for _ in range(warm_up + 1)]
+            steps[variant].append(parts)
     found = {
-        arm: {
+        variant: {
             clock: {part: spread([float(step[part][index]) for step in taken]) for part in ("all", *PARTS)}
             for index, clock in enumerate(("clock", "processor"))
         }
-        for arm, taken in steps.items()
+        for variant, taken in steps.items()
     }
     return {
         "rounds": rounds,
@@ -409,58 +408,66 @@ def measure(preset: Preset, rounds: int, arms: tuple[str, ...] = ARMS, warm_up: 
         "peak_mb": memory_mb("VmHWM"),
         "seconds": found,
         "ratios": {
-            arm: {clock: spread(ratios(steps, arm, index)) for index, clock in enumerate(("clock", "processor"))}
-            for arm in arms[1:]
+            variant: {
+                clock: spread(ratios(steps, variant, index)) for index, clock in enumerate(("clock", "processor"))
+            }
+            for variant in variants[1:]
         },
     }
 
 
-def ratios(steps: dict[str, list[dict[str, np.ndarray]]], arm: str, clock: int) -> list[float]:
-    """Of each round, what a step of the arm costs over one of the first arm."""
+def ratios(steps: dict[str, list[dict[str, np.ndarray]]], variant: str, clock: int) -> list[float]:
+    """Return, for each round, the time of a variant's step over that of the first variant."""
     first = next(iter(steps.values()))
-    return [float(one["all"][clock] / other["all"][clock]) for one, other in zip(steps[arm], first, strict=True)]
+    return [float(one["all"][clock] / other["all"][clock]) for one, other in zip(steps[variant], first, strict=True)]
 
 
 def table(found: dict) -> str:
-    """Markdown: a row for each arm and clock; shares of the parts in per cent."""
-    lines = ["| step | seconds | median (least - most) | " + " | ".join(PARTS) + " |"]
+    """Format a Markdown table with a row for each variant and clock; parts are percentages of the step."""
+    lines = ["| step | seconds | median (minimum - maximum) | " + " | ".join(PARTS) + " |"]
     lines.append("| --- | --- | ---: | " + " | ".join(["---:"] * len(PARTS)) + " |")
-    for arm, clocks in found["seconds"].items():
+    for variant, clocks in found["seconds"].items():
         for clock, parts in clocks.items():
             whole = parts["all"]
             shares = [f"{100 * parts[part]['median'] / whole['median']:.0f} %" for part in PARTS]
-            seconds = f"{whole['median']:.2f} ({whole['least']:.2f} - {whole['most']:.2f})"
-            lines.append(f"| {arm} | {clock} | {seconds} | " + " | ".join(shares) + " |")
+            seconds = f"{whole['median']:.2f} ({whole['min']:.2f} - {whole['max']:.2f})"
+            lines.append(f"| {variant} | {clock} | {seconds} | " + " | ".join(shares) + " |")
     first = next(iter(found["seconds"]))
-    for arm, clocks in found["ratios"].items():
+    for variant, clocks in found["ratios"].items():
         for clock, ratio in clocks.items():
-            times = f"{ratio['median']:.2f} ({ratio['least']:.2f} - {ratio['most']:.2f})"
-            lines.append(f"\nby {clock} seconds, the {arm} step costs {times} times as much as the {first} one.")
+            times = f"{ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})"
+            lines.append(f"\n{variant} step over {first} step, {clock} seconds: {times}")
     return "\n".join(lines)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="coco")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--regions", type=int, help="of each image")
-    parser.add_argument("--text-tokens", type=int, help="tokens that the text tower sees of each word")
-    parser.add_argument("--rounds", type=int, default=2, help="steps of each kind that count")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps of the same kind before each that counts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--preset", choices=PRESETS, default="coco", help="sizes to use (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="images per batch (default: from the preset)")
+    parser.add_argument("--regions", type=int, help="regions per image (default: from the preset)")
+    parser.add_argument(
+        "--text-tokens", type=int, help="tokens per text for the text tower (default: from the preset)"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="timed steps of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--warm-up", type=int, default=1, help="untimed steps before each timed one (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to measure (default: all)"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints one line of JSON and the table."""
+    """Run the measurement and print one line of JSON and the table."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     disable_progress_bar()
     changes = {name: getattr(options, name) for name in ("batch_size", "regions", "text_tokens")}
     preset = replace(PRESETS[options.preset], **{name: value for name, value in changes.items() if value})
-    found = measure(preset, options.rounds, tuple(options.arms), options.warm_up)
+    found = measure(preset, options.rounds, tuple(options.variants), options.warm_up)
     sizes = {name: value for name, value in asdict(preset).items() if name not in ("backbone", "text", "student")}
     sys.stdout.write(json.dumps({"machine": machine(options.threads), "sizes": sizes, **found}) + "\n\n")
     sys.stdout.write(f"{machine(options.threads)}, fp32, {sizes}\n\n{table(found)}\n")

@@ -1,1 +1,1 @@
-"""Model cards and the checkpoint that is shipped with the repository."""
+"""Model cards and the shipped checkpoint."""

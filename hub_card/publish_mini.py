@@ -1,7 +1,9 @@
-"""Turn a finished mini-world experiment into the shipped checkpoint, its card, and the page of the ablation.
+"""Publish a model of the mini-world experiment as the shipped checkpoint and write the experiment's tables.
 
-python -m train.miniworld --arms all --seeds 0 1 2
-python -m hub_card.publish_mini runs/miniworld
+    python -m hub_card.publish_mini runs/miniworld
+
+The checkpoint folder contains the model, the recorded results and a model card; all figures of the card come
+from the recorded results. The same tables and the plot go into docs/miniworld.md.
 """
 
 import argparse
@@ -27,20 +29,20 @@ ARM_NAMES = {
     "both": "+ both",
     "both-long": "both, three times the steps",
 }
-STEPS = {"both-long": 1200}  # of an arm that takes other steps than the run's
+STEPS = {"both-long": 1200}  # training steps of arms that do not use the run's number
 
 
 def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None = None) -> None:
-    """Copy an arm's model into `out` and write its card.
+    """Copy the model of an arm into `out` and write its model card.
 
     Args:
         run: Folder of a finished experiment.
-        out: Folder of the checkpoint; replaced.
-        arm: The arm that is published; the tables show every arm and seed of the run.
-        seed: The seed that is published; the first by default.
+        out: Folder of the checkpoint, which is replaced.
+        arm: Arm to publish; the tables of the card show all arms and seeds of the run.
+        seed: Seed to publish (default: the first).
 
     Raises:
-        ValueError: the experiment is not finished, or the checkpoint is larger than 12 MB.
+        ValueError: The experiment is not finished, or the checkpoint is larger than 12 MB.
     """
     from modeling_gkc.remote_code import add_library_entry  # needs torch, which --help does not
 
@@ -48,10 +50,10 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None 
     seed = min(map(int, results["seeds"])) if seed is None else seed
     model = run / f"seed-{seed}" / arm / "model"
     if not model.exists():
-        raise ValueError(f"{model} is not there: run `python -m train.miniworld --out {run}` with this arm and seed.")
+        raise ValueError(f"{model} does not exist: run `python -m train.miniworld --out {run}` with this arm and seed")
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     if size > MAX_BYTES:
-        raise ValueError(f"The checkpoint has {size} bytes, more than {MAX_BYTES}.")
+        raise ValueError(f"The checkpoint in {model} has {size} bytes, more than the limit of {MAX_BYTES}")
     results |= {"published": {"arm": arm, "seed": seed}}
     with atomic_folder(out, overwrite=True) as unfinished:
         shutil.copytree(model, unfinished, dirs_exist_ok=True)
@@ -63,12 +65,12 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None 
 def _read_summary(run: Path) -> dict:
     path = run / "summary.json"
     if not path.exists():
-        raise ValueError(f"{run} holds no finished experiment: run `python -m train.miniworld --out {run}` first.")
+        raise ValueError(f"{run} contains no finished experiment: run `python -m train.miniworld --out {run}` first")
     return json.loads(path.read_text())
 
 
 def card(results: dict, config: dict) -> str:
-    """The model card as Markdown."""
+    """Return the model card as Markdown."""
     arm, seed = results["published"]["arm"], str(results["published"]["seed"])
     published = results["seeds"][seed]
     settings, scores = published["settings"], published["arms"][arm]
@@ -99,16 +101,16 @@ def card(results: dict, config: dict) -> str:
 
 
 def _own_scores(scores: dict) -> str:
-    """mIoU of every vocabulary in one sentence; `-` for what the test pictures do not hold."""
+    """List the mIoU of every vocabulary in one sentence; `-` stands for classes without ground truth."""
     measured = {name: values["miou"] for name, values in scores["scores"].items()}
     measured["harmonic mean of all/seen and all/novel"] = scores["harmonic_mean"]
     return ", ".join(f"{name} {'-' if miou is None else f'{100 * miou:.1f}'}" for name, miou in measured.items())
 
 
 def update_page(run: Path, page: Path = PAGE) -> None:
-    """Put the run's tables between the page's markers and its plot beside the page.
+    """Replace the tables between the page's markers and the plot next to the page.
 
-    A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+    A table is enclosed by `<!-- table NAME -->` and `<!-- end -->`.
     """
     tables = _read_summary(run)["tables"]
     text = page.read_text()
@@ -121,17 +123,19 @@ def update_page(run: Path, page: Path = PAGE) -> None:
 
 @interruptible("hub_card.publish_mini")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m hub_card.publish_mini",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder of a finished `python -m train.miniworld`")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the checkpoint (%(default)s)")
-    parser.add_argument("--arm", default="both", choices=ARM_NAMES, help="arm to publish (%(default)s)")
-    parser.add_argument("--seed", type=int, help="seed to publish (the first)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="page that gets the tables and the plot (%(default)s)")
+    parser.add_argument("run", type=Path, help="output folder of a finished `python -m train.miniworld`")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the checkpoint (default: %(default)s)")
+    parser.add_argument("--arm", default="both", choices=ARM_NAMES, help="arm to publish (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="seed to publish (default: the first)")
+    parser.add_argument(
+        "--page", type=Path, default=PAGE, help="document whose tables and plot are replaced (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         publish(options.run, options.out, options.arm, options.seed)

@@ -1,4 +1,4 @@
-"""The checkpoint in `hub_card/gkc-mini` does what its card says, on pictures that no training or test set holds."""
+"""Tests of the shipped checkpoint `hub_card/gkc-mini` on images outside of its training and test sets."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def recorded() -> dict:
 
 
 def shipped_scores() -> dict:
-    """Scores of the arm and seed that are shipped."""
+    """Return the scores of the arm and seed that are shipped."""
     results = recorded()
     published = results["published"]
     return results["seeds"][str(published["seed"])]["arms"][published["arm"]]["scores"]
@@ -87,8 +87,8 @@ assert pipeline("image-segmentation", model=FOLDER, trust_remote_code=True)("exa
 """
 
 
-def test_auto_classes_load_it_by_trust_remote_code_alone(tmp_path):
-    """Without `import modeling_gkc` transformers asks the user to upgrade, unless the folder names its code."""
+def test_checkpoint_loads_with_trust_remote_code(tmp_path):
+    """Without `import modeling_gkc`, transformers needs the entry for remote code in the folder."""
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     code = REMOTE_CODE.replace("FOLDER", repr(str(SHIPPED)))
     finished = subprocess.run(
@@ -97,7 +97,7 @@ def test_auto_classes_load_it_by_trust_remote_code_alone(tmp_path):
     assert finished.returncode == 0, finished.stderr
 
 
-def test_its_entry_module_is_what_publishing_writes(tmp_path):
+def test_remote_code_entry_is_up_to_date(tmp_path):
     for name in ("config.json", "processor_config.json"):
         shutil.copy(SHIPPED / name, tmp_path)
     add_library_entry(tmp_path)
@@ -105,13 +105,13 @@ def test_its_entry_module_is_what_publishing_writes(tmp_path):
         assert path.read_bytes() == (SHIPPED / path.name).read_bytes(), path.name
 
 
-def test_size_and_files():
+def test_checkpoint_is_small_and_has_only_safetensors():
     files = {path.name: path.stat().st_size for path in SHIPPED.iterdir()}
     assert "model.safetensors" in files and not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
     assert sum(files.values()) < MAX_BYTES
 
 
-def test_card_is_made_from_the_recorded_results():
+def test_model_card_and_page_contain_the_recorded_results():
     results = recorded()
     config = json.loads((SHIPPED / "config.json").read_text())
     assert (SHIPPED / "README.md").read_text() == card(results, config)
@@ -121,20 +121,20 @@ def test_card_is_made_from_the_recorded_results():
     assert all(f"<!-- table {name} -->\n{table}\n<!-- end -->" in page for name, table in results["tables"].items())
 
 
-def test_scores_hold_on_new_pictures(model, processor):
-    """Another seed's world: within the spread of 100 pictures, each vocabulary scores what the card says.
+def test_scores_of_the_card_hold_on_new_images(model, processor):
+    """On 100 images of another seed's world, the mIoU of each vocabulary is within 0.08 of the card's.
 
-    `void` and `never`, three classes each asked alone, have too few regions in so many pictures to be compared.
+    `void` and `never`, three classes each evaluated alone, have too few regions in 100 images to be compared.
     """
-    pictures = build_dataset("test", 100, seed=1234, show_progress=False)
-    result = evaluate(model, processor, pictures, show_progress=False)
+    images = build_dataset("test", 100, seed=1234, show_progress=False)
+    result = evaluate(model, processor, images, show_progress=False)
     expected = shipped_scores()
     for group in expected.keys() - {"void", "never"}:
         assert abs(result["scores"][group]["miou"] - expected[group]["miou"]) < 0.08, group
 
 
-def test_the_papers_losses_show_where_labels_say_nothing():
-    """Recorded with the same world, CLIP, warm-up and steps for all arms of a seed: only the losses differ."""
+def test_text_losses_improve_classes_without_labels():
+    """All arms of a seed share the world, CLIP, warm-up and number of steps: only the losses differ."""
     seeds = recorded()["seeds"].values()
     assert len(seeds) >= 3
     for results in seeds:
@@ -152,19 +152,18 @@ def test_the_papers_losses_show_where_labels_say_nothing():
         (3, {"purple square": (50, 70), "yellow star": (160, 60), "cyan hoop": (107, 112), "masonry": (20, 190)}),
     ],
 )
-def test_example_pictures(model, processor, position, words):
-    """Compositions that were never labelled, and synonyms, found where they are: (row, column) in pixels."""
+def test_unlabeled_compositions_and_synonyms_are_found(model, processor, position, words):
+    """Each word of `words` is predicted at its position (row, column) in pixels."""
     image = Image.open(EXAMPLES / f"scene-{position}.png")
-    asked = "; ".join(words)
     with torch.inference_mode():
-        outputs = model(**processor(images=image, text=asked, return_tensors="pt"))
+        outputs = model(**processor(images=image, text="; ".join(words), return_tensors="pt"))
     (labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
     found = {word: list(words)[labels[place]] for word, place in words.items()}
     assert found == {word: word for word in words}
 
 
-def test_every_word_of_the_demo_is_found_where_it_was_drawn(model, processor):
-    """`make demo` shows what the checkpoint can do: each drawn region mostly gets the one word that is true of it."""
+def test_demo_classifies_every_drawn_region_correctly(model, processor):
+    """With the vocabulary of `make demo`, most pixels of each drawn region get the word that describes it."""
     words = re.search(r"^LABELS \?= (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
     vocabulary, shown = Vocabulary.parse(words), set()
     encoded = model.get_class_embeddings(**processor(text=vocabulary, return_tensors="pt"))
@@ -182,7 +181,7 @@ def test_every_word_of_the_demo_is_found_where_it_was_drawn(model, processor):
     assert shown == set(vocabulary.labels)
 
 
-def test_results_of_a_batch_are_those_of_single_images(model, processor):
+def test_batch_results_equal_single_image_results(model, processor):
     images = [Image.open(EXAMPLES / f"scene-{index}.png") for index in (1, 2, 3)]
     images += [image.resize(size) for image, size in zip(images, [(150, 290), (300, 64), (65, 65)], strict=True)]
     sizes = [image.size[::-1] for image in images]
@@ -198,10 +197,10 @@ def test_results_of_a_batch_are_those_of_single_images(model, processor):
         )
         return list(zip(semantic, panoptic, instance, strict=True))
 
-    together = results(0, len(images))
-    alone = [results(index, index + 1)[0] for index in range(len(images))]
-    for (semantic, *segmented), (expected, *segmented_alone) in zip(together, alone, strict=True):
-        assert (semantic != expected).float().mean() <= 1e-4  # where two classes tie to rounding
+    batched = results(0, len(images))
+    single = [results(index, index + 1)[0] for index in range(len(images))]
+    for (semantic, *segmented), (expected, *segmented_alone) in zip(batched, single, strict=True):
+        assert (semantic != expected).float().mean() <= 1e-4  # rounding may decide between two classes
         for found, expected in zip(segmented, segmented_alone, strict=True):
             assert (found["segmentation"] != expected["segmentation"]).float().mean() <= 1e-4
             for segment, other in zip(found["segments_info"], expected["segments_info"], strict=True):
@@ -209,17 +208,17 @@ def test_results_of_a_batch_are_those_of_single_images(model, processor):
                 assert segment["label_id"] == other["label_id"]
 
 
-def test_examples_are_drawn_by_their_command(tmp_path):
+def test_example_images_are_reproducible(tmp_path):
     for path in draw_examples(tmp_path, [2, 10, 11]):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(EXAMPLES / path.name)))
 
 
-def test_stock_pipeline_answers_in_the_stored_words():
+def test_transformers_pipeline_uses_the_stored_vocabulary():
     results = pipeline("image-segmentation", model=str(SHIPPED))(str(EXAMPLES / "scene-3.png"), subtask="semantic")
     assert {"sky", "brick", "ring"} <= {result["label"] for result in results}
 
 
-def test_command_line_finds_it_without_network(tmp_path, monkeypatch):
+def test_command_line_finds_the_checkpoint_without_network(tmp_path, monkeypatch):
     monkeypatch.delenv("GKC_MODEL", raising=False)
     assert default_model_path() == SHIPPED
     command = [
@@ -231,7 +230,7 @@ def test_command_line_finds_it_without_network(tmp_path, monkeypatch):
         "--labels",
         "red cross; lawn, grass; sky",
     ]
-    # A home that cannot be written to, and no network to ask.
+    # an unwritable home directory and no network
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": "/nonexistent", "HF_HOME": str(tmp_path / "cache")}
     finished = subprocess.run(
         [*command, "--out", str(tmp_path / "out")],
