@@ -1,6 +1,6 @@
-"""Miniature copies of the image benchmarks, in their published layout and encoding, and the truth made by hand.
+"""Miniature copies of the image benchmarks in their published layout and encoding, with ground truth made by hand.
 
-A picture is drawn with letters; each benchmark says what a letter is in its files and which train id it is. `-` and
+Annotations are drawn with letters; each benchmark defines the value of a letter in its files and its train id. `-` and
 `x` are void or special in most of them.
 """
 
@@ -22,14 +22,14 @@ DRAWINGS = {
 }
 
 
-def drawn(name: str) -> np.ndarray:
-    """The letters (H, W) of a drawing."""
+def letters_of(name: str) -> np.ndarray:
+    """Return the letters (H, W) of a drawing."""
     return np.array([list(row) for row in DRAWINGS[name]])
 
 
 def translated(name: str, values: Mapping[str, Any]) -> np.ndarray:
-    """A drawing (H, W) or (H, W, C) with a value for each letter."""
-    letters = drawn(name)
+    """Return a drawing (H, W) or (H, W, C) with each letter replaced by its value."""
+    letters = letters_of(name)
     sample = np.asarray(next(iter(values.values())))
     result = np.zeros((*letters.shape, *sample.shape), dtype=np.int64)
     for letter, value in values.items():
@@ -39,17 +39,18 @@ def translated(name: str, values: Mapping[str, Any]) -> np.ndarray:
 
 @dataclass
 class Miniature:
-    """A benchmark in small.
+    """Miniature of a benchmark.
 
     Attributes:
-        benchmark: its name.
-        source: its folder.
-        raw: what a letter is in an annotation.
-        train_ids: which class it is; -1 is void.
-        save: writes raw values (H, W) or (H, W, C) as an annotation.
-        unexpected: a raw value that no annotation may have.
-        names: image ids, by split and by drawing.
-        images, annotations: files by image id.
+        benchmark: Name of the benchmark.
+        source: Folder of its files.
+        raw: Value of each letter in an annotation.
+        train_ids: Class of each letter; -1 is void.
+        save: Function that writes raw values (H, W) or (H, W, C) as an annotation.
+        unexpected: A raw value that is not allowed in annotations.
+        names: Image ids by split and drawing.
+        images: Image files by image id.
+        annotations: Annotation files by image id.
     """
 
     benchmark: str
@@ -67,71 +68,71 @@ class Miniature:
         image_id = image.stem
         self.names.setdefault(split, {})[drawing] = image_id
         self.images[image_id], self.annotations[image_id] = image, annotation
-        write_photo(image, drawn(drawing).shape)
+        write_photo(image, letters_of(drawing).shape)
         annotation.parent.mkdir(parents=True, exist_ok=True)
         self.save(translated(drawing, self.raw), annotation)
 
     def truth(self, split: str) -> dict[str, np.ndarray]:
-        """Train ids (H, W) by image id."""
+        """Return the train ids (H, W) of a split by image id."""
         return {image_id: translated(drawing, self.train_ids) for drawing, image_id in self.names[split].items()}
 
     def spoil(self, image_id: str) -> None:
-        """Give a pixel of an annotation a value that it may not have."""
+        """Set a pixel of an annotation to a value that is not allowed."""
         drawing = next(d for names in self.names.values() for d, name in names.items() if name == image_id)
         raw = translated(drawing, self.raw)
         raw[0, 0] = self.unexpected
         self.save(raw, self.annotations[image_id])
 
     def crop(self, image_id: str) -> None:
-        """Make an annotation a row less high."""
+        """Remove the last row of an annotation."""
         drawing = next(d for names in self.names.values() for d, name in names.items() if name == image_id)
         self.save(translated(drawing, self.raw)[:-1], self.annotations[image_id])
 
 
 def write_photo(path: Path, shape: tuple[int, int]) -> None:
-    """A JPEG of noise that depends on its name."""
+    """Write a JPEG of noise that depends on its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(sum(path.name.encode()))
     Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path, quality=90)
 
 
-def save_grey(raw: np.ndarray, path: Path) -> None:
-    """8 bits, one channel."""
+def save_gray(raw: np.ndarray, path: Path) -> None:
+    """Write an 8-bit image with one channel."""
     Image.fromarray(raw.astype(np.uint8)).save(path)
 
 
 def save_palette(raw: np.ndarray, path: Path) -> None:
-    """Mode P, with colours that are not the indices."""
-    picture = Image.new("P", raw.shape[::-1])
-    picture.putpalette([(37 * value + 11 * channel) % 256 for value in range(256) for channel in range(3)])
-    picture.putdata(raw.ravel().tolist())
-    picture.save(path)
+    """Write a palette image whose colors differ from the indices."""
+    image = Image.new("P", raw.shape[::-1])
+    image.putpalette([(37 * value + 11 * channel) % 256 for value in range(256) for channel in range(3)])
+    image.putdata(raw.ravel().tolist())
+    image.save(path)
 
 
-def save_colours(raw: np.ndarray, path: Path) -> None:
-    """RGB."""
+def save_colors(raw: np.ndarray, path: Path) -> None:
+    """Write an RGB image."""
     Image.fromarray(raw.astype(np.uint8)).save(path)
 
 
 def save_label_map(raw: np.ndarray, path: Path) -> None:
-    """MATLAB, 16 bits."""
+    """Write a 16-bit MATLAB file."""
     savemat(path, {"LabelMap": raw.astype(np.uint16)}, do_compression=True)
 
 
-def split_colours(number: int) -> list[int]:
-    """R, G, B of an id."""
+def split_colors(number: int) -> list[int]:
+    """Return the color (R, G, B) that encodes an id."""
     return [number % 256, number // 256 % 256, number // 65536]
 
 
-# Segments of COCO by letter: id, raw category, crowd. x is a bicycle, a novel class.
+# COCO segments by letter: id, raw category, crowd. x is a bicycle, a novel class.
 COCO_SEGMENTS = {"a": (2 * 65536 + 3, 1, 0), "b": (7 * 256, 200, 0), "c": (5, 1, 1), "x": (300, 2, 0)}
 
 
 def coco_panoptic(folder: Path, benchmark: str = "coco_panoptic_133") -> Miniature:
-    """Two images of val and three of train, captions of val in the wrong order."""
-    raw = {letter: split_colours(number) for letter, (number, _, _) in COCO_SEGMENTS.items()} | {"-": [0, 0, 0]}
+    """Write two val and three train images, and captions of val that are not in the order of the images."""
+    raw = {letter: split_colors(number) for letter, (number, _, _) in COCO_SEGMENTS.items()} | {"-": [0, 0, 0]}
     truth = {"a": 0, "b": 132, "c": 0, "x": 1, "-": -1}
-    mini = Miniature(benchmark, folder, raw, truth, save_colours, [9, 9, 9])
+    mini = Miniature(benchmark, folder, raw, truth, save_colors, [9, 9, 9])
     for split, drawings in {"val": ["first", "second"], "train": ["third", "second", "first"]}.items():
         images, annotations = [], []
         for number, drawing in enumerate(drawings):
@@ -140,7 +141,7 @@ def coco_panoptic(folder: Path, benchmark: str = "coco_panoptic_133") -> Miniatu
             png = folder / f"panoptic_{split}2017" / f"{stem}.png"
             mini.add(split, drawing, folder / f"{split}2017" / f"{stem}.jpg", png)
             images.append({"id": image_id, "file_name": f"{stem}.jpg"})
-            present = [COCO_SEGMENTS[letter] for letter in sorted(set(drawn(drawing).ravel())) if letter != "-"]
+            present = [COCO_SEGMENTS[letter] for letter in sorted(set(letters_of(drawing).ravel())) if letter != "-"]
             infos = [{"id": n, "category_id": category, "iscrowd": crowd} for n, category, crowd in present]
             annotations.append({"image_id": image_id, "file_name": f"{stem}.png", "segments_info": infos})
         write_json(
@@ -154,15 +155,15 @@ def coco_panoptic(folder: Path, benchmark: str = "coco_panoptic_133") -> Miniatu
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A file of JSON."""
+    """Write a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
 def coco_stuff(folder: Path) -> Miniature:
-    """Pixels count from 0: the last class is 181. 182 would be the last of labels.txt, which counts from 1."""
+    """Write COCO-Stuff, whose pixel values start at 0 and end at 181; labels.txt, which starts at 1, ends at 182."""
     raw, truth = {"a": 0, "b": 181, "c": 12, "x": 255, "-": 255}, {"a": 0, "b": 170, "c": 11, "x": -1, "-": -1}
-    mini = Miniature("coco_stuff_171", folder, raw, truth, save_grey, 182)
+    mini = Miniature("coco_stuff_171", folder, raw, truth, save_gray, 182)
     for split, drawing in (("val", "first"), ("val", "second"), ("train", "third")):
         maps = folder / "stuffthingmaps_trainval2017" / f"{split}2017"
         mini.add(split, drawing, folder / f"{split}2017" / f"{drawing}.jpg", maps / f"{drawing}.png")
@@ -170,9 +171,9 @@ def coco_stuff(folder: Path) -> Miniature:
 
 
 def ade20k(folder: Path) -> Miniature:
-    """0 is void and 1 the first class."""
+    """Write ADE20K-150, where 0 is void and 1 the first class."""
     raw, truth = {"a": 1, "b": 150, "c": 8, "x": 0, "-": 0}, {"a": 0, "b": 149, "c": 7, "x": -1, "-": -1}
-    mini = Miniature("ade20k_150", folder, raw, truth, save_grey, 151)
+    mini = Miniature("ade20k_150", folder, raw, truth, save_gray, 151)
     for split, part, number, drawing in (
         ("val", "validation", 1, "first"),
         ("val", "validation", 2, "second"),
@@ -186,12 +187,12 @@ def ade20k(folder: Path) -> Miniature:
 
 
 def full_index(index: int, part: int = 3) -> list[int]:
-    """R, G, B of a class index of ADE20K-Full, with the digit of R that tells of parts, and some object in B."""
+    """Return the color of a class index of ADE20K-Full, with a part digit in R and an object number in B."""
     return [index // 256 * 10 + part, index % 256, 77]
 
 
 def ade20k_full(folder: Path) -> Miniature:
-    """Class indices beyond 255; x is an index that is not among the 847."""
+    """Write ADE20K-Full with class indices above 255; x is an index that is not among the 847."""
     raw = {
         "a": full_index(2978),
         "b": full_index(3148, 9),
@@ -200,7 +201,7 @@ def ade20k_full(folder: Path) -> Miniature:
         "-": [0, 0, 0],
     }
     truth = {"a": 0, "b": 846, "c": 20, "x": -1, "-": -1}
-    mini = Miniature("ade20k_847", folder, raw, truth, save_colours, full_index(3840))
+    mini = Miniature("ade20k_847", folder, raw, truth, save_colors, full_index(3840))
     for split, part, name, drawing in (
         ("train", "training/unknown/outlier", "ADE_frame_00000007", "third"),
         ("train", "training/urban/street", "ADE_train_00000001", "second"),
@@ -210,7 +211,7 @@ def ade20k_full(folder: Path) -> Miniature:
         mini.add(split, drawing, place / f"{name}.jpg", place / f"{name}_seg.png")
         Image.new("RGB", (4, 4)).save(place / f"{name}_parts_1.png")
         (place / f"{name}.json").write_text("{}")
-    (folder / "index_ade20k.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")  # runs a program when it is unpickled
+    (folder / "index_ade20k.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")  # runs a program if unpickled
     return mini
 
 
@@ -222,7 +223,7 @@ VOC_TRUTHS = {
 
 
 def pascal_voc(folder: Path, benchmark: str) -> Miniature:
-    """Palette pictures whose colours are not the classes."""
+    """Write PASCAL VOC as palette images whose colors differ from the classes."""
     raw, place = {"a": 1, "b": 20, "c": 15, "-": 0, "x": 255}, folder / "VOC2012"
     mini = Miniature(benchmark, folder, raw, VOC_TRUTHS[benchmark], save_palette, 21)
     for split, names in {"val": ["second", "first"], "train": ["third"]}.items():
@@ -232,7 +233,7 @@ def pascal_voc(folder: Path, benchmark: str) -> Miniature:
         lists = place / "ImageSets" / "Segmentation"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text("".join(f"2007_{name}\n" for name in names))
-    write_photo(place / "JPEGImages" / "2007_without_annotation.jpg", (4, 4))  # as most of VOC's images
+    write_photo(place / "JPEGImages" / "2007_without_annotation.jpg", (4, 4))  # like most of VOC's images
     return mini
 
 
@@ -248,7 +249,7 @@ CONTEXT_SPLITS = {"val": ["first", "third"], "train": ["second"]}
 
 
 def pascal_context(folder: Path, benchmark: str) -> Miniature:
-    """16-bit label maps of MATLAB."""
+    """Write PASCAL Context as 16-bit MATLAB label maps."""
     place = folder / "VOC2010"
     mini = Miniature(benchmark, folder, CONTEXT_RAW[benchmark], CONTEXT_TRUTHS[benchmark], save_label_map, 460)
     for split, names in CONTEXT_SPLITS.items():
@@ -261,7 +262,7 @@ def pascal_context(folder: Path, benchmark: str) -> Miniature:
 
 
 def pascal_context_merged(folder: Path, benchmark: str) -> Miniature:
-    """The merged JSON with run lengths, one of them uncompressed; the .mat files are not there."""
+    """Write PASCAL Context as one JSON file with run lengths, one of them uncompressed, without the .mat files."""
     mini = pascal_context(folder, benchmark)
     place, images, masks = folder / "VOC2010", [], []
     for split, names in CONTEXT_SPLITS.items():
@@ -279,7 +280,7 @@ def pascal_context_merged(folder: Path, benchmark: str) -> Miniature:
 
 
 def run_lengths(mask: np.ndarray, compressed: bool = True) -> dict[str, Any]:
-    """A mask (H, W) in COCO's run-length code."""
+    """Encode a mask (H, W) as COCO run lengths."""
     if compressed:
         code = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
         return {"size": code["size"], "counts": code["counts"].decode()}

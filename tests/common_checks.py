@@ -1,4 +1,4 @@
-"""What transformers' own suites check, check by check: the test that holds it for ours, or why there is none.
+"""Table of the checks of transformers' test suites: the tests that cover them here, or the reason why none does.
 
 `python -m tests.common_checks` prints the table in Markdown. The names are those of the mixins in transformers' source
 distribution, which tests/test_published_checks.py runs and compares with this table, of its
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 OWN_FILES = ("test_common", "test_attention", "test_gradients", "test_save_load_export")
-NO_GPU = "needs accelerators, which the suite does without; "
+NO_GPU = "needs accelerators, which the suite does not use; "
 NO_FLASH = (
     "flash attention takes no masks of the kind that masked attention needs (a query sees the inside of its mask), so "
     "it is refused: test_implementations_that_take_no_masks_are_refused"
@@ -31,7 +31,7 @@ IMAGE_FEATURES = "there is no `get_image_features`; GKCModel and CLIPResNetVisio
 
 
 class Entry(NamedTuple):
-    """Tests that hold a check, by name; or the reason why there is none; a partly held check has both."""
+    """Names of the tests that cover a check, or the reason why none does; a partly covered check has both."""
 
     tests: tuple[str, ...] = ()
     reason: str = ""
@@ -53,8 +53,10 @@ MODELING = {
     "test_keep_in_fp32_modules_exist": none(
         "no module asks to be kept in fp32: what needs it is computed in fp32 where it is"
     ),
-    "test_keep_in_fp32_modules": held("test_half_precision_is_near_single", but="no module asks to be kept in fp32"),
-    "test_save_load_keys_to_ignore_on_save": held("test_every_weight_is_saved_under_its_name"),
+    "test_keep_in_fp32_modules": held(
+        "test_half_precision_is_close_to_single", but="no module asks to be kept in fp32"
+    ),
+    "test_save_load_keys_to_ignore_on_save": held("test_all_weights_are_saved_under_their_names"),
     "test_load_contiguous_weights": held("test_load_contiguous_weights"),
     "test_gradient_checkpointing_backward_compatibility": held("test_gradient_checkpointing_by_configuration"),
     "test_gradient_checkpointing_enable_disable": held("test_gradient_checkpointing_enable_disable"),
@@ -74,7 +76,7 @@ MODELING = {
     "test_model_forward_default_config_values": held("test_model_forward_default_config_values"),
     "test_training": held("test_training"),
     "test_training_gradient_checkpointing": held(
-        "test_training_gradient_checkpointing", "test_recomputation_never_counts_a_batch_twice"
+        "test_training_gradient_checkpointing", "test_checkpointing_updates_batchnorm_statistics_once"
     ),
     "test_training_gradient_checkpointing_use_reentrant_false": held("test_training_gradient_checkpointing"),
     "test_training_gradient_checkpointing_use_reentrant_true": held("test_training_gradient_checkpointing"),
@@ -85,7 +87,7 @@ MODELING = {
     ),
     "test_hidden_states_output": held(
         "test_hidden_states_output",
-        "test_hidden_states_change_no_result",
+        "test_hidden_states_do_not_change_outputs",
         "test_states_equal_those_of_mask2former",
         "test_head_gives_the_states_of_the_image_path",
         "test_images_of_several_sizes_have_no_common_states",
@@ -97,10 +99,10 @@ MODELING = {
     "test_resize_position_vector_embeddings": none(
         "positions are computed for any size, or resized in CLIP's tower: tests/test_clip_resnet.py"
     ),
-    "test_resize_tokens_embeddings": held("test_resize_tokens_embeddings_is_refused", but=NO_TOKENS),
+    "test_resize_tokens_embeddings": held("test_resize_token_embeddings_is_an_error", but=NO_TOKENS),
     "test_resize_tokens_embeddings_with_deepspeed": none(NO_DEEPSPEED),
     "test_resize_tokens_embeddings_with_deepspeed_multi_gpu": none(NO_DEEPSPEED),
-    "test_resize_embeddings_untied": held("test_resize_tokens_embeddings_is_refused", but=NO_TOKENS),
+    "test_resize_embeddings_untied": held("test_resize_token_embeddings_is_an_error", but=NO_TOKENS),
     "test_resize_embeddings_untied_with_deepspeed": none(NO_DEEPSPEED),
     "test_resize_embeddings_untied_with_deepspeed_multi_gpu": none(NO_DEEPSPEED),
     "test_model_get_set_embeddings": held("test_get_and_set_input_embeddings"),
@@ -109,10 +111,10 @@ MODELING = {
     "test_correct_missing_keys": held("test_correct_missing_keys"),
     "test_can_use_safetensors": held("test_can_use_safetensors"),
     "test_load_save_without_tied_weights": held(
-        "test_every_weight_is_saved_under_its_name", but="no weights are tied"
+        "test_all_weights_are_saved_under_their_names", but="no weights are tied"
     ),
-    "test_tied_weights_keys": held("test_every_weight_is_saved_under_its_name", but="no weights are tied"),
-    "test_model_weights_reload_no_missing_tied_weights": held("test_all_missing_weights_are_reported_and_initialised"),
+    "test_tied_weights_keys": held("test_all_weights_are_saved_under_their_names", but="no weights are tied"),
+    "test_model_weights_reload_no_missing_tied_weights": held("test_all_missing_weights_are_reported_and_initialized"),
     "test_model_outputs_equivalence": held("test_model_outputs_equivalence", "test_return_dict_of_the_configuration"),
     "test_inputs_embeds": none(NO_TOKENS + "; `class_embeds` is the counterpart: tests/test_modeling.py"),
     "test_inputs_embeds_matches_input_ids": none(
@@ -121,14 +123,14 @@ MODELING = {
     "test_disk_offload_bin": none(
         "pickled weights are read only when asked for by name; safetensors are offloaded below"
     ),
-    "test_disk_offload_safetensors": held("test_offloaded_weights_give_the_same_result"),
-    "test_cpu_offload": held("test_weights_kept_in_memory_elsewhere_give_the_same_result"),
+    "test_disk_offload_safetensors": held("test_disk_offload_does_not_change_outputs"),
+    "test_cpu_offload": held("test_cpu_offload_does_not_change_outputs"),
     "test_model_parallelism": held(
-        "test_no_layer_is_split_between_devices", but=NO_GPU + "which layers must stay together is held"
+        "test_device_map_splits_no_layer", but=NO_GPU + "which layers must stay together is held"
     ),
     "test_problem_types": none("no classification or regression head"),
-    "test_load_with_mismatched_shapes": held("test_weights_of_another_shape"),
-    "test_can_load_ignoring_mismatched_shapes": held("test_weights_of_another_shape"),
+    "test_load_with_mismatched_shapes": held("test_weights_of_mismatched_shape"),
+    "test_can_load_ignoring_mismatched_shapes": held("test_weights_of_mismatched_shape"),
     "test_flash_attn_kernels_inference_equivalence": none(NO_FLASH),
     "test_flash_attn_kernels_mps_inference_equivalence": none(NO_FLASH),
     "test_flash_attn_2_inference_equivalence": none(NO_FLASH),
@@ -165,14 +167,10 @@ MODELING = {
     "test_flex_attention_with_grads": held(
         "test_implementations_that_take_no_masks_are_refused", but="masks change at every layer with what is predicted"
     ),
-    "test_generation_tester_mixin_inheritance": held("test_nothing_is_generated"),
+    "test_generation_tester_mixin_inheritance": held("test_models_cannot_generate"),
     "test_can_be_initialized_on_meta": held("test_can_be_initialized_on_meta"),
-    "test_can_load_with_device_context_manager": held(
-        "test_device_of_the_context_is_respected", but=NO_GPU + "held on CPU"
-    ),
-    "test_can_load_with_global_device_set": held(
-        "test_device_of_the_context_is_respected", but=NO_GPU + "held on CPU"
-    ),
+    "test_can_load_with_device_context_manager": held("test_device_context_is_respected", but=NO_GPU + "held on CPU"),
+    "test_can_load_with_global_device_set": held("test_device_context_is_respected", but=NO_GPU + "held on CPU"),
     "test_cannot_load_with_meta_device_context_manager": held("test_cannot_load_with_meta_device_context_manager"),
     "test_config_attn_implementation_setter": held("test_config_attn_implementation_setter"),
     "test_internal_model_config_and_subconfig_are_same": held("test_internal_model_config_and_subconfig_are_same"),
@@ -221,7 +219,7 @@ MODELING = {
     "test_moe_models_record_router_logits": none("there are no experts"),
     "test_output_router_logits_from_config": none("there are no experts"),
     "test_resize_embeddings_untied_no_reinit_on_post_init": held(
-        "test_resize_tokens_embeddings_is_refused", but=NO_TOKENS
+        "test_resize_token_embeddings_is_an_error", but=NO_TOKENS
     ),
     "test_tied_head_has_a_tp_plan_entry": none("no weights are tied, and there is no plan for tensor parallelism"),
 }
@@ -235,13 +233,15 @@ RELEASE_4 = {
     "test_head_pruning": none("removed from transformers 5; heads are not pruned"),
     "test_torchscript_simple": none("removed from transformers 5 in favour of export"),
     "test_torch_fx": none("removed from transformers 5 in favour of compile and export"),
-    "test_save_load_low_cpu_mem_usage": held("test_shards_and_low_memory_give_the_same_weights"),
+    "test_save_load_low_cpu_mem_usage": held("test_sharded_and_low_memory_loading_give_equal_weights"),
     "test_save_load_fast_init_to_base": held("test_correct_missing_keys"),
     "test_save_load_fast_init_from_base": held("test_correct_missing_keys"),
-    "test_matched_shapes_have_loaded_weights_when_some_mismatched_shapes_exist": held("test_weights_of_another_shape"),
-    "test_mismatched_shapes_have_properly_initialized_weights": held("test_weights_of_another_shape"),
+    "test_matched_shapes_have_loaded_weights_when_some_mismatched_shapes_exist": held(
+        "test_weights_of_mismatched_shape"
+    ),
+    "test_mismatched_shapes_have_properly_initialized_weights": held("test_weights_of_mismatched_shape"),
     "test_load_with_torch_dtype_auto": held("test_dtype_at_loading"),
-    "test_checkpoint_sharding_local": held("test_shards_and_low_memory_give_the_same_weights"),
+    "test_checkpoint_sharding_local": held("test_sharded_and_low_memory_loading_give_equal_weights"),
     "test_default_dtype": held("test_default_dtype_is_respected"),
 }
 
@@ -276,14 +276,14 @@ IMAGE_PROCESSORS = {
         "sizes and means are tuples and frozen sizes, as in transformers' own processors, which it skips likewise"
     ),
     "test_pil_can_run_without_torchvision": held(
-        "test_auto_classes_know_this_package_in_whatever_order_it_is_imported",
+        "test_auto_classes_are_registered_for_any_import_order",
         but="published as slow; the whole suite runs without it",
     ),
     "test_backends_equivalence": none(
         "its picture is downloaded; test_backends_equivalence_batched runs on pictures that are made"
     ),
     "test_new_models_require_torchvision_backend": held(
-        "test_auto_classes_know_this_package_in_whatever_order_it_is_imported",
+        "test_auto_classes_are_registered_for_any_import_order",
         but="torchvision is not needed: Pillow prepares images",
     ),
 }
@@ -369,70 +369,76 @@ PIPELINES = {
 
 
 BACKBONE = {
-    "test_config": held("test_stages_by_configuration", but="the default is all four stages, not the last alone"),
+    "test_config": held(
+        "test_stages_are_selected_by_configuration", but="the default is all four stages, not the last alone"
+    ),
     "test_forward_signature": held("test_forward_signature"),
-    "test_config_save_pretrained": held("test_stages_that_are_selected"),
-    "test_channels": held("test_stages_that_are_selected"),
-    "test_create_from_modified_config": held("test_stages_that_are_selected"),
+    "test_config_save_pretrained": held("test_selected_stages_are_returned"),
+    "test_channels": held("test_selected_stages_are_returned"),
+    "test_create_from_modified_config": held("test_selected_stages_are_returned"),
     "test_backbone_common_attributes": held("test_backbone_common_attributes"),
     "test_backbone_outputs": held("test_hidden_states_output", "test_tower_and_backbone_share_a_checkpoint"),
-    "test_backbone_stage_selection": held("test_stages_that_are_selected"),
+    "test_backbone_stage_selection": held("test_selected_stages_are_returned"),
 }
 
 CONFIGURATION = {
     "create_and_test_config_common_properties": none(
         "hidden_size and num_attention_heads are there; one number of layers would not say of which part"
     ),
-    "create_and_test_config_to_json_string": held("test_round_trips"),
-    "create_and_test_config_to_json_file": held("test_round_trips"),
-    "create_and_test_config_from_and_save_pretrained": held("test_round_trips"),
-    "create_and_test_config_from_and_save_pretrained_subfolder": held("test_round_trips"),
+    "create_and_test_config_to_json_string": held("test_configuration_round_trips"),
+    "create_and_test_config_to_json_file": held("test_configuration_round_trips"),
+    "create_and_test_config_from_and_save_pretrained": held("test_configuration_round_trips"),
+    "create_and_test_config_from_and_save_pretrained_subfolder": held("test_configuration_round_trips"),
     "create_and_test_config_from_and_save_pretrained_composite": held(
-        "test_text_tower_is_read_from_a_checkpoint_of_the_whole"
+        "test_text_configuration_is_read_from_a_full_checkpoint"
     ),
-    "create_and_test_config_with_num_labels": held("test_labels"),
-    "check_config_can_be_init_without_params": held("test_defaults_make_a_configuration"),
-    "check_config_arguments_init": held("test_values_given_while_loading_replace_those_in_the_file"),
+    "create_and_test_config_with_num_labels": held("test_id2label_of_the_configuration"),
+    "check_config_can_be_init_without_params": held("test_default_configuration_is_valid"),
+    "check_config_arguments_init": held("test_keyword_arguments_override_the_stored_configuration"),
     "create_and_test_config_from_pretrained_custom_kwargs": held(
-        "test_values_given_while_loading_replace_those_in_the_file"
+        "test_keyword_arguments_override_the_stored_configuration"
     ),
 }
 
 TRAINING_AND_PEFT = {
-    "test_training_overfit": held("test_training_overfit", "test_training_mode_spares_frozen_parts"),
+    "test_training_overfit": held("test_training_overfit", "test_training_mode_does_not_change_frozen_parts"),
     "test_peft_from_pretrained": held("test_lora_is_saved_loaded_and_merged"),
-    "test_peft_state_dict": held("test_only_adapters_of_the_mask_decoder_train"),
+    "test_peft_state_dict": held("test_only_mask_decoder_adapters_are_trained"),
     "test_peft_save_pretrained": held("test_lora_is_saved_loaded_and_merged"),
-    "test_peft_enable_disable_adapters": held("test_adapters_of_transformers_itself"),
-    "test_peft_add_adapter": held("test_adapters_of_transformers_itself"),
-    "test_peft_add_adapter_modules_to_save": held("test_lora_with_a_head_that_trains_whole"),
+    "test_peft_enable_disable_adapters": held("test_transformers_add_adapter"),
+    "test_peft_add_adapter": held("test_transformers_add_adapter"),
+    "test_peft_add_adapter_modules_to_save": held("test_lora_with_fully_trained_head"),
     "test_peft_add_adapter_training_gradient_checkpointing": held("test_lora_trains_under_gradient_checkpointing"),
     "test_peft_add_multi_adapter": none(
         "several adapters at once are PEFT's own matter; the model takes no part in it"
     ),
-    "test_peft_load_adapter_training_inference_mode": held("test_only_adapters_of_the_mask_decoder_train"),
+    "test_peft_load_adapter_training_inference_mode": held("test_only_mask_decoder_adapters_are_trained"),
     "test_peft_from_pretrained_kwargs": none("quantised weights need bitsandbytes, which is not in the supported set"),
 }
 
 BEYOND = {
-    "test_push_to_hub_dynamic_config": held("test_classes_of_ones_own", but="no network: tests/test_remote_code.py"),
+    "test_push_to_hub_dynamic_config": held(
+        "test_subclass_with_own_model_type", but="no network: tests/test_remote_code.py"
+    ),
     "a copy and a pickle are whole": held(
-        "test_copies_are_whole_and_apart",
+        "test_copies_are_complete_and_independent",
         but="transformers' Swin hooks itself, so a model on it is copied, not pickled",
     ),
-    "several threads use one model": held("test_several_threads_share_a_model"),
-    "autocast, float16 and bfloat16 are near float32": held("test_half_precision_is_near_single"),
-    "inference mode leaves the model trainable": held("test_inference_mode_leaves_the_model_trainable"),
-    "all stages in training": held("test_feature_extraction_in_training_mode_gives_all_stages"),
+    "several threads use one model": held("test_model_can_be_shared_by_threads"),
+    "autocast, float16 and bfloat16 are near float32": held("test_half_precision_is_close_to_single"),
+    "inference mode leaves the model trainable": held("test_model_is_trainable_after_inference_mode"),
+    "all stages in training": held("test_training_mode_returns_all_stages"),
     "variants and subfolders": held("test_variants_and_subfolders"),
-    "device_map='auto' with little memory": held("test_automatic_device_map"),
-    "parts on several devices": held("test_parts_may_stand_on_different_devices"),
+    "device_map='auto' with little memory": held("test_automatic_device_map_offloads_to_disk"),
+    "parts on several devices": held("test_parts_run_on_different_devices"),
     "graphs of the default compiler": held("test_image_path_compiles_with_inductor", but="takes minutes: on request"),
-    "adapters miss the text tower by pattern only": held("test_projections_of_the_text_tower_have_the_same_names"),
+    "adapters miss the text tower by pattern only": held(
+        "test_text_tower_shares_projection_names_with_the_mask_decoder"
+    ),
     "this list has no gap": held(
-        "test_every_check_is_held_or_has_a_reason",
-        "test_every_common_test_is_in_the_list",
-        "test_documented_numbers_of_checks_are_true",
+        "test_every_check_has_a_test_or_a_reason",
+        "test_every_common_test_is_listed",
+        "test_documented_numbers_of_checks_are_right",
     ),
 }
 
@@ -604,14 +610,14 @@ PUBLISHED = {
 
 
 def entries() -> Iterator[tuple[str, Entry]]:
-    """Every check of every suite."""
+    """Yield every check of every suite."""
     for checks in SUITES.values():
         yield from checks.items()
 
 
 @functools.cache
 def defined_tests(files: Collection[str] | None = None) -> frozenset[str]:
-    """Names of the test functions in `files`; by default in all of this folder, with its test files themselves."""
+    """Return the names of the test functions in `files`; by default of all test files, and the files' names."""
     paths = [path for path in FOLDER.glob("test_*.py") if files is None or path.stem in files]
     names = set() if files else {f"tests/{path.name}" for path in paths}
     for path in paths:
@@ -622,7 +628,7 @@ def defined_tests(files: Collection[str] | None = None) -> frozenset[str]:
 
 
 def table() -> str:
-    """All suites in Markdown, after a line of numbers."""
+    """Format all suites in Markdown, after a line of counts."""
     lines, numbers = [], [0, 0, 0]
     for suite, own in SUITES.items():
         run = RUN_AS_PUBLISHED.get(suite, [])
@@ -635,7 +641,7 @@ def table() -> str:
             "| --- | --- | --- |",
         ]
         for check, entry in checks.items():
-            # A check that passes because it finds nothing to look at has a reason and no test.
+            # A check that passes because it does not apply has a reason and no test.
             is_run = check in run and (entry == Entry() or bool(entry.tests))
             numbers[0 if is_run else 1 if entry.tests else 2] += 1
             tests = ["as published"] * is_run + list(entry.tests)
@@ -644,7 +650,7 @@ def table() -> str:
 
 
 def summary(run: int, held_otherwise: int, not_applicable: int) -> str:
-    """The line of numbers of the table."""
+    """Format the line of counts of the table."""
     total = run + held_otherwise + not_applicable
     return (
         f"{total} checks: {run} run as published, {held_otherwise} held by tests of ours alone, {not_applicable} not "

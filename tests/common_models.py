@@ -1,4 +1,4 @@
-"""The models that the common tests look at, small, and how outputs are compared."""
+"""Small models for tests that apply to all of them, and comparison of model outputs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ HIDDEN_STATES[CLIPResNetVisionModel] = HIDDEN_STATES[CLIPResNetBackbone]
 
 
 def tiny_config(**changes) -> GKCConfig:
-    """With one layer for each of the three maps."""
+    """Return a small configuration with one decoder layer per feature level."""
     return small_config(**{"encoder_layers": 1, "decoder_layers": 3} | changes)
 
 
@@ -72,7 +72,7 @@ def segmenter_labels() -> dict[str, list[Tensor]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model to check, and a call of it."""
+    """Model to test, with the inputs of a call."""
 
     model_class: type[PreTrainedModel]
     config: Callable[[], Any]
@@ -92,14 +92,14 @@ CASES = {
     "backbone": Case(CLIPResNetBackbone, tower_config),
     "image tower": Case(CLIPResNetVisionModel, tower_config),
 }
-# Where the kind of backbone makes no difference, one that is ours and one of transformers' are enough.
+# Where the kind of backbone does not matter, one of this library and one of transformers are enough.
 COMMON = {name: case for name, case in CASES.items() if name != "segmenter, ResNet"}
 SEGMENTERS = ["segmenter", "segmenter, Swin", "segmenter, ResNet"]
 WITH_ATTENTION = [name for name in CASES if name != "backbone"]
 
 
 def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in an output, by its place in it."""
+    """Yield the name and value of every tensor in an output."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, dict):
@@ -111,7 +111,7 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """Of all tensors of two outputs, which must have the same ones."""
+    """Return the largest absolute difference between two outputs, which must have the same tensors."""
     first, second = dict(tensors_of(first)), dict(tensors_of(second))
     assert first.keys() == second.keys() and first
     differences = []
@@ -133,7 +133,7 @@ def saved_and_loaded(model: PreTrainedModel, path, **kwargs) -> PreTrainedModel:
 
 
 def enable_checkpointing(model: PreTrainedModel, **kwargs) -> None:
-    """By its name of transformers 5.23, or its name before."""
+    """Enable gradient checkpointing under its name in transformers 5.23 or before."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(kwargs or None)
 
@@ -144,7 +144,7 @@ def recomputes(model: PreTrainedModel) -> bool:
 
 
 def result(outputs: ModelOutput) -> Tensor:
-    """The tensor that all of a model takes part in."""
+    """Return the output tensor that depends on all parts of the model."""
     for name in ("masks_queries_logits", "image_embeds"):
         if name in outputs:
             return outputs[name]

@@ -1,14 +1,14 @@
-"""What the tests share: small random models, one thread, no network, a table of measured errors."""
+"""Shared fixtures and settings: small random models, one thread, no network, and a table of measured errors."""
 
 import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Results of the two devices differ in their last bits, and forked processes cannot use CUDA: the suite runs on the CPU
-# of a machine with a GPU too. `GKC_TEST_CUDA=1` runs what needs a GPU (tests/test_cuda.py and the Triton kernels).
+# Results on CPU and GPU differ by rounding, and forked processes cannot use CUDA: the suite runs on the CPU even if
+# there is a GPU. `GKC_TEST_CUDA=1` enables the tests that need one (tests/test_cuda.py and the Triton kernels).
 if os.environ.get("GKC_TEST_CUDA") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Programs that tests start compute on one thread as the tests do: a sum split among threads has other last bits.
+# Programs started by tests use one thread like the tests: sums split among threads differ by rounding.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -24,7 +24,7 @@ ERRORS: pytest.StashKey[dict[str, tuple[float, float]]] = pytest.StashKey()
 
 
 def small_config(**overrides) -> GKCConfig:
-    """A configuration with every part, small enough for a test."""
+    """Return a configuration with every part of the model, small enough for a test."""
     values = {
         "backbone_config": CLIPResNetConfig(
             width=8, depths=[1, 1, 1, 1], num_attention_heads=4, image_size=64, projection_dim=16
@@ -55,51 +55,50 @@ def small_config(**overrides) -> GKCConfig:
 
 
 def aligned(model: torch.nn.Module) -> torch.nn.Module:
-    """
-    Copy all weights of a loaded model to new memory, and return the model.
+    """Copy all weights of a loaded model to new memory, in place, and return the model.
 
-    `from_pretrained` maps weights from their file, where they begin at any multiple of 4 bytes; torch aligns its own
-    memory to 64. MKL sums a product in another order by that, above all of a matrix and a vector, which the projection
-    of a single word is: equal weights give other last bits (4e-7 of unit embeddings, in no case with
-    MKL_CBWR=COMPATIBLE). Bits can be compared once both models' weights are aligned.
+    `from_pretrained` maps weights from their file, where they start at any multiple of 4 bytes; torch aligns its own
+    memory to 64 bytes. MKL chooses the order of summation by alignment, above all for products of a matrix and a
+    vector, such as the projection of a single prompt: equal weights give results that differ by rounding (4e-7 for
+    unit embeddings, never with MKL_CBWR=COMPATIBLE). Results are bit-equal once both models are aligned.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
 
 
-def _note(config: pytest.Config, what: str, error: float, bound: float) -> None:
+def _record_error(config: pytest.Config, what: str, error: float, bound: float) -> None:
     errors = config.stash.setdefault(ERRORS, {})
     largest, _ = errors.get(what, (0.0, bound))
     errors[what] = (max(largest, error), bound)
 
 
 def pytest_sessionfinish(session):
-    """In a worker of pytest-xdist: hand over what `within` measured."""
+    """Pass the errors measured by `within` to the main process of pytest-xdist."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["measured errors"] = list(session.config.stash.get(ERRORS, {}).items())
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """In the process that prints: collect what the workers measured."""
+    """Collect the errors measured by the workers of pytest-xdist."""
     for what, (error, bound) in getattr(node, "workeroutput", {}).get("measured errors", []):
-        _note(node.config, what, error, bound)
+        _record_error(node.config, what, error, bound)
 
 
 @pytest.fixture
 def within(request):
-    """Asserts that an error lies within its bound; the largest of each name is listed at the end of the run."""
+    """Return a function that asserts an error bound; the largest error of each name is listed after the run."""
 
     def check(what: str, error: torch.Tensor | float, bound: float) -> None:
-        _note(request.config, what, float(error), bound)
-        assert float(error) <= bound, f"{what}: {float(error):.3g} is more than {bound:g}"
+        _record_error(request.config, what, float(error), bound)
+        assert float(error) <= bound, f"{what}: {float(error):.3g} exceeds the bound {bound:g}"
 
     return check
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Prints the errors that `within` measured."""
+    """Print the errors measured by `within`."""
     errors = config.stash.get(ERRORS, {})
     if errors:
         terminalreporter.section("measured errors")
@@ -109,7 +108,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def transformers_log(caplog):
-    """What transformers logs, which does not reach pytest by itself."""
+    """Capture the log of transformers, which does not propagate to pytest's handler."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     yield caplog
@@ -118,7 +117,7 @@ def transformers_log(caplog):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random state."""
+    """Seed torch before every test."""
     torch.manual_seed(0)
 
 
@@ -128,7 +127,7 @@ def config() -> GKCConfig:
 
 
 def word_tokenizer(words: str = "red blue disc square box lawn grass star sky air dog sofa couch lamp"):
-    """A word-level tokenizer that fits `small_config`."""
+    """Return a word-level tokenizer that fits `small_config`."""
     special = ["<pad>", "<start>", "<unknown>", "<end>"]
     tokenizer = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate([*special, *words.split()])}, unk_token="<unknown>")

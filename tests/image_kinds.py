@@ -1,4 +1,4 @@
-"""Pictures of every kind with the pixels that they must become, worked out from what the kind says."""
+"""Image files and arrays of every kind with their expected RGB pixels, computed from the definition of the kind."""
 
 import base64
 import io
@@ -19,13 +19,13 @@ PALETTE = np.arange(256)[:, None] * np.array([1, 3, 7]) % 256
 
 @dataclass
 class Example:
-    """One picture: files and arrays that hold it, and its pixels.
+    """One image as files and arrays, with its expected pixels.
 
     Attributes:
-        files: The bytes of a file by its format.
-        expected: (H, W, 3) in 0..255, or None where only the decoder knows (lossy formats).
-        tolerance: Levels by which roundings of the decoder may differ.
-        arrays: Arrays (H, W) or (H, W, C) that mean the same.
+        files: Content of image files by format.
+        expected: Pixels (H, W, 3) in 0..255, None for lossy formats, whose pixels depend on the decoder.
+        tolerance: Allowed difference in levels due to rounding in the decoder.
+        arrays: Arrays (H, W) or (H, W, C) with the same meaning.
     """
 
     files: dict[str, bytes]
@@ -34,14 +34,14 @@ class Example:
     arrays: list[np.ndarray] = field(default_factory=list)
 
 
-def encoded(image: Image.Image, kind: str = "png", **settings) -> bytes:
+def encode_image(image: Image.Image, kind: str = "png", **settings) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **settings)
     return buffer.getvalue()
 
 
 def png_file(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """A PNG file of these chunks (kind, content), with their checksums."""
+    """Assemble a PNG file from chunks (type, content), adding their checksums."""
     written = [b"\x89PNG\r\n\x1a\n"]
     for kind, content in chunks:
         checksum = struct.pack(">I", zlib.crc32(kind + content))
@@ -49,8 +49,8 @@ def png_file(chunks: list[tuple[bytes, bytes]]) -> bytes:
     return b"".join(written)
 
 
-def png(values: np.ndarray, color_type: int, transparency: bytes = b"") -> bytes:
-    """A 16-bit PNG file, which Pillow does not write in colour."""
+def png16_file(values: np.ndarray, color_type: int, transparency: bytes = b"") -> bytes:
+    """Write a 16-bit PNG file, which Pillow cannot write in color."""
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
@@ -58,18 +58,18 @@ def png(values: np.ndarray, color_type: int, transparency: bytes = b"") -> bytes
     return png_file([*chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")])
 
 
-def packed(values: np.ndarray, bits: int, big_endian: bool = True) -> bytes:
-    """Rows of samples (H, W * C), each row ending on a whole byte."""
+def pack_bits(values: np.ndarray, bits: int, big_endian: bool = True) -> bytes:
+    """Pack rows of samples (H, W * C), padding each row to a whole byte."""
     if bits == 16:
         return values.astype(">u2" if big_endian else "<u2").tobytes()
     places = values[..., None] >> np.arange(bits - 1, -1, -1) & 1
     return np.packbits(places.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
 
 
-def tiff(
+def tiff_file(
     content: bytes, shape: tuple[int, ...], bits: int, sample_format: int, photometric: int, big_endian: bool
 ) -> bytes:
-    """A TIFF file of one strip; the tags' numbers are those of TIFF 6.0, section 8."""
+    """Write a TIFF file with one strip; tag numbers are those of TIFF 6.0, section 8."""
     (height, width, channels), order = shape, ">" if big_endian else "<"
     start = 8 + 2 + 12 * 10 + 4
     short, long = 3, 4
@@ -78,7 +78,7 @@ def tiff(
     entries += [(278, long, 1, height), (279, long, 1, len(content)), (339, short, 1, sample_format)]
     table = struct.pack(order + "H", len(entries))
     for tag, kind, count, value in entries:
-        # One short stands in the first two of four bytes; of three shorts their place does.
+        # A single short is stored in the entry itself, three shorts by their offset.
         stored = struct.pack(order + "HH", value, 0) if (kind, count) == (short, 1) else None
         table += struct.pack(order + "HHI", tag, kind, count)
         table += stored or struct.pack(order + "I", start if count == 3 else value)
@@ -86,34 +86,34 @@ def tiff(
     return header + table + struct.pack(order + "I", 0) + struct.pack(order + "HHH", *[bits] * 3) + content
 
 
-def grey(values: np.ndarray) -> np.ndarray:
+def gray(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None].astype(float), 3, axis=-1)
 
 
-def on_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colours (H, W, 3) on white, by opacities (H, W) in 0..255."""
-    share = alpha[..., None] / 255
-    return colors * share + 255 * (1 - share)
+def composite_on_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Composite colors (H, W, 3) with opacities (H, W) in 0..255 on white."""
+    opacity = alpha[..., None] / 255
+    return colors * opacity + 255 * (1 - opacity)
 
 
 def one_bit(noise: np.ndarray) -> Example:
     bits = noise[..., 0] > 127
     image = Image.fromarray(bits)
-    files = {kind: encoded(image, kind) for kind in ("png", "tiff", "bmp")}
-    return Example(files, grey(255 * bits), arrays=[bits, bits[..., None]])
+    files = {kind: encode_image(image, kind) for kind in ("png", "tiff", "bmp")}
+    return Example(files, gray(255 * bits), arrays=[bits, bits[..., None]])
 
 
-def eight_bit_grey(noise: np.ndarray) -> Example:
+def eight_bit_gray(noise: np.ndarray) -> Example:
     values = noise[..., 0]
-    files = {kind: encoded(Image.fromarray(values), kind) for kind in ("png", "tiff", "bmp", "gif")}
+    files = {kind: encode_image(Image.fromarray(values), kind) for kind in ("png", "tiff", "bmp", "gif")}
     arrays = [values, values[..., None], values.astype(np.int32), values / 255, (values / 255).astype(np.float32)]
-    return Example(files, grey(values), arrays=arrays)
+    return Example(files, gray(values), arrays=arrays)
 
 
-def grey_with_opacity(noise: np.ndarray) -> Example:
+def gray_with_opacity(noise: np.ndarray) -> Example:
     image = Image.fromarray(np.ascontiguousarray(noise[..., :2]), "LA")
-    expected = on_white(grey(noise[..., 0]), noise[..., 1])
-    return Example({"png": encoded(image), "tiff": encoded(image, "tiff")}, expected, tolerance=1)
+    expected = composite_on_white(gray(noise[..., 0]), noise[..., 1])
+    return Example({"png": encode_image(image), "tiff": encode_image(image, "tiff")}, expected, tolerance=1)
 
 
 def _palette_image(noise: np.ndarray) -> Image.Image:
@@ -124,170 +124,172 @@ def _palette_image(noise: np.ndarray) -> Image.Image:
 
 def palette(noise: np.ndarray) -> Example:
     image = _palette_image(noise)
-    return Example({kind: encoded(image, kind) for kind in ("png", "gif", "tiff", "bmp")}, PALETTE[noise[..., 0]])
+    return Example({kind: encode_image(image, kind) for kind in ("png", "gif", "tiff", "bmp")}, PALETTE[noise[..., 0]])
 
 
-def palette_with_one_transparent_colour(noise: np.ndarray) -> Example:
+def palette_with_one_transparent_color(noise: np.ndarray) -> Example:
     index = int(noise[0, 0, 0])
     image = _palette_image(noise)
-    files = {kind: encoded(image, kind, transparency=index) for kind in ("png", "gif")}
-    return Example(files, on_white(PALETTE[noise[..., 0]], np.where(noise[..., 0] == index, 0, 255)))
+    files = {kind: encode_image(image, kind, transparency=index) for kind in ("png", "gif")}
+    return Example(files, composite_on_white(PALETTE[noise[..., 0]], np.where(noise[..., 0] == index, 0, 255)))
 
 
 def palette_with_opacities(noise: np.ndarray) -> Example:
     opacities = np.arange(256)[::-1]
-    image = encoded(_palette_image(noise), transparency=bytes(opacities.tolist()))
-    return Example({"png": image}, on_white(PALETTE[noise[..., 0]], opacities[noise[..., 0]]), tolerance=1)
+    image = encode_image(_palette_image(noise), transparency=bytes(opacities.tolist()))
+    return Example({"png": image}, composite_on_white(PALETTE[noise[..., 0]], opacities[noise[..., 0]]), tolerance=1)
 
 
-def colour(noise: np.ndarray) -> Example:
+def color(noise: np.ndarray) -> Example:
     values = np.ascontiguousarray(noise[..., :3])
     image = Image.fromarray(values)
-    files = {kind: encoded(image, kind) for kind in ("png", "tiff", "bmp", "ppm")}
-    files["webp"] = encoded(image, "webp", lossless=True)
+    files = {kind: encode_image(image, kind) for kind in ("png", "tiff", "bmp", "ppm")}
+    files["webp"] = encode_image(image, "webp", lossless=True)
     arrays = [values, values.astype(np.int64), values / 255, (values / 255).astype(np.float32)]
     return Example(files, values.astype(float), arrays=arrays)
 
 
-def colour_with_one_transparent_colour(noise: np.ndarray) -> Example:
+def color_with_one_transparent_color(noise: np.ndarray) -> Example:
     values = np.ascontiguousarray(noise[..., :3])
     chosen = values[0, 0]
-    image = encoded(Image.fromarray(values), transparency=tuple(chosen.tolist()))
-    return Example({"png": image}, on_white(values, np.where((values == chosen).all(axis=-1), 0, 255)))
+    image = encode_image(Image.fromarray(values), transparency=tuple(chosen.tolist()))
+    return Example({"png": image}, composite_on_white(values, np.where((values == chosen).all(axis=-1), 0, 255)))
 
 
-def colour_with_opacity(noise: np.ndarray) -> Example:
+def color_with_opacity(noise: np.ndarray) -> Example:
     image = Image.fromarray(noise, "RGBA")
-    files = {kind: encoded(image, kind) for kind in ("png", "tiff")}
-    files["webp"] = encoded(image, "webp", lossless=True, exact=True)
+    files = {kind: encode_image(image, kind) for kind in ("png", "tiff")}
+    files["webp"] = encode_image(image, "webp", lossless=True, exact=True)
     arrays = [noise, noise / 255]
-    return Example(files, on_white(noise[..., :3], noise[..., 3]), tolerance=1, arrays=arrays)
+    return Example(files, composite_on_white(noise[..., :3], noise[..., 3]), tolerance=1, arrays=arrays)
 
 
-def printing_colours(noise: np.ndarray) -> Example:
-    """CMYK: each ink takes its share of the light, and black of all."""
+def cmyk(noise: np.ndarray) -> Example:
+    """Build a CMYK image, in which each ink absorbs its fraction of the light and black of all colors."""
     light = 255 - noise.astype(float)
     image = Image.fromarray(noise, "CMYK")
-    return Example({"tiff": encoded(image, "tiff")}, light[..., :3] * light[..., 3:] / 255, tolerance=1)
+    return Example({"tiff": encode_image(image, "tiff")}, light[..., :3] * light[..., 3:] / 255, tolerance=1)
 
 
 def _wide(noise: np.ndarray) -> np.ndarray:
     return noise.astype(np.uint16) * 256 + noise[..., ::-1]
 
 
-def sixteen_bit_grey(noise: np.ndarray) -> Example:
+def sixteen_bit_gray(noise: np.ndarray) -> Example:
     values = _wide(noise)[..., 0]
-    files = {kind: encoded(Image.fromarray(values), kind) for kind in ("png", "tiff")}
-    return Example(files, grey(np.rint(values / 257)), arrays=[values, values[..., None]])
+    files = {kind: encode_image(Image.fromarray(values), kind) for kind in ("png", "tiff")}
+    return Example(files, gray(np.rint(values / 257)), arrays=[values, values[..., None]])
 
 
 def sixteen_bit_grey_big_endian(noise: np.ndarray) -> Example:
     values = _wide(noise)[..., 0]
     image = Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes())
-    return Example({"tiff": encoded(image, "tiff")}, grey(np.rint(values / 257)))
+    return Example({"tiff": encode_image(image, "tiff")}, gray(np.rint(values / 257)))
 
 
 def sixteen_bit_grey_with_one_transparent_value(noise: np.ndarray) -> Example:
     values = _wide(noise)[..., 0]
     chosen = int(values[0, 0])
-    expected = on_white(grey(np.rint(values / 257)), np.where(values == chosen, 0, 255))
-    return Example({"png": png(values, 0, struct.pack(">H", chosen))}, expected)
+    expected = composite_on_white(gray(np.rint(values / 257)), np.where(values == chosen, 0, 255))
+    return Example({"png": png16_file(values, 0, struct.pack(">H", chosen))}, expected)
 
 
-def sixteen_bit_colour(noise: np.ndarray) -> Example:
+def sixteen_bit_color(noise: np.ndarray) -> Example:
     values = _wide(noise)[..., :3]
-    return Example({"png": png(values, 2)}, np.rint(values / 257.0), tolerance=1, arrays=[values])
+    return Example({"png": png16_file(values, 2)}, np.rint(values / 257.0), tolerance=1, arrays=[values])
 
 
-def sixteen_bit_colour_with_opacity(noise: np.ndarray) -> Example:
+def sixteen_bit_color_with_opacity(noise: np.ndarray) -> Example:
     values = _wide(noise)
-    expected = on_white(values[..., :3] / 257, values[..., 3] / 257)
-    return Example({"png": png(values, 6)}, expected, tolerance=2, arrays=[values])
+    expected = composite_on_white(values[..., :3] / 257, values[..., 3] / 257)
+    return Example({"png": png16_file(values, 6)}, expected, tolerance=2, arrays=[values])
 
 
-def wide_integer_grey(noise: np.ndarray) -> Example:
+def wide_integer_gray(noise: np.ndarray) -> Example:
     values = _wide(noise)[..., 0]
     image = Image.fromarray(values.astype(np.int32))
-    return Example({"tiff": encoded(image, "tiff")}, grey(np.rint(values / 257)))
+    return Example({"tiff": encode_image(image, "tiff")}, gray(np.rint(values / 257)))
 
 
-def float_grey(noise: np.ndarray) -> Example:
+def float_gray(noise: np.ndarray) -> Example:
     values = (noise[..., 0] / 255).astype(np.float32)
-    return Example({"tiff": encoded(Image.fromarray(values), "tiff")}, grey(noise[..., 0]), arrays=[values])
+    return Example({"tiff": encode_image(Image.fromarray(values), "tiff")}, gray(noise[..., 0]), arrays=[values])
 
 
-def twelve_bit_grey(noise: np.ndarray) -> Example:
+def twelve_bit_gray(noise: np.ndarray) -> Example:
     values = _wide(noise)[..., 0] >> 4
-    content = packed(values.astype(int), 12)
-    return Example({"tiff": tiff(content, (*values.shape, 1), 12, 1, 1, False)}, grey(np.rint(values / 4095 * 255)))
+    content = pack_bits(values.astype(int), 12)
+    return Example(
+        {"tiff": tiff_file(content, (*values.shape, 1), 12, 1, 1, False)}, gray(np.rint(values / 4095 * 255))
+    )
 
 
 def sixteen_bit_grey_with_white_as_zero(noise: np.ndarray) -> Example:
     values = _wide(noise)[..., 0]
-    data = tiff(packed(values, 16, False), (*values.shape, 1), 16, 1, 0, False)
-    return Example({"tiff": data}, grey(255 - np.rint(values / 257)))
+    data = tiff_file(pack_bits(values, 16, False), (*values.shape, 1), 16, 1, 0, False)
+    return Example({"tiff": data}, gray(255 - np.rint(values / 257)))
 
 
 def float_grey_with_white_as_zero(noise: np.ndarray) -> Example:
     values = (noise[..., 0] / 255).astype(">f4")
-    data = tiff(values.tobytes(), (*values.shape, 1), 32, 3, 0, True)
-    return Example({"tiff": data}, grey(255 - noise[..., 0]))
+    data = tiff_file(values.tobytes(), (*values.shape, 1), 32, 3, 0, True)
+    return Example({"tiff": data}, gray(255 - noise[..., 0]))
 
 
-def photograph(noise: np.ndarray) -> Example:
+def lossy_image(noise: np.ndarray) -> Example:
     image = Image.fromarray(np.ascontiguousarray(noise[..., :3]))
-    return Example({"jpeg": encoded(image, "jpeg"), "webp": encoded(image, "webp")}, None)
+    return Example({"jpeg": encode_image(image, "jpeg"), "webp": encode_image(image, "webp")}, None)
 
 
-def grey_photograph(noise: np.ndarray) -> Example:
-    return Example({"jpeg": encoded(Image.fromarray(noise[..., 0]), "jpeg")}, None)
+def gray_lossy_image(noise: np.ndarray) -> Example:
+    return Example({"jpeg": encode_image(Image.fromarray(noise[..., 0]), "jpeg")}, None)
 
 
-def printed_photograph(noise: np.ndarray) -> Example:
-    return Example({"jpeg": encoded(Image.fromarray(noise, "CMYK"), "jpeg")}, None)
+def printed_lossy_image(noise: np.ndarray) -> Example:
+    return Example({"jpeg": encode_image(Image.fromarray(noise, "CMYK"), "jpeg")}, None)
 
 
 def animation(noise: np.ndarray) -> Example:
-    """The first of three pictures."""
+    """Build animations, of which the first of three frames is read."""
     frames = [_palette_image(np.roll(noise, turn, axis=-1)) for turn in range(3)]
     several = {"save_all": True, "append_images": frames[1:]}
-    files = {kind: encoded(frames[0], kind, **several) for kind in ("gif", "tiff")}
+    files = {kind: encode_image(frames[0], kind, **several) for kind in ("gif", "tiff")}
     rgb = [frame.convert("RGB") for frame in frames]
     for kind, settings in (("png", {}), ("webp", {"lossless": True})):
-        files[kind] = encoded(rgb[0], kind, save_all=True, append_images=rgb[1:], **settings)
+        files[kind] = encode_image(rgb[0], kind, save_all=True, append_images=rgb[1:], **settings)
     return Example(files, PALETTE[noise[..., 0]])
 
 
 KINDS: dict[str, Callable[[np.ndarray], Example]] = {
     "1 bit": one_bit,
-    "8-bit grey": eight_bit_grey,
-    "grey with opacity (LA)": grey_with_opacity,
+    "8-bit gray": eight_bit_gray,
+    "gray with opacity (LA)": gray_with_opacity,
     "palette": palette,
-    "palette, one transparent index": palette_with_one_transparent_colour,
+    "palette, one transparent index": palette_with_one_transparent_color,
     "palette, opacities (tRNS bytes)": palette_with_opacities,
-    "RGB": colour,
-    "RGB, one transparent colour (tRNS)": colour_with_one_transparent_colour,
-    "RGBA": colour_with_opacity,
-    "CMYK": printing_colours,
-    "16-bit grey": sixteen_bit_grey,
-    "16-bit grey, big-endian": sixteen_bit_grey_big_endian,
-    "16-bit grey, one transparent value (tRNS)": sixteen_bit_grey_with_one_transparent_value,
-    "16-bit RGB": sixteen_bit_colour,
-    "16-bit RGBA": sixteen_bit_colour_with_opacity,
-    "32-bit integer grey": wide_integer_grey,
-    "float grey": float_grey,
-    "12-bit grey": twelve_bit_grey,
-    "16-bit grey, white as zero": sixteen_bit_grey_with_white_as_zero,
-    "float grey, white as zero": float_grey_with_white_as_zero,
-    "lossy RGB": photograph,
-    "lossy grey": grey_photograph,
-    "lossy CMYK": printed_photograph,
+    "RGB": color,
+    "RGB, one transparent color (tRNS)": color_with_one_transparent_color,
+    "RGBA": color_with_opacity,
+    "CMYK": cmyk,
+    "16-bit gray": sixteen_bit_gray,
+    "16-bit gray, big-endian": sixteen_bit_grey_big_endian,
+    "16-bit gray, one transparent value (tRNS)": sixteen_bit_grey_with_one_transparent_value,
+    "16-bit RGB": sixteen_bit_color,
+    "16-bit RGBA": sixteen_bit_color_with_opacity,
+    "32-bit integer gray": wide_integer_gray,
+    "float gray": float_gray,
+    "12-bit gray": twelve_bit_gray,
+    "16-bit gray, white as zero": sixteen_bit_grey_with_white_as_zero,
+    "float gray, white as zero": float_grey_with_white_as_zero,
+    "lossy RGB": lossy_image,
+    "lossy gray": gray_lossy_image,
+    "lossy CMYK": printed_lossy_image,
     "animation": animation,
 }
 
 
-def turned(stored: np.ndarray, orientation: int) -> np.ndarray:
-    """A stored picture as it is to be shown, by the EXIF standard's table of first row and first column."""
+def apply_orientation(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """Return a stored image (H, W, C) as displayed, by the EXIF standard's table of first row and first column."""
     return {
         1: lambda: stored,
         2: lambda: stored[:, ::-1],
@@ -301,7 +303,7 @@ def turned(stored: np.ndarray, orientation: int) -> np.ndarray:
 
 
 class FileServer:
-    """Serves bytes at http://localhost from a thread of its own."""
+    """HTTP server on localhost that serves bytes from a thread."""
 
     def __init__(self):
         files: dict[str, bytes] = {}
@@ -311,7 +313,7 @@ class FileServer:
                 found = self.path in files
                 self.send_response(200 if found else 404)
                 self.end_headers()
-                self.wfile.write(files.get(self.path, b"<html>not here</html>"))
+                self.wfile.write(files.get(self.path, b"<html>not found</html>"))
 
             def log_message(self, *arguments):
                 pass
@@ -321,8 +323,8 @@ class FileServer:
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
         self.thread.start()
 
-    def url(self, data: bytes | None, name: str = "/picture") -> str:
-        """Address of these bytes, or one where there is nothing."""
+    def url(self, data: bytes | None, name: str = "/image") -> str:
+        """Return the URL of these bytes, or for None a URL that does not exist."""
         if data is not None:
             self.files[name] = data
         return f"http://127.0.0.1:{self.server.server_port}{name}"
@@ -333,9 +335,9 @@ class FileServer:
         self.server.server_close()
 
 
-def file_doors(data: bytes, folder: Path, server: FileServer) -> dict[str, object]:
-    """All ways to give an image file."""
-    path = folder / "picture"
+def file_inputs(data: bytes, folder: Path, server: FileServer) -> dict[str, object]:
+    """Return an image file in all forms in which it can be passed to the library."""
+    path = folder / "image"
     path.write_bytes(data)
     loaded = Image.open(io.BytesIO(data))
     loaded.load()
@@ -350,8 +352,8 @@ def file_doors(data: bytes, folder: Path, server: FileServer) -> dict[str, objec
     }
 
 
-def array_doors(array: np.ndarray) -> dict[str, tuple[object, str | None]]:
-    """All ways to give an array (H, W) or (H, W, C), each with the `input_data_format` that removes any doubt."""
+def array_inputs(array: np.ndarray) -> dict[str, tuple[object, str | None]]:
+    """Return an array (H, W) or (H, W, C) in all forms, each with its unambiguous `input_data_format`."""
     if array.ndim == 2:
         return {"array (H, W)": (array, None), "tensor (H, W)": (torch.from_numpy(array), None)}
     first = np.moveaxis(array, -1, 0)

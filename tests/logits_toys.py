@@ -8,7 +8,7 @@ def random_logits(queries=7, classes=5, height=9, width=12, spread=4.0) -> tuple
 
 
 def logits_of(rows: list[list[float]]) -> torch.Tensor:
-    """Class logits with the given probabilities."""
+    """Return class logits with the given probabilities."""
     return torch.tensor(rows).log()
 
 

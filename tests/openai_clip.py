@@ -1,4 +1,4 @@
-"""OpenAI's CLIP ResNets as files: the names, shapes and forms of their published weights, in any size."""
+"""Synthetic weights of OpenAI's CLIP ResNets, with the names, shapes and file format of the published ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Size:
-    """Measures of a CLIP ResNet; the heads of its text tower are 64 wide."""
+    """Sizes of a CLIP ResNet; the attention heads of its text tower have the width 64."""
 
     width: int
     depths: tuple[int, int, int, int]
@@ -32,7 +32,7 @@ TINY = Size(4, (1, 2, 1, 1), 64, 24, 128, text_layers=2, context=12, vocab_size=
 
 
 def shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of a whole model by OpenAI's names."""
+    """Return the shape of every weight of a model by OpenAI's names."""
     return _image_shapes(size) | _text_shapes(size)
 
 
@@ -88,7 +88,7 @@ def _linear(name: str, columns: int, rows: int) -> dict[str, tuple[int, ...]]:
 
 
 def weights(size: Size, make: Callable[..., Tensor] = torch.empty) -> dict[str, Tensor]:
-    """Weights of a whole model; `make` gives a tensor of a shape."""
+    """Return the weights of a model; `make` creates a tensor of a given shape."""
     return {
         name: torch.zeros(shape, dtype=torch.long) if name.endswith("num_batches_tracked") else make(shape)
         for name, shape in shapes(size).items()
@@ -96,7 +96,7 @@ def weights(size: Size, make: Callable[..., Tensor] = torch.empty) -> dict[str, 
 
 
 def random_weights(size: Size = TINY) -> dict[str, Tensor]:
-    """Random weights in the types of the published archives: fp16, except for counters and normalisations."""
+    """Return random weights in the data types of the published files: fp16 except for counters and normalization."""
     generator = torch.Generator().manual_seed(0)
 
     def make(shape: tuple[int, ...]) -> Tensor:
@@ -130,7 +130,7 @@ class _Program(_Node):
 
 
 def save_archive(state_dict: Mapping[str, Tensor], path: str) -> None:
-    """Writes weights as the published files are: a TorchScript archive of the model."""
+    """Write weights in the format of the published files: a TorchScript archive of the model."""
     program = _Program()
     for name, value in state_dict.items():
         program.add(name.split("."), value)

@@ -1,4 +1,4 @@
-"""Processes of tests: forked, as ranks of one run, killed, and waited for."""
+"""Helpers for tests with several processes: forking, distributed ranks, exit codes and standard error."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 
 def start_child(action: Callable[[], object]) -> int:
-    """Run something in a process of its own; its id."""
+    """Run an action in a forked process and return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -26,10 +26,9 @@ def start_child(action: Callable[[], object]) -> int:
 
 
 def run_forked(action: Callable[..., object], *arguments, count: int) -> None:
-    """
-    Run `action(number, *arguments)` in so many processes at once.
+    """Run `action(number, *arguments)` in `count` forked processes at once.
 
-    They are forked, which spares them the import of torch and transformers, about eight seconds each.
+    Forking avoids importing torch and transformers again, which takes about eight seconds per process.
     """
     children = [start_child(lambda number=number: action(number, *arguments)) for number in range(count)]
     ends = [exit_code(child) for child in children]
@@ -37,21 +36,21 @@ def run_forked(action: Callable[..., object], *arguments, count: int) -> None:
 
 
 def exit_code(pid: int) -> int:
-    """Exit code of a child, or the negative number of the signal that ended it."""
+    """Wait for a child and return its exit code, or the negative number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def forked(action: Callable[[], object]) -> int:
-    """Run something in a process of its own, and wait; 0, its exit code, or minus the signal that ended it."""
+    """Run an action in a forked process, wait for it, and return its exit code or the negative signal number."""
 
     def run() -> None:
-        action()  # what it returns is no exit code
+        action()  # its return value is not an exit code
 
     return exit_code(start_child(run))
 
 
 def as_rank(number: int, of: int, port: int, action: Callable[[], object]) -> Callable[[], object]:
-    """The action as one of the processes of `accelerate launch --cpu`."""
+    """Wrap an action so that it runs as one rank of `accelerate launch --cpu`."""
 
     def run():
         os.environ.update(
@@ -69,14 +68,14 @@ def as_rank(number: int, of: int, port: int, action: Callable[[], object]) -> Ca
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return an unused port of the local host."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-# What this package imports of others, or transformers for it.
-IMPORTS_OF_OTHERS = """
+# Third-party packages that this library or transformers imports.
+THIRD_PARTY_IMPORTS = """
 import contextlib, importlib
 for name in ("torch", "torchvision", "torchao", "timm", "peft", "transformers.trainer", "transformers.pipelines"):
     with contextlib.suppress(ImportError):
@@ -84,24 +83,23 @@ for name in ("torch", "torchvision", "torchao", "timm", "peft", "transformers.tr
 """
 
 
-def without_lines_of_others(stderr: str) -> list[str]:
-    """
-    Lines of standard error that other packages do not also write when they are imported without this one.
+def without_third_party_lines(stderr: str) -> list[str]:
+    """Return the lines of standard error without those that third-party packages write when imported on their own.
 
-    With some versions torchao has torch log a deprecation at its import, which transformers starts.
+    Importing transformers imports torchao, for which torch logs a deprecation in some versions.
     """
     lines = stderr.splitlines()
-    if not any(line != _without_stamp(line) or "Warning: " in line for line in lines):
+    if not any(line != _without_timestamp(line) or "Warning: " in line for line in lines):
         return lines
-    return [line for line in lines if _without_stamp(line) not in _lines_of_others()]
+    return [line for line in lines if _without_timestamp(line) not in _third_party_lines()]
 
 
 @functools.cache
-def _lines_of_others() -> set[str]:
-    done = subprocess.run([sys.executable, "-c", IMPORTS_OF_OTHERS], capture_output=True, text=True, check=True)
-    return {_without_stamp(line) for line in done.stderr.splitlines()} - {""}
+def _third_party_lines() -> set[str]:
+    done = subprocess.run([sys.executable, "-c", THIRD_PARTY_IMPORTS], capture_output=True, text=True, check=True)
+    return {_without_timestamp(line) for line in done.stderr.splitlines()} - {""}
 
 
-def _without_stamp(line: str) -> str:
-    """A line without the time and process that torch's log puts before it, such as `W1127 02:37:05.104000 22398 `."""
+def _without_timestamp(line: str) -> str:
+    """Remove the time and process id that torch's log puts before a line, such as `W1127 02:37:05.104000 22398 `."""
     return re.sub(r"^[A-Z]\d{4} [\d:.]+ \d+ ", "", line)

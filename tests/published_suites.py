@@ -1,9 +1,9 @@
-"""The test mixins that transformers publishes, of the installed version: fetched, unpacked and imported.
+"""Loader of the test mixins that transformers publishes, in the installed version.
 
-    python -m tests.published_suites        # fetch them into the environment; `make test` does it in its set-up
+    python -m tests.published_suites        # downloads them into the environment; `make test` does so in its setup
 
-They come from the source distribution on the package index, whose `tests/` holds the modules that transformers' own
-model tests inherit from, without the sub-folders that some of these import; those are replaced by empty ones here.
+They come from the source distribution on the package index, whose `tests/` contains the modules that transformers'
+own model tests inherit from, without the sub-folders that some of them import; those are replaced by empty modules.
 """
 
 import ast
@@ -29,7 +29,7 @@ MODULES = (
     "test_processing_common",
     "test_pipeline_mixin",
 )
-# Modules that the mixins import and the distribution lacks, with the names that they take from there.
+# Modules that the mixins import and the distribution lacks, with the names imported from them.
 MISSING = {
     f"{PACKAGE}.exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
@@ -39,7 +39,7 @@ MISSING = {
 
 
 def fetch() -> Path:
-    """Download and unpack the mixins of the installed transformers where they are not there yet; their folder."""
+    """Download and unpack the mixins of the installed transformers unless they exist, and return their folder."""
     if (FOLDER / "complete").exists():
         return FOLDER
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -59,22 +59,25 @@ def fetch() -> Path:
 
 
 def source(module: str) -> Path:
-    """
-    File of one of the `MODULES`.
+    """Return the file of one of the `MODULES`.
 
     Raises:
-        FileNotFoundError: they were not fetched; the message says how to.
+        FileNotFoundError: The mixins were not downloaded; the message says how to do so.
     """
     path = FOLDER / f"{module}.py"
     if not (FOLDER / "complete").exists():
         raise FileNotFoundError(
-            f"{path} is missing: run `python -m tests.published_suites`, as `make test` does in its set-up."
+            f"{path} is missing: run `python -m tests.published_suites`, which `make test` does in its setup"
         )
     return path
 
 
 def load(module: str) -> types.ModuleType:
-    """Import one of the `MODULES`; errors as of `source`."""
+    """Import one of the `MODULES`.
+
+    Raises:
+        FileNotFoundError: See `source`.
+    """
     source(module)
     if PACKAGE not in sys.modules:
         package = types.ModuleType(PACKAGE)
@@ -90,7 +93,11 @@ def load(module: str) -> types.ModuleType:
 
 @functools.cache
 def checks(module: str, mixin: str) -> tuple[str, ...]:
-    """Names of the checks that a mixin class defines, parameterised ones once; errors as of `source`."""
+    """Return the names of the checks that a mixin class defines, parameterized ones once.
+
+    Raises:
+        FileNotFoundError: See `source`.
+    """
     (found,) = [
         node
         for node in ast.parse(source(module).read_text()).body

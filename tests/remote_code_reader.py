@@ -1,9 +1,11 @@
-"""Loads published folders as someone does who has transformers only; run by `test_remote_code.py`.
+"""Script that loads published folders with transformers only, run by `test_remote_code.py`.
 
-Each scenario is a process forked right after transformers was imported, so that what it loads first is the first of
-this library's code that Python sees; starting as many interpreters would take a minute.
+Each scenario runs in a process forked right after the import of transformers, so that it is the first to import this
+library's code; starting an interpreter for each would take a minute.
 
-python remote_code_reader.py WORK, with `WORK/folder`, `WORK/tower` and, in the Hub's cache, `someone/gkc`
+    python remote_code_reader.py WORK
+
+WORK contains `folder`, `tower` and, in the Hub's cache, `someone/gkc`.
 """
 
 import importlib.util
@@ -14,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# This library, what only its training needs, and what cannot be without that.
+# This library, the packages that only training needs, and those that depend on them.
 ABSENT = ("modeling_gkc", "train", "tests", "scipy", "sklearn", "accelerate", "datasets", "torchvision")
 ABSENT_DISTRIBUTIONS = ("gkc", "scipy", "scikit-learn", "accelerate", "datasets", "torchvision")
 
 
 class FinderWithoutAbsent:
-    """A finder that knows neither the modules nor, to `importlib.metadata`, the distributions of what is absent."""
+    """Import finder that hides modules and, from `importlib.metadata`, distributions that are to be absent."""
 
     def __init__(self, finder: Any):
         self.finder = finder
@@ -36,11 +38,11 @@ class FinderWithoutAbsent:
         return (distribution for distribution in found if distribution.name not in ABSENT_DISTRIBUTIONS)
 
 
-# Before the first import of transformers, which remembers what it has found.
+# This must precede the first import of transformers, which caches the packages it has found.
 sys.meta_path[:] = map(FinderWithoutAbsent, sys.meta_path)
 assert not any(importlib.util.find_spec(name) for name in ABSENT)
 
-import numpy as np  # noqa: E402 -- all imports below are to come after the above
+import numpy as np  # noqa: E402 -- all imports below must come after the above
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -72,7 +74,7 @@ def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def computed(model, processor) -> dict[str, torch.Tensor]:
-    """Logits, and all kinds of results."""
+    """Return the logits and the results of all tasks."""
     with torch.no_grad():
         outputs = model(**processor(images=image(), text="dog; sofa, couch; lamp", return_tensors="pt"))
     size = {"target_sizes": [(80, 120)]}
@@ -86,7 +88,7 @@ def computed(model, processor) -> dict[str, torch.Tensor]:
 
 
 def segmented(segmenter) -> dict[str, torch.Tensor]:
-    """Masks and scores of a pipeline, by label."""
+    """Return the masks and scores of a pipeline by label."""
     results = segmenter(image(), labels="dog; sofa, couch; lamp", subtask="semantic")
     masks = {result["label"]: torch.from_numpy(np.array(result["mask"])) for result in results}
     return masks | {f"{result['label']} score": torch.tensor(result["score"]) for result in results}
@@ -136,7 +138,7 @@ def predictor_first() -> None:
 
 
 def from_hub() -> None:
-    """By the name of a repository; then a second folder in the same process."""
+    """Load by the name of a repository, then a second folder in the same process."""
     save("from_hub", segmented(pipeline("image-segmentation", model=HUB, **TRUST)))
     save("second_folder", segmented(pipeline("image-segmentation", model=str(FOLDER), **TRUST)))
     model = AutoModel.from_pretrained(HUB, **TRUST)
@@ -180,7 +182,7 @@ if __name__ == "__main__":
             importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-        sys.exit(f"{name} is there: what follows would not show what someone without it sees")
+        sys.exit(f"{name} can be imported, so the scenarios would not run as they do without it")
     scenarios = (
         model_first,
         processor_first,

@@ -1,11 +1,11 @@
-"""However a batch is split over processes and micro-batches, training is the same; in half precision, nearly so.
+"""Tests that training does not depend on how a batch is split over processes and micro-batches, in fp32 and bf16.
 
-Every run here is one of `GKCTrainer` itself, for three steps, on images of very different numbers of segments.
+Every run is one of `GKCTrainer`, for three steps, on images with very different numbers of segments.
 
-One thing stands in the way of exact comparison and is taken out of it. AdamW's first steps are as large for a gradient
-of 1e-10 as for one of 1, so what is zero but for rounding moves at random: the biases of the keys, which the softmax
-makes irrelevant, are left out (with plain SGD they are not). The model is wide enough that each group of its
-GroupNorms has two channels: with one channel the bias before it would be such a parameter too.
+One effect is excluded to allow exact comparison: AdamW's first steps are as large for a gradient of 1e-10 as for one
+of 1, so that parameters whose gradient is zero except for rounding move at random. The biases of the keys, which do
+not affect the softmax, are therefore left out (with plain SGD they are not). The model is wide enough that each group
+of its GroupNorms has two channels: with one channel, the bias before it would be such a parameter too.
 """
 
 import os
@@ -36,10 +36,9 @@ from train.teacher.region_teacher import RegionTeacher
 
 from .processes import free_port, run_forked
 from .test_trainer import assert_equal
-from .training_toys import COLOURS, VOCABULARY, toy_model, toy_processor, toy_vision_model
+from .training_toys import COLORS, VOCABULARY, toy_model, toy_processor, toy_vision_model
 
-# Of the images in their order, four a step. The second process gets the third and fourth of each step; the model has
-# ten queries.
+# Four images per step, in order. The second process gets the third and fourth of each step; the model has ten queries.
 SEGMENTS = (9, 1, 0, 0, 3, 8, 2, 1, 1, 0, 12, 5)
 STEPS = 3
 PROCESSES = 2
@@ -75,7 +74,7 @@ MODES = {
 
 
 def row(index: int) -> dict:
-    """Squares of different classes side by side, in a field of void."""
+    """Return a row with squares of different classes side by side on void."""
     generator = np.random.default_rng(index)
     ids = np.zeros((64, 64), dtype=np.int32)
     image = generator.normal(120, 20, (64, 64, 3))
@@ -83,7 +82,7 @@ def row(index: int) -> dict:
     for number in range(SEGMENTS[index]):
         top, left, category = 16 * (number // 4), 16 * (number % 4), int(generator.integers(3))
         ids[top : top + 14, left : left + 14] = number + 1
-        image[top : top + 14, left : left + 14] += np.array(COLOURS[category]) - 120
+        image[top : top + 14, left : left + 14] += np.array(COLORS[category]) - 120
         segments.append({"id": number + 1, "category_id": category, "iscrowd": False})
     return {
         "image": Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)),
@@ -103,14 +102,14 @@ def make_dataset() -> Dataset:
 
 
 class InOrder(GKCTrainer):
-    """Takes the images in the order of the dataset."""
+    """Trainer that reads the images in the order of the dataset."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
 
 
 class Recorder(TrainerCallback):
-    """Keeps the gradients of every step as the optimiser gets them, the largest being about a tenth."""
+    """Trainer that records the gradients passed to the optimizer at every step, the largest being about 0.1."""
 
     def __init__(self):
         self.gradients: list[dict[str, Tensor]] = []
@@ -135,7 +134,7 @@ def make_trainer(folder: str | Path, recipe: Recipe, callbacks=(), kind=InOrder,
 
 
 def run(folder: str | Path, recipe: Recipe, resume: bool = False, **overrides) -> dict:
-    """Losses and gradients of every step, and all weights at the end."""
+    """Return losses and gradients of every step, and all weights at the end."""
     recorder = Recorder()
     trainer = make_trainer(folder, recipe, [recorder], **overrides)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -148,9 +147,9 @@ def run(folder: str | Path, recipe: Recipe, resume: bool = False, **overrides) -
 
 
 class Sharded(InOrder):
-    """Weights, gradients and optimiser shared out among the processes (FSDP2).
+    """Trainer that shards weights, gradients and optimizer state over the processes (FSDP2).
 
-    accelerate turns this on for GPUs alone, though PyTorch can do it on CPUs: here it is told so by hand.
+    accelerate enables FSDP2 on GPUs only, although PyTorch supports it on CPUs: here it is enabled directly.
     """
 
     def create_accelerator_and_postprocess(self):
@@ -163,7 +162,7 @@ class Sharded(InOrder):
 
 
 def run_sharded(folder: Path, resume: bool = False) -> dict:
-    """All weights at the end, in the first process, and how many parameters each held a part of only."""
+    """Return all final weights, in the first process, and how many parameters each process held only a part of."""
     recipe = RECIPE.replace(**MODES["grounding"])
     trainer = make_trainer(folder, recipe, kind=Sharded, save_strategy="steps", save_steps=2)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -172,7 +171,7 @@ def run_sharded(folder: Path, resume: bool = False) -> dict:
     return {"weights": weights, "parts": len(parts)}
 
 
-RUNS = {  # name: mode, optimiser
+RUNS = {  # name: mode, optimizer
     **{mode: (mode, "adamw_torch") for mode in MODES},
     "sampled synonyms, distillation, SGD": ("sampled synonyms, distillation", "sgd"),
 }
@@ -184,7 +183,7 @@ def run_named(folder: str | Path, name: str, accumulation: int = 1, **overrides)
 
 
 def run_process(rank: int, folder: str, port: int) -> None:
-    """One of the processes; each saves what its runs came to."""
+    """Run one of the processes, which saves the results of its runs."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -211,7 +210,7 @@ def resume_from_step_2(undisturbed: Path, folder: Path, rank: int) -> None:
 
 
 def stop_at_an_image_of_nan(folder: Path, rank: int) -> str:
-    """The second process meets an image that cannot be matched; the first has no trouble of its own."""
+    """Run a process; the second one gets an image that cannot be matched, the first one only valid images."""
     trainer = make_trainer(folder, RECIPE.replace(**MODES["grounding"]))
     original = trainer.get_batch_samples
 
@@ -244,7 +243,7 @@ def of_processes(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, dict]:
-    """One process, one batch."""
+    """Run one process with whole batches."""
     torch.set_num_threads(1)
     return {name: run_named(tmp_path_factory.mktemp("whole"), name) for name in RUNS}
 
@@ -268,32 +267,32 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor], left_out: 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_one(of_processes, whole, within, name):
+def test_two_processes_match_one_process(of_processes, whole, within, name):
     _, results = of_processes
     assert_same_training(results[0][name], whole[name], f"2 processes, {name}", within)
     assert max(losses["loss"] for losses in whole[name]["losses"]) > 50  # there was something to compare
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "grounding"])
-def test_two_micro_batches_are_one_batch(tmp_path, whole, within, name):
+def test_two_micro_batches_match_one_batch(tmp_path, whole, within, name):
     accumulated = run_named(tmp_path, name, accumulation=2)
     assert_same_training(accumulated, whole[name], f"2 micro-batches, {name}", within)
 
 
-def test_two_processes_with_two_micro_batches_are_one(of_processes, whole, within):
+def test_two_processes_with_two_micro_batches_match_one_process(of_processes, whole, within):
     name = list(RUNS)[-1]
     _, results = of_processes
     assert_same_training(results[0]["accumulated"], whole[name], f"2 processes x 2 micro-batches, {name}", within)
 
 
-def test_all_processes_end_with_the_same_weights(of_processes):
+def test_processes_have_equal_weights_after_training(of_processes):
     _, (first, second) = of_processes
     for name in RUNS:
         assert difference(second[name]["weights"], first[name]["weights"]) == 0
 
 
-def test_two_processes_resumed_equal_undisturbed(of_processes):
-    """Bit for bit: weights, optimiser, schedule, and the random states of both processes."""
+def test_resumed_two_process_run_is_bit_equal(of_processes):
+    """Weights, optimizer, schedule and the random states of both processes are compared."""
     folder, results = of_processes
     name = next(iter(RUNS))
     for result in results:
@@ -305,11 +304,11 @@ def test_two_processes_resumed_equal_undisturbed(of_processes):
 
 
 def torch_file(path: Path) -> dict:
-    # Random states of numpy are no tensors.
+    # numpy's random states are not tensors.
     return torch.load(path, weights_only=False)
 
 
-def test_sharded_training_is_that_of_one_process(of_processes, whole, within):
+def test_sharded_training_matches_one_process(of_processes, whole, within):
     folder, results = of_processes
     expected = whole["grounding"]["weights"]
     assert all(result["sharded"]["parts"] > 100 for result in results)
@@ -317,7 +316,7 @@ def test_sharded_training_is_that_of_one_process(of_processes, whole, within):
     error = difference(found, expected, ("k_proj.bias",))
     within(f"weights after {STEPS} steps, sharded over 2 processes, grounding", error, BOUND)
     assert difference(results[0]["sharded, resumed"]["weights"], found) == 0
-    # Checkpoints of sharded training are those of any other.
+    # Checkpoints of sharded training have the same format as others.
     checkpoint = folder / "sharded" / "checkpoint-3"
     student = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
     for name, value in student.state_dict().items():
@@ -326,7 +325,7 @@ def test_sharded_training_is_that_of_one_process(of_processes, whole, within):
     assert heads["distillation_head.scale"].shape == heads["grounding_logit_scale"].shape == ()
 
 
-def test_when_one_process_stops_all_stop_and_say_why(of_processes):
+def test_error_in_one_process_stops_all_with_its_message(of_processes):
     _, results = of_processes
     for result in results:
         image, gradient = result["messages"]
@@ -337,10 +336,11 @@ def test_when_one_process_stops_all_stop_and_say_why(of_processes):
 
 
 def test_bf16_stays_close_to_fp32(tmp_path, within):
-    """The mean loss of two runs of ten steps, each from the same weights.
+    """The mean loss of two runs of ten steps from the same weights is compared.
 
-    That of a single step may lie 10 % apart, elsewhere after any change of rounding: another match is another loss.
-    That of one run lies up to 1.5 % apart, to either side (six seeds, torch 2.13 and 2.14); two runs are averaged.
+    The loss of a single step may differ by 10 % after any change of rounding, because another match gives another
+    loss. That of one run differs by up to 1.5 % in either direction (six seeds, torch 2.13 and 2.14); two runs are
+    averaged.
     """
     means = []
     for seed in (0, 1):

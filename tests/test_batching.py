@@ -1,9 +1,9 @@
-"""An image's result is the same alone and in any batch: through processor, model and post-processing.
+"""Tests that an image's result is the same alone and in any batch, through processor, model and post-processing.
 
-In fp32 a batch is computed with other roundings than a single image, by a few parts in a million. That shows in two
-places only, and the tests show that it is these: a decision may fall otherwise where two numbers are within 1e-5 of
-each other; and a bit of an attention mask may flip where its logit is within rounding of zero, which changes all of
-the image's logits. Such a flip is looked up, and must be gone in fp64.
+In fp32, a batch and a single image differ by rounding, by a few parts in a million. This can change results in two
+ways only, and the tests check that every difference is one of them: a decision may change where two numbers are within
+1e-5 of each other; and a bit of an attention mask may flip where its logit is within rounding of zero, which changes
+all of the image's logits. Such a flip is detected, and the difference must vanish in fp64.
 """
 
 import copy
@@ -31,7 +31,7 @@ VOID_THRESHOLD = {"semantic": 1.2, "panoptic": 0.35, "instance": 0.35}
 
 @pytest.fixture(scope="module")
 def model() -> GKCForOpenVocabSegmentation:
-    """A random model whose queries differ, as trained ones do."""
+    """Build a random model whose queries differ as those of a trained model do."""
     torch.manual_seed(0)
     model = GKCForOpenVocabSegmentation(small_config(hidden_size=64, mask_feature_size=64)).eval()
     decoder = model.model.mask_decoder
@@ -39,14 +39,14 @@ def model() -> GKCForOpenVocabSegmentation:
         for layer in decoder.layers:
             for last in (layer.cross_attn.out_proj, layer.self_attn.out_proj, layer.fc2):
                 last.weight *= 0.3
-        # Random masks have logits up to 20, where fp32 itself is only good to 1e-5.
+        # Random masks have logits up to 20, where fp32 has a precision of only 1e-5.
         decoder.mask_embedder.layers[-1].weight *= 0.25
     return model
 
 
 @pytest.fixture(scope="module")
 def class_embeds(model) -> torch.Tensor:
-    """Classes that lie between the queries."""
+    """Return class embeddings that lie between the query embeddings."""
     outputs = forward(model, batch_of(images_of([(64, 64)], 100)), torch.eye(5, 16))
     queries = outputs.query_embeds[0]
     return F.normalize(queries[:5] - queries.mean(dim=0), dim=-1)
@@ -71,7 +71,7 @@ def rounded(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def batch_of(images: list[np.ndarray], extra: tuple[int, int] = (0, 0)) -> Batch:
-    """Processed images, the batch made larger at the bottom and right; beyond an image's own padding lies garbage."""
+    """Process images and pad the batch further at the bottom and right; each image's padding holds garbage."""
     inputs = GKCImageProcessor(do_resize=False)(images, input_data_format="channels_last", return_tensors="pt")
     padding = (0, extra[1], 0, extra[0])
     pixel_values, pixel_mask = F.pad(inputs.pixel_values, padding), F.pad(inputs.pixel_mask, padding)
@@ -89,7 +89,7 @@ def forward(model, batch: Batch, class_embeds: torch.Tensor):
 
 
 def difference(outputs, index: int, single) -> float:
-    """Largest difference of the logits of an image of a batch from those of the image alone."""
+    """Return the largest difference of logits between an image in a batch and the same image alone."""
     rows, columns = single.masks_queries_logits.shape[-2:]
     pairs = [
         (outputs.class_queries_logits[index], single.class_queries_logits[0]),
@@ -101,7 +101,7 @@ def difference(outputs, index: int, single) -> float:
 
 
 def record_attention_logits(model, batch: Batch, class_embeds: torch.Tensor) -> list[torch.Tensor]:
-    """Logits (B, Q, h, w) of the attention masks of every layer, and of the final masks, of images of one shape."""
+    """Return the mask logits (B, Q, h, w) of every layer and of the result, for images of one shape."""
     recorded = []
     original = mask_decoder.predict_masks
 
@@ -115,11 +115,11 @@ def record_attention_logits(model, batch: Batch, class_embeds: torch.Tensor) -> 
     return recorded
 
 
-def is_a_flipped_bit(model, class_embeds: torch.Tensor, images: list[np.ndarray], index: int) -> bool:
-    """Whether this image differs alone and among those of its shape because of bits within rounding of zero.
+def is_flipped_attention_bit(model, class_embeds: torch.Tensor, images: list[np.ndarray], index: int) -> bool:
+    """Return whether the image differs alone and in a batch because of attention bits within rounding of zero.
 
-    The first layer whose attention masks differ must do so only where the logit is next to zero, and all logits up to
-    there must agree; in fp64 the results must agree altogether.
+    The first layer whose attention masks differ must differ only where the logit is near zero, and all logits up to
+    that layer must agree; in fp64 the results must agree entirely.
     """
     shape = rounded(images[index].shape[:2])
     same = [other for other, image in enumerate(images) if rounded(image.shape[:2]) == shape]
@@ -142,14 +142,16 @@ def is_a_flipped_bit(model, class_embeds: torch.Tensor, images: list[np.ndarray]
     return False
 
 
-def part_of(outputs, index: int) -> dict[str, torch.Tensor]:
-    """One image of a batch, as post-processing takes it."""
+def select_image(outputs, index: int) -> dict[str, torch.Tensor]:
+    """Return one image of a batch in the form that post-processing takes."""
     names = ("class_queries_logits", "masks_queries_logits", "content_sizes")
     return {name: getattr(outputs, name)[index : index + 1] for name in names}
 
 
-def results_of(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> dict[str, tuple[torch.Tensor, list]]:
-    """Map, and (label, score) of its segments, for every task."""
+def post_process_all(
+    outputs: dict[str, torch.Tensor], target: tuple[int, int]
+) -> dict[str, tuple[torch.Tensor, list]]:
+    """Return the map and the (label, score) pairs of its segments for every task."""
     processor = GKCImageProcessor()
     arguments = {"threshold": THRESHOLD, "mask_threshold": MASK_THRESHOLD, "overlap_mask_area_threshold": 0.2}
     given = {"semantic": {}, "panoptic": arguments | {"label_ids_to_fuse": [0, 2]}, "instance": arguments}
@@ -163,8 +165,8 @@ def results_of(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> dic
     return found
 
 
-def doubtful_pixels(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Pixels (H, W) where some decision is within 1e-5 of falling otherwise."""
+def ambiguous_pixels(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Return a mask (H, W) of the pixels where a decision is within 1e-5 of changing."""
     arguments = (
         outputs["class_queries_logits"][0],
         outputs["masks_queries_logits"][0],
@@ -176,14 +178,14 @@ def doubtful_pixels(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -
     masks = resize_masks(*arguments[1:]).sigmoid()
     class_scores = arguments[0].softmax(dim=-1)[:, :-1]
     shown = torch.einsum("qk,qhw->qkhw", class_scores, masks).flatten(0, 1)
-    in_doubt = ((masks - MASK_THRESHOLD).abs() <= BOUND).any(dim=0)
-    in_doubt |= ((shown - VOID_THRESHOLD["instance"]).abs() <= BOUND).any(dim=0)
+    is_ambiguous = ((masks - MASK_THRESHOLD).abs() <= BOUND).any(dim=0)
+    is_ambiguous |= ((shown - VOID_THRESHOLD["instance"]).abs() <= BOUND).any(dim=0)
     best, second = (class_scores.amax(dim=1)[:, None, None] * masks).topk(2, dim=0).values
-    return {"semantic": semantic, "panoptic": in_doubt | (best - second <= BOUND), "instance": in_doubt}
+    return {"semantic": semantic, "panoptic": is_ambiguous | (best - second <= BOUND), "instance": is_ambiguous}
 
 
-def has_doubtful_segments(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> bool:
-    """Whether a query's class, a score's threshold or the order of two scores is within 1e-5 of another decision."""
+def has_ambiguous_segments(outputs: dict[str, torch.Tensor], target: tuple[int, int]) -> bool:
+    """Return whether a query's class, a score's threshold or the order of two scores is within 1e-5 of changing."""
     class_scores = outputs["class_queries_logits"][0].softmax(dim=-1)
     best, second = class_scores.topk(2, dim=-1).values.unbind(dim=-1)
     processor = GKCImageProcessor()
@@ -198,25 +200,25 @@ def has_doubtful_segments(outputs: dict[str, torch.Tensor], target: tuple[int, i
 def assert_same_results(
     batch: dict[str, torch.Tensor], single: dict[str, torch.Tensor], target: tuple[int, int]
 ) -> int:
-    """Compares the maps and segments of all tasks; gives the number of pixels in doubt that did fall otherwise."""
+    """Compare maps and segments of all tasks and return the number of ambiguous pixels that differ."""
     ties = 0
-    got, expected = results_of(batch, target), results_of(single, target)
-    doubtful = doubtful_pixels(single, target)
+    got, expected = post_process_all(batch, target), post_process_all(single, target)
+    ambiguous = ambiguous_pixels(single, target)
     for task, (segmentation, segments) in expected.items():
         labels = [label for label, _ in segments]
         if [label for label, _ in got[task][1]] != labels:
-            assert has_doubtful_segments(single, target), f"{task}: other segments, and no score is close to another"
+            assert has_ambiguous_segments(single, target), f"{task}: segments differ, and no two scores are close"
             continue
         scores = [score for _, score in segments]
         assert [score for _, score in got[task][1]] == pytest.approx(scores, abs=BOUND), task
         differs = got[task][0] != segmentation
-        assert not (differs & ~doubtful[task]).any(), f"{task}: pixels differ where nothing is close"
+        assert not (differs & ~ambiguous[task]).any(), f"{task}: pixels differ that are not ambiguous"
         ties += int(differs.sum())
     return ties
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_shuffled_split_and_padded_batches_equal_single_images(model, class_embeds, seed, within):
+def test_shuffled_split_and_padded_batches_match_single_images(model, class_embeds, seed, within):
     generator = np.random.default_rng(seed)
     chosen = SIZES[seed::4] + [SIZES[index] for index in generator.integers(0, len(SIZES), 4)]
     images = images_of(chosen, seed)
@@ -232,23 +234,27 @@ def test_shuffled_split_and_padded_batches_equal_single_images(model, class_embe
         for position, index in enumerate(part):
             error = difference(outputs, position, singles[index])
             if error > BOUND:
-                assert is_a_flipped_bit(model, class_embeds, [images[other] for other in part], position), error
+                assert is_flipped_attention_bit(model, class_embeds, [images[other] for other in part], position), (
+                    error
+                )
                 continue
             equal += 1
             within("batch against single images, max abs", error, BOUND)
-            ties = assert_same_results(part_of(outputs, position), part_of(singles[index], 0), targets[index])
+            ties = assert_same_results(
+                select_image(outputs, position), select_image(singles[index], 0), targets[index]
+            )
             within("batch against single images, pixels that tie within 1e-5 and differ, of one image", ties, 3)
-    within("batch against single images, share that a flipped bit changes", 1 - equal / len(compared), 0.2)
+    within("batch against single images, fraction changed by a flipped bit", 1 - equal / len(compared), 0.2)
 
 
-def test_the_results_that_are_compared_are_rich(model, class_embeds):
-    """Equal maps would prove little if they were empty."""
-    single = part_of(forward(model, batch_of(images_of([(33, 64)], 0)), class_embeds), 0)
-    results = results_of(single, (70, 60))
+def test_compared_results_are_not_empty(model, class_embeds):
+    """Comparing empty maps would show little."""
+    single = select_image(forward(model, batch_of(images_of([(33, 64)], 0)), class_embeds), 0)
+    results = post_process_all(single, (70, 60))
     for task, void in (("semantic", 255), ("panoptic", 0), ("instance", -1)):
         assert 0.2 < (results[task][0] == void).float().mean() < 0.8, task
         assert task == "semantic" or len(results[task][1]) >= 2, task
-    assert all(pixels.float().mean() < 0.01 for pixels in doubtful_pixels(single, (70, 60)).values())
+    assert all(pixels.float().mean() < 0.01 for pixels in ambiguous_pixels(single, (70, 60)).values())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +266,7 @@ def test_the_results_that_are_compared_are_rich(model, class_embeds):
         ([(1, 1), (1, 150), (32, 32), (150, 1)], 3),
     ],
 )
-def test_images_of_one_padded_shape_are_computed_together(model, class_embeds, sizes, calls):
+def test_images_of_equal_padded_size_share_one_forward_pass(model, class_embeds, sizes, calls):
     shapes = []
     hook = model.model.register_forward_pre_hook(
         lambda _, arguments, named: shapes.append((*arguments, *named.values())[0].shape), with_kwargs=True
@@ -273,7 +279,7 @@ def test_images_of_one_padded_shape_are_computed_together(model, class_embeds, s
     assert sum(shape[0] for shape in shapes) == len(sizes)
 
 
-def test_double_precision_leaves_no_difference(model, class_embeds, within):
+def test_batch_matches_single_images_in_double_precision(model, class_embeds, within):
     precise = copy.deepcopy(model).double()
     images = images_of([*SIZES, (64, 64)], 11)
     outputs = forward(precise, batch_of(images, extra=(40, 0)), class_embeds)
@@ -282,8 +288,8 @@ def test_double_precision_leaves_no_difference(model, class_embeds, within):
         within("batch against single images in fp64, max abs", difference(outputs, index, single), 1e-9)
 
 
-def test_a_bit_within_rounding_of_zero_is_recognised_if_it_flips(model, class_embeds):
-    """Masks are moved until a chosen logit of the first attention mask is zero but for rounding."""
+def test_flipped_attention_bits_near_zero_are_detected(model, class_embeds):
+    """The masks are shifted until a chosen logit of the first attention mask is zero within rounding."""
     images = images_of([(64, 64)] * 4, 5)
     moved = copy.deepcopy(model)
     bias = moved.model.mask_decoder.mask_embedder.layers[-1].bias
@@ -300,6 +306,6 @@ def test_a_bit_within_rounding_of_zero_is_recognised_if_it_flips(model, class_em
             bias.copy_(start - (embeds[query] @ feature) * feature / (feature @ feature))
         single = forward(moved, batch_of(images[:1]), class_embeds)
         if difference(forward(moved, batch_of(images), class_embeds), 0, single) > ROUNDING:
-            assert is_a_flipped_bit(moved, class_embeds, images, 0)
+            assert is_flipped_attention_bit(moved, class_embeds, images, 0)
             break
-    assert not is_a_flipped_bit(model, class_embeds, images, 0)
+    assert not is_flipped_attention_bit(model, class_embeds, images, 0)

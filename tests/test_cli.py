@@ -26,7 +26,7 @@ from modeling_gkc.post_processing import decode_rle
 from modeling_gkc.visualization import DrawnSegment, draw_overlay, label_map
 
 from .conftest import small_config, word_tokenizer
-from .processes import exit_code, start_child, without_lines_of_others
+from .processes import exit_code, start_child, without_third_party_lines
 
 ROOT = Path(__file__).parent.parent
 LABELS = "red disc; blue square, box; lawn, grass; sky"
@@ -285,7 +285,7 @@ class TestSegment:
         )
         assert finished.returncode == 1
         assert len(finished.stdout.splitlines()) == 3
-        lines = without_lines_of_others(finished.stderr)
+        lines = without_third_party_lines(finished.stderr)
         assert lines[0] == "gkc: warning: A name is shared by several classes: 'lawn' belongs to 'lawn' and 'sky'."
         assert lines[1].startswith("gkc: warning: The text encoder does not know these words: 'zebra'.")
         assert lines[2].startswith(f"gkc: {pictures}: skipped 1 files")

@@ -115,14 +115,14 @@ def test_words_of_the_checkpoint(checkpoint, tmp_path, calls):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--vocab", "dog", "--size", "500"], "--size: sides must be multiples of 32, got 500x500: take 512x512"),
+        (["--vocab", "dog", "--size", "500"], "--size: The sides must be multiples of 32, got 500x500: use 512x512"),
         (["--vocab", "dog", "--size", "big"], "--size: give one side or HEIGHTxWIDTH in pixels"),
         (["--vocab", "dog; ;lamp"], "--vocab: "),
         (["--vocab", "ade20k_15"], "--vocab: "),
         (["--vocab", "absent.safetensors"], "--vocab: "),
         (["--templates", "photo"], "--templates needs typed words: give --vocab"),
         (["--vocab", "dog", "--templates", "photos"], "--templates: "),
-        (["--vocab", "dog", "--opset", "9"], "export: the opset must be at least 18, got 9"),
+        (["--vocab", "dog", "--opset", "9"], "export: The opset must be at least 18, got 9"),
         ([], "the checkpoint stores no vocabulary: give one with --vocab"),
     ],
 )
@@ -150,7 +150,7 @@ def test_missing_packages(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as raised:
         gkc("export", checkpoint, "--vocab", "dog", "--out", tmp_path / "new")
-    assert str(raised.value) == "--format onnx: onnx and onnxscript not found: pip install onnx onnxscript"
+    assert str(raised.value) == "--format onnx: Cannot import onnx and onnxscript: run pip install onnx onnxscript"
 
 
 def test_no_checkpoint(tmp_path):

@@ -1,4 +1,4 @@
-"""What a user of transformers expects of any model, for all of ours; `common_checks.py` says which test holds what."""
+"""Tests of what users of transformers expect of any model; `common_checks.py` lists which test covers which check."""
 
 import copy
 import inspect
@@ -46,7 +46,7 @@ def case(request) -> Case:
 
 
 class TestWeights:
-    """Initialisation, saving and loading."""
+    """Initialization, saving and loading."""
 
     def test_save_load(self, case, tmp_path):
         model, inputs = case.model(), case.inputs()
@@ -65,13 +65,13 @@ class TestWeights:
         loaded = case.model_class.from_pretrained(None, config=model.config, state_dict=model.state_dict())
         assert largest_difference(model.state_dict(), loaded.state_dict()) == 0
 
-    def test_every_weight_is_saved_under_its_name(self, case, tmp_path):
-        """Nothing is left out on purpose, nothing shares its memory, and no name of ours is changed on the way."""
+    def test_all_weights_are_saved_under_their_names(self, case, tmp_path):
+        """No weight is omitted or shares its memory, and no name of this library is changed when saving."""
         model = case.model()
         model.save_pretrained(tmp_path)
         saved, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
         assert len(saved) == len(state)
-        # transformers writes some of its own models under names that they had in earlier releases.
+        # transformers saves some of its own models under the names of earlier releases.
         theirs = () if isinstance(model.config, CLIPResNetConfig) else ("model.backbone.", "backbone.", "text_model.")
         ours = {name for name in state if not name.startswith(theirs)}
         assert ours <= saved.keys() and all(torch.equal(saved[name], state[name]) for name in ours)
@@ -96,7 +96,7 @@ class TestWeights:
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             assert not information[name], name
 
-    def test_all_missing_weights_are_reported_and_initialised(self, case, tmp_path):
+    def test_all_missing_weights_are_reported_and_initialized(self, case, tmp_path):
         model = case.model()
         model.save_pretrained(tmp_path)
         save_file({"something": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -109,7 +109,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("name", [*SEGMENTERS, "image path"])
     def test_correct_missing_keys(self, name, tmp_path):
-        """A head model takes a checkpoint of the image path alone, and reports the rest as missing; and back."""
+        """The head model loads a checkpoint of the base model and reports missing weights, and the reverse."""
         segmenter = CASES[name].model(CASES[name].config())
         if name == "image path":
             head = CASES["segmenter"].model()
@@ -124,7 +124,7 @@ class TestWeights:
         assert set(information["missing_keys"]) == expected and not information["unexpected_keys"]
         assert largest_difference(loaded.model.state_dict(), segmenter.model.state_dict()) == 0
 
-    def test_weights_of_another_shape(self, case, tmp_path):
+    def test_weights_of_mismatched_shape(self, case, tmp_path):
         model = case.model()
         model.save_pretrained(tmp_path)
         other, changes = (
@@ -147,7 +147,7 @@ class TestWeights:
         run(loaded, case.inputs())
 
     def test_can_init_all_missing_weights(self, case, monkeypatch):
-        """Weights made on no device and initialised later are those that the constructor makes."""
+        """Weights created on the meta device and initialized later equal those that the constructor creates."""
         initialize = PreTrainedModel._initialize_weights
 
         def seeded(*args, **kwargs):
@@ -201,7 +201,7 @@ class TestWeights:
 
 
 class TestOutputs:
-    """What a call takes and gives."""
+    """Inputs and outputs of a call."""
 
     def test_determinism(self, case):
         model, inputs = case.model(), case.inputs()
@@ -228,7 +228,7 @@ class TestOutputs:
             assert largest_difference(as_dict.to_tuple(), as_tuple) == 0
 
     def test_return_dict_of_the_configuration(self, case):
-        """Also where one of our models calls another."""
+        """Also holds where one model calls another."""
         model, inputs = case.model(), case.inputs()
         expected = run(model, inputs)
         model.config.return_dict = False
@@ -238,7 +238,7 @@ class TestOutputs:
         assert largest_difference(expected, run(model, inputs, return_dict=True)) == 0
 
     def test_model_forward_default_config_values(self, case):
-        """Without the token ids that only language models have use for."""
+        """The token ids that only language models use are removed."""
         values = case.config().to_diff_dict()
         for part in (values, values.get("text_config", {})):
             for name in ("pad_token_id", "bos_token_id", "sep_token_id", "tie_word_embeddings"):
@@ -260,14 +260,14 @@ class TestOutputs:
         assert all(run(case.model(), inputs).get(name) is None for name in names)
         assert all(run(case.model(config), inputs, output_hidden_states=False).get(name) is None for name in names)
 
-    def test_hidden_states_change_no_result(self, case):
+    def test_hidden_states_do_not_change_outputs(self, case):
         model, inputs = case.model(), case.inputs()
         plain, asked = run(model, inputs), run(model, inputs, output_hidden_states=True)
         assert set(asked) - set(plain) == set(HIDDEN_STATES[case.model_class])
         assert largest_difference(plain, {name: asked[name] for name in plain}) == 0
 
     def test_retain_grad_hidden_states_attentions(self, case):
-        """Every hidden state and every attention weight that is given is one that the result is made of."""
+        """The result depends on every hidden state and attention weight that is returned."""
         model = case.model_class._from_config(case.config(), attn_implementation="eager")
         wants_attentions = case.model_class is not CLIPResNetBackbone
         outputs = model(**case.inputs(), output_hidden_states=True, output_attentions=wants_attentions)
@@ -281,7 +281,7 @@ class TestOutputs:
         assert without == []
 
     def test_get_and_set_input_embeddings(self, case):
-        """What first turns pixels into features."""
+        """The input embedding is the first layer that processes pixels."""
         model = case.model()
         embeddings = model.get_input_embeddings()
         seen = []
@@ -301,11 +301,11 @@ class TestOutputs:
         model.disable_input_require_grads()
         assert not result(model(**inputs)).requires_grad
 
-    def test_resize_tokens_embeddings_is_refused(self, case):
+    def test_resize_token_embeddings_is_an_error(self, case):
         with pytest.raises(ValueError, match="no token table"):
             case.model().resize_token_embeddings(100)
 
-    def test_nothing_is_generated(self, case):
+    def test_models_cannot_generate(self, case):
         assert not case.model_class.can_generate()
 
     def test_base_model_prefix(self, case):
@@ -315,7 +315,7 @@ class TestOutputs:
 
 
 def expected_shapes(case: Case) -> list[list[tuple[int, ...]]]:
-    """Of the hidden states for two images of 64 x 96, field by field."""
+    """Return the shapes of the hidden states of each field for two images of 64 x 96."""
     config, grids = case.config(), [(16, 24), (8, 12), (4, 6), (2, 3)]
     if isinstance(config, CLIPResNetConfig):
         return [[(2, width, *grid) for width, grid in zip(config.hidden_sizes, [grids[0], *grids], strict=True)]]
@@ -332,13 +332,13 @@ def expected_attention_fields(case: Case) -> int:
 
 
 class TestBackbone:
-    """What transformers expects of a backbone in particular."""
+    """Checks that transformers has for backbones only."""
 
-    def test_stages_by_configuration(self):
+    def test_stages_are_selected_by_configuration(self):
         names = ["stem", "stage1", "stage2", "stage3", "stage4"]
         config = CLIPResNetConfig()
         assert config.stage_names == names
-        # Four stages rather than the last alone: what every segmenter here asks for.
+        # All four stages instead of the last one, as every model here requests.
         assert config.out_features == names[1:] and config.out_indices == [1, 2, 3, 4]
         for given in ({"out_features": ["stage1", "stage3"]}, {"out_indices": [1, 3]}):
             config = CLIPResNetConfig(**given)
@@ -355,7 +355,7 @@ class TestBackbone:
         assert (backbone.out_indices, backbone.has_attentions) == ([1, 2, 3, 4], False)
 
     @pytest.mark.parametrize("out_indices", [[4], [0], [1, 2, 3, 4], [-2, -1], [0, 4]])
-    def test_stages_that_are_selected(self, out_indices, tmp_path):
+    def test_selected_stages_are_returned(self, out_indices, tmp_path):
         config = CASES["backbone"].config()
         weights, inputs = CASES["backbone"].model(config).state_dict(), CASES["backbone"].inputs()
         everything = run(CASES["backbone"].model(config), inputs, output_hidden_states=True).hidden_states
@@ -383,9 +383,9 @@ class TestBackbone:
 
 
 class TestConfiguration:
-    """Configurations as files, and configurations of one's own."""
+    """Configuration files and subclasses."""
 
-    def test_round_trips(self, case, tmp_path):
+    def test_configuration_round_trips(self, case, tmp_path):
         config = case.config()
         config.to_json_file(tmp_path / "some.json")
         config.save_pretrained(tmp_path / "folder" / "sub")
@@ -402,28 +402,28 @@ class TestConfiguration:
         for other in others:
             assert type(other) is type(config) and comparable(other) == comparable(config)
 
-    def test_defaults_make_a_configuration(self, case):
+    def test_default_configuration_is_valid(self, case):
         assert comparable(type(case.config())()) != comparable(case.config())
 
     @pytest.mark.parametrize("name", ["segmenter", "image tower"])
-    def test_labels(self, name):
+    def test_id2label_of_the_configuration(self, name):
         config = type(CASES[name].config())(num_labels=5)
         assert len(config.id2label) == len(config.label2id) == config.num_labels == 5
         config.num_labels = 3
         assert len(config.id2label) == len(config.label2id) == 3
 
-    def test_text_tower_is_read_from_a_checkpoint_of_the_whole(self, tmp_path):
+    def test_text_configuration_is_read_from_a_full_checkpoint(self, tmp_path):
         config = small_config()
         config.save_pretrained(tmp_path)
         assert comparable(CLIPTextConfig.from_pretrained(tmp_path)) == comparable(config.text_config)
 
-    def test_values_given_while_loading_replace_those_in_the_file(self, tmp_path):
+    def test_keyword_arguments_override_the_stored_configuration(self, tmp_path):
         small_config().save_pretrained(tmp_path)
         config, unused = GKCConfig.from_pretrained(tmp_path, num_queries=7, nothing=1, return_unused_kwargs=True)
         assert config.num_queries == 7 and unused == {"nothing": 1}
 
-    def test_classes_of_ones_own(self, tmp_path):
-        """A subclass with a model type of its own goes through the same doors."""
+    def test_subclass_with_own_model_type(self, tmp_path):
+        """Saving, loading and Auto classes work for a subclass with a model type of its own."""
         try:
             AutoConfig.register(OwnConfig.model_type, OwnConfig)
             AutoModel.register(OwnConfig, OwnModel)
@@ -448,7 +448,7 @@ class OwnModel(GKCForOpenVocabSegmentation):
 
 
 def comparable(config) -> dict:
-    """Without what tells when and from where it was loaded."""
+    """Return a configuration without the fields that record when and from where it was loaded."""
     values = config if isinstance(config, dict) else config.to_dict()
     without = ("transformers_version", "_name_or_path", "architectures", "dtype", "model_type")
     return {
@@ -459,20 +459,20 @@ def comparable(config) -> dict:
 
 
 class TestList:
-    """The table of transformers' common checks has no gap."""
+    """Completeness of the table of transformers' common checks."""
 
-    def test_every_check_is_held_or_has_a_reason(self):
+    def test_every_check_has_a_test_or_a_reason(self):
         for check, entry in common_checks.entries():
             assert entry.tests or len(entry.reason) > 15, f"{check}: neither a test nor a reason"
             for test in entry.tests:
                 assert test in common_checks.defined_tests(), f"{check}: there is no test {test}"
 
-    def test_every_common_test_is_in_the_list(self):
+    def test_every_common_test_is_listed(self):
         listed = {test for _, entry in common_checks.entries() for test in entry.tests}
         unlisted = {test for test in common_checks.defined_tests(common_checks.OWN_FILES) if test not in listed}
         assert unlisted == set()
 
-    def test_documented_numbers_of_checks_are_true(self):
+    def test_documented_numbers_of_checks_are_right(self):
         numbers = re.findall(r"\d+", common_checks.table().splitlines()[0])[1:]
         (line,) = [line for line in BENCHMARKS.read_text().splitlines() if "transformers' own test suites" in line]
         assert re.findall(r"\d+", line) == numbers

@@ -1,7 +1,7 @@
-"""The library on a GPU: the results of the CPU, from the command, the pipeline and training.
+"""Tests that the library on a GPU gives the results of the CPU: command, pipeline and training.
 
-These tests need a GPU and `GKC_TEST_CUDA=1`; the rest of the suite hides the GPU. Convolutions and matrix products run
-in full single precision here, so that both devices can be compared.
+These tests need a GPU and `GKC_TEST_CUDA=1`; the rest of the suite hides the GPU. Convolutions and matrix products use
+full single precision (no TF32), so that both devices can be compared.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def full_precision(monkeypatch):
 
 @pytest.fixture
 def same_points(monkeypatch):
-    """Draw the points of the mask losses on the CPU, as the generators of two devices draw differently."""
+    """Sample the points of the mask losses on the CPU, because the generators of the two devices differ."""
 
     class DrawsOnCPU(_PointDraws):
         def __init__(self, num_images, seeds, device):
@@ -73,11 +73,11 @@ def outputs_on(device: str, processor: GKCProcessor, images, dtype: torch.dtype 
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference over that of the expected values."""
+    """Return the root mean square of the difference relative to that of the expected values."""
     return ((found.cpu().float() - expected.cpu().float()).norm() / expected.cpu().float().norm()).item()
 
 
-def test_logits_are_those_of_the_cpu(processor, within):
+def test_gpu_logits_match_cpu(processor, within):
     images = scenes()
     found, expected = (outputs_on(device, processor, images) for device in (DEVICE, "cpu"))
     within(
@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_cpu(processor, within):
     )
 
 
-def test_an_image_does_not_depend_on_its_batch(processor, within):
+def test_batch_matches_single_images_on_gpu(processor, within):
     small = scenes(1)[0].resize((160, 224))
     alone, together = (outputs_on(DEVICE, processor, images) for images in ([small], [small, *scenes()]))
     height, width = alone.masks_queries_logits.shape[-2:]
@@ -98,8 +98,8 @@ def test_an_image_does_not_depend_on_its_batch(processor, within):
     within("CUDA, alone against in a batch: masks, relative", relative(masks, alone.masks_queries_logits), 1e-3)
 
 
-def test_half_precision_is_near_single(processor):
-    """By label map: most pixels keep their class in bf16."""
+def test_half_precision_is_close_to_single(processor):
+    """Most pixels of the label map keep their class in bf16."""
     images = scenes()
     sizes = [(image.height, image.width) for image in images]
     maps = [
@@ -110,7 +110,7 @@ def test_half_precision_is_near_single(processor):
         assert (single == half).float().mean() > 0.97
 
 
-def test_pipeline_with_words_at_call_time_uses_the_gpu(processor):
+def test_pipeline_with_labels_at_call_time_uses_the_gpu(processor):
     segmenter = pipeline("image-segmentation", model=str(default_model_path()), pipeline_class=GKCSegmentationPipeline)
     assert segmenter.device.type == DEVICE
     on_cpu = GKCSegmentationPipeline(model=shipped("cpu"), processor=processor, device="cpu")
@@ -123,7 +123,7 @@ def test_pipeline_with_words_at_call_time_uses_the_gpu(processor):
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
-def test_command_writes_what_it_writes_on_the_cpu(task, tmp_path):
+def test_command_output_on_gpu_matches_cpu(task, tmp_path):
     scenes(1)[0].save(tmp_path / "scene.png")
     maps = []
     for device in (DEVICE, "cpu"):
@@ -133,8 +133,8 @@ def test_command_writes_what_it_writes_on_the_cpu(task, tmp_path):
     assert (maps[0] == maps[1]).mean() > 0.999
 
 
-def test_embeddings_follow_weights_that_change_in_place(processor):
-    """The cache of text embeddings on a GPU is not served after an optimizer step on the text tower."""
+def test_text_embeddings_follow_weight_updates(processor):
+    """The cache of text embeddings on a GPU is invalidated by an optimizer step on the text tower."""
     model = shipped(DEVICE)
     words = processor(text=WORDS, return_tensors="pt").to(DEVICE)
     before = model.get_class_embeddings(**words).class_embeds
@@ -144,7 +144,7 @@ def test_embeddings_follow_weights_that_change_in_place(processor):
     assert not torch.equal(before, model.get_class_embeddings(**words).class_embeds)
 
 
-def test_forward_is_captured_by_a_cuda_graph(processor, within):
+def test_forward_can_be_captured_in_a_cuda_graph(processor, within):
     model = shipped(DEVICE)
     with torch.no_grad():
         cached = model.get_class_embeddings(**processor(text=WORDS, return_tensors="pt").to(DEVICE))
@@ -172,7 +172,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_training_steps_are_those_of_the_cpu(mode, tmp_path, within, same_points):
+def test_training_steps_on_gpu_match_cpu(mode, tmp_path, within, same_points):
     losses = []
     for device in (DEVICE, "cpu"):
         recipe = RECIPE.replace(**MODES[mode])

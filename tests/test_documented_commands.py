@@ -1,8 +1,9 @@
-"""Every command that README, docs and --help show is run as it is typed, or has its arguments parsed.
+"""Tests that every command shown in README, docs and --help runs as typed, or that its arguments can be parsed.
 
-They run in one folder, in the order of the text, on stand-ins under the documented names: drawn pictures, the shipped
-checkpoint, small random models in the place of those of the Hub. What would take hours or needs a download goes
-through the real parser, and `PARSED` has the reason. A command that fails, or that is new and fails, fails the test.
+The commands run in one folder, in the order of the text, on stand-ins under the documented names: drawn images, the
+shipped checkpoint, and small random models in place of those of the Hub. Commands that would take hours or need a
+download are only parsed by the real parser, for the reason listed in `PARSED`. A command that fails, new ones
+included, fails the test.
 """
 
 import argparse
@@ -42,20 +43,20 @@ HELPS = [
     *("python -m train.data.drawn_world.examples", "python -m hub_card.publish_mini", "python -m benchmarks"),
 ]
 
-# Start of a command that is only parsed -> why it does not run here.
+# Start of a command that is only parsed -> reason why it does not run here.
 PARSED = {
-    "make test": "it is this suite",
-    "make demo": "its words are tried in tests/test_shipped_checkpoint.py, its command `gkc segment` here",
-    "pip install": "it needs the package index",
+    "make test": "runs this suite",
+    "make demo": "its labels are tested in tests/test_shipped_checkpoint.py, its command `gkc segment` here",
+    "pip install": "needs the package index",
     "gkc convert": "needs published weights; run on toys in tests/test_cli_convert.py",
-    "gkc segment photo.jpg --model mask2former-words": "that checkpoint needs published weights",
-    "gkc embed --labels ade20k_847": "the shipped checkpoint knows few of these words, and 16 tokens",
+    "gkc segment photo.jpg --model mask2former-words": "needs a checkpoint converted from published weights",
+    "gkc embed --labels ade20k_847": "the shipped tokenizer has few of these words and a limit of 16 tokens",
     "gkc export": "takes ten seconds; run in tests/test_cli_export.py",
-    "python words-onnx/run.py": "run in tests/test_export.py on the graph that the command before it writes",
+    "python words-onnx/run.py": "run in tests/test_export.py on the graph that the previous command writes",
     "python -m train coco_": "hours on GPUs, and COCO",
-    "python -m train own_folder dataset=data/my-tools": "README runs the same on drawn pictures",
-    "gkc segment photo.jpg --model DIR": "README segments with what was trained",
-    "python -m train my_recipe.py": "the file is the reader's",
+    "python -m train own_folder dataset=data/my-tools": "run with drawn images by the same command in README",
+    "gkc segment photo.jpg --model DIR": "run with a trained model by another command in README",
+    "python -m train my_recipe.py": "the file is a placeholder",
     "accelerate launch": "starts processes on GPUs; several are run in tests/test_distributed.py",
     "torchrun": "starts processes; several are run in tests/test_cache.py",
     "python -m train.cache": "needs COCO and CLIP; run on toys in tests/test_cache.py",
@@ -63,25 +64,25 @@ PARSED = {
     "python -m hub_card.publish_mini": "overwrites the shipped checkpoint with that of a finished run",
     "python -m train.data.prepare ade20k_150": "needs ADE20K; run on a miniature in tests/test_prepare_benchmarks.py",
     "python -m train.data.prepare coco_panoptic_133": "needs COCO; a miniature is in tests/test_prepare_benchmarks.py",
-    "python -m train.evaluate --model gkc-r50": "hours of training before",
+    "python -m train.evaluate --model gkc-r50": "needs a model trained for hours",
     "python -m train.evaluate --model facebook/": "needs published weights; toys are in tests/test_evaluate_models.py",
-    "python -m train.evaluate report results/gkc-mini-miniworld-val.json": "as the three before it",
-    "python -m train.evaluate report results/gkc-r50": "hours of training before",
+    "python -m train.evaluate report results/gkc-mini-miniworld-val.json": "needs the three commands before it",
+    "python -m train.evaluate report results/gkc-r50": "needs a model trained for hours",
     "python -m train.data.view data/": "needs published data; run on miniatures in tests/test_view.py",
-    "python -m train.data.view my_dataset": "the folder is the reader's; run on miniatures in tests/test_view.py",
+    "python -m train.data.view my_dataset": "the folder is a placeholder; run on miniatures in tests/test_view.py",
     "python -m train.synonyms": "needs WordNet; run on a miniature in tests/test_synonyms.py",
-    "gkc vocab show my-words.json": "written by the synonyms command before it, which needs WordNet",
-    "make bench": "as `python -m benchmarks`",
+    "gkc vocab show my-words.json": "written by the previous command, which needs WordNet",
+    "make bench": "runs `python -m benchmarks`, see there",
     "python benchmarks/training_step.py": "a quarter of an hour; run on toys in tests/test_benchmarks_training.py",
     "python -m benchmarks": "minutes to an hour; run on toys in tests/test_benchmarks_inference.py",
-    "python -m train.data.from_folder my_pictures": "the folder is the reader's; README's example runs",
+    "python -m train.data.from_folder my_pictures": "a placeholder; an example in README runs",
     "python -m train.data.benchmarks.miniworld": "draws 800 scenes, a minute; run in tests/test_evaluate.py",
-    "python -m train.data.prepare miniworld": "takes the 800 scenes drawn before it; run in tests/test_evaluate.py",
-    "python -m train.evaluate --model hub_card/gkc-mini --benchmark miniworld": "as the two before it",
-    "gkc segment photos/ --vocab words.safetensors": "run by test_words_encoded_before below",
+    "python -m train.data.prepare miniworld": "needs the command before it; run in tests/test_evaluate.py",
+    "python -m train.evaluate --model hub_card/gkc-mini --benchmark miniworld": "needs the two previous commands",
+    "gkc segment photos/ --vocab words.safetensors": "run by test_segment_with_embeddings_file below",
 }
 INLINE_PROGRAMS = r"(GKC_\w+=\S+ )?(gkc|python|make|accelerate|torchrun|pip|pytest) "
-# Appended so that minutes become seconds; everything else stays as it is typed.
+# Appended so that the command takes seconds; the rest runs as typed.
 QUICK = {
     "python -m train own_folder": (
         "steps=2 batch_size=2 num_workers=0 save_every=1 evaluate_every=2 log_every=1 train_num_points=64"
@@ -92,7 +93,7 @@ QUICK = {
 
 
 def commands_of(document: str) -> list[str]:
-    """The lines of the bash blocks of a document, without comments; commands stand in no block of another kind."""
+    """Return the lines of a document's bash blocks, without comments; other blocks contain no commands."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
     others = [block for language, block in fenced if language != "bash"]
     assert not any(re.search(r"^(gkc|pip|make|python|accelerate) ", block, flags=re.MULTILINE) for block in others)
@@ -102,7 +103,7 @@ def commands_of(document: str) -> list[str]:
 
 
 def examples_of(text: str) -> list[str]:
-    """The commands among the examples of a --help, without what is said beside them."""
+    """Return the commands among the examples of a --help, without the comments beside them."""
     lines = re.sub(r"\\\n", " ", text).splitlines()
     found = [line.strip() for line in lines if re.match(r"\s+(gkc|python -m|accelerate launch|torchrun) ", line)]
     found = [re.split(r" {3,}(?![ -])|\s+# | > ", line)[0].strip() for line in found]
@@ -110,12 +111,12 @@ def examples_of(text: str) -> list[str]:
 
 
 class Parsed(Exception):
-    """Arguments were parsed, and nothing is to be done with them."""
+    """Exception that ends a program after its arguments were parsed."""
 
 
 @contextmanager
 def parsing_only():
-    """`parse_args` of every parser ends the program once it has understood its arguments."""
+    """Make `parse_args` of every parser end the program once the arguments are parsed."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("parse_args", "parse_intermixed_args"):
             parse = getattr(argparse.ArgumentParser, name)
@@ -129,7 +130,7 @@ def parsing_only():
 
 
 def run(words: list[str]) -> int:
-    """Run a program as its name on the command line would, in this process."""
+    """Run a program in this process as if its name were typed on the command line."""
     if words[0] == "gkc":
         return gkc(words[1:])
     if words[:2] == ["python", "words-onnx/run.py"]:
@@ -146,7 +147,7 @@ def run(words: list[str]) -> int:
 
 
 def parse(command: str) -> None:
-    """Have a command's arguments parsed by the real parser, those of a launcher too."""
+    """Parse a command's arguments with the real parser, including those of a launcher."""
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), command
@@ -171,7 +172,7 @@ def parse(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder in which the documented names are stand-ins."""
+    """Create a folder with stand-ins under the documented names."""
     folder = tmp_path_factory.mktemp("place")
     for name in ("hub_card", "examples", "configuration"):
         (folder / name).symlink_to(ROOT / name)
@@ -184,19 +185,19 @@ def place(tmp_path_factory) -> Path:
 
 
 def starts(command: str, start: str) -> bool:
-    """Whether a command starts so; a word that ends there is a whole one."""
+    """Return whether a command starts with these words."""
     return re.match(re.escape(start) + (r"(?![\w.])" if start[-1].isalnum() else ""), command) is not None
 
 
 def inline_commands_of(document: str) -> list[str]:
-    """Commands between backticks in the text of a document; "..." and CAPITALS stand for the reader's own."""
+    """Return the commands between backticks in a document's text; "..." and CAPITALS are placeholders."""
     text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
     found = [code for code in re.findall(r"`([^`]+)`", text) if re.match(INLINE_PROGRAMS, code)]
     return [command for command in found if "..." not in command and not command.startswith("gkc COMMAND")]
 
 
 def run_all(commands: list[str]) -> None:
-    """Each command in order, run or only parsed."""
+    """Run or parse each command in order."""
     for command in commands:
         if any(starts(command, start) for start in PARSED):
             parse(command)
@@ -209,19 +210,19 @@ def run_all(commands: list[str]) -> None:
 
 @cache
 def run_document(document: str) -> None:
-    """Run the commands of a document once, in the folder of `place`."""
+    """Run the commands of a document in the folder of `place`, once."""
     run_all(commands_of(document))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_of_the_documents(document, place, monkeypatch):
+def test_commands_in_documents_run(document, place, monkeypatch):
     monkeypatch.chdir(place)
     run_document(document)
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])
-def test_commands_within_the_text_can_be_parsed(document, place, monkeypatch):
+def test_inline_commands_can_be_parsed(document, place, monkeypatch):
     monkeypatch.chdir(place)
     for command in inline_commands_of(document):
         words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
@@ -238,7 +239,7 @@ def test_commands_within_the_text_can_be_parsed(document, place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def after_the_documents(place) -> None:
-    """Run the documents' commands, whose results the examples of the helps take, in whatever order the tests run."""
+    """Run the documents' commands first, because examples of help texts use their results."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.chdir(place)
@@ -248,7 +249,7 @@ def after_the_documents(place) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("command", HELPS)
-def test_examples_of_the_helps(command, place, after_the_documents, monkeypatch, capsys):
+def test_examples_of_help_texts_run(command, place, after_the_documents, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
@@ -257,7 +258,7 @@ def test_examples_of_the_helps(command, place, after_the_documents, monkeypatch,
     run_all(examples_of(capsys.readouterr().out))
 
 
-def test_words_encoded_before(place, monkeypatch):
+def test_segment_with_embeddings_file(place, monkeypatch):
     monkeypatch.chdir(place)
     assert (
         run(shlex.split('gkc embed --labels "red disc; lawn, grass" --templates photo --out words.safetensors')) == 0
@@ -265,7 +266,7 @@ def test_words_encoded_before(place, monkeypatch):
     assert run(shlex.split("gkc segment photos/ --vocab words.safetensors")) == 0
 
 
-def test_every_reason_is_of_a_documented_command():
+def test_every_unrun_command_is_documented():
     typed = [command for document in DOCUMENTS for command in commands_of(document)]
     sources = [path for folder in ("modeling_gkc", "train", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     typed += [command for path in sources for command in examples_of(path.read_text())]
@@ -273,8 +274,8 @@ def test_every_reason_is_of_a_documented_command():
     assert unused == []
 
 
-def test_the_train_extra_brings_what_training_imports():
-    """Also what a README line needs beside it: adapters, and the tensorboard/ folder."""
+def test_train_extra_covers_imports_of_training():
+    """Also covers packages that a README line needs: adapters and tensorboard."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     listed = setup["options"]["install_requires"] + setup["options.extras_require"]["train"]

@@ -1,4 +1,4 @@
-"""Exported graphs: equal to the model for any number of images and words, and run without torch."""
+"""Tests of exported graphs and of the runner that uses them without torch."""
 
 import importlib.util
 import io
@@ -31,11 +31,11 @@ from modeling_gkc.post_processing import semantic_segmentation
 
 from .common_models import STAGES, convex_config, swin_config, tiny_config
 from .conftest import small_config, word_tokenizer
-from .image_kinds import KINDS, encoded
+from .image_kinds import KINDS, encode_image
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "hub_card" / "gkc-mini"
-PICTURE = ROOT / "examples" / "scene-1.png"
+IMAGE = ROOT / "examples" / "scene-1.png"
 SIZE = (96, 128)
 WORDS = "red disc; lawn, grass; sky; square, box"
 BATCHES, CLASSES = (1, 3), (1, 20, 150)
@@ -77,7 +77,7 @@ def program_runner(folder: Path):
 
 @torch.no_grad()
 def check(within, name: str, run, model, size, numbers, words=None) -> None:
-    """Compares all outputs for several numbers of images and, where `words` are not baked in, of classes."""
+    """Compare all outputs for several batch sizes and, unless `words` are fixed in the graph, numbers of classes."""
     for batch, num_classes in numbers:
         pixel_values = torch.randn(batch, 3, *size)
         inputs = {"pixel_values": pixel_values}
@@ -108,12 +108,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_onnx_equals_the_model_for_any_number_of_images_and_classes(folder, shipped, within):
+def test_onnx_matches_model_for_any_batch_size_and_number_of_classes(folder, shipped, within):
     numbers = [(batch, classes) for batch in BATCHES for classes in CLASSES]
     check(within, "ONNX, gkc-mini", onnx_runner(folder), shipped[0], SIZE, numbers)
 
 
-def test_classes_with_synonyms_get_the_logits_of_the_model(folder, shipped, within):
+def test_logits_of_classes_with_synonyms_match_model(folder, shipped, within):
     model, processor = shipped
     words = EncodedVocabulary.encode(WORDS, model, processor)
     assert model.config.prompt_reduction == "mean" and len(words.class_ids) > 4
@@ -126,7 +126,7 @@ def test_classes_with_synonyms_get_the_logits_of_the_model(folder, shipped, with
     within("ONNX, synonyms: class_queries_logits", (found["class_queries_logits"] - expected).abs().max(), 1e-3)
 
 
-def test_folder_says_all_that_is_needed(folder, shipped):
+def test_folder_describes_inputs_outputs_and_preprocessing(folder, shipped):
     _, processor = shipped
     runner = {"run.py", "image_reading.py", "atomic_files.py"}
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "export.json", "class_embeds.npz", *runner}
@@ -151,7 +151,7 @@ def test_folder_says_all_that_is_needed(folder, shipped):
 
 
 def run_without_torch(folder: Path, *commands: list) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of run.py, once per command, where none of the named packages can be imported."""
+    """Return exit code, stdout and stderr of run.py for each command, with torch and this library not importable."""
     code = (
         "import contextlib, io, json, runpy, sys\n"
         "for name in ('torch', 'transformers', 'modeling_gkc', 'safetensors'): sys.modules[name] = None\n"
@@ -165,15 +165,15 @@ def run_without_torch(folder: Path, *commands: list) -> list[tuple[int, str, str
         "    results.append([code, out.getvalue(), err.getvalue()])\n"
         "print(json.dumps(results))\n"
     )
-    asked = json.dumps([[str(folder / "run.py"), *map(str, arguments)] for arguments in commands])
-    finished = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=False)
+    arguments = json.dumps([[str(folder / "run.py"), *map(str, command)] for command in commands])
+    finished = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
 
 @pytest.fixture(scope="module")
 def runner(folder):
-    """The folder's run.py as a module."""
+    """Import the folder's run.py as a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         spec = importlib.util.spec_from_file_location("exported_run", folder / "run.py")
@@ -192,11 +192,11 @@ def label_map_of(model, processor, image, size, words) -> np.ndarray:
     return processor.post_process_semantic_segmentation(outputs, target_sizes=[target])[0].numpy()
 
 
-def pictures_of_every_kind() -> dict[str, bytes]:
-    """Files of all kinds, and a photograph with each orientation."""
+def encode_all_image_kinds() -> dict[str, bytes]:
+    """Return image files of all kinds, and an image with each EXIF orientation."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=np.uint8)
     noise = np.asarray(Image.fromarray(noise[::8, ::8]).resize((56, 40)))
-    pictures = {
+    files = {
         f"{kind} as {file_format}": data
         for kind, make in KINDS.items()
         for file_format, data in make(noise).files.items()
@@ -204,54 +204,54 @@ def pictures_of_every_kind() -> dict[str, bytes]:
     for orientation in range(2, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        pictures[f"orientation {orientation}"] = encoded(Image.fromarray(noise[..., :3]), "jpeg", exif=exif)
-    return pictures
+        files[f"orientation {orientation}"] = encode_image(Image.fromarray(noise[..., :3]), "jpeg", exif=exif)
+    return files
 
 
-def test_run_sees_pictures_of_every_kind_as_the_library_does(folder, shipped, runner, within):
-    """Each file gives the same input to the graph and to the model, and then the same label map."""
+def test_runner_preprocesses_all_image_kinds_like_the_library(folder, shipped, runner, within):
+    """Graph and model get equal inputs from each file, and the label maps match."""
     model, processor = shipped
     settings = json.loads((folder / "export.json").read_text())
     words = EncodedVocabulary.encode(WORDS, model, processor)
     _, _, inputs = runner.load_classes(folder, settings)
-    pictures, differing, pixels = pictures_of_every_kind(), 0, 0
-    assert len(pictures) > 40
+    files, differing, pixels = encode_all_image_kinds(), 0, 0
+    assert len(files) > 40
     session = onnx_runner(folder)
-    seen = {name: runner.pixel_values(runner.open_rgb(io.BytesIO(data)), settings) for name, data in pictures.items()}
+    seen = {name: runner.pixel_values(runner.open_rgb(io.BytesIO(data)), settings) for name, data in files.items()}
     height, width = SIZE
-    for name, data in pictures.items():
+    for name, data in files.items():
         expected = processor(images=data, size={"height": height, "width": width}, return_tensors="pt").pixel_values
         np.testing.assert_array_equal(seen[name], expected.numpy(), err_msg=name)
     class_embeds = torch.from_numpy(inputs["class_embeds"])
     found = session(pixel_values=torch.from_numpy(np.concatenate(list(seen.values()))), class_embeds=class_embeds)
-    for index, (name, data) in enumerate(pictures.items()):
+    for index, (name, data) in enumerate(files.items()):
         if index % 3 and "16-bit" not in name and "orientation" not in name:
             continue
         expected = label_map_of(model, processor, data, SIZE, words)
         logits = (found[key][index].numpy() for key in OUTPUTS[:2])
         labels = runner.label_map(*logits, expected.shape)
         differing, pixels = differing + (labels != expected).sum(), pixels + expected.size
-    within("run.py, pictures of every kind: share of pixels that differ", differing / pixels, 1e-3)
+    within("run.py, all kinds of images: fraction of differing pixels", differing / pixels, 1e-3)
 
 
-def test_a_picture_becomes_a_label_map_without_torch(folder, shipped, tmp_path, within):
-    """Label maps are the same for the graph's own words, and for others put beside it afterwards."""
+def test_runner_segments_without_torch(folder, shipped, tmp_path, within):
+    """The label map matches the model's for the exported classes, and the classes can be replaced afterwards."""
     model, processor = shipped
     other, copied = Vocabulary.parse("water; star; ring; wood; brick"), tmp_path / "words"
     shutil.copytree(folder, copied)
     write_class_embeds(copied / "class_embeds.npz", model, EncodedVocabulary.encode(other, model, processor))
     plain, changed = run_without_torch(
         folder,
-        [folder, PICTURE, tmp_path / "labels.png"],
-        [copied, PICTURE, tmp_path / "others.png"],
+        [folder, IMAGE, tmp_path / "labels.png"],
+        [copied, IMAGE, tmp_path / "others.png"],
     )
     assert (plain[0], changed[0]) == (0, 0), plain[2] + changed[2]
     vocabulary = Vocabulary.parse(WORDS)
     image = Image.open(tmp_path / "labels.png")
     found = np.array(image)
-    expected = label_map_of(model, processor, PICTURE, SIZE, EncodedVocabulary.encode(WORDS, model, processor))
+    expected = label_map_of(model, processor, IMAGE, SIZE, EncodedVocabulary.encode(WORDS, model, processor))
     assert found.shape == expected.shape and len(np.unique(expected)) > 1
-    within("run.py without torch: share of pixels that differ", (found != expected).mean(), 1e-3)
+    within("run.py without torch: fraction of differing pixels", (found != expected).mean(), 1e-3)
     printed = {line.partition(":")[0] for line in plain[1].splitlines()}
     assert printed == {vocabulary.labels[index] for index in np.unique(found)}
     np.testing.assert_array_equal(np.array(image.convert("RGB")), np.array(vocabulary.palette)[found])
@@ -264,14 +264,14 @@ def test_a_picture_becomes_a_label_map_without_torch(folder, shipped, tmp_path, 
     ("arguments", "message"),
     [
         ([], "usage: run.py"),
-        (["FOLDER", "PICTURE", "labels.jpg"], r"labels\.jpg: name a \.png file"),
+        (["FOLDER", "IMAGE", "labels.jpg"], r"labels\.jpg: name a \.png file"),
         (["FOLDER", "gone.png", "labels.png"], r"gone\.png cannot be read as an image: .*No such file"),
         (["FOLDER", "FOLDER/export.json", "labels.png"], r"export\.json cannot be read as an image"),
     ],
 )
-def test_run_refuses_in_one_line(folder, runner, arguments, message, tmp_path, capsys, monkeypatch):
+def test_runner_reports_usage_errors_in_one_line(folder, runner, arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py"])
-    names = {"FOLDER": str(folder), "PICTURE": str(PICTURE), "labels.png": str(tmp_path / "labels.png")}
+    names = {"FOLDER": str(folder), "IMAGE": str(IMAGE), "labels.png": str(tmp_path / "labels.png")}
     arguments = [names.get(name, name.replace("FOLDER", str(folder))) for name in arguments]
     with pytest.raises(SystemExit) as end:
         runner.main(arguments)
@@ -280,9 +280,9 @@ def test_run_refuses_in_one_line(folder, runner, arguments, message, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
-def test_label_maps_are_those_of_the_library_at_any_size(runner, monkeypatch):
-    """Also smaller than the masks, of more than 256 classes, and a few rows at a time."""
-    monkeypatch.setattr(runner, "_NUMBERS_AT_ONCE", 5000)
+def test_runner_label_maps_match_library_at_any_size(runner, monkeypatch):
+    """Covers sizes below that of the masks, more than 256 classes and blocks of few rows."""
+    monkeypatch.setattr(runner, "_MAX_BLOCK_NUMBERS", 5000)
     class_logits, mask_logits = 3 * torch.randn(7, 301), 5 * torch.randn(7, 12, 16)
     for size in [(48, 64), (5, 7), (100, 33), (12, 16), (1, 1)]:
         expected, _ = semantic_segmentation(class_logits, mask_logits, target_size=size)
@@ -294,7 +294,7 @@ def test_label_maps_are_those_of_the_library_at_any_size(runner, monkeypatch):
 # Other configurations
 
 
-def test_swin_with_words_baked_in_of_which_the_best_counts(tmp_path, within):
+def test_swin_with_fixed_vocabulary_and_max_reduction(tmp_path, within):
     config = swin_config()
     config.decoder_layers, config.prompt_reduction = 1, "max"
     model = toy(config)
@@ -303,10 +303,10 @@ def test_swin_with_words_baked_in_of_which_the_best_counts(tmp_path, within):
     exported = export_segmenter(model, processor(), tmp_path / "fixed", size=64, vocabulary=vocabulary, fixed=True)
     assert exported.settings["words"] == "fixed" and not (tmp_path / "fixed" / "class_embeds.npz").exists()
     run = onnx_runner(tmp_path / "fixed")
-    check(within, "ONNX, Swin, words baked in", run, model, (64, 64), [(1, 3), (3, 3)], words)
+    check(within, "ONNX, Swin, fixed vocabulary", run, model, (64, 64), [(1, 3), (3, 3)], words)
 
 
-def test_converted_heads(tmp_path, within):
+def test_onnx_matches_model_with_convex_combination(tmp_path, within):
     config = convex_config()
     config.decoder_layers = 1
     model = toy(config)
@@ -315,7 +315,7 @@ def test_converted_heads(tmp_path, within):
     check(within, "ONNX, convex combination", onnx_runner(tmp_path / "convex"), model, (64, 64), numbers)
 
 
-def test_torch_export_of_another_backbone_with_pooled_features(tmp_path, within):
+def test_torch_export_matches_model_with_convnext_and_pooled_features(tmp_path, within):
     model = toy(convnext_config())
     state = {name: value.clone() for name, value in model.state_dict().items()}
     exported = export_segmenter(model, processor(), tmp_path / "program", format="torch-export", size=(64, 96))
@@ -328,14 +328,14 @@ def test_torch_export_of_another_backbone_with_pooled_features(tmp_path, within)
     assert model.config.deformable_attention is None and model.config._attn_implementation == "sdpa"
 
 
-# Without tracing: what is traced equals the model, and what is refused
+# Without tracing: the traceable module, and errors
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max", "embedding_mean"])
 @pytest.mark.parametrize("make", [tiny_config, convex_config])
 @pytest.mark.parametrize("is_fixed", [True, False])
 @torch.no_grad()
-def test_what_is_traced_equals_the_model(make, reduction, is_fixed, within):
+def test_traceable_module_matches_model(make, reduction, is_fixed, within):
     config = make()
     config.prompt_reduction = reduction
     model = toy(config)
@@ -347,14 +347,14 @@ def test_what_is_traced_equals_the_model(make, reduction, is_fixed, within):
     elif reduction == "embedding_mean" or (reduction == "mean" and not model.is_convex):
         found = ExportableSegmenter(model)(pixel_values, one_embed_per_class(model, words))
     else:
-        with pytest.raises(ValueError, match="bake the words in"):
+        with pytest.raises(ValueError, match="export with `fixed`"):
             one_embed_per_class(model, words)
         return
     for key in OUTPUTS:
-        within("what is traced against the model", (found[key] - expected[key]).abs().max(), 2e-5)
+        within("traceable module against the model", (found[key] - expected[key]).abs().max(), 2e-5)
 
 
-def test_one_embedding_per_class_follows_the_class_ids():
+def test_embeddings_per_class_are_ordered_by_class_id():
     model = toy(tiny_config())
     embeds = F.normalize(torch.randn(3, 16), dim=-1)
     words = GKCClassEmbeddings(class_embeds=embeds, class_ids=torch.tensor([2, 0, 1]))
@@ -364,15 +364,15 @@ def test_one_embedding_per_class_follows_the_class_ids():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"size": 100}, ValueError, "multiples of 32, got 100x100: take 96x96"),
-        ({"size": (64, 0)}, ValueError, "multiples of 32, got 64x0: take 64x32"),
+        ({"size": 100}, ValueError, "multiples of 32, got 100x100: use 96x96"),
+        ({"size": (64, 0)}, ValueError, "multiples of 32, got 64x0: use 64x32"),
         ({"format": "tflite"}, ValueError, "one of onnx, torch-export, got 'tflite'"),
         ({"opset": 17}, ValueError, "at least 18, got 17"),
-        ({"fixed": True}, ValueError, "no words to bake in"),
+        ({"fixed": True}, ValueError, "A fixed graph needs a vocabulary"),
         (
             {"vocabulary": EncodedVocabulary(Vocabulary([["dog"]]), torch.ones(1, 8), torch.zeros(1).long())},
             ValueError,
-            r"\(1, 8\), but this model's text space has the width 16",
+            r"\(1, 8\), but this model's text embedding space has the width 16",
         ),
         (
             {
@@ -385,14 +385,14 @@ def test_one_embedding_per_class_follows_the_class_ids():
         ),
     ],
 )
-def test_refuses(changes, error, message, tmp_path):
+def test_invalid_arguments_are_errors_and_write_nothing(changes, error, message, tmp_path):
     with pytest.raises(error, match=message):
         export_segmenter(toy(tiny_config()), processor(), tmp_path / "new", **changes)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_writes_over_nothing(is_file, tmp_path):
+def test_existing_files_are_not_overwritten(is_file, tmp_path):
     target = tmp_path / "there"
     kept = target if is_file else target / "kept.txt"
     kept.parent.mkdir(exist_ok=True)
@@ -403,7 +403,7 @@ def test_writes_over_nothing(is_file, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [["onnx"], ["onnx", "onnxscript"]])
-def test_names_missing_packages(missing, tmp_path, monkeypatch):
+def test_missing_packages_are_named(missing, tmp_path, monkeypatch):
     find_spec = exporter.importlib.util.find_spec
     monkeypatch.setattr(
         exporter.importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
@@ -413,7 +413,7 @@ def test_names_missing_packages(missing, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_onnxruntime_a_graph_is_not_compared_unless_asked(monkeypatch):
+def test_comparison_is_skipped_without_onnxruntime_unless_requested(monkeypatch):
     find_spec = exporter.importlib.util.find_spec
     absent = "onnxruntime"
     monkeypatch.setattr(exporter.importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name))
@@ -424,14 +424,14 @@ def test_without_onnxruntime_a_graph_is_not_compared_unless_asked(monkeypatch):
 
 @pytest.fixture
 def quick_graphs(monkeypatch):
-    """Exports without the time that tracing takes; the graphs that come back are the module itself, made wrong."""
+    """Skip tracing and ONNX conversion, which take seconds."""
     monkeypatch.setattr(exporter, "trace", lambda segmenter, *sizes: segmenter)
     monkeypatch.setattr(exporter, "write_onnx", lambda program, path, *settings: torch.save(0, path))
     monkeypatch.setattr(export_graph, "CHECKED_IMAGES", 2)
 
 
 @pytest.mark.parametrize("key", OUTPUTS[:2])
-def test_a_wrong_graph_is_refused_and_leaves_nothing(key, quick_graphs, monkeypatch, tmp_path):
+def test_graph_with_wrong_logits_is_an_error_and_not_written(key, quick_graphs, monkeypatch, tmp_path):
     model = toy(small_config())
     segmenter = ExportableSegmenter(model)
 
@@ -446,7 +446,7 @@ def test_a_wrong_graph_is_refused_and_leaves_nothing(key, quick_graphs, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_no_folder_of_the_name(quick_graphs, monkeypatch, tmp_path):
+def test_interrupted_export_leaves_no_folder(quick_graphs, monkeypatch, tmp_path):
     def interrupted(graph):
         raise KeyboardInterrupt
 
@@ -456,7 +456,7 @@ def test_a_killed_export_leaves_no_folder_of_the_name(quick_graphs, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_half_precision_weights_become_a_graph_in_fp32(quick_graphs, monkeypatch, tmp_path):
+def test_half_precision_model_is_exported_in_fp32(quick_graphs, monkeypatch, tmp_path):
     traced = []
     monkeypatch.setattr(exporter, "trace", lambda segmenter, *sizes: traced.append(segmenter))
     model = toy(small_config()).bfloat16()

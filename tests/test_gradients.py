@@ -1,4 +1,4 @@
-"""Training: losses, gradients with and without recomputation, and what stays frozen."""
+"""Tests of training: losses, gradients with and without checkpointing, and frozen parts."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def segmenter(request) -> Case:
 
 
 class TestTraining:
-    """Losses, gradients and what stays frozen."""
+    """Losses, gradients and frozen parts."""
 
     def test_training(self, segmenter):
         model = segmenter.model().train()
@@ -45,7 +45,7 @@ class TestTraining:
             assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
     def test_training_overfit(self):
-        """Eight steps on one batch bring the loss down."""
+        """Eight steps on one batch decrease the loss."""
         case = CASES["segmenter"]
         model, inputs, labels = case.model().train(), case.inputs(), case.labels()
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -60,7 +60,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_training_gradient_checkpointing(self, segmenter, use_reentrant, within):
-        """The same loss and the same gradients, dropout included, although layers are computed a second time."""
+        """Loss and gradients are unchanged, dropout included, although layers are computed a second time."""
         config = segmenter.config()
         config.dropout = 0.1
         model, inputs, labels = segmenter.model(config).double().train(), segmenter.inputs(), segmenter.labels()
@@ -102,8 +102,8 @@ class TestTraining:
         assert recomputes(segmenter.model(config))
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_recomputation_never_counts_a_batch_twice(self, use_reentrant):
-        """BatchNorm that learns its statistics learns the same with checkpointing."""
+    def test_checkpointing_updates_batchnorm_statistics_once(self, use_reentrant):
+        """BatchNorm statistics are the same with and without checkpointing."""
         states = []
         for checkpointing in (False, True):
             torch.manual_seed(1)
@@ -117,7 +117,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("name", ["segmenter", "segmenter, ResNet"])
     @pytest.mark.parametrize("freeze", [True, False])
-    def test_training_mode_spares_frozen_parts(self, name, freeze):
+    def test_training_mode_does_not_change_frozen_parts(self, name, freeze):
         config = CASES[name].config()
         config.freeze_backbone_batch_norm = freeze
         model = CASES[name].model(config).train()
@@ -130,18 +130,18 @@ class TestTraining:
         model.eval()
         assert not any(module.training for module in model.modules())
 
-    def test_feature_extraction_in_training_mode_gives_all_stages(self):
+    def test_training_mode_returns_all_stages(self):
         outputs = CASES["image path"].model().train()(**image_inputs(), output_hidden_states=True)
         assert len(outputs.stages) == len(outputs.transformer_decoder_hidden_states) == 4
 
 
 def unused_in_training(model: PreTrainedModel) -> set[str]:
-    """Parameters of transformers' backbones that take no part in feature maps."""
+    """Return the parameters of transformers' backbones that do not affect feature maps."""
     return {name for name, _ in model.named_parameters() if name.startswith("model.backbone.swin.layernorm.")}
 
 
 def count_calls(model: PreTrainedModel) -> dict[str, int]:
-    """Counts the calls of one submodule of every layer of ours that can be recomputed; it fills as the model runs."""
+    """Count the calls of one submodule of every layer of this library that supports checkpointing."""
     counts: dict[str, int] = {}
     for name, layer in model.named_modules():
         if type(layer).__module__.startswith("modeling_gkc.") and isinstance(layer, GradientCheckpointingLayer):

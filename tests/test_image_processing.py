@@ -26,7 +26,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from modeling_gkc import image_processing_gkc, image_reading
 from modeling_gkc.image_processing_gkc import GKCImageProcessor, read_image, resized_size
 
-from .image_kinds import packed, png_file
+from .image_kinds import pack_bits, png_file
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -133,7 +133,7 @@ class TestReading:
         """Pillow spreads the pixels over 0..255, and leaves the transparent value as it is stored."""
         values, path = np.arange(4).reshape(1, 4), tmp_path / "packed.png"
         header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
-        rows = zlib.compress(b"\0" + packed(values, bits))
+        rows = zlib.compress(b"\0" + pack_bits(values, bits))
         chunks = [(b"IHDR", header), (b"tRNS", b"\0\2"), (b"IDAT", rows), (b"IEND", b"")]
         path.write_bytes(png_file(chunks))
         step = 255 // (2**bits - 1)

@@ -1,4 +1,4 @@
-"""Who may import whom, held by reading the source."""
+"""Tests of the import rules, by reading the source."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ from modeling_gkc.remote_code import code_files
 from train.evaluate import command as evaluation_command
 from train.evaluate import segmenter
 
-from .processes import without_lines_of_others
+from .processes import without_third_party_lines
 
 ROOT = Path(__file__).parent.parent
 FLAT = sorted((ROOT / "modeling_gkc").glob("*.py"))
@@ -57,7 +57,7 @@ MODELS = (
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(level, module) of every import; level counts leading dots."""
+    """Return (level, module) of every import; level is the number of leading dots."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -72,8 +72,8 @@ def top(module: str) -> str:
 
 
 @pytest.mark.parametrize("path", FLAT, ids=lambda path: path.stem)
-def test_flat_modules_import_themselves_only_with_single_dots(path):
-    """A published folder holds the flat modules side by side; sub-packages are not in it."""
+def test_published_modules_use_single_dot_imports(path):
+    """A published folder contains the flat modules side by side, without sub-packages."""
     for level, module in imports(path):
         if level:
             assert level == 1 and module and "." not in module, f"{path.name}: 'from {'.' * level}{module}'"
@@ -83,7 +83,7 @@ def test_flat_modules_import_themselves_only_with_single_dots(path):
 
 
 @pytest.mark.parametrize("package", LIBRARY_PACKAGES)
-def test_sub_packages_of_the_library_import_downwards(package):
+def test_library_subpackages_import_downwards(package):
     lower = LIBRARY_PACKAGES[: LIBRARY_PACKAGES.index(package)]
     for path in (ROOT / "modeling_gkc" / package).glob("*.py"):
         for level, module in imports(path):
@@ -92,7 +92,7 @@ def test_sub_packages_of_the_library_import_downwards(package):
 
 
 def train_imports(path: Path) -> list[tuple[str, ...]]:
-    """Modules of `train` that a file imports, each as its parts after `train`."""
+    """Return the modules of `train` that a file imports, each split into its parts after `train`."""
     package = path.relative_to(ROOT).parts[:-1]
     found = []
     for level, module in imports(path):
@@ -105,22 +105,22 @@ def train_imports(path: Path) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("package", TRAIN_PACKAGES)
-def test_packages_of_train_import_downwards(package):
-    """So there is no circle of folders, and nothing imports from the top of `train`."""
+def test_train_subpackages_import_downwards(package):
+    """There is no cycle of folders, and nothing is imported from the top of `train`."""
     lower = {package, *TRAIN_PACKAGES[: TRAIN_PACKAGES.index(package)]}
     for path in (ROOT / "train" / package).rglob("*.py"):
         for parts in train_imports(path):
             assert not parts or parts[0] in lower, f"{path.relative_to(ROOT)} imports {'.'.join(('train', *parts))}"
 
 
-def test_train_has_a_dozen_entries_and_its_sub_packages_are_known():
+def test_train_has_few_top_level_entries_and_known_subpackages():
     entries = {path.name for path in (ROOT / "train").iterdir() if path.suffix == ".py" or any(path.rglob("*.py"))}
     entries -= {"__init__.py", "__main__.py"}
     assert len(entries) <= 12
     assert {name for name in entries if not name.endswith(".py")} == {*TRAIN_PACKAGES}
 
 
-def test_modules_of_train_make_no_circle():
+def test_train_modules_have_no_import_cycle():
     graph = {}
     for path in (ROOT / "train").rglob("*.py"):
         name = (*path.relative_to(ROOT / "train").with_suffix("").parts,)
@@ -142,7 +142,7 @@ def test_modules_of_train_make_no_circle():
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_inference_needs_no_training_package(path):
+def test_inference_imports_no_training_package(path):
     outside = {top(module) for level, module in imports(path) if not level} - set(sys.stdlib_module_names) - INFERENCE
     assert outside <= OPTIONAL.get(path.stem, set()), f"{path.name} imports {outside}"
 
@@ -151,7 +151,7 @@ def test_inference_needs_no_training_package(path):
     ("name", "neighbors"),
     [("image_reading", set()), ("atomic_files", set()), ("export/runner", {"image_reading", "atomic_files"})],
 )
-def test_what_is_copied_beside_a_graph_needs_no_torch(name, neighbors):
+def test_runner_modules_import_no_torch(name, neighbors):
     found = imports(ROOT / "modeling_gkc" / f"{name}.py")
     assert {module for level, module in found if level} == neighbors
     outside = {top(module) for level, module in found if not level} - set(sys.stdlib_module_names)
@@ -165,7 +165,7 @@ def test_processors_import_no_model(name):
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
-def test_other_folders(folder):
+def test_other_folders_import_only_allowed_packages(folder):
     for path in (ROOT / folder).rglob("*.py"):
         for level, module in imports(path):
             name = folder if level else top(module)
@@ -173,18 +173,18 @@ def test_other_folders(folder):
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_remote_code_asks_for_no_training_package(path):
-    """As transformers reads the imports of a folder's code before it runs it."""
+def test_remote_code_requires_no_training_package(path):
+    """Transformers reads the imports of a folder's code before it runs the code."""
     assert set(get_imports(path)) <= INFERENCE | set(sys.stdlib_module_names)
 
 
-def test_published_code_is_flat_and_the_library_has_no_other_sub_packages():
+def test_published_code_is_flat():
     assert {path.parent for path in code_files()} == {ROOT / "modeling_gkc"}
     packages = {path.parent.name for path in (ROOT / "modeling_gkc").rglob("*.py")} - {"modeling_gkc"}
     assert packages == {*LIBRARY_PACKAGES}
 
 
-# What a user may lack: packages of training, and those that transformers and the kernels use where they are.
+# Packages that a user may not have: those of training, and optional ones of transformers and the kernels.
 ABSENT = ["scipy", "sklearn", "datasets", "accelerate", "evaluate", "nltk", "torchvision", "timm", "triton"]
 LIGHT_COMMANDS = """
 import contextlib, io, sys
@@ -238,15 +238,15 @@ ORDERS = {
 
 def run_code(code: str) -> None:
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (finished.returncode, without_lines_of_others(finished.stderr)) == (0, []), finished.stderr
+    assert (finished.returncode, without_third_party_lines(finished.stderr)) == (0, []), finished.stderr
 
 
-def test_help_and_vocabularies_need_no_torch():
+def test_help_and_vocabulary_commands_import_no_torch():
     run_code(LIGHT_COMMANDS)
 
 
-# Every command of the clone, with arguments that are answered before any work: help, slips, and what is there already.
-ANSWERED = {
+# Every command of the repository, with arguments that need no work: help, usage errors and existing output folders.
+USAGE_ONLY = {
     "train.engine.main": [["--help"], ["no_such_recipe"], ["own_folder", "lerning_rate=1"], ["own_folder", "--show"]],
     "train.data.prepare": [["--help"], ["ade20k_150", "--help"], ["no_such_benchmark"]],
     "train.data.from_folder": [["--help"], ["tests", "--out", "tests"], ["absent", "--out", "absent-out"]],
@@ -263,18 +263,18 @@ ANSWERED = {
     "train.miniworld.__main__": [["--help"], ["--arms", "none"]],
     "benchmarks.__main__": [["--help"], ["--threads", "0"]],
 }
-ANSWER_ALL = """
+RUN_ALL = """
 import contextlib, importlib, io, sys
 for name, lines in {commands}.items():
     main = importlib.import_module(name).main
     for line in lines:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
                 code = main(line)
             except SystemExit as ended:
                 code = ended.code
-        text = said.getvalue()
+        text = output.getvalue()
         assert text.strip() and "Traceback" not in text and "[Errno" not in text, (name, line, text)
         expected = 0 if {{"--help", "--show"}} & set(line) else 2
         assert (code or 0) == expected, (name, line, code, text)
@@ -284,34 +284,34 @@ for name, lines in {commands}.items():
 """
 # Packages that take long to import, and commands whose help needs none of them.
 HEAVY = {"datasets", "pandas", "pyarrow", "nltk", "sklearn", "scipy", "accelerate", "transformers"}
-LIGHT_HELP = ("train.engine.main", *(name for name in ANSWERED if name.startswith(("train.data", "train.evaluate"))))
+LIGHT_HELP = ("train.engine.main", *(name for name in USAGE_ONLY if name.startswith(("train.data", "train.evaluate"))))
 LIGHT_HELP = (*LIGHT_HELP, "train.teacher.precompute")
 
 
-def test_commands_of_the_clone_answer_without_torch():
-    run_code(ANSWER_ALL.format(commands=ANSWERED, light=(), heavy=HEAVY))
+def test_commands_report_usage_errors_without_torch():
+    run_code(RUN_ALL.format(commands=USAGE_ONLY, light=(), heavy=HEAVY))
 
 
 def test_help_imports_no_slow_package():
-    """With one of them, the help would not come in half a second."""
+    """Importing any of them would delay the help beyond half a second."""
     commands = {name: [["--help"]] for name in LIGHT_HELP}
-    run_code(ANSWER_ALL.format(commands=commands, light=LIGHT_HELP, heavy=HEAVY))
+    run_code(RUN_ALL.format(commands=commands, light=LIGHT_HELP, heavy=HEAVY))
 
 
-def test_parsers_know_names_of_modules_that_need_torch():
+def test_parser_choices_match_modules_that_need_torch():
     assert set(benchmarks_command.PRESET_NAMES) == set(PRESETS)
     assert tuple(DTYPES) == benchmarks_command.DTYPE_NAMES
     assert set(evaluation_command.DTYPES) == set(segmenter.DTYPES)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_auto_classes_know_this_package_in_whatever_order_it_is_imported(order):
-    """And nothing is said on standard error."""
+def test_auto_classes_are_registered_for_any_import_order(order):
+    """Nothing is written to standard error."""
     folder = ROOT / "hub_card" / "gkc-mini"
     run_code(ORDERS[order].replace("FOLDER", repr(str(folder))))
 
 
-def test_public_names_and_modules_are_attributes_of_the_package():
+def test_public_names_and_modules_are_package_attributes():
     import modeling_gkc
 
     assert {name for name in modeling_gkc.__all__ if hasattr(modeling_gkc, name)} == set(modeling_gkc.__all__)
@@ -322,7 +322,7 @@ def test_public_names_and_modules_are_attributes_of_the_package():
 
 
 @pytest.mark.parametrize("kind", ["Image", "Instance", "Semantic", "Universal"])
-def test_auto_classes_of_segmentation_tasks_load_the_checkpoint(kind):
+def test_segmentation_auto_classes_load_the_checkpoint(kind):
     import transformers
 
     from modeling_gkc import GKCForOpenVocabSegmentation

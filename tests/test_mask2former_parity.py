@@ -1,6 +1,7 @@
-"""The architecture is Mask2Former's: same weights, same masks, same gradients as transformers' implementation.
+"""Tests of parity with transformers' Mask2Former: same weights give the same masks and gradients.
 
-And a converted model answers at once: with the source's names as the source, with others by convex combination.
+A converted model needs no training: with the source's class names it gives the source's result, with other names
+convex combinations of the source's classes.
 """
 
 import pytest
@@ -37,14 +38,14 @@ BACKBONES = {
         out_features=["stage1", "stage2", "stage3", "stage4"],
     ),
 }
-# (height, width): square, both orders of non-square, and one that is no multiple of 32.
+# (height, width): square, landscape, portrait, and one that is not a multiple of 32.
 SIZES = [(128, 128), (96, 160), (224, 64), (100, 148)]
 NAMES = ["red", "blue", "disc", "square", "box", "lawn", "grass", "star", "sky", "air", "dog", "sofa"]
 
 
 @pytest.fixture(params=BACKBONES)
 def source(request) -> Mask2FormerForUniversalSegmentation:
-    """A Mask2Former whose random weights are spread enough that masks have insides and outsides."""
+    """Build a Mask2Former whose random weights vary enough that masks contain positive and negative pixels."""
     config = Mask2FormerConfig(
         backbone_config=BACKBONES[request.param](),
         feature_size=64,
@@ -65,7 +66,7 @@ def source(request) -> Mask2FormerForUniversalSegmentation:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
-                # Some releases start these near zero, where every activation lies on the kink of a ReLU.
+                # Some releases initialize these near zero, where every activation lies on the kink of a ReLU.
                 module.weight.uniform_(0.5, 1.5, generator=generator)
     return model
 
@@ -97,7 +98,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def named(source) -> Mask2FormerForUniversalSegmentation:
-    """The source with a head of named classes."""
+    """Build the source with a head of named classes."""
     source.config.id2label = dict(enumerate(NAMES))
     source.class_predictor = torch.nn.Linear(64, len(NAMES) + 1)
     return source
@@ -105,7 +106,7 @@ def named(source) -> Mask2FormerForUniversalSegmentation:
 
 @pytest.fixture
 def confident(named) -> Mask2FormerForUniversalSegmentation:
-    """Its head is as sure as a trained one: of some queries, that they are objects, of others, that they are not."""
+    """Build a source whose head is as confident as a trained one: some queries are objects, others are not."""
     generator = torch.Generator().manual_seed(4)
     head = named.class_predictor
     with torch.no_grad():
@@ -125,7 +126,7 @@ def all_masks(source_outputs, source) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_masks_equal(source, text_model, size, within):
+def test_masks_match_mask2former(source, text_model, size, within):
     backbone = source.config.backbone_config.model_type
     converted = from_mask2former(source, text_model=text_model)
     pixel_values = torch.randn(2, 3, *size)
@@ -142,15 +143,15 @@ def test_masks_equal(source, text_model, size, within):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
-def test_gradients_equal(source, text_model, dtype, bound, within):
-    """In double precision too, where no attention bit and no ReLU can flip by rounding."""
+def test_gradients_match_mask2former(source, text_model, dtype, bound, within):
+    """Also in double precision, where rounding flips no attention bit and no ReLU."""
     source = source.to(dtype)
     converted = from_mask2former(source, text_model=text_model).to(dtype)
     pixel_values = torch.randn(2, 3, 96, 160, dtype=dtype)
     weights = None
 
     def scalar(stages):
-        """One fixed loss of every stage's masks; smooth, so that both gradients are those of the same function."""
+        """Return a fixed, smooth loss of every stage's masks, the same for both models."""
         nonlocal weights
         if weights is None:
             weights = [torch.randn_like(masks) for masks in stages]
@@ -166,7 +167,7 @@ def test_gradients_equal(source, text_model, dtype, bound, within):
     assert expected.keys() == converted_gradients.keys()
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
-        # A gradient that is rounding noise (biases before a normalisation, key biases) has no relative error.
+        # Gradients that are only rounding noise (biases before a normalization, key biases) have no relative error.
         if gradient.norm() < 1e-6 * largest:
             continue
         error = (converted_gradients[name] - gradient).norm() / gradient.norm()
@@ -174,7 +175,7 @@ def test_gradients_equal(source, text_model, dtype, bound, within):
         within(f"gradients against transformers' Mask2Former, {precision}, relative", error, bound)
 
 
-def test_unconvertible_source_is_refused(source, text_model):
+def test_unconvertible_source_is_an_error(source, text_model):
     source.config.pre_norm = True
     with pytest.raises(ValueError, match="pre_norm"):
         from_mask2former(source, text_model=text_model)
@@ -182,7 +183,7 @@ def test_unconvertible_source_is_refused(source, text_model):
 
 @pytest.mark.parametrize("certainty", ["hesitant", "confident"])
 @torch.no_grad()
-def test_own_names_give_the_sources_answer(named, text_model, processor, certainty, request, within):
+def test_own_names_reproduce_the_source(named, text_model, processor, certainty, request, within):
     if certainty == "confident":
         named = request.getfixturevalue("confident")
     model = from_mask2former(named, text_model, word_tokenizer(), NAMES)
@@ -210,7 +211,7 @@ def test_own_names_give_the_sources_answer(named, text_model, processor, certain
 
 
 @torch.no_grad()
-def test_what_is_saved_is_what_answers(named, text_model, processor, tmp_path, within):
+def test_saved_model_reproduces_the_source(named, text_model, processor, tmp_path, within):
     model = from_mask2former(named, text_model, word_tokenizer())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
@@ -219,8 +220,8 @@ def test_what_is_saved_is_what_answers(named, text_model, processor, tmp_path, w
     assert loaded.config.vocabulary == loaded.config.source_vocabulary == [[name] for name in NAMES]
     assert loaded.config.id2label == dict(enumerate(NAMES)) and loaded.config.vocabulary_is_thing is None
     pixel_values = torch.randn(1, 3, 64, 96)
-    # Names that the conversion did not encode: a kept embedding was computed in a batch of other names, and on some
-    # processors the last bits of a product depend on the number of its rows (by up to 1e-5 in these logits).
+    # Names that the conversion did not encode: a stored embedding was computed in a batch of other names, and on some
+    # processors rounding depends on the number of rows of a product (by up to 1e-5 in these logits).
     words = processor(text=[["red couch", "blue sofa"], "lawn star", "grass lamp"], return_tensors="pt")
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
@@ -236,8 +237,8 @@ def test_what_is_saved_is_what_answers(named, text_model, processor, tmp_path, w
 
 
 @torch.no_grad()
-def test_names_are_plain_whatever_templates_they_came_with(confident, text_model, processor, within):
-    """Plain names give the source; the same names in a template do not."""
+def test_source_names_are_encoded_without_templates(confident, text_model, processor, within):
+    """Plain names give the source's result; the same names in a template do not."""
     with pytest.warns(UserWarning, match="Prompt templates of `class_names` are left out"):
         model = from_mask2former(
             confident,
@@ -256,8 +257,8 @@ def test_names_are_plain_whatever_templates_they_came_with(confident, text_model
 
 
 @torch.no_grad()
-def test_other_words(confident, text_model, processor):
-    """Any words, with synonyms, by every way of asking; no-object never loses to them what the source gave it."""
+def test_other_vocabularies_are_convex_combinations(confident, text_model, processor):
+    """Any names, with synonyms, in all forms of input; no-object keeps the probability that the source gives it."""
     model = from_mask2former(confident, text_model, word_tokenizer())
     pixel_values = images()
     no_object = confident(pixel_values).class_queries_logits.softmax(-1)[..., -1]
@@ -275,8 +276,8 @@ def test_other_words(confident, text_model, processor):
         assert model(pixel_values, **inputs, prompt_reduction=reduction).class_queries_logits.isfinite().all()
 
 
-def test_it_can_be_fine_tuned(confident, text_model, processor):
-    """Gradients reach everything but the words; the head alone learns to name what it gave other names."""
+def test_converted_model_can_be_fine_tuned(confident, text_model, processor):
+    """All weights except the class embeddings have gradients; the head alone learns to classify under other names."""
     model = from_mask2former(confident, text_model, word_tokenizer()).train()
     words = processor(text=["couch", "star", "lamp"], return_tensors="pt")
     labels = {
@@ -296,13 +297,13 @@ def test_it_can_be_fine_tuned(confident, text_model, processor):
         optimizer.step()
     assert losses[-1] < losses[0] - 1
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # Some backbones of transformers have a last normalisation that gives no feature map.
+    # Some backbones of transformers have a final normalization that affects no feature map.
     assert [name for name, p in trainable.items() if p.grad is None and "backbone" not in name] == []
     assert not any("text_model" in name for name in trainable)
     assert all(torch.equal(buffer, frozen[name]) for name, buffer in model.class_embedder.named_buffers())
 
 
-def test_names_come_from_the_source_or_from_the_caller(named, text_model):
+def test_class_names_come_from_source_or_argument(named, text_model):
     kinds = [index % 2 == 0 for index in range(len(NAMES))]
     names = [["sofa", "couch"] if name == "sofa" else [name] for name in NAMES]
     model = from_mask2former(named, text_model, word_tokenizer(), Vocabulary(names, is_thing=kinds))
@@ -320,7 +321,7 @@ def test_names_come_from_the_source_or_from_the_caller(named, text_model):
         from_mask2former(named, text_model, word_tokenizer(" ".join(f"word{index}" for index in range(36))), NAMES)
 
 
-def test_without_a_tokenizer_the_projection_starts_untrained(named, text_model):
+def test_conversion_without_tokenizer_has_random_projection(named, text_model):
     model = from_mask2former(named, text_model)
     assert model.config.classifier == "projection" and model.config.vocabulary is None
     assert model.no_object_embedding.requires_grad

@@ -26,7 +26,7 @@ from modeling_gkc import (
 from modeling_gkc.post_processing import semantic_scores
 
 from .conftest import small_config, word_tokenizer
-from .processes import without_lines_of_others
+from .processes import without_third_party_lines
 
 WORDS = "red disc; blue square, box; lawn, grass"
 OTHER_WORDS = "dog; sofa, couch; lamp; sky"
@@ -117,7 +117,7 @@ def test_stock_pipeline_prints_no_warning_and_no_error(folder, image, tmp_path):
     finished = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "True"
-    lines = without_lines_of_others(finished.stderr.replace("\r", "\n"))
+    lines = without_third_party_lines(finished.stderr.replace("\r", "\n"))
     assert [line for line in lines if line and "Loading weights" not in line] == []
 
 

@@ -242,14 +242,14 @@ def test_ade20k_objects_lie_over_stuff(tmp_path):
     place = source / "annotations" / "validation" / "ADE_val_00000001.png"
     minis.write_photo(source / "images" / "validation" / "ADE_val_00000001.jpg", (2, 6))
     place.parent.mkdir(parents=True)
-    minis.save_grey(np.array([[1, 1, 8, 8, 0, 8], [1, 4, 8, 8, 0, 8]]), place)
+    minis.save_gray(np.array([[1, 1, 8, 8, 0, 8], [1, 4, 8, 8, 0, 8]]), place)
     objects = np.zeros((2, 6, 3), dtype=np.uint8)
     objects[:, 2:4, :2] = 1, 1
     objects[0, 1, :2] = 100, 2  # over the wall
     objects[:, 4, :2] = 1, 3  # where the semantic map is void
     instances = source / "annotations_instance" / "validation" / "ADE_val_00000001.png"
     instances.parent.mkdir(parents=True)
-    minis.save_colours(objects, instances)
+    minis.save_colors(objects, instances)
     benchmark = benchmark_named("ade20k_150_panoptic")
     prepare(benchmark, source, tmp_path / "out", ["val"], ALL)
     (row,) = load_prepared(tmp_path / "out", "val").dataset
@@ -259,11 +259,11 @@ def test_ade20k_objects_lie_over_stuff(tmp_path):
     assert np.array_equal(semantic_map(row, ids), expected)
     assert len(row["segments"]) == 5 and ids[0, 2] == ids[1, 3] != ids[0, 4]
     objects[0, 2, 0] = 100
-    minis.save_colours(objects, instances)
+    minis.save_colors(objects, instances)
     (problem,) = prepare(benchmark, source, tmp_path / "mixed", ["val"], ALL)["val"]["problems"]
     assert "objects [1] have pixels of several classes" in problem and problem.startswith(str(instances))
     objects[0, 2, 0] = 0
-    minis.save_colours(objects, instances)
+    minis.save_colors(objects, instances)
     (problem,) = prepare(benchmark, source, tmp_path / "classless", ["val"], ALL)["val"]["problems"]
     assert "1 pixels have an object without a class" in problem
     with pytest.raises(ValueError, match="annotations_instance"):
@@ -508,7 +508,7 @@ def test_own_folders(tmp_path):
     for index in range(10):
         minis.write_photo(tmp_path / "mine" / "images" / f"{index}.jpg", (3, 4))
         (tmp_path / "mine" / "masks").mkdir(exist_ok=True)
-        minis.save_grey(np.array([[0, 1, 2, 2]] * 3), tmp_path / "mine" / "masks" / f"{index}.png")
+        minis.save_gray(np.array([[0, 1, 2, 2]] * 3), tmp_path / "mine" / "masks" / f"{index}.png")
     (tmp_path / "mine" / "names.json").write_text('{"1": "cat", "2": "dog", "0": null}')
     splits = prepare(benchmark_named("folder"), tmp_path / "mine", tmp_path / "out", None, ALL)
     assert {split: record["images"] for split, record in splits.items()} == {"train": 9, "val": 1, "test": 0}
@@ -526,7 +526,7 @@ def test_own_lists(kind, tmp_path):
     rows = []
     for index, letter in enumerate("abc"):
         minis.write_photo(tmp_path / "mine" / "photos" / f"{letter}.jpg", (3, 4))
-        minis.save_grey(np.array([[0, 7, 2, 2]] * 3), tmp_path / "mine" / f"{letter}-mask.png")
+        minis.save_gray(np.array([[0, 7, 2, 2]] * 3), tmp_path / "mine" / f"{letter}-mask.png")
         row = {"image": f"photos/{letter}.jpg", "mask": f"{letter}-mask.png", "split": "val" if index < 2 else "train"}
         rows.append(row | {"caption": f"It is {letter}.", "video_id": "v", "frame": index})
     (tmp_path / "mine" / "names.json").write_text('{"7": "cat", "2": "dog", "0": null}')

@@ -1,7 +1,7 @@
-"""transformers' own test mixins, as published for the installed version, run on small models and processors of ours.
+"""Tests that run transformers' published test mixins of the installed version on small models and processors.
 
-`tests/published_suites.py` fetches and imports them. `EXCEPTIONS` says which of their checks do not run here, and why;
-`tests/common_checks.py` names the tests of ours that hold these, where there is something to hold.
+`tests/published_suites.py` downloads and imports them. `EXCEPTIONS` lists the checks that do not run here, with
+reasons; `tests/common_checks.py` names the tests of this project that cover them where they apply.
 """
 
 import copy
@@ -37,10 +37,10 @@ processors = published_suites.load("test_processing_common")
 
 
 def without(mixin: type, reasons: dict[str, str]) -> type:
-    """A mixin without the checks that have a reason, each of which it must have."""
+    """Return a mixin without the checks that have a reason, each of which it must have."""
     left_out = {check: [name for name in dir(mixin) if re.fullmatch(rf"{check}(_\d.*)?", name)] for check in reasons}
     assert all(left_out.values()), f"{mixin.__name__} lacks checks that are left out: {left_out}"
-    hidden = {"__test__": False}  # from pytest, which would run them a second time
+    hidden = {"__test__": False}  # from pytest, which would run them again
     return type(mixin.__name__, (mixin,), hidden | dict.fromkeys(itertools.chain(*left_out.values())))
 
 
@@ -95,7 +95,7 @@ class BackboneChecks(without(backbones.BackboneTesterMixin, common_checks.NOT_RU
 
 class ImageProcessorTester(image_processors.ImageProcessingTester):
     def __init__(self, parent, **settings):
-        # Padding to multiples of 32 is off: the mixin computes the shapes of unpadded images.
+        # Padding to multiples of 32 is disabled: the mixin computes the shapes of unpadded images.
         super().__init__(
             parent, 3, size={"shortest_edge": 32, "longest_edge": 64}, size_divisor=1, num_labels=5, **settings
         )
@@ -134,7 +134,7 @@ class ProcessorChecks(
         return tokenizer
 
     def prepare_text_inputs(self, batch_size: int | None = None, modalities: Any = None) -> str | list[str]:
-        """Labels, of which no two may be the same."""
+        """Return labels, all of them different."""
         if batch_size is None:
             return "lower newer"
         return ["lower newer", "upper older longer string", "older", "newer string"][:batch_size]
@@ -142,7 +142,7 @@ class ProcessorChecks(
 
 @pytest.fixture(autouse=True)
 def positive_rescale_factor(monkeypatch):
-    """The mixin makes all values negative by a factor of -1, which is refused here; by this one they are as well."""
+    """Replace the mixin's rescale factor of -1, which this library rejects; the values are negative all the same."""
     specification = processors.MODALITY_TEST_SPECS["images"]
     monkeypatch.setitem(specification["init_time_kwargs"], "rescale_factor", 1e-9)
 
@@ -157,14 +157,13 @@ SUITES = {
 
 
 def passed(cases: tuple[type, ...], checks: tuple[str, ...]) -> set[str]:
-    """
-    Run checks on all of `cases`.
+    """Run checks on all of `cases`.
 
     Returns:
-        Those that passed at least once; the others skipped themselves, or are not run.
+        The checks that passed at least once; the others were skipped or do not run.
 
     Raises:
-        AssertionError: a check failed; all failures are listed.
+        AssertionError: A check failed; all failures are listed.
     """
     result, names = unittest.TestResult(), set()
     result.addSuccess = lambda test: names.add(test._testMethodName)
@@ -178,22 +177,22 @@ def passed(cases: tuple[type, ...], checks: tuple[str, ...]) -> set[str]:
 
 
 def check_of(test: str, checks: tuple[str, ...]) -> str | None:
-    """The check that a test is, or of which it is one set of parameters."""
+    """Return the check that a test is, or of which it is one set of parameters."""
     return max((check for check in checks if test == check or test.startswith(f"{check}_")), key=len, default=None)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suite", SUITES)
-def test_checks_as_published(suite):
-    """Every published check passes, or `common_checks.py` has a reason why it does not run."""
+def test_published_checks_pass(suite):
+    """Every published check passes, or `common_checks.py` has the reason why it does not run."""
     published = common_checks.PUBLISHED[suite]
     checks = published_suites.checks(published.module, published.mixin)
     assert passed(SUITES[suite], checks) == set(common_checks.RUN_AS_PUBLISHED[suite])
 
 
 @pytest.mark.parametrize("suite", common_checks.PUBLISHED)
-def test_table_has_every_check(suite):
-    """Held as published, or by tests of ours, or with the reason why not; and nothing that transformers lacks."""
+def test_table_lists_every_check(suite):
+    """Each check is run as published, covered by tests of this project, or has a reason; none is invented."""
     published, entries = common_checks.PUBLISHED[suite], common_checks.SUITES[suite]
     checks = published_suites.checks(published.module, published.mixin)
     run = common_checks.RUN_AS_PUBLISHED.get(suite, frozenset())

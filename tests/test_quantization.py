@@ -1,4 +1,4 @@
-"""Layers and weights of other libraries in place of ours: quantized, adapted, cast."""
+"""Tests with layers and weights of other libraries: quantized, with adapters, and of other data types."""
 
 import warnings
 
@@ -13,11 +13,11 @@ from modeling_gkc.class_embeddings import weights_state
 
 from .common_models import CASES, largest_difference, run, tensors_of, tiny_config
 
-ADAPTED = r".*\.mask_decoder\..*\.(q_proj|v_proj)"  # as the README has it
+ADAPTED = r".*\.mask_decoder\..*\.(q_proj|v_proj)"  # as in the README
 
 
 class ForbidsInPlace(torch.autograd.Function):
-    """Return a view made inside a function, as bitsandbytes does, which autograd lets nobody overwrite."""
+    """Layer that returns a view made inside a function, as bitsandbytes does, which forbids in-place changes."""
 
     @staticmethod
     def forward(ctx, inputs, weight, bias):
@@ -35,7 +35,7 @@ class FrozenLinear(nn.Linear):
 
 
 class Int8Weight(Tensor):
-    """Stand in for a weight of torchao: it wraps numbers and factors and supports linear layers alone."""
+    """Stand-in for a weight of torchao: wraps numbers and factors, and supports only linear layers."""
 
     @staticmethod
     def __new__(cls, values, factors):
@@ -71,13 +71,13 @@ class Int8Weight(Tensor):
 
 
 class Opaque(Int8Weight):
-    """A weight that shows nothing of itself."""
+    """Weight whose storage and version cannot be read."""
 
     __tensor_flatten__ = None
 
 
 def adapted(linear: type[nn.Linear]) -> nn.Module:
-    """A segmenter whose linear layers are of a kind, with adapters where the README puts them."""
+    """Return a model whose linear layers are of the given kind, with adapters as documented in the README."""
     torch.manual_seed(0)
     model = GKCForOpenVocabSegmentation(tiny_config())
     for module in model.modules():
@@ -86,7 +86,7 @@ def adapted(linear: type[nn.Linear]) -> nn.Module:
     return get_peft_model(model, LoraConfig(target_modules=ADAPTED, init_lora_weights=False)).train()
 
 
-def test_adapters_train_on_layers_that_forbid_work_in_place(within):
+def test_adapters_train_on_layers_that_forbid_inplace_operations(within):
     gradients = []
     inputs, labels = CASES["segmenter"].inputs(), CASES["segmenter"].labels()
     for linear in (nn.Linear, FrozenLinear):
@@ -100,13 +100,13 @@ def test_adapters_train_on_layers_that_forbid_work_in_place(within):
     within("gradients of adapters on layers of another kind", largest_difference(*gradients), 1e-4)
 
 
-# The ResNet of transformers adds in place itself.
+# The ResNet of transformers itself adds in place.
 OURS = {name: case for name, case in CASES.items() if name != "segmenter, ResNet"}
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", OURS.values(), ids=OURS)
-def test_nothing_works_in_place_on_the_output_of_another_module(case, training):
+def test_no_inplace_operations_on_outputs_of_other_modules(case, training):
     model = case.model().train(training)
     kept = []
 
@@ -136,7 +136,7 @@ def put(model: GKCForOpenVocabSegmentation, kind: type[Int8Weight]) -> Int8Weigh
     return weight
 
 
-def test_words_are_encoded_with_wrapped_weights_and_remembered(segmenter, monkeypatch):
+def test_text_embeddings_are_cached_with_wrapped_weights(segmenter, monkeypatch):
     plain = segmenter.embed_prompts(prompts())
     weight = put(segmenter, Int8Weight)
     passes = []
@@ -152,7 +152,7 @@ def test_words_are_encoded_with_wrapped_weights_and_remembered(segmenter, monkey
     assert len(passes) == 3
 
 
-def test_nothing_is_remembered_of_weights_that_show_nothing(segmenter):
+def test_text_embeddings_are_not_cached_with_opaque_weights(segmenter):
     weight = put(segmenter, Opaque)
     assert weights_state(segmenter.text_model) is None
     first = segmenter.embed_prompts(prompts())
@@ -161,7 +161,7 @@ def test_nothing_is_remembered_of_weights_that_show_nothing(segmenter):
     assert len(segmenter.text_cache) == 0
 
 
-def test_packed_weights_are_no_state(segmenter):
+def test_packed_weights_are_not_in_the_state_dict(segmenter):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantized = torch.ao.quantization.quantize_dynamic(segmenter, {nn.Linear})
@@ -171,14 +171,14 @@ def test_packed_weights_are_no_state(segmenter):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_images_are_cast_to_the_type_of_the_weights(case, dtype):
+def test_images_are_cast_to_the_weight_dtype(case, dtype):
     model, inputs = case.model().to(dtype), case.inputs()
     cast = inputs | {"pixel_values": inputs["pixel_values"].to(dtype)}
     assert largest_difference(run(model, inputs), run(model, cast)) == 0
 
 
 @pytest.mark.parametrize("case", ["segmenter", "segmenter, convex"])
-def test_words_are_cast_to_the_type_of_the_weights(case):
+def test_class_embeddings_are_cast_to_the_weight_dtype(case):
     model, inputs = CASES[case].model(), CASES[case].inputs()
     embeds = F.normalize(torch.randn(3, 16), dim=-1)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):

@@ -1,4 +1,4 @@
-"""Ways into a model and out of it: precision, devices, shards, adapters, copies, compilation, export."""
+"""Tests of loading, saving and converting models: precision, devices, shards, adapters, copies, compilation."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ from .common_models import (
     tiny_config,
 )
 
-# The projections of the mask decoder, and none of the text tower, which has projections of the same names.
+# The projections of the mask decoder only; the text tower has projections of the same names.
 LORA_TARGETS = r".*\.mask_decoder\..*\.(q_proj|v_proj)"
 
 
@@ -51,15 +51,15 @@ def segmenter(**changes) -> GKCForOpenVocabSegmentation:
 
 
 class TestPrecision:
-    """Half precision, and types at loading."""
+    """Half precision, and data types at loading."""
 
     @pytest.mark.parametrize(
         ("dtype", "autocast", "bound"),
         [(torch.float16, False, 1e-2), (torch.bfloat16, False, 5e-2), (torch.bfloat16, True, 5e-2)],
         ids=["float16", "bfloat16", "autocast bfloat16"],
     )
-    def test_half_precision_is_near_single(self, dtype, autocast, bound, monkeypatch, within):
-        """With the attention masks of the run in single precision: a bit of theirs may flip by any rounding."""
+    def test_half_precision_is_close_to_single(self, dtype, autocast, bound, monkeypatch, within):
+        """Both use the attention masks of the run in single precision, because rounding may flip their bits."""
         model, inputs = segmenter(), segmenter_inputs()
         masks = recorded_masks(monkeypatch)
         single = run(model, inputs, output_hidden_states=True)
@@ -88,7 +88,7 @@ class TestPrecision:
             for parameter, saved in zip(loaded.parameters(), model.parameters(), strict=True):
                 assert torch.equal(parameter, saved.to(expected))
 
-    def test_inference_mode_leaves_the_model_trainable(self):
+    def test_model_is_trainable_after_inference_mode(self):
         model, inputs = segmenter(), segmenter_inputs()
         with torch.inference_mode():
             model(**inputs)
@@ -96,7 +96,7 @@ class TestPrecision:
 
 
 def recorded_masks(monkeypatch) -> list[Tensor]:
-    """Collects the attention masks of the mask decoder, in order."""
+    """Collect the attention masks of the mask decoder, in order."""
     masks, compute = [], GKCMaskDecoder._attention_mask
 
     def recorded(*args):
@@ -113,15 +113,15 @@ def replayed_masks(monkeypatch, masks: list[Tensor]) -> None:
 
 
 class TestDevices:
-    """Weights that are kept elsewhere, and checkpoints in parts."""
+    """Offloaded weights and sharded checkpoints."""
 
     @pytest.mark.parametrize("parity", [0, 1])
-    def test_offloaded_weights_give_the_same_result(self, case, parity, tmp_path):
-        """Every other part on disk, then the others."""
+    def test_disk_offload_does_not_change_outputs(self, case, parity, tmp_path):
+        """Every other part is offloaded to disk, then the others."""
         model, inputs = case.model(), case.inputs()
         model.save_pretrained(tmp_path)
         device_map = {name: ("cpu", "disk")[(index + parity) % 2] for index, name in enumerate(parts_of(model))}
-        # accelerate offloads modules, and parameters only with theirs.
+        # accelerate offloads whole modules only, not single parameters.
         device_map |= {name: "cpu" for name, _ in model.named_parameters(recurse=False)}
         loaded = case.model_class.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
         assert loaded.hf_device_map == device_map and "disk" in device_map.values()
@@ -130,8 +130,8 @@ class TestDevices:
                 assert {weight.device.type for weight in loaded.get_submodule(part).parameters()} <= {"meta"}
         assert largest_difference(run(model, inputs), run(loaded, inputs)) == 0
 
-    def test_automatic_device_map(self, case, tmp_path):
-        """What does not fit into the memory that is allowed goes to disk."""
+    def test_automatic_device_map_offloads_to_disk(self, case, tmp_path):
+        """Parts that do not fit into the allowed memory are offloaded to disk."""
         model, inputs = case.model(), case.inputs()
         model.save_pretrained(tmp_path)
         memory = {"cpu": int(0.7 * 4 * model.num_parameters())}
@@ -141,14 +141,14 @@ class TestDevices:
             assert is_offloaded == bool(kwargs)
             assert largest_difference(run(model, inputs), run(loaded, inputs)) == 0
 
-    def test_weights_kept_in_memory_elsewhere_give_the_same_result(self, case):
+    def test_cpu_offload_does_not_change_outputs(self, case):
         model, inputs = case.model(), case.inputs()
         offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
         assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
         assert largest_difference(run(model, inputs), run(offloaded, inputs)) == 0
 
-    def test_no_layer_is_split_between_devices(self):
-        """Of parts that work on their own tensors, or on one another's; whatever the memory of the first device."""
+    def test_device_map_splits_no_layer(self):
+        """For any memory limit, a module and the tensors it uses directly are on the same device."""
         whole = {"GKCPixelDecoder", "GKCMaskDecoder", "CLIPResNetStem", "CLIPResNetBottleneck", "CLIPEncoderLayer"}
         model, numbers = segmenter(), set()
         size = 4 * model.num_parameters()
@@ -162,8 +162,8 @@ class TestDevices:
         assert numbers == {1, 2}
 
     @pytest.mark.parametrize("elsewhere", [("backbone",), ("pixel_decoder", "words")], ids=" and ".join)
-    def test_parts_may_stand_on_different_devices(self, elsewhere):
-        """With tensors that have a device but no values; an operation on tensors of two devices raises."""
+    def test_parts_run_on_different_devices(self, elsewhere):
+        """Meta tensors have a device but no values; an operation on tensors of two devices raises an error."""
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = segmenter(class_feature="query+pooled", decoder_layers=1)
             for name, part in model.model.named_children():
@@ -176,14 +176,14 @@ class TestDevices:
             outputs = run(model, {"pixel_values": torch.randn(1, 3, 64, 64), "class_embeds": torch.randn(5, 16)})
         assert {name: tensor.device.type for name, tensor in outputs.items()} == dict.fromkeys(outputs, "cpu")
 
-    def test_device_of_the_context_is_respected(self, case, tmp_path):
+    def test_device_context_is_respected(self, case, tmp_path):
         case.model().save_pretrained(tmp_path)
         for context in (torch.device("cpu"), nullcontext()):
             with context:
                 loaded = case.model_class.from_pretrained(tmp_path)
             assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"cpu"}
 
-    def test_shards_and_low_memory_give_the_same_weights(self, case, tmp_path):
+    def test_sharded_and_low_memory_loading_give_equal_weights(self, case, tmp_path):
         model = case.model()
         loaded = saved_and_loaded(model, tmp_path, low_cpu_mem_usage=True)
         assert largest_difference(model.state_dict(), loaded.state_dict()) == 0
@@ -202,7 +202,7 @@ class TestDevices:
 
 
 def place(part: nn.Module, device: str) -> None:
-    """Puts a part of a model on a device, with its inputs moved there, as accelerate does."""
+    """Move a part of a model to a device, and its inputs at every call, as accelerate does."""
     for module in part.modules():
         for tensors in (module._parameters, module._buffers):
             tensors.update({name: value.detach().to(device) for name, value in tensors.items() if value is not None})
@@ -214,7 +214,7 @@ def moved_to(device: str) -> Callable:
 
 
 def parts_of(model: PreTrainedModel) -> list[str]:
-    """Its children; of an only child its children."""
+    """Return the children of a module; for a single child, the child's children."""
     names = list(dict(model.named_children()))
     if len(names) == 1:
         return [f"{names[0]}.{name}" for name, _ in model.get_submodule(names[0]).named_children()]
@@ -222,10 +222,10 @@ def parts_of(model: PreTrainedModel) -> list[str]:
 
 
 class TestCopies:
-    """Copies, and one model for many."""
+    """Copies of a model, and one model shared by threads."""
 
     @pytest.mark.parametrize("name", CASES)
-    def test_copies_are_whole_and_apart(self, name):
+    def test_copies_are_complete_and_independent(self, name):
         model, inputs = CASES[name].model(), CASES[name].inputs()
         expected = run(model, inputs)
         duplicates = [copy.deepcopy(model)]
@@ -241,7 +241,7 @@ class TestCopies:
                     parameter.zero_()
             assert largest_difference(expected, run(model, inputs)) == 0
 
-    def test_several_threads_share_a_model(self):
+    def test_model_can_be_shared_by_threads(self):
         model = segmenter()
         calls = [segmenter_inputs() for _ in range(4)]
         expected = [run(copy.deepcopy(model), inputs) for inputs in calls]
@@ -261,8 +261,8 @@ class TestCopies:
 class TestAdapters:
     """LoRA on the mask decoder, by PEFT and by transformers."""
 
-    def test_only_adapters_of_the_mask_decoder_train(self):
-        """Not the base, not the text tower, no statistics of BatchNorm; in training mode as the wrapper sets it."""
+    def test_only_mask_decoder_adapters_are_trained(self):
+        """Base, text tower and BatchNorm statistics do not change, in the training mode that the wrapper sets."""
         base = segmenter(backbone_config=resnet_config().backbone_config)
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         model = with_lora(base).train()
@@ -279,7 +279,7 @@ class TestAdapters:
     @pytest.mark.parametrize("use_reentrant", [False, True])
     @pytest.mark.parametrize("name", ["segmenter", "segmenter, Swin", "segmenter, ResNet"])
     def test_lora_trains_under_gradient_checkpointing(self, name, use_reentrant):
-        """Re-entrant recomputation passes gradients on only where an input asks for them; PEFT makes it ask."""
+        """Re-entrant checkpointing passes gradients on only if an input requires them, which PEFT enables."""
         gradients = []
         for checkpointing in (False, True):
             torch.manual_seed(1)
@@ -315,7 +315,7 @@ class TestAdapters:
         again = saved_and_loaded(merged, tmp_path / "merged")
         assert largest_difference(run(merged, inputs), run(again, inputs)) == 0
 
-    def test_lora_with_a_head_that_trains_whole(self):
+    def test_lora_with_fully_trained_head(self):
         base = segmenter()
         head = copy.deepcopy(base.class_embedder.state_dict())
         model = with_lora(base, modules_to_save=["class_embedder"]).train()
@@ -330,7 +330,7 @@ class TestAdapters:
         Version(peft.__version__) < Version(MIN_PEFT_VERSION),
         reason=f"the adapters of transformers {transformers.__version__} need peft {MIN_PEFT_VERSION} or newer",
     )
-    def test_adapters_of_transformers_itself(self):
+    def test_transformers_add_adapter(self):
         model, inputs = segmenter(), segmenter_inputs()
         plain = run(model, inputs)
         model.add_adapter(peft.LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False))
@@ -340,8 +340,8 @@ class TestAdapters:
         model.enable_adapters()
         assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
-    def test_projections_of_the_text_tower_have_the_same_names(self):
-        """Why `target_modules` is a pattern: by bare names the text tower would get adapters, which never learn."""
+    def test_text_tower_shares_projection_names_with_the_mask_decoder(self):
+        """`target_modules` must be a pattern: by bare names, the text tower would get adapters never trained."""
         model = peft.get_peft_model(segmenter(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert any(".text_model." in name for name in trained)
@@ -364,10 +364,10 @@ def train(model: nn.Module, steps: int) -> list[float]:
 
 
 class TestGraphs:
-    """The image path as one graph, at a fixed size; compiled from so few layers that tracing takes seconds.
+    """Image path as one graph at a fixed size, with few layers so that tracing takes seconds.
 
-    With the kernel of deformable attention that tracers take: another rounds otherwise, and where a location is the
-    centre of a cell, as all are before training, the other one-sided derivative is as right.
+    Both sides use the kernel of deformable attention that can be traced: another kernel rounds differently, and where
+    a location is the center of a pixel, as all are before training, the other one-sided derivative is equally right.
     """
 
     @pytest.fixture
@@ -376,7 +376,7 @@ class TestGraphs:
         return GKCModel(tiny_config(decoder_layers=1, deformable_attention="grid_sample")).eval()
 
     def test_image_path_compiles_without_graph_break(self, model, within):
-        """`fullgraph=True` raises at a break; forward and backward."""
+        """`fullgraph=True` raises an error at a graph break; tested forward and backward."""
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         pixel_values, masks, gradients = torch.randn(1, 3, 64, 64), [], []
         for module in (model, compiled):
@@ -400,7 +400,7 @@ class TestGraphs:
         within("compiled by inductor against eager, max abs", error, 1e-4)
 
     def test_torch_export(self, tmp_path):
-        """The whole segmenter with words as embeddings; the file runs on other images."""
+        """The whole model with class embeddings is exported; the saved program runs on other images."""
         model = segmenter(decoder_layers=1, deformable_attention="grid_sample")
         words = nn.functional.normalize(torch.randn(5, 16), dim=-1)
         with torch.no_grad():

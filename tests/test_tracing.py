@@ -1,4 +1,4 @@
-"""Calls that are recorded into a graph: compiled, exported, traced, with what the processor and the model return."""
+"""Tests of torch.compile, torch.export and torch.jit.trace with the outputs of the processor and the model."""
 
 import warnings
 
@@ -33,16 +33,16 @@ def processor() -> GKCProcessor:
     return GKCProcessor(GKCImageProcessor(size={"height": 32, "width": 64}), word_tokenizer())
 
 
-def picture(seed: int) -> np.ndarray:
+def image(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (32, 64, 3), dtype=np.uint8)
 
 
 def call(model, processor, form: str, words: list, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Everything that the processor returns for a picture and words, or for a picture, and the words' embeddings."""
+    """Return all outputs of the processor for an image and classes, or for an image, with the encoded classes."""
     if form == "tokens":
-        return dict(processor(images=picture(seed), text=words, prompt_templates=TEMPLATES, return_tensors="pt"))
+        return dict(processor(images=image(seed), text=words, prompt_templates=TEMPLATES, return_tensors="pt"))
     cached = model.get_class_embeddings(**processor(text=words, return_tensors="pt"))
-    return dict(processor(images=picture(seed), return_tensors="pt")) | dict(cached)
+    return dict(processor(images=image(seed), return_tensors="pt")) | dict(cached)
 
 
 def difference(first, second) -> float:
@@ -51,7 +51,7 @@ def difference(first, second) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in names)
 
 
-def test_a_call_with_embeddings_is_compiled_whole(model, processor, within):
+def test_call_with_embeddings_compiles_as_one_graph(model, processor, within):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for words, seed in ((WORDS, 0), (OTHER_WORDS, 1)):
@@ -59,7 +59,7 @@ def test_a_call_with_embeddings_is_compiled_whole(model, processor, within):
         within("compiled whole, max abs", difference(compiled(**inputs), model(**inputs)), 1e-4)
 
 
-def test_encoding_words_is_compiled_whole_and_takes_the_weights_of_the_moment(processor):
+def test_text_encoding_compiles_as_one_graph_with_current_weights(processor):
     torch.compiler.reset()
     model = GKCForOpenVocabSegmentation(small_config()).eval().requires_grad_(False)
     compiled = torch.compile(model.get_class_embeddings, fullgraph=True, backend="eager")
@@ -72,16 +72,16 @@ def test_encoding_words_is_compiled_whole_and_takes_the_weights_of_the_moment(pr
 @pytest.fixture(scope="module")
 def exported(model, processor):
     exported = DynamoExporter().export(model, call(model, processor, "tokens", WORDS), config=DynamoConfig())
-    # transformers 5.17 gives the program, later versions what can be called.
+    # transformers 5.17 returns the program, later versions a callable.
     return exported.module() if isinstance(exported, torch.export.ExportedProgram) else exported
 
 
-def test_an_exported_call_serves_other_pictures_and_words(model, processor, exported, within):
+def test_exported_program_runs_on_other_images_and_classes(model, processor, exported, within):
     inputs = call(model, processor, "tokens", OTHER_WORDS, seed=1)
     within("exported by transformers, max abs", difference(exported(**inputs), model(**inputs)), 1e-4)
 
 
-def test_an_exported_call_refuses_pictures_that_it_cannot_compute_apart(model, processor, exported):
+def test_exported_program_rejects_images_of_several_sizes(model, processor, exported):
     inputs = call(model, processor, "tokens", WORDS)
     inputs["pixel_mask"] = inputs["pixel_mask"].clone()
     inputs["pixel_mask"][:, :, 30:] = 0
@@ -90,9 +90,9 @@ def test_an_exported_call_refuses_pictures_that_it_cannot_compute_apart(model, p
 
 
 @pytest.mark.parametrize("reduction", ["max", "embedding_mean"])
-def test_traced_model_serves_other_words_and_runs_as_onnx(model, processor, reduction, tmp_path, monkeypatch, within):
+def test_traced_model_runs_with_other_classes_and_as_onnx(model, processor, reduction, tmp_path, monkeypatch, within):
     monkeypatch.setattr(model.config, "prompt_reduction", reduction)
-    monkeypatch.setenv("GKC_DEFORMABLE_ATTENTION", "embedding_bag")  # which cannot be traced
+    monkeypatch.setenv("GKC_DEFORMABLE_ATTENTION", "embedding_bag")  # cannot be traced
     inputs, others = (call(model, processor, "embeddings", words, seed) for seed, words in enumerate((WORDS, WORDS)))
     others["class_ids"] = others["class_ids"].flip(0)
     expected = model(**others)
@@ -108,7 +108,7 @@ def test_traced_model_serves_other_words_and_runs_as_onnx(model, processor, redu
     assert {"pixel_values", "pixel_mask", "class_embeds", "class_ids"} <= taken
     found = session.run(None, {name: value.numpy() for name, value in others.items() if name in taken})
     within("traced, as ONNX, max abs", np.abs(found[0] - expected.class_queries_logits.numpy()).max(), 1e-4)
-    # A graph without errors gives no result where it cannot give the right one.
+    # A traced graph cannot raise errors, so it returns NaN for inputs that it does not support.
     others["pixel_mask"] = others["pixel_mask"].clone()
     others["pixel_mask"][:, :, 30:] = 0
     assert traced(**others)["masks_queries_logits"].isnan().all()
@@ -123,8 +123,8 @@ def test_traced_model_serves_other_words_and_runs_as_onnx(model, processor, redu
         ("convex", "mean", "embeddings"),
     ],
 )
-def test_no_number_is_taken_from_a_tensor(model, processor, classifier, reduction, form):
-    """A fake tensor has no values: who asks for one ends in an error."""
+def test_forward_reads_no_tensor_values(model, processor, classifier, reduction, form):
+    """A fake tensor has no values: reading them raises an error."""
     if classifier == "convex":
         model = GKCForOpenVocabSegmentation(convex_config()).eval()
     inputs = call(model, processor, form, WORDS)
@@ -133,7 +133,7 @@ def test_no_number_is_taken_from_a_tensor(model, processor, classifier, reductio
         assert model(**fake, prompt_reduction=reduction).class_queries_logits.shape[-1] == 3
 
 
-def test_classes_that_nobody_counted_are_asked_for(model, processor):
+def test_unknown_number_of_classes_is_an_error(model, processor):
     torch.compiler.reset()
     inputs = call(model, processor, "embeddings", WORDS)
     del inputs["names_per_class"]
@@ -142,7 +142,7 @@ def test_classes_that_nobody_counted_are_asked_for(model, processor):
 
 
 @pytest.mark.parametrize("counts", [[2, 2], [1, 2], [3], [2, 1, 0]])
-def test_counts_of_other_ids_are_refused(model, processor, counts):
+def test_wrong_counts_of_class_or_name_ids_are_errors(model, processor, counts):
     inputs = call(model, processor, "embeddings", WORDS) | {"names_per_class": torch.tensor(counts)}
     with pytest.raises(ValueError, match="`names_per_class` must count each number of `class_ids`"):
         model(**inputs)
@@ -151,12 +151,12 @@ def test_counts_of_other_ids_are_refused(model, processor, counts):
         model(**tokens)
 
 
-def test_counts_are_trusted_where_reading_takes_long():
+def test_number_of_classes_is_trusted_on_accelerators():
     ids, counts = torch.zeros(3, dtype=torch.long, device="meta"), torch.ones(2, dtype=torch.long, device="meta")
     assert count_classes(ids, 3, counts=counts) == 2
 
 
-def test_permuted_classes_of_one_name_each(model, processor):
+def test_class_ids_may_be_permuted(model, processor):
     inputs = call(model, processor, "embeddings", ["red", "sky", "dog"])
     expected = model(**inputs).class_queries_logits
     order = torch.tensor([2, 0, 1])

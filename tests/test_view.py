@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from modeling_gkc.visualization import COLOR_SHARE, VOID_DIMMING, shade
+from modeling_gkc.visualization import COLOR_OPACITY, VOID_BRIGHTNESS, shade
 from modeling_gkc.vocabulary import Vocabulary
 from train.data.contact_sheet import Sample, SheetRow, draw_sheet, enlarged, legend, overlay, shade_steps
 from train.data.prepared import read_manifest, write_manifest
@@ -129,13 +129,13 @@ def test_overlay_has_the_vocabulary_s_colours_where_the_segments_are(within):
         (300, 60): shade(CITY.palette[PERSON], 1),
     }
     for (top, left), color in expected.items():
-        blended = (1 - COLOR_SHARE) * GREY + COLOR_SHARE * np.array(color)
+        blended = (1 - COLOR_OPACITY) * GREY + COLOR_OPACITY * np.array(color)
         patch = picture[top : top + 20, left : left + 20]
         within("colour of a segment in the overlay", np.abs(patch - blended).max(), 1)
     void = picture[300:400, 300:400].reshape(-1, 3)
     assert {tuple(color) for color in void.tolist()} == {
-        (round(VOID_DIMMING * GREY),) * 3,
-        (round(VOID_DIMMING * 255),) * 3,
+        (round(VOID_BRIGHTNESS * GREY),) * 3,
+        (round(VOID_BRIGHTNESS * 255),) * 3,
     }
 
 

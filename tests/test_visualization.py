@@ -1,4 +1,4 @@
-"""Overlays and label maps of segmentations with any value for void."""
+"""Tests of overlays and label maps."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SEGMENTS = [
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 
 
@@ -26,26 +26,26 @@ def segmentation() -> np.ndarray:
 
 
 @pytest.mark.parametrize("void", [-1, 3, 255, 65535, 2**31 - 1])
-def test_an_overlay_does_not_depend_on_the_value_of_void(picture, segmentation, void):
-    expected = draw_overlay(picture, segmentation, SEGMENTS)
+def test_overlay_is_independent_of_the_void_id(image, segmentation, void):
+    expected = draw_overlay(image, segmentation, SEGMENTS)
     assert len(expected.getcolors(2**24)) > 100
     changed = np.where(segmentation == 0, void, segmentation)
-    np.testing.assert_array_equal(np.asarray(draw_overlay(picture, changed, SEGMENTS)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(draw_overlay(image, changed, SEGMENTS)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("void", [-1, 0, 2**31 - 1])
-def test_an_overlay_without_segments_is_all_void(picture, void):
-    overlay = draw_overlay(picture, np.full((40, 50), void), [])
-    first = draw_overlay(picture, np.zeros((40, 50), dtype=int), SEGMENTS)
+def test_overlay_without_segments_is_void(image, void):
+    overlay = draw_overlay(image, np.full((40, 50), void), [])
+    first = draw_overlay(image, np.zeros((40, 50), dtype=int), SEGMENTS)
     np.testing.assert_array_equal(np.asarray(overlay), np.asarray(first))
 
 
-def test_an_overlay_of_another_size_is_refused(picture, segmentation):
+def test_overlay_of_another_size_is_an_error(image, segmentation):
     with pytest.raises(ValueError, match=r"\(40, 49\).*\(40, 50\)"):
-        draw_overlay(picture, segmentation[:, 1:], SEGMENTS)
+        draw_overlay(image, segmentation[:, 1:], SEGMENTS)
 
 
-def test_label_maps_hold_the_ids(segmentation):
+def test_label_map_contains_the_ids(segmentation):
     small = label_map(segmentation, {1: (200, 30, 40)})
     assert small.mode == "P" and small.getpalette()[3:6] == [200, 30, 40]
     np.testing.assert_array_equal(np.asarray(small), segmentation)
@@ -54,26 +54,26 @@ def test_label_maps_hold_the_ids(segmentation):
     assert label_map(segmentation, {}, max_id=65535).mode == "I;16"
 
 
-def test_label_maps_have_no_sign(segmentation):
-    with pytest.raises(ValueError, match=r"got -1\.\.1: choose such a `void_id`"):
+def test_negative_ids_in_label_map_are_an_error(segmentation):
+    with pytest.raises(ValueError, match=r"got -1\.\.1: pass such a `void_id`"):
         label_map(segmentation.clip(max=1) - (segmentation == 0), {})
 
 
 @pytest.fixture(scope="module")
 def plain_overlay() -> np.ndarray:
-    """A segment of one colour in the right half of a plain picture, which is large enough to be drawn as it is."""
-    picture = Image.new("RGB", (600, 480), (100, 150, 200))
+    """Draw a segment in the right half of a plain image that is large enough not to be resized."""
+    image = Image.new("RGB", (600, 480), (100, 150, 200))
     segmentation = np.zeros((480, 600), dtype=int)
     segmentation[:, 300:] = 1
-    return np.asarray(draw_overlay(picture, segmentation, SEGMENTS))[:480, :600].astype(int)
+    return np.asarray(draw_overlay(image, segmentation, SEGMENTS))[:480, :600].astype(int)
 
 
-def test_void_is_the_picture_dimmed(plain_overlay):
-    assert np.abs(plain_overlay[:, :299] - [60, 90, 120]).max() <= 1  # 0.6 of the picture, everywhere
+def test_void_is_the_darkened_image(plain_overlay):
+    assert np.abs(plain_overlay[:, :299] - [60, 90, 120]).max() <= 1  # 0.6 of the image, everywhere
 
 
-def test_segments_are_their_colour_on_a_greyed_picture(plain_overlay):
-    """0.45 * (0.7 * the mean, 150, + 0.3 * the picture) + 0.55 * (200, 30, 40)."""
+def test_segments_are_blended_with_the_desaturated_image(plain_overlay):
+    """0.45 * (0.7 * the mean, 150, + 0.3 * the image) + 0.55 * (200, 30, 40)."""
     corner = plain_overlay[:100, 301:]  # the name is in the middle
     assert np.abs(corner - [170.75, 84, 96.25]).max() <= 1
 
@@ -83,7 +83,7 @@ def test_outlines_are_white_on_both_sides_of_an_edge(plain_overlay):
     assert is_white[:, 299:301].all() and is_white.sum() == 200
 
 
-def test_outlines_run_along_rows_too():
+def test_horizontal_outlines_are_white():
     segmentation = np.zeros((480, 600), dtype=int)
     segmentation[400:] = 1
     overlay = np.asarray(draw_overlay(Image.new("RGB", (600, 480)), segmentation, SEGMENTS))

@@ -1,4 +1,4 @@
-"""A toy world for the tests of training: coloured shapes on stuff, with a tiny CLIP, tokenizer and segmenter."""
+"""Toy data for tests of training: colored shapes on grass, with a tiny CLIP, tokenizer and model."""
 
 import numpy as np
 import torch
@@ -23,26 +23,26 @@ from train.teacher.noun_bank import NounBank
 from .conftest import small_config
 
 VOCABULARY = Vocabulary([["disc", "round"], ["square", "block", "box"], ["grass", "lawn"]])
-COLOURS = [(200, 40, 40), (40, 60, 210), (60, 160, 60)]
+COLORS = [(200, 40, 40), (40, 60, 210), (60, 160, 60)]
 SIZE = 64
 
 
 def toy_row(index: int, size: int = SIZE) -> dict:
-    """Grass with a disc and one or two squares; segment ids are scattered over all three bytes."""
+    """Return a row with a disc and one or two squares on grass; segment ids use all three bytes."""
     generator = np.random.default_rng(index)
     y, x = np.mgrid[:size, :size]
     ids = np.full((size, size), 7, dtype=np.int32)
-    centre = generator.uniform(0.3, 0.7, 2) * size
-    ids[(y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (size / 5) ** 2] = 300
+    center = generator.uniform(0.3, 0.7, 2) * size
+    ids[(y - center[0]) ** 2 + (x - center[1]) ** 2 < (size / 5) ** 2] = 300
     classes = {7: 2, 300: 0}
     for number in range(1 + index % 2):
         top, left = generator.integers(0, size - size // 4, 2)
         ids[top : top + size // 4, left : left + size // 4] = 70_000 + number
         classes[70_000 + number] = 1
-    colours = np.zeros((size, size, 3))
+    colors = np.zeros((size, size, 3))
     for segment_id, category in classes.items():
-        colours[ids == segment_id] = COLOURS[category]
-    image = np.clip(colours + generator.normal(0, 20, colours.shape), 0, 255).astype(np.uint8)
+        colors[ids == segment_id] = COLORS[category]
+    image = np.clip(colors + generator.normal(0, 20, colors.shape), 0, 255).astype(np.uint8)
     visible = set(np.unique(ids).tolist())
     return {
         "image": Image.fromarray(image),
@@ -60,14 +60,14 @@ def toy_row(index: int, size: int = SIZE) -> dict:
 
 
 def toy_dataset(count: int = 6, size: int = SIZE, change=lambda index, row: row) -> Dataset:
-    """`change` may alter a row before it is stored."""
+    """Return a dataset of toy rows; `change` may alter a row before it is stored."""
     return Dataset.from_list(
         [change(index, toy_row(index, size)) for index in range(count)], features=dataset_features()
     )
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; it knows the vocabulary's words."""
+    """Return a word-level tokenizer that knows the names of the vocabulary."""
     tokens = ["<pad>", "<bos>", "<unk>", "<eos>", "photo", *VOCABULARY.flat_names]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

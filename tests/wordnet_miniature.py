@@ -1,4 +1,4 @@
-"""A miniature WordNet in the files' own format, and the real one where it is installed."""
+"""Miniature WordNet in the format of WordNet's files, and the real one where it is installed."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ ADJECTIVE, ADVERB, MOTION = 0, 2, 38
 HEADER = "  1 A miniature of WordNet, written for tests.\n"
 EXCEPTIONS = {"noun": "mice mouse\n", "verb": "stood stand\n", "adj": "", "adv": ""}
 
-# (name, type, lexicographer file, {word: times tagged}, what it is a kind of, explanation), in the order of senses.
+# (name, part of speech, lexicographer file, {word: tag count}, hypernym, gloss), in the order of senses.
 SYNSETS = [
     ("entity", "n", TOPS, {"entity": 0}, None, "what is"),
     ("animal", "n", TOPS, {"animal": 9, "beast": 0}, "entity", "what lives and moves"),
@@ -54,7 +54,7 @@ SYNSETS = [
 
 
 def write_wordnet(folder: Path, with_lexnames: bool = False) -> Path:
-    """Write the miniature, as Debian's package lays it out: without `lexnames` and `index.sense`."""
+    """Write the miniature in the layout of Debian's package, without `lexnames` and `index.sense`."""
     folder.mkdir(parents=True, exist_ok=True)
     offsets = _offsets()
     for letter, (part, _) in TYPES.items():
@@ -69,14 +69,14 @@ def write_wordnet(folder: Path, with_lexnames: bool = False) -> Path:
 
 
 def hide_wordnet(monkeypatch: pytest.MonkeyPatch, empty_folder: Path) -> None:
-    """Make the machine one without WordNet and without nltk's data, but for what a test writes."""
+    """Hide the WordNet and the nltk data of the machine, except for files that a test writes."""
     monkeypatch.delenv(WORDNET_VARIABLE, raising=False)
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(wordnet_module, "DEBIAN_FOLDER", empty_folder / "none")
 
 
 def real_wordnet() -> WordNet:
-    """WordNet itself; where it is not installed the test is skipped, or fails if GKC_REQUIRE_WORDNET is set."""
+    """Return the real WordNet; if it is not installed, skip the test, or fail it if GKC_REQUIRE_WORDNET is set."""
     try:
         return _opened()
     except RuntimeError as error:
@@ -91,7 +91,7 @@ def _opened() -> WordNet:
 
 
 def _lex_ids() -> dict[tuple[str, str], int]:
-    """Tells senses of one word in one lexicographer file apart, by synset and word."""
+    """Number the senses of a word within a lexicographer file, by synset and word."""
     seen: dict[tuple, int] = defaultdict(int)
     ids = {}
     for name, letter, topic, words, _, _ in SYNSETS:
@@ -117,7 +117,7 @@ def _data_line(row: tuple, offsets: dict[str, int]) -> str:
 
 
 def _offsets() -> dict[str, int]:
-    """Where each line begins; lines are as long whatever the offsets in them."""
+    """Return the byte offset of each synset's line; the length of a line does not depend on the offsets in it."""
     zeros, offsets = dict.fromkeys((row[0] for row in SYNSETS), 0), {}
     for letter in TYPES:
         position = len(HEADER)

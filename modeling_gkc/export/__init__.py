@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Export a model as ONNX or `torch.export` graph, with the numpy runner that uses it.
+"""Export of a model as ONNX or `torch.export` graph, and the numpy runner for ONNX graphs.
 
-`export_segmenter` and the other names of `exporter` are imported when they are first used: the command line reads
-`formats` without torch.
+`export_segmenter` and the other names of `exporter` are imported when they are first used, so that the command line
+can read `formats` without torch.
 """
 
 import importlib

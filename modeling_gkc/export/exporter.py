@@ -11,19 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The image path and its words as one graph: ONNX, or a program of `torch.export`.
+"""Export of the image path and its vocabulary as one graph: ONNX, or a program of `torch.export`.
 
 `export_segmenter` writes a folder:
 
     model.onnx or model.pt2   the graph, fp32
-    export.json               what it takes and gives: see `describe`
-    class_embeds.npz          unless the words are in the graph: `names` (K,), `class_embeds` (K, D), `colors` (K, 3)
-    run.py                    for ONNX: an image to a label map with numpy, Pillow and onnxruntime only; imports
-                              image_reading.py and atomic_files.py beside it
+    export.json               inputs, outputs and preprocessing of the graph, see `describe`
+    class_embeds.npz          unless the vocabulary is fixed in the graph: `names` (K,), `class_embeds` (K, D) and
+                              `colors` (K, 3)
+    run.py                    for ONNX: segments an image with numpy, Pillow and onnxruntime only; it imports
+                              image_reading.py and atomic_files.py from the same folder
 
-The graph takes `pixel_values` (B, 3, H, W) and, unless the words are in it, `class_embeds` (K, D), one row per class.
-It gives `class_queries_logits` (B, Q, K + 1), the last column no-object, `masks_queries_logits` (B, Q, H/4, W/4) and
-`query_embeds` (B, Q, D). B and K are free, H and W are not. The text tower is not in it.
+The graph takes `pixel_values` (B, 3, H, W) and, unless the vocabulary is fixed, `class_embeds` (K, D), one row per
+class. It returns `class_queries_logits` (B, Q, K + 1), whose last column is no-object, `masks_queries_logits`
+(B, Q, H/4, W/4) and `query_embeds` (B, Q, D). B and K are dynamic, H and W are static. The text tower is not exported.
 
 Letters: B images, Q queries, K classes, P prompts, D text-embedding width, (H, W) input size.
 """
@@ -78,14 +79,14 @@ RUNNER_SOURCES = {
 
 @dataclass
 class ExportedSegmenter:
-    """
-    What `export_segmenter` has written.
+    """Result of `export_segmenter`.
 
     Args:
-        folder: Where it is.
+        folder: Folder that was written.
         graph: Path of the graph.
-        settings: What stands in export.json.
-        difference: Largest difference of a mask logit from the model's on a random image; None if not compared.
+        settings: Content of export.json.
+        difference: Largest difference between the mask logits of graph and model on a random image; None if they were
+            not compared.
     """
 
     folder: Path
@@ -95,8 +96,7 @@ class ExportedSegmenter:
 
 
 def write_class_embeds(path: str | Path, model: Any, encoded: EncodedVocabulary) -> None:
-    """
-    Write a vocabulary for a graph that takes it as input: `names` (K,), `class_embeds` (K, D) and `colors` (K, 3).
+    """Write the classes of a graph that takes them as input: `names` (K,), `class_embeds` (K, D) and `colors` (K, 3).
 
     Nothing in the file is pickled.
 
@@ -106,7 +106,7 @@ def write_class_embeds(path: str | Path, model: Any, encoded: EncodedVocabulary)
         encoded: The K classes.
 
     Raises:
-        ValueError: as `one_embed_per_class`.
+        ValueError: See `one_embed_per_class`.
     """
     class_embeds, vocabulary = one_embed_per_class(model, encoded).numpy(), encoded.vocabulary
     with open(path, "wb") as file:
@@ -119,38 +119,36 @@ def write_class_embeds(path: str | Path, model: Any, encoded: EncodedVocabulary)
 
 
 def check_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """
-    Height and width of a graph's images.
+    """Check the image size of a graph and return its height and width.
 
     Args:
-        size: One side of a square, or (height, width).
+        size: Side length of a square, or (height, width).
 
     Raises:
-        ValueError: a side is no positive multiple of 32, the coarsest stride.
+        ValueError: A side is not a positive multiple of 32, the coarsest stride.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1 or height % SIZE_DIVISOR or width % SIZE_DIVISOR:
         nearest = [max(round(side / SIZE_DIVISOR), 1) * SIZE_DIVISOR for side in (height, width)]
         raise ValueError(
-            f"sides must be multiples of {SIZE_DIVISOR}, got {height}x{width}: take {nearest[0]}x{nearest[1]}."
+            f"The sides must be multiples of {SIZE_DIVISOR}, got {height}x{width}: use {nearest[0]}x{nearest[1]}."
         )
     return height, width
 
 
 def check_packages(graph_format: str, check: bool | None = None) -> bool:
-    """
-    Whether the graph can be compared with the model here.
+    """Check the packages that the export needs and return whether the graph can be compared with the model.
 
     Args:
         graph_format: "onnx" or "torch-export".
-        check: True asks for the comparison, None makes it where it can be made.
+        check: True requires the comparison, None requests it if onnxruntime is installed.
 
     Raises:
-        ValueError: there is no such format.
-        ImportError: a package is missing that is needed; the message names the command that installs it.
+        ValueError: The format is unknown.
+        ImportError: A required package is missing; the message names the command that installs it.
     """
     if graph_format not in FORMATS:
-        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {graph_format!r}.")
+        raise ValueError(f"The format must be one of {', '.join(FORMATS)}, got {graph_format!r}.")
     if graph_format == "torch-export":
         return check is not False
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
@@ -158,7 +156,7 @@ def check_packages(graph_format: str, check: bool | None = None) -> bool:
     if check and not has_runtime:
         missing.append(RUNTIME_PACKAGE)
     if missing:
-        raise ImportError(f"{' and '.join(missing)} not found: pip install {' '.join(missing)}")
+        raise ImportError(f"Cannot import {' and '.join(missing)}: run pip install {' '.join(missing)}")
     return has_runtime and check is not False
 
 
@@ -175,28 +173,28 @@ def export_segmenter(
     check: bool | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> ExportedSegmenter:
-    """
-    Write a segmenter as a graph that runs without this library; ONNX also without torch.
+    """Export a model as a graph that runs without this library; an ONNX graph also runs without torch.
 
-    The graph computes in fp32 whatever the type of the model's weights. The model is left as it is.
+    The graph computes in fp32, independent of the data type of the model's weights. The model is not changed.
 
     Args:
         model: A `GKCForOpenVocabSegmentation`.
         processor: Its `GKCProcessor`.
         folder: New folder to write; it appears only once it is complete.
         format: "onnx", or "torch-export" for `torch.export.load`.
-        size: Pixels of the graph's images: one side, or (height, width), multiples of 32.
-        vocabulary: The words, in any form that `Vocabulary.parse` takes or encoded; default: those stored in the
-            model, if any.
-        fixed: Bake the words into the graph, instead of taking embeddings as a second input.
-        opset: Version of ONNX's operators, at least 18.
-        check: Compare the graph with the model on a random image; default: if onnxruntime is installed.
-        progress: Called with a line before each step.
+        size: Image size of the graph in pixels: one side, or (height, width), multiples of 32.
+        vocabulary: Classes in any form that `Vocabulary.parse` accepts, or encoded (default: the vocabulary stored in
+            the model, if any).
+        fixed: Store the class embeddings in the graph instead of taking them as a second input.
+        opset: ONNX operator set version, at least 18.
+        check: Whether to compare the graph with the model on a random image (default: if onnxruntime is installed).
+        progress: Function called with a message before each step.
 
     Raises:
-        ValueError: a setting is wrong, the model was optimised for inference, there are no words to bake in, the words
-            do not fit, torch cannot export the model, or the graph's logits differ from the model's by more than 1e-3.
-        FileExistsError: the folder is there already and not empty.
+        ValueError: An argument is invalid, the model was optimized for inference, `fixed` is set without a vocabulary,
+            the embeddings do not fit the model, torch cannot export the model, or the logits of graph and model differ
+            by more than 1e-3.
+        FileExistsError: The folder exists and is not empty.
         ImportError: onnx or onnxscript is missing.
     """
     folder, (height, width) = Path(folder), check_size(size)
@@ -204,11 +202,11 @@ def export_segmenter(
     check_new_folder(folder)
     compares = check_packages(format, check)
     if format == "onnx" and opset < DEFAULT_OPSET:
-        raise ValueError(f"the opset must be at least {DEFAULT_OPSET}, got {opset}.")
+        raise ValueError(f"The opset must be at least {DEFAULT_OPSET}, got {opset}.")
     encoded = _encode(model, processor, vocabulary)
     words = None if encoded is None else GKCClassEmbeddings(encoded.class_embeds, encoded.class_ids)
     if fixed and words is None:
-        raise ValueError("there are no words to bake in: give a vocabulary.")
+        raise ValueError("A fixed graph needs a vocabulary, and the model stores none: pass `vocabulary`.")
     with atomic_folder(folder) as unfinished:
         if encoded is not None and not fixed:
             write_class_embeds(unfinished / WORDS_FILE, model, encoded)
@@ -220,7 +218,7 @@ def export_segmenter(
         write_onnx(program, graph, opset, fixed) if format == "onnx" else torch.export.save(program, graph)
         difference = None
         if compares:
-            progress("comparing it with the model")
+            progress("comparing the graph with the model")
             difference = compare(load_graph(graph), reference, (height, width), words, fixed)
         classes = None if encoded is None else encoded.vocabulary
         settings = describe(model, processor, graph.name, (height, width), classes, fixed)
@@ -253,13 +251,13 @@ def _encode(
 
 
 def _fp32_copy(model: Any, keeps_attention: bool) -> Any:
-    """What is traced and compared with, so that tracing changes nothing of the user's model."""
+    """Return a copy in fp32 on the CPU, so that tracing does not change the user's model."""
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(getattr(module, "config", None), GKCConfig):
             module.config.deformable_attention = "grid_sample"  # the kernel that ONNX has an operator for
     if not keeps_attention:
-        # In ONNX fused attention becomes the same products, but its memory layout is not that of the trace.
+        # In ONNX, fused attention becomes the same products, but with another memory layout than in the trace.
         model.set_attn_implementation("eager")
     return model
 
@@ -272,12 +270,11 @@ def describe(
     vocabulary: Vocabulary | None,
     fixed: bool,
 ) -> dict[str, Any]:
-    """
-    What one has to know to run a graph: the content of export.json.
+    """Describe how to run a graph: the content of export.json.
 
-    `words` is "fixed" or "input"; `classes` has the words in the order of the logits' columns, before no-object. An
-    image is resized to `size` (height, width) without keeping its aspect, with Pillow's filter `resample`; then each
-    channel is (value * `rescale_factor` - `image_mean`) / `image_std`.
+    `words` is "fixed" or "input"; `classes` lists the classes in the order of the logits' columns, before no-object.
+    An image is resized to `size` (height, width) without keeping its aspect ratio, with Pillow's filter `resample`;
+    then each channel is (value * `rescale_factor` - `image_mean`) / `image_std`.
     """
     images = processor.image_processor
     height, width = size
@@ -297,7 +294,7 @@ def describe(
         },
         "dtype": "float32",
         "size": [height, width],
-        "resize": "to size, not keeping the aspect",
+        "resize": "to size, not keeping the aspect ratio",
         "resample": PILImageResampling(images.resample).name.lower(),
         "rescale_factor": images.rescale_factor if images.do_rescale else 1.0,
         "image_mean": _three(images.image_mean) if images.do_normalize else [0.0] * 3,
@@ -323,7 +320,7 @@ def _classes(vocabulary: Vocabulary) -> list[dict[str, Any]]:
 
 
 def _write_runner(folder: Path) -> None:
-    """Copy what turns a picture into a label map; a script imports its neighbors without a leading dot."""
+    """Copy run.py and the modules it imports; in a script, imports have no leading dots."""
     for name, source in RUNNER_SOURCES.items():
         text = Path(source).read_text(encoding="utf-8")
         (folder / name).write_text(re.sub(r"^from \.\.(?=\w)", "from ", text, flags=re.MULTILINE), encoding="utf-8")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Formats of exported graphs, for the command line and the export itself."""
+"""File names and default settings of exported graphs, importable without torch."""
 
 FORMATS = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 DEFAULT_OPSET = 18

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The graph behind `export`: a module that can be traced, its trace, its ONNX form, and the comparison with the model.
+"""Graph of an exported model: the traceable module, tracing, conversion to ONNX and comparison with the model.
 
 Letters: B images, Q queries, K classes, P prompts, D text-embedding width, (H, W) input size.
 """
@@ -33,21 +33,20 @@ from ..class_embeddings import GKCClassEmbeddings, average_class_embeds, count_c
 
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "query_embeds")
 TOLERANCE = 1e-3
-# A mask logit within rounding of zero may fall on either side, which changes what a query attends to; such an image
-# says nothing of the graph, another one does.
+# Rounding may flip the sign of a mask logit near zero, which changes the positions that a query attends to. Such an
+# image cannot be used for the comparison, so several are tried.
 CHECKED_IMAGES = 3
-# A protocol buffer ends at 2 GiB: larger weights go into a file beside the graph.
+# A protocol buffer is limited to 2 GiB: larger weights go into a second file.
 MAX_SINGLE_FILE_BYTES = 1_800_000_000
 RUNTIME_PACKAGE = "onnxruntime"
 
 
 class ExportableSegmenter(nn.Module):
-    """
-    The image path of a segmenter, and its classification without anything that depends on the words' number.
+    """Image path and classifier of a model, traceable for any number of classes.
 
     Args:
-        model: In fp32; its modules are shared, not copied.
-        words: What to bake in, or None to take one embedding per class as an input.
+        model: Model in fp32; its modules are shared, not copied.
+        words: Embeddings to fix in the graph, or None to take one embedding per class as an input.
     """
 
     def __init__(self, model: Any, words: GKCClassEmbeddings | None = None):
@@ -57,7 +56,12 @@ class ExportableSegmenter(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: Tensor, class_embeds: Tensor | None = None) -> dict[str, Tensor]:
-        """(B, 3, H, W) images and (K, D) words, unless they are baked in, to the three outputs by name."""
+        """Return the three outputs by name.
+
+        Args:
+            pixel_values: Images (B, 3, H, W).
+            class_embeds: Class embeddings (K, D), unless they are fixed in the graph.
+        """
         segments = self.model(pixel_values, output_stages=False, return_dict=True)
         class_logits, query_embeds = self.classifier(segments, class_embeds)
         return dict(zip(OUTPUTS, (class_logits, segments.masks_queries_logits, query_embeds), strict=True))
@@ -129,22 +133,21 @@ def _rows_of_classes(class_ids: Tensor) -> Tensor:
 
 
 def one_embed_per_class(model: Any, words: GKCClassEmbeddings) -> Tensor:
-    """
-    The rows of the graph's input `class_embeds`, which give the logits that the model gives for the words.
+    """Return class embeddings for the graph's input `class_embeds` that give the same logits as the model.
 
-    A logit is linear in the embedding, so the mean of several names' logits is the logit of the mean embedding: that
-    mean is not normalised, while `embedding_mean` is.
+    A logit is linear in the embedding, so the mean of the logits of a class's names is the logit of their mean
+    embedding. For reduction `mean` it is therefore not normalized, while it is for `embedding_mean`.
 
     Args:
         model: A `GKCForOpenVocabSegmentation`.
-        words: Embeddings (P, D) of names and their classes (P,).
+        words: Embeddings (P, D) of prompts and their class ids (P,).
 
     Returns:
-        (K, D) fp32 on the CPU.
+        Embeddings (K, D) in fp32 on the CPU.
 
     Raises:
-        ValueError: the embeddings have another width than the model's, or a class has several names and the model
-            takes the best of them.
+        ValueError: The embeddings have another width than the model's, or a class has several names and the model
+            takes the maximum over them.
     """
     embeds, class_ids = words.class_embeds.detach().cpu().float(), words.class_ids.cpu()
     check_width(model, embeds)
@@ -156,31 +159,29 @@ def one_embed_per_class(model: Any, words: GKCClassEmbeddings) -> Tensor:
         return average_class_embeds(embeds, class_ids)
     if model.is_convex or reduction == "max":
         raise ValueError(
-            "this model takes the best of several names of a class, which one embedding per class cannot give: bake "
-            "the words in (fixed), or name each class once."
+            "This model takes the maximum over a class's names, which one embedding per class cannot represent: "
+            "export with `fixed` (--fixed), or give each class one name."
         )
     sums = embeds.new_zeros(num_classes, embeds.shape[1]).index_add(0, class_ids, embeds)
     return sums / class_ids.bincount()[:, None]
 
 
 def check_width(model: Any, class_embeds: Tensor) -> None:
-    """
-    Refuses words of another text space.
+    """Check that class embeddings belong to the model's text embedding space.
 
     Raises:
-        ValueError: `class_embeds` are not (P, D) of the model's D.
+        ValueError: `class_embeds` is not of shape (P, D) with the model's D.
     """
     width = model.config.projection_dim
     if class_embeds.ndim != 2 or class_embeds.shape[1] != width:
         raise ValueError(
-            f"the words' embeddings are {tuple(class_embeds.shape)}, but this model's text space has the width "
-            f"{width}: encode them with this model."
+            f"The class embeddings have the shape {tuple(class_embeds.shape)}, but this model's text embedding space "
+            f"has the width {width}: encode the vocabulary with this model."
         )
 
 
 def trace(segmenter: ExportableSegmenter, height: int, width: int, fixed: bool) -> torch.export.ExportedProgram:
-    """
-    The graph for images of one size, any number of them, and any number of words where they are an input.
+    """Trace the module for images of one size, any batch size and, unless they are fixed, any number of classes.
 
     Raises:
         ValueError: torch cannot trace the model.
@@ -198,16 +199,15 @@ def _text_width(segmenter: ExportableSegmenter) -> int:
 
 
 def _free_axes(fixed: bool) -> dict[str, str]:
-    """Name of the first axis of each input."""
+    """Return the name of the dynamic first axis of each input."""
     return {"pixel_values": "batch"} | ({} if fixed else {"class_embeds": "classes"})
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int, fixed: bool) -> None:
-    """
-    Write a traced graph as ONNX; weights beyond what one file can hold go into another beside it.
+    """Write a traced graph as ONNX; weights that exceed the limit of one file go into a second file.
 
     Raises:
-        ValueError: torch has no ONNX form for a part of the model.
+        ValueError: torch has no ONNX equivalent for a part of the model.
     """
     axes = _free_axes(fixed)
     num_bytes = sum(value.numel() * value.element_size() for value in program.state_dict.values())
@@ -228,7 +228,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int, fi
 
 @contextmanager
 def _export_errors() -> Iterator[None]:
-    """What torch says over pages becomes a line."""
+    """Replace an error of torch's exporters by its first line."""
     try:
         yield
     except Exception as error:  # torch's exporters raise errors of many types
@@ -238,7 +238,7 @@ def _export_errors() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and onnxscript say of their own parts."""
+    """Suppress warnings and log messages that torch and onnxscript emit about their own internals."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -250,7 +250,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load_graph(graph: Path) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """A function that runs a graph that was written."""
+    """Return a function that runs a written graph."""
     if graph.suffix == ".pt2":
         with _quiet():
             program = torch.export.load(graph).module()
@@ -272,10 +272,10 @@ def compare(
     words: GKCClassEmbeddings | None,
     fixed: bool,
 ) -> float:
-    """Largest difference of mask logits on a random image.
+    """Return the largest difference between the mask logits of graph and model on a random image.
 
     Raises:
-        ValueError: it is beyond the tolerance, or the class logits' is.
+        ValueError: The mask or class logits differ by more than the tolerance.
     """
     generator = torch.Generator().manual_seed(0)
     if words is None:
@@ -292,7 +292,7 @@ def compare(
         if max(masks, classes) <= TOLERANCE:
             return masks
         differences.append(f"{masks:.2g} (masks) and {classes:.2g} (classes)")
-    raise ValueError(f"the graph's logits differ from the model's by {'; '.join(differences)}: it was not written.")
+    raise ValueError(f"The graph's logits differ from the model's by {'; '.join(differences)}: it was not written.")
 
 
 __all__ = [

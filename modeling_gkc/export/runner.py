@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Segment a picture with the exported graph of a folder; needs numpy, Pillow and onnxruntime only.
+"""Segment an image with an exported ONNX graph; needs only numpy, Pillow and onnxruntime.
 
-`export_segmenter` copies this file as run.py, with `image_reading` and `atomic_files` beside it, into the folder of an
+`export_segmenter` copies this file as run.py, together with `image_reading` and `atomic_files`, into the folder of an
 ONNX graph.
 
-Letters: Q queries, K classes, (h, w) the grid of the mask logits, (H, W) the picture.
+Letters: Q queries, K classes, (h, w) size of the mask logits, (H, W) size of the image.
 """
 
 import argparse
@@ -35,21 +35,20 @@ from ..image_reading import open_rgb
 try:
     import onnxruntime
 except ImportError:
-    sys.exit("onnxruntime is not installed: pip install onnxruntime")
+    sys.exit("onnxruntime is not installed: run pip install onnxruntime")
 
-_NUMBERS_AT_ONCE = 2**23
+_MAX_BLOCK_NUMBERS = 2**23
 
 
 def pixel_values(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
-    """
-    The graph's input for one picture.
+    """Return the graph's input for one image.
 
     Args:
-        image: Upright, 8-bit RGB, as `open_rgb` gives it.
+        image: Upright 8-bit RGB image, as returned by `open_rgb`.
         settings: Content of export.json.
 
     Returns:
-        (1, 3, height, width) of the graph's size, float32.
+        Array (1, 3, height, width) of the graph's size in float32.
     """
     height, width = settings["size"]
     if image.size != (width, height):
@@ -60,42 +59,40 @@ def pixel_values(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
 
 
 def label_map(class_logits: np.ndarray, mask_logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """
-    The best class of every pixel, for some rows at a time.
+    """Return the most probable class of every pixel, computed in blocks of rows to bound memory.
 
     Args:
-        class_logits: (Q, K + 1), the last column no-object.
-        mask_logits: (Q, h, w).
+        class_logits: Array (Q, K + 1), whose last column is no-object.
+        mask_logits: Array (Q, h, w).
         size: Height and width of the result, (H, W).
 
     Returns:
-        (H, W) numbers of classes, uint8 if there are at most 256 classes, else uint16.
+        Class ids (H, W), uint8 if there are at most 256 classes, else uint16.
     """
-    shares = np.exp(class_logits - class_logits.max(axis=-1, keepdims=True))
-    shares = (shares / shares.sum(axis=-1, keepdims=True))[:, :-1]  # (Q, K)
+    class_probabilities = np.exp(class_logits - class_logits.max(axis=-1, keepdims=True))
+    class_probabilities = (class_probabilities / class_probabilities.sum(axis=-1, keepdims=True))[:, :-1]  # (Q, K)
     rows, columns = (_interpolation_matrix(*sides) for sides in zip(mask_logits.shape[1:], size, strict=True))
     stretched = mask_logits @ columns.T  # (Q, h, W)
-    labels = np.empty(size, np.uint8 if shares.shape[1] <= 256 else np.uint16)
-    step = max(1, _NUMBERS_AT_ONCE // (size[1] * sum(shares.shape)))
+    labels = np.empty(size, np.uint8 if class_probabilities.shape[1] <= 256 else np.uint16)
+    step = max(1, _MAX_BLOCK_NUMBERS // (size[1] * sum(class_probabilities.shape)))
     for start in range(0, size[0], step):
         masks = 0.5 + 0.5 * np.tanh(rows[start : start + step] @ stretched / 2)  # sigmoid, (Q, rows, W)
-        labels[start : start + step] = np.tensordot(shares, masks, (0, 0)).argmax(axis=0)
+        labels[start : start + step] = np.tensordot(class_probabilities, masks, (0, 0)).argmax(axis=0)
     return labels
 
 
 def _interpolation_matrix(source: int, target: int) -> np.ndarray:
-    """Weights (target, source) of bilinear interpolation along one side, without antialiasing."""
+    """Return the weights (target, source) of bilinear interpolation along one side, without antialiasing."""
     center = np.clip((np.arange(target) + 0.5) * (source / target) - 0.5, 0, source - 1)
     return np.clip(1 - np.abs(center[:, None] - np.arange(source)), 0, None).astype(np.float32)
 
 
 def write_label_map(labels: np.ndarray, colors: np.ndarray, path: Path) -> None:
-    """
-    Write class numbers as a PNG file, which appears only once it is complete.
+    """Write a label map as a PNG file, which appears only once it is complete.
 
     Args:
-        labels: (H, W), uint8 or uint16. A uint8 map is shown in the colors of its classes.
-        colors: (K, 3), 0..255.
+        labels: Class ids (H, W), uint8 or uint16. A uint8 map gets a palette with the colors of its classes.
+        colors: Colors (K, 3), 0 to 255.
         path: File to write.
     """
     image = Image.fromarray(labels)
@@ -106,39 +103,39 @@ def write_label_map(labels: np.ndarray, colors: np.ndarray, path: Path) -> None:
 
 
 def load_classes(folder: Path, settings: dict[str, Any]) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
-    """
-    The words of an exported folder.
+    """Load the classes of an exported folder.
 
     Returns:
-        Names of the K classes, their colors (K, 3), and the graph's input of words: none if they are in the graph.
+        Names of the K classes, their colors (K, 3) and the graph's class inputs, which are empty if the vocabulary is
+        fixed in the graph.
     """
     if settings["words"] == "input":
-        with np.load(folder / "class_embeds.npz") as words:
-            return words["names"].tolist(), words["colors"], {"class_embeds": words["class_embeds"]}
+        with np.load(folder / "class_embeds.npz") as stored:
+            return stored["names"].tolist(), stored["colors"], {"class_embeds": stored["class_embeds"]}
     classes = settings["classes"]
     return [entry["name"] for entry in classes], np.array([entry["color"] for entry in classes]), {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the label map of one picture, and print each class with its share of the pixels."""
-    parser = argparse.ArgumentParser(description="Segment a picture with an exported graph.")
-    parser.add_argument("folder", type=Path, help="folder that `gkc export` has written")
-    parser.add_argument("picture", type=Path, help="image file of any kind that Pillow reads")
-    parser.add_argument("labels", type=Path, help="PNG file to write: the number of its class at every pixel")
-    asked = parser.parse_args(arguments)
-    if asked.labels.suffix.lower() != ".png":
-        parser.error(f"{asked.labels}: name a .png file, since other formats change the numbers of the classes")
+    """Write the label map of one image and print each class with its percentage of the pixels."""
+    parser = argparse.ArgumentParser(description="Segment an image with an exported graph.")
+    parser.add_argument("folder", type=Path, help="folder written by `gkc export`")
+    parser.add_argument("image", type=Path, help="image file in any format that Pillow reads")
+    parser.add_argument("labels", type=Path, help="PNG file to write, whose pixel values are class ids")
+    options = parser.parse_args(arguments)
+    if options.labels.suffix.lower() != ".png":
+        parser.error(f"{options.labels}: name a .png file, because other formats change the class ids")
     try:
-        image = open_rgb(asked.picture)
+        image = open_rgb(options.image)
     except Exception as error:  # Pillow's decoders raise errors of many types
-        parser.error(f"{asked.picture} cannot be read as an image: {error}")
-    settings = json.loads((asked.folder / "export.json").read_text(encoding="utf-8"))
-    names, colors, inputs = load_classes(asked.folder, settings)
-    session = onnxruntime.InferenceSession(asked.folder / settings["graph"], providers=["CPUExecutionProvider"])
+        parser.error(f"{options.image} cannot be read as an image: {error}")
+    settings = json.loads((options.folder / "export.json").read_text(encoding="utf-8"))
+    names, colors, inputs = load_classes(options.folder, settings)
+    session = onnxruntime.InferenceSession(options.folder / settings["graph"], providers=["CPUExecutionProvider"])
     inputs["pixel_values"] = pixel_values(image, settings)
     class_logits, mask_logits = session.run(["class_queries_logits", "masks_queries_logits"], inputs)
     labels = label_map(class_logits[0], mask_logits[0], image.size[::-1])
-    write_label_map(labels, colors, asked.labels)
+    write_label_map(labels, colors, options.labels)
     for index, count in zip(*np.unique(labels, return_counts=True), strict=True):
         print(f"{names[index]}: {count / labels.size:.1%}")  # noqa: T201
 

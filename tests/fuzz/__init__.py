@@ -1,13 +1,13 @@
-"""Seeded fuzzers of everything that reads foreign input, one module per surface.
+"""Seeded fuzzers for everything that reads user input, one module per surface.
 
 A surface is a module `tests.fuzz.<surface>` with two functions:
 
-* `setup(folder: Path) -> context` builds, once, the valid inputs that are mutated;
-* `check(context, rng: random.Random) -> str` mutates one input and feeds it to the library. It returns `"accepted"` if
-  the input was taken and the result is the right one, `"refused"` if it was refused by a documented error that names
-  what is wrong, and raises `AssertionError` for a silently wrong result. Any other exception is a crash.
+* `setup(folder: Path) -> context` builds the valid inputs that are mutated, once;
+* `check(context, rng: random.Random) -> str` mutates one input and passes it to the library. It returns `"accepted"`
+  if the input was accepted and the result is right, `"refused"` if it was rejected by a documented error that names
+  the fault, and raises `AssertionError` for a silently wrong result. Any other exception is a crash.
 
-`python -m tests.fuzz SURFACE -n 10000` runs any number of inputs by hand; `tests/test_fuzz.py` runs a few hundred.
+`python -m tests.fuzz SURFACE -n 10000` runs any number of inputs; `tests/test_fuzz.py` runs a few hundred.
 """
 
 import importlib
@@ -23,8 +23,7 @@ SURFACES = ("annotations", "configs", "images", "labels", "post_processing", "st
 
 @dataclass
 class Report:
-    """
-    Outcomes of a run of one surface.
+    """Outcomes of a run of one surface.
 
     Args:
         outcomes: Number of inputs by outcome: accepted, refused, wrong (a silently wrong result), crashed.
@@ -36,8 +35,7 @@ class Report:
 
 
 def run(surface: str, count: int, seed: int = 0, first: int = 0) -> Report:
-    """
-    Try the inputs `first` to `first + count - 1` of a seed; each input depends on the seed and its index alone.
+    """Run the inputs `first` to `first + count - 1` of a seed; each input depends on the seed and its index only.
 
     Args:
         surface: One of SURFACES.

@@ -1,4 +1,4 @@
-"""Run a fuzzer by hand: python -m tests.fuzz labels -n 10000."""
+"""Run a fuzzer, for example: python -m tests.fuzz labels -n 10000."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="index of the first input (default: %(default)s)")
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # what is mutated may not be valid Unicode
+    sys.stdout.reconfigure(errors="backslashreplace")  # mutated inputs may not be valid Unicode
     report = run(arguments.surface, arguments.count, arguments.seed, arguments.first)
     for index, text in report.failures:
         print(f"--- input {index} of seed {arguments.seed}\n{text}")

@@ -1,9 +1,9 @@
-"""Changed annotation files: COCO JSON of instances and panoptic, labelme's JSON, YOLO's text, and folders of masks.
+"""Fuzzer of annotation files: COCO instance and panoptic JSON, labelme JSON, YOLO text files and folders of masks.
 
-Two small pictures are annotated with rectangles, one value of the annotation is replaced or removed, and the folder is
-read. An independent interpreter of each format, below, says for each picture which class its pixels have, leaving out
-those within a pixel of a slanted edge, or that the picture must be left out. The library may refuse more than the
-interpreter, by an error that names the folder; what it accepts must be equal, and what it drops must be reported.
+Two small images are annotated with rectangles, one value of the annotation is replaced or removed, and the folder is
+read. An independent interpreter of each format, below, returns the class of every pixel, except near slanted edges, or
+that an image must be skipped. The library may reject more than the interpreter, by an error that names the folder;
+what it accepts must be equal, and what it skips must be reported.
 """
 
 import copy
@@ -29,28 +29,27 @@ from train.data.sources import read_annotated
 HEIGHT, WIDTH = 20, 30
 SHAPE = HEIGHT, WIDTH
 FILES = ("a", "b")
-# Left, top, right, bottom of the objects of each picture, in order of falling size, so that the last lies on top.
+# Left, top, right and bottom of each image's objects, from large to small, so that the last one is on top.
 BOXES = {"a": [(1, 2, 25, 18), (3, 4, 9, 12), (12, 5, 15, 8)], "b": [(0, 0, 15, 19), (16, 2, 28, 9), (17, 3, 19, 6)]}
 NAMES = ["grass", "disc", "sky"]
 JUNK = [None, True, False, 0, 1, -1, 2.5, 7, 1e9, -1e9, 10**400, 2**31, math.nan, math.inf, "", "0", "1", "x", [], {}]
-CERTAIN = 1.1  # pixels between an edge and the pixels whose class is compared
+EDGE_MARGIN = 1.1  # pixels closer to a slanted edge than this are not compared
 
 Interpreter = Callable[[], "dict[str, Expected | None]"]
 
 
 class RefusedError(Exception):
-    """The folder, or one of its pictures, must be refused."""
+    """Error raised when the folder, or one of its images, must be rejected."""
 
 
 @dataclass
 class Expected:
-    """
-    What the pixels of a picture must be.
+    """Expected pixels of an image.
 
     Args:
-        classes: (H, W) names of classes, with a star for crowds, "" for void.
-        uncertain: (H, W) bool, pixels that are not compared.
-        is_reported: whether a part of the annotation was dropped, which must be said.
+        classes: Class names (H, W), with a star for crowds and "" for void.
+        uncertain: Mask (H, W) of pixels that are not compared.
+        is_reported: Whether a part of the annotation was skipped, which must be reported.
     """
 
     classes: np.ndarray
@@ -59,7 +58,7 @@ class Expected:
 
 
 def setup(folder: Path) -> Path:
-    """The folder that the inputs are written to, one after the other."""
+    """Return the folder that the inputs are written to."""
     return folder
 
 
@@ -79,9 +78,9 @@ def check(context: Path, rng: random.Random) -> str:
         source = find_source(folder)
     except (OSError, ValueError) as error:
         assert str(folder) in str(error), f"{kind}: the error does not name the folder: {error}"
-        assert changes, f"{kind}: an unchanged folder is refused: {error}"
+        assert changes, f"{kind}: an unchanged folder was rejected: {error}"
         return "refused"
-    assert expected is not None, f"{kind}: a folder that must be refused is accepted"
+    assert expected is not None, f"{kind}: an invalid folder was accepted"
     accepted = 0
     for picture in source.pictures:
         try:
@@ -91,7 +90,7 @@ def check(context: Path, rng: random.Random) -> str:
             continue
         accepted += 1
         truth = expected[picture.image.stem]
-        assert truth is not None, f"{kind}: {picture.image_id} must be left out and is accepted"
+        assert truth is not None, f"{kind}: {picture.image_id} must be skipped but was accepted"
         found = np.full(SHAPE, "", dtype=object)
         for segment in segments:
             label = source.vocabulary.labels[segment["category_id"]]
@@ -99,9 +98,10 @@ def check(context: Path, rng: random.Random) -> str:
         wrong = (found != truth.classes) & ~truth.uncertain
         assert not wrong.any(), f"{kind}: {picture.image_id}: {wrong.sum()} pixels are wrong"
         if truth.is_reported:
-            assert picture.notes or source.problems or source.notes, f"{kind}: a part was dropped without a line"
-    assert accepted == len(FILES) or source.problems or accepted < len(source.pictures), f"{kind}: a picture vanished"
-    assert changes or accepted == len(FILES), f"{kind}: an unchanged picture is refused"
+            assert picture.notes or source.problems or source.notes, f"{kind}: a part was skipped without a report"
+    is_reported = source.problems or accepted < len(source.pictures)
+    assert accepted == len(FILES) or is_reported, f"{kind}: an image was skipped without a report"
+    assert changes or accepted == len(FILES), f"{kind}: an unchanged image was rejected"
     return "accepted" if accepted == len(FILES) else "refused"
 
 
@@ -109,7 +109,7 @@ def check(context: Path, rng: random.Random) -> str:
 
 
 def mutated(content: Any, rng: random.Random, changes: int) -> Any:
-    """A copy of a tree of JSON with some of its values replaced, removed or repeated."""
+    """Return a copy of a JSON tree with some of its values replaced, removed or repeated."""
     root = [copy.deepcopy(content)]
     for _ in range(changes):
         places = [(parent, key) for parent, key in _places(root) if parent is not root]
@@ -137,7 +137,7 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
     return found + [place for key in keys for place in _places(tree[key])]
 
 
-def save_pictures(folder: Path) -> None:
+def save_images(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         Image.new("RGB", (WIDTH, HEIGHT), "gray").save(folder / f"{file}.png")
@@ -181,7 +181,7 @@ def flag(value: Any) -> bool:
 
 
 def polygon(ring: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Inside (H, W) of a ring at the centers of pixels, and what is too near to its edges; None if it has no area."""
+    """Return the inside (H, W) of a ring at pixel centers and the pixels near its edges; None if it has no area."""
     require(isinstance(ring, list) and all(is_number(value) for value in ring))
     require(all(-WIDTH <= value <= 2 * WIDTH for value in ring))  # False for NaN
     if len(ring) % 2 or len(ring) < 6:
@@ -197,12 +197,12 @@ def polygon(ring: Any) -> tuple[np.ndarray, np.ndarray] | None:
         share = np.clip(((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / length, 0, 1) if length else 0 * x
         distance = np.hypot(x1 + share * (x2 - x1) - x, y1 + share * (y2 - y1) - y)
         is_exact = (x1 == x2 or y1 == y2) and all(value == int(value) for value in (x1, y1, x2, y2))
-        near |= (distance < CERTAIN) & (not is_exact)
+        near |= (distance < EDGE_MARGIN) & (not is_exact)
     return inside, near
 
 
 def runs_of(code: dict[str, Any]) -> list[int]:
-    """Runs of a COCO encoding: 5 bits a character from code 48, bit 5 more, differences from the fourth run on."""
+    """Decode COCO run lengths: 5 bits per character from code 48, bit 5 continues; differences from run four on."""
     counts = code["counts"]
     if isinstance(counts, list):
         require(all(isinstance(run, int) and not isinstance(run, bool) for run in counts))
@@ -241,7 +241,7 @@ def segmentation(value: Any) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def painted(objects: list[tuple[str, Any]]) -> Expected:
-    """Return the visible parts of named masks, the smaller on the larger; None is an object left out."""
+    """Return the visible parts of named masks, smaller ones on top of larger ones; None is a skipped object."""
     expected = Expected(np.full(SHAPE, "", dtype=object), np.zeros(SHAPE, dtype=bool))
     usable = [(name, *drawn) for name, drawn in objects if drawn is not None]
     expected.is_reported = len(usable) < len(objects) or any(
@@ -272,7 +272,7 @@ def categories_of(content: dict) -> dict[str, str]:
 
 
 def coco_expected(content: Any, read: Callable[[list[dict], dict[str, str]], Expected]) -> dict[str, Expected | None]:
-    """Expected content of COCO files, with `read` for the annotations of one picture."""
+    """Return the expected content of COCO files, with `read` for the annotations of one image."""
     for part in ("images", "annotations", "categories"):
         require(isinstance(content, dict) and isinstance(content.get(part), list))
         require(all(isinstance(entry, dict) for entry in content[part]))
@@ -318,7 +318,7 @@ def coco_objects(entries: list[dict], names: dict[str, str]) -> Expected:
 
 
 def coco(folder: Path, change: Callable[[Any], Any]) -> Interpreter:
-    save_pictures(folder / "images")
+    save_images(folder / "images")
     annotations = []
     for place, file in enumerate(FILES):
         for number, box in enumerate(BOXES[file]):
@@ -346,7 +346,7 @@ def _write_coco(path: Path, annotations: list, change: Callable[[Any], Any], rea
 
 
 def panoptic(folder: Path, change: Callable[[Any], Any]) -> Interpreter:
-    save_pictures(folder / "images")
+    save_images(folder / "images")
     (folder / "panoptic_train").mkdir()
     annotations, pngs = [], {}
     for place, file in enumerate(FILES):
@@ -383,7 +383,7 @@ def panoptic(folder: Path, change: Callable[[Any], Any]) -> Interpreter:
 
 
 def labelme(folder: Path, change: Callable[[Any], Any]) -> Interpreter:
-    save_pictures(folder)
+    save_images(folder)
     texts = {}
     for file in FILES:
         shapes = []
@@ -426,7 +426,7 @@ def labelme_expected(file: str, content: Any) -> Expected | None:
 
 
 def yolo(folder: Path, change: Callable[[Any], Any]) -> Interpreter:
-    save_pictures(folder / "images")
+    save_images(folder / "images")
     (folder / "labels").mkdir()
     lines = {}
     for file in FILES:
@@ -476,7 +476,7 @@ def yolo_expected(names: Any, texts: dict[str, str]) -> dict[str, Expected | Non
 
 
 def masks(folder: Path, change: Callable[[Any], Any]) -> Interpreter:
-    save_pictures(folder / "images")
+    save_images(folder / "images")
     (folder / "masks").mkdir()
     content = change(
         {

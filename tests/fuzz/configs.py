@@ -1,8 +1,8 @@
-"""Configurations and folders of checkpoints, damaged.
+"""Fuzzer of configurations and checkpoint folders.
 
-Most inputs are configurations with one value changed, removed or added: they are refused by a ValueError, or make a
-model that computes. The others are folders with a damaged file: loading them is refused by one line, or gives a model
-that computes, with every weight that was saved.
+Most inputs are configurations with one value changed, removed or added: they must raise a ValueError or give a model
+that computes finite logits. The others are checkpoint folders with one damaged file: loading them must raise an error
+of one line, or give a model that computes finite logits and has all weights that were saved.
 """
 
 import copy
@@ -34,7 +34,7 @@ PARAMETERS_COMPUTED = 3_000_000
 
 @dataclass
 class Checkpoint:
-    """A whole checkpoint to damage, and a folder for what is made of it."""
+    """Intact checkpoint, and the folder for damaged copies of it."""
 
     source: Path
     folder: Path
@@ -64,7 +64,7 @@ def check(checkpoint: Checkpoint, rng: random.Random) -> str:
 @contextmanager
 def _limited_time() -> Iterator[None]:
     def stop(*_):
-        raise AssertionError(f"it took more than {SECONDS} s")
+        raise AssertionError(f"the input took more than {SECONDS} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
@@ -86,7 +86,7 @@ def _check_config(checkpoint: Checkpoint, rng: random.Random) -> str:
     try:
         with torch.device("meta"):
             model = GKCForOpenVocabSegmentation(config)
-    except (ValueError, ImportError) as error:  # of a kind of attention that is not here
+    except (ValueError, ImportError) as error:  # an attention implementation that is not installed
         assert "attn_implementation" in change and "\n" not in str(error), f"{change}: {error}"
         return "refused"
     if sum(weight.numel() for weight in model.parameters()) < PARAMETERS_COMPUTED and rng.random() < 0.15:
@@ -96,7 +96,7 @@ def _check_config(checkpoint: Checkpoint, rng: random.Random) -> str:
 
 
 def _compute(model: GKCForOpenVocabSegmentation, change: str) -> None:
-    """The model gives finite logits of the right shape for an image and three words."""
+    """Check that the model returns finite logits of the right shape for an image and three prompts."""
     ids = torch.tensor([[1, 5, 3], [1, 6, 3], [1, 7, 3]])[:, : model.config.text_config.max_position_embeddings]
     pixels = torch.randn(1, model.config.backbone_config.num_channels, 64, 64)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def _compute(model: GKCForOpenVocabSegmentation, change: str) -> None:
 
 
 def _mutate(values: dict[str, Any], rng: random.Random) -> str:
-    """Change one value, at any depth, remove it or add one; what was done."""
+    """Change, remove or add one value at any depth and describe the change."""
     place: Any = values
     path = []
     while True:
@@ -142,10 +142,10 @@ def _check_folder(checkpoint: Checkpoint, rng: random.Random) -> str:
         return "refused"
     state = model.state_dict()
     assert state.keys() == checkpoint.weights.keys(), f"{change}: other weights"
-    if change.startswith("model.safetensors"):  # its numbers themselves may be other ones
+    if change.startswith("model.safetensors"):  # its values may have changed
         return "accepted"
     for name, weight in checkpoint.weights.items():
-        assert torch.equal(state[name], weight), f"{change}: {name} is another"
+        assert torch.equal(state[name], weight), f"{change}: {name} has changed"
     inputs = processor(images=np.zeros((20, 50, 3), np.uint8), text="red disc; sky", return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)

@@ -1,9 +1,8 @@
-"""Pictures of every kind, whole, damaged or made up, compared with the pixels that their kind means.
+"""Fuzzer of images of every kind, intact, damaged and artificial, compared with the pixels they represent.
 
-Each input is a file that was damaged, a PNG or TIFF file of an unusual kind, a PIL image of any mode, an array or
-tensor of any shape, type and values, or a batch for the image processor. It must be refused by a ValueError that names
-it (a TypeError where it is none of the kinds of images), or become the pixels that are worked out here in fp64 from
-its numbers.
+Each input is a damaged file, a PNG or TIFF file of a rare kind, a PIL image of any mode, an array or tensor of any
+shape, data type and values, or a batch for the image processor. It must be rejected by a ValueError that names it (a
+TypeError for objects that are not images), or become the pixels that this module computes from its numbers in fp64.
 """
 
 import io
@@ -20,22 +19,31 @@ import torch
 from PIL import Image
 
 from modeling_gkc.image_processing_gkc import GKCImageProcessor, read_image
-from tests.image_kinds import KINDS, encoded, grey, on_white, packed, png_file, tiff, turned
+from tests.image_kinds import (
+    KINDS,
+    apply_orientation,
+    composite_on_white,
+    encode_image,
+    gray,
+    pack_bits,
+    png_file,
+    tiff_file,
+)
 
-REFUSED = "refused"  # in the place of expected pixels
+REFUSED = "refused"  # stands for expected pixels
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F")
 MODES += ("I;16", "I;16L", "I;16B")
 SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 NUMPY_TYPES = ("bool", "u1", "i1", "u2", ">u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", ">f4", "f8", "g")
-NO_NUMBERS = ("c8", "S3", "U2", "O", "M8[s]", "m8[s]", "V3")
+NON_NUMERIC_TYPES = ("c8", "S3", "U2", "O", "M8[s]", "m8[s]", "V3")
 TORCH_TYPES = (torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, torch.int64)
 TORCH_TYPES += (torch.uint32, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LARGEST_FAULT = 0.501  # of levels: rounding, and fp32 in its place
+MAX_ERROR = 0.501  # levels, for rounding in fp32
 
 
 @dataclass
 class Context:
-    """Where files are written, and whole files by their kind, with their pixels."""
+    """Folder for files, intact files as (kind, format, content, pixels), and an image processor."""
 
     folder: Path
     files: list[tuple[str, str, bytes, np.ndarray]]
@@ -44,15 +52,14 @@ class Context:
 
 @dataclass
 class Input:
-    """
-    One input.
+    """One input of the fuzzer.
 
     Args:
-        image: What `read_image` gets.
-        expected: (H, W, 3) in 0..255, REFUSED, or None if `image` may be refused or read, as the decoder likes.
-        tolerance: Levels by which the decoder's roundings may differ.
-        data_format: For arrays and tensors, `input_data_format`.
-        may_be_refused: Whether it may be refused, although it has expected pixels.
+        image: Argument of `read_image`.
+        expected: Pixels (H, W, 3) in 0..255, REFUSED, or None if both reading and rejecting it are right.
+        tolerance: Allowed difference in levels due to rounding in the decoder.
+        data_format: `input_data_format` of arrays and tensors.
+        may_be_refused: Whether rejecting it is right although it has expected pixels.
     """
 
     image: Any
@@ -70,14 +77,14 @@ def setup(folder: Path) -> Context:
         noise = np.random.default_rng(len(files)).integers(0, 256, (9, 14, 4), dtype=np.uint8)
         for file_format, data in make(noise).files.items():
             files.append((kind, file_format, data, np.asarray(read_image(data)).astype(float)))
-    picture = Image.fromarray(noise[..., :3])
+    image = Image.fromarray(noise[..., :3])
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x0132] = 6, "maker", "2026:01:01 00:00:00"
     for file_format, settings in (("jpeg", {"progressive": True}), ("png", {}), ("webp", {}), ("tiff", {})):
-        data = encoded(picture, file_format, exif=exif, **settings)
+        data = encode_image(image, file_format, exif=exif, **settings)
         files.append(("with EXIF", file_format, data, np.asarray(read_image(data)).astype(float)))
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
-        data = encoded(picture, "tiff", compression=compression)
+        data = encode_image(image, "tiff", compression=compression)
         files.append((compression, "tiff", data, np.asarray(read_image(data)).astype(float)))
     return Context(folder, files, GKCImageProcessor(do_resize=False, do_normalize=False))
 
@@ -87,9 +94,9 @@ def check(context: Context, rng: random.Random) -> str:
     if draw is _batch:
         return _batch(context, rng)
     made = draw(context, rng)
-    named = f"picture {rng.randrange(10**6)}"
+    named = f"image {rng.randrange(10**6)}"
     if isinstance(made.image, bytes):
-        made.image, named = _door(context, made.image, rng, named)
+        made.image, named = _input_form(context, made.image, rng, named)
     try:
         got = read_image(made.image, made.data_format, name=named)
     except (ValueError, TypeError) as error:
@@ -97,7 +104,7 @@ def check(context: Context, rng: random.Random) -> str:
         assert isinstance(error, ValueError) or is_number, f"a TypeError for a file: {error}"
         assert named in str(error) and len(str(error)) < 700, f"the error does not name {named}: {error}"
         may_refuse = made.may_be_refused or made.expected is None or isinstance(made.expected, str)
-        assert may_refuse, f"{draw.__name__}: {_shown(made)} was refused: {error}"
+        assert may_refuse, f"{draw.__name__}: {_describe(made)} was refused: {error}"
         return "refused"
     _compare(draw.__name__, made, got)
     return "accepted"
@@ -105,16 +112,18 @@ def check(context: Context, rng: random.Random) -> str:
 
 def _compare(source: str, made: Input, got: Image.Image) -> None:
     assert got.mode == "RGB", got.mode
-    assert not isinstance(made.expected, str), f"{source}: {_shown(made)} was accepted"
+    assert not isinstance(made.expected, str), f"{source}: {_describe(made)} was accepted"
     if made.expected is None:
         return
     values = np.asarray(got).astype(float)
-    assert values.shape == made.expected.shape, f"{source}: {_shown(made)}: {values.shape}, not {made.expected.shape}"
+    assert values.shape == made.expected.shape, (
+        f"{source}: {_describe(made)}: {values.shape}, not {made.expected.shape}"
+    )
     fault = np.abs(values - made.expected).max()
-    assert fault <= made.tolerance + LARGEST_FAULT, f"{source}: {_shown(made)} differs by {fault} levels"
+    assert fault <= made.tolerance + MAX_ERROR, f"{source}: {_describe(made)} differs by {fault} levels"
 
 
-def _shown(made: Input) -> str:
+def _describe(made: Input) -> str:
     image = made.image
     if isinstance(image, np.ndarray | torch.Tensor):
         kind = f"{type(image).__name__} {tuple(image.shape)} {image.dtype} as {made.data_format}"
@@ -125,28 +134,28 @@ def _shown(made: Input) -> str:
     return kind
 
 
-def _door(context: Context, data: bytes, rng: random.Random, name: str) -> tuple[Any, str]:
-    """A file by one of the ways to give it, and how errors must call it."""
-    door = rng.choice(("bytes", "Path", "str", "PIL"))
-    if door == "bytes":
+def _input_form(context: Context, data: bytes, rng: random.Random, name: str) -> tuple[Any, str]:
+    """Return a file in one of the forms in which it can be passed, and its name in error messages."""
+    form = rng.choice(("bytes", "Path", "str", "PIL"))
+    if form == "bytes":
         return data, name
-    path = context.folder / f"{name}.picture"
+    path = context.folder / f"{name}.image"
     for old in context.folder.iterdir():
         old.unlink()
     path.write_bytes(data)
-    if door == "PIL":
+    if form == "PIL":
         try:
             return Image.open(path), path.name
-        except Exception:  # what Pillow does not open, read_image need not either
+        except Exception:  # read_image need not open files that Pillow cannot open
             return data, name
-    return (path if door == "Path" else str(path)), path.name
+    return (path if form == "Path" else str(path)), path.name
 
 
-# The pixels that a PIL image means
+# Expected pixels of a PIL image
 
 
-def meant(image: Image.Image) -> tuple[np.ndarray | str | None, int]:
-    """Pixels (H, W, 3) in 0..255, and by how much they may differ; None if only Pillow knows."""
+def expected_pixels(image: Image.Image) -> tuple[np.ndarray | str | None, int]:
+    """Return the expected pixels (H, W, 3) in 0..255, None if only Pillow knows them, and the tolerance in levels."""
     mode, transparency = image.mode, image.info.get("transparency")
     if 0 in image.size:
         return REFUSED, 0
@@ -157,7 +166,7 @@ def meant(image: Image.Image) -> tuple[np.ndarray | str | None, int]:
         slack = 1e-5 if mode == "F" else 0
         if not (values.min() >= -slack and values.max() <= limit + slack):
             return REFUSED, 0
-        pixels = grey(np.clip(values.astype(float) / limit, 0, 1) * 255)
+        pixels = gray(np.clip(values.astype(float) / limit, 0, 1) * 255)
         pixels = 255 - pixels if tags.get(262) == 0 else pixels
         if mode != "F" and transparency is not None:
             pixels[values == transparency] = 255
@@ -165,7 +174,7 @@ def meant(image: Image.Image) -> tuple[np.ndarray | str | None, int]:
         indices = values if mode == "P" else values[..., 0]
         pixels, tolerance = _palette_pixels(image, indices, values, transparency), 1
     elif mode in ("1", "L"):
-        pixels = grey(values * 255 if mode == "1" else values)
+        pixels = gray(values * 255 if mode == "1" else values)
         if transparency is not None:
             pixels[values == (bool(transparency) if mode == "1" else transparency)] = 255
     elif mode in ("LA", "RGBA", "La", "RGBa"):
@@ -173,7 +182,7 @@ def meant(image: Image.Image) -> tuple[np.ndarray | str | None, int]:
         if mode in ("La", "RGBa"):
             colors = np.clip(colors * 255 / np.maximum(values[..., -1:], 1), 0, 255)
         colors = np.repeat(colors, 3, axis=-1) if colors.shape[-1] == 1 else colors
-        pixels, tolerance = on_white(colors, values[..., -1]), 2 if mode in ("La", "RGBa") else 1
+        pixels, tolerance = composite_on_white(colors, values[..., -1]), 2 if mode in ("La", "RGBa") else 1
     elif mode == "CMYK":
         light = 255 - values.astype(float)
         pixels, tolerance = light[..., :3] * light[..., 3:] / 255, 1
@@ -182,7 +191,7 @@ def meant(image: Image.Image) -> tuple[np.ndarray | str | None, int]:
         if mode == "RGB" and transparency is not None:
             pixels[(values == np.array(transparency)).all(axis=-1)] = 255
     orientation = image.getexif().get(0x0112, 1)
-    return turned(pixels, orientation if orientation in range(1, 9) else 1), tolerance
+    return apply_orientation(pixels, orientation if orientation in range(1, 9) else 1), tolerance
 
 
 def _palette_pixels(image: Image.Image, indices: np.ndarray, values: np.ndarray, transparency: Any) -> np.ndarray:
@@ -195,7 +204,7 @@ def _palette_pixels(image: Image.Image, indices: np.ndarray, values: np.ndarray,
     elif transparency is not None:
         table[transparency, 3] = 0
     alpha = values[..., 1] if image.mode == "PA" else table[indices, 3]
-    return on_white(table[indices, :3], alpha)
+    return composite_on_white(table[indices, :3], alpha)
 
 
 # Damaged files
@@ -205,7 +214,7 @@ def _damaged(context: Context, rng: random.Random) -> Input:
     _, file_format, data, pixels = rng.choice(context.files)
     damage = rng.choice((_cut, _flipped, _chunk_edited, _huge, _spliced))
     data = damage(data, rng, file_format)
-    if damage is _cut:  # without its end, a file is refused unless nothing of the picture was lost
+    if damage is _cut:  # a truncated file is rejected unless no pixel was lost
         return Input(data, pixels, may_be_refused=True)
     if file_format == "png" and not _is_intact_png(data):
         return Input(data, pixels, may_be_refused=True)
@@ -217,7 +226,7 @@ def _as_pillow_reads(data: bytes, file_format: str) -> Input:
         with Image.open(io.BytesIO(data)) as image:
             tiles = list(image.tile)
             image.load()
-            expected, tolerance = meant(image)
+            expected, tolerance = expected_pixels(image)
         if file_format == "tiff" and not _fill(tiles, image.size):
             return Input(data, REFUSED)
     except Exception:  # Pillow's decoders raise errors of many types
@@ -226,13 +235,13 @@ def _as_pillow_reads(data: bytes, file_format: str) -> Input:
 
 
 def _fill(tiles: list, size: tuple[int, int]) -> bool:
-    """Whether the strips of a TIFF file reach its right and lower edge."""
+    """Return whether the strips of a TIFF file cover the image up to its right and lower edge."""
     reached = np.array([tile[1][2:] for tile in tiles]).max(axis=0)
     return bool((np.sort(reached) >= np.sort(size)).all())
 
 
 def _is_intact_png(data: bytes) -> bool:
-    """All checksums hold, to the end that PNG asks for."""
+    """Return whether all checksums of a PNG file are right, up to its IEND chunk."""
     at = 8
     while at + 12 <= len(data):
         (length,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]
@@ -263,7 +272,7 @@ def _spliced(data: bytes, rng: random.Random, file_format: str) -> bytes:
 
 
 def _chunk_edited(data: bytes, rng: random.Random, file_format: str) -> bytes:
-    """A PNG with a chunk lost, doubled, changed or added, checksums made anew; of other files a few numbers set."""
+    """Edit a chunk of a PNG file and update its checksums; overwrite two bytes of other files."""
     if file_format != "png":
         changed = bytearray(data)
         at = rng.randrange(min(len(data), 200))
@@ -299,7 +308,7 @@ def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _huge(data: bytes, rng: random.Random, file_format: str) -> bytes:
-    """A size of its header that the file does not hold."""
+    """Set a size in the header that the file's content does not have."""
     side = rng.choice((0, 1, 200, 65535, 2**31 - 1, 2**32 - 1))
     place, form = {
         "png": (16 + rng.choice((0, 4)), ">I"),
@@ -307,13 +316,13 @@ def _huge(data: bytes, rng: random.Random, file_format: str) -> bytes:
         "bmp": (18 + rng.choice((0, 4)), "<I"),
     }.get(file_format, (rng.randrange(min(len(data), 64)), "<I"))
     number = struct.pack(form, side % 65536 if form == "<H" else side)
-    if form == "<H" and side > 4000:  # a large canvas of a small GIF is no error, and only takes time
+    if form == "<H" and side > 4000:  # a large canvas of a small GIF is valid and only takes time
         number = b"\0\1"
     changed = data[:place] + number + data[place + len(number) :]
     return png_file(_chunks(changed)) if file_format == "png" else changed
 
 
-# Files of unusual kinds
+# Files of rare kinds
 
 
 def _samples(rng: random.Random, shape: tuple[int, ...], bits: int) -> np.ndarray:
@@ -322,7 +331,7 @@ def _samples(rng: random.Random, shape: tuple[int, ...], bits: int) -> np.ndarra
 
 
 def _made_png(context: Context, rng: random.Random) -> Input:
-    """All color types and depths of PNG, with and without tRNS."""
+    """Generate PNG files of all color types and bit depths, with and without tRNS."""
     color_type = rng.choice((0, 2, 3, 4, 6))
     bits = rng.choice({0: (1, 2, 4, 8, 16), 3: (1, 2, 4, 8)}.get(color_type, (8, 16)))
     height, width, channels = rng.randint(1, 9), rng.randint(1, 9), {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color_type]
@@ -331,15 +340,15 @@ def _made_png(context: Context, rng: random.Random) -> Input:
     colors, alpha, chunks = _colors_of_png(values, color_type, bits, rng)
     data = png_file([(b"IHDR", header), *chunks, (b"IDAT", _png_rows(values, bits, rng)), (b"IEND", b"")])
     if color_type == 2 and bits == 16 and chunks:
-        return Input(data, None)  # Pillow narrows the colors before it compares them with the transparent one
+        return Input(data, None)  # Pillow converts to 8 bits before it compares with the transparent color
     colors = np.broadcast_to(colors, (height, width, 3)).astype(float)
-    return Input(data, on_white(colors, alpha), tolerance=2 if bits == 16 else 1)
+    return Input(data, composite_on_white(colors, alpha), tolerance=2 if bits == 16 else 1)
 
 
 def _colors_of_png(
     values: np.ndarray, color_type: int, bits: int, rng: random.Random
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[bytes, bytes]]]:
-    """Colors (H, W, 1 or 3) and opacities (H, W) in 0..255, and the chunks PLTE and tRNS."""
+    """Return colors (H, W, 1 or 3) and opacities (H, W) in 0..255, and the chunks PLTE and tRNS."""
     levels, alpha = values * 255 / (2**bits - 1), np.full(values.shape[:2], 255.0)
     is_transparent = rng.random() < 0.5
     if color_type in (4, 6):
@@ -359,8 +368,8 @@ def _colors_of_png(
 
 
 def _png_rows(values: np.ndarray, bits: int, rng: random.Random) -> bytes:
-    """Compressed rows, each stored as it is or as its difference to the row above."""
-    stored = np.frombuffer(packed(values.reshape(len(values), -1), bits), np.uint8).reshape(len(values), -1)
+    """Return compressed rows, each stored unfiltered or as the difference from the row above."""
+    stored = np.frombuffer(pack_bits(values.reshape(len(values), -1), bits), np.uint8).reshape(len(values), -1)
     above, lines = np.zeros_like(stored[0]), []
     for line in stored:
         kind = rng.choice((0, 2))
@@ -370,20 +379,20 @@ def _png_rows(values: np.ndarray, bits: int, rng: random.Random) -> bytes:
 
 
 def _made_tiff(context: Context, rng: random.Random) -> Input:
-    """Gray, palette and color TIFF of all depths, also with white as zero, and in either byte order."""
+    """Generate gray, palette and color TIFF files of all bit depths and both byte orders, also with white as zero."""
     big_endian = rng.random() < 0.5
     bits, sample_format = rng.choice(((1, 1), (2, 1), (4, 1), (8, 1), (12, 1), (16, 1), (32, 3)))
     photometric = rng.choice((0, 1) if bits not in (8, 16) else (0, 1, 2))
     height, width, channels = rng.randint(1, 9), rng.randint(1, 9), 3 if photometric == 2 else 1
     values = _samples(rng, (height, width, channels), min(bits, 16))
-    share = values / (2 ** min(bits, 16) - 1)
+    intensity = values / (2 ** min(bits, 16) - 1)
     if bits == 32:
-        content = share.astype(">f4" if big_endian else "<f4").tobytes()
+        content = intensity.astype(">f4" if big_endian else "<f4").tobytes()
     else:
-        content = packed(values.reshape(height, -1), bits, big_endian)
-    pixels = 255 * np.broadcast_to(1 - share if photometric == 0 else share, (height, width, 3))
-    data = tiff(content, values.shape, bits, sample_format, photometric, big_endian)
-    # Pillow narrows 16-bit colors to their upper byte, and has no decoder of some kinds.
+        content = pack_bits(values.reshape(height, -1), bits, big_endian)
+    pixels = 255 * np.broadcast_to(1 - intensity if photometric == 0 else intensity, (height, width, 3))
+    data = tiff_file(content, values.shape, bits, sample_format, photometric, big_endian)
+    # Pillow keeps the upper byte of 16-bit colors, and cannot decode some kinds.
     return Input(data, pixels, tolerance=1 if photometric == 2 else 0, may_be_refused=True)
 
 
@@ -402,7 +411,7 @@ def _of_any_mode(context: Context, rng: random.Random) -> Input:
         image.info["transparency"] = rng.choice(transparent[mode])
     if rng.random() < 0.3:
         image.getexif()[0x0112] = rng.choice((*range(10), "6", 6.5, 70000))
-    expected, tolerance = meant(image)
+    expected, tolerance = expected_pixels(image)
     return Input(image, expected, tolerance)
 
 
@@ -429,7 +438,7 @@ def _array(context: Context, rng: random.Random) -> Input:
         shape = (channels, *shape[1:]) if rng.random() < 0.5 else (*shape[:2], channels)
     data_format = rng.choice((None, None, None, "channels_first", "channels_last", "upside_down"))
     if rng.random() < 0.08:
-        return Input(np.zeros(shape, rng.choice(NO_NUMBERS)), REFUSED, data_format=data_format)
+        return Input(np.zeros(shape, rng.choice(NON_NUMERIC_TYPES)), REFUSED, data_format=data_format)
     numbers = _numbers(shape, rng)
     image = _as_array(numbers, rng) if rng.random() < 0.5 else _as_tensor(numbers, rng)
     if isinstance(image, torch.Tensor):
@@ -437,7 +446,7 @@ def _array(context: Context, rng: random.Random) -> Input:
         values, preferred = (plain.double() if plain.is_floating_point() else plain).numpy(), 0
     else:
         values, preferred = image, -1
-    return Input(image, _meant_by_numbers(values, preferred, data_format), data_format=data_format)
+    return Input(image, _expected_of_array(values, preferred, data_format), data_format=data_format)
 
 
 def _numbers(shape: tuple[int, ...], rng: random.Random) -> np.ndarray:
@@ -474,8 +483,8 @@ def _as_tensor(numbers: np.ndarray, rng: random.Random) -> torch.Tensor:
     return tensor.requires_grad_() if dtype.is_floating_point and rng.random() < 0.2 else tensor
 
 
-def _meant_by_numbers(values: np.ndarray, preferred: int, data_format: str | None) -> np.ndarray | str:
-    """Pixels that an array means whose channels, where both ends may be them, are at the end `preferred`."""
+def _expected_of_array(values: np.ndarray, preferred: int, data_format: str | None) -> np.ndarray | str:
+    """Return the expected pixels of an array; if both ends may be channels, the one at `preferred` is."""
     if values.ndim == 2:
         values = values[..., None]
     elif values.ndim == 3 and data_format in (None, "channels_first", "channels_last"):
@@ -497,7 +506,7 @@ def _meant_by_numbers(values: np.ndarray, preferred: int, data_format: str | Non
         return REFUSED
     levels = np.clip(numbers.astype(float) / limit, 0, 1) * 255
     if levels.shape[-1] == 4:
-        return on_white(np.rint(levels[..., :3]), np.rint(levels[..., 3]))
+        return composite_on_white(np.rint(levels[..., :3]), np.rint(levels[..., 3]))
     return np.broadcast_to(levels, (*levels.shape[:2], 3))
 
 
@@ -505,7 +514,7 @@ def _meant_by_numbers(values: np.ndarray, preferred: int, data_format: str | Non
 
 
 def _batch(context: Context, rng: random.Random) -> str:
-    """Several whole files at once, and perhaps one that is none: the error names it by its place or file."""
+    """Pass several intact files at once, one of them perhaps replaced by an invalid one, which the error must name."""
     chosen = [rng.choice(context.files) for _ in range(rng.randint(1, 4))]
     images, expected = [data for _, _, data, _ in chosen], [pixels for *_, pixels in chosen]
     bad = rng.randrange(len(images)) if rng.random() < 0.5 else None

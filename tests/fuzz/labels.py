@@ -1,8 +1,8 @@
-"""Labels in every form that users give them: typed, listed, in files of our own and of other projects.
+"""Fuzzer of labels in all supported forms: strings, lists, and files of this and other projects.
 
-A clean vocabulary is written in one form. Then it is left alone, or changed harmlessly (spaces, characters without
-width, a ';' at the end): it must be read to the same classes; or spoiled: it must be refused by an error that says
-where; or bytes of its file are damaged: what is accepted must be what a plain reading of the file gives.
+A valid vocabulary is written in one form. It is then kept, changed harmlessly (spaces, zero-width characters, a ';' at
+the end) and must give the same classes; or made invalid and must be rejected by an error that names the position; or
+bytes of its file are damaged, and what is accepted must equal the result of a plain reader of the file.
 """
 
 import csv
@@ -54,7 +54,7 @@ FILLERS = ["\u3164", "\u2800", "\u115f", "\u200d", "\ufe0f", "\x00", "\x1b"]
 SURROGATES = ["\ud83d", "\udc00", "\udfff"]
 SEPARATORS = [" | ", "|", "；", "，", "、", " . ", "｜", "；  ", " · "]
 SPACES = ["  ", "\t", "\u00a0", "\u3000", " \u2003 "]
-NO_NAMES = [5, 1.5, None, True, {}, [["x"]], float("nan")]
+INVALID_NAMES = [5, 1.5, None, True, {}, [["x"]], float("nan")]
 FORMS = [
     "typed",
     "list",
@@ -72,7 +72,7 @@ FORMS = [
 
 @dataclass
 class Tools:
-    """Context of all inputs: a folder for files, and a processor whose tokenizer knows every byte."""
+    """Folder for files, and a processor whose tokenizer knows every byte."""
 
     folder: Path
     processor: GKCProcessor
@@ -130,7 +130,7 @@ def check(tools: Tools, rng: random.Random) -> str:
 
 
 def _assert_helps(message: str, given: Any) -> None:
-    """The error is one line, can be printed, and says where: a position, a line, or the text itself."""
+    """Assert that the error has one printable line and names a position, a line or the text itself."""
     message.encode()
     assert "\n" not in message and len(message) < 1500, f"{given!a}: {message!a}"
     assert re.search(
@@ -139,12 +139,12 @@ def _assert_helps(message: str, given: Any) -> None:
 
 
 def _check_processor(processor: GKCProcessor, vocabulary: Vocabulary) -> None:
-    """Assert that there are as many classes as labels, and prompts whose tokens say the names."""
+    """Assert that the processor returns the vocabulary's class ids and prompts that decode to its names."""
     inputs = processor(text=vocabulary, return_tensors="pt")
     assert inputs["class_ids"].tolist() == vocabulary.class_ids
-    read = processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    decoded = processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
     expected = [unicodedata.normalize("NFC", name) for name in vocabulary.flat_names]
-    assert read == expected, f"{read!a} instead of {expected!a}"
+    assert decoded == expected, f"{decoded!a} instead of {expected!a}"
 
 
 def _grouped(words: list[str], rng: random.Random) -> list[list[str]]:
@@ -158,7 +158,7 @@ def _grouped(words: list[str], rng: random.Random) -> list[list[str]]:
 
 
 def _decorated(name: str, rng: random.Random) -> str:
-    """The same name with spaces and characters without width."""
+    """Insert spaces and zero-width characters that do not change a name."""
     for _ in range(rng.randint(0, 2)):
         place = rng.randrange(len(name) + 1)
         name = name[:place] + rng.choice(INVISIBLE) + name[place:]
@@ -167,13 +167,13 @@ def _decorated(name: str, rng: random.Random) -> str:
 
 
 def _spoiled(names: list[list[str]], form: str, rng: random.Random) -> list[list[str]]:
-    """Classes of which one cannot be."""
+    """Make one of the classes invalid."""
     spoiled = [list(group) for group in names]
     group = rng.randrange(len(spoiled))
     kind = rng.choice(["empty", "invisible", "surrogate", "twice", "other form", "filler"])
     if kind == "empty":
         empty = rng.choice(["", " ", "\t\u3000"])
-        # An empty line of a file, or nothing after the last ';', is no label.
+        # Empty lines of a file and a ';' at the end are allowed.
         spoiled[group] = [names[group][0], "zebra", empty] if form in ("typed", "txt", "csv") else [empty]
     elif kind == "invisible":
         spoiled[group] = ["".join(rng.choices(INVISIBLE + FILLERS, k=rng.randint(1, 4)))]
@@ -201,7 +201,7 @@ def _spoiled(names: list[list[str]], form: str, rng: random.Random) -> list[list
 
 
 def _write(folder: Path, names: list[list[str]], form: str, rng: random.Random, ends: bool = False) -> Any:
-    """The classes in a form; the path of a file for those that are files."""
+    """Return the classes in a form; for files, the path."""
     if form in ("list", "tuple"):
         return (list if form == "list" else tuple)(group[0] if len(group) == 1 else group for group in names)
     if form == "typed":
@@ -239,7 +239,7 @@ def _text(names: list[list[str]], form: str, rng: random.Random) -> tuple[str, s
 
 
 def _check_damage(tools: Tools, names: list[list[str]], form: str, rng: random.Random) -> str:
-    """Bytes of a file, or its JSON values, are changed."""
+    """Change bytes of a file, or values of its JSON."""
     form = rng.choice(["txt", "csv", "json", "json objects", "id2label", "coco", "fc-clip"])
     path = _write(tools.folder, names, form, rng)
     data = bytearray(path.read_bytes())
@@ -253,7 +253,7 @@ def _check_damage(tools: Tools, names: list[list[str]], form: str, rng: random.R
         data += data[rng.randrange(len(data)) :]
     elif path.suffix == ".json":
         nested = "[" * (depth := rng.choice([10, 500, 3000, 100_000])) + "]" * depth
-        value = {"huge": "9" * 5000, "deep": nested, "value": json.dumps(rng.choice(NO_NAMES))}[kind]
+        value = {"huge": "9" * 5000, "deep": nested, "value": json.dumps(rng.choice(INVALID_NAMES))}[kind]
         data = bytearray(re.sub(r'"[^"]*"(?!\s*:)', lambda match: value, data.decode(), count=1).encode())
     path.write_bytes(data)
     try:
@@ -271,7 +271,7 @@ def _check_damage(tools: Tools, names: list[list[str]], form: str, rng: random.R
 
 
 def _plain_reading(path: Path) -> list[list[str]] | None:
-    """The classes of a file by a few lines of code; None where these are not enough, as for cells of CSV."""
+    """Read the classes of a file in a few lines of code; None for files that need more, such as CSV."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv" or any(
         unicodedata.category(char) in ("Cc", "Cf") for char in text if char not in "\r\n\t"
@@ -294,7 +294,7 @@ def _plain_reading(path: Path) -> list[list[str]] | None:
 
 
 def _check_tokens(tools: Tools, names: list[list[str]], rng: random.Random) -> str:
-    """Labels that no text encoder can read, or tell apart, are refused by the processor."""
+    """Check that the processor rejects labels that tokenize to nothing or to the same tokens."""
     label = names[0][0]
     bad = rng.choice([[["~~"]], [["<end>"]], [[f"{label} <pad>"]], [[label.replace(label[0], f"~{label[0]}", 1)]]])
     vocabulary = Vocabulary.parse([*names, *bad])

@@ -1,7 +1,7 @@
-"""Post-processing with arguments of every kind, compared with the plain formula in fp64.
+"""Fuzzer of post-processing with arguments of every kind, compared with a plain implementation in fp64.
 
-Each input is a call of a public function or processor method. Either all of its arguments are good: then it must be
-accepted and equal the formula; or one of them is bad: then a ValueError must name it.
+Each input is a call of a public function or processor method. Either all of its arguments are valid, and the result
+must equal that of the plain implementation; or one of them is invalid, and a ValueError must name it.
 """
 
 import contextlib
@@ -28,38 +28,69 @@ from modeling_gkc.post_processing import (
     void_label,
 )
 
-NO_SHARES = [math.nan, math.inf, -math.inf, -0.1, "0.5", True, [0.5], torch.tensor([0.1, 0.2]), 10**400, 1j, {}]
-NO_SIZES = ["ab", 3, (3,), (3, 4, 5), (3, 4.5), (0, 3), (-1, 3), (2**20, 2**20), (math.nan, 3), ("3", "4"), {3, 4}]
-NO_IDS = [5, "12", b"\1", [-1], [99], [0.5], ["0"], [[0]], torch.tensor(1), np.array(1), [math.nan], [True], None]
-NO_VOID_IDS = [math.nan, 2.5, "0", 2**70, [3], True, math.inf]
-NO_FLAGS = ["no", 1, None, [], 0.0, "False"]
-NO_COUNTS = [0, -1, 1.5, "5", None, math.nan, math.inf, True, [3]]
-NO_LOGITS = ["text", None, 5, [[1.0, 2.0]], np.zeros((3, 4), dtype=np.float32), torch.zeros(3, 4, dtype=torch.int64)]
-NO_LOGITS += [torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.complex64), torch.zeros(())]
+INVALID_FRACTIONS = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    -0.1,
+    "0.5",
+    True,
+    [0.5],
+    torch.tensor([0.1, 0.2]),
+    10**400,
+    1j,
+    {},
+]
+INVALID_SIZES = [
+    "ab",
+    3,
+    (3,),
+    (3, 4, 5),
+    (3, 4.5),
+    (0, 3),
+    (-1, 3),
+    (2**20, 2**20),
+    (math.nan, 3),
+    ("3", "4"),
+    {3, 4},
+]
+INVALID_IDS = [5, "12", b"\1", [-1], [99], [0.5], ["0"], [[0]], torch.tensor(1), np.array(1), [math.nan], [True], None]
+INVALID_VOID_IDS = [math.nan, 2.5, "0", 2**70, [3], True, math.inf]
+INVALID_FLAGS = ["no", 1, None, [], 0.0, "False"]
+INVALID_COUNTS = [0, -1, 1.5, "5", None, math.nan, math.inf, True, [3]]
+INVALID_LOGITS = [
+    "text",
+    None,
+    5,
+    [[1.0, 2.0]],
+    np.zeros((3, 4), dtype=np.float32),
+    torch.zeros(3, 4, dtype=torch.int64),
+]
+INVALID_LOGITS += [torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.complex64), torch.zeros(())]
 TOLERANCE = 1e-5
 
 
 class Ambiguous(Exception):
-    """A number lies so near its threshold that rounding decides."""
+    """Error raised when a value is so close to its threshold that rounding decides."""
 
 
 @dataclass
 class Call:
-    """A call to make.
+    """Call of a function.
 
     Args:
-        name: Name of the function, see `FUNCTIONS`.
+        name: Name of the function, see `_run`.
         arguments: Its arguments.
-        bad: Names one of which the refusal must contain; empty where the call must be accepted.
+        invalid: Names of which the error must contain one; empty if the call must be accepted.
     """
 
     name: str
     arguments: dict[str, Any]
-    bad: list[str] = field(default_factory=list)
+    invalid: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={shown(value)}" for name, value in self.arguments.items())
-        return f"{self.name}({arguments}), bad: {self.bad}"
+        return f"{self.name}({arguments}), invalid: {self.invalid}"
 
 
 def setup(folder: Path) -> GKCImageProcessor:
@@ -74,10 +105,12 @@ def check(processor: GKCImageProcessor, rng: random.Random) -> str:
     try:
         result = _run(processor, call)
     except ValueError as error:
-        assert call.bad, f"{call} was refused: {error}"
-        assert any(name in str(error) for name in call.bad), f"{call}: the error does not name it: {error}"
+        assert call.invalid, f"{call} was rejected: {error}"
+        assert any(name in str(error) for name in call.invalid), (
+            f"{call}: the error does not name the argument: {error}"
+        )
         return "refused"
-    assert not call.bad, f"{call.name}: a bad {call.bad[0]} was accepted: {call}"
+    assert not call.invalid, f"{call.name}: an invalid {call.invalid[0]} was accepted: {call}"
     with contextlib.suppress(Ambiguous):
         _compare(call, result)
     return "accepted"
@@ -129,47 +162,49 @@ def _draw(rng: random.Random) -> Call:
 
 
 def _spoil(call: Call, rng: random.Random) -> None:
-    """Replace one argument by a bad one."""
+    """Replace one argument by an invalid one."""
     name = rng.choice(sorted(call.arguments))
     if name in ("class_map", "scores"):
         return _spoil_map(call, name, rng)
     good = call.arguments[name]
-    call.bad = [name]
+    call.invalid = [name]
     if name == "class_logits":
-        value = rng.choice([*NO_LOGITS, good[:, :1], good[:0], good[None], good.repeat(2, 1), *_spoiled(good, rng)])
-        call.bad = ["class_logits", "class logits"]
+        value = rng.choice(
+            [*INVALID_LOGITS, good[:, :1], good[:0], good[None], good.repeat(2, 1), *_spoiled(good, rng)]
+        )
+        call.invalid = ["class_logits", "class logits"]
     elif name == "mask_logits":
-        value = rng.choice([*NO_LOGITS, good[0], good[None], good[:, :0], *_spoiled(good, rng)])
-        call.bad = ["mask_logits", "mask logits", "masks of"]
+        value = rng.choice([*INVALID_LOGITS, good[0], good[None], good[:, :0], *_spoiled(good, rng)])
+        call.invalid = ["mask_logits", "mask logits", "masks of"]
         if call.name == "resize":
-            value = rng.choice([*NO_LOGITS, good[0], good[None], good[:, :, :0]])
+            value = rng.choice([*INVALID_LOGITS, good[0], good[None], good[:, :, :0]])
     elif name in ("content_size", "target_size"):
         grid = call.arguments["mask_logits"].shape[-2:]
         too_large = [(4 * grid[0] + 1, 4), (10**9, 1)] if name == "content_size" else []
-        value = rng.choice([*NO_SIZES, *too_large])
-        call.bad = [name, "content of"]
+        value = rng.choice([*INVALID_SIZES, *too_large])
+        call.invalid = [name, "content of"]
     elif name in ("void_label_ids", "label_ids_to_fuse"):
-        value = rng.choice(NO_IDS)
+        value = rng.choice(INVALID_IDS)
     elif name == "void_id":
         shown = set(range(call.arguments["class_logits"].shape[1] - 1))
         shown -= {int(index) for index in call.arguments["void_label_ids"]}
         taken = sorted(shown)[:1] if call.name == "semantic" else [1]
-        value = rng.choice([*NO_VOID_IDS, *taken])
+        value = rng.choice([*INVALID_VOID_IDS, *taken])
     elif name.startswith("return_"):
-        value = rng.choice(NO_FLAGS)
+        value = rng.choice(INVALID_FLAGS)
     elif name in ("top_k", "num_classes"):
         value = rng.choice(
-            [*NO_COUNTS[1 if call.name == "void_label" else 0 :], *([2**31] * (call.name == "void_label"))]
+            [*INVALID_COUNTS[1 if call.name == "void_label" else 0 :], *([2**31] * (call.name == "void_label"))]
         )
     else:
         above = len(call.arguments["class_logits"]) + 0.5 if call.name == "semantic" else 1.5
-        value = rng.choice([*NO_SHARES, above, *([None] * (name != "void_threshold"))])
+        value = rng.choice([*INVALID_FRACTIONS, above, *([None] * (name != "void_threshold"))])
     call.arguments[name] = value
     return None
 
 
 def _spoiled(logits: torch.Tensor, rng: random.Random) -> list[torch.Tensor]:
-    """Logits with a number that is none."""
+    """Return logits of which one is not finite."""
     spoiled = logits.clone()
     spoiled[(..., *(rng.randrange(side) for side in spoiled.shape))] = rng.choice([math.nan, math.inf])
     return [spoiled]
@@ -181,7 +216,7 @@ def _spoil_map(call: Call, name: str, rng: random.Random) -> None:
         "class_map": [class_map.float(), class_map > 0, class_map[0], class_map.numpy(), "map", None],
         "scores": [scores.long(), scores[:, :-1], scores.numpy(), scores * math.nan, scores / 0, 0.5, None],
     }
-    call.arguments[name], call.bad = rng.choice(values[name]), [name]
+    call.arguments[name], call.invalid = rng.choice(values[name]), [name]
 
 
 def _run(processor: GKCImageProcessor, call: Call) -> Any:
@@ -195,7 +230,7 @@ def _run(processor: GKCImageProcessor, call: Call) -> Any:
         "void_label": void_label,
     }
     result = functions[call.name](**call.arguments)
-    if call.name in ("semantic", "panoptic", "instance") and not call.bad:
+    if call.name in ("semantic", "panoptic", "instance") and not call.invalid:
         by_method = _by_method(processor, call)
         expected = result[0] if call.name == "semantic" else result["segmentation"]
         got = by_method if call.name == "semantic" else by_method["segmentation"]
@@ -204,7 +239,7 @@ def _run(processor: GKCImageProcessor, call: Call) -> Any:
 
 
 def _by_method(processor: GKCImageProcessor, call: Call) -> Any:
-    """The same by the processor's method, as the second of two images."""
+    """Run the processor's method on a batch, with the call's arguments for the second image."""
     arguments = dict(call.arguments)
     class_logits, masks = arguments.pop("class_logits"), arguments.pop("mask_logits")
     content, target = arguments.pop("content_size"), arguments.pop("target_size")
@@ -244,7 +279,7 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _resized(masks: torch.Tensor, content: Any, target: Any) -> np.ndarray:
-    """Bilinear interpolation between centers of cells, in fp64."""
+    """Interpolate bilinearly between pixel centers in fp64."""
     masks = masks.double().numpy()
     extent = [side / 4 for side in content] if content is not None else list(masks.shape[1:])
     cut = [math.ceil(side) for side in extent]
@@ -263,14 +298,14 @@ def _resized(masks: torch.Tensor, content: Any, target: Any) -> np.ndarray:
 
 
 def _reaches(values: Any, threshold: float) -> Any:
-    """values >= threshold, if rounding does not decide."""
+    """Return values >= threshold unless rounding decides."""
     if np.any(np.abs(np.asarray(values) - threshold) < TOLERANCE):
         raise Ambiguous
     return values >= threshold
 
 
 def _best(values: np.ndarray) -> np.ndarray:
-    """Index of the largest along the first axis, if rounding does not decide."""
+    """Return the argmax along the first axis unless rounding decides."""
     ordered = np.sort(values, axis=0)
     if len(values) > 1 and np.any(ordered[-1] - ordered[-2] < TOLERANCE):
         raise Ambiguous

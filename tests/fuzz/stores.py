@@ -1,7 +1,7 @@
-"""Damaged stored files: flipped bytes, truncated, deleted and exchanged files, changed JSON, in every kind of store.
+"""Fuzzer of every kind of store: flipped bytes, truncated, deleted and exchanged files, changed JSON.
 
-A store is copied, one file of it is damaged, and all of it is read. What is read must equal what was stored, or the
-reader must refuse it by a `ValueError` of one line that names the damaged file or its folder.
+A store is copied, one file of the copy is damaged, and the whole copy is read. The result must equal the stored data,
+or the reader must raise a `ValueError` of one line that names the damaged file or its folder.
 """
 
 import json
@@ -42,13 +42,12 @@ CHUNKS = 3
 
 @dataclass
 class Store:
-    """
-    A valid store, and how it is read.
+    """Valid store and its reader.
 
     Args:
-        folder: its files; copies of it are damaged.
-        read: reads all of a copy; the values of two copies are compared.
-        stored: what `read` gives of the undamaged store, or a function that says whether a value is right.
+        folder: Folder of the store; copies of it are damaged.
+        read: Function that reads a whole copy; its results are compared.
+        stored: Result of `read` for the intact store, or a function that returns whether a result is right.
     """
 
     folder: Path
@@ -62,7 +61,7 @@ class Store:
 
 @dataclass
 class Context:
-    """The stores by their kind, and the folder where copies are damaged."""
+    """Stores by kind, and the folder for damaged copies."""
 
     stores: dict[str, Store]
     scratch: Path
@@ -91,7 +90,7 @@ def check(context: Context, rng: random.Random) -> str:
 
 
 def check_kind(context: Context, kind: str, rng: random.Random) -> str:
-    """Damage a store and read it."""
+    """Damage a store of the given kind and read it."""
     store = context.stores[kind]
     copy = context.scratch / "store"
     shutil.rmtree(copy, ignore_errors=True)
@@ -102,12 +101,12 @@ def check_kind(context: Context, kind: str, rng: random.Random) -> str:
     except ValueError as error:
         text = str(error)
         assert "\n" not in text.strip(), f"{kind}, {damage}: the message has several lines: {text}"
-        assert str(copy) in text, f"{kind}, {damage}: the message names no file of the store: {text}"
+        assert str(copy) in text, f"{kind}, {damage}: the message does not name a file of the store: {text}"
         return "refused"
     except Exception as error:
         raise RuntimeError(f"{kind}, {damage}: {type(error).__name__}: {error}") from error
     right = store.stored(value) if callable(store.stored) else value == store.stored
-    assert right, f"{kind}, {damage}: what was read is not what was stored"
+    assert right, f"{kind}, {damage}: the data read differ from the data stored"
     return "accepted"
 
 
@@ -115,7 +114,7 @@ def check_kind(context: Context, kind: str, rng: random.Random) -> str:
 
 
 def _damage(folder: Path, rng: random.Random) -> str:
-    """Damage one file of a folder, or exchange two; return what was done."""
+    """Damage one file of a folder, or exchange two, and return a description."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = rng.choice(files)
     kind = rng.choice(
@@ -152,7 +151,7 @@ def _damage(folder: Path, rng: random.Random) -> str:
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    """A JSON value with one change at a random depth."""
+    """Return a JSON value with one change at a random depth."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         changed = dict(value)
@@ -179,7 +178,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
 # ---- stores
 
 
-def _picture(folder: Path, number: int) -> Path:
+def _write_image(folder: Path, number: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / f"{number:03d}.png")
@@ -191,9 +190,9 @@ def _rows_of(dataset: Any) -> list[dict]:
 
 
 def _prepared(folder: Path) -> Store:
-    """Five pictures in two Parquet files, read once before, so that what was made for reading is damaged too."""
+    """Prepare five images in two Parquet files; reading them once also creates the cache that is damaged."""
     source = folder.with_name("source")
-    paths = [_picture(source / "images", number) for number in range(5)]
+    paths = [_write_image(source / "images", number) for number in range(5)]
 
     def find(_: Path, split: str) -> list[Picture]:
         return [
@@ -215,19 +214,19 @@ def _dataset(folder: Path) -> Store:
     """Make a dataset of `save_to_disk` with a train and a val split, as `train.data.from_folder` does."""
     source = folder.with_name("annotated")
     for number in range(5):
-        _picture(source / "images", number)
+        _write_image(source / "images", number)
         (source / "masks").mkdir(exist_ok=True)
         mask = np.arange(20, dtype=np.uint8).reshape(4, 5) % (number + 2)
         Image.fromarray(mask).save(source / "masks" / f"{number:03d}.png")
     (source / "names.json").write_text(json.dumps([f"class {number}" for number in range(8)]))
     convert(source, folder, val_share=0.4)
-    for name in ("report.json", "vocabulary.json"):  # for people: one may be changed by hand
+    for name in ("report.json", "vocabulary.json"):  # users may edit these
         (folder / name).unlink()
     return Store(folder, lambda copy: [_rows_of(load_split(copy, split)) for split in ("train", "val")])
 
 
 def _region_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids (R,) and rows (R, 6) of REGIONS."""
+    """Return segment ids (R,) and rows (R, 6) of REGIONS."""
     count = sum(REGIONS.values())
     return np.arange(1, count + 1), np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32)
 
@@ -238,7 +237,7 @@ def _lookups(store: Any) -> list[list]:
 
 
 def _regions(folder: Path) -> Store:
-    """A region store of three shards, as the teacher's embeddings and the probabilities of synonyms are kept."""
+    """Write a region store of three shards, as used for teacher embeddings and synonym probabilities."""
     settings = StoreSettings("teacher", FINGERPRINT, 6, len(REGIONS), images_per_shard=3, command="make it again")
     writer = StoreWriter(folder, settings)
     writer.begin()
@@ -254,7 +253,7 @@ def _regions(folder: Path) -> Store:
 
 
 def _rows(folder: Path) -> Store:
-    """The teacher's embeddings in one file, as `RegionTeacher.embed_dataset` keeps them."""
+    """Write teacher embeddings to one file, as `RegionTeacher.embed_dataset` does."""
     segment_ids, rows = _region_rows()
     ends = np.cumsum(list(REGIONS.values())).tolist()
     places = {name: (end - REGIONS[name], end) for name, end in zip(REGIONS, ends, strict=True)}
@@ -262,7 +261,7 @@ def _rows(folder: Path) -> Store:
     embeddings.save(folder / "rows.safetensors")
 
     def read(copy: Path) -> list:
-        if not (copy / "rows.safetensors").exists():  # the embeddings are then computed
+        if not (copy / "rows.safetensors").exists():  # a missing file is computed
             return _lookups(embeddings)
         return _lookups(TeacherEmbeddings.load(copy / "rows.safetensors", FINGERPRINT))
 
@@ -270,7 +269,7 @@ def _rows(folder: Path) -> Store:
 
 
 def _chunks(folder: Path) -> Store:
-    """The counts of three finished pieces of an evaluation."""
+    """Write the counts of three finished chunks of an evaluation."""
     chunks, generator = ChunkFolder(folder, CHUNKS), np.random.default_rng(0)
     for number in range(CHUNKS):
         score = SemanticScore(SemanticMetric(4))
@@ -279,7 +278,7 @@ def _chunks(folder: Path) -> Store:
 
     def read(copy: Path) -> Any:
         scores, found = {"semantic": SemanticScore(SemanticMetric(4))}, ChunkFolder(copy, CHUNKS)
-        if found.pending():  # these are evaluated again
+        if found.pending():  # pending chunks are evaluated again
             return "again"
         metas = [found.merge_into(number, scores) for number in range(CHUNKS)]
         return metas, scores["semantic"].metric.confusion.tolist()
@@ -289,13 +288,13 @@ def _chunks(folder: Path) -> Store:
 
 
 def _results(folder: Path) -> Store:
-    """The file of an evaluation."""
+    """Write the result file of an evaluation."""
     write_result(result(), folder / "result.json")
     return Store(folder, lambda copy: read_result(copy / "result.json"))
 
 
 def _embeddings(folder: Path) -> Store:
-    """Class embeddings, as `gkc embed` writes them."""
+    """Write class embeddings as `gkc embed` does."""
     folder.mkdir()
     model, processor = toy_model().eval(), toy_processor()
     with torch.no_grad():
@@ -313,7 +312,7 @@ def _embeddings(folder: Path) -> Store:
 
 
 def _checkpoints(folder: Path) -> Store:
-    """Two checkpoints of training; the older one is right where the newer one is not whole."""
+    """Write two training checkpoints; if the newer one is incomplete, the older one must be used."""
     for step in (10, 20):
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
