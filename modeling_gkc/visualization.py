@@ -80,7 +80,7 @@ def draw_overlay(image: Image.Image, segmentation: np.ndarray, segments: Sequenc
     resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     shown = _resize_nearest(segmentation, height, width)
     overlay = _blend(np.asarray(resized), shown, segments)
-    font = _font(max(14, min(width, height) // 30))
+    font = ImageFont.load_default(size=max(14, min(width, height) // 30))
     _write_names(overlay, shown, segments, font)
     fractions = [areas[segment.id] / segmentation.size for segment in segments]
     return _add_legend(overlay, segments, fractions, font)
@@ -254,10 +254,6 @@ def _legend_rows(segments: Sequence[DrawnSegment], fractions: Sequence[float]) -
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.0f} %" if fraction >= 0.01 else "< 1 %"
-
-
-def _font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
 
 
 __all__ = ["DrawnSegment", "draw_overlay", "label_map", "shade"]

@@ -224,7 +224,8 @@ def export_segmenter(
         settings = describe(model, processor, graph.name, (height, width), classes, fixed)
         settings |= {"opset": opset} if format == "onnx" else {}
         settings["largest_mask_difference"] = difference
-        _write_json(unfinished / SETTINGS_FILE, settings)
+        text = json.dumps(settings, indent=1, ensure_ascii=False)
+        (unfinished / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
         if format == "onnx":
             _write_runner(unfinished)
     return ExportedSegmenter(folder, folder / FORMATS[format], settings, difference)
@@ -324,10 +325,6 @@ def _write_runner(folder: Path) -> None:
     for name, source in RUNNER_SOURCES.items():
         text = Path(source).read_text(encoding="utf-8")
         (folder / name).write_text(re.sub(r"^from \.\.(?=\w)", "from ", text, flags=re.MULTILINE), encoding="utf-8")
-
-
-def _write_json(path: Path, settings: dict[str, Any]) -> None:
-    path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 __all__ = [

@@ -188,14 +188,10 @@ def trace(segmenter: ExportableSegmenter, height: int, width: int, fixed: bool) 
     """
     example = {"pixel_values": torch.zeros(2, 3, height, width)}
     if not fixed:
-        example["class_embeds"] = torch.zeros(3, _text_width(segmenter))
+        example["class_embeds"] = torch.zeros(3, segmenter.model.config.projection_dim)
     dimensions = {name: {0: torch.export.Dim(axis)} for name, axis in _free_axes(fixed).items()}
     with torch.no_grad(), _quiet(), _export_errors():
         return torch.export.export(segmenter, (), example, dynamic_shapes=dimensions, strict=False)
-
-
-def _text_width(segmenter: ExportableSegmenter) -> int:
-    return segmenter.model.config.projection_dim
 
 
 def _free_axes(fixed: bool) -> dict[str, str]:
