@@ -49,7 +49,7 @@ class Recording:
 
 @functools.cache
 def recording(name: str) -> Recording:
-    """The recording `rn` or `convnext`."""
+    """Return the recording `rn` or `convnext`."""
     return Recording(name)
 
 

@@ -44,7 +44,7 @@ def image(number: int = 7, name: str = "a.png", **changes) -> dict:
 
 
 def write_coco(path: Path, annotations: list | None = None, images: list | None = None, categories=CATEGORIES) -> Path:
-    """A COCO file; its pictures are left to the caller."""
+    """Write a COCO file without its images."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"images": images or [image()], "annotations": [annotation()] if annotations is None else annotations}
     path.write_text(json.dumps({**content, "categories": categories}))

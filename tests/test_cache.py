@@ -35,7 +35,7 @@ IMAGES, PER_SHARD = 7, 3  # so there are 3 shards; with manifest, index and mani
 
 
 def save_clip(folder: Path, seed: int = 0) -> Path:
-    """A CLIP as `gkc convert clip-resnet --text` writes it, and its tokenizer."""
+    """Write a CLIP as `gkc convert clip-resnet --text` does, with its tokenizer."""
     toy_vision_model(seed).save_pretrained(folder)
     torch.manual_seed(seed + 100)
     CLIPTextModelWithProjection(small_config().text_config).save_pretrained(folder / "text")
@@ -79,7 +79,7 @@ def in_child(action: Callable[[], object]) -> int:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, clip) -> tuple[Path, dict[str, bytes]]:
-    """A dataset, and the files of its cache when nothing disturbs their writing."""
+    """Return a dataset and the files of its cache after an uninterrupted run."""
     data = tmp_path_factory.mktemp("whole") / "data"
     toy_dataset(IMAGES).save_to_disk(data)
     assert in_child(lambda: run(data, "--clip", clip)) == 0
@@ -88,7 +88,7 @@ def whole(tmp_path_factory, clip) -> tuple[Path, dict[str, bytes]]:
 
 @pytest.fixture
 def undisturbed(whole) -> dict[str, bytes]:
-    """The files; none of them is there."""
+    """Return the paths of files that do not exist."""
     data, files = whole
     shutil.rmtree(folder_of(data))
     folder_of(data).mkdir()
@@ -97,7 +97,7 @@ def undisturbed(whole) -> dict[str, bytes]:
 
 @pytest.fixture
 def bare(whole) -> Path:
-    """The dataset, without a cache in the tests that ask for `undisturbed`."""
+    """Return the dataset, without a cache in tests that request `undisturbed`."""
     return whole[0]
 
 
@@ -256,7 +256,7 @@ def test_missing_segments_are_named(data, clip):
 
 
 def pixel_and_nothing(index: int, row: dict) -> dict:
-    """A region of one pixel, one of no pixel, and a crowd; in the second image nothing else."""
+    """Return a row with regions of one pixel and of no pixel and a crowd; the second image has nothing else."""
     ids = np.asarray(row["segmentation"]).copy()
     ids[5, 9] = (77, 0, 0)
     row["segments"][-1]["iscrowd"] = True

@@ -33,7 +33,7 @@ def flip(path: Path, position: int = -20) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A prepared benchmark of two Parquet files, and its source beside it."""
+    """Prepare a benchmark with two Parquet files, with its source."""
     folder = tmp_path_factory.mktemp("prepared")
     prepare(toy(folder / "source", images=4), folder / "source", folder / "data", None, Settings(**QUICK))
     return folder
@@ -41,12 +41,12 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def prepared(whole, tmp_path) -> Path:
-    """A copy of the benchmark."""
+    """Copy the benchmark."""
     return Path(shutil.copytree(whole, tmp_path / "copy")) / "data"
 
 
 def prepare_again(prepared: Path) -> dict:
-    """The command that the message names mends it."""
+    """Check that the command named in the message repairs the benchmark."""
     source = prepared.parent / "source"
     manifest = read_manifest(prepared)
     write_manifest(prepared, {**manifest, "source": str(source)})

@@ -39,14 +39,14 @@ def text_space(num_classes: int, width: int, cosine: float, generator: torch.Gen
 
 
 def near(embed: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
-    """A unit vector with the given cosine to a unit vector."""
+    """Return a unit vector with the given cosine to another one."""
     step = torch.randn(embed.shape, generator=generator)
     step = F.normalize(step - step @ embed * embed, dim=0)
     return cosine * embed + (1 - cosine**2) ** 0.5 * step
 
 
 def embedder_of(names: Tensor, class_ids: Tensor | None = None) -> GKCConvexClassEmbedder:
-    """A classifier whose head passes its input through, so that the logits can be chosen."""
+    """Return a classifier whose head is the identity, so that the logits can be chosen."""
     class_ids = torch.arange(len(names)) if class_ids is None else class_ids
     num_classes = int(class_ids.max()) + 1
     vocabulary = [["name"] * int((class_ids == index).sum()) for index in range(num_classes)]

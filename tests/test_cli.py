@@ -34,7 +34,7 @@ LABELS = "red disc; blue square, box; lawn, grass; sky"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A random model that stores three words; its queries prefer real classes to "no object"."""
+    """Write a random model with a stored vocabulary whose queries prefer real classes to "no object"."""
     torch.manual_seed(0)
     processor = GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
     model = GKCForOpenVocabSegmentation(small_config()).eval()
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare_checkpoint(checkpoint, tmp_path_factory) -> Path:
-    """The same without stored words."""
+    """Write the same model without a stored vocabulary."""
     folder = tmp_path_factory.mktemp("bare")
     torch.manual_seed(0)
     GKCForOpenVocabSegmentation(small_config()).save_pretrained(folder)

@@ -51,7 +51,7 @@ PREPROCESSOR = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A Mask2Former as the Hub has it."""
+    """Write a Mask2Former in the format of the Hub."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("source")
     backbone = ResNetConfig(
@@ -80,7 +80,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A whole CLIP, both towers, with its tokenizer."""
+    """Write a CLIP model with both towers and its tokenizer."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
     text = CLIPTextConfig(
@@ -103,7 +103,7 @@ def clip(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
-    """A CLIP ResNet as OpenAI has it."""
+    """Write a CLIP ResNet in OpenAI's format."""
     path = tmp_path_factory.mktemp("openai") / "RN-tiny.pt"
     save_archive(random_weights(), str(path))
     return path

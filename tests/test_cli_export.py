@@ -38,7 +38,7 @@ def gkc(*arguments) -> int:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:
-    """What the command asks `export_segmenter` for, which then writes no graph."""
+    """Record the arguments of `export_segmenter` and skip writing the graph."""
     asked = []
     write = exporter.export_segmenter
 

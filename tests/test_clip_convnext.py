@@ -36,7 +36,7 @@ def test_stages_and_embeddings(model, golden, within):
 
 
 def preprocessed(golden, case: str) -> torch.Tensor:
-    """The recorded picture, normalized and padded to multiples of 32."""
+    """Return the recorded image, normalized and padded to multiples of 32."""
     mean, std = (torch.tensor(golden.meta[name])[:, None, None] for name in ("pixel_mean", "pixel_std"))
     pixels = (golden[f"{case}.image0_rgb_u8"] - mean) / std
     height, width = pixels.shape[1:]

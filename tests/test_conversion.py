@@ -181,7 +181,7 @@ def test_an_archive_is_read_as_torch_reads_it(archive):
 
 
 def rewritten(archive: Path, target: Path, change) -> Path:
-    """A copy of a zip whose files went through `change(name, content)`; None leaves one out."""
+    """Copy a zip with each file replaced by `change(name, content)`; None omits the file."""
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(target, "w") as copy:
         for name in source.namelist():
             content = change(name.partition("/")[2], source.read(name))
@@ -387,7 +387,7 @@ def test_files_without_weights_are_refused(tmp_path):
 
 
 def recompressed(archive: Path, path: Path, compression: int = zipfile.ZIP_STORED) -> Path:
-    """The same archive, its entries compressed or not."""
+    """Copy an archive with its entries compressed or not."""
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w", compression) as target:
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry), compression)

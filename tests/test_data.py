@@ -24,7 +24,7 @@ NO_CHANGE = JointTransform(crop_size=None, flip_probability=0.0)
 
 
 def alter(index: int, **changes):
-    """A `change` for `toy_dataset` that replaces columns of one row."""
+    """Return a `change` for `toy_dataset` that replaces columns of one row."""
     return lambda position, row: {**row, **changes} if position == index else row
 
 

@@ -31,7 +31,7 @@ def own_memory_of_all(iterator) -> dict[str, float]:
 
 
 def grown_mb(streaming: bool) -> dict[str, float]:
-    """What the main process and two workers hold more of after the batches than after the warm-up."""
+    """Return the memory growth of the main process and two workers after the warm-up."""
     rows = (WARM_UP + BATCHES + 20) * BATCH_SIZE
     small = toy_dataset(4, size=32)
     dataset = small.select([index % 4 for index in range(rows)])

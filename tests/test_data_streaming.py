@@ -24,7 +24,7 @@ ROWS = 44
 
 @pytest.fixture(autouse=True)
 def short_sleep(monkeypatch):
-    """datasets waits 5 s for Arrow's threads whenever it has read Parquet to the end; they need no time here."""
+    """Shorten the 5 s that datasets waits for Arrow threads after reading Parquet to the end."""
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
 
 
@@ -35,7 +35,7 @@ def dataset() -> Dataset:
 
 @pytest.fixture(scope="module")
 def parquet(dataset, tmp_path_factory) -> dict[int, list[str]]:
-    """The dataset in files, by how many these are."""
+    """Write the dataset to files, for several numbers of files."""
     folder = tmp_path_factory.mktemp("parquet")
     files = {}
     for number in (3, 4):
@@ -58,7 +58,7 @@ def loader_of(stream: StreamingDataset, workers: int, batch_size: int | None = N
 
 
 def ids_of_an_epoch(stream: StreamingDataset, workers: int, processes: int = 1, epoch: int = 0) -> list[list[str]]:
-    """The image ids that each process sees, one after the other in this one."""
+    """Return the image ids that each process reads, simulated one after the other."""
     stream.set_epoch(epoch)
     seen = []
     for process in range(processes):

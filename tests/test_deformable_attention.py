@@ -40,7 +40,7 @@ def random_inputs(
 
 
 def written_out(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition, sample by sample and corner by corner."""
+    """Compute the definition, sample by sample and corner by corner."""
     batch_size, queries, heads, levels, points, _ = locations.shape
     output = torch.zeros(batch_size, queries, heads, value.shape[-1], dtype=value.dtype)
     starts = [0, *itertools.accumulate(height * width for height, width in shapes)]
@@ -57,7 +57,7 @@ def written_out(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor,
 
 
 def with_gradients(kernel: str, inputs: tuple) -> list[Tensor]:
-    """What the kernel computes, and the gradients of values, locations and weights."""
+    """Return the kernel's output and the gradients of values, locations and weights."""
     value, shapes, locations, weights = inputs
     leaves = [each.clone().requires_grad_() for each in (value, locations, weights)]
     output = multi_scale_deformable_attention(leaves[0], shapes, *leaves[1:], kernel=kernel)

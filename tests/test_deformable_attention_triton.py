@@ -63,7 +63,7 @@ def no_interpreter():
 
 
 def in_fp64(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition: one `grid_sample` of every level and head, everything in fp64."""
+    """Compute the definition in fp64, with one `grid_sample` per level and head."""
     batch_size, _, num_heads, head_dim = value.shape
     levels = value.double().split([height * width for height, width in shapes], dim=1)
     output = 0
@@ -99,7 +99,7 @@ def outputs_and_grads(function, inputs, shapes) -> list[Tensor]:
 
 
 def exact_outputs_and_grads(inputs, shapes) -> list[Tensor]:
-    """The definition's output and gradients in fp64; gradients of half-precision inputs would be rounded to them."""
+    """Return output and gradients in fp64; gradients of half-precision inputs would be rounded."""
     return outputs_and_grads(in_fp64, [tensor.detach().double().requires_grad_() for tensor in inputs], shapes)
 
 

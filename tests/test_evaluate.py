@@ -47,14 +47,14 @@ def png(pixels: np.ndarray) -> dict:
 
 
 def row(name: str, image: np.ndarray, ids: np.ndarray, classes: Sequence[int], **more: Any) -> dict:
-    """A row whose segment i + 1 is of class classes[i]."""
+    """Return a row whose segment i + 1 has the class classes[i]."""
     segments = [{"id": i, "category_id": label, "iscrowd": False} for i, label in enumerate(classes, start=1)]
     pictures = {"image": png(image), "segmentation": png(encode_ids(ids))}
     return {**pictures, "segments": segments, "captions": [], "image_id": name, "video_id": "", "frame": 0} | more
 
 
 def write_prepared(folder: Path, benchmark: str, vocabulary: Vocabulary, rows: Sequence[dict]) -> Path:
-    """A prepared benchmark of these rows, as `train.data.prepare` writes it."""
+    """Write a prepared benchmark of these rows as `train.data.prepare` does."""
     folder.mkdir(parents=True)
     shard = folder / "val-00000-of-00001.parquet"
     Dataset.from_list(list(rows), features=dataset_features()).to_parquet(str(shard))
@@ -68,7 +68,7 @@ def write_prepared(folder: Path, benchmark: str, vocabulary: Vocabulary, rows: S
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """The mini-world, drawn and prepared by the commands that a user types."""
+    """Draw and prepare the mini-world with the documented commands."""
     folder = tmp_path_factory.mktemp("world")
     drawn = ["--out", str(folder / "drawn"), "--train-scenes", "2", "--val-scenes", str(SCENES)]
     assert miniworld.main(drawn) == 0
@@ -83,13 +83,13 @@ def run(data: Path, out: Path, *options: object) -> int:
 
 
 def numbers(result: dict) -> dict:
-    """What must not depend on how the work was shared."""
+    """Return the results that must not depend on how the work was distributed."""
     return {name: result[name] for name in ("scores", "per_cent", "groups", "classes", "images", "fingerprint")}
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> tuple[Path, dict]:
-    """The result of one undisturbed process."""
+    """Return the result of one uninterrupted process."""
     out = tmp_path_factory.mktemp("whole") / "result.json"
     assert exit_code(start_child(lambda: run(data, out, "--tasks", *TASKS))) == 0
     return out, read_result(out)

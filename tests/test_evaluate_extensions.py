@@ -102,7 +102,7 @@ BENCHMARK = """
 
 @pytest.fixture
 def extended(tmp_path, monkeypatch):
-    """The packages of metrics and benchmarks, each with one more file."""
+    """Add one file each to the packages of metrics and benchmarks."""
     caches = all_scores.cache_clear, train.data.benchmarks.all_benchmarks.cache_clear
     for package, name, text in (
         (train.metrics, "toy_metric", METRIC),

@@ -56,7 +56,7 @@ SCENE_CLASSES = Vocabulary([[name] for name in ("circle", "square", "star", "gra
 
 
 def scene(height: int, width: int, index: int = 0) -> np.ndarray:
-    """A part of a drawn scene."""
+    """Return a crop of a drawn scene."""
     return draw_scene((5, 7), index, 192).image[:height, :width]
 
 

@@ -17,7 +17,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "evaluation.md"
 
 
 def result(benchmark: str = "ade20k_150", miou: float | None = 0.1749, sha256: str = "a" * 64, **changes) -> dict:
-    """A result that follows the schema."""
+    """Return a result that follows the schema."""
     scores = {"semantic": {"miou": miou, "pixel_accuracy": 0.6}}
     return {
         "schema": SCHEMA_NAME,

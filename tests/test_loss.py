@@ -235,7 +235,7 @@ def test_divisor_of_a_micro_batch_without_segments_is_the_steps():
 
 
 def matched_one_by_one(config, class_logits, point_logits, class_labels, point_labels):
-    """The matching of one stage written image by image and pair by pair."""
+    """Compute the matching of one stage image by image and pair by pair."""
     class_logits, point_logits, matches = class_logits.detach(), point_logits.detach(), []
     for image, classes in enumerate(class_labels):
         costs = torch.zeros(class_logits.shape[1], len(classes))
@@ -251,7 +251,7 @@ def matched_one_by_one(config, class_logits, point_logits, class_labels, point_l
 
 
 def losses_one_by_one(config, class_logits, mask_logits, mask_labels, class_labels, point_seeds=None):
-    """The criterion written stage by stage and image by image, with float masks, drawing in the documented order."""
+    """Compute the criterion by stage and image, with float masks, sampling in the documented order."""
     generators = [torch.default_generator] * len(mask_labels)
     if point_seeds is not None:
         generators = [torch.Generator().manual_seed(seed) for seed in point_seeds]

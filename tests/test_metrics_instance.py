@@ -22,7 +22,7 @@ def segment(segment_id, category_id, iscrowd=False):
 
 
 def row(text):
-    """ "1 1 2" -> one row of ids."""
+    """Return one row of ids for a string such as "1 1 2"."""
     return np.array([[int(word) for word in text.split()]])
 
 
@@ -55,7 +55,7 @@ def random_images(number=6, side=32, seed=0):
 
 
 def by_file(images, folder, num_classes=CLASSES):
-    """pycocotools as published: two JSON files and its default parameters."""
+    """Run pycocotools as published: two JSON files and its default parameters."""
     annotations, results, sizes = [], [], []
     for place, (_, detections, ids, truths) in enumerate(images):
         sizes.append({"id": place, "height": ids.shape[0], "width": ids.shape[1]})

@@ -22,7 +22,7 @@ def segment(segment_id, category_id, iscrowd=False):
 
 
 def row(text):
-    """ "1 1 2" -> one row of ids."""
+    """Return one row of ids for a string such as "1 1 2"."""
     return np.array([[int(word) for word in text.split()]])
 
 

@@ -1,4 +1,4 @@
-"""mIoU, its relatives and boundary IoU: hand-worked cases, pixel by pixel, and independent libraries."""
+"""Tests of mIoU, related metrics and boundary IoU against manual results, plain loops and independent libraries."""
 
 import math
 from itertools import permutations
@@ -50,7 +50,7 @@ def random_pairs(number=6, side=23, classes=CLASSES, seed=0):
 
 
 def walked(pairs, num_classes, absent):
-    """mIoU by walking over the pixels with sets of places, one class at a time."""
+    """Compute mIoU from sets of pixel positions, one class at a time."""
     scores = []
     for index in range(num_classes):
         true, found = set(), set()
@@ -242,7 +242,7 @@ def test_a_perfect_prediction_scores_one(pair):
 
 
 def walked_band(mask, distance):
-    """The pixels of a mask that see another pixel, or the outside, within a square around them."""
+    """Return the pixels of a mask with another pixel, or the border, within a square around them."""
     height, width = mask.shape
     band = np.zeros_like(mask)
     for y, x in np.argwhere(mask):

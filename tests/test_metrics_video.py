@@ -26,7 +26,7 @@ def segment(segment_id, category_id, iscrowd=False):
 
 
 def row(text):
-    """ "1 1 2" -> one row of ids."""
+    """Return one row of ids for a string such as "1 1 2"."""
     return np.array([[int(word) for word in text.split()]])
 
 
@@ -56,7 +56,7 @@ def scored(metric, *videos):
 
 
 def side_by_side(frames):
-    """The frames of a window as one image: its tubes are the segments of that image."""
+    """Join the frames of a window into one image, whose segments are the tubes."""
     ids, segments, truth_ids, truths = zip(*frames, strict=True)
     return np.concatenate(ids, axis=1), segments[0], np.concatenate(truth_ids, axis=1), truths[0]
 
@@ -216,7 +216,7 @@ def test_no_track_no_stq():
 
 
 def walked_consistency(predictions, truths, window):
-    """The mean over windows of the share of constant pixels whose prediction is constant and right."""
+    """Return the mean over windows of the fraction of constant pixels with constant and right prediction."""
     shares = []
     for start in range(len(truths) - window + 1):
         constant = right = 0

@@ -304,14 +304,14 @@ def test_trained_files_and_resuming_to_the_same_weights(tmp_path, monkeypatch, f
 
 
 def one_hot_texts(texts):
-    """A text encoder that gives the first word of every concept its own axis, synonyms the axis of their name."""
+    """Return a text encoder that maps every concept and its synonyms to an axis of its own."""
     names = {word: number for number, words in enumerate(WORDS.values()) for word in words}
     rows = [sum(F.one_hot(torch.tensor(names[word]), len(WORDS)).float() for word in text.split()) for text in texts]
     return F.normalize(torch.stack(rows), dim=-1)
 
 
 def perfect_images(regions):
-    """The sum of everything that is true of a region."""
+    """Return the sum of the embeddings of a region's attributes."""
     texts = []
     for attributes in regions:
         words = [attributes["concept"], attributes["colour"], attributes["fill"], coarse_label(attributes["concept"])]

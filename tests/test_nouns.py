@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def tagger_data(tmp_path):
-    """A tagger in nltk's own form, trained on three sentences."""
+    """Return a tagger in nltk's format, trained on three sentences."""
     tagger = PerceptronTagger(load=False)
     tagger.train(TAGGED * 5)
     place = tmp_path / "nltk_data" / "taggers" / "averaged_perceptron_tagger_eng"

@@ -45,7 +45,7 @@ def processor() -> GKCProcessor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, processor) -> Path:
-    """A checkpoint with stored words whose random weights find segments of several classes."""
+    """Write a checkpoint with a vocabulary whose random weights find segments of several classes."""
     torch.manual_seed(0)
     model = GKCForOpenVocabSegmentation(small_config()).eval()
     embedder, projection = model.class_embedder, model.class_embedder.stage_projections[-1]
@@ -142,7 +142,7 @@ def pixels(mask: Image.Image) -> np.ndarray:
 
 
 def assert_same(results: list[dict], expected: list[dict], within, bound: float = 0.0) -> None:
-    """The same segments, and scores that differ by at most the bound."""
+    """Check that segments are equal and scores differ by at most the bound."""
     assert [result["label"] for result in results] == [result["label"] for result in expected]
     for result, other in zip(results, expected, strict=True):
         assert result["mask"].mode == "L"

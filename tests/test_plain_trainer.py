@@ -70,7 +70,7 @@ def evaluate(model, folder, concatenate: bool) -> EvalPrediction:
 
 @pytest.fixture(scope="module")
 def model():
-    """A toy with a stored vocabulary; its evaluation takes no text."""
+    """Return a toy model with a stored vocabulary, evaluated without text."""
     model = toy_model().eval()
     model.set_vocabulary(VOCABULARY, toy_processor())
     return model

@@ -47,7 +47,7 @@ def golden() -> SimpleNamespace:
 
 @pytest.fixture(params=[1, 5000, 32 * 2**20], ids=["row by row", "few rows", "one tile"])
 def tile_bytes(request, monkeypatch) -> int:
-    """The height of the tiles must not change anything."""
+    """Run tests with several tile heights, which must not change results."""
     monkeypatch.setattr(mask_resampling, "TILE_BYTES", request.param)
     return request.param
 

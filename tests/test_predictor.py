@@ -46,7 +46,7 @@ def processor() -> GKCProcessor:
 
 @pytest.fixture(scope="module")
 def model(processor) -> GKCForOpenVocabSegmentation:
-    """A model whose random weights find segments of several classes."""
+    """Return a model whose random weights find segments of several classes."""
     torch.manual_seed(0)
     model = GKCForOpenVocabSegmentation(small_config()).eval()
     embedder, projection = model.class_embedder, model.class_embedder.stage_projections[-1]
@@ -66,7 +66,7 @@ def predictor(model, processor) -> GKCPredictor:
 
 
 def by_hand(model, processor, image, task, words=WORDS, **options):
-    """The path of the README, without a predictor."""
+    """Segment without a predictor, as in the README."""
     cached = model.get_class_embeddings(**processor(text=words, return_tensors="pt"))
     inputs = processor(images=image, return_tensors="pt")
     with torch.no_grad():

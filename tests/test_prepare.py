@@ -37,7 +37,7 @@ IMAGES = 11
 
 
 def toy(source: Path, images: int = IMAGES, expected: int | None = None, side: int = 6, **fields) -> Benchmark:
-    """A benchmark of noise; every picture that is read is noted in `source/read`."""
+    """Return a benchmark of noise that records every image read in `source/read`."""
     (source / "images").mkdir(parents=True, exist_ok=True)
     for index in range(images):
         minis.write_photo(source / "images" / f"{index:03d}.jpg", (side, side))

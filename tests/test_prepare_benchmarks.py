@@ -40,7 +40,7 @@ MERGED = {
 
 
 def rows_of(mini: Miniature, out: Path, split: str) -> dict[str, dict]:
-    """The rows that are written, by image id."""
+    """Return the written rows by image id."""
     record = prepare(benchmark_named(mini.benchmark), mini.source, out, [split], ALL)[split]
     assert record["complete"] and not record["problems"], record["problems"]
     return {row["image_id"]: row for row in load_prepared(out, split).dataset}

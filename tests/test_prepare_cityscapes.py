@@ -54,7 +54,7 @@ INSTANCE_SEGMENTS = {  # id -> (train id, crowd)
 
 
 def write_pair(root: Path, name: str, labels=LABELS, instances=INSTANCES, split: str = "val") -> dict[str, Path]:
-    """An image of noise and its two label pictures, named and encoded as published."""
+    """Write an image of noise and its two label images in the published format."""
     city = name.split("_")[0]
     files = {
         "image": root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
@@ -207,7 +207,7 @@ def run(benchmark: str, source: Path, out: Path, *options: str) -> int:
 
 
 def colour_ids(row: dict) -> np.ndarray:
-    """The ids of a stored segmentation, decoded by the published rule."""
+    """Decode the ids of a stored segmentation by the published rule."""
     red, green, blue = np.moveaxis(np.asarray(row["segmentation"]).astype(int), -1, 0)
     return red + 256 * green + 256 * 256 * blue
 

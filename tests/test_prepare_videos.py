@@ -52,7 +52,7 @@ def write_vspw(root: Path, videos: dict[str, dict[str, np.ndarray]], split: str 
 
 
 def write_vipseg(root: Path, videos: dict[str, dict[str, np.ndarray]], split: str = "val") -> Path:
-    """The same of VIPSeg's archive."""
+    """Return the same for VIPSeg's archive."""
     for video, masks in videos.items():
         for frame, mask in masks.items():
             write_picture(root / "imgs" / video / f"{frame}.jpg", noise(mask.shape))
@@ -79,7 +79,7 @@ JSON_CATEGORIES = {7: 0, 300: 60, 70000: 60, BIG: 123}
 
 
 def write_vipseg_json(folder: Path, videos: dict, name: str = "panoptic_gt_VIPSeg_val.json") -> Path:
-    """The folder VIPSeg_720P: `videos` gives for each the ids (H, W) of its frames."""
+    """Write the folder VIPSeg_720P with the ids (H, W) of each video's frames."""
     annotations = []
     for video, frames in videos.items():
         for frame, ids in frames.items():
@@ -423,7 +423,7 @@ def run(benchmark: str, source: Path, out: Path, *options: str) -> int:
 
 
 def colour_ids(row: dict) -> np.ndarray:
-    """The ids of a stored segmentation, decoded by the published rule."""
+    """Decode the ids of a stored segmentation by the published rule."""
     red, green, blue = np.moveaxis(np.asarray(row["segmentation"]).astype(int), -1, 0)
     return red + 256 * green + 256 * 256 * blue
 

@@ -52,7 +52,7 @@ def model(processor) -> GKCForOpenVocabSegmentation:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, model, processor) -> Path:
-    """What `remote_code_reader` reads, except for the Hub's cache."""
+    """Write the files that `remote_code_reader` reads, except for the Hub's cache."""
     work = tmp_path_factory.mktemp("work")
     save_with_code(model, processor, work / "folder")
     tower = CLIPResNetVisionModel(small_config().backbone_config).eval()
@@ -64,7 +64,7 @@ def work(tmp_path_factory, model, processor) -> Path:
 
 @pytest.fixture(scope="module")
 def pushed(work, model, processor) -> set[str]:
-    """The files that `push_to_hub` uploads, which it puts into the Hub's cache instead of the Hub."""
+    """Write the files that `push_to_hub` uploads into the Hub's cache."""
     repository = work / "hub" / "models--someone--gkc"
     uploaded = set()
 
@@ -87,7 +87,7 @@ def pushed(work, model, processor) -> set[str]:
 
 @pytest.fixture(scope="module")
 def read(work, pushed) -> Path:
-    """The folder in which an interpreter without this library has left what it loaded and computed."""
+    """Return the folder with the results of an interpreter without this library."""
     environment = os.environ | {
         "HF_HUB_CACHE": str(work / "hub"),
         "HF_MODULES_CACHE": str(work / "modules"),
@@ -324,7 +324,7 @@ def test_own_model_type_is_saved_plainly_where_the_library_saves_code(tmp_path, 
 
 
 def test_a_derived_class_that_came_with_its_own_code_can_be_loaded(monkeypatch):
-    """transformers registers it, and that must not fail."""
+    """Registering the class with transformers must not fail."""
     monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", False)
     loaded = type("Derived", (GKCForOpenVocabSegmentation,), {"__module__": "transformers_modules.other.modeling"})
     loaded.register_for_auto_class("AutoModel")

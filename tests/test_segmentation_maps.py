@@ -18,13 +18,13 @@ def picture(height: int = 64, width: int = 96) -> np.ndarray:
 
 
 def blocks(height: int = 64, width: int = 96, values: int = 6) -> np.ndarray:
-    """A map of blocks of 8 x 8 pixels."""
+    """Return a map of blocks of 8 x 8 pixels."""
     small = RANDOM.integers(0, values, (-(-height // 8), -(-width // 8)), dtype=np.uint8)
     return np.kron(small, np.ones((8, 8), np.uint8))[:height, :width]
 
 
 def both(images, maps, *annotations, **settings) -> list[dict]:
-    """What transformers' processor and ours make of the same call."""
+    """Return the results of transformers' processor and of this library's for the same call."""
     return [
         processor_class(**settings)(images, maps, *annotations, return_tensors="pt")
         for processor_class in (Mask2FormerImageProcessorPil, GKCImageProcessor)
@@ -61,7 +61,7 @@ def test_labels_are_those_of_mask2former(size, settings):
 
 
 def test_padding_is_no_part_of_a_mask():
-    """transformers writes `ignore_index` there, which its losses read as a mask."""
+    """In transformers, padding is labeled `ignore_index`, which its losses read as a mask."""
     images, maps = [picture(), picture(40, 70)], [blocks(), blocks(40, 70)]
     theirs, ours = both(images, maps, do_resize=False, ignore_index=255)
     masks = ours["mask_labels"]

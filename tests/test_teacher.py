@@ -249,7 +249,7 @@ def test_the_middle_of_a_box_is_what_clip_sees(within):
 
 
 def batch_of(dataset) -> dict:
-    """The batch that the collator makes of rows that were not augmented, padded by 8 pixels."""
+    """Return the collator's batch of rows without augmentation, padded by 8 pixels."""
     pictures = [read_row(row) for row in dataset]
     segmentation = torch.zeros(len(dataset), 72, 72, dtype=torch.int32)
     for padded, (_, ids) in zip(segmentation, pictures, strict=True):
@@ -305,7 +305,7 @@ def test_online_teacher_sees_what_was_augmented_and_takes_images_without_regions
 
 
 def tiny_clip_model(folder: Path) -> CLIPModel:
-    """A CLIPModel of transformers with a temperature of its own."""
+    """Return a CLIPModel of transformers with another temperature."""
     text = small_config().text_config.to_dict()
     model = CLIPModel(
         CLIPConfig(

@@ -44,7 +44,7 @@ LOSSES += ["distillation_feature", "distillation_relation", "distillation_joint"
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A sum split among threads is not the same from run to run."""
+    """Use one thread: sums split among threads differ from run to run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -73,7 +73,7 @@ def a_batch(trainer: GKCTrainer) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of 30 steps on six images, with its checkpoint."""
+    """Train for 30 steps on six images and return the checkpoint."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     recipe = RECIPE.replace(steps=30, batch_size=3)

@@ -115,7 +115,7 @@ def make_trainer(folder: Path, recipe: Recipe, **sizes) -> GKCTrainer:
 
 @pytest.fixture
 def score_recipe(tmp_path, monkeypatch) -> str:
-    """The loss is found in one more folder of the package; the recipe is a file."""
+    """Write a loss module in another folder of the package, and return the path of a recipe that uses it."""
     (tmp_path / "losses").mkdir()
     (tmp_path / "losses" / "score.py").write_text(LOSS)
     monkeypatch.setattr(losses_package, "__path__", [*losses_package.__path__, str(tmp_path / "losses")])

@@ -46,7 +46,7 @@ def png(pixels: np.ndarray) -> dict:
 
 
 def row(name: str, video: str = "", frame: int = 0, ids=IDS, segments=SEGMENTS) -> dict:
-    """A row as it is stored."""
+    """Return a row in its stored form."""
     image = np.full((*ids.shape, 3), GREY, dtype=np.uint8)
     return {
         "image": png(image),
@@ -60,7 +60,7 @@ def row(name: str, video: str = "", frame: int = 0, ids=IDS, segments=SEGMENTS) 
 
 
 def save_dataset(folder: Path, rows: list[dict], vocabulary: Vocabulary | None = CITY) -> Path:
-    """A dataset of `save_to_disk` with the splits train (its first row) and val."""
+    """Save a dataset with the splits train (its first row) and val."""
     splits = {"train": rows[:1], "val": rows}
     made = {name: Dataset.from_list(part, features=dataset_features()) for name, part in splits.items()}
     DatasetDict(made).save_to_disk(folder)
@@ -70,7 +70,7 @@ def save_dataset(folder: Path, rows: list[dict], vocabulary: Vocabulary | None =
 
 
 def save_prepared(folder: Path, rows: list[dict], per_shard: int = 5, per_group: int = 2) -> Path:
-    """A prepared folder of several files with several row groups each."""
+    """Write a prepared folder of several files with several row groups each."""
     folder.mkdir()
     shards, schema = [], dataset_features().arrow_schema
     for start in range(0, len(rows), per_shard):

@@ -1,4 +1,4 @@
-""" "None of these" in all three tasks, against slow references that walk over pixels."""
+"""Tests of void ("None of these") in all three tasks against slow references that loop over pixels."""
 
 from contextlib import contextmanager
 from itertools import pairwise

@@ -129,7 +129,7 @@ class TestFinding:
 class TestRealWordNet:
     @pytest.fixture(autouse=True)
     def elsewhere(self):
-        """The real one is where it is installed."""
+        """Check that the real WordNet is found where it is installed."""
 
     def test_it_is_wordnet_3_0(self):
         """Offsets equal the ids of ImageNet; as many nouns as its manual says, wnstats(7WN)."""

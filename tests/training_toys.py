@@ -95,7 +95,7 @@ def toy_model(seed: int = 0, **overrides) -> GKCForOpenVocabSegmentation:
 
 
 def step_regions(recipe: Recipe, text_bank, teacher=None, **sources) -> StepRegions:
-    """What draws the regions of a step, with the losses of a recipe; without embeddings of nouns."""
+    """Return the region sampling of a recipe with its losses, without noun embeddings."""
     losses = make_losses(recipe)
     sources = {"noun_bank": NounBank((), torch.empty(0, 16)), **sources}
     for loss in losses:

@@ -91,7 +91,7 @@ def _opened() -> WordNet:
 
 
 def _lex_ids() -> dict[tuple[str, str], int]:
-    """Number the senses of a word within a lexicographer file, by synset and word."""
+    """Assign numbers to the senses of a word within a lexicographer file, by synset and word."""
     seen: dict[tuple, int] = defaultdict(int)
     ids = {}
     for name, letter, topic, words, _, _ in SYNSETS:
