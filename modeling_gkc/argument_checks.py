@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of arguments: each returns the value in its plain form, or raises a ValueError that names the argument."""
+"""Checks of arguments, which return the converted value or raise a ValueError that names the argument."""
 
 import math
 import numbers
@@ -29,7 +29,7 @@ MAX_PIXELS = 2**31 - 1  # areas are counted in int32
 
 
 def _is_tensor(value: Any) -> bool:
-    """Tell if a value is a tensor without importing torch, which takes seconds and not all callers need."""
+    """Return whether a value is a tensor, without importing torch, which is slow and not always needed."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -39,7 +39,7 @@ def _is_array(value: Any) -> bool:
 
 
 def whole_number(value: Any) -> int | None:
-    """Convert a whole number of Python, numpy or torch to int; None for anything else, booleans and text too."""
+    """Convert a whole number of Python, numpy or torch to int; return None for anything else, also bool and str."""
     try:
         value = value.item() if hasattr(value, "item") else value
         return int(value) if not isinstance(value, bool | str | bytes) and int(value) == value else None
@@ -48,8 +48,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf, meaning: str = "") -> float:
-    """
-    Check a real number.
+    """Check a real number.
 
     Args:
         name: Name of the argument.
@@ -59,7 +58,7 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, mean
         meaning: Added to the message to explain the range.
 
     Raises:
-        ValueError: `value` is no number, not finite, or outside of the range.
+        ValueError: If `value` is not a number, not finite, or outside of the range.
     """
     given = value
     try:
@@ -73,28 +72,32 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, mean
     return number
 
 
-def check_fractions(**shares: Any) -> list[float | None]:
-    """
-    Check thresholds that are probabilities or shares, given by their names; None is allowed for `void_threshold`.
+def check_fractions(**fractions: Any) -> list[float | None]:
+    """Check thresholds in 0..1; None is allowed for `void_threshold`.
+
+    Args:
+        fractions: Thresholds by the names of their arguments.
 
     Returns:
         The thresholds in the given order.
 
     Raises:
-        ValueError: one of them is no number between 0 and 1.
+        ValueError: If one of them is not a number between 0 and 1.
     """
     return [
         None if value is None and name == "void_threshold" else check_number(name, value, 0, 1)
-        for name, value in shares.items()
+        for name, value in fractions.items()
     ]
 
 
 def check_flags(**flags: Any) -> None:
-    """
-    Check arguments that are True or False, given by their names.
+    """Check that arguments are True or False, since text such as "no" would count as True.
+
+    Args:
+        flags: Values by the names of their arguments.
 
     Raises:
-        ValueError: one of them is neither; text such as "no" would count as True.
+        ValueError: If one of them is neither True nor False.
     """
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
@@ -102,17 +105,16 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_tensor(name: str, value: Any, shape: str, kind: str = "floating-point numbers") -> None:
-    """
-    Check type, layout and number of axes of a tensor; its values are not read.
+    """Check the type, layout and number of axes of a tensor without reading its values.
 
     Args:
         name: Name of the argument.
         value: Value to check.
-        shape: Axes for messages, such as "(B, 3, H, W)", which are counted.
-        kind: "floating-point numbers", "integers" (booleans are none), or "numbers", which may also be booleans.
+        shape: Expected axes, such as "(B, 3, H, W)", of which only the number is checked.
+        kind: "floating-point numbers", "integers" (without booleans), or "numbers" (with booleans).
 
     Raises:
-        ValueError: `value` is no dense tensor of this kind, or has another number of axes.
+        ValueError: If `value` is not a dense tensor of this kind, or has another number of axes.
     """
     is_of_kind = _is_tensor(value) and not value.is_complex() and not value.is_quantized
     if is_of_kind and kind != "numbers":
@@ -131,12 +133,17 @@ def check_tensor(name: str, value: Any, shape: str, kind: str = "floating-point 
 def check_logits(
     class_logits: Any, mask_logits: Any, names: Sequence[str] = ("class_logits", "mask_logits"), batch: bool = False
 ) -> None:
-    """
-    Check type and shape of the class logits (Q, K + 1) and mask logits (Q, h, w) of an image; with `batch` of images.
+    """Check type and shape of the class logits and mask logits of an image, or of a batch of images.
+
+    Args:
+        class_logits: (Q, K + 1) class logits, with `batch` (B, Q, K + 1).
+        mask_logits: (Q, h, w) mask logits, with `batch` (B, Q, h, w).
+        names: Names of the two arguments for error messages.
+        batch: Whether the logits are those of a batch.
 
     Raises:
-        ValueError: one of them is no dense tensor of floating-point numbers of at least 16 bits, or has another shape,
-            or they do not fit each other.
+        ValueError: If one of them is not a dense floating-point tensor of at least 16 bits or has another shape, or if
+            their numbers of images or queries differ.
     """
     axes = ("Q, K + 1", "Q, h, w")
     for name, logits, shape in zip(names, (class_logits, mask_logits), axes, strict=True):
@@ -163,11 +170,10 @@ def check_logits(
 
 
 def check_size(name: str, size: Any) -> Size:
-    """
-    Check a (height, width) in pixels.
+    """Check a size (height, width) in pixels, and return it as a tuple of ints.
 
     Raises:
-        ValueError: it is no pair of whole numbers, a side is below 1, or it has more than 2^31 - 1 pixels.
+        ValueError: If it is not a pair of whole numbers, a side is below 1, or it has more than 2^31 - 1 pixels.
     """
     checked = pair(size)
     if checked is None:
@@ -180,7 +186,7 @@ def check_size(name: str, size: Any) -> Size:
 
 
 def pair(value: Any) -> Size | None:
-    """Convert a collection of two whole numbers to a tuple; None for anything else, sets and text too."""
+    """Convert a sequence of two whole numbers to a tuple; return None for anything else, also sets and text."""
     is_ordered = _is_array(value) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
     if not is_ordered or (_is_array(value) and value.ndim != 1) or len(value) != 2:
         return None
@@ -189,11 +195,10 @@ def pair(value: Any) -> Size | None:
 
 
 def check_label_ids(name: str, label_ids: Collection[int], num_classes: int) -> set[int]:
-    """
-    Check a collection of classes.
+    """Check a collection of class ids, and return it as a set.
 
     Raises:
-        ValueError: it is no collection, or holds what is no number of a class, 0..num_classes - 1.
+        ValueError: If it is not a collection of whole numbers in 0..num_classes - 1.
     """
     given = label_ids.tolist() if _is_array(label_ids) else label_ids
     if not isinstance(given, Collection) or isinstance(given, str | bytes):
@@ -207,11 +212,16 @@ def check_label_ids(name: str, label_ids: Collection[int], num_classes: int) -> 
 
 
 def check_whole_number(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """
-    Check a whole number.
+    """Check a whole number, and return it as an int.
+
+    Args:
+        name: Name of the argument.
+        value: Whole number of Python, numpy or torch.
+        low: Smallest allowed value. Default: no limit.
+        high: Largest allowed value. Default: no limit.
 
     Raises:
-        ValueError: it is none, or outside of low..high; an end that is None does not limit.
+        ValueError: If `value` is not a whole number or outside of the range.
     """
     number = whole_number(value)
     if number is None or (low is not None and number < low) or (high is not None and number > high):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Write result files atomically: a kill or a full disk never leaves a truncated file under its final name."""
+"""Atomic writing of files and folders: a killed process or a full disk never leaves a truncated file in place."""
 
 import json
 import os
@@ -27,12 +27,12 @@ _TEMPORARY_NAME = re.compile(r"\.(?P<stem>.*)-[a-z0-9_]{8}\.part(?P<suffix>\.[^.
 
 
 def _affixes(path: Path) -> tuple[str, str]:
-    """Prefix and suffix of the temporary name of `path`, between which `tempfile` puts eight random characters."""
+    """Return prefix and suffix of the temporary name of `path`; `tempfile` inserts eight random characters."""
     return f".{path.stem[:40]}-", f".part{path.suffix}"
 
 
 def _default_mode(mode: int) -> int:
-    """Permissions that ordinary new files (0o666) or folders (0o777) get; tempfile's are for their owner alone."""
+    """Apply the umask to the permissions of new files (0o666) or folders (0o777), which `tempfile` restricts."""
     mask = os.umask(0)
     os.umask(mask)
     return mode & ~mask
@@ -40,18 +40,21 @@ def _default_mode(mode: int) -> int:
 
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
-    """
-    Yield a temporary path in the folder of `path`; it replaces `path` if the block succeeds and is deleted otherwise.
+    """Yield a temporary path that replaces `path` if the block succeeds and is deleted otherwise.
 
-    The temporary file keeps the suffix of `path`, because image writers choose their format by it, and its name starts
-    with a dot and ends in `.part` before that suffix, so that a leftover of a killed process is recognized.
+    The temporary file is in the folder of `path` and keeps its suffix, because image writers choose their format by
+    it. Its name starts with a dot and has `.part` before that suffix, so that leftovers of killed processes are
+    recognized.
 
     Args:
         path: File to write. Its folder must exist.
-        sync: Whether the contents reach the disk before the file is replaced, which survives a power cut too.
+        sync: Whether to flush the content to disk before the file is replaced, so that it survives a power failure.
+
+    Yields:
+        The temporary path.
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full; `path` is then as it was.
+        OSError: If the folder is missing or not writable, or the disk is full; `path` is unchanged then.
     """
     path = Path(path)
     prefix, suffix = _affixes(path)
@@ -70,62 +73,61 @@ def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
 
 
 def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> None:
-    """
-    Write a whole file atomically; text is encoded as UTF-8.
+    """Write a file atomically.
 
     Args:
         path: File to write. Its folder must exist.
-        content: The file's contents.
+        content: Content of the file; text is encoded as UTF-8.
         sync: As in `atomic_path`.
 
     Raises:
-        OSError: as in `atomic_path`.
+        OSError: As in `atomic_path`.
     """
     with atomic_path(path, sync=sync) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def atomic_write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
-    """
-    Write a value as a JSON file atomically.
+    """Write a value to a JSON file atomically.
 
     Args:
         path: File to write. Its folder must exist.
-        value: What JSON can hold; NaN and Infinity are refused, since they are not JSON.
-        indent: Indentation; None writes one line.
+        value: JSON-serializable value without NaN and Infinity, which are not valid JSON.
+        indent: Number of spaces of indentation; None writes a single line.
 
     Raises:
-        ValueError: the value holds NaN or Infinity.
-        OSError: as in `atomic_path`.
+        ValueError: If the value contains NaN or Infinity.
+        OSError: As in `atomic_path`.
     """
     atomic_write(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_new_folder(path: str | Path) -> None:
-    """
-    Refuse to write where something is.
+    """Check that a path does not exist or is an empty folder.
 
     Raises:
-        FileExistsError: there is a file, or a folder that is not empty.
+        FileExistsError: If it is a file, or a folder that is not empty.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already: name a new folder")
+        raise FileExistsError(f"{path} already exists: name a new folder")
 
 
 @contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """
-    Yield a temporary folder beside `path`; it gets this name if the block succeeds and is deleted otherwise.
+    """Yield a temporary folder that is renamed to `path` if the block succeeds and is deleted otherwise.
 
     Args:
-        path: Folder to make; the folders above it are made too.
-        overwrite: Whether a folder that is there already is replaced. A kill between the removal of the old folder
-            and the renaming of the new one leaves no folder of this name, never a mixture.
+        path: Folder to create; its parent folders are created too.
+        overwrite: Whether to replace an existing folder. If the process is killed between the removal of the old
+            folder and the renaming of the new one, neither is at `path`, but never a mixture of both.
+
+    Yields:
+        The temporary folder, which is beside `path`.
 
     Raises:
-        FileExistsError: there is a file, or a folder that is not empty and `overwrite` is false.
-        OSError: the folder cannot be made.
+        FileExistsError: If `path` is a file, or a folder that is not empty and `overwrite` is false.
+        OSError: If the folder cannot be created.
     """
     target = Path(path).resolve()
     if not overwrite or target.is_file():
@@ -145,14 +147,13 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | Path, target: str | Path | None = None) -> None:
-    """
-    Delete temporary files and folders of `atomic_path` and `atomic_folder` that killed processes left in a folder.
+    """Delete temporary files and folders of `atomic_path` and `atomic_folder` left by killed processes.
 
-    The caller must know that no other process is writing there.
+    The caller must ensure that no other process is writing to the folder.
 
     Args:
-        folder: Where to look, not in its sub-folders. Nothing happens where it does not exist.
-        target: Name of a file or folder; only leftovers of its writing are deleted. None deletes all.
+        folder: Folder to search, without its sub-folders. Nothing happens if it does not exist.
+        target: Name of a file or folder whose temporary files are deleted. Default: those of all files.
     """
     wanted = None if target is None else _affixes(Path(target))
     for path in Path(folder).glob(".*"):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Register with transformers' Auto classes once they are loaded, so that importing this package imports nothing heavy.
+"""Lazy registration with transformers' Auto classes, so that `import modeling_gkc` does not import transformers.
 
 Each module of this package registers its own classes when it is imported. `register` imports these modules at once
 where transformers' Auto classes are loaded already. Else it watches the imports of both packages and imports ours when
@@ -37,14 +37,14 @@ _REGISTERING = {
 
 
 class _WatchedImports(MetaPathFinder):
-    """Watches the imports of both packages' modules until ours is registered with all Auto classes."""
+    """Import hook that observes imports of both packages until this one is registered with all Auto classes."""
 
     def __init__(self):
         self.waiting = dict(_REGISTERING)
         self.depth = threading.local()
 
     def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find a module of transformers, or of ours, by the other finders, and note when it has been imported."""
+        """Find a module of both packages by the other finders, and wrap its loader to observe its import."""
         if not fullname.startswith(("transformers.", f"{__package__}.")):
             return None
         for finder in sys.meta_path:
@@ -56,7 +56,7 @@ class _WatchedImports(MetaPathFinder):
         return None
 
     def register_loaded(self) -> None:
-        """Import our modules whose Auto module is loaded."""
+        """Import the modules of this package whose Auto module is loaded."""
         for auto_module in [name for name in self.waiting if name in sys.modules]:
             for name in self.waiting.pop(auto_module, ()):
                 importlib.import_module(f".{name}", __package__)
@@ -65,13 +65,13 @@ class _WatchedImports(MetaPathFinder):
 
 
 class _NotingLoader(Loader):
-    """Runs a module by its own loader; the outermost of nested imports then registers this package."""
+    """Loader that executes a module by its own loader and registers this package after the outermost import."""
 
     def __init__(self, loader: Loader, imports: _WatchedImports):
         self.loader, self.imports = loader, imports
 
     def __getattr__(self, name: str) -> object:
-        """Answer as the module's own loader: `python -m` asks it for the code, others for the source or resources."""
+        """Delegate to the module's own loader, from which `python -m` and others get code, source and resources."""
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -79,8 +79,8 @@ class _NotingLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module as its own loader does, then register if no other watched import is under way."""
-        # What reads a module's source or resources later must meet its own loader.
+        """Execute the module by its own loader, then register if no other observed import is in progress."""
+        # Restored, because readers of the module's source or resources need its own loader.
         module.__loader__ = module.__spec__.loader = self.loader
         depth = self.imports.depth
         depth.value = getattr(depth, "value", 0) + 1

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Loading of checkpoints that others made: nothing in them is run, nothing outside is read, nothing is missing."""
+"""Safe loading of untrusted checkpoints: run no code, read no files outside of them, and require all weights."""
 
 import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -32,16 +32,18 @@ _JSON_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", 
 
 
 def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
-    """
-    Load the model in evaluation mode, and the processor, of a folder or of a repository of the Hub.
+    """Load the model, in evaluation mode, and the processor of a checkpoint.
 
     Args:
-        path: The folder, or `owner/name`.
+        path: Folder of the checkpoint, or repository `owner/name` of the Hub.
         settings: Fields of the configuration to override.
 
+    Returns:
+        The model and the processor.
+
     Raises:
-        ValueError: it is no checkpoint of gkc, is damaged, lacks weights or has some that the configuration has no
-            place for, or would need code of its own; one line without the path. Errors of any other type do not occur.
+        ValueError: If it is not a checkpoint of gkc, is damaged, has missing or unexpected weights, or needs custom
+            code. The message is one line without the path. No errors of other types are raised.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of wrong weights: the error lists them
@@ -71,7 +73,7 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
 
 
 def _check_json_files(path: str | Path) -> None:
-    """Name the file that cannot be read, which transformers' errors leave out."""
+    """Check that the JSON files of a folder can be read; unlike transformers' errors, this one names the file."""
     folder = Path(path)
     if not folder.is_dir():  # a repository of the Hub
         return
@@ -98,15 +100,14 @@ def _stored_config(path: str | Path) -> Any:
 
 
 def check_shard_paths(path: str | Path, subfolder: str = "") -> None:
-    """
-    Refuse an index of weights that names files outside of the checkpoint, which transformers would read.
+    """Check that the index of sharded weights only names files beside it, since transformers would read any file.
 
     Args:
-        path: Folder, or repository of the Hub.
+        path: Folder of the checkpoint, or repository of the Hub.
         subfolder: Folder inside it.
 
     Raises:
-        ValueError: the index is damaged, or names anything but a file beside it.
+        ValueError: If the index is damaged, or names anything but a file beside it.
     """
     for name in _INDEX_FILES:
         index = cached_file(
@@ -121,22 +122,21 @@ def check_shard_paths(path: str | Path, subfolder: str = "") -> None:
         try:
             shards = json.loads(Path(index).read_bytes())["weight_map"].values()
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise ValueError(f"{name} is no index of weights: {error_line(error)}") from error
+            raise ValueError(f"{name} is not an index of weights: {error_line(error)}") from error
         for shard in shards:
             parts = (PurePosixPath(shard).parts, PureWindowsPath(shard).parts) if isinstance(shard, str) else ((),)
             if any(len(names) != 1 or names[0] in ("..", ".") for names in parts):
-                raise ValueError(f"{name} names {shown(shard)}, which is no file beside it: it was not read.")
+                raise ValueError(f"{name} names {shown(shard)}, which is not a file beside it: it was not read.")
 
 
 def check_loading_info(info: dict[str, Any]) -> None:
-    """
-    Refuse weights that do not fit the configuration.
+    """Check that the loaded weights fit the configuration.
 
     Args:
-        info: What `from_pretrained(..., output_loading_info=True)` tells.
+        info: Loading info of `from_pretrained(..., output_loading_info=True)`.
 
     Raises:
-        ValueError: weights are missing, left over or of another shape; each is listed.
+        ValueError: If weights are missing, unexpected or of another shape; the message lists them.
     """
     reasons = []
     for key, what in (
@@ -157,25 +157,25 @@ def check_loading_info(info: dict[str, Any]) -> None:
 
 
 def _check_tokenizer(model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> None:
-    """Refuse a tokenizer whose tokens the text tower does not have, or whose end it would not find."""
+    """Check that the text tower has the tokenizer's tokens and its end token, and limit `model_max_length`."""
     tokenizer, text = processor.tokenizer, model.config.text_config
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= text.vocab_size:
         raise ValueError(
-            f"its tokenizer has the token {largest}, its text tower {text.vocab_size} tokens from 0: they do not "
-            "belong together."
+            f"its tokenizer has the token {largest}, but its text tower has the tokens 0..{text.vocab_size - 1}: they "
+            "do not belong together."
         )
     if text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: the largest token of the text is its end
         raise ValueError(
-            f"its tokenizer ends texts with the token {tokenizer.eos_token_id}, its text tower expects "
+            f"its tokenizer ends texts with the token {tokenizer.eos_token_id}, but its text tower expects "
             f"{text.eos_token_id}: they do not belong together."
         )
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in tokenizer("a")["input_ids"]:
         raise ValueError(
-            f"its tokenizer puts no end (token {tokenizer.eos_token_id}) after a text, where the text tower reads: "
-            "its tokenizer.json lacks the `post_processor` that does."
+            f"its tokenizer does not append the end token {tokenizer.eos_token_id}, at which the text tower pools: "
+            "its tokenizer.json lacks the `post_processor` that appends it."
         )
-    # A beginning, an end, and a token between them.
+    # At least a start token, an end token, and one token between them.
     if (
         check_whole_number("the tokenizer's model_max_length", tokenizer.model_max_length, 3)
         > text.max_position_embeddings

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configurations of the segmenter (`GKCConfig`) and of CLIP's ResNet and ConvNeXt image towers."""
+"""Configurations of the segmentation model (`GKCConfig`) and of CLIP's ResNet and ConvNeXt image towers."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_positive(config: PreTrainedConfig, names: tuple[str, ...], part: str = "") -> None:
-    """Refuse fields that are no whole number from 1 to their limit in `_LIMITS`."""
+    """Check that fields are whole numbers from 1 to their limit in `_LIMITS`."""
     for name in names:
         value = getattr(config, name)
         is_number = isinstance(value, int) and not isinstance(value, bool)
@@ -58,7 +58,7 @@ def _require_positive(config: PreTrainedConfig, names: tuple[str, ...], part: st
 
 
 def _check_common(config: PreTrainedConfig, part: str = "") -> None:
-    """Check the fields of every configuration of transformers that it trusts when a model is built, saved or shown."""
+    """Check fields common to all configurations, which transformers uses unchecked to build, save and print models."""
     dtype = config.dtype
     _require(
         dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
@@ -66,7 +66,7 @@ def _check_common(config: PreTrainedConfig, part: str = "") -> None:
     )
     attention = config._attn_implementation
     _require(
-        # With a "/" it would be code of the Hub.
+        # A name with a "/" would load code from the Hub.
         attention is None or (isinstance(attention, str) and "/" not in attention),
         f"`{part}attn_implementation` must be a name such as 'sdpa', got {shown(attention)}.",
     )
@@ -77,7 +77,7 @@ def _check_common(config: PreTrainedConfig, part: str = "") -> None:
     )
 
 
-# Far above what anyone has trained; a damaged file is refused before a model of such a size is built.
+# Far larger than any trained model: a damaged file is rejected before a model of that size is built.
 MAX_WIDTH = 2**16
 MAX_LAYERS = 256
 _LIMITS = {
@@ -90,12 +90,12 @@ _LIMITS = {
     "train_num_points": 2**24,
 }
 _CONFIG = TypeVar("_CONFIG", bound=type)
-# Raised inside transformers by values of types that it does not expect.
+# Errors that transformers raises for values of unexpected types.
 _ERRORS_OF_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
 
 
-def _refusing_by_value_error(config_class: _CONFIG) -> _CONFIG:
-    """Let a class of configurations raise ValueErrors of one line for whatever is wrong with its values."""
+def _raise_value_errors(config_class: _CONFIG) -> _CONFIG:
+    """Decorate a configuration class to raise a one-line ValueError for any invalid value."""
     init = config_class.__init__
 
     @functools.wraps(init)
@@ -104,7 +104,7 @@ def _refusing_by_value_error(config_class: _CONFIG) -> _CONFIG:
         try:
             init(self, *args, **kwargs)
         except _ERRORS_OF_VALUES as error:
-            raise ValueError(_reason(config_class, error, kwargs)) from error
+            raise ValueError(_describe_error(config_class, error, kwargs)) from error
 
     config_class.__init__ = checked_init
     return config_class
@@ -115,29 +115,28 @@ def _check_id2label(values: dict[str, Any]) -> None:
     is_map = isinstance(labels, dict) and all(
         re.fullmatch(r"\d{1,9}", str(key)) and isinstance(name, str) for key, name in labels.items()
     )
-    _require(labels is None or is_map, f"`id2label` must map the numbers of classes to names, got {shown(labels)}.")
+    _require(labels is None or is_map, f"`id2label` must map class ids to names, got {shown(labels)}.")
     if values.get("num_labels") is not None:
         check_whole_number("num_labels", values["num_labels"], 0, _LIMITS["vocab_size"])
 
 
-def _reason(config_class: type, error: Exception, values: dict[str, Any]) -> str:
+def _describe_error(config_class: type, error: Exception, values: dict[str, Any]) -> str:
     named = re.match(r"Validation error for field '(\w+)'", str(error))
     if named is None:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        # Half of a character that was cut in two could not be printed.
+        # An unpaired surrogate could not be printed.
         reason = " ".join(str(cause).split())[:300].encode("utf-8", "backslashreplace").decode()
-        return f"the values make no {config_class.__name__}: {type(cause).__name__}: {reason}"
+        return f"Invalid values for {config_class.__name__}: {type(cause).__name__}: {reason}"
     name = named[1]
     field = config_class.__dataclass_fields__.get(name)
     kind = str(getattr(field.type, "__name__", field.type) if isinstance(field.type, type) else field.type)
     return f"`{name}` must be of the type {kind}, got {shown(values.get(name))}."
 
 
-@_refusing_by_value_error
+@_raise_value_errors
 @strict
 class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
-    r"""
-    Configuration of CLIP's ResNet image tower, as backbone and as full image model.
+    r"""Configuration of CLIP's ResNet image tower, used as a backbone and as a complete image model.
 
     The defaults are those of RN50 (Radford et al., *Learning Transferable Visual Models From Natural Language
     Supervision*, 2021, table 19). The other published towers are
@@ -147,18 +146,18 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     RN50x64 `width=128, depths=[3, 15, 36, 10], num_attention_heads=64, image_size=448, projection_dim=1024`.
 
     Args:
-        width: Channels of the stem's output; stage i (0..3) has `4 * width * 2**i`.
-        depths: Bottleneck blocks of the four stages.
-        num_attention_heads: Heads of the attention pooling, which works on `32 * width` channels.
-        image_size: Side in pixels of the square training images; sets the attention pooling's positional table of
-            `(image_size // 32) ** 2 + 1` rows. Other input sizes resize the table.
-        projection_dim: Width D of the image-text space.
-        num_channels: Channels of the input image.
-        out_features, out_indices: Stages that the backbone returns, of `stem`, `stage1` .. `stage4` (strides 4, 4, 8,
-            16, 32). All four stages by default.
+        width: Number of output channels of the stem; stage i (0..3) has `4 * width * 2**i` channels.
+        depths: Number of bottleneck blocks in each of the four stages.
+        num_attention_heads: Number of heads of the attention pooling, which has `32 * width` channels.
+        image_size: Side in pixels of the square training images. It determines the number of position embeddings of
+            the attention pooling, `(image_size // 32) ** 2 + 1`; they are resized for other input sizes.
+        projection_dim: Dimension D of the image-text embedding space.
+        num_channels: Number of channels of the input image.
+        out_features, out_indices: Stages that the backbone returns, among `stem`, `stage1` .. `stage4` (strides 4, 4,
+            8, 16, 32). Default: the four stages.
 
     Raises:
-        ValueError: if the values cannot make a model; the message says what to change.
+        ValueError: If the values do not define a valid model; the message says what to change.
     """
 
     model_type = "clip_resnet"
@@ -173,7 +172,7 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.depths = list(self.depths)
         self._check()
-        kwargs.pop("stage_names", None)  # of a stored configuration, where they are written for others
+        kwargs.pop("stage_names", None)  # stored for other readers of the file, but not a field
         self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
         out_features = kwargs.pop("out_features", None)
         out_indices = kwargs.pop("out_indices", None)
@@ -186,13 +185,13 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
         _require_positive(self, ("width", "num_attention_heads", "image_size", "projection_dim", "num_channels"))
         _require(
             len(self.depths) == 4 and all(type(depth) is int and 0 < depth <= MAX_LAYERS for depth in self.depths),
-            f"`depths` needs four positive numbers of blocks, at most {MAX_LAYERS}, one per stage, got "
+            f"`depths` must be four positive numbers of blocks, one per stage, of at most {MAX_LAYERS}, got "
             f"{shown(self.depths)}.",
         )
         _require(self.width % 2 == 0, f"`width` must be even (the stem starts with half of it), got {self.width}.")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
-            f"the pooled width 32 * `width` = {self.hidden_size} must be divisible by "
+            f"The pooled width 32 * `width` = {self.hidden_size} must be divisible by "
             f"`num_attention_heads` = {self.num_attention_heads}.",
         )
         _require(
@@ -201,40 +200,39 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def hidden_sizes(self) -> list[int]:
-        """Channels of the stem and of the four stages."""
+        """Numbers of output channels of the stem and of the four stages."""
         return [self.width] + [4 * self.width * 2**stage for stage in range(4)]
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last stage, which the attention pooling works on."""
+        """Number of channels of the last stage, which is the input of the attention pooling."""
         return 32 * self.width
 
 
-@_refusing_by_value_error
+@_raise_value_errors
 @strict
 class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
-    r"""
-    Configuration of a CLIP ConvNeXt image tower of OpenCLIP, as backbone and as full image model.
+    r"""Configuration of a CLIP ConvNeXt image tower of OpenCLIP, used as a backbone and as a complete image model.
 
     The defaults are those of `convnext_large_d_320`. `convnext_base_w_320` has `hidden_sizes=[128, 256, 512, 1024],
     depths=[3, 3, 27, 3], projection_dim=640, projection_hidden_dim=None`.
 
     Args:
-        hidden_sizes: Channels of the four stages.
-        depths: Blocks of the four stages.
-        projection_dim: Width D of the image-text space.
+        hidden_sizes: Number of channels of each of the four stages.
+        depths: Number of blocks in each of the four stages.
+        projection_dim: Dimension D of the image-text embedding space.
         projection_hidden_dim: Hidden width of the two-layer perceptron that maps the pooled features to D; None for a
             single linear layer.
-        image_size: Side in pixels of the square training images. The tower computes images of any size.
-        layer_norm_eps: Epsilon of the normalization after pooling. (That of all others is 1e-6 as well.)
+        image_size: Side in pixels of the square training images. The tower accepts images of any size.
+        layer_norm_eps: Epsilon of the normalization after pooling; that of all other layers is 1e-6.
         hidden_act: Activation of the blocks and of the projection.
-        out_features, out_indices: Stages that the backbone returns, of `stem`, `stage1` .. `stage4` (strides 4, 4, 8,
-            16, 32). All four stages by default.
+        out_features, out_indices: Stages that the backbone returns, among `stem`, `stage1` .. `stage4` (strides 4, 4,
+            8, 16, 32). Default: the four stages.
 
     The other fields are those of transformers' `ConvNextConfig`.
 
     Raises:
-        ValueError: if the values cannot make a model; the message says what to change.
+        ValueError: If the values do not define a valid model; the message says what to change.
     """
 
     model_type = "clip_convnext"
@@ -249,7 +247,7 @@ class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
     def __post_init__(self, **kwargs):
         self.hidden_sizes, self.depths = list(self.hidden_sizes), list(self.depths)
         self._check()
-        kwargs.pop("stage_names", None)  # of a stored configuration, where they are written for others
+        kwargs.pop("stage_names", None)  # stored for other readers of the file, but not a field
         if kwargs.get("out_features") is None and kwargs.get("out_indices") is None:
             kwargs["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
         super().__post_init__(**kwargs)
@@ -278,67 +276,68 @@ class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
         check_number("initializer_range", self.initializer_range, 0)
 
 
-@_refusing_by_value_error
+@_raise_value_errors
 @strict
 class GKCConfig(CodeSavingMixin, PreTrainedConfig):
-    r"""
-    Configuration of `GKCForOpenVocabSegmentation`.
+    r"""Configuration of `GKCForOpenVocabSegmentation`.
 
-    The defaults are the R-50 row of *Global Knowledge Calibration for Fast Open-Vocabulary Segmentation* (Han, Liu et
-    al., ICCV 2023): CLIP's RN50 image tower as backbone, RN50's text tower, and the decoders of Mask2Former (Cheng et
-    al., *Masked-attention Mask Transformer for Universal Image Segmentation*, CVPR 2022), whose published values the
-    fields of decoder, matcher and losses carry.
+    The defaults are the R-50 model of *Global Knowledge Calibration for Fast Open-Vocabulary Segmentation* (Han, Liu
+    et al., ICCV 2023): CLIP's RN50 image tower as backbone, RN50's text tower, and the decoders of Mask2Former (Cheng
+    et al., *Masked-attention Mask Transformer for Universal Image Segmentation*, CVPR 2022), whose published values
+    are the defaults of the decoders, matcher and losses.
 
     Args:
         backbone_config: Configuration of any transformers `AutoBackbone` that returns four feature maps of strides 4,
-            8, 16 and 32, as object or dict with `model_type`; of a dict that selects no stages, the last four are
-            taken. Default: `CLIPResNetConfig()`, CLIP RN50. timm's models (`timm_backbone`) need timm.
-        text_config: `CLIPTextConfig` or dict of the frozen text tower. Default: RN50's text tower (hidden 512,
-            8 heads, 12 layers, context 77, D = 1024).
+            8, 16 and 32, as an object or a dict with `model_type`. If a dict selects no stages, the last four are
+            used. Default: `CLIPResNetConfig()`, CLIP RN50. Models of timm (`timm_backbone`) need timm.
+        text_config: `CLIPTextConfig` or dict of the frozen text tower. Default: RN50's text tower (hidden size 512,
+            8 heads, 12 layers, context length 77, D = 1024).
         hidden_size: Width C of both decoders.
-        mask_feature_size: Channels of the mask features.
-        encoder_layers, encoder_ffn_dim, encoder_num_points: Deformable layers of the pixel decoder, their
-            feed-forward width, and sampling points per head and level (Zhu et al., *Deformable DETR*, ICLR 2021).
-        decoder_layers, decoder_ffn_dim: Layers of the mask decoder and their feed-forward width.
-        num_attention_heads: Heads of every attention in both decoders.
-        num_queries: Segment queries Q.
-        dropout: Dropout in both decoders.
-        deformable_attention: Kernel of the pixel decoder's attention, one of `grid_sample`, `embedding_bag`, `triton`;
-            default: the fastest for the device (see `multi_scale_deformable_attention`).
-        classifier: How a query gets its words: by a learned `projection` into the text space and cosines there, or by
-            a `convex_combination` of the text embeddings of the classes of a closed-vocabulary head (Norouzi et al.,
-            ICLR 2014; see `GKCConvexClassEmbedder`), as `from_mask2former` makes it. The latter needs
-            `class_feature="query"`, and compares classes by their nearest names, whether `prompt_reduction` is
-            `mean` or `max`.
-        source_vocabulary: The classes of that head, one list of names per class; at most D - 1 classes.
-        class_feature: What is classified: the `query` (the paper's main setting), backbone features `pooled` under
-            the predicted mask, or `query+pooled`.
-        prompt_reduction: How several prompts of one class become one logit: `mean` or `max` of their logits, or
-            `embedding_mean`, the logit of their averaged embedding.
-        logit_scale_init_value: Initial log of the temperature, ln(1 / 0.07) as in CLIP; the temperature is clamped
+        mask_feature_size: Number of channels of the mask features.
+        encoder_layers, encoder_ffn_dim, encoder_num_points: Number of deformable attention layers of the pixel
+            decoder, their feed-forward width, and the number of sampling points per head and level (Zhu et al.,
+            *Deformable DETR*, ICLR 2021).
+        decoder_layers, decoder_ffn_dim: Number of layers of the mask decoder and their feed-forward width.
+        num_attention_heads: Number of heads of every attention in both decoders.
+        num_queries: Number of segment queries Q.
+        dropout: Dropout probability in both decoders.
+        deformable_attention: Kernel of the pixel decoder's attention, `grid_sample`, `embedding_bag` or `triton`.
+            Default: the fastest for the device (see `multi_scale_deformable_attention`).
+        classifier: Open-vocabulary classifier of the queries: `projection`, a learned projection into the text
+            embedding space with cosine similarities, or `convex_combination` of the text embeddings of the classes of
+            a closed-vocabulary head (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic
+            Embeddings*, ICLR 2014; see `GKCConvexClassEmbedder`), as created by `from_mask2former`. The latter needs
+            `class_feature="query"` and compares classes by their nearest names for both `mean` and `max` as
+            `prompt_reduction`.
+        source_vocabulary: Classes of the closed-vocabulary head, one list of names per class; at most D - 1 classes.
+        class_feature: Feature that is classified: the `query` (the main setting of the paper), backbone features
+            `pooled` under the predicted mask, or `query+pooled`.
+        prompt_reduction: Reduction of the prompts of a class to one logit: `mean` or `max` of their logits, or
+            `embedding_mean`, the logit of their mean embedding.
+        logit_scale_init_value: Initial logarithm of the logit scale, ln(1 / 0.07) as in CLIP; the scale is clamped
             at 100.
         class_weight, mask_weight, dice_weight: Weights of the losses and of the matching costs.
         no_object_weight: Weight of the no-object class in the cross-entropy.
         train_num_points, oversample_ratio, importance_sample_ratio: Point sampling of the mask losses (Kirillov et
             al., *PointRend*, CVPR 2020).
-        freeze_backbone_batch_norm: Keep the backbone's BatchNorm statistics as loaded while training, as Mask2Former's
-            ResNet recipes do.
-        vocabulary: Words stored with the checkpoint, one list of names (first name, then synonyms) per class; written
+        freeze_backbone_batch_norm: Whether to keep the backbone's BatchNorm statistics fixed in training, as in
+            Mask2Former's ResNet recipes.
+        vocabulary: Vocabulary stored with the checkpoint, one list of names (label, then synonyms) per class; written
             by `set_vocabulary`.
-        vocabulary_is_thing: For each stored class, whether it is countable (thing), not (stuff), or unknown (None).
-        vocabulary_colors: For each stored class its colour in overlays, (red, green, blue) in 0..255; written by
-            `set_vocabulary`.
-        vocabulary_templates: For each stored class the prompt templates of its own, if it has any; written by
-            `set_vocabulary`.
-        vocabulary_num_prompts: Rows of the stored class embeddings; written by `set_vocabulary`.
+        vocabulary_is_thing: For each stored class, whether it is countable (a thing), uncountable (stuff), or unknown
+            (None).
+        vocabulary_colors: For each stored class its color in overlays, (red, green, blue) in 0..255, or None; written
+            by `set_vocabulary`.
+        vocabulary_templates: For each stored class its own prompt templates, or None; written by `set_vocabulary`.
+        vocabulary_num_prompts: Number of stored prompt embeddings P; written by `set_vocabulary`.
 
     Raises:
-        ValueError: if the values cannot make a model; the message says what to change.
+        ValueError: If the values do not define a valid model; the message says what to change.
     """
 
     model_type = "gkc"
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig}
-    # The predictions that transformers' Trainer gathers are class logits and mask logits, as of Mask2Former.
+    # As for Mask2Former, transformers' Trainer gathers only class logits and mask logits as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "query_embeds",
         "content_sizes",
@@ -399,28 +398,34 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """
-        A configuration from its fields, some of them replaced by `kwargs`.
+        """Create a configuration from a dict of its fields, some of them overridden by `kwargs`.
+
+        Args:
+            config_dict: Fields of the configuration.
+            kwargs: Fields to override.
+
+        Returns:
+            The configuration.
 
         Raises:
-            ValueError: `num_labels`, `id2label` or `label2id` differs from the stored vocabulary, whose words would
-                stay while their names and number change.
+            ValueError: If `num_labels`, `id2label` or `label2id` contradicts the stored vocabulary, whose embeddings
+                would not change with them.
         """
         _check_id2label(config_dict)
         _check_id2label(kwargs)
         stored = None if "vocabulary" in kwargs else config_dict.get("vocabulary")
         if isinstance(kwargs.get("id2label"), dict):
             kwargs["id2label"] = {int(index): name for index, name in kwargs["id2label"].items()}  # as JSON has them
-        is_whole = isinstance(stored, list) and all(
+        is_valid = isinstance(stored, list) and all(
             isinstance(names, list) and names and isinstance(names[0], str) for names in stored
         )
-        if stored and is_whole:  # else the constructor says what is wrong with it
+        if stored and is_valid:  # otherwise the constructor raises the error
             _check_given_labels([names[0] for names in stored], config_dict, kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def projection_dim(self) -> int:
-        """Width D of the image-text space: that of the text tower."""
+        """Dimension D of the image-text embedding space, that of the text tower."""
         return self.text_config.projection_dim
 
     def _check(self):
@@ -454,7 +459,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         stored = self.vocabulary or []
         for field in ("vocabulary", "source_vocabulary"):
             for index, names in enumerate(getattr(self, field) or []):
-                _require(bool(names), f"`{field}` names nothing for class {index}.")
+                _require(bool(names), f"`{field}` has no name for class {index}: give at least one.")
                 for name in names:
                     _require_label(name, f"`{field}`, class {index}")
         for name in ("vocabulary_is_thing", "vocabulary_colors", "vocabulary_templates"):
@@ -478,7 +483,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
                 ids == sorted(map(str, range(len(stored))))
                 and all(isinstance(v, str) for v in self.id2label.values()),
                 f"`id2label` must name the {len(stored)} stored classes 0..{len(stored) - 1}, got "
-                f"{shown(self.id2label)}: `model.set_vocabulary(...)` writes both.",
+                f"{shown(self.id2label)}: use `model.set_vocabulary(...)`, which writes both.",
             )
 
     def _check_text(self):
@@ -505,8 +510,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         )
         _require(
             self.hidden_size % GROUP_NORM_GROUPS == 0,
-            f"`hidden_size` = {self.hidden_size} must be a multiple of {GROUP_NORM_GROUPS}, the groups of the pixel "
-            "decoder's normalisation.",
+            f"`hidden_size` = {self.hidden_size} must be a multiple of {GROUP_NORM_GROUPS}, the number of groups of "
+            "the pixel decoder's normalization.",
         )
         check_number("dropout", self.dropout, 0)
         _require(self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
@@ -531,8 +536,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         )
         _require(
             bool(self.source_vocabulary) and all(self.source_vocabulary),
-            "`classifier='convex_combination'` needs the names of the head's classes as `source_vocabulary`; "
-            "`modeling_gkc.conversion.from_mask2former` writes them.",
+            "`classifier='convex_combination'` needs the names of the head's classes as `source_vocabulary`: use "
+            "`modeling_gkc.conversion.from_mask2former`, which sets them.",
         )
         _require(
             len(self.source_vocabulary) < self.projection_dim,
@@ -548,14 +553,14 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
                 "AutoBackbone knows and that gives maps of strides 4, 8, 16 and 32, such as 'clip_resnet', 'resnet', "
                 "'swin' or 'convnext'."
             )
-        # A model of timm names its stages only once it is made.
+        # Models of timm have no stage names before they are built.
         if stage_names := getattr(config, "stage_names", None):
             field, stages, choice = "out_features", config.out_features, f"the four stages of {stage_names}"
         else:
             field, stages, choice = "out_indices", config.out_indices, f"its last four levels, {LAST_FOUR}"
         if stages is None or len(stages) != 4 or "stem" in stages:
             raise ValueError(
-                f"the backbone must return four feature maps (strides 4, 8, 16, 32), but `{field}` is {stages}; set "
+                f"The backbone must return four feature maps (strides 4, 8, 16, 32), but `{field}` is {stages}; set "
                 f"`{field}` to {choice}."
             )
 
@@ -574,16 +579,15 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
 
 
 def _check_given_labels(labels: list[str], config_dict: dict[str, Any], given: dict[str, Any]) -> None:
-    """
-    Refuse labels that are given while a checkpoint is loaded which stores words.
+    """Check that labels given to `from_pretrained` agree with the vocabulary that the checkpoint stores.
 
     Args:
-        labels: First names of the stored words.
-        config_dict: The stored fields, which may hold other names for them.
-        given: The fields given.
+        labels: Labels of the stored vocabulary.
+        config_dict: The stored fields, whose `id2label` may have other names.
+        given: The overriding fields.
 
     Raises:
-        ValueError: as of `GKCConfig.from_dict`.
+        ValueError: As in `GKCConfig.from_dict`.
     """
     shown = {int(index): name for index, name in (config_dict.get("id2label") or dict(enumerate(labels))).items()}
     allowed = {
@@ -596,9 +600,9 @@ def _check_given_labels(labels: list[str], config_dict: dict[str, Any], given: d
         if value is not None and value not in values:
             some = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
             raise ValueError(
-                f"`{field}` cannot be changed while loading: the checkpoint stores {len(labels)} words ({some}), "
-                f"whose embeddings would stay. Load it without `{field}`, then call `model.set_vocabulary(words, "
-                "processor)`."
+                f"`{field}` cannot be changed while loading: the checkpoint stores embeddings of {len(labels)} "
+                f"classes ({some}), which would not change. Load it without `{field}`, then call "
+                "`model.set_vocabulary(words, processor)`."
             )
 
 
@@ -606,21 +610,21 @@ def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrain
     if config is None:
         return CLIPResNetConfig()
     if isinstance(config, PreTrainedConfig):
-        return _own_copy(config)
+        return _copy_config(config)
     _require(
         isinstance(config, dict),
         f"`backbone_config` must be the configuration of a backbone or a dict of its fields, got {shown(config)}.",
     )
-    values = _without_origin(config)
+    values = _remove_origin(config)
     model_type = values.pop("model_type", CLIPResNetConfig.model_type)
     if model_type == CLIPResNetConfig.model_type:
-        return _nested("backbone_config", CLIPResNetConfig, values)
+        return _create_nested_config("backbone_config", CLIPResNetConfig, values)
     _require(
         isinstance(model_type, str) and model_type in CONFIG_MAPPING,
         f"`backbone_config` has the unknown model_type {model_type!r}; use one that transformers' AutoBackbone knows, "
         "such as 'clip_resnet', 'resnet', 'swin' or 'convnext'.",
     )
-    config = _nested("backbone_config", CONFIG_MAPPING[model_type], values)
+    config = _create_nested_config("backbone_config", CONFIG_MAPPING[model_type], values)
     if isinstance(config, BackboneConfigMixin) and not {"out_features", "out_indices"} & values.keys():
         if stage_names := getattr(config, "stage_names", None):
             config.out_features = stage_names[-4:]
@@ -633,23 +637,25 @@ def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConf
     if config is None:
         return CLIPTextConfig(projection_dim=1024)
     if isinstance(config, CLIPTextConfig):
-        return _own_copy(config)
+        return _copy_config(config)
     _require(
         isinstance(config, dict),
         f"`text_config` must be a CLIPTextConfig or a dict of its fields, got {type(config).__name__}; for a CLIP "
         "model's config pass its `text_config`.",
     )
-    values = {key: value for key, value in _without_origin(config).items() if key != "model_type"}
-    return _nested("text_config", CLIPTextConfig, values)
+    values = {key: value for key, value in _remove_origin(config).items() if key != "model_type"}
+    return _create_nested_config("text_config", CLIPTextConfig, values)
 
 
-def _nested(field: str, config_class: Callable[..., PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration inside another's field, whose errors name the field."""
+def _create_nested_config(
+    field: str, config_class: Callable[..., PreTrainedConfig], values: dict[str, Any]
+) -> PreTrainedConfig:
+    """Create the configuration of a field of another one; errors name the field."""
     try:
         _check_id2label(values)
         return config_class(**values)
     except _ERRORS_OF_VALUES as error:
-        raise ValueError(f"`{field}`: {_reason(config_class, error, values)}") from error
+        raise ValueError(f"`{field}`: {_describe_error(config_class, error, values)}") from error
     except ValueError as error:
         raise ValueError(f"`{field}`: {error}") from error
 
@@ -661,17 +667,17 @@ def _require_label(name: Any, place: str) -> None:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy, so that what one model sets in it reaches no other; without the path that it was loaded from."""
+def _copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy a configuration, so that models do not share it, without the path that it was loaded from."""
     config = copy.deepcopy(config)
     config.name_or_path = ""
     return config
 
 
-def _without_origin(values: dict) -> dict:
-    """The fields without the path that they were loaded from, which a published checkpoint must not tell.
+def _remove_origin(values: dict) -> dict:
+    """Remove the path that the fields were loaded from, which a published checkpoint must not reveal.
 
-    An `auto_map` would let transformers ask whether to run code of the folder.
+    `auto_map` is removed too, since transformers would otherwise ask whether to run code of that folder.
     """
     return {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path", "auto_map")}
 

@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Multi-scale deformable attention (Zhu et al., *Deformable DETR*, ICLR 2021): one function, kernels behind it.
+"""Multi-scale deformable attention (Zhu et al., *Deformable DETR*, ICLR 2021) with a choice of kernels.
 
-`GKC_DEFORMABLE_ATTENTION` in the environment names the kernel to be used, as does `GKCConfig.deformable_attention`:
+The environment variable `GKC_DEFORMABLE_ATTENTION` or `GKCConfig.deformable_attention` selects the kernel:
 
-* `grid_sample`: plain torch, for any device, and for graphs that are exported;
-* `embedding_bag`: for processors, where it is several times faster;
-* `triton`: for CUDA, where Triton is installed.
+* `grid_sample`: plain torch for any device and for exported graphs;
+* `embedding_bag`: several times faster on CPUs;
+* `triton`: for CUDA devices, if Triton is installed.
 """
 
 import os
@@ -40,43 +40,44 @@ def multi_scale_deformable_attention(
     attention_weights: Tensor,
     kernel: str | None = None,
 ) -> Tensor:
-    """Sums values sampled bilinearly at given locations of several feature maps.
+    """Compute weighted sums of values sampled bilinearly from several feature maps.
 
     Letters: B images, T positions of all levels together, N queries, M heads, E channels of a head, L levels,
     R sampling points per head and level.
 
     Args:
-        value: (B, T, M, E) values, the levels' maps flattened row by row and concatenated, T = sum of h * w.
-        spatial_shapes: (height, width) of each level's map.
-        sampling_locations: (B, N, M, L, R, 2) locations (x, y) relative to the map, 0..1 from edge to edge; outside of
-            it values are zero. In fp32 at least: half precision misses a position of a large map by a cell.
+        value: (B, T, M, E) values; the maps of all levels are flattened row by row and concatenated, T = sum of h * w.
+        spatial_shapes: (height, width) of the map of each level.
+        sampling_locations: (B, N, M, L, R, 2) locations (x, y) in 0..1 relative to the edges of the map; values
+            outside of it are zero. Use at least fp32: in half precision, positions in a large map are off by a cell.
         attention_weights: (B, N, M, L, R) weights of the samples.
-        kernel: `grid_sample`, `embedding_bag` or `triton`; default: what the environment's `GKC_DEFORMABLE_ATTENTION`
-            names, else the fastest for the device. `torch.jit.trace` always records `grid_sample`.
+        kernel: `grid_sample`, `embedding_bag` or `triton`. Default: the environment variable
+            `GKC_DEFORMABLE_ATTENTION`, else the fastest for the device. `torch.jit.trace` always uses `grid_sample`.
 
     Returns:
-        (B, N, M * E) weighted sums, heads concatenated.
+        (B, N, M * E) weighted sums of the concatenated heads.
 
     Raises:
-        ValueError: if `spatial_shapes` do not add up to the positions of `value`, or there is no such kernel.
+        ValueError: If `spatial_shapes` do not add up to the number of positions of `value`, or the kernel is unknown.
     """
     num_positions = sum(height * width for height, width in spatial_shapes)
     if num_positions != value.shape[1]:
         raise ValueError(
-            f"`spatial_shapes` {spatial_shapes} hold {num_positions} positions, `value` {value.shape[1]}."
+            f"`spatial_shapes` {spatial_shapes} have {num_positions} positions, but `value` has {value.shape[1]}."
         )
     kernel = kernel or os.environ.get(KERNEL_VARIABLE) or fastest_kernel(value, sampling_locations, attention_weights)
     if kernel not in KERNELS:
         raise ValueError(f"The kernel of deformable attention must be one of {', '.join(KERNELS)}, got {kernel!r}.")
-    if torch.jit.is_tracing():  # which records no autograd function and no kernel of Triton's
+    if torch.jit.is_tracing():  # tracing supports neither custom autograd functions nor Triton kernels
         kernel = "grid_sample"
     return KERNELS[kernel](value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def fastest_kernel(*inputs: Tensor) -> str:
-    """Name of the kernel for these inputs.
+    """Return the name of the fastest kernel for the given inputs.
 
-    `embedding_bag` computes its own gradients, which a compiler cannot trace: there it is taken only without them.
+    `embedding_bag` has a custom backward pass that cannot be compiled, so that under compilation it is chosen only
+    without gradients.
     """
     device = inputs[0].device.type
     if torch.compiler.is_exporting():
@@ -95,7 +96,7 @@ def _grid_sample_kernel(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Plain torch: one `grid_sample` per level, heads folded into the batch, in the precision of the locations."""
+    """Compute deformable attention in plain torch: one `grid_sample` per level, in the precision of the locations."""
     batch_size, _, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
     grids = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, N, R, 2)
@@ -118,7 +119,7 @@ def _triton_kernel(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Triton takes a while to import, so this is done when it is used."""
+    """Compute deformable attention with Triton, which is slow to import and therefore imported on first use."""
     from .deformable_attention_triton import triton_deformable_attention
 
     return triton_deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)

@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Multi-scale deformable attention as weighted sums of rows, for processors.
+"""CPU kernel of multi-scale deformable attention, computed as weighted sums of rows by `embedding_bag`.
 
-A row is the value vector of one head at one cell. Every head of a query sums 4 corners x points x levels of them: this
-is what `embedding_bag` does, without storing a sample. Maps get a border of zero cells and locations are clamped to
-it, so that corners outside need no masks.
+A row is the value vector of one head at one cell. Every head of a query sums (4 corners x points x levels) rows, which
+`embedding_bag` computes without storing the samples. Maps are padded by a border of zero cells and locations are
+clamped to it, so that corners outside of the map need no masks.
 
-Backward, in the same terms: the gradient of a weight is the product of a row with the gradient of its bag, which
-`sampled_addmm` computes at the places of a sparse matrix; the gradient of a row is the weighted sum of the gradients
-of the bags that hold it, an `embedding_bag` again once the samples are sorted by cell.
+Backward pass: the gradient of a weight is the inner product of a row with the gradient of its bag, which
+`sampled_addmm` computes at the nonzero positions of a sparse matrix; the gradient of a row is the weighted sum of the
+gradients of the bags that contain it, computed by `embedding_bag` after sorting the samples by cell.
 
 Letters: B images, T positions of all levels together, N queries, M heads, E channels of a head, L levels, R sampling
 points per head and level, S = L * R samples of a bag.
@@ -38,11 +38,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class Samples(NamedTuple):
-    """Where samples lie on maps with a border; all (bags, S), a bag for each image, query and head.
+    """Positions of samples on padded maps, all of shape (bags, S), with a bag for each image, query and head.
 
     Attributes:
-        rows: row of the cell at the upper left of a sample.
-        x, y: fractions of a cell from there to the sample, 0..1.
+        rows: Row index of the cell at the upper left of a sample.
+        x, y: Offsets of the sample from that cell as fractions of a cell in 0..1.
     """
 
     rows: Tensor
@@ -56,9 +56,18 @@ def embedding_bag_deformable_attention(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """As `multi_scale_deformable_attention`, computed in the precision of the locations.
+    """Compute `multi_scale_deformable_attention` in the precision of the locations.
 
-    It can be differentiated once; where a compiler traces it, not at all.
+    It is differentiable once, and not differentiable when traced by a compiler.
+
+    Args:
+        value: As in `multi_scale_deformable_attention`.
+        spatial_shapes: As in `multi_scale_deformable_attention`.
+        sampling_locations: As in `multi_scale_deformable_attention`.
+        attention_weights: As in `multi_scale_deformable_attention`.
+
+    Returns:
+        (B, N, M * E) weighted sums of the concatenated heads.
     """
     precision = sampling_locations.dtype
     inputs = (value.to(precision), sampling_locations, attention_weights.to(precision))
@@ -78,10 +87,10 @@ def _areas(shapes: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _per_sample(numbers: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A number for each level, written out for every sample of a query, (M * S,); `like` is (B, N, M, L, R, ...).
+    """Repeat a number per level for every sample of a query, (M * S,); `like` has the shape (B, N, M, L, R, ...).
 
-    Broadcasting over the few points of a level would be slow, and written out by torch it would still be one to a
-    compiler, whose code is then not vectorised.
+    The list is repeated in Python, because broadcasting over the few points of a level is slow, and compilers would
+    turn a tensor repeated by torch into a broadcast again, which is not vectorized.
     """
     num_heads, _, num_points = like.shape[2:5]
     written_out = [number for number in numbers for _ in range(num_points)] * num_heads
@@ -89,7 +98,7 @@ def _per_sample(numbers: Sequence[int], like: Tensor, dtype: torch.dtype | None 
 
 
 def pad_maps(value: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """Rows (B * padded T * M, E) of values (B, T, M, E) whose maps get a border of one cell of zeros."""
+    """Pad the maps of values (B, T, M, E) by a border of one cell of zeros, as rows (B * padded T * M, E)."""
     levels = value.split(_areas(spatial_shapes), dim=1)
     padded = [
         F.pad(level.unflatten(1, shape), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2)
@@ -99,9 +108,9 @@ def pad_maps(value: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor
 
 
 def _cells(locations: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Positions (B, N, M * S) on maps, in cells of which the border's first is 0, for locations along one axis.
+    """Convert locations along one axis to positions (B, N, M * S) in cells of the padded map, whose border is cell 0.
 
-    Positions beyond the border are clamped to it, where values are 0.
+    Positions beyond the border are clamped to it, where values are zero.
     """
     length = _per_sample(lengths, locations)
     positions = (locations.flatten(2) * length).add_(0.5)
@@ -109,15 +118,22 @@ def _cells(locations: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _split(positions: Tensor, lengths: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole cells and fractions of one; the last cell that is whole is the one before the border's."""
+    """Split positions into cell indices, at most that of the last cell before the border, and fractions of a cell."""
     cells = torch.minimum(positions.floor(), _per_sample(lengths, like))
     return cells, positions - cells
 
 
 def locate(locations: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Samples:
-    """Finds the cells of relative locations (B, N, M, L, R, 2).
+    """Find the cells of relative locations (B, N, M, L, R, 2).
 
-    Where a location is not a number, so are its fractions, and with them what is made of the row.
+    The fractions of a NaN location are NaN, and so are the outputs computed from them.
+
+    Args:
+        locations: (B, N, M, L, R, 2) locations (x, y) in 0..1.
+        spatial_shapes: (height, width) of the map of each level.
+
+    Returns:
+        The positions of the samples.
     """
     batch_size, _, num_heads, num_levels, num_points = locations.shape[:5]
     heights, widths = zip(*spatial_shapes, strict=True)
@@ -140,9 +156,12 @@ def locate(locations: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Samp
 
 
 def corner_steps(spatial_shapes: Sequence[tuple[int, int]], num_heads: int, like: Tensor) -> list[Tensor | int]:
-    """From the row of a sample's upper left corner to those of its four corners, each a number or (S,).
+    """Return the offsets of the rows of a sample's four corners from its upper left one, each a number or (S,).
 
-    `like` is (bags, S).
+    Args:
+        spatial_shapes: (height, width) of the map of each level.
+        num_heads: Number of heads M.
+        like: (bags, S) tensor whose device and dtype are used.
     """
     num_points = like.shape[1] // len(spatial_shapes)
     below = [width * num_heads for _, width in _padded(spatial_shapes) for _ in range(num_points)]
@@ -151,7 +170,7 @@ def corner_steps(spatial_shapes: Sequence[tuple[int, int]], num_heads: int, like
 
 
 def corner_weights(samples: Samples, weights: Tensor) -> list[Tensor]:
-    """Shares (bags, S) of the weights of samples: upper left, upper right, lower left, lower right."""
+    """Compute the bilinear weights (bags, S) of the upper left, upper right, lower left and lower right corners."""
     lower = weights * samples.y
     upper = weights - lower
     upper_right, lower_right = upper * samples.x, lower * samples.x
@@ -161,7 +180,7 @@ def corner_weights(samples: Samples, weights: Tensor) -> list[Tensor]:
 def _forward(
     value: Tensor, locations: Tensor, attention_weights: Tensor, spatial_shapes: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Samples]:
-    """(B, N, M * E) sums, the padded rows, and the samples."""
+    """Compute the weighted sums (B, N, M * E), and return them with the padded rows and the samples."""
     rows = pad_maps(value, spatial_shapes)
     samples = locate(locations, spatial_shapes)
     shares = corner_weights(samples, attention_weights.reshape(samples.rows.shape))
@@ -173,7 +192,7 @@ def _forward(
 
 
 class _DeformableAttention(torch.autograd.Function):
-    """Keeps rows, samples and weights for the backward pass; nothing of the size of all sampled values."""
+    """Autograd function that saves rows, samples and weights, but not the sampled values, for the backward pass."""
 
     @staticmethod
     def forward(
@@ -211,9 +230,9 @@ class _DeformableAttention(torch.autograd.Function):
 
 
 def _row_sums(bags: Tensor, samples: Samples, weights: Tensor, num_rows: int) -> list[Tensor]:
-    """For each of the four corners (rows, E): sums of the gradients (bags, E) of the bags with a sample in a cell.
+    """Sum for each of the four corners the gradients (bags, E) of the bags with a sample in a cell, as (rows, E).
 
-    The rows are those of the samples' upper left cells, whichever the corner, so that they are sorted only once.
+    For every corner the rows are those of the samples' upper left cells, so that they are sorted only once.
     """
     order = samples.rows.flatten().sort(stable=True).indices
     counts = torch.bincount(samples.rows.flatten(), minlength=num_rows)
@@ -227,9 +246,9 @@ def _row_sums(bags: Tensor, samples: Samples, weights: Tensor, num_rows: int) ->
 
 
 def _gather_corners(sums: Sequence[Tensor], spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """(B, T, M, E), what the four corners' sums (B, padded T, M, E) come to at the cells that are not border.
+    """Add up the sums of the four corners (B, padded T, M, E) at the cells of the unpadded maps (B, T, M, E).
 
-    A corner's sums stand at the upper left cell of its samples: it is that cell, or the one to its right, or below.
+    The sums of a corner are stored at the upper left cell of its samples and are shifted to the right and down.
     """
     shapes = _padded(spatial_shapes)
     corners = [each.split(_areas(shapes), dim=1) for each in sums]
@@ -252,9 +271,14 @@ def _sample_gradients(
     locations: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the locations (B, N, M, L, R, 2) and of the weights (bags, S).
+    """Compute the gradients of the locations (B, N, M, L, R, 2) and of the weights (bags, S).
 
-    `products` are those of the four corners' rows with the bags' gradients, (bags, S).
+    Args:
+        products: Inner products (bags, S) of the rows of the four corners with the gradients of their bags.
+        samples: Positions of the samples.
+        weights: (bags, S) attention weights.
+        locations: (B, N, M, L, R, 2) locations.
+        spatial_shapes: (height, width) of the map of each level.
     """
     upper_left, upper_right, lower_left, lower_right = products
     upper_slope, lower_slope = upper_right.sub_(upper_left), lower_right.sub_(lower_left)
@@ -273,7 +297,7 @@ def _sample_gradients(
 
 
 def _cell_gradient(slopes: Tensor, locations: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Gradient (B, N, M * S) of relative locations, from that of positions in cells; 0 beyond the border."""
+    """Convert gradients of positions in cells to those of relative locations (B, N, M * S), zero beyond the border."""
     length = _per_sample(lengths, locations)
     positions = locations.flatten(2) * length
     is_inside = (positions > -0.5) & (positions < length + 0.5)
@@ -281,7 +305,7 @@ def _cell_gradient(slopes: Tensor, locations: Tensor, lengths: Sequence[int]) ->
 
 
 def _products(bags: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """Inner products (bags, S) of each bag's gradient (bags, E) with the rows (rows, E) at its indices (bags, S)."""
+    """Compute inner products (bags, S) of the gradients (bags, E) of bags with the rows (rows, E) at `indices`."""
     _silence_beta_warning()
     places = torch.sparse_csr_tensor(
         torch.arange(len(bags) + 1, dtype=indices.dtype) * indices.shape[1],
@@ -295,7 +319,7 @@ def _products(bags: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
 
 @cache
 def _silence_beta_warning() -> None:
-    """Torch says once per process that sparse tensors are in beta; it says so here, unheard."""
+    """Trigger and ignore torch's warning about the beta state of sparse tensors, issued once per process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], torch.empty(0), size=(1, 1), check_invariants=False)

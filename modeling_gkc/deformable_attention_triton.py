@@ -11,17 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Triton kernels, forward and backward, of multi-scale deformable attention (Zhu et al., ICLR 2021) for NVIDIA GPUs.
+"""Triton kernels of multi-scale deformable attention (Zhu et al., *Deformable DETR*, ICLR 2021) for NVIDIA GPUs.
 
-Imported where it is used: Triton is optional, and `deformable_attention` holds kernels that do without it.
+The module is imported on first use, because Triton is optional; `deformable_attention` has kernels without it.
 
-A program computes one head of a block of queries of one image. Channels lie side by side in memory, so a warp reads a
-corner of a sample in whole cache lines. The forward and the backward pass are custom operators of torch (no
-`torch.library.triton_op`, whose tracing knows no tuples of sizes and no interpreter): `torch.compile` keeps them whole
-in one graph and records them in CUDA graphs. Sizes of the maps are arguments of the kernels; nothing is copied to the
-device and nothing waits for it. A kernel is compiled at its first call for dtypes, head size, levels and points.
+A program computes one head of a block of queries of one image. Channels are contiguous in memory, so that a warp reads
+a corner of a sample in whole cache lines. The forward and backward passes are custom operators of torch (not
+`torch.library.triton_op`, whose tracing supports neither tuples of sizes nor the interpreter): `torch.compile` treats
+them as single nodes of a graph and captures them in CUDA graphs. The sizes of the maps are kernel arguments, so that
+no data is copied to the device and no synchronization is needed. A kernel is compiled at its first call for a
+combination of dtypes, head size, levels and points.
 
-Where TRITON_INTERPRET=1 was set before Triton was imported, all of this runs on the CPU, slowly, for tests.
+If TRITON_INTERPRET=1 is set before Triton is imported, the kernels run slowly on the CPU, for tests.
 """
 
 import math
@@ -40,12 +41,12 @@ except ImportError:
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 _THREADS = 128
 _BYTES_PER_LOAD = 16
-# Imported a second time, as code beside a checkpoint, the module must not replace the operators of the first.
+# A second copy of this module, imported as remote code, must not replace the operators of the first.
 _OPERATORS = re.sub(r"\W", "_", __name__)
 
 
 def is_available() -> bool:
-    """Whether `triton_deformable_attention` can run here: Triton is there, and a CUDA device or its interpreter."""
+    """Return whether Triton is installed and a CUDA device or Triton's interpreter is available."""
     return triton is not None and (_INTERPRETED or torch.cuda.is_available())
 
 
@@ -55,25 +56,25 @@ def triton_deformable_attention(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sums values sampled bilinearly at given locations of several feature maps; differentiable once.
+    """Compute weighted sums of values sampled bilinearly from several feature maps; differentiable once.
 
     Letters: B images, T positions of all levels together, N queries, M heads, E channels of a head, L levels,
-    R sampling points per head and level. Computed in fp32 (fp64 if an input is), whatever the dtypes. Gradients of the
-    values are summed by atomic additions, so their last bits differ from run to run.
+    R sampling points per head and level. All dtypes are computed in fp32 (in fp64 if an input is fp64). Gradients of
+    the values are summed by atomic additions, so that their last bits are not deterministic.
 
     Args:
-        value: (B, T, M, E) values, the levels' maps flattened row by row and concatenated, T = sum of h * w.
-        spatial_shapes: (height, width) of each level's map.
-        sampling_locations: (B, N, M, L, R, 2) locations (x, y) relative to the map, 0..1 from edge to edge; outside of
-            it, and where a location is not finite, values are zero.
+        value: (B, T, M, E) values; the maps of all levels are flattened row by row and concatenated, T = sum of h * w.
+        spatial_shapes: (height, width) of the map of each level.
+        sampling_locations: (B, N, M, L, R, 2) locations (x, y) in 0..1 relative to the edges of the map; values
+            outside of it and at locations that are not finite are zero.
         attention_weights: (B, N, M, L, R) weights of the samples.
 
     Returns:
-        (B, N, M * E) weighted sums, heads concatenated, in the dtype of `value`.
+        (B, N, M * E) weighted sums of the concatenated heads in the dtype of `value`.
 
     Raises:
-        ImportError: Triton is not installed.
-        ValueError: the tensors are not on a CUDA device, not of floating point, or their shapes do not fit together.
+        ImportError: If Triton is not installed.
+        ValueError: If the tensors are not floating-point tensors on a CUDA device, or their shapes do not match.
     """
     _check_place(value, sampling_locations, attention_weights)
     _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
@@ -100,11 +101,11 @@ def _check_place(*tensors: Tensor) -> None:
 def _check_shapes(
     value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> None:
-    # The kernels trust these shapes: a wrong one would read memory that is not the tensor's.
+    # The kernels do not check shapes: a wrong one would access memory out of bounds.
     num_positions = sum(height * width for height, width in spatial_shapes)
     if num_positions != value.shape[1]:
         raise ValueError(
-            f"`spatial_shapes` {spatial_shapes} hold {num_positions} positions, `value` {value.shape[1]}."
+            f"`spatial_shapes` {spatial_shapes} have {num_positions} positions, but `value` has {value.shape[1]}."
         )
     batch_size, _, num_heads, _ = value.shape
     num_queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
@@ -137,8 +138,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_determinism(value)
     inputs = [tensor.contiguous() for tensor in (value, sampling_locations, attention_weights, grad_output)]
-    # Atomic additions sum many small parts: in the precision of the computation, whatever that of the values.
-    # The values are read in its layout too, so that their products need not change threads before they are added.
+    # Atomic additions sum many small terms, and therefore use the precision of the computation, not of the values.
+    # The values are read in its layout too, so that products need not be exchanged between threads.
     precision = _precision(*inputs[:3])
     grad_value = torch.zeros_like(inputs[0], dtype=precision)
     grads = [grad_value, torch.empty_like(inputs[1]), torch.empty_like(inputs[2])]
@@ -167,7 +168,7 @@ def _differentiate(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tens
 
 
 def _raise_on_second_derivative(ctx, *grads: Tensor) -> None:
-    raise NotImplementedError("Deformable attention has no second derivative, by Triton or otherwise.")
+    raise NotImplementedError("Deformable attention is differentiable only once, with every kernel.")
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -175,7 +176,7 @@ _backward.register_autograd(_raise_on_second_derivative)
 
 
 def _check_determinism(value: Tensor) -> None:
-    """As torch's own backward of `grid_sample` does, which adds atomically too."""
+    """Raise or warn if deterministic algorithms are requested, as torch does in the backward of `grid_sample`."""
     if value.is_cuda and torch.are_deterministic_algorithms_enabled():
         message = "The gradient of deformable attention is not deterministic on a GPU: compute it on the CPU."
         if not torch.is_deterministic_algorithms_warn_only_enabled():
@@ -188,7 +189,7 @@ def _precision(*tensors: Tensor) -> torch.dtype:
 
 
 def _launch(kernel, inputs: list[Tensor], outputs: list[Tensor], sizes: list[int], loaded: torch.dtype, **blocks: int):
-    """Runs a kernel with as many queries in a program as its threads can load at once values of the dtype `loaded`."""
+    """Launch a kernel with as many queries per program as its threads can load values of dtype `loaded` at once."""
     value, sampling_locations = inputs[:2]
     batch_size, num_positions, num_heads, head_dim = value.shape
     num_queries, _, num_levels, num_points = sampling_locations.shape[1:5]
@@ -201,7 +202,7 @@ def _launch(kernel, inputs: list[Tensor], outputs: list[Tensor], sizes: list[int
         kernel[(num_programs,)](
             *inputs,
             *outputs,
-            # As floats, exact up to 2**24: Triton compiles variants for some values of integers, of floats none.
+            # As floats, exact up to 2**24, because Triton specializes kernels for some integer values.
             tuple(float(length) for length in sizes),
             num_positions,
             num_queries,
@@ -225,7 +226,7 @@ if triton is not None:
 
     @triton.jit
     def _program_rows(num_queries, HEADS: tl.constexpr, BLOCK_QUERIES: tl.constexpr):
-        """This program's image and head, and its rows of (image, query, head), with whether their query exists."""
+        """Return this program's image and head, its rows of (image, query, head), and whether their queries exist."""
         head = tl.program_id(0) % HEADS
         block = tl.program_id(0) // HEADS
         num_blocks = tl.cdiv(num_queries, BLOCK_QUERIES)
@@ -235,9 +236,9 @@ if triton is not None:
 
     @triton.jit
     def _cell_before(locations, exists, length, PRECISION: tl.constexpr):
-        """Index of the cell whose centre is at or before each location on one axis, and the share of the next cell.
+        """Return the index of the cell whose center is at or before each location, and the weight of the next cell.
 
-        What is out of reach of every cell becomes -2: that cell and its next are both outside, for infinities too.
+        Locations beyond the reach of every cell, also infinite ones, become -2: that cell and its next are outside.
         """
         location = tl.load(locations, mask=exists, other=-1).to(PRECISION) * length - 0.5
         location = tl.where((location >= -1) & (location < length), location, -2)
@@ -246,7 +247,7 @@ if triton is not None:
 
     @triton.jit
     def _cell(row, column, height, width, first, used, STRIDE: tl.constexpr):
-        """Offset of cells from the first value, and where to read it: in the map, and a channel that exists."""
+        """Return the offsets of cells from the first value, and the mask of cells and channels that exist."""
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         return ((first + row.to(tl.int64) * width + column) * STRIDE)[:, None], inside[:, None] & used[None, :]
 
@@ -276,7 +277,7 @@ if triton is not None:
         total = tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), PRECISION)
         for level in tl.static_range(LEVELS):
             height, width = tl.cast(sizes[2 * level], tl.int32), tl.cast(sizes[2 * level + 1], tl.int32)
-            # The reads of two points overlap. A last one by itself would multiply the time that compilation takes.
+            # Unrolled by two to overlap the reads of two points; a remainder would multiply the compilation time.
             for point in tl.range(0, POINTS, loop_unroll_factor=2 - POINTS % 2):
                 samples = (rows * LEVELS + level) * POINTS + point
                 weight = tl.load(weights + samples, mask=exists, other=0).to(PRECISION)
@@ -319,7 +320,7 @@ if triton is not None:
         grad_value += (head * CHANNELS + channels)[None, :]
         grad_output += rows[:, None] * CHANNELS + channels[None, :]
         grad = tl.load(grad_output, mask=exists[:, None] & used[None, :], other=0).to(PRECISION)
-        # Gradients of a sample's location and weight are kept, to be written at the end in whole rows.
+        # Gradients of locations and weights are accumulated in registers and stored at the end in whole rows.
         grad_weight_tile = tl.zeros((BLOCK_QUERIES, BLOCK_SAMPLES), PRECISION)
         grad_x_tile = tl.zeros((BLOCK_QUERIES, BLOCK_SAMPLES), PRECISION)
         grad_y_tile = tl.zeros((BLOCK_QUERIES, BLOCK_SAMPLES), PRECISION)
@@ -332,7 +333,7 @@ if triton is not None:
                 weight = tl.load(weights + samples, mask=exists, other=0).to(PRECISION)
                 left, x = _cell_before(locations + 2 * samples, exists, sizes[2 * level + 1], PRECISION)
                 top, y = _cell_before(locations + 2 * samples + 1, exists, sizes[2 * level], PRECISION)
-                # All reads stand before the additions, which no read could pass.
+                # All reads precede the atomic additions, across which reads are not reordered.
                 cell_00, mask_00 = _cell(top, left, height, width, first, used, STRIDE)
                 cell_01, mask_01 = _cell(top, left + 1, height, width, first, used, STRIDE)
                 cell_10, mask_10 = _cell(top + 1, left, height, width, first, used, STRIDE)
@@ -368,7 +369,7 @@ if triton is not None:
 
     @triton.jit
     def _add(pointers, values, mask):
-        # Sums are read after the kernel only: the order that atomics keep by default would cost, and serve nobody.
+        # Relaxed ordering is sufficient and faster, because the sums are read only after the kernel.
         tl.atomic_add(pointers, values, mask=mask, sem="relaxed")
 
 

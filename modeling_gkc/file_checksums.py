@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Safetensors files that carry a SHA-256 of themselves, by which damage is found before anything is read from them.
+"""Checksums of safetensors files: a SHA-256 in the header, by which damage is detected before tensors are read.
 
-The checksum stands in the header as the metadata `sha256`. It is that of the whole file with 64 zeros in its own
-place. It finds damage and exchanged files; it is no signature, since whoever rewrites a file can seal it anew.
+The checksum is the metadata entry `sha256` of the header. It is computed over the whole file with 64 zeros in place of
+the checksum itself. It detects damaged and exchanged files, but is not a signature: anyone who rewrites a file can
+also rewrite its checksum.
 """
 
 import hashlib
@@ -24,50 +25,49 @@ import re
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 22
-# Metadata to give to `save_file`; `write_checksum` then puts the checksum in its place.
+# Metadata to pass to `save_file`; `write_checksum` then replaces the zeros by the checksum.
 EMPTY_CHECKSUM = {"sha256": "0" * 64}
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
 
 class DamagedFileError(ValueError):
-    """A stored file is missing, or does not hold what was written; the message names it and how to make it again."""
+    """Error for a stored file that is missing or damaged; the message names the file and how to restore it."""
 
 
 def write_checksum(path: str | Path) -> None:
-    """
-    Put the checksum of a file into its header, and the metadata into the order of their names.
+    """Write the checksum of a safetensors file into its header, and sort the metadata by name.
 
-    safetensors writes metadata in another order each time; in order, equal content makes equal files.
+    safetensors writes metadata in arbitrary order; sorted metadata makes files with equal content identical.
 
     Args:
         path: File that `save_file` wrote with the metadata `EMPTY_CHECKSUM`.
 
     Raises:
-        ValueError: the file was written without `EMPTY_CHECKSUM`.
+        ValueError: If the file was written without `EMPTY_CHECKSUM`.
     """
     with open(path, "rb+") as file:
         header = _in_order(_header(file) or b"")
         found = _SEAL.search(header)
         if found is None or found[1] != b"0" * 64:
-            raise ValueError(f"{path} cannot be sealed: it was not written with the metadata `EMPTY_CHECKSUM`.")
+            raise ValueError(f"{path} has no place for a checksum: write it with the metadata `EMPTY_CHECKSUM`.")
         digest = _digest(file, header).encode()
         file.seek(0)
         file.write(header[: found.start(1)] + digest + header[found.end(1) :])
 
 
 def verify_checksum(path: str | Path, remedy: str) -> str:
-    """
-    Refuse a safetensors file that is damaged or not sealed; all of it is read, 1 to 2 GB a second.
+    """Verify the checksum of a safetensors file, which reads the whole file at 1 to 2 GB per second.
 
     Args:
-        path: File that `write_checksum` sealed.
-        remedy: What to do about a damaged file, the end of a sentence.
+        path: File to which `write_checksum` was applied.
+        remedy: End of the error message, which says what to do about a damaged file.
 
     Returns:
-        Its checksum.
+        The checksum as 64 hexadecimal digits.
 
     Raises:
-        DamagedFileError: the file is missing, cannot be read, is not sealed, or its checksum is another.
+        DamagedFileError: If the file is missing, cannot be read, has no checksum, or has another checksum than its
+            content.
     """
     try:
         with open(path, "rb") as file:
@@ -77,14 +77,14 @@ def verify_checksum(path: str | Path, remedy: str) -> str:
                 raise DamagedFileError(f"{path} is damaged, its header has no checksum: {remedy}")
             zeroed = header[: found.start(1)] + b"0" * 64 + header[found.end(1) :]
             if _digest(file, zeroed) != found[1].decode():
-                raise DamagedFileError(f"{path} is damaged, its checksum is another than when written: {remedy}")
+                raise DamagedFileError(f"{path} is damaged, its content does not match its checksum: {remedy}")
             return found[1].decode()
     except OSError as error:
         raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
 
 
 def _header(file) -> bytes | None:
-    """The first 8 bytes, which hold the length, and the JSON after them; None if the file is too short."""
+    """Read the header, 8 bytes of its length followed by JSON; return None if the file is too short."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
@@ -94,7 +94,7 @@ def _header(file) -> bytes | None:
 
 
 def _in_order(header: bytes) -> bytes:
-    """The same header with sorted metadata, if it has the same length, which the positions of the tensors count on."""
+    """Sort the metadata of a header, unless that changes its length, on which the tensors' offsets depend."""
     content = json.loads(header[8:] or b"{}")
     if "__metadata__" in content:
         content["__metadata__"] = dict(sorted(content["__metadata__"].items()))
@@ -103,7 +103,7 @@ def _in_order(header: bytes) -> bytes:
 
 
 def _digest(file, header: bytes) -> str:
-    """SHA-256 of a header and of what follows it in the file."""
+    """Compute the SHA-256 of a header and of the rest of the file."""
     digest = hashlib.sha256(header)
     file.seek(len(header))
     while block := file.read(BLOCK_BYTES):

@@ -11,18 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The one module by which transformers loads a published folder's code (see `remote_code`).
+"""Entry module through which transformers loads the code of a published checkpoint (see `remote_code`).
 
-`auto_map` names all classes in this module. transformers gives every module that is named there its own copy of what
-it imports, so that from several of them would come several `GKCConfig`, none of which the other's Auto class knows.
+`auto_map` refers to all classes through this module. transformers imports a separate copy of the dependencies of
+every module named there, so that several entry modules would yield several incompatible `GKCConfig` classes.
 """
 
 import importlib
 
 from transformers import CONFIG_MAPPING
 
-# A copy of this library that is there already, installed or from another folder, has its classes registered, which
-# transformers prefers to those of a folder. The others then come from it too: two copies do not know each other.
+# If another copy of this library, installed or from another folder, is already loaded, transformers prefers its
+# registered classes. All other classes must come from that copy too, because classes of two copies are incompatible.
 _known = CONFIG_MAPPING["gkc"].__module__.rpartition(".")[0] if "gkc" in CONFIG_MAPPING else __package__
 if _known == __package__:
     from .configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig, GKCConfig

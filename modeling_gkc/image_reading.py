@@ -11,10 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Image files and PIL images as upright 8-bit RGB pictures, with numpy and Pillow only.
+"""Conversion of image files and PIL images to upright 8-bit RGB images, with numpy and Pillow only.
 
-`export` copies this file beside an ONNX graph, so that its run.py shows a graph the pixels that the library shows a
-model.
+`export` copies this file beside an ONNX graph, so that its run.py computes the same pixels as the library.
 """
 
 import os
@@ -28,22 +27,25 @@ _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _LIMITS_OF_PACKED_GRAY = {"L;2": 3, "L;4": 15}
 _IMAGE_SIZE, _BITS_PER_SAMPLE, _PHOTOMETRIC_INTERPRETATION = (256, 257), 258, 262  # tags of TIFF
 _VALUES_AT_ONCE = 2**20
-_FLOAT_SLACK = 1e-5  # what computing in fp32 adds to values at the ends of 0..1
+_FLOAT_SLACK = 1e-5  # rounding errors of fp32 computations at the ends of 0..1
 
 
 def open_rgb(file: str | os.PathLike | BinaryIO) -> Image.Image:
-    """
-    An image file as an upright 8-bit RGB picture; of an animation the first frame.
+    """Read an image file as an upright 8-bit RGB image; of an animation the first frame.
 
     Args:
         file: Path, or a file opened for reading bytes.
 
+    Returns:
+        The image in mode "RGB".
+
     Raises:
-        FileNotFoundError: the path does not exist.
-        ValueError: the picture is empty or has values outside its range; Pillow's decoders raise other errors, too.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If the image is empty or has values outside of its range. Pillow's decoders raise errors of other
+            types for damaged files.
     """
     if not hasattr(file, "read"):
-        # Opened here: Pillow maps files it opens by name into memory, which garbles a TIFF that is stored on its side.
+        # Opened here, because Pillow memory-maps files opened by name, which corrupts TIFF images stored rotated.
         with open(file, "rb") as opened:
             return open_rgb(opened)
     with Image.open(file) as image:
@@ -51,21 +53,23 @@ def open_rgb(file: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    A PIL image as an upright 8-bit RGB picture.
+    """Convert a PIL image to an upright 8-bit RGB image.
 
-    It is turned as its EXIF orientation says; transparency is laid on white; 16-bit values are scaled to 8 bits, not
-    clipped; floats are 0..1.
+    The image is rotated by its EXIF orientation; transparent pixels are blended with white; 16-bit values are scaled
+    to 8 bits; floats are expected in 0..1.
 
     Args:
-        image: Of any mode.
+        image: Image of any mode.
+
+    Returns:
+        The image in mode "RGB".
 
     Raises:
-        ValueError: it is empty or has values outside its range.
+        ValueError: If the image is empty or has values outside of its range.
     """
     check_not_empty(image.size[::-1])
     _check_strips(image)
-    limit, white_is_zero = _scale_of(image)  # asked first: once the pixels are loaded, their packing is not known
+    limit, white_is_zero = _value_range(image)  # before the pixels are loaded, which discards how they are packed
     image = _upright(image)
     if image.mode in (*_SIXTEEN_BIT_MODES, "F"):
         values = np.asarray(image)
@@ -85,13 +89,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scale_of(image: Image.Image) -> tuple[int, bool]:
-    """The largest value that the samples of a gray picture can have, and whether it is black instead of white."""
+def _value_range(image: Image.Image) -> tuple[int, bool]:
+    """Return the largest possible value of a gray image, and whether it means black instead of white."""
     if image.mode == "L":
         tiles = getattr(image, "tile", [])
         return _LIMITS_OF_PACKED_GRAY.get(tiles[0].args if tiles else None, 255), False
     tags = getattr(image, "tag_v2", {})
-    # Pillow unpacks 12 bits, and leaves gray of more than 8 bits with white as zero, as they are stored.
+    # Pillow unpacks 12 bits, but does not invert gray of more than 8 bits that is stored with white as zero.
     limit = 1 if image.mode == "F" else 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
     return limit, tags.get(_PHOTOMETRIC_INTERPRETATION) == 0
 
@@ -101,23 +105,29 @@ def _has_palette_with_opacities(image: Image.Image) -> bool:
 
 
 def _check_strips(image: Image.Image) -> None:
-    """Raise a ValueError for a TIFF file whose strips do not fill the picture: Pillow leaves the rest black."""
+    """Check that the strips of a TIFF file cover the image, since Pillow would leave the rest black."""
     if image.format == "TIFF" and getattr(image, "tile", []):
         rows = max(bottom for _, (_, _, _, bottom), *_ in image.tile)
         columns = max(right for _, (_, _, right, _), *_ in image.tile)
         width, height = (
             image.tag_v2[tag] for tag in _IMAGE_SIZE
-        )  # as stored, while `size` is that of the upright one
+        )  # the stored size, whereas `size` is that of the upright image
         if rows < height or columns < width:
-            raise ValueError(f"it holds {columns} x {rows} of its {width} x {height} pixels.")
+            raise ValueError(f"it contains only {columns} x {rows} of its {width} x {height} pixels.")
 
 
 def rescale(values: np.ndarray, limit: int) -> np.ndarray:
-    """
-    Values 0..limit of any number type as 8-bit integers, rounded.
+    """Scale values in 0..limit of any numeric type to 8-bit integers with rounding.
+
+    Args:
+        values: Array of any shape.
+        limit: Value that is scaled to 255.
+
+    Returns:
+        Array of the same shape in uint8.
 
     Raises:
-        ValueError: a value lies outside, by more than what computing in fp32 adds to floats.
+        ValueError: If a value is outside of the range, with a tolerance of 1e-5 for floats.
     """
     lowest, highest = values.min(), values.max()
     slack = _FLOAT_SLACK if values.dtype.kind == "f" else 0
@@ -129,15 +139,15 @@ def rescale(values: np.ndarray, limit: int) -> np.ndarray:
     scale = np.float32(255 / limit)
     scaled = np.empty(values.shape, dtype=np.uint8)
     step = max(1, _VALUES_AT_ONCE // values[0].size)
-    for start in range(0, len(values), step):  # a large image in wider numbers would be many times its own size
+    for start in range(0, len(values), step):  # in blocks, since a large image in fp32 takes four times its memory
         np.rint(values[start : start + step] * scale, out=scaled[start : start + step], casting="unsafe")
     return scaled
 
 
 def check_not_empty(size: tuple[int, ...]) -> None:
-    """Raise a ValueError for a height or width of zero."""
+    """Check that no side of an image is zero; raise a ValueError otherwise."""
     if 0 in size:
-        raise ValueError(f"it has no pixels, its height and width are {tuple(size)}.")
+        raise ValueError(f"it has no pixels: its size is {tuple(size)} (height, width).")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -125,15 +125,15 @@ def shown(value: Any, limit: int = 200) -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """Message of an error in one line.
+    """Return the message of an error in one line.
 
     Returns:
-        Of an OSError of the system the file and the reason; of others the first line of the message, with the type
-        where the message alone does not explain itself.
+        File and reason of an OSError of the operating system; of other errors the first line of the message, prefixed
+        by the type unless it is a ValueError, OSError or RuntimeError.
     """
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    text = str(error).encode("utf-8", "backslashreplace").decode()  # of half a character, which cannot be printed
+    text = str(error).encode("utf-8", "backslashreplace").decode()  # unpaired surrogates cannot be printed
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     if (isinstance(error, ValueError | OSError) or type(error) is RuntimeError) and line:
         return line

@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Losses of the segmenter: pure functions -> matcher -> criterion.
+"""Losses of the segmentation model: loss functions, Hungarian matcher and criterion.
 
-Masks are compared at sampled points (Kirillov et al., *PointRend*, CVPR 2020) and queries are matched to segments one
-to one (Carion et al., *DETR*, ECCV 2020), as in Mask2Former (Cheng et al., CVPR 2022). Losses are sums over matched
-pairs divided by the number of segments of all processes, so that no gradient depends on how processes share a batch.
+Masks are compared at sampled points (Kirillov et al., *PointRend*, CVPR 2020), and queries are matched to segments by
+bipartite matching (Carion et al., *DETR*, ECCV 2020), as in Mask2Former (Cheng et al., CVPR 2022). Losses are sums
+over matched pairs divided by the number of segments of all processes, so that gradients do not depend on how a batch
+is distributed over processes.
 
 Letters: B images, Q queries, K classes, S stages, N segments of an image, M matched pairs of a batch and stage,
 R points.
@@ -41,11 +42,11 @@ Matches = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class LossDivisors:
-    """What the sums of the losses are divided by, where the caller counts it: over accumulated micro-batches too.
+    """Divisors of the summed losses, for callers that average over accumulated micro-batches.
 
     Attributes:
         num_masks: Scalar, the number of segments.
-        class_weight: Scalar, the sum of the weights of the plain-name cross-entropy over all queries.
+        class_weight: Scalar, the sum of the class weights of the cross-entropy over all queries.
     """
 
     num_masks: Tensor
@@ -59,9 +60,18 @@ class LossDivisors:
         no_object_weight: float,
         device: torch.device | str | None = None,
     ) -> "LossDivisors":
-        """Sums over the images of one micro-batch with `segment_counts` segments, known before the model has run.
+        """Compute the divisors of one micro-batch from its labels, before the model is run.
 
-        The caller averages them over the micro-batches and processes that share a step.
+        The caller averages them over the micro-batches and processes of a step.
+
+        Args:
+            segment_counts: Number of segments of each image.
+            num_queries: Number of queries Q.
+            no_object_weight: Weight of queries without a match.
+            device: Device of the divisors.
+
+        Returns:
+            The divisors, summed over the images.
         """
         matched = sum(min(num_queries, count) for count in segment_counts)
         unmatched = len(segment_counts) * num_queries - matched
@@ -71,11 +81,11 @@ class LossDivisors:
 
 @dataclass(frozen=True)
 class MaskParts:
-    """What mask logits are products of.
+    """Factors of the mask logits, which are the products of mask embeddings and mask features.
 
     Attributes:
-        embeds: For each stage (B, Q, C).
-        features: (B, C, h, w).
+        embeds: For each stage (B, Q, C) mask embeddings.
+        features: (B, C, h, w) mask features.
     """
 
     embeds: Sequence[Tensor]
@@ -83,21 +93,36 @@ class MaskParts:
 
     @classmethod
     def from_stages(cls, stages: Sequence, mask_features: Tensor | None) -> "MaskParts | None":
-        """From a model's stages; None where it gives no parts, as in evaluation."""
+        """Collect the factors from the outputs of all stages; return None without mask features, as in evaluation."""
         return None if mask_features is None else cls([stage.mask_embeds for stage in stages], mask_features)
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Samples maps (N, C, H, W) bilinearly at points (N, R, 2) or (1, R, 2), (x, y) in 0..1: (N, C, R)."""
+    """Sample maps bilinearly at points.
+
+    Args:
+        maps: (N, C, H, W) maps.
+        points: (N, R, 2) or (1, R, 2) points (x, y) in 0..1 relative to the map.
+
+    Returns:
+        (N, C, R) values.
+    """
     grid = (2 * points - 1)[:, None].expand(maps.shape[0], -1, -1, -1)
     return F.grid_sample(maps, grid.to(maps.dtype), align_corners=False)[:, :, 0]
 
 
 def sample_all_maps(maps: Sequence[Tensor], points: Tensor) -> Iterator[Tensor]:
-    """As `sample_points` for several (B, C, h, w) of one size at the same (B, R, 2) points: (B, C, R) each, in fp32.
+    """Sample several maps of one size bilinearly at the same points, without gradients.
 
-    Several times faster with many channels: a point's corners are found once, and all channels of a corner lie side by
-    side. It has no gradient.
+    This is several times faster than `sample_points` for many channels: the four pixels around a point are located
+    once, and all channels of a pixel are contiguous in memory.
+
+    Args:
+        maps: Maps (B, C, h, w) of the same size.
+        points: (B, R, 2) points (x, y) in 0..1 relative to the map.
+
+    Yields:
+        (B, C, R) values of each map in fp32.
     """
     batch_size, channels, height, width = maps[0].shape
     corners, weights = _corners(points.float(), height, width)  # (B, R, 4)
@@ -109,7 +134,10 @@ def sample_all_maps(maps: Sequence[Tensor], points: Tensor) -> Iterator[Tensor]:
 
 
 def _corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Flat positions of the four pixels around each point (..., 4), and their bilinear weights; zero outside."""
+    """Return the flat indices (..., 4) of the four pixels around each point and their bilinear weights.
+
+    Weights of pixels outside of the map are zero.
+    """
     places = points * points.new_tensor([width, height]) - 0.5
     first = places.floor()
     share = places - first
@@ -122,13 +150,31 @@ def _corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def mask_loss(mask_logits: Tensor, mask_labels: Tensor, num_masks: Tensor | float) -> Tensor:
-    """Binary cross-entropy of (..., M, R) logits against labels: mean over points, sum over pairs / `num_masks`."""
+    """Compute the binary cross-entropy of masks: the mean over points, summed over pairs, divided by `num_masks`.
+
+    Args:
+        mask_logits: (..., M, R) logits of M masks at R points.
+        mask_labels: (..., M, R) labels in 0..1.
+        num_masks: Divisor, the number of segments.
+
+    Returns:
+        (...) losses.
+    """
     losses = F.binary_cross_entropy_with_logits(mask_logits, mask_labels, reduction="none")
     return losses.mean(dim=-1).sum(dim=-1) / num_masks
 
 
 def dice_loss(mask_logits: Tensor, mask_labels: Tensor, num_masks: Tensor | float) -> Tensor:
-    """Dice loss (Milletari et al., *V-Net*, 2016), smoothed by one, of (..., M, R) logits against labels."""
+    """Compute the dice loss (Milletari et al., *V-Net*, 3DV 2016) with a smoothing term of one.
+
+    Args:
+        mask_logits: (..., M, R) logits of M masks at R points.
+        mask_labels: (..., M, R) labels in 0..1.
+        num_masks: Divisor, the number of segments.
+
+    Returns:
+        (...) losses, summed over pairs and divided by `num_masks`.
+    """
     probabilities = mask_logits.sigmoid()
     intersection = 2 * (probabilities * mask_labels).sum(dim=-1)
     total = probabilities.sum(dim=-1) + mask_labels.sum(dim=-1)
@@ -142,17 +188,17 @@ def classification_loss(
     no_object_weight: float,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean cross-entropy; a query without a match has the label no-object.
+    """Compute the weighted cross-entropy of the queries; the label of unmatched queries is no-object.
 
     Args:
-        logits: (B, Q, K + 1) class logits, the last column no-object.
-        class_labels: For each image the (N,) classes of its segments.
-        matches: For each image the matched (queries, segments).
-        no_object_weight: Weight of queries without a match; the others weigh 1.
-        divisor: Scalar, see `LossDivisors.class_weight`; by default the sum of weights, averaged over processes.
+        logits: (B, Q, K + 1) class logits; the last column is no-object.
+        class_labels: For each image the (N,) class ids of its segments.
+        matches: For each image the indices of matched (queries, segments).
+        no_object_weight: Weight of unmatched queries; that of matched queries is 1.
+        divisor: Scalar, see `LossDivisors.class_weight`. Default: the sum of weights, averaged over processes.
 
     Returns:
-        Scalar: sum of weighted losses over the divisor.
+        Scalar, the sum of weighted losses divided by `divisor`.
     """
     pairs = _Pairs.from_matches([matches], [len(classes) for classes in class_labels], logits.device)
     classes = torch.cat([classes.to(logits.device) for classes in class_labels])
@@ -161,12 +207,13 @@ def classification_loss(
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Matches of all stages as tensors: every stage has as many.
+    """Matched pairs of all stages as tensors; the number of pairs is the same in every stage.
 
     Attributes:
-        counts: Pairs of each image.
-        images: (M,) image of each pair.
-        queries, segments: (S, M) its query and its segment, the segments of the batch counted through.
+        counts: Number of pairs of each image.
+        images: (M,) index of the image of each pair.
+        queries: (S, M) index of the query of each pair within its image.
+        segments: (S, M) index of the segment of each pair within the batch.
     """
 
     counts: list[int]
@@ -176,7 +223,10 @@ class _Pairs:
 
     @classmethod
     def from_matches(cls, matches: Sequence[Matches], counts: Sequence[int], device: torch.device) -> "_Pairs":
-        """From the matches of each stage and the number of segments of each image; one copy to the device."""
+        """Collect pairs from the matches of each stage and the number of segments of each image.
+
+        All indices are copied to the device at once.
+        """
         firsts = list(accumulate(counts, initial=0))[:-1]
         pair_counts = [len(queries) for queries, _ in matches[0]]
         images = torch.arange(len(counts)).repeat_interleave(torch.tensor(pair_counts))
@@ -191,7 +241,7 @@ class _Pairs:
 def _classification_losses(
     logits: Tensor, classes: Tensor, pairs: _Pairs, no_object_weight: float, divisor: Tensor | None
 ) -> Tensor:
-    """(S,) weighted cross-entropies of (S, B, Q, K + 1) logits and the (N,) classes of the batch's segments."""
+    """Compute the (S,) weighted cross-entropies of (S, B, Q, K + 1) logits and (N,) class ids of the batch."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     no_object = logits.shape[-1] - 1
     targets = torch.full(logits.shape[:3], no_object, device=logits.device)
@@ -205,7 +255,7 @@ def _classification_losses(
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Mean of a tensor over all processes of the training run; itself when there is one."""
+    """Average a tensor over all processes of a distributed run; return it unchanged in a single process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         value = value.detach().clone()
         torch.distributed.all_reduce(value)
@@ -214,9 +264,13 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def divisor_over_processes(count: Tensor) -> Tensor:
-    """Divisor of a sum over `count` things, so that the processes' gradients average to that of the whole batch.
+    """Return the divisor with which gradients averaged over processes equal those of the whole batch.
 
-    It is the mean count of all processes, which may be less than one; 1 where no process has anything.
+    Args:
+        count: Number of summands of a loss in this process.
+
+    Returns:
+        The mean count over all processes, which may be less than one, or 1 if all counts are zero.
     """
     return _one_for_zero(mean_over_processes(count))
 
@@ -226,7 +280,15 @@ def _one_for_zero(count: Tensor) -> Tensor:
 
 
 def mask_costs(mask_logits: Tensor, mask_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairwise binary cross-entropy and dice costs (..., Q, N) of (..., Q, R) logits and (..., N, R) labels."""
+    """Compute pairwise binary cross-entropy and dice costs.
+
+    Args:
+        mask_logits: (..., Q, R) logits of Q predicted masks at R points.
+        mask_labels: (..., N, R) labels of N segments at the same points.
+
+    Returns:
+        The binary cross-entropy costs and the dice costs, (..., Q, N) each.
+    """
     num_points = mask_logits.shape[-1]
     # BCE(x, y) = softplus(x) - x * y, so all pairs need one matrix product.
     cross_entropy = (F.softplus(mask_logits).sum(dim=-1)[..., None] - mask_logits @ mask_labels.mT) / num_points
@@ -237,7 +299,11 @@ def mask_costs(mask_logits: Tensor, mask_labels: Tensor) -> tuple[Tensor, Tensor
 
 
 class GKCMatcher:
-    """One-to-one assignment of queries to segments of least total cost, computed in fp32."""
+    """Hungarian matcher: one-to-one assignment of queries to segments with minimal total cost, in fp32.
+
+    Args:
+        config: Configuration with the weights of the costs.
+    """
 
     def __init__(self, config: GKCConfig):
         self.class_weight = config.class_weight
@@ -251,19 +317,19 @@ class GKCMatcher:
         class_labels: Sequence[Tensor],
         point_labels: Sequence[Tensor],
     ) -> Matches:
-        """Matches one stage.
+        """Match queries to segments in one stage.
 
         Args:
-            class_logits: (B, Q, K + 1).
+            class_logits: (B, Q, K + 1) class logits.
             point_logits: (B, Q, R) mask logits at sampled points.
-            class_labels: For each image (N,) classes.
-            point_labels: For each image (N, R) masks at the same points.
+            class_labels: For each image (N,) class ids.
+            point_labels: For each image (N, R) mask labels at the same points.
 
         Returns:
-            For each image (queries, segments), min(Q, N) of each, on the CPU.
+            For each image the indices of matched (queries, segments), min(Q, N) of each, on the CPU.
 
         Raises:
-            ValueError: if a cost is not finite, naming the image.
+            ValueError: If a cost is not finite; the message names the sample.
         """
         return self.match_stages([class_logits], [point_logits], class_labels, point_labels)[0]
 
@@ -274,7 +340,20 @@ class GKCMatcher:
         class_labels: Sequence[Tensor],
         point_labels: Sequence[Tensor],
     ) -> list[Matches]:
-        """Matches several stages, whose costs go to the CPU together; arguments as for one, logits for each stage."""
+        """Match queries to segments in several stages, copying all costs to the CPU at once.
+
+        Args:
+            class_logits: For each stage (B, Q, K + 1) class logits.
+            point_logits: For each stage (B, Q, R) mask logits at sampled points.
+            class_labels: As in `__call__`.
+            point_labels: As in `__call__`.
+
+        Returns:
+            The matches of each stage, as in `__call__`.
+
+        Raises:
+            ValueError: If a cost is not finite; the message names the sample.
+        """
         device = class_logits[0].device
         classes = pad_sequence([classes.to(device) for classes in class_labels], batch_first=True)
         labels = pad_sequence([labels.float() for labels in point_labels], batch_first=True)  # (B, N, R)
@@ -287,7 +366,7 @@ class GKCMatcher:
         return _assign(costs, [len(classes) for classes in class_labels])
 
     def _costs(self, class_logits: Tensor, point_logits: Tensor, classes: Tensor, labels: Tensor) -> Tensor:
-        """(B, Q, N) costs, N the most segments of an image."""
+        """Compute the (B, Q, N) matching costs, where N is the maximum number of segments of an image."""
         cross_entropy, dice = mask_costs(point_logits, labels)
         costs = self.mask_weight * cross_entropy + self.dice_weight * dice
         probabilities = class_logits.softmax(dim=-1)
@@ -295,30 +374,33 @@ class GKCMatcher:
 
 
 def _assign(costs: Tensor, counts: Sequence[int]) -> list[Matches]:
-    """Matches of each stage from the (S, B, Q, N) costs, of which each image has as many columns as segments."""
+    """Solve the assignments of (S, B, Q, N) costs; an image uses as many columns as it has segments."""
     linear_sum_assignment = _linear_sum_assignment()
 
-    of_images = [costs[:, image, :, :count].numpy() for image, count in enumerate(counts)]
-    for image, image_costs in enumerate(of_images):
+    costs_per_image = [costs[:, image, :, :count].numpy() for image, count in enumerate(counts)]
+    for image, image_costs in enumerate(costs_per_image):
         if not np.isfinite(image_costs).all():
             raise ValueError(
                 f"Non-finite matching cost for sample {image} of the batch: the model's outputs or the labels of this "
-                "sample hold NaN or infinity. Check its image and masks, or lower the learning rate."
+                "sample contain NaN or infinity. Check its image and masks, or lower the learning rate."
             )
     return [
-        [tuple(map(torch.from_numpy, linear_sum_assignment(image_costs[stage]))) for image_costs in of_images]
+        [tuple(map(torch.from_numpy, linear_sum_assignment(image_costs[stage]))) for image_costs in costs_per_image]
         for stage in range(len(costs))
     ]
 
 
 class GKCCriterion:
-    """Matching and losses of every stage.
+    """Criterion that matches queries to segments and computes the losses of every stage.
 
-    Returns unweighted losses by name: `loss_cross_entropy`, `loss_mask`, `loss_dice` for the last stage, the same with
-    `_0`, `_1`, ... for the stages before it. `weights` gives each name's weight.
+    It returns unweighted losses by name: `loss_cross_entropy`, `loss_mask` and `loss_dice` for the last stage, and the
+    same names with the suffix `_0`, `_1`, ... for the previous stages. `weight` returns the weight of a name.
 
-    Uniform random points are drawn in this order: (B, R) of the matching, which all stages share; then for each stage
-    the candidates of its pairs, the pairs of an image in the order of their queries, and the points that stay uniform.
+    Random points are drawn uniformly in this order: (B, R) points of the matching, which all stages share; then for
+    each stage the candidates of its pairs, ordered by image and query, and the points that stay uniform.
+
+    Args:
+        config: Configuration with the weights and the point sampling.
     """
 
     names = ("loss_cross_entropy", "loss_mask", "loss_dice")
@@ -328,7 +410,7 @@ class GKCCriterion:
         self.matcher = GKCMatcher(config)
 
     def weight(self, name: str) -> float:
-        """Weight of a loss by its name in the dictionary, with or without stage."""
+        """Return the weight of a loss by its name, with or without the suffix of a stage."""
         config = self.config
         weights = dict(zip(self.names, (config.class_weight, config.mask_weight, config.dice_weight), strict=True))
         base = name if name in weights else name.rsplit("_", 1)[0]
@@ -337,7 +419,7 @@ class GKCCriterion:
         return weights[base]
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of the losses."""
+        """Return the weighted sum of the losses."""
         return sum(self.weight(name) * loss for name, loss in losses.items())
 
     def __call__(
@@ -350,21 +432,24 @@ class GKCCriterion:
         point_seeds: Sequence[int] | None = None,
         mask_parts: MaskParts | None = None,
     ) -> tuple[dict[str, Tensor], list[Matches]]:
-        """Computes losses and matches.
+        """Compute losses and matches of all stages.
 
         Args:
-            class_logits: For each stage (B, Q, K + 1).
-            mask_logits: For each stage (B, Q, h, w).
-            mask_labels: For each image (N, H, W) masks of 0 and 1, best as bool; they are kept as they are.
-            class_labels: For each image (N,) classes.
-            divisors: Of the sums; by default counted here and averaged over processes.
-            point_seeds: For each image the seed of its random points, which then do not depend on what else is in the
-                batch; by default they are drawn from torch's own generator.
-            mask_parts: What the mask logits are products of. With them the matched masks are computed once more, and
-                gradients go that way: through a few masks of an image, not through those of all queries.
+            class_logits: For each stage (B, Q, K + 1) class logits.
+            mask_logits: For each stage (B, Q, h, w) mask logits.
+            mask_labels: For each image (N, H, W) masks of 0 and 1, preferably bool; they are not copied.
+            class_labels: For each image (N,) class ids.
+            divisors: Divisors of the summed losses. Default: computed from the labels and averaged over processes.
+            point_seeds: For each image the seed of its random points, which then do not depend on the other images of
+                the batch. Default: points are drawn from torch's global generator.
+            mask_parts: Factors of the mask logits. If given, the masks of matched queries are recomputed from them,
+                so that gradients pass through a few masks per image instead of those of all queries.
 
         Returns:
             Losses by name, and for each stage the matches of all images.
+
+        Raises:
+            ValueError: If the labels are invalid or a matching cost is not finite.
         """
         check_labels(class_logits[-1], mask_labels, class_labels)
         device = mask_logits[-1].device
@@ -374,7 +459,9 @@ class GKCCriterion:
         matches = self._match(class_logits, mask_logits, mask_labels, class_labels, draws)
         pairs = _Pairs.from_matches(matches, [len(classes) for classes in class_labels], device)
 
-        divisors = divisors or LossDivisors(self._num_masks(class_labels), None)
+        if divisors is None:
+            count = torch.tensor(float(sum(len(classes) for classes in class_labels)), device=device)
+            divisors = LossDivisors(divisor_over_processes(count), None)
         cross_entropies = _classification_losses(
             torch.stack(list(class_logits)),
             torch.cat(class_labels),
@@ -405,10 +492,6 @@ class GKCCriterion:
             class_logits, sample_all_maps(mask_logits, points), class_labels, point_labels
         )
 
-    def _num_masks(self, class_labels: Sequence[Tensor]) -> Tensor:
-        count = torch.tensor(float(sum(len(classes) for classes in class_labels)), device=class_labels[0].device)
-        return divisor_over_processes(count)
-
     def _mask_losses(
         self,
         predicted: Tensor,
@@ -417,7 +500,7 @@ class GKCCriterion:
         draws: "_PointDraws",
         num_masks: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The binary cross-entropies (S,) and dice losses (S,) of the matched pairs' logits (S, M, h, w)."""
+        """Compute binary cross-entropies (S,) and dice losses (S,) of the matched pairs' logits (S, M, h, w)."""
         if predicted.shape[1] == 0:
             zeros = predicted.flatten(1).sum(dim=1)
             return zeros, zeros
@@ -428,20 +511,20 @@ class GKCCriterion:
 
     @torch.no_grad()
     def _uncertain_points(self, mask_logits: Tensor, counts: Sequence[int], draws: "_PointDraws") -> Tensor:
-        """(M, R, 2) points of one stage: the least certain ones of an over-sampled set, the rest uniform."""
+        """Sample (M, R, 2) points of one stage: the least certain of an oversampled set, and uniform ones."""
         config = self.config
         num_points = config.train_num_points
         num_uncertain = int(config.importance_sample_ratio * num_points)
         candidates = draws(counts, int(num_points * config.oversample_ratio))
         certainty = sample_points(mask_logits[:, None], candidates)[:, 0].abs()
-        # Their order does not matter, and to sort them takes most of the time.
+        # Unsorted, because the order does not matter and sorting would take most of the time.
         chosen = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
         uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
         return torch.cat([uncertain, draws(counts, num_points - num_uncertain)], dim=1)
 
 
 def _matched_masks(mask_logits: Sequence[Tensor], mask_parts: MaskParts | None, pairs: _Pairs) -> Tensor:
-    """(S, M, h, w) mask logits of the matched pairs in fp32, with gradients to what they are made of."""
+    """Return the (S, M, h, w) mask logits of the matched pairs in fp32, recomputed from their factors if given."""
     if mask_parts is not None:
         return predict_matched_masks(mask_parts.embeds, mask_parts.features, pairs.counts, pairs.queries).float()
     return torch.stack(
@@ -450,16 +533,18 @@ def _matched_masks(mask_logits: Sequence[Tensor], mask_parts: MaskParts | None, 
 
 
 class _PointDraws:
-    """Uniform random points (x, y) in 0..1: from torch's generator, or from one of each image."""
+    """Sampler of uniform random points (x, y) in 0..1, from torch's generator or from one generator per image."""
 
     def __init__(self, num_images: int, seeds: Sequence[int] | None, device: torch.device):
         if seeds is not None and len(seeds) != num_images:
-            raise ValueError(f"`point_seeds` ({len(seeds)}) need one entry for each of the {num_images} images.")
+            raise ValueError(
+                f"`point_seeds` must have one entry for each of the {num_images} images, got {len(seeds)}."
+            )
         self.device = device
         self.generators = None if seeds is None else [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
     def __call__(self, counts: Sequence[int], num_points: int) -> Tensor:
-        """(sum of `counts`, num_points, 2), as many rows of each image as counted."""
+        """Sample (sum of `counts`, `num_points`, 2) points, with `counts[i]` rows for image i."""
         if self.generators is None:
             return torch.rand(sum(counts), num_points, 2, device=self.device)
         rows = [
@@ -470,7 +555,7 @@ class _PointDraws:
 
 
 def _linear_sum_assignment() -> Callable:
-    """Scipy's solver, imported where it is used: inference, also from remote code, needs no scipy."""
+    """Import scipy's solver on first use, because inference, also from remote code, does not need scipy."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
@@ -479,16 +564,17 @@ def _linear_sum_assignment() -> Callable:
 
 
 def _sample_labels(masks: Tensor, points: Tensor) -> Tensor:
-    """Masks (N, H, W) at points (N, R, 2) or (1, R, 2): (N, R) float; also when there is no mask."""
+    """Sample masks (N, H, W), with N = 0 allowed, at points (N, R, 2) or (1, R, 2), as floats (N, R)."""
     if len(masks) == 0:
         return points.new_zeros(0, points.shape[1])
     return sample_points(masks[:, None].float(), points)[:, 0]
 
 
 def _sample_targets(mask_labels: Sequence[Tensor], pairs: _Pairs, points: Tensor) -> Tensor:
-    """(S, M, R) labels of the pairs' segments at their points (S, M, R, 2).
+    """Sample the (S, M, R) labels of the pairs' segments at their points (S, M, R, 2).
 
-    Masks are read where they lie, the points of all stages together: only one image's are ever widened to float.
+    The points of all stages are sampled together, image by image, so that only the masks of one image at a time are
+    converted to float.
     """
     num_stages, _, num_points, _ = points.shape
     counts = [len(masks) for masks in mask_labels]
@@ -503,10 +589,15 @@ def _sample_targets(mask_labels: Sequence[Tensor], pairs: _Pairs, points: Tensor
 
 
 def check_labels(class_logits: Tensor, mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor]) -> None:
-    """Refuses labels that do not fit the (B, Q, K + 1) logits or each other.
+    """Check that labels fit the logits and each other.
+
+    Args:
+        class_logits: (B, Q, K + 1) class logits.
+        mask_labels: For each image (N, H, W) masks of 0 and 1.
+        class_labels: For each image (N,) class ids in 0..K-1.
 
     Raises:
-        ValueError: naming the sample and what is wrong with it.
+        ValueError: If the labels are invalid; the message names the sample.
     """
     batch_size, _, num_columns = class_logits.shape
     for name, labels in (("mask_labels", mask_labels), ("class_labels", class_labels)):
@@ -514,8 +605,8 @@ def check_labels(class_logits: Tensor, mask_labels: Sequence[Tensor], class_labe
             raise ValueError(f"`{name}` must be a list with a tensor for each image, got a {type(labels).__name__}.")
     if not len(mask_labels) == len(class_labels) == batch_size:
         raise ValueError(
-            f"`mask_labels` ({len(mask_labels)}) and `class_labels` ({len(class_labels)}) need one entry for each of "
-            f"the {batch_size} images."
+            f"`mask_labels` ({len(mask_labels)}) and `class_labels` ({len(class_labels)}) must have one entry for "
+            f"each of the {batch_size} images."
         )
     for image, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
         check_tensor(f"class_labels[{image}]", classes, "(N,)", "integers")

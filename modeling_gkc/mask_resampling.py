@@ -11,8 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Mask logits to the pixels of an image, a few rows at a time.
+"""Resampling of mask logits to the pixels of an image, tile by tile.
 
 Letters: Q queries, h x w the grid of the mask logits, H x W the target pixels. All sizes are (height, width).
 """
@@ -33,27 +32,26 @@ TILE_BYTES = 32 * 2**20
 
 
 def rows_per_tile(width: int, planes: int) -> int:
-    """Rows of so many pixels with `planes` fp32 numbers each that fill 32 MiB; at least one."""
+    """Return the number of rows of a tile, so that `planes` fp32 values per pixel take at most 32 MiB; at least 1."""
     return max(1, TILE_BYTES // (4 * width * planes))
 
 
 class MaskResampler:
-    """
-    Bilinear resampling of mask logits to the pixels of an image, any rows at a time.
+    """Bilinear resampler of mask logits to the pixels of an image, which computes any range of rows.
 
-    The two axes are resampled apart, the columns of the few grid rows that a tile needs and then, by a matrix with two
-    weights per row, the rows. For content that fills the whole input the result is that of
-    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, for less work. It is always computed in
-    fp32, under autocast too, and without gradients.
+    The axes are resampled separately: first the columns of the grid rows that a tile needs, then the rows by a matrix
+    with two weights per row. For an image that fills the whole input the result equals that of
+    `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, at a lower cost. It is always computed in
+    fp32, also under autocast, and without gradients.
 
     Args:
-        mask_logits: (Q, h, w); cell (i, j) covers the input pixels 4 i .. 4 i + 3, 4 j .. 4 j + 3.
-        content_size: Pixels of the input that show the image, from the top left; None means all of them.
-        target_size: Pixels H, W to resample the content to; None keeps the grid and only cuts the padding off.
+        mask_logits: (Q, h, w) logits; cell (i, j) covers the input pixels 4 i .. 4 i + 3, 4 j .. 4 j + 3.
+        content_size: Size of the image within the padded input, at the top left. Default: the whole input.
+        target_size: Size (H, W) to resample the image to. Default: the grid of the logits, without the padding.
 
     Raises:
-        ValueError: the logits are no tensor (Q, h, w) of floating point; a size is no pair of whole numbers of at
-            least 1; the content is larger than the grid; the target has more than 2^31 - 1 pixels.
+        ValueError: If the logits are not a floating-point tensor (Q, h, w), a size is not a pair of integers of at
+            least 1, the content is larger than the grid, or the target has more than 2^31 - 1 pixels.
     """
 
     resamples_results = False
@@ -69,7 +67,9 @@ class MaskResampler:
         content = tuple(MASK_STRIDE * side for side in grid) if content_size is None else content_size
         cut = tuple(math.ceil(side / MASK_STRIDE) for side in content)
         if not all(0 < side <= limit for side, limit in zip(cut, grid, strict=True)):
-            raise ValueError(f"content of {content} pixels does not fit masks of {grid} cells of 4 x 4 pixels.")
+            raise ValueError(
+                f"`content_size` {content} must fit into the {grid} cells of 4 x 4 pixels of `mask_logits`."
+            )
         self.device = mask_logits.device
         self.num_masks = len(mask_logits)
         self._mask_logits = mask_logits.detach()[:, : cut[0], : cut[1]]
@@ -83,7 +83,7 @@ class MaskResampler:
             self._nearest_row = weights.argmax(dim=1).tolist()
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Mask logits (Q, stop - start, W) of the target's rows `start` .. `stop - 1`, in fp32."""
+        """Compute the mask logits (Q, stop - start, W) of the target's rows `start` .. `stop - 1` in fp32."""
         if self._keeps_grid:
             return self._band(start, stop)
         first = max(self._nearest_row[start] - 1, 0)
@@ -93,7 +93,7 @@ class MaskResampler:
             return self._row_weights[start:stop, first:last] @ band
 
     def _band(self, start: int, stop: int) -> Tensor:
-        """Rows of the grid; masks are chosen only here, since all that are chosen would be a copy of the logits."""
+        """Return rows of the grid; queries are selected here, because selecting all rows would copy the logits."""
         band = self._mask_logits[:, start:stop]
         return (band if self._queries is None else band[self._queries]).float()
 
@@ -101,42 +101,40 @@ class MaskResampler:
         extent, cells, width = self._width_in_cells, band.shape[-1], self.size[1]
         if extent == cells:
             return F.interpolate(band, size=width, mode="linear")
-        if width == cells:  # interpolate would return its input, whatever the scale
+        if width == cells:  # interpolate would ignore the scale and return its input
             return band @ _interpolation_matrix(extent, cells, width).to(band.device).T
-        # The content ends inside the last cell: its scale, not that of whole cells, decides where pixels lie.
+        # The content ends within the last cell, so that its own scale, not that of whole cells, must be used.
         resampled = F.interpolate(band, scale_factor=width / extent, mode="linear", recompute_scale_factor=False)
         return resampled[..., :width]
 
     def select(self, queries: Tensor) -> "MaskResampler":
-        """The same for the masks of these queries only, (N,) numbers."""
+        """Return a resampler of the masks of the given queries, (N,) indices."""
         part = copy.copy(self)
         part.num_masks = len(queries)
         part._queries = queries if self._queries is None else self._queries[queries]
         return part
 
     def map_tiles(self, function: Callable[[Tensor], Tensor], planes: int) -> Iterator[tuple[slice, Tensor]]:
-        """
-        Apply a function of each pixel's mask logits.
+        """Apply a pixelwise function to the mask logits, tile by tile.
 
         Args:
-            function: Mask logits (Q, rows, W) -> results (N, rows, W).
-            planes: As for `tiles`.
+            function: Function from mask logits (Q, rows, W) to results (N, rows, W).
+            planes: As in `tiles`.
 
         Yields:
-            The rows of the target and their results (N, rows, W).
+            The rows of the target as a slice, and their results (N, rows, W).
         """
         for rows, logits in self.tiles(planes):
             yield rows, function(logits)
 
     def tiles(self, planes: int) -> Iterator[tuple[slice, Tensor]]:
-        """
-        Walk over all rows in order.
+        """Yield all rows in order, tile by tile.
 
         Args:
-            planes: fp32 numbers per pixel that the caller holds at once; sets the height of the tiles.
+            planes: Number of fp32 values per pixel that the caller keeps in memory, which limits the tile height.
 
         Yields:
-            The rows of the target and their mask logits (Q, rows, W).
+            The rows of the target as a slice, and their mask logits (Q, rows, W).
         """
         height, width = self.size
         step = rows_per_tile(width, planes)
@@ -146,17 +144,15 @@ class MaskResampler:
 
 
 class TwoStepMaskResampler(MaskResampler):
-    """
-    Resampling of mask logits by way of the model's input: to the pixels of the padded input, of which those of the
-    content are resampled to the target.
+    """Resampler of mask logits in two steps: to the pixels of the padded input, and from its content to the target.
 
-    Mask2Former and FC-CLIP do so. Results differ from those of `MaskResampler` near outlines, and at the right and
-    lower end of the content, where the cells of the padding take part. Both steps are linear, so that one matrix for
-    each axis does both, with the same bounds of memory.
+    This is the resampling of Mask2Former (Cheng et al., CVPR 2022) and FC-CLIP (Yu et al., NeurIPS 2023). Its results
+    differ from those of `MaskResampler` near outlines, and at the right and lower borders of the content, where cells
+    of the padding contribute. Both steps are linear, so that one matrix per axis combines them, with the same memory.
 
     Args:
-        mask_logits, content_size, target_size: As for `MaskResampler`, with the same errors; without a target the two
-            do the same.
+        mask_logits, content_size, target_size: As in `MaskResampler`, with the same errors. Without a target size both
+            resamplers are equal.
     """
 
     def __init__(self, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None):
@@ -182,12 +178,12 @@ class TwoStepMaskResampler(MaskResampler):
 
 
 class ResultResampler(TwoStepMaskResampler):
-    """
-    As `TwoStepMaskResampler`, but `map_tiles` applies its function at the pixels of the input and resamples what it
-    gives to the target, as Mask2Former and FC-CLIP do where they compute semantic maps only.
+    """Two-step resampler whose `map_tiles` computes results at the pixels of the input and resamples the results.
+
+    Mask2Former and FC-CLIP resample the scores of semantic segmentation in this way.
 
     Args:
-        mask_logits, content_size, target_size: As for `MaskResampler`, with the same errors.
+        mask_logits, content_size, target_size: As in `MaskResampler`, with the same errors.
     """
 
     resamples_results = True
@@ -206,7 +202,7 @@ class ResultResampler(TwoStepMaskResampler):
         (content_height, content_width), (height, width) = self._at_input.size, self.size
         row_weights = _interpolation_matrix(content_height, content_height, height).to(self.device)
         column_weights = _interpolation_matrix(content_width, content_width, width).T.to(self.device)
-        # A tile of the target needs as many more rows of the input as that is larger.
+        # The number of input rows that a tile of the target needs grows with the ratio of their heights.
         step = rows_per_tile(max(width, content_width), planes * max(1, math.ceil(content_height / height)))
         for start in range(0, height, step):
             stop = min(start + step, height)
@@ -217,8 +213,8 @@ class ResultResampler(TwoStepMaskResampler):
                 yield slice(start, stop), row_weights[start:stop, first:last] @ results
 
 
-# Masks are resampled once, or by way of the input; or scores of semantic maps are computed at the input's pixels, and
-# resampled themselves.
+# Masks are resampled directly to the target, or in two steps through the pixels of the input; or the scores of
+# semantic segmentation are computed at the pixels of the input and resampled instead of the masks.
 MASK_RESAMPLINGS = ("direct", "two_step", "two_step_scores")
 
 
@@ -229,17 +225,21 @@ def make_resampler(
     resampling: str = "direct",
     for_scores: bool = False,
 ) -> MaskResampler:
-    """
-    Make the resampler that a name of `MASK_RESAMPLINGS` means.
+    """Create the resampler of a name in `MASK_RESAMPLINGS`.
 
     Args:
-        mask_logits, content_size, target_size: As for `MaskResampler`.
+        mask_logits: As in `MaskResampler`.
+        content_size: As in `MaskResampler`.
+        target_size: As in `MaskResampler`.
         resampling: `direct`, `two_step` or `two_step_scores`.
-        for_scores: Whether scores of semantic maps are computed, for which alone `two_step_scores` differs from
+        for_scores: Whether scores of semantic segmentation are computed; otherwise `two_step_scores` equals
             `two_step`.
 
+    Returns:
+        The resampler.
+
     Raises:
-        ValueError: There is no such resampling; or as for `MaskResampler`.
+        ValueError: If the resampling is unknown, or as in `MaskResampler`.
     """
     if resampling not in MASK_RESAMPLINGS:
         raise ValueError(f"`resampling` must be one of {', '.join(MASK_RESAMPLINGS)}, got {shown(resampling)}.")
@@ -257,17 +257,30 @@ def _two_step_matrix(cells: int, content: int, target: int) -> Tensor:
 
 
 def _interpolation_matrix(extent: float, source: int, target: int) -> Tensor:
-    """Weights (target, source) that spread the first `extent` of `source` cells over `target` pixels, half-centred."""
+    """Return weights (target, source) that interpolate the first `extent` of `source` cells at `target` pixels.
+
+    Pixel centers are at half-integer positions, as with `align_corners=False`.
+    """
     centre = (torch.arange(target, dtype=torch.float64) + 0.5) * (extent / target) - 0.5
     distance = (centre.clamp(0, source - 1)[:, None] - torch.arange(source)).abs()
     return (1 - distance).clamp(min=0).float()
 
 
 def resize_masks(mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None) -> Tensor:
-    """
-    Mask logits (Q, H, W) at full size, in fp32 and without gradients; arguments and errors as for `MaskResampler`.
+    """Resample mask logits at once, in fp32 and without gradients.
 
-    The result holds Q x H x W numbers, which the functions of `post_processing` avoid.
+    Post-processing resamples tile by tile instead, since the result has Q x H x W values.
+
+    Args:
+        mask_logits: As in `MaskResampler`.
+        content_size: As in `MaskResampler`.
+        target_size: As in `MaskResampler`.
+
+    Returns:
+        (Q, H, W) mask logits.
+
+    Raises:
+        ValueError: As in `MaskResampler`.
     """
     resampler = MaskResampler(mask_logits, content_size, target_size)
     return resampler.rows(0, resampler.size[0])

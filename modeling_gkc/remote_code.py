@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checkpoints that carry their code, for people who have transformers but not this library.
+"""Publishing of checkpoints with their code, for users of transformers who have not installed this library.
 
-`save_pretrained` of a model or processor writes weights and settings only. To publish a checkpoint, save it with the
+`save_pretrained` of a model or processor writes weights and settings only. To publish a checkpoint, save it with its
 code:
 
     from modeling_gkc import GKCSegmentationPipeline
@@ -23,18 +23,18 @@ code:
     add_code("folder")  # to what was saved plainly
     GKCSegmentationPipeline(model=model, processor=processor).push_to_hub("user/name")  # the same, uploaded
 
-Whoever has only transformers then loads it by
+It can then be loaded with transformers alone:
 
     AutoModel.from_pretrained("user/name", trust_remote_code=True)
     AutoProcessor.from_pretrained("user/name", trust_remote_code=True)
     pipeline("image-segmentation", model="user/name", trust_remote_code=True)(image, labels="dog; sofa, couch")
 
-and what they save again is again such a folder. The packaged vocabularies ("ade20k_150") are not in it; they need the
-installed library.
+A model loaded in this way is saved with its code again. The packaged vocabularies ("ade20k_150") are not included;
+they need the installed library.
 
-Where this library has been imported, its own classes are used, and models and processors load with or without
-`trust_remote_code`. Only `pipeline()` refuses a folder that names a pipeline of its own, unless it is given
-`trust_remote_code=True` or `pipeline_class`: `GKCSegmentationPipeline`, or transformers' `ImageSegmentationPipeline`.
+If this library has been imported, its own classes are used, and models and processors load with or without
+`trust_remote_code`. Only `pipeline()` rejects a folder with a custom pipeline unless `trust_remote_code=True` or
+`pipeline_class` is given: `GKCSegmentationPipeline`, or transformers' `ImageSegmentationPipeline`.
 """
 
 import json
@@ -63,7 +63,7 @@ tags:
 
 # An open-vocabulary segmentation model of GKC
 
-Cuts images into any words that are given at call time (Han, Liu et al., *Global Knowledge Calibration for Fast
+Segments images with a text vocabulary given at inference (Han, Liu et al., *Global Knowledge Calibration for Fast
 Open-Vocabulary Segmentation*, ICCV 2023, [arXiv 2303.09181](https://arxiv.org/abs/2303.09181)).
 
 ```python
@@ -104,25 +104,24 @@ PIPELINES = {
         "pt": ["AutoModelForUniversalSegmentation"],
     }
 }
-# Only these, and no class derived from them, are what a folder's code consists of.
+# Published folders contain the code of exactly these classes, not of derived classes.
 _PUBLISHED = {name for names in AUTO_CLASSES.values() for name in names.values()}
 _KEYS_OF_CODE = ("auto_map", "custom_pipelines")
 
 
 def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> None:
-    """
-    Save a checkpoint together with the code that it needs and, where there is none, a model card.
+    """Save a checkpoint together with its code and, if it has none, a model card.
 
     Args:
         model: A `GKCForOpenVocabSegmentation`, or an image tower or backbone of CLIP (`CLIPResNetVisionModel`,
             `CLIPResNetBackbone`, `CLIPConvNextVisionModel`, `CLIPConvNextBackbone`).
-        processor: Its processor, or None.
-        folder: Made if it is not there.
-        kwargs: For the model's `save_pretrained`.
+        processor: Processor of the model, or None.
+        folder: Folder to write to; it is created if it does not exist.
+        kwargs: Arguments of the model's `save_pretrained`.
 
     Raises:
-        ValueError: no Auto class of transformers loads a model of this kind, or it is of a class that is not this
-            library's own; or `push_to_hub` is asked for, which would upload the model without what is added here.
+        ValueError: If no Auto class of transformers loads this model class, if it is not a class of this library, or
+            if `push_to_hub` is given, which would upload the model without its code.
     """
     if kwargs.get("push_to_hub"):
         raise ValueError(
@@ -132,7 +131,7 @@ def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> 
     published = AUTO_CLASSES.get(model.config.model_type, {})
     if type(model).__name__ not in published.values() or not model.has_code():
         raise ValueError(
-            f"no Auto class loads a {type(model).__name__}: publish the GKCForOpenVocabSegmentation, or an image "
+            f"No Auto class loads a {type(model).__name__}: publish the GKCForOpenVocabSegmentation, or an image "
             "tower or backbone of CLIP."
         )
     model.save_pretrained(folder, **kwargs)
@@ -143,32 +142,32 @@ def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> 
 
 
 def add_code(folder: str | Path) -> None:
-    """
-    Add to a saved checkpoint the code that it needs, and to its JSON files where transformers finds it.
+    """Add code to a saved checkpoint, and references to it to its JSON files.
 
     Args:
-        folder: Holds `config.json`, `processor_config.json` or `preprocessor_config.json` of this library's objects.
+        folder: Folder with `config.json`, `processor_config.json` or `preprocessor_config.json` of this library.
 
     Raises:
-        ValueError: it holds none of them, or one of another library, or the model is none that an Auto class loads.
+        ValueError: If it has none of these files, one was written by another library, or no Auto class loads the
+            model.
     """
     _mark_saved(Path(folder))
     _copy_code(Path(folder))
 
 
 def add_library_entry(folder: str | Path) -> None:
-    """
-    Let transformers load a saved checkpoint by the classes of the installed library, without `import modeling_gkc`.
+    """Make a saved checkpoint loadable by transformers with the installed library, without `import modeling_gkc`.
 
-    Writes a module that imports them, and names it in the checkpoint's JSON files, so that
-    `AutoModel.from_pretrained(folder, trust_remote_code=True)` finds them. It is for checkpoints that are delivered
-    with the library: one for the Hub needs `add_code`.
+    This writes a module that imports the library's classes and refers to it in the checkpoint's JSON files, so that
+    `AutoModel.from_pretrained(folder, trust_remote_code=True)` finds them. It is meant for checkpoints that are part
+    of the library; a checkpoint for the Hub needs `add_code`. No custom pipeline is registered, so that `pipeline()`
+    loads the checkpoint without further arguments.
 
     Args:
-        folder: As in `add_code`. It names no pipeline of its own, so that `pipeline()` loads it as it is.
+        folder: As in `add_code`.
 
     Raises:
-        ValueError: as in `add_code`.
+        ValueError: As in `add_code`.
     """
     folder = Path(folder)
     _mark_saved(folder, with_pipeline=False)
@@ -180,12 +179,10 @@ def add_library_entry(folder: str | Path) -> None:
 
 
 def write_card(folder: str | Path) -> None:
-    """
-    Write the model card of a saved `GKCForOpenVocabSegmentation`, how to use it and which words it stores, for its
-    author to complete.
+    """Write a model card with the usage and stored vocabulary of a saved model, to be completed by its author.
 
     Args:
-        folder: Holds its `config.json`. A README.md that is there already stays as it is.
+        folder: Folder of a saved `GKCForOpenVocabSegmentation`. An existing README.md is not changed.
     """
     folder = Path(folder)
     path, config = folder / CARD_NAME, folder / "config.json"
@@ -193,12 +190,12 @@ def write_card(folder: str | Path) -> None:
     if path.exists() or values.get("model_type") != "gkc":
         return
     stored = [names[0] for names in values.get("vocabulary") or []]
-    words = f"Without `labels` it answers in its {len(stored)} stored words: {', '.join(stored)}.\n" if stored else ""
+    words = f"Without `labels` it uses its {len(stored)} stored classes: {', '.join(stored)}.\n" if stored else ""
     atomic_write(path, CARD.replace("<<words>>", words))
 
 
 def code_files() -> list[Path]:
-    """The modules that a published folder needs: the one that its JSON files name, and all that this one imports."""
+    """Return the files of a published checkpoint's code: the entry module and all modules that it imports."""
     entry = Path(__file__).with_name(f"{ENTRY_MODULE}.py")
     return sorted({entry, *map(Path, get_relative_import_files(entry))})
 
@@ -211,7 +208,7 @@ def _copy_code(folder: Path) -> None:
 def _mark_saved(folder: Path, with_pipeline: bool = True) -> None:
     paths = [folder / name for name in _MARKS if (folder / name).is_file()]
     if not paths:
-        raise ValueError(f"{folder} holds no saved checkpoint: it has none of {', '.join(_MARKS)}.")
+        raise ValueError(f"{folder} is not a saved checkpoint: it has none of the files {', '.join(_MARKS)}.")
     for path in paths:
         _mark(path, with_pipeline)
 
@@ -224,10 +221,10 @@ def _mark(path: Path, with_pipeline: bool = True) -> None:
     except KeyError as error:
         raise ValueError(f"{path} was not saved by an object of this library: it lacks {error}.") from error
     if unpublished:
-        raise ValueError(f"{path} is that of a {unpublished[0]}, which this library's code loads by no Auto class.")
+        raise ValueError(f"{path} belongs to a {unpublished[0]}, which no Auto class loads from this library's code.")
     if not with_pipeline:
         values.pop("custom_pipelines", None)
-    # Only these keys are sorted: those of `id2label` are numbers, and their order is that of the classes.
+    # Only the top-level keys are sorted, because the keys of `id2label` are in the order of the classes.
     atomic_write(path, json.dumps(dict(sorted(values.items())), indent=2) + "\n")
 
 
@@ -263,31 +260,30 @@ _MARKS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 class CodeRegistrationMixin:
-    """
-    Registration of one class of this library turns on the saving of the code for all of them.
+    """Mixin by which the registration of one class enables saving the code of all classes of this library.
 
-    transformers registers the classes that it loads from a folder's code, so that what was loaded by
-    `trust_remote_code` is saved with its code. Its own way of saving code copies the modules of one class beside
-    another's, which then may not fit together; here it is always the whole.
+    transformers registers the classes that it loads from remote code, so that they are saved with their code. Its own
+    implementation copies the modules of a single class, which may be incompatible with those of another class in the
+    same folder; this one always copies all modules.
     """
 
     _saves_code = False
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
-        """From now on, in this process, `save_pretrained` of every object of this library writes the code too.
+        """Make `save_pretrained` of all objects of this library write the code too, for the rest of the process.
 
-        Objects of classes derived from this library's are saved plainly, as before: their code is not in it.
+        Objects of derived classes are still saved without code, because their code is not part of this library.
 
         Args:
-            auto_class: Makes no difference: a folder with code always serves all Auto classes that know the model.
+            auto_class: Ignored, because a folder with code always serves all Auto classes of the model.
 
         Raises:
-            ValueError: the class is not this library's own, or no Auto class loads it.
+            ValueError: If the class is not part of this library, or no Auto class loads it.
         """
         if cls.has_code():
             CodeRegistrationMixin._saves_code = True
-        # transformers calls this on what it has loaded from a folder; such a class must load, whoever wrote it.
+        # transformers calls this for every class loaded from remote code, which must not fail for foreign classes.
         elif not cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
             raise ValueError(
                 f"{cls.__module__}.{cls.__name__} is not among the classes whose code can be saved: "
@@ -298,23 +294,27 @@ class CodeRegistrationMixin:
 
     @classmethod
     def has_code(cls) -> bool:
-        """Whether a folder with this library's code can hold objects of this very class."""
+        """Return whether this library's published code contains this exact class."""
         return cls.__name__ in _PUBLISHED and cls.__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
 
 
 class CodeSavingMixin(CodeRegistrationMixin):
-    """For configurations and processors: their files tell of code only where the code is saved too."""
+    """Mixin of configurations and processors whose files refer to code only if the code is saved too."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, without what the folder that they were loaded from says about its code."""
+        """Return all settings without the references to code of the folder that they were loaded from."""
         return {name: value for name, value in super().to_dict().items() if name not in _KEYS_OF_CODE}
 
     def to_json_file(self, json_file_path: str | Path, *args, **kwargs) -> None:
-        """
-        Write the settings to a file, and the code beside it where `register_for_auto_class` asks for it.
+        """Write the settings to a JSON file, and the code beside it if `register_for_auto_class` was called.
 
-        The code goes only where transformers would look for it: to files of the names that `save_pretrained` gives,
-        and not to the configuration of a model that no Auto class loads.
+        The code is written only where transformers looks for it: beside files with the names of `save_pretrained`, and
+        not beside the configuration of a model that no Auto class loads.
+
+        Args:
+            json_file_path: File to write.
+            args: Arguments of transformers' method.
+            kwargs: Arguments of transformers' method.
         """
         super().to_json_file(json_file_path, *args, **kwargs)
         path = Path(json_file_path)

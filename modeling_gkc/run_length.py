@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""COCO's compressed run-length encoding of masks, as pycocotools writes it, with numpy alone."""
+"""COCO's compressed run-length encoding (RLE) of masks in numpy, compatible with pycocotools."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_PIXELS = 2**31
-_MAX_GROUPS = 7  # of 5 bits: with them a run of a mask of `_MAX_PIXELS`, or a difference of two, can be written
+_MAX_GROUPS = 7  # groups of 5 bits that a run of a mask of `_MAX_PIXELS`, or a difference of two runs, can have
 
 
 def encode_rle(mask: "Tensor | np.ndarray") -> dict[str, Any]:
-    """
-    COCO's compressed run-length encoding of one mask.
+    """Encode a mask in COCO's compressed run-length encoding.
 
-    Runs go down the columns and start with zeros. From the fourth on, a run is given as its difference from the run
-    two before. A number is a string of 5-bit groups, lowest first, in characters from code 48, bit 5 meaning "more".
+    Runs are counted in column-major order and start with zeros. From the fourth run on, the difference to the run
+    before the previous one is stored. A number is a sequence of 5-bit groups, lowest first, as characters starting at
+    code 48, in which bit 5 marks that another group follows.
 
     Args:
-        mask: (H, W), true inside.
+        mask: (H, W) mask, nonzero inside.
 
     Returns:
-        `size` [H, W] and `counts`, a string, as `pycocotools.mask.encode` gives it.
+        A dict with `size` [H, W] and the string `counts`, equal to the result of `pycocotools.mask.encode`.
 
     Raises:
-        ValueError: the mask is not (H, W).
+        ValueError: If the mask does not have two axes.
     """
     mask = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask).astype(bool)
     if mask.ndim != 2:
-        raise ValueError(f"A mask is (height, width), got the shape {mask.shape}: encode masks one by one.")
+        raise ValueError(f"`mask` must be (height, width), got the shape {mask.shape}: encode masks one by one.")
     flat = mask.flatten(order="F")
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     starts = np.concatenate([[0] if flat.size and flat[0] else [], [0], edges, [flat.size]]).astype(np.int64)
@@ -62,32 +62,36 @@ def encode_rle(mask: "Tensor | np.ndarray") -> dict[str, Any]:
 
 
 def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
-    """
-    Mask (H, W) bool of an encoding by `encode_rle` or pycocotools, or of COCO's uncompressed one, a list of runs.
+    """Decode a run-length encoding of `encode_rle` or pycocotools, or COCO's uncompressed list of runs.
+
+    Args:
+        rle: Dict with `size` and `counts`.
+
+    Returns:
+        (H, W) bool mask.
 
     Raises:
-        ValueError: as in `checked_runs`.
+        ValueError: As in `checked_runs`.
     """
     runs = checked_runs(rle)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(tuple(map(int, rle["size"])), order="F")
 
 
 def checked_runs(rle: Mapping[str, Any], shape: tuple[int, int] | None = None) -> np.ndarray:
-    """
-    Read the runs of an encoding, compressed or not, and refuse what does not describe a mask.
+    """Decode and validate the runs of a compressed or uncompressed encoding.
 
-    pycocotools checks nothing of this: its C code reads and writes outside its memory.
+    pycocotools does not validate encodings: for invalid ones its C code accesses memory out of bounds.
 
     Args:
-        rle: `size` [H, W] and `counts`, a string, bytes or a list of whole numbers.
-        shape: Height and width that the mask must have; None allows any below 2**31 pixels.
+        rle: Dict with `size` [H, W] and `counts`, a string, bytes or a list of integers.
+        shape: Expected (height, width) of the mask. Default: any size below 2**31 pixels.
 
     Returns:
-        Runs (N,) int64, of zeros and of ones in turn, whose sum is H * W.
+        (N,) int64 lengths of alternating runs of zeros and ones, whose sum is H * W.
 
     Raises:
-        ValueError: a key is missing, `size` is not two whole numbers or not `shape`, `counts` hold what is no number
-            or break off, a run is negative or no whole number, or the runs do not cover the `size`.
+        ValueError: If a key is missing, `size` is not two integers or differs from `shape`, `counts` are malformed or
+            truncated, a run is negative or not an integer, or the runs do not sum up to H * W.
     """
     if not isinstance(rle, Mapping) or not {"size", "counts"} <= rle.keys():
         raise ValueError("A run-length encoding needs the keys `size` and `counts`.")
@@ -97,7 +101,7 @@ def checked_runs(rle: Mapping[str, Any], shape: tuple[int, int] | None = None) -
     if runs.size and runs.min() < 0:
         raise ValueError("The `counts` of the encoding hold a negative run: every run is 0 or more pixels.")
     area = height * width
-    # The sum of few runs that are none of them larger than the mask does not overflow.
+    # The sum cannot overflow once no run is larger than the mask.
     if (runs.size and runs.max() > area) or runs.sum() != area:
         covered = sum(runs.tolist())
         raise ValueError(f"The runs of the encoding cover {covered} pixels, but `size` is {height} x {width}.")

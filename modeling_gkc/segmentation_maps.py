@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Segmentation maps to the `mask_labels` and `class_labels` of training. All sizes are (height, width)."""
+"""Conversion of segmentation maps to `mask_labels` and `class_labels` for training. Sizes are (height, width)."""
 
 import io
 import os
@@ -26,22 +26,25 @@ from .argument_checks import check_whole_number
 
 MapLike = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes
 
-_OUTSIDE = -(2**31)  # of pixels beyond the image, which no map can hold
+_OUTSIDE = -(2**31)  # value of pixels outside of the image, which is not allowed in maps
 
 
 def read_segmentation_maps(
     maps: MapLike | Sequence[MapLike], image_sizes: Sequence[tuple[int, int]]
 ) -> list[np.ndarray]:
-    """
-    One map for each image, (H, W) int32.
+    """Read the segmentation map of each image of a batch.
 
     Args:
-        maps: One map or B maps: PIL images of one channel, arrays and tensors of whole numbers, paths or bytes.
-        image_sizes: Height and width of each upright image.
+        maps: One map or B maps: single-channel PIL images, arrays and tensors of integers, paths, or bytes of files.
+        image_sizes: (height, width) of each upright image in pixels.
+
+    Returns:
+        For each image a map (H, W) int32.
 
     Raises:
-        ValueError: there are not as many maps as images, or a map cannot be read, has several channels, holds no whole
-            numbers or is of another size than its image. The position in the batch is named.
+        ValueError: If the number of maps differs from that of images, or a map cannot be read, has several channels,
+            has values that are not integers, or differs in size from its image. The message names the position in the
+            batch.
     """
     is_batch = isinstance(maps, np.ndarray | torch.Tensor) and maps.ndim > 2
     is_batch = is_batch and tuple(maps.shape[:2]) != tuple(image_sizes[0])  # one map of several channels
@@ -95,20 +98,22 @@ def _values(segmentation_map: MapLike) -> np.ndarray:
 def place_segmentation_map(
     values: np.ndarray, resized: tuple[int, int], crop: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """
-    A map as its image is resized, by the nearest pixel, and cropped in the middle.
+    """Resize a map by nearest-neighbor interpolation and center-crop it, as its image.
 
     Args:
-        values: (H, W) int32.
+        values: (H, W) int32 map.
         resized: Size of the resized image.
-        crop: Size of the crop; None for none.
+        crop: Size of the center crop. Default: no crop.
+
+    Returns:
+        The int32 map of size `crop`, or `resized` without a crop.
     """
     if values.shape != resized:
         values = np.asarray(Image.fromarray(values).resize(resized[::-1], Image.Resampling.NEAREST))
     if crop is None:
         return values
     placed = np.full(crop, _OUTSIDE, dtype=np.int32)
-    # Where the crop begins in the map, negative where it begins outside.
+    # Offsets of the crop in the map, negative if it starts outside of the map.
     offsets = [(side - cropped) // 2 for side, cropped in zip(values.shape, crop, strict=True)]
     source = values[max(offsets[0], 0) :, max(offsets[1], 0) :][: crop[0], : crop[1]]
     top, left = (max(-offset, 0) for offset in offsets)
@@ -124,22 +129,21 @@ def mask_and_class_labels(
     ignore_index: int | None = None,
     do_reduce_labels: bool | None = False,
 ) -> dict[str, list[torch.Tensor]]:
-    """
-    Masks and classes of the values of each map, smallest value first.
+    """Convert each map to one mask and class id per value, in ascending order of the values.
 
     Args:
         maps: B maps (H, W).
         size: Size of the padded batch; masks are 0 in the padding.
-        instance_id_to_semantic_id: Class of each value, as it stands in the map, for all maps or for each.
-        ignore_index: Value without a mask; None for none.
-        do_reduce_labels: Value 0 has no mask, and all classes are one less.
+        instance_id_to_semantic_id: Class id of each value of the maps, one dict for all maps or one for each.
+        ignore_index: Value without a mask. Default: every value has one.
+        do_reduce_labels: Whether value 0 has no mask and all class ids are reduced by one.
 
     Returns:
-        `mask_labels`, B tensors (N, H, W) fp32 of 0 and 1, and `class_labels`, B tensors (N,) int64.
+        A dict with `mask_labels`, B tensors (N, H, W) fp32 of 0 and 1, and `class_labels`, B tensors (N,) int64.
 
     Raises:
-        ValueError: `do_reduce_labels` without `ignore_index`, mappings that are none or not as many as the maps, a
-            value without a class, or a negative class.
+        ValueError: If `do_reduce_labels` is given without `ignore_index`, the mappings are invalid or not one for each
+            map, a value has no class, or a class id is negative.
     """
     if do_reduce_labels and ignore_index is None:
         raise ValueError("`do_reduce_labels` needs an `ignore_index`, such as 255, for pixels of value 0.")
@@ -177,7 +181,7 @@ def mask_and_class_labels(
 
 
 def _mapped(ids: list[int], mapping: Any, do_reduce_labels: bool, name: str) -> dict[int, int]:
-    """The class of each value of a map."""
+    """Return the class id of each value of a map."""
     missing = [value for value in ids if value not in mapping]
     if missing:
         raise ValueError(

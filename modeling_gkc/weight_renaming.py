@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Weights under other names: what the converters share."""
+"""Helpers of weight conversion: rename, split, check and load weights."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +22,12 @@ Renaming = tuple[str, str | Callable[[re.Match], str]]
 
 
 def rename_weight(name: str, renamings: tuple[Renaming, ...]) -> str | None:
-    """The new name by the first rule that applies, None if none does."""
+    """Rename a weight by the first matching rule; return None if no rule matches.
+
+    Args:
+        name: Name of a weight.
+        renamings: Pairs of a regular expression and its replacement, as for `re.sub`.
+    """
     for pattern, replacement in renamings:
         renamed, count = re.subn(pattern, replacement, name)
         if count:
@@ -31,16 +36,23 @@ def rename_weight(name: str, renamings: tuple[Renaming, ...]) -> str | None:
 
 
 def split_packed_projection(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """An attention's packed `in_proj_weight` or `in_proj_bias` as those of q, k and v; every other weight as it is.
+    """Split an attention's packed `in_proj_weight` or `in_proj_bias` into those of q, k and v.
+
+    Args:
+        name: Name of the weight.
+        weight: (3 * C, ...) packed weight, or any other weight, which is returned unchanged.
+
+    Returns:
+        The weights by name.
 
     Raises:
-        ValueError: a packed weight does not divide into three.
+        ValueError: If the first dimension of a packed weight is not divisible by three.
     """
     packed = re.match(r"(.*\.)in_proj_(weight|bias)$", name)
     if packed is None:
         return {name: weight}
     if not weight.ndim or not len(weight) or len(weight) % 3:
-        raise ValueError(f"Weight {name!r} has shape {tuple(weight.shape)}, which is not three projections in one.")
+        raise ValueError(f"The weight {name!r} of shape {tuple(weight.shape)} cannot be split into three projections.")
     pieces = zip("qkv", weight.chunk(3), strict=True)
     return {f"{packed[1]}{part}_proj.{packed[2]}": piece for part, piece in pieces}
 
@@ -48,16 +60,16 @@ def split_packed_projection(name: str, weight: Tensor) -> dict[str, Tensor]:
 def check_weight_shapes(
     weights: Mapping[str, Tensor], num_dimensions: Mapping[str, int], refusal: str, advice: str
 ) -> None:
-    """Checks the weights off which sizes are read.
+    """Check the weights from whose shapes the sizes of a model are inferred.
 
     Args:
-        weights: Those of a file.
-        num_dimensions: Number of dimensions of each weight that must be there.
-        refusal: What the weights are not, if one is wrong; begins the message.
-        advice: What to do then; ends it.
+        weights: Weights of a file by name.
+        num_dimensions: Expected number of dimensions of each required weight.
+        refusal: Start of the error message, which describes the problem.
+        advice: End of the error message, which says what to do.
 
     Raises:
-        ValueError: naming those that are missing, have other numbers of dimensions, or are empty.
+        ValueError: If a weight is missing, has another number of dimensions, or is empty; the message names it.
     """
     missing = [f"`{name}`" for name in num_dimensions if name not in weights]
     if missing:
@@ -69,14 +81,15 @@ def check_weight_shapes(
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Loads weights that must be all of the model's.
+    """Load the complete weights of a model.
 
     Args:
-        model: Takes the weights.
-        weights: By the model's names; counters of BatchNorm may be absent.
+        model: Model to load the weights into.
+        weights: Weights by the model's names; only `num_batches_tracked` of BatchNorm may be missing.
 
     Raises:
-        ValueError: naming every missing and unexpected weight, and those of other shapes; nothing was loaded.
+        ValueError: If weights are missing, unexpected or of wrong shapes. The message names them all, and the model is
+            unchanged.
     """
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     problems = {

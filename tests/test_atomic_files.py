@@ -56,7 +56,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     with atomic_folder(tmp_path / "checkpoint") as unfinished:
         (unfinished / "model.safetensors").write_bytes(b"whole")
     assert os.listdir(tmp_path) == ["checkpoint"]
-    with pytest.raises(FileExistsError, match="there already"), atomic_folder(tmp_path / "checkpoint"):
+    with pytest.raises(FileExistsError, match="already exists"), atomic_folder(tmp_path / "checkpoint"):
         pass
     assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == b"whole"
 

@@ -178,8 +178,11 @@ DAMAGES = {
     "half a tokenizer": (write("tokenizer.json", b'{"model": {"ty'), "its tokenizer.json cannot be read: Untermin"),
     "settings of a tokenizer that are none": (write("tokenizer_config.json", b"null"), "its tokenizer_config.json"),
     "no UTF-8": (write("processor_config.json", b"\xff{}"), "its processor_config.json cannot be read: 'utf-8'"),
-    "a tokenizer without an end": (set_value("tokenizer.json", "post_processor", None), "puts no end (token"),
-    "templates": (set_value("processor_config.json", "prompt_templates", ["x"]), "a prompt template needs"),
+    "a tokenizer without an end": (
+        set_value("tokenizer.json", "post_processor", None),
+        "does not append the end token",
+    ),
+    "templates": (set_value("processor_config.json", "prompt_templates", ["x"]), "A prompt template needs"),
     "an index": (set_value("config.json", "backbone_config", "out_indices", [7]), "is not a GKC checkpoint"),
 }
 
@@ -222,7 +225,7 @@ def test_words_are_cut_to_what_the_text_tower_reads(damaged):
     change(damaged, "tokenizer_config.json", "model_max_length", 10**6)
     model, processor = load_checkpoint_parts(damaged)
     assert processor.tokenizer.model_max_length == model.config.text_config.max_position_embeddings == 16
-    with pytest.raises(ValueError, match="reads at most 16"):
+    with pytest.raises(ValueError, match="takes at most 16"):
         processor(text="dog " * 15)
 
 
@@ -268,7 +271,7 @@ def test_an_index_that_names_files_outside_is_refused(damaged, shard):
     names = list(load_file(damaged.parent / "whole.safetensors"))
     index = damaged / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names .*, which is no file beside it"):
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names .*, which is not a file beside it"):
         load_checkpoint(damaged)
     shutil.copy(damaged.parent / "whole.safetensors", damaged / "part.safetensors")
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "part.safetensors")}))
@@ -278,5 +281,5 @@ def test_an_index_that_names_files_outside_is_refused(damaged, shard):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 5}', "{", "[" * 10**5])
 def test_a_damaged_index_is_refused(damaged, text):
     (damaged / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is no index of weights"):
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is not an index of weights"):
         load_checkpoint(damaged)

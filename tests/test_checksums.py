@@ -186,7 +186,7 @@ def test_equal_tensors_make_equal_sealed_files(tmp_path):
             verify_checksum(path, "make it again")
         flip(path, position)
     save_file({"a": np.arange(3)}, path)
-    with pytest.raises(ValueError, match="not written with the metadata"):
+    with pytest.raises(ValueError, match="write it with the metadata `EMPTY_CHECKSUM`"):
         write_checksum(path)
 
 

@@ -160,7 +160,7 @@ class TestMask2Former:
         names.write_text(json.dumps([{"name": name, "templates": ["dog {}"]} for name in NAMES]))
         arguments = ("--text-model", clip, "--class-names", names, "--out", tmp_path / "out")
         assert gkc("mask2former", source, *arguments) == 0
-        assert capsys.readouterr().err.startswith("gkc: warning: Prompt templates of `class_names` are left out")
+        assert capsys.readouterr().err.startswith("gkc: warning: Prompt templates of `class_names` are ignored")
         model, processor = common.load_checkpoint(tmp_path / "out")
         assert processor.prompt_templates == ["{}"]
         typed = model.get_class_embeddings(**processor(text=NAMES, return_tensors="pt")).class_embeds
@@ -170,7 +170,7 @@ class TestMask2Former:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--class-names", "red; blue"), "--class-names: `class_names` are 2, but the source has 5 classes"),
+            (("--class-names", "red; blue"), "--class-names: `class_names` has 2 classes, but the source has 5"),
             (("--class-names", "red; ;blue"), "--class-names: Label 2"),
             (("--tokenizer", "./nowhere"), "--tokenizer: ./nowhere is not a directory"),
         ],
@@ -191,7 +191,7 @@ class TestMask2Former:
         MaskFormerConfig().save_pretrained(tmp_path / "older")
         with pytest.raises(UserError, match="is a maskformer, not a mask2former"):
             gkc("mask2former", tmp_path / "older", "--text-model", clip, *out)
-        with pytest.raises(UserError, match=r"--out: .* is there already"):
+        with pytest.raises(UserError, match=r"--out: .* already exists"):
             gkc("mask2former", source, "--text-model", clip, "--out", source)
 
     def test_missing_weights_are_not_made_up(self, source, clip, tmp_path):
@@ -283,25 +283,25 @@ class TestCLIPResNet:
 
     def test_what_is_wrong_is_named(self, archive, tmp_path):
         out = ("--out", tmp_path / "out")
-        with pytest.raises(UserError, match=r"WEIGHTS: There is no file nothing\.pt"):
+        with pytest.raises(UserError, match=r"WEIGHTS: The file nothing\.pt does not exist"):
             gkc("clip-resnet", "nothing.pt", *out)
         (tmp_path / "notes.pt").write_text("no weights")
-        with pytest.raises(UserError, match=r"WEIGHTS: .*notes\.pt: holds more than weights, or is damaged"):
+        with pytest.raises(UserError, match=r"WEIGHTS: .*notes\.pt: contains more than weights, or is damaged"):
             gkc("clip-resnet", tmp_path / "notes.pt", *out)
         torch.save({"visual.proj": torch.zeros(1)}, tmp_path / "vit.pt")
-        with pytest.raises(UserError, match=r"WEIGHTS: .*vit\.pt: These are no weights of a CLIP ResNet"):
+        with pytest.raises(UserError, match=r"WEIGHTS: .*vit\.pt: These are not the weights of a CLIP ResNet"):
             gkc("clip-resnet", tmp_path / "vit.pt", *out)
         image_only = {name: weight for name, weight in random_weights().items() if name.startswith("visual.")}
         save_file(image_only, tmp_path / "image.safetensors")
-        with pytest.raises(UserError, match=r"image\.safetensors: There is no text tower"):
+        with pytest.raises(UserError, match=r"image\.safetensors: These weights contain no text tower"):
             gkc("clip-resnet", tmp_path / "image.safetensors", *out, "--text")
         (tmp_path / "damaged.pt").write_bytes(archive.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03", 1))
-        with pytest.raises(UserError, match=r"^WEIGHTS: .*damaged\.pt: holds more than weights, or is damaged"):
+        with pytest.raises(UserError, match=r"^WEIGHTS: .*damaged\.pt: contains more than weights, or is damaged"):
             gkc("clip-resnet", tmp_path / "damaged.pt", *out)
         save_file(random_weights() | {"visual.conv1.weight": torch.zeros(7)}, tmp_path / "shape.safetensors")
         with pytest.raises(UserError, match=r"shape\.safetensors: .*convolution\.weight \(7,\), not \(2, 3, 3, 3\)"):
             gkc("clip-resnet", tmp_path / "shape.safetensors", *out)
-        with pytest.raises(UserError, match=r"--out: .* is there already"):
+        with pytest.raises(UserError, match=r"--out: .* already exists"):
             gkc("clip-resnet", archive, "--out", archive)
         assert not (tmp_path / "out").exists()
 

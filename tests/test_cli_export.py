@@ -135,7 +135,7 @@ def test_errors_are_one_line_and_write_nothing(checkpoint, tmp_path, options, me
 
 def test_existing_output_stays(checkpoint, tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"--out: .* is there already: name a new folder"):
+    with pytest.raises(UserError, match=r"--out: .* already exists: name a new folder"):
         gkc("export", checkpoint, "--vocab", "dog", "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 

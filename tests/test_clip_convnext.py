@@ -104,7 +104,7 @@ def test_single_projection(golden):
 
 def test_weights_of_something_else_are_refused(golden):
     weights = golden.clip_weights()
-    with pytest.raises(ValueError, match="no weights of a CLIP ConvNeXt"):
+    with pytest.raises(ValueError, match="not the weights of a CLIP ConvNeXt"):
         clip_convnext_from_open_clip(recording("rn").clip_weights())
     del weights["visual.trunk.stages.2.blocks.1.gamma"]
     weights["visual.trunk.extra"] = torch.zeros(1)

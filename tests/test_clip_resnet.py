@@ -101,7 +101,7 @@ def test_published_parameter_counts():
 
 
 def test_weights_of_something_else_are_refused(golden):
-    with pytest.raises(ValueError, match="no weights of a CLIP ResNet"):
+    with pytest.raises(ValueError, match="not the weights of a CLIP ResNet"):
         clip_resnet_from_openai({"visual.conv1.weight": golden["visual.conv1.weight"]})
     weights = {name: value for name, value in golden.items() if name.startswith("visual.")}
     weights.pop("visual.layer2.0.conv2.weight")

@@ -139,7 +139,7 @@ def test_any_weight_that_is_wrong_is_named(change):
 def test_missing_and_misshapen_weights_by_name_and_shape():
     state_dict = random_weights()
     without_projection = {name: value for name, value in state_dict.items() if name != "visual.attnpool.c_proj.weight"}
-    with pytest.raises(ValueError, match=r"no weights of a CLIP ResNet: `attnpool\.c_proj\.weight` is missing\."):
+    with pytest.raises(ValueError, match=r"not the weights of a CLIP ResNet: `attnpool\.c_proj\.weight` is missing\."):
         clip_resnet_from_openai(without_projection)
     state_dict["visual.conv1.weight"] = torch.zeros(2, 3, 5, 5)
     state_dict["visual.extra"] = state_dict.pop("visual.bn1.bias")
@@ -150,7 +150,7 @@ def test_missing_and_misshapen_weights_by_name_and_shape():
     with pytest.raises(ValueError, match=message):
         clip_resnet_from_openai(state_dict)
     state_dict["transformer.resblocks.1.attn.in_proj_bias"] = torch.zeros(7)
-    with pytest.raises(ValueError, match=r"in_proj_bias' has shape \(7,\), which is not three projections"):
+    with pytest.raises(ValueError, match=r"in_proj_bias' of shape \(7,\) cannot be split into three projections"):
         clip_text_from_openai(state_dict)
 
 
@@ -262,7 +262,7 @@ def test_hostile_state_dicts_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(1), "attack": _Attack(os.system, f"touch {mark}")}, tmp_path / "zip.pt")
     (tmp_path / "plain.pt").write_bytes(attacks(mark)["a shell command"])
     for name in ("zip.pt", "plain.pt"):
-        with pytest.raises(ValueError, match=rf"{name}: holds more than weights, or is damaged"):
+        with pytest.raises(ValueError, match=rf"{name}: contains more than weights, or is damaged"):
             read_weights(tmp_path / name)
     assert not mark.exists()
 
@@ -279,7 +279,7 @@ def test_damaged_archives_are_refused(archive, tmp_path):
         with pytest.raises(ValueError, match=rf"{name}\.pt: cannot be read as a TorchScript archive"):
             read_weights(path)
     (tmp_path / "half.pt").write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"half\.pt: holds more than weights, or is damaged"):
+    with pytest.raises(ValueError, match=r"half\.pt: contains more than weights, or is damaged"):
         read_weights(tmp_path / "half.pt")
 
 
@@ -379,10 +379,10 @@ def test_files_without_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"text\.safetensors: cannot be read as safetensors"):
         read_weights(tmp_path / "text.safetensors")
     (tmp_path / "text.pt").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.pt: holds more than weights, or is damaged"):
+    with pytest.raises(ValueError, match=r"text\.pt: contains more than weights, or is damaged"):
         read_weights(tmp_path / "text.pt")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list\.pt: holds a list, not a dictionary"):
+    with pytest.raises(ValueError, match=r"list\.pt: must contain a dict of weights by name, got list"):
         read_weights(tmp_path / "list.pt")
 
 

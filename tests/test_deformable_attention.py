@@ -236,5 +236,5 @@ def test_a_compiler_traces_it_whole(gradients):
 
 def test_shapes_that_do_not_fit_are_refused():
     value, _, locations, weights = random_inputs()
-    with pytest.raises(ValueError, match="hold 12 positions, `value` 58"):
+    with pytest.raises(ValueError, match="have 12 positions, but `value` has 58"):
         multi_scale_deformable_attention(value, [(3, 4)], locations, weights)

@@ -229,7 +229,9 @@ class TestRefusing:
         height = whole.index(tag) + len(tag)
         path.write_bytes(whole[:height] + struct.pack("<I", 90) + whole[height + 4 :])
         for image in (path, path.read_bytes(), Image.open(path)):
-            with pytest.raises(ValueError, match="cannot be read as an image: it holds 70 x 45 of its 70 x 90 pixels"):
+            with pytest.raises(
+                ValueError, match="cannot be read as an image: it contains only 70 x 45 of its 70 x 90 pixels"
+            ):
                 read_image(image)
 
     def test_a_broken_image_of_a_batch_is_named(self, picture):

@@ -374,7 +374,7 @@ def test_points_of_an_image_do_not_depend_on_the_batch(within):
 def test_seeds_of_points_are_one_for_each_image():
     mask_labels, class_labels = batch()
     stages = [[tensor] for tensor in stage_logits()]
-    with pytest.raises(ValueError, match=r"`point_seeds` \(1\) need one entry for each of the 2 images"):
+    with pytest.raises(ValueError, match=r"`point_seeds` must have one entry for each of the 2 images, got 1"):
         GKCCriterion(small_config())(*stages, mask_labels, class_labels, point_seeds=[1])
 
 

@@ -239,7 +239,7 @@ def test_saved_model_reproduces_the_source(named, text_model, processor, tmp_pat
 @torch.no_grad()
 def test_source_names_are_encoded_without_templates(confident, text_model, processor, within):
     """Plain names give the source's result; the same names in a template do not."""
-    with pytest.warns(UserWarning, match="Prompt templates of `class_names` are left out"):
+    with pytest.warns(UserWarning, match="Prompt templates of `class_names` are ignored"):
         model = from_mask2former(
             confident,
             text_model,
@@ -313,7 +313,7 @@ def test_class_names_come_from_source_or_argument(named, text_model):
     with pytest.raises(ValueError, match="no names for its 12 classes: give them as `class_names`"):
         from_mask2former(named, text_model, word_tokenizer())
     for names in (NAMES[:-1], [*NAMES, "lamp"]):
-        with pytest.raises(ValueError, match=f"`class_names` are {len(names)}, but the source has 12 classes"):
+        with pytest.raises(ValueError, match=f"`class_names` has {len(names)} classes, but the source has 12"):
             from_mask2former(named, text_model, word_tokenizer(), names)
     with pytest.raises(ValueError, match="`class_names` need the `tokenizer`"):
         from_mask2former(named, text_model, class_names=NAMES)

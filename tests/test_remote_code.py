@@ -159,7 +159,7 @@ def test_push_uploads_the_folder(work, pushed):
 def test_a_published_folder_has_a_model_card(work, pushed, model, processor, tmp_path):
     card = ModelCard.load(work / "folder" / "README.md")
     assert card.data.pipeline_tag == "image-segmentation" and card.data.library_name == "transformers"
-    assert "trust_remote_code=True" in card.text and "its 3 stored words: red disc, blue square, lawn." in card.text
+    assert "trust_remote_code=True" in card.text and "its 3 stored classes: red disc, blue square, lawn." in card.text
     assert next((work / "hub").rglob("README.md")).read_text() == (work / "folder" / "README.md").read_text()
     (tmp_path / "README.md").write_text("a card of the author's own")
     save_with_code(model, processor, tmp_path)
@@ -278,9 +278,9 @@ def test_code_can_be_added_later(tmp_path, work, model, processor):
 
 
 def test_what_cannot_be_published(tmp_path, processor):
-    with pytest.raises(ValueError, match="no Auto class loads a GKCModel"):
+    with pytest.raises(ValueError, match="No Auto class loads a GKCModel"):
         save_with_code(GKCModel(small_config()), processor, tmp_path)
-    with pytest.raises(ValueError, match="holds no saved checkpoint"):
+    with pytest.raises(ValueError, match="is not a saved checkpoint"):
         add_code(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mask2former"}')
     with pytest.raises(ValueError, match="was not saved by an object of this library"):
@@ -301,7 +301,7 @@ def test_code_that_is_not_in_the_library_is_not_promised(tmp_path, processor, mo
     with pytest.raises(ValueError, match="is not among the classes whose code can be saved"):
         model_class.register_for_auto_class("AutoModel")
     assert not CodeRegistrationMixin._saves_code
-    with pytest.raises(ValueError, match="no Auto class loads a"):
+    with pytest.raises(ValueError, match="No Auto class loads a"):
         save_with_code(model_class(small_config()), processor, tmp_path)
     assert not files(tmp_path)
 
@@ -312,7 +312,7 @@ def test_it_is_saved_plainly_where_the_library_saves_code(tmp_path, processor, m
     model_class(small_config()).save_pretrained(tmp_path)
     assert files(tmp_path) == {"config.json", "model.safetensors"}
     assert marks(tmp_path / "config.json") == {"image_processor": None}
-    with pytest.raises(ValueError, match=rf"config\.json is that of a {model_class.__name__}"):
+    with pytest.raises(ValueError, match=rf"config\.json belongs to a {model_class.__name__}"):
         add_code(tmp_path)
 
 

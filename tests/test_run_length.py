@@ -65,7 +65,7 @@ def test_runs_that_make_no_mask_are_refused(counts, message):
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), ()])
 def test_only_one_mask_is_encoded(shape):
-    with pytest.raises(ValueError, match=r"A mask is \(height, width\), got the shape"):
+    with pytest.raises(ValueError, match=r"`mask` must be \(height, width\), got the shape"):
         encode_rle(np.ones(shape, dtype=bool))
 
 

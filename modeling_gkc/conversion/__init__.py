@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Weights in: CLIP towers of OpenAI and OpenCLIP, and transformers' Mask2Former."""
+"""Conversion of the weights of OpenAI's and OpenCLIP's CLIP towers, and of transformers' Mask2Former."""
 
 from .clip import clip_convnext_from_open_clip, clip_resnet_from_openai, clip_text_from_openai, read_weights
 from .mask2former import from_mask2former

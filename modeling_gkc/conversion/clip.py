@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""CLIP weights of OpenAI and OpenCLIP: reading their files, ResNet and ConvNeXt image towers, text tower."""
+"""Conversion of CLIP weights of OpenAI and OpenCLIP: weight files, ResNet and ConvNeXt image towers, text tower."""
 
 import os
 import re
@@ -75,7 +75,7 @@ _TEXT_NAMES: tuple[Renaming, ...] = (
     (r"^ln_final\.", "text_model.final_layer_norm."),
     (r"^text_projection$", "text_projection.weight"),
 )
-# What lies beside the text tower in a whole model: image tower, temperature, sizes, and masks, which are derived.
+# Entries of a complete model outside of the text tower: image tower, logit scale, sizes, and derived masks.
 _NOT_TEXT = re.compile(r"^visual\.|^(logit_scale|input_resolution|context_length|vocab_size)$|attn_mask$")
 _CHANNELS_PER_HEAD = 64
 
@@ -83,26 +83,26 @@ _CHANNELS_PER_HEAD = 64
 def clip_resnet_from_openai(
     state_dict: Mapping[str, Tensor], num_attention_heads: int | None = None
 ) -> CLIPResNetVisionModel:
-    """Builds CLIP's ResNet image tower from OpenAI's weights; its size is read off their shapes.
+    """Convert the weights of OpenAI's CLIP ResNet to an image model; its size is inferred from their shapes.
 
     Args:
-        state_dict: Weights of a whole OpenAI CLIP model (image tower under `visual.`), or of the image tower alone.
-        num_attention_heads: Heads of the attention pooling, which the weights do not tell; default: those of the
-            published towers, one for each 64 channels and at least 32.
+        state_dict: Weights of a complete OpenAI CLIP model (image tower under `visual.`), or of its image tower.
+        num_attention_heads: Number of heads of the attention pooling, which cannot be inferred from the weights.
+            Default: that of the published towers, one head per 64 channels and at least 32.
 
     Returns:
-        The image model in evaluation mode, fp32.
+        The image model in evaluation mode, in fp32.
 
     Raises:
-        ValueError: if the weights are not those of a ResNet tower, naming missing and unexpected ones and those of
-            wrong shapes.
+        ValueError: If the weights are not those of a ResNet tower; the message names missing and unexpected weights
+            and those of wrong shapes.
     """
     weights = _image_weights(state_dict)
     check_weight_shapes(
         weights,
         {"attnpool.positional_embedding": 2, "attnpool.c_proj.weight": 2},
-        "These are no weights of a CLIP ResNet",
-        "CLIP's vision transformers load with transformers' CLIPVisionModelWithProjection.",
+        "These are not the weights of a CLIP ResNet",
+        "Load CLIP's vision transformers with transformers' CLIPVisionModelWithProjection.",
     )
     renamed = {rename_weight(name, _IMAGE_NAMES) or name: weight.float() for name, weight in weights.items()}
     model = CLIPResNetVisionModel(_image_config(weights, num_attention_heads))
@@ -111,7 +111,7 @@ def clip_resnet_from_openai(
 
 
 def _image_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the image tower, by their names inside it."""
+    """Select the weights of the image tower and remove their prefix."""
     prefix = "visual." if any(name.startswith("visual.") for name in state_dict) else ""
     return {name[len(prefix) :]: weight for name, weight in state_dict.items() if name.startswith(prefix)}
 
@@ -124,8 +124,8 @@ def _image_config(weights: Mapping[str, Tensor], num_attention_heads: int | None
     return CLIPResNetConfig(
         width=max(1, hidden_size // 32),
         depths=[sum(stage == index for stage, _ in blocks) for index in range(1, 5)],
-        # The weights do not tell the number of heads. CLIP's towers have heads of 64 channels and at least 32 of them;
-        # the released GKC code keeps the 32 at smaller widths too.
+        # The number of heads cannot be inferred from the weights. CLIP's towers have heads of 64 channels and at least
+        # 32 of them; the released GKC code keeps the 32 at smaller widths too.
         num_attention_heads=num_attention_heads or max(32, hidden_size // _CHANNELS_PER_HEAD),
         image_size=32 * round((positions - 1) ** 0.5),
         projection_dim=weights["attnpool.c_proj.weight"].shape[0],
@@ -133,26 +133,26 @@ def _image_config(weights: Mapping[str, Tensor], num_attention_heads: int | None
 
 
 def clip_convnext_from_open_clip(state_dict: Mapping[str, Tensor]) -> CLIPConvNextVisionModel:
-    """Build OpenCLIP's ConvNeXt image tower from its weights; its size is read off their shapes.
+    """Convert the weights of OpenCLIP's ConvNeXt to an image model; its size is inferred from their shapes.
 
     Args:
-        state_dict: Weights of a whole OpenCLIP model such as `convnext_large_d_320` (image tower under `visual.`), or
-            of the image tower alone.
+        state_dict: Weights of a complete OpenCLIP model such as `convnext_large_d_320` (image tower under `visual.`),
+            or of its image tower.
 
     Returns:
-        The image model in evaluation mode, fp32.
+        The image model in evaluation mode, in fp32.
 
     Raises:
-        ValueError: if the weights are not those of a ConvNeXt tower, naming missing and unexpected ones and those of
-            wrong shapes.
+        ValueError: If the weights are not those of a ConvNeXt tower; the message names missing and unexpected weights
+            and those of wrong shapes.
     """
     weights = _image_weights(state_dict)
     projection = "head.mlp.fc2.weight" if "head.mlp.fc2.weight" in weights else "head.proj.weight"
     check_weight_shapes(
         weights,
         {f"trunk.stages.{stage}.blocks.0.conv_dw.bias": 1 for stage in range(4)} | {projection: 2},
-        "These are no weights of a CLIP ConvNeXt",
-        "OpenCLIP publishes them as `open_clip_model.safetensors`.",
+        "These are not the weights of a CLIP ConvNeXt",
+        "Use OpenCLIP's file `open_clip_model.safetensors`.",
     )
     blocks = {tuple(map(int, match.groups())) for match in map(re.compile(_BLOCK_OF_CONVNEXT).match, weights) if match}
     config = CLIPConvNextConfig(
@@ -171,29 +171,29 @@ def clip_convnext_from_open_clip(state_dict: Mapping[str, Tensor]) -> CLIPConvNe
 def clip_text_from_openai(
     state_dict: Mapping[str, Tensor], hidden_act: str = "quick_gelu", num_attention_heads: int | None = None
 ) -> CLIPTextModelWithProjection:
-    """Builds CLIP's text tower from the weights of OpenAI or OpenCLIP; its size is read off their shapes.
+    """Convert the weights of CLIP of OpenAI or OpenCLIP to a text model; its size is inferred from their shapes.
 
-    Its tokens are those of CLIP's one tokenizer, which transformers has with any of OpenAI's published models.
+    All of OpenAI's CLIP models share one tokenizer, which transformers loads with any of them.
 
     Args:
-        state_dict: Weights of a whole CLIP model in OpenAI's names, which OpenCLIP shares.
-        hidden_act: Activation, which the weights do not tell: `quick_gelu` for OpenAI's models, `gelu` for most of
-            OpenCLIP's.
-        num_attention_heads: Heads, which the weights do not tell; default: one for each 64 channels.
+        state_dict: Weights of a complete CLIP model with OpenAI's names, which OpenCLIP uses too.
+        hidden_act: Activation, which cannot be inferred from the weights: `quick_gelu` for OpenAI's models, `gelu` for
+            most of OpenCLIP's.
+        num_attention_heads: Number of heads, which cannot be inferred from the weights. Default: one per 64 channels.
 
     Returns:
-        The text model in evaluation mode, fp32.
+        The text model in evaluation mode, in fp32.
 
     Raises:
-        ValueError: if the weights are not those of a whole CLIP model, naming missing and unexpected ones and those of
-            wrong shapes.
+        ValueError: If the weights are not those of a complete CLIP model; the message names missing and unexpected
+            weights and those of wrong shapes.
     """
     weights = {name: weight for name, weight in state_dict.items() if not _NOT_TEXT.search(name)}
     check_weight_shapes(
         weights,
         {"text_projection": 2, "token_embedding.weight": 2, "positional_embedding": 2},
-        "There is no text tower in these weights",
-        "OpenAI's published archives hold it beside the image tower.",
+        "These weights contain no text tower",
+        "Use one of OpenAI's published archives, which contain both towers.",
     )
     model = CLIPTextModelWithProjection(_text_config(weights, hidden_act, num_attention_heads))
     renamed = {}
@@ -214,7 +214,7 @@ def _text_config(weights: Mapping[str, Tensor], hidden_act: str, num_attention_h
         hidden_size=hidden_size,
         intermediate_size=len(first_linear) if first_linear is not None and first_linear.ndim else 4 * hidden_size,
         num_hidden_layers=len(layers),
-        # As in the image tower, the number of heads follows from their width.
+        # As in the image tower, heads have 64 channels.
         num_attention_heads=num_attention_heads or max(1, hidden_size // _CHANNELS_PER_HEAD),
         max_position_embeddings=len(weights["positional_embedding"]),
         projection_dim=projection_dim,
@@ -227,24 +227,28 @@ def _text_config(weights: Mapping[str, Tensor], hidden_act: str, num_attention_h
 
 
 def read_weights(path: str | os.PathLike, allow_jit: bool = False) -> dict[str, Tensor]:
-    """Reads a file of weights without running anything in it.
+    """Read a file of weights without running code from it.
 
     Args:
-        path: A TorchScript archive, the form of OpenAI's published files; a dictionary of tensors written by
-            `torch.save`, also under "state_dict"; or safetensors.
-        allow_jit: Let `torch.jit.load` open a TorchScript archive. That runs code of the archive: only for files of
-            known origin that are refused otherwise.
+        path: A TorchScript archive, the format of OpenAI's published files; a dict of tensors written by `torch.save`,
+            also under the key "state_dict"; or a safetensors file.
+        allow_jit: Whether to open a TorchScript archive with `torch.jit.load`, which runs code of the archive. Use it
+            only for trusted files that cannot be read otherwise.
+
+    Returns:
+        The weights by name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is none of these forms, or it would have to run code; the message names the file.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has none of these formats, or can only be read by running its code; the message names
+            the file.
 
     Warns:
-        UserWarning: code of the archive was run.
+        UserWarning: If code of the archive was run.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise FileNotFoundError(f"The file {path} does not exist.")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -257,7 +261,7 @@ def read_weights(path: str | os.PathLike, allow_jit: bool = False) -> dict[str, 
     warnings.warn(f"{path} was opened by torch.jit.load, which runs code of the file.", UserWarning, stacklevel=2)
     try:
         return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    except Exception as error:  # code of the archive can raise errors of any type
+    except Exception as error:  # the archive's code can raise errors of any type
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: torch.jit.load cannot open it: {reason}") from error
 
@@ -269,12 +273,12 @@ def _read_pickled_weights(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # a damaged or hostile pickle can raise errors of any type
         raise ValueError(
-            f"{path}: holds more than weights, or is damaged, and was not read. If it is your own, save its "
-            "`state_dict()` as safetensors; OpenAI's files are best downloaded again."
+            f"{path}: contains more than weights, or is damaged, and was not read. Save the `state_dict()` of your "
+            "own model as safetensors; download OpenAI's files again."
         ) from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights by their names.")
+        raise ValueError(f"{path}: must contain a dict of weights by name, got {type(loaded).__name__}.")
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Transformers' Mask2Former as open-vocabulary segmenter."""
+"""Conversion of transformers' Mask2Former to an open-vocabulary segmentation model."""
 
 import copy
 import re
@@ -58,7 +58,7 @@ _IMAGE_SETTINGS = (
     "size_divisor",
 )
 _LONGEST_EDGE = 1333  # of Mask2Former's image processor
-# What the source's names are put into. Whoever asks in others gets what is close to the source's classes, not them.
+# Templates of the source's class names. With other templates the probabilities only approximate those of the source.
 CONVERSION_TEMPLATES = "plain"
 _PLACEHOLDER = re.compile(r"LABEL_\d+$")
 
@@ -69,49 +69,56 @@ def from_mask2former(
     tokenizer: PreTrainedTokenizerBase | None = None,
     class_names: VocabularyLike | None = None,
 ) -> GKCForOpenVocabSegmentation:
-    """Builds a segmenter of any words that predicts the masks of a transformers Mask2Former.
+    """Convert a Mask2Former model to an open-vocabulary model that predicts the same masks.
 
-    With a tokenizer nothing needs to be trained: the source's class head stays, and its classes become words
-    (`GKCConvexClassEmbedder`). Asked for the source's own names, the segmenter gives the source's probabilities; other
-    words get those of the classes that they are close to in CLIP's text space. The names are stored as the
-    checkpoint's vocabulary.
+    With a tokenizer no training is needed: the source's classification head is kept, and its classes are compared
+    with class names in CLIP's text embedding space (`GKCConvexClassEmbedder`). For the source's own class names the
+    model predicts the source's probabilities; other names get the probabilities of the source classes that they are
+    similar to. The source's class names are stored as the checkpoint's vocabulary.
 
-    The names are encoded plain, without a prompt template. The equality holds for plain names only: keep
-    `prompt_templates="plain"`, the default of `GKCProcessor`. In a template ("a photo of a dog") a name is another
-    text, which gets what is close to it, as other words do.
+    The names are encoded without a prompt template, and the probabilities are equal for plain names only: keep
+    `prompt_templates="plain"`, the default of `GKCProcessor`. A name within a template ("a photo of a dog") has
+    another embedding and is treated like other names.
 
-    Without a tokenizer the source's head is dropped, and the learned projection that is compared with words starts
-    untrained: for training on words that have little to do with the source's.
+    Without a tokenizer the source's head is dropped and the projection into the text embedding space is untrained.
+    Use this for training on a vocabulary that differs much from the source's.
 
     Args:
-        mask2former_model: The source.
-        text_model: CLIP text tower of the words.
+        mask2former_model: The source model.
+        text_model: CLIP text tower that encodes the class names.
         tokenizer: Tokenizer of the text tower.
-        class_names: Names of the source's classes in their order, in any form that `Vocabulary.parse` takes; synonyms
-            help to recognise words; their own prompt templates, if they have any, are left out. Default: the source's
-            `config.id2label`.
+        class_names: Names of the source's classes in their order, in any form that `Vocabulary.parse` accepts.
+            Synonyms improve the recognition of other names; prompt templates of classes are ignored. Default: the
+            source's `config.id2label`.
+
+    Returns:
+        The converted model, in training mode if the source is.
 
     Raises:
-        ValueError: if the source uses an option that the segmenter does not have, if its classes have no names or
-            `class_names` are not as many, or if the text tower cannot tell them apart or does not fit the tokenizer.
+        ValueError: If the source uses an unsupported option, its classes have no names, `class_names` has another
+            number of classes, the text tower gives two of them the same embedding, or the tokenizer does not fit the
+            text tower.
 
     Warns:
-        UserWarning: `class_names` have prompt templates of their own.
+        UserWarning: If `class_names` have prompt templates.
     """
     config = mask2former_model.config
     if config.pre_norm or config.enforce_input_projection:
-        raise ValueError("Mask2Former models with `pre_norm` or `enforce_input_projection` cannot be converted.")
+        raise ValueError(
+            "Mask2Former models with `pre_norm` or `enforce_input_projection` cannot be converted: use a model "
+            "without them."
+        )
     if tokenizer is None:
         if class_names is not None:
-            raise ValueError("`class_names` need the `tokenizer` of the text tower beside them.")
+            raise ValueError("`class_names` need the `tokenizer` of the text tower: give it too.")
         model = GKCForOpenVocabSegmentation(_gkc_config(config, text_model.config))
         _load_weights(model, mask2former_model, text_model)
         return model.train(mask2former_model.training)
     vocabulary = source_vocabulary(mask2former_model, class_names)
     if len(tokenizer) > text_model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the text tower {text_model.config.vocab_size}: they do not "
-            "belong together."
+            f"The tokenizer has {len(tokenizer)} tokens, but the text tower has {text_model.config.vocab_size}: use "
+            "the tokenizer of the text tower."
         )
     model = GKCForOpenVocabSegmentation(
         _gkc_config(
@@ -133,13 +140,20 @@ def from_mask2former(
 def source_vocabulary(
     mask2former_model: Mask2FormerForUniversalSegmentation, class_names: VocabularyLike | None = None
 ) -> Vocabulary:
-    """The names of a Mask2Former's classes: the given ones without their prompt templates, else its configuration's.
+    """Return the vocabulary of a Mask2Former's classes, without prompt templates.
+
+    Args:
+        mask2former_model: The source model.
+        class_names: Names of its classes in their order. Default: `config.id2label`.
+
+    Returns:
+        The vocabulary.
 
     Raises:
-        ValueError: there are none, or not as many as the class head has classes.
+        ValueError: If there are no names, or not one for each class of the classification head.
 
     Warns:
-        UserWarning: templates were left out.
+        UserWarning: If prompt templates of `class_names` are ignored.
     """
     num_classes = mask2former_model.class_predictor.out_features - 1
     if class_names is None:
@@ -153,12 +167,12 @@ def source_vocabulary(
     vocabulary = Vocabulary.parse(class_names)
     if len(vocabulary) != num_classes:
         raise ValueError(
-            f"`class_names` are {len(vocabulary)}, but the source has {num_classes} classes: name each of them, in "
+            f"`class_names` has {len(vocabulary)} classes, but the source has {num_classes}: name each of them, in "
             "their order, without no-object."
         )
     if any(vocabulary.templates or ()):
         warnings.warn(
-            "Prompt templates of `class_names` are left out: the names of a converted head are encoded plain.",
+            "Prompt templates of `class_names` are ignored: the names of a converted head are encoded without one.",
             UserWarning,
             stacklevel=2,
         )
@@ -168,14 +182,17 @@ def source_vocabulary(
 
 
 def image_processor_from_mask2former(settings: Mapping[str, Any]) -> GKCImageProcessor:
-    """The image processor that prepares images as a Mask2Former's own does.
+    """Create an image processor that prepares images like a Mask2Former's.
 
     Args:
-        settings: Content of the source's `preprocessor_config.json`, also of the older kind whose `size` is a number.
-            What concerns segmentation maps is left out.
+        settings: Content of the source's `preprocessor_config.json`, also of the older format whose `size` is a
+            number. Settings of segmentation maps are ignored.
+
+    Returns:
+        The image processor.
 
     Raises:
-        ValueError: images are resized by a rule that `GKCImageProcessor` does not have.
+        ValueError: If `GKCImageProcessor` does not support the `size`.
     """
     kept = {key: settings[key] for key in _IMAGE_SETTINGS if settings.get(key) is not None}
     size = kept.get("size")
@@ -222,12 +239,12 @@ def _gkc_config(config, text_config, **overrides) -> GKCConfig:
 
 
 def _renamed_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames Mask2Former's weights and splits the packed projections of its cross-attention."""
+    """Rename Mask2Former's weights and split the packed projections of its cross-attention."""
     weights = {}
     for name, weight in state_dict.items():
         renamed = rename_weight(name, _NAMES)
         if renamed is None:
-            raise ValueError(f"Mask2Former weight {name!r} has no counterpart here.")
+            raise ValueError(f"The Mask2Former weight {name!r} is unknown and cannot be converted.")
         weights |= split_packed_projection(renamed, weight)
     return weights
 

@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Weights out of a TorchScript archive, without running the program in it.
+"""Reader of the weights of a TorchScript archive that does not run its code.
 
-`torch.jit.load` runs code of the archive, and `torch.load(weights_only=True)` refuses such archives. But the weights
-lie in it as plain data: a zip with one file of raw numbers per storage (`data/0`, `data/1`, ...) and a pickle
-(`data.pkl`) of the tree of modules, whose tensors name storage, offset, sizes and strides. The pickle is read by an
-unpickler that knows tensors, lists and bare objects, and refuses to import anything. Entries must be stored plainly,
-and tensors must show each number once: nothing needs more memory than the file has bytes.
+`torch.jit.load` runs code of the archive, and `torch.load(weights_only=True)` does not accept such archives. The
+weights are stored as plain data: a zip file with one entry of raw numbers per storage (`data/0`, `data/1`, ...) and a
+pickle (`data.pkl`) of the module tree, whose tensors refer to a storage with offset, sizes and strides. The pickle is
+read by an unpickler that supports tensors, lists and attribute containers, and imports nothing. Entries must be
+uncompressed and tensors must not repeat elements, so that reading needs no more memory than the size of the file.
 """
 
 import pickle
@@ -45,18 +45,18 @@ _LIST_MAKERS = ("build_boollist", "build_doublelist", "build_intlist", "build_te
 
 
 class _ScriptObject:
-    """A module or other object of the archive: its attributes, without its class."""
+    """Module or other object of the archive, reduced to its attributes."""
 
     def __setstate__(self, state: Any):
         self.attributes = state
 
 
 class _WeightUnpickler(pickle.Unpickler):
-    """Builds tensors, containers and `_ScriptObject`s; everything else is refused.
+    """Unpickler that supports only tensors, containers and `_ScriptObject`s.
 
     Args:
-        archive: The opened zip.
-        root: Folder of the zip in which everything lies.
+        archive: The opened zip file.
+        root: Name of the top-level folder in the zip file.
     """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
@@ -65,9 +65,9 @@ class _WeightUnpickler(pickle.Unpickler):
         self._storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a global name of the pickle."""
+        """Return the replacement of a global name of the pickle."""
         if module.split(".")[0] == "__torch__":
-            # Made anew each time: a pickle may write attributes of whatever it is given here.
+            # A new class each time, because a pickle can set attributes of the object returned here.
             return type(name, (_ScriptObject,), {})
         if (module, name) == ("collections", "OrderedDict"):
             return dict
@@ -82,7 +82,7 @@ class _WeightUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor nor a module")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The storage that ("storage", type, key, device, number of elements) names, as a flat tensor."""
+        """Load the storage of ("storage", type, key, device, number of elements) as a flat tensor."""
         kind, dtype, key, _, num_elements = pid
         if kind != "storage":
             raise pickle.UnpicklingError(f"it refers to a {kind!r}")
@@ -113,9 +113,9 @@ def _tensor_maker() -> Callable[..., Tensor]:
 
 
 def _check_no_overlap(storage: Tensor, size: tuple, stride: tuple) -> None:
-    """Refuse a tensor that shows numbers of its storage more than once: a copy of it could be of any size.
+    """Check that a tensor does not repeat elements of its storage, since its copy could then be of any size.
 
-    Sorted by stride, every axis must step over all that the axes before it span.
+    When axes are sorted by stride, the stride of each must exceed the extent of the previous axes.
     """
     if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in (*size, *stride)):
         raise pickle.UnpicklingError(f"it has a tensor of size {size} and strides {stride}")
@@ -133,9 +133,9 @@ def _check_no_overlap(storage: Tensor, size: tuple, stride: tuple) -> None:
 
 
 def _stored_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """An entry of the zip that is as long as it says: not compressed, and no longer than the whole file.
+    """Return an entry of the zip file, checked to be uncompressed and not larger than the file.
 
-    torch writes no others; a compressed one of megabytes may hold gigabytes.
+    torch writes no other entries, and a compressed entry of megabytes could expand to gigabytes.
     """
     entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
@@ -147,7 +147,7 @@ def _stored_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def is_torchscript_archive(path: Path) -> bool:
-    """Whether a file is a zip, with a directory that can be read, of a TorchScript program beside its data."""
+    """Return whether a file is a readable zip file with the entries of a TorchScript archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
@@ -157,11 +157,17 @@ def is_torchscript_archive(path: Path) -> bool:
 
 
 def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a TorchScript archive's modules, by their names in `state_dict()`, in their own types.
+    """Read all tensors of the modules of a TorchScript archive in their stored types.
+
+    Args:
+        path: The archive.
+
+    Returns:
+        Tensors by their names in `state_dict()`.
 
     Raises:
-        ValueError: the archive is damaged, asks for anything but tensors and modules, or has one module with weights
-            in several places.
+        ValueError: If the archive is damaged, refers to objects other than tensors and modules, or shares a module
+            with weights between several places.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -177,13 +183,13 @@ def read_torchscript_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _named_tensors(module: Any, prefix: str, has_tensors: dict[int, bool]) -> list[tuple[str, Tensor]]:
-    """Name and tensor of every tensor attribute, depth first.
+    """List the name and tensor of every tensor attribute, depth first.
 
     Args:
-        module: Root of what is walked.
-        prefix: Goes before the names.
-        has_tensors: By `id`, for modules already met, whether they have tensors; those under way count as if they had.
-            Each module is walked once: shared ones would have 2^depth names.
+        module: Root module.
+        prefix: Prefix of the names.
+        has_tensors: By `id`, whether a visited module has tensors; True for modules that are still being visited. Each
+            module is visited once, because nested shared modules could have 2^depth names.
     """
     if id(module) in has_tensors:
         if has_tensors[id(module)]:

@@ -182,7 +182,7 @@ def _spoil(call: Call, rng: random.Random) -> None:
         grid = call.arguments["mask_logits"].shape[-2:]
         too_large = [(4 * grid[0] + 1, 4), (10**9, 1)] if name == "content_size" else []
         value = rng.choice([*INVALID_SIZES, *too_large])
-        call.invalid = [name, "content of"]
+        call.invalid = [name, "`content_size`"]
     elif name in ("void_label_ids", "label_ids_to_fuse"):
         value = rng.choice(INVALID_IDS)
     elif name == "void_id":
