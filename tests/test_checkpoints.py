@@ -1,4 +1,4 @@
-"""Checkpoints under `kill -9`, at every moment of writing, sealing and deleting them."""
+"""Checkpoints under `kill -9` while they, and their manifests, are written and deleted."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from train.engine import trainer as trainer_module
 from train.engine.checkpoints import (
     MANIFEST_NAME,
     checkpoints,
+    crash_safe_checkpoint,
     is_complete,
     last_complete_checkpoint,
-    require_undamaged,
     rotate,
-    seal,
-    sealing,
+    verify_checkpoint,
+    write_manifest,
 )
 from train.engine.trainer import GKCTrainer
 
@@ -48,38 +48,38 @@ def write_files(folder: Path, files: dict[str, int] = FILES) -> Path:
     return folder
 
 
-def sealed(folder: Path) -> Path:
-    seal(write_files(folder))
+def complete(folder: Path) -> Path:
+    write_manifest(write_files(folder))
     return folder
 
 
-def test_a_sealed_checkpoint_is_complete_and_lists_its_files(tmp_path):
-    folder = sealed(tmp_path / "checkpoint-3")
+def test_a_checkpoint_with_a_manifest_is_complete_and_lists_its_files(tmp_path):
+    folder = complete(tmp_path / "checkpoint-3")
     assert is_complete(folder) and last_complete_checkpoint(tmp_path) == folder
     first = json.loads((folder / MANIFEST_NAME).read_text())["files"]
     assert {name: file["bytes"] for name, file in first.items()} == FILES
-    seal(folder)
+    write_manifest(folder)
     assert json.loads((folder / MANIFEST_NAME).read_text())["files"] == first
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path, name):
-    folder = sealed(tmp_path / "checkpoint-3")
-    assert require_undamaged(folder) == folder
+    folder = complete(tmp_path / "checkpoint-3")
+    assert verify_checkpoint(folder) == folder
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
     assert is_complete(folder)  # of its size it is
-    advice = rf"{folder / name} is damaged, .*delete {folder} \(`rm -r {folder}`\) to go on from the checkpoint before"
-    with pytest.raises(DamagedFileError, match=advice):
-        require_undamaged(folder)
+    remedy = rf"delete {folder} \(`rm -r {folder}`\) to resume from the checkpoint before"
+    with pytest.raises(DamagedFileError, match=rf"{folder / name} is damaged, .*{remedy}"):
+        verify_checkpoint(folder)
 
 
 def test_a_checkpoint_with_the_first_form_of_manifest_is_complete(tmp_path):
     """The first form of manifest held the files' sizes alone."""
-    folder = sealed(tmp_path / "checkpoint-3")
+    folder = complete(tmp_path / "checkpoint-3")
     (folder / MANIFEST_NAME).write_text(json.dumps({"files": FILES}))
-    assert is_complete(folder) and require_undamaged(folder) == folder
+    assert is_complete(folder) and verify_checkpoint(folder) == folder
     name, size = next(iter(FILES.items()))
     (folder / name).write_bytes(bytes(size - 1))
     assert not is_complete(folder)
@@ -88,7 +88,7 @@ def test_a_checkpoint_with_the_first_form_of_manifest_is_complete(tmp_path):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
 def test_a_checkpoint_whose_files_do_not_fit_is_not_complete(tmp_path, name, damage):
-    folder = sealed(tmp_path / "checkpoint-3")
+    folder = complete(tmp_path / "checkpoint-3")
     if damage == "missing":
         (folder / name).unlink()
     else:
@@ -108,9 +108,9 @@ def test_a_checkpoint_without_a_whole_manifest_is_not_complete(tmp_path, text):
 
 def test_the_newest_complete_checkpoint_is_taken_by_its_number(tmp_path):
     for step in (900, 1000):
-        sealed(tmp_path / f"checkpoint-{step}")
+        complete(tmp_path / f"checkpoint-{step}")
     write_files(tmp_path / "checkpoint-1100")
-    sealed(tmp_path / "checkpoint-best")
+    complete(tmp_path / "checkpoint-best")
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-1000"
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-900", "checkpoint-1000", "checkpoint-1100"]
 
@@ -128,7 +128,7 @@ def test_the_newest_complete_checkpoint_is_taken_by_its_number(tmp_path):
 def test_rotation_keeps_complete_ones_and_deletes_leftovers(tmp_path, limit, best, left):
     """Checkpoint 2 is a leftover of a kill; 5 was begun and not finished."""
     for step in (1, 3, 4):
-        sealed(tmp_path / f"checkpoint-{step}")
+        complete(tmp_path / f"checkpoint-{step}")
     for step in (2, 5):
         write_files(tmp_path / f"checkpoint-{step}")
     rotate(tmp_path, limit, None if best is None else tmp_path / f"checkpoint-{best}")
@@ -146,19 +146,19 @@ def arguments(folder: Path, limit: int | None = 1) -> SimpleNamespace:
     return SimpleNamespace(output_dir=str(folder), should_save=True, save_total_limit=limit)
 
 
-def test_a_half_written_folder_is_written_anew(tmp_path):
+def test_a_half_written_folder_is_written_again(tmp_path):
     write_files(tmp_path / "checkpoint-6", {"rng_state_7.pth": 5, "model.safetensors": 1})
     args = arguments(tmp_path)
-    with sealing(args, 6) as folder:
+    with crash_safe_checkpoint(args, 6) as folder:
         assert not folder.exists() and args.save_total_limit is None
         write_files(folder)
     assert args.save_total_limit == 1 and is_complete(folder) and not (folder / "rng_state_7.pth").exists()
 
 
-def test_an_error_while_writing_leaves_no_seal_and_deletes_nothing(tmp_path):
-    sealed(tmp_path / "checkpoint-3")
+def test_an_error_while_writing_leaves_no_manifest_and_deletes_nothing(tmp_path):
+    complete(tmp_path / "checkpoint-3")
     args = arguments(tmp_path)
-    with pytest.raises(OSError, match="disk full"), sealing(args, 6) as folder:
+    with pytest.raises(OSError, match="disk full"), crash_safe_checkpoint(args, 6) as folder:
         write_files(folder)
         raise OSError("disk full")
     assert args.save_total_limit == 1 and last_complete_checkpoint(tmp_path).name == "checkpoint-3"
@@ -180,7 +180,7 @@ def kill_at_file_event(number: int) -> None:
 def save_and_rotate(folder: Path, event: int) -> None:
     kill_at_file_event(event)
     for step in (6, 9):
-        with sealing(arguments(folder), step) as checkpoint:
+        with crash_safe_checkpoint(arguments(folder), step) as checkpoint:
             write_files(checkpoint, TWO_FILES)
 
 
@@ -190,13 +190,13 @@ def test_whenever_it_is_killed_a_complete_checkpoint_is_there(tmp_path, monkeypa
     seen = set()
     for event in range(1, 500):
         folder = tmp_path / str(event)
-        seal(write_files(folder / "checkpoint-3", TWO_FILES))
+        write_manifest(write_files(folder / "checkpoint-3", TWO_FILES))
         write_files(folder / "checkpoint-6", {"model.safetensors": 7})
         status = forked(lambda folder=folder, event=event: save_and_rotate(folder, event))
         last = last_complete_checkpoint(folder)
         seen.add(last.name)
         assert {name: (last / name).stat().st_size for name in TWO_FILES} == TWO_FILES
-        with sealing(arguments(folder), 9) as checkpoint:
+        with crash_safe_checkpoint(arguments(folder), 9) as checkpoint:
             write_files(checkpoint, TWO_FILES)
         assert [path.name for path in checkpoints(folder)] == ["checkpoint-9"] and is_complete(checkpoint)
         shutil.rmtree(folder)
@@ -308,8 +308,8 @@ MOMENTS = {
     "within the optimiser": (Trainer, "_save_optimizer_and_scheduler", "torn", 2),
     "within the random states": (Trainer, "_save_rng_state", "torn", 2),
     "within the Trainer's state": (TrainerState, "save_to_json", "torn", 2),
-    "before the seal": (checkpoints_module, "seal", "before", 2),
-    "after the seal": (checkpoints_module, "seal", "after", 4),
+    "before the manifest": (checkpoints_module, "write_manifest", "before", 2),
+    "after the manifest": (checkpoints_module, "write_manifest", "after", 4),
     "within the deletion": (checkpoints_module.shutil, "rmtree", "half done", 4),
 }
 

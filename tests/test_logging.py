@@ -1,4 +1,4 @@
-"""What a run tells: its speed by a clock that the test turns, and lines on the screen."""
+"""Logging callbacks: throughput by a simulated clock, and lines on the console."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,14 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from configuration import Recipe
-from train.engine.logging import Averages, LastEvaluation, Screen, Speed, default_callbacks, extra_log_values
+from train.engine.logging import (
+    Averages,
+    ConsoleLogger,
+    LastEvaluation,
+    ThroughputLogger,
+    extra_log_values,
+    logging_callbacks,
+)
 
 
 class Clock:
@@ -26,7 +33,7 @@ class Loop:
 
     def __init__(self, step: int = 0, steps: int = 20):
         self.clock = Clock()
-        self.speed = Speed(batch_size=8, clock=self.clock)
+        self.speed = ThroughputLogger(batch_size=8, clock=self.clock)
         self.state = SimpleNamespace(global_step=step, max_steps=steps)
         self.tell("on_train_begin")
 
@@ -76,9 +83,13 @@ def test_speed_of_a_resumed_run_counts_its_own_steps():
 def test_callbacks_add_to_a_log_line():
     loop = Loop()
     loop.run(wait=1, work=1)
-    assert extra_log_values([Screen(), loop.speed]).keys() == {"images_per_second", "data_wait_share", "eta_hours"}
-    assert extra_log_values([Screen()]) == {}
-    assert [type(callback) for callback in default_callbacks(Recipe())] == [LastEvaluation, Speed]
+    assert extra_log_values([ConsoleLogger(), loop.speed]).keys() == {
+        "images_per_second",
+        "data_wait_share",
+        "eta_hours",
+    }
+    assert extra_log_values([ConsoleLogger()]) == {}
+    assert [type(callback) for callback in logging_callbacks(Recipe())] == [LastEvaluation, ThroughputLogger]
 
 
 @pytest.mark.parametrize(("step", "strategy", "expected"), [(4, "steps", False), (5, "steps", True), (5, "no", False)])
@@ -90,14 +101,14 @@ def test_the_last_step_is_evaluated_too(tmp_path, step, strategy, expected):
 
 
 @pytest.mark.parametrize("is_main", [True, False])
-def test_the_screen_gets_one_short_line(is_main):
+def test_the_console_shows_one_short_line(is_main):
     lines = []
-    screen = Screen()
-    screen.training_bar = SimpleNamespace(write=lines.append)
+    console = ConsoleLogger()
+    console.training_bar = SimpleNamespace(write=lines.append)
     state = SimpleNamespace(is_world_process_zero=is_main, global_step=50, max_steps=100)
     logs = {"loss": 12.3456, "loss_mask": 1.0, "learning_rate": 3e-4, "eta_hours": 1.5, "images_per_second": 80.0}
-    screen.on_log(None, state, None, logs)
-    screen.on_log(None, state, None, {"train_runtime": 3})
+    console.on_log(None, state, None, logs)
+    console.on_log(None, state, None, {"train_runtime": 3})
     line = "step 50/100  loss 12.35  learning_rate 0.0003  images_per_second 80  ends in 1:30:00"
     assert lines == ([line] if is_main else [])
 

@@ -28,7 +28,7 @@ from train.engine.builders import load_student, load_towers
 from train.engine.checkpoints import checkpoints, is_complete
 from train.engine.command import parse, parse_changes
 from train.engine.main import main
-from train.engine.run import build_trainer, check_folder, require_all_processes
+from train.engine.run import build_trainer, check_all_processes, check_folder
 from train.engine.visualization import EvaluationPictures, class_map, grid
 from train.teacher import precompute
 from train.teacher.caches import JoinedLookup
@@ -129,7 +129,7 @@ def continued(workplace, tmp_path_factory) -> Run:
     return Run(out, process.returncode, said, done, main([workplace.recipe, "steps=8", "--out", str(out), "--resume"]))
 
 
-def test_a_run_told_to_end_says_how_to_go_on(continued, workplace):
+def test_a_stopped_run_prints_the_command_that_resumes_it(continued, workplace):
     assert continued.status == 128 + signal.SIGTERM
     assert f"The last checkpoint is {continued.out}/checkpoint-{continued.steps_done}" in continued.said
     assert f"python -m train {workplace.recipe} steps=8 --out {continued.out} --resume" in continued.said
@@ -197,7 +197,7 @@ def test_tensorboard_gets_every_figure(continued):
 
 
 REFUSED = {
-    "an earlier run": ([], "holds checkpoint-8 of an earlier run: go on with --resume"),
+    "an earlier run": ([], "contains checkpoint-8 of an earlier run: continue it with --resume"),
     "other settings": (["--resume", "steps=13"], "was trained with optimizer.steps 8 and now 13"),
     "no such split": (["eval_split=test"], "`eval_split`: .* has no split 'test', it has train, val"),
     "no dataset": (["dataset=nowhere"], "`dataset`: nowhere cannot be loaded"),
@@ -250,13 +250,13 @@ def test_an_output_folder_with_other_files_is_left_alone(tmp_path):
             check_folder(tmp_path, Recipe(), resume)
 
 
-def test_what_a_run_killed_before_its_first_checkpoint_left_is_begun_anew(tmp_path, capsys):
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path, capsys):
     assert check_folder(tmp_path / "nowhere", Recipe(), resume=False) is None
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "recipe.json").write_text("{}")
     assert check_folder(tmp_path, Recipe(), resume=False) is None
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run"):
+    with pytest.raises(ValueError, match="contains checkpoint-3 of an earlier run"):
         check_folder(tmp_path, Recipe(), resume=False)
     assert check_folder(tmp_path, Recipe(), resume=True) is None
     assert "no complete checkpoint" in capsys.readouterr().out + capsys.readouterr().err
@@ -366,8 +366,8 @@ def test_two_processes_of_accelerate_are_one_run(workplace, tmp_path):
 def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, but training sees 1"):
-        require_all_processes(SimpleNamespace(world_size=1))
-    require_all_processes(SimpleNamespace(world_size=2))
+        check_all_processes(SimpleNamespace(world_size=1))
+    check_all_processes(SimpleNamespace(world_size=2))
 
 
 def test_help_lists_recipes_and_every_field(capsys):

@@ -100,7 +100,7 @@ def test_losses_fall(trained):
         assert logs[-1][name] < 0.95 * logs[0][name], name
 
 
-def test_every_epoch_is_augmented_anew(trained):
+def test_every_epoch_is_augmented_again(trained):
     assert trained.state.epoch == 15 and trained.train_dataset._epoch == 14
 
 

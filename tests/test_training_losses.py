@@ -121,7 +121,7 @@ def test_the_regions_of_the_lowest_priorities_of_the_step_are_distilled(rows, te
     assert priorities[distilled].max() < priorities[~distilled].min() if expected else distilled.all()
 
 
-def test_region_dropout_leaves_out_its_share_anew_each_epoch(rows, text_bank, teacher):
+def test_region_dropout_draws_its_share_again_each_epoch(rows, text_bank, teacher):
     make = step_regions(RECIPE.replace(region_dropout=0.3), text_bank, teacher)
     kept = [make([batch_of(rows, range(8), epoch)])[0] for epoch in range(12)]
     shares = torch.cat([regions.kept for regions in kept]).float()

@@ -25,7 +25,7 @@ from train.data.prepare import Settings, prepare
 from train.data.prepared import load_prepared
 from train.data.schema import without_decoding
 from train.data.sources import Picture
-from train.engine.checkpoints import last_complete_checkpoint, require_undamaged, seal
+from train.engine.checkpoints import last_complete_checkpoint, verify_checkpoint, write_manifest
 from train.evaluate.chunks import ChunkFolder
 from train.evaluate.result import read_result, write_result
 from train.metrics.semantic import SemanticMetric, SemanticScore
@@ -319,10 +319,10 @@ def _checkpoints(folder: Path) -> Store:
         for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
             content = random.Random(f"{step} {name}").randbytes(300)
             (checkpoint / name).write_bytes(b"{}" if name.endswith("json") else content)
-        seal(checkpoint)
+        write_manifest(checkpoint)
 
     def read(copy: Path) -> dict[str, bytes]:
-        checkpoint = require_undamaged(last_complete_checkpoint(copy))
+        checkpoint = verify_checkpoint(last_complete_checkpoint(copy))
         names = ("model.safetensors", "optimizer.pt", "trainer_state.json")
         return {name: (checkpoint / name).read_bytes() for name in names}
 

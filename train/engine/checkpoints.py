@@ -1,10 +1,10 @@
-"""Checkpoints that a kill can hit at any moment: sealed when they are whole, and only then counted.
+"""Crash-safe checkpoints: a checkpoint counts from the moment its manifest is written.
 
-A checkpoint is a folder `checkpoint-<step>` as transformers' Trainer writes it. `seal` writes, last and at once, a
-manifest of its files with their sizes and checksums; what has no manifest that fits is half written or half deleted,
-and is passed over when a run is resumed. A checkpoint whose files have their sizes but not their checksums was damaged
-later: it is refused by name before anything is read from it. `sealing` makes the Trainer keep that order: the new
-checkpoint is sealed before an old one is deleted.
+A checkpoint is a folder `checkpoint-<step>` as transformers' Trainer writes it. `write_manifest` writes, last and
+atomically, a manifest of its files with their sizes and checksums. A folder whose manifest is missing or does not fit
+is half written or half deleted, and is skipped when a run is resumed. A checkpoint whose files have the right sizes
+but wrong checksums was damaged later: an error names it before anything is read from it. `crash_safe_checkpoint` keeps
+the order: the manifest of a new checkpoint is written before an old checkpoint is deleted.
 """
 
 import errno
@@ -39,8 +39,8 @@ def _restore_to_indexed_cpu(storage: torch.UntypedStorage, location: str) -> tor
 torch.serialization.register_package(12, lambda storage: None, _restore_to_indexed_cpu)
 
 
-def seal(folder: str | Path) -> None:
-    """Bring a checkpoint's files to the disk, then write its manifest in one move."""
+def write_manifest(folder: str | Path) -> None:
+    """Flush a checkpoint's files to the disk, then write its manifest atomically."""
     folder = Path(folder)
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME]
     for path in paths:
@@ -51,7 +51,7 @@ def seal(folder: str | Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +60,7 @@ def _flush(path: Path) -> None:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a checkpoint is sealed and every file of its manifest is there in its size."""
+    """Whether a checkpoint has a manifest, and every file of it in its size."""
     folder = Path(folder)
     try:
         files = _read_manifest(folder)
@@ -70,7 +70,7 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and checksum of each file by its name; the first form of manifest held the sizes alone."""
+    """Bytes and checksum of each file by its name; manifests of the first form hold sizes alone."""
     path, remedy = folder / MANIFEST_NAME, _remedy(folder)
     content = read_json(path, remedy)
     sizes = content["files"] if isinstance(content, dict) and content.keys() == {"files"} else None
@@ -80,10 +80,10 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _remedy(folder: Path) -> str:
-    return f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) to go on from the checkpoint before it."
+    return f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) to resume from the checkpoint before it."
 
 
-def require_undamaged(folder: str | Path) -> Path:
+def verify_checkpoint(folder: str | Path) -> Path:
     """
     Compare all files of a complete checkpoint with their checksums, which reads them once.
 
@@ -91,7 +91,7 @@ def require_undamaged(folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        DamagedFileError: naming the first file that does not hold what was written.
+        DamagedFileError: A file does not hold what was written; the message names the first one.
     """
     folder = Path(folder)
     files = {name: file for name, file in _read_manifest(folder).items() if "xxh3" in file}
@@ -100,17 +100,17 @@ def require_undamaged(folder: str | Path) -> Path:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders of checkpoints, complete or not, of few steps first."""
+    """Folders of checkpoints, complete or not, in ascending order of their steps."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path:
-    """The checkpoint of most steps whose writing was not interrupted.
+    """The complete checkpoint of the most steps.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     for path in reversed(checkpoints(output_dir)):
         if is_complete(path):
@@ -119,13 +119,13 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; from the first moment on it no longer counts as complete."""
+    """Delete a checkpoint, its manifest first, so that it stops counting as complete at once."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = None) -> None:
-    """Keep the newest `limit` complete checkpoints and the best; leftovers older than the newest go as well.
+    """Delete old checkpoints: keep the newest `limit` complete ones and the best, and delete older incomplete ones.
 
     Without a limit nothing is deleted. A folder of more steps than the newest complete one is left alone: it is
     deleted when its step is saved again.
@@ -141,11 +141,12 @@ def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = 
 
 
 @contextmanager
-def sealing(args: TrainingArguments, step: int, best: str | None = None) -> Iterator[Path]:
-    """Around the Trainer's writing of a checkpoint: delete what a killed run left of it, seal it, then rotate.
+def crash_safe_checkpoint(args: TrainingArguments, step: int, best: str | None = None) -> Iterator[Path]:
+    """Context for the Trainer to write a checkpoint in; after it, write the manifest and delete old checkpoints.
 
-    The Trainer's own rotation, which would delete the last complete checkpoint before the new one is sealed, is put
-    off. All processes must enter: the checkpoint is sealed when the last of them has written its part.
+    What a killed run left in the folder is deleted first. The Trainer's own rotation is turned off, because it would
+    delete the last complete checkpoint before the new one has a manifest. All processes must enter the context: the
+    manifest is written when the last of them has written its part.
     """
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.should_save and folder.exists():
@@ -155,7 +156,7 @@ def sealing(args: TrainingArguments, step: int, best: str | None = None) -> Iter
     try:
         yield folder
     except Exception:
-        # It would never count, and its room is missed on a full disk.
+        # It would never count as complete, and on a full disk its space is needed.
         if args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -163,9 +164,9 @@ def sealing(args: TrainingArguments, step: int, best: str | None = None) -> Iter
         args.save_total_limit = limit
     _wait_for_all()
     if args.should_save:
-        seal(folder)
+        write_manifest(folder)
         rotate(args.output_dir, limit, best)
-    # Nobody goes on, and is perhaps told to stop, before the checkpoint counts.
+    # No process continues, and perhaps is told to stop, before the checkpoint counts.
     _wait_for_all()
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: averages of its losses, its speed, and lines that a person can read."""
+"""Logging: means of losses, throughput, and log lines on the console."""
 
 import time
 from collections.abc import Iterable
@@ -13,29 +13,29 @@ from transformers.trainer_utils import IntervalStrategy
 from configuration import Recipe
 from modeling_gkc.loss_gkc import mean_over_processes
 
-# What the line on the screen shows, in its order; the reporters get everything.
-_ON_SCREEN = ("loss", "eval_loss", "grad_norm", "learning_rate", "matched_regions", "images_per_second", "eta_hours")
+# Values of a log line on the console, in this order; reporters get all values.
+_ON_CONSOLE = ("loss", "eval_loss", "grad_norm", "learning_rate", "matched_regions", "images_per_second", "eta_hours")
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says at which step and images, and why."""
+    """Raised when training cannot continue; the message names the step, the images and the reason."""
 
 
 class Averages:
-    """Running means of named scalars, kept on the device until they are taken."""
+    """Running means of named scalars, which stay on their device until `take`."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step."""
+        """Add the values of one step."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """Means over the steps since the last call and over processes."""
+        """Return the means over processes and over the steps since the last call."""
         if not self.sums:
             return {}
         device = next(iter(self.sums.values())).device
@@ -45,15 +45,15 @@ class Averages:
         return averages
 
 
-class Speed(TrainerCallback):
-    """Images per second, share of the time spent waiting for data, and hours to the end.
+class ThroughputLogger(TrainerCallback):
+    """Logs images per second, the fraction of the time spent waiting for data, and the hours to the end.
 
     Images per second count steps and waiting for data since the last log line, without evaluations and saving; the
-    hours to the end count all. Waiting for data is the time from the end of a step to the begin of the next one.
+    hours to the end count all. Waiting for data is the time between the end of a step and the start of the next one.
 
     Args:
-        batch_size: images of a step over all processes.
-        clock: seconds; another one for tests.
+        batch_size: Number of images in a step, over all processes.
+        clock: Function that returns seconds; tests pass their own.
     """
 
     def __init__(self, batch_size: int, clock=time.perf_counter):
@@ -74,11 +74,11 @@ class Speed(TrainerCallback):
         self._first_step, self._last_step = state.global_step, state.max_steps
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """The data are there."""
+        """Count the time since the last step as waiting for data."""
         self._waited += self._lap()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """The step is done, also on the accelerator."""
+        """Count the time of the step, after the accelerator has finished it."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self._worked += self._lap()
@@ -86,13 +86,13 @@ class Speed(TrainerCallback):
         self._step = state.global_step
 
     def on_log(self, args, state, control, **kwargs):
-        """What was done meanwhile counts neither as work nor as waiting."""
+        """Leave out the time of logging, evaluating and saving."""
         self._lap()
 
     on_evaluate = on_save = on_log
 
     def log_values(self) -> dict[str, float]:
-        """Figures of the steps since the last call; none before the first step."""
+        """Return values for the steps since the last call; none before the first step."""
         seconds = self._worked + self._waited
         if not self._steps or not seconds:
             return {}
@@ -106,12 +106,12 @@ class Speed(TrainerCallback):
         return values
 
 
-class Screen(ProgressCallback):
-    """A progress bar, and one short line for each log; everything else goes to the reporters."""
+class ConsoleLogger(ProgressCallback):
+    """Shows a progress bar and prints one short line for each log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Write the line, above the bar."""
-        shown = [_as_text(name, logs[name]) for name in _ON_SCREEN if name in logs]
+        """Print the line above the progress bar."""
+        shown = [_as_text(name, logs[name]) for name in _ON_CONSOLE if name in logs]
         if state.is_world_process_zero and self.training_bar is not None and shown:
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}")
 
@@ -123,7 +123,7 @@ def _as_text(name: str, value: float) -> str:
 
 
 def extra_log_values(callbacks: Iterable[TrainerCallback]) -> dict[str, float]:
-    """What callbacks with a method `log_values` add to a log line; the Trainer asks before the reporters get it."""
+    """Values that callbacks with a method `log_values` add to a log, before reporters receive it."""
     values = {}
     for callback in callbacks:
         if hasattr(callback, "log_values"):
@@ -132,14 +132,14 @@ def extra_log_values(callbacks: Iterable[TrainerCallback]) -> dict[str, float]:
 
 
 class LastEvaluation(TrainerCallback):
-    """Evaluates after the last step too, where anything is evaluated."""
+    """Evaluates after the last step too, unless evaluation is turned off."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask for it."""
+        """Request an evaluation after the last step."""
         if state.global_step >= state.max_steps and args.eval_strategy != IntervalStrategy.NO:
             control.should_evaluate = True
 
 
-def default_callbacks(recipe: Recipe) -> list[TrainerCallback]:
-    """What every run of a recipe reports besides its losses. To be added last: `Speed` leaves out what others do."""
-    return [LastEvaluation(), Speed(recipe.data.batch_size)]
+def logging_callbacks(recipe: Recipe) -> list[TrainerCallback]:
+    """Callbacks of every run. Add them last: `ThroughputLogger` leaves out the time of the callbacks before it."""
+    return [LastEvaluation(), ThroughputLogger(recipe.data.batch_size)]

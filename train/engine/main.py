@@ -1,4 +1,4 @@
-"""The command `python -m train`: what it says, and how it ends."""
+"""Run `python -m train`: its messages, signals and exit codes."""
 
 import shlex
 import signal
@@ -17,7 +17,7 @@ FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that w
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code: 0 trained, 1 training could not go on, 2 an error of the user, 128 + number stopped by a signal.
+        The exit code: 0 after training, 1 if training had to stop, 2 for an error of the user, 128 + the number of the
+        signal that stopped it.
 
     Raises:
         SystemExit: with code 2 for arguments that cannot be parsed, with 0 for `--help`.
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_rank0("train: stopped.")
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except ValueError as error:
-        return _complain(error, MISUSED)
+        return print_error(error, MISUSED)
 
 
 def _train(command: Command, argv: Sequence[str]) -> int:
@@ -62,19 +63,19 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
     try:
         train(trainer, checkpoint)
     except (TrainingStopped, DamagedFileError) as error:
-        return _complain(f"{error}\n{_how_to_go_on(command, argv)}", FAILED)
-    except ValueError as error:  # no longer of what the user typed: the place in the code tells more
+        return print_error(f"{error}\n{resume_hint(command, argv)}", FAILED)
+    except ValueError as error:  # not caused by the command line, so the traceback is needed
         raise RuntimeError(str(error)) from error
     except KeyboardInterrupt as stop:
-        print_rank0(f"Stopped in step {trainer.state.global_step + 1}. {_how_to_go_on(command, argv)}")
+        print_rank0(f"Stopped in step {trainer.state.global_step + 1}. {resume_hint(command, argv)}")
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except Exception as error:
         if not is_disk_full(error):
             raise
         place = f"in step {trainer.state.global_step}: {error_line(error)}"
-        return _complain(
-            f"The disk is full, nothing more can be written to {command.out} {place}. Make room first.\n"
-            f"{_how_to_go_on(command, argv)}",
+        return print_error(
+            f"The disk is full, nothing more can be written to {command.out} {place}. Free some space first.\n"
+            f"{resume_hint(command, argv)}",
             FAILED,
         )
     print_rank0(f"The model is in {command.out}:\n  gkc segment photo.jpg --model {shlex.quote(str(command.out))}")
@@ -93,7 +94,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _how_to_go_on(command: Command, argv: Sequence[str]) -> str:
+def resume_hint(command: Command, argv: Sequence[str]) -> str:
+    """Message with the command that resumes a stopped run."""
     from .checkpoints import last_complete_checkpoint
 
     try:
@@ -101,10 +103,11 @@ def _how_to_go_on(command: Command, argv: Sequence[str]) -> str:
     except ValueError:
         return "There is no checkpoint yet: the same command starts from the beginning."
     again = shlex.join(["python", "-m", "train", *(part for part in argv if part != "--resume"), "--resume"])
-    return f"The last checkpoint is {checkpoint}. Go on with:\n  {again}"
+    return f"The last checkpoint is {checkpoint}. Resume with:\n  {again}"
 
 
-def _complain(error: object, code: int) -> int:
+def print_error(error: object, code: int) -> int:
+    """Print an error in the main process, and return the exit code."""
     if is_main_process():
         sys.stderr.write(f"train: error: {error}\n")
     return code

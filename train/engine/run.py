@@ -1,4 +1,4 @@
-"""A recipe becomes a trainer; a run is started, continued, or refused."""
+"""Build a trainer from a recipe, and start or resume a run."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from ..data import check_dataset
 from ..teacher.caches import RegionCaches
 from ..teacher.text_bank import TextBank
 from .builders import load_data, load_sources, load_student, load_towers, load_vocabulary, split_classes
-from .checkpoints import checkpoints, is_complete, require_undamaged
+from .checkpoints import checkpoints, is_complete, verify_checkpoint
 from .command import is_main_process, print_rank0
-from .logging import Screen, default_callbacks
+from .logging import ConsoleLogger, logging_callbacks
 from .trainer import RECIPE_NAME, GKCTrainer
 from .visualization import PICTURES_FOLDER, EvaluationPictures
 
@@ -34,8 +34,8 @@ def run(recipe: Recipe, output_dir: str | Path, resume: bool = False, **training
     """Train by a recipe; at the end `output_dir` is a GKC checkpoint.
 
     Raises:
-        ValueError: the recipe cannot be run, or `output_dir` holds what the run would mix with.
-        TrainingStopped: training cannot go on.
+        ValueError: The recipe cannot be run, or `output_dir` contains files that the run would mix with.
+        TrainingStopped: Training cannot continue.
     """
     checkpoint = check_folder(output_dir, recipe, resume)
     trainer = build_trainer(recipe, output_dir, **training_arguments)
@@ -54,24 +54,24 @@ def train(trainer: GKCTrainer, checkpoint: Path | None = None) -> None:
 
 
 def check_folder(output_dir: str | Path, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None to begin.
+    """Return the checkpoint to resume from; None to start from the beginning.
 
     Raises:
-        ValueError: there are checkpoints and nobody asked to go on; or checkpoints of another recipe, or files that
-            are of no run. The message says what to do.
+        ValueError: There are checkpoints and `resume` is false; or checkpoints of another recipe, or files that no run
+            wrote. The message says what to do.
     """
     folder, found = Path(output_dir), checkpoints(output_dir)
     if not resume and (found or (folder / "config.json").exists()):
         raise ValueError(
-            f"{folder} holds {found[-1].name if found else 'the model'} of an earlier run: go on with --resume, name "
-            "another folder with --out, or delete it."
+            f"{folder} contains {found[-1].name if found else 'the model'} of an earlier run: continue it with "
+            "--resume, name another folder with --out, or delete it."
         )
     complete = [path for path in found if is_complete(path)]
     if complete:
-        require_undamaged(complete[-1])
+        verify_checkpoint(complete[-1])
         _check_same_recipe(complete[-1], recipe)
         return complete[-1]
-    _refuse_other_files(folder)
+    _check_other_files(folder)
     if resume:
         print_rank0(f"There is no complete checkpoint in {folder}: training starts from the beginning.")
     return None
@@ -95,8 +95,8 @@ def _check_same_recipe(checkpoint: Path, recipe: Recipe) -> None:
         )
 
 
-def _refuse_other_files(folder: Path) -> None:
-    """What a run leaves before its first checkpoint may be there, and nothing else."""
+def _check_other_files(folder: Path) -> None:
+    """Raise a `ValueError` if a folder contains other files than a run writes before its first checkpoint."""
     left = {RECIPE_NAME, TENSORBOARD_FOLDER, PICTURES_FOLDER, *(path.name for path in checkpoints(folder))}
     others = sorted(path.name for path in folder.iterdir() if path.name not in left) if folder.exists() else []
     if others:
@@ -107,19 +107,19 @@ def _refuse_other_files(folder: Path) -> None:
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: Any) -> GKCTrainer:
-    """All that a recipe names, put together.
+    """Build the trainer of a recipe with its dataset, model and losses.
 
     Args:
-        recipe: what to train and how.
-        output_dir: where checkpoints, pictures and reports go.
-        training_arguments: further `TrainingArguments`, such as `report_to`.
+        recipe: The recipe.
+        output_dir: Folder of checkpoints, pictures and reports.
+        training_arguments: Further `TrainingArguments`, such as `report_to`.
 
     Raises:
-        ValueError: something that the recipe names is not there, or does not fit; the message names the field.
+        ValueError: Something that the recipe names is missing or does not fit; the message names the field.
     """
     set_seed(recipe.run.seed)
     arguments = recipe.to_training_arguments(output_dir, **{**_arguments_of(recipe), **training_arguments})
-    require_all_processes(arguments)
+    check_all_processes(arguments)
     stored, all_classes = load_data(recipe), load_vocabulary(recipe)
     for dataset in stored.values():
         check_dataset(dataset, all_classes.labels, progress=False, sample=_CHECKED_SAMPLES)
@@ -127,11 +127,13 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
     towers = load_towers(recipe)
     sources = load_sources(recipe, RegionCaches(recipe, towers, stored, all_classes, vocabulary))
     model, processor = load_student(recipe, towers)
-    # Stored now, so that every checkpoint answers in these words; the text tower does not change.
+    # Stored now, so that every checkpoint has this vocabulary; the text encoder does not change.
     try:
         model.set_vocabulary(vocabulary, processor)
     except ValueError as error:
-        raise ValueError(f"`vocabulary`: {error} Name another with init_from=CHECKPOINT.") from error
+        raise ValueError(
+            f"`data.vocabulary`: {error} Name another checkpoint with model.init_from=CHECKPOINT."
+        ) from error
     trainer = GKCTrainer(
         model=model,
         recipe=recipe,
@@ -146,13 +148,13 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
     _place_reports(trainer)
     if (dataset := splits.get(recipe.data.eval_split)) is not None:
         trainer.add_callback(EvaluationPictures(trainer, dataset, vocabulary, processor, recipe.data.crop_size))
-    for callback in default_callbacks(recipe):
+    for callback in logging_callbacks(recipe):
         trainer.add_callback(callback)
     return trainer
 
 
-def require_all_processes(arguments: TrainingArguments) -> None:
-    """Refuse processes that were launched together and do not know each other: each would train for itself."""
+def check_all_processes(arguments: TrainingArguments) -> None:
+    """Raise a `ValueError` if launched processes do not form one group: each would train by itself."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != arguments.world_size:
         raise ValueError(
@@ -162,7 +164,7 @@ def require_all_processes(arguments: TrainingArguments) -> None:
 
 
 def _arguments_of(recipe: Recipe) -> dict[str, Any]:
-    """What of the recipe's engine `Recipe.to_training_arguments` leaves open."""
+    """`TrainingArguments` that `Recipe.to_training_arguments` leaves at their defaults."""
     return {
         "save_strategy": "steps",
         "save_steps": recipe.run.save_every,
@@ -170,17 +172,17 @@ def _arguments_of(recipe: Recipe) -> dict[str, Any]:
         "logging_steps": recipe.run.log_every,
         "eval_strategy": "no" if recipe.data.eval_split is None else "steps",
         "eval_steps": recipe.run.evaluate_every,
-        "use_cpu": not torch.accelerator.is_available(),  # processes on CPUs find each other only if told so
-        "per_device_eval_batch_size": 1,  # every image counts alike, and none is over where batches must be full
+        "use_cpu": not torch.accelerator.is_available(),  # without it, processes on CPUs do not form a group
+        "per_device_eval_batch_size": 1,  # every image counts the same, and no incomplete batch is dropped
         "dataloader_num_workers": recipe.data.num_workers,
     }
 
 
 def _place_reports(trainer: GKCTrainer) -> None:
-    """TensorBoard writes into the output folder; the screen gets one line for each log."""
+    """Let TensorBoard write to the output folder, and the console show one line for each log."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = os.path.join(trainer.args.output_dir, TENSORBOARD_FOLDER)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Screen())
+    trainer.add_callback(ConsoleLogger())

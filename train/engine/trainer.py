@@ -40,7 +40,7 @@ from ..losses.region_sampling import StepRegions
 from ..losses.registry import loss_classes, make_losses
 from ..teacher.region_teacher import TeacherEmbeddings
 from ..teacher.text_bank import TextBank
-from .checkpoints import is_complete, last_complete_checkpoint, require_undamaged, sealing
+from .checkpoints import crash_safe_checkpoint, is_complete, last_complete_checkpoint, verify_checkpoint
 from .fsdp import full_state_dict, give_scalars_a_dimension, load_full_state_dict
 from .logging import Averages, TrainingStopped, extra_log_values
 from .model import TrainingModel
@@ -314,7 +314,7 @@ class GKCTrainer(Trainer):
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
             if is_complete(resume_from_checkpoint):
-                require_undamaged(resume_from_checkpoint)
+                verify_checkpoint(resume_from_checkpoint)
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= self.args.max_steps:
                 # transformers would take one step more.
@@ -324,7 +324,7 @@ class GKCTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with sealing(self.args, self.state.global_step, self.state.best_model_checkpoint):
+        with crash_safe_checkpoint(self.args, self.state.global_step, self.state.best_model_checkpoint):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

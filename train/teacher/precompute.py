@@ -334,7 +334,7 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
         if not Path(options.dataset).is_dir():
             raise ValueError(f"--out: {options.dataset} is no folder; name one for the cache.")
         folder = cache_folder(options.dataset, options.split, source.kind)
-    _refuse_repeated_ids(dataset)
+    _check_distinct_ids(dataset)
     remember = fingerprint_file(options.dataset, options.split)
     # Before the models change their precision: training compares with the weights as they are loaded.
     (fingerprint,) = _from_main(state, lambda: source.fingerprint(dataset, remember))
@@ -357,7 +357,7 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
         tqdm.write(f"{folder}: {source.kind} of {len(dataset)} images, complete", file=sys.stderr)
 
 
-def _refuse_repeated_ids(dataset: Dataset) -> None:
+def _check_distinct_ids(dataset: Dataset) -> None:
     image_ids = dataset["image_id"][:]
     if len(set(image_ids)) < len(image_ids):
         repeated = next(image_id for image_id, count in Counter(image_ids).items() if count > 1)

@@ -93,13 +93,13 @@ class TeacherEmbeddings:
             ValueError: it is damaged, or was made from another dataset, by another teacher, or with other crop
                 settings.
         """
-        verify_checksum(path, f"delete it (`rm {shlex.quote(str(path))}`) to embed anew.")
+        verify_checksum(path, f"delete it (`rm {shlex.quote(str(path))}`) to embed again.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if differing := _differing(metadata.get("fingerprint"), fingerprint):
                 raise ValueError(
                     f"{path} was made with another {' and another '.join(differing)} than now asked for. Delete it to "
-                    "embed anew, or name another file."
+                    "embed again, or name another file."
                 )
             tensors = {name: file.get_tensor(name) for name in ("embeddings", "segment_ids")}
         rows = {image_id: tuple(bounds) for image_id, bounds in json.loads(metadata["rows"]).items()}
