@@ -533,10 +533,12 @@ def test_result_of_a_turned_picture_lies_on_the_picture(folder, processor, tmp_p
     ],
     ids=str,
 )
-def test_other_labels_are_refused_where_words_are_stored(folder, given):
-    """They would rename the words, or leave some without a name, and change no result."""
+def test_labels_of_a_stored_vocabulary_cannot_be_changed_while_loading(folder, given):
+    """Such labels would rename classes, or leave some without a name, without changing any result."""
     field = next(iter(given))
-    message = rf"`{field}` cannot be changed while loading: .* 3 words \(red disc, blue square, lawn\).*set_vocabulary"
+    message = (
+        rf"`{field}` cannot be changed while loading: .* 3 classes \(red disc, blue square, lawn\).*set_vocabulary"
+    )
     for load in (GKCForOpenVocabSegmentation.from_pretrained, AutoModel.from_pretrained, AutoConfig.from_pretrained):
         with pytest.raises(ValueError, match=message):
             load(folder, **given)
