@@ -1,4 +1,4 @@
-"""What training looks up instead of computing it in every step, made once from a dataset: `python -m train.cache`."""
+"""Precompute teacher embeddings, synonym probabilities and caption nouns of a dataset: `python -m train.cache`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DATA_FINGERPRINT = "data.json"
 DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_WAIT = timedelta(days=2)  # of a process that is done for those that are not
 
-DESCRIPTION = "Compute once what training needs of every annotated region, and keep it beside the dataset."
+DESCRIPTION = "Precompute what training needs of every annotated region, and store it beside the dataset."
 EXAMPLES = """\
 examples:
   python -m train.cache teacher data/coco --clip clip-rn50
@@ -250,7 +250,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_cache_options(synonyms)
     add = synonyms.add_argument
-    add("--vocabulary", metavar="NAME|FILE", required=True, help="that is trained with")
+    add(
+        "--vocabulary",
+        metavar="NAME|FILE",
+        required=True,
+        help="training vocabulary: a packaged name or a vocabulary file",
+    )
     add(
         "--logit-scale", type=float, metavar="X", help="factor of the cosines (default: CLIP's own; OpenAI's have 100)"
     )
@@ -282,16 +287,18 @@ def _add_command(commands: Any, name: str, summary: str, examples: str, run: Cal
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--clip", metavar="CLIP", required=True, help="folder or Hub name of the CLIP")
-    add("--split", default="train", help="of the dataset (default: %(default)s)")
+    add("--clip", metavar="CLIP", required=True, help="CLIP to embed with: a folder or a name on the Hub")
+    add("--split", default="train", help="dataset split to embed (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="folder of the cache (default: DATASET/gkc_cache/SPLIT/COMMAND)")
-    add("--batch-size", type=_positive, default=256, metavar="N", help="crops per pass (default: %(default)s)")
-    workers = "processes that read and crop, for each process (default: %(default)s)"
+    add(
+        "--batch-size", type=_positive, default=256, metavar="N", help="crops in a forward pass (default: %(default)s)"
+    )
+    workers = "data loading processes of each process (default: %(default)s)"
     add("--num-workers", type=int, default=4, metavar="N", help=workers)
-    add("--dtype", choices=DTYPES, default="float32", help="CLIP computes in this (default: %(default)s)")
-    broken = "pictures that cannot be read are left out up to this number (default: %(default)s)"
+    add("--dtype", choices=DTYPES, default="float32", help="data type in which CLIP computes (default: %(default)s)")
+    broken = "unreadable images to skip before the command stops (default: %(default)s)"
     add("--max-broken-samples", type=int, default=100, metavar="N", help=broken)
-    shard = "a killed process loses at most so many images (default: %(default)s)"
+    shard = "images in a shard; a killed process repeats at most these (default: %(default)s)"
     add("--images-per-shard", type=_positive, default=500, metavar="N", help=shard)
 
 
