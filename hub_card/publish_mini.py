@@ -22,23 +22,23 @@ TEMPLATE = Path(__file__).parent / "gkc_mini_template.md"
 SHIPPED = Path(__file__).parent / "gkc-mini"
 PAGE = Path(__file__).parent.parent / "docs" / "miniworld.md"
 MAX_BYTES = 12_000_000
-ARM_NAMES = {
+ABLATION_NAMES = {
     "baseline": "plain names only",
     "synonyms": "+ text diversification",
     "distillation": "+ distillation",
     "both": "+ both",
     "both-long": "both, three times the steps",
 }
-STEPS = {"both-long": 1200}  # training steps of arms that do not use the run's number
+STEPS = {"both-long": 1200}  # training steps of ablations that do not use the run's number
 
 
-def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None = None) -> None:
-    """Copy the model of an arm into `out` and write its model card.
+def publish(run: Path, out: Path = SHIPPED, ablation: str = "both", seed: int | None = None) -> None:
+    """Copy the model of an ablation into `out` and write its model card.
 
     Args:
         run: Folder of a finished experiment.
         out: Folder of the checkpoint, which is replaced.
-        arm: Arm to publish; the tables of the card show all arms and seeds of the run.
+        ablation: Arm to publish; the tables of the card show all ablations and seeds of the run.
         seed: Seed to publish (default: the first).
 
     Raises:
@@ -48,13 +48,15 @@ def publish(run: Path, out: Path = SHIPPED, arm: str = "both", seed: int | None 
 
     results = _read_summary(run)
     seed = min(map(int, results["seeds"])) if seed is None else seed
-    model = run / f"seed-{seed}" / arm / "model"
+    model = run / f"seed-{seed}" / ablation / "model"
     if not model.exists():
-        raise ValueError(f"{model} does not exist: run `python -m train.miniworld --out {run}` with this arm and seed")
+        raise ValueError(
+            f"{model} does not exist: run `python -m train.miniworld --out {run}` with this ablation and seed"
+        )
     size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     if size > MAX_BYTES:
         raise ValueError(f"The checkpoint in {model} has {size} bytes, more than the limit of {MAX_BYTES}")
-    results |= {"published": {"arm": arm, "seed": seed}}
+    results |= {"published": {"arm": ablation, "seed": seed}}
     with atomic_folder(out, overwrite=True) as unfinished:
         shutil.copytree(model, unfinished, dirs_exist_ok=True)
         add_library_entry(unfinished)
@@ -71,23 +73,23 @@ def _read_summary(run: Path) -> dict:
 
 def card(results: dict, config: dict) -> str:
     """Return the model card as Markdown."""
-    arm, seed = results["published"]["arm"], str(results["published"]["seed"])
+    ablation, seed = results["published"]["arm"], str(results["published"]["seed"])
     published = results["seeds"][seed]
-    settings, scores = published["settings"], published["arms"][arm]
+    settings, scores = published["settings"], published["arms"][ablation]
     recipe = settings["recipe"]
     steps = recipe.get("optimizer", recipe)["steps"]  # recipes were flat before they had sections
     values = {
-        "arm": ARM_NAMES[arm],
+        "arm": ABLATION_NAMES[ablation],
         "seed": seed,
         "seeds": " ".join(results["seeds"]),
         "gate": results["tables"]["gate"],
         "scores": results["tables"]["scores"],
         "scores_by_seed": results["tables"]["scores_by_seed"],
         "own_scores": _own_scores(scores),
-        "shipped_arm": arm,
+        "shipped_arm": ablation,
         "images": str(scores["images"]),
         "minutes": ", ".join(f"{name} {minutes}" for name, minutes in published["minutes"].items()),
-        "steps": str(STEPS.get(arm, steps)),
+        "steps": str(STEPS.get(ablation, steps)),
         "table_steps": str(steps),
         "warmup_steps": str(settings["warmup_steps"]),
         "clip_steps": str(settings["clip"]["steps"]),
@@ -131,14 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="output folder of a finished `python -m train.miniworld`")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the checkpoint (default: %(default)s)")
-    parser.add_argument("--arm", default="both", choices=ARM_NAMES, help="arm to publish (default: %(default)s)")
+    parser.add_argument(
+        "--ablation", default="both", choices=ABLATION_NAMES, help="arm to publish (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, help="seed to publish (default: the first)")
     parser.add_argument(
         "--page", type=Path, default=PAGE, help="document whose tables and plot are replaced (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     try:
-        publish(options.run, options.out, options.arm, options.seed)
+        publish(options.run, options.out, options.ablation, options.seed)
         update_page(options.run, options.page)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"hub_card.publish_mini: error: {error_line(error)}\n")

@@ -732,5 +732,5 @@ class TestLayouts:
         shutil.copytree(Path(__file__).parent / "golden", tmp_path / "mine", dirs_exist_ok=True)
         with pytest.raises(ValueError, match="has neither folders images and masks"):
             find_source(tmp_path / "mine")
-        with pytest.raises(ValueError, match="is no folder"):
+        with pytest.raises(ValueError, match="is not a directory"):
             find_source(tmp_path / "none")

@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection
 from modeling_gkc.vocabulary import Vocabulary
 from train.data import dataset_features, load, read_row
 from train.storage import fingerprints, shards
-from train.storage.checksums import SUM, write_sealed_json
+from train.storage.checksums import SUM, write_checksummed_json
 from train.storage.fingerprints import data_fingerprint
 from train.storage.shards import StoreSettings, StoreWriter
 from train.teacher import precompute
@@ -114,7 +114,7 @@ def kill_after_rename(number: int) -> None:
 
         return written
 
-    shards._save, shards.write_sealed_json = counted(shards._save), counted(shards.write_sealed_json)
+    shards._save, shards.write_checksummed_json = counted(shards._save), counted(shards.write_checksummed_json)
 
 
 def kill_while_writing(number: int) -> None:
@@ -208,7 +208,7 @@ def test_a_stale_cache_is_refused_by_what_differs(tmp_path, data, clip, differin
     if state == "half-written":
         manifest = folder / shards.MANIFEST
         content = json.loads(manifest.read_text())
-        write_sealed_json(manifest, {name: content[name] for name in content if name not in ("shards", SUM)})
+        write_checksummed_json(manifest, {name: content[name] for name in content if name not in ("shards", SUM)})
     before = contents(folder)
     other_data, other_clip, options = data, clip, []
     if differing == "data":
@@ -563,7 +563,7 @@ def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_pat
     assert precompute.main(arguments) == 2
     assert "data-nouns is there already" in capsys.readouterr().err
     assert precompute.main(["nouns", str(tmp_path / "nothing")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err
 
 
 # ---- the command
@@ -581,4 +581,4 @@ def test_help_teaches(arguments, capsys):
 def test_an_unknown_place_is_asked_for(clip, monkeypatch, capsys):
     monkeypatch.setattr(load, "load_split", lambda name, split: toy_dataset(1))
     assert run("someone/pictures", "--clip", clip) == 2
-    assert "--out: someone/pictures is no folder" in capsys.readouterr().err
+    assert "--out: someone/pictures is not a directory" in capsys.readouterr().err

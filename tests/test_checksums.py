@@ -16,7 +16,7 @@ from train.data.load import CHECKSUMS_NAME, load_split, load_splits
 from train.data.prepare import Settings, prepare
 from train.data.prepared import load_prepared, read_manifest, write_manifest
 from train.storage import checksums
-from train.storage.checksums import Each, Perhaps, read_sealed_json, shape_problems, write_sealed_json
+from train.storage.checksums import Each, Perhaps, read_checksummed_json, shape_problems, write_checksummed_json
 from train.storage.shards import StoreSettings, StoreWriter, shard_name
 from train.teacher.region_teacher import TeacherCache
 
@@ -190,12 +190,14 @@ def test_equal_tensors_make_equal_sealed_files(tmp_path):
         write_checksum(path)
 
 
-def test_sealed_json_is_read_as_written_and_in_its_shape(tmp_path):
+def test_json_with_a_checksum_is_read_as_written_and_in_its_shape(tmp_path):
     path, shape = tmp_path / "a.json", {"counts": Each(int), "names": [str], "note": Perhaps(str)}
-    write_sealed_json(path, {"counts": {9: 1, 10: 2}, "names": ["ä", "\ud800".encode("utf-8", "replace").decode()]})
-    assert read_sealed_json(path, shape, "x") == {"counts": {"9": 1, "10": 2}, "names": ["ä", "?"]}
+    write_checksummed_json(
+        path, {"counts": {9: 1, 10: 2}, "names": ["ä", "\ud800".encode("utf-8", "replace").decode()]}
+    )
+    assert read_checksummed_json(path, shape, "x") == {"counts": {"9": 1, "10": 2}, "names": ["ä", "?"]}
     path.write_text(json.dumps(json.loads(path.read_text())))  # laid out in another way
-    assert read_sealed_json(path, shape, "x")["counts"] == {"9": 1, "10": 2}
+    assert read_checksummed_json(path, shape, "x")["counts"] == {"9": 1, "10": 2}
     for text, problem in [
         (path.read_text().replace("2}", "3}"), "its checksum is another"),
         (path.read_text().replace('"names"', '"nouns"'), "names: is missing"),
@@ -207,12 +209,12 @@ def test_sealed_json_is_read_as_written_and_in_its_shape(tmp_path):
         other = tmp_path / "b.json"
         other.write_text(text)
         with pytest.raises(DamagedFileError, match=rf"{other} is damaged.*{problem}.*: make it again"):
-            read_sealed_json(other, shape, "make it again")
+            read_checksummed_json(other, shape, "make it again")
     with pytest.raises(DamagedFileError, match=r"c.json cannot be read \(No such file or directory\): make it again"):
-        read_sealed_json(tmp_path / "c.json", shape, "make it again")
+        read_checksummed_json(tmp_path / "c.json", shape, "make it again")
     for missing in ("c.json", "no/folder.json"):
         with pytest.raises(DamagedFileError):  # also without a remedy, for callers that catch it
-            read_sealed_json(tmp_path / missing, shape, "")
+            read_checksummed_json(tmp_path / missing, shape, "")
 
 
 def test_shapes():

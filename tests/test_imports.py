@@ -260,7 +260,7 @@ USAGE_ONLY = {
     "train.teacher.precompute": [["--help"], ["teacher", "--help"], ["teacher", "tests"]],
     "train.data.wordnet.synonyms": [["--help"]],
     "hub_card.publish_mini": [["--help"], ["absent"]],
-    "train.miniworld.__main__": [["--help"], ["--arms", "none"]],
+    "train.miniworld.__main__": [["--help"], ["--ablations", "none"]],
     "benchmarks.__main__": [["--help"], ["--threads", "0"]],
 }
 RUN_ALL = """

@@ -1,4 +1,4 @@
-"""The whole path at toy size: world -> tiny CLIP -> gate -> warm-up -> segmenter by arm -> scores -> published."""
+"""The experiment at toy size: world, tiny CLIP, gate, warm-up, a segmenter for each ablation, scores, publishing."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from hub_card.publish_mini import PAGE, publish, update_page
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCProcessor
 from train.miniworld import clip as clip_module
 from train.miniworld.experiment import WARM_UP, _write, run
-from train.miniworld.settings import ARMS, CLIPTraining, Experiment
+from train.miniworld.settings import ABLATIONS, CLIPTraining, Experiment
 from train.miniworld.summary import (
     HARMONIC_MEAN,
     ROW_TITLES,
@@ -43,7 +43,7 @@ def toy(out: Path, **changes) -> Experiment:
         "clip": CLIPTraining(steps=4, scenes=12, batch_size=16),
         "recipe": recipe,
         "warmup_steps": 3,
-        "arms": TRAINED,
+        "ablations": TRAINED,
     }
     return Experiment(out / "seed-0", **(values | changes))
 
@@ -61,7 +61,7 @@ def finished(tmp_path_factory) -> tuple[Experiment, dict]:
 
 def test_results_hold_every_vocabulary_and_arm(finished):
     experiment, results = finished
-    assert set(results["arms"]) == set(TRAINED) <= set(ARMS)
+    assert set(results["arms"]) == set(TRAINED) <= set(ABLATIONS)
     for scores in results["arms"].values():
         assert set(ROW_TITLES) == set(scores["scores"]) | {HARMONIC_MEAN, TEACHER_COSINE}
         assert scores["images"] == 6 and -1 <= scores["teacher_cosine"] <= 1
@@ -75,8 +75,8 @@ def test_results_hold_every_vocabulary_and_arm(finished):
 def test_arms_share_everything_but_the_losses(finished):
     experiment, _ = finished
     baseline, both = (
-        GKCForOpenVocabSegmentation.from_pretrained(experiment.out / arm / "model").state_dict()
-        for arm in ("baseline", "both")
+        GKCForOpenVocabSegmentation.from_pretrained(experiment.out / ablation / "model").state_dict()
+        for ablation in ("baseline", "both")
     )
     assert baseline.keys() == both.keys()
     frozen = [name for name in both if name.startswith("text_model")]
@@ -88,10 +88,12 @@ def test_arms_share_everything_but_the_losses(finished):
 def test_arms_start_from_the_warm_up_that_learned_masks_without_classes(finished):
     experiment, _ = finished
     warm_up = load_file(experiment.out / WARM_UP / "model.safetensors")
-    # A decoder bias starts at zero, so what an arm has is what the warm-up gave it and what it added itself.
+    # A decoder bias starts at zero, so what an ablation has is what the warm-up gave it and what it added itself.
     name = "model.mask_decoder.layers.0.self_attn.q_proj.weight"
-    arms = [load_file(experiment.out / arm / "model" / "model.safetensors")[name] for arm in ("baseline", "both")]
-    moved = [(arm - warm_up[name]).abs().max() for arm in arms]
+    ablations = [
+        load_file(experiment.out / ablation / "model" / "model.safetensors")[name] for ablation in ("baseline", "both")
+    ]
+    moved = [(ablation - warm_up[name]).abs().max() for ablation in ablations]
     assert all(0 < distance < 0.02 for distance in moved)  # four steps of 1e-3; initial weights differ by about 0.2
     config = json.loads((experiment.out / "both-query" / "model" / "config.json").read_text())
     assert config["class_feature"] == "query"
@@ -121,7 +123,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     with pytest.raises(ValueError, match="other settings of train_scenes"):
         run(replace(experiment, train_scenes=13))
     with pytest.raises(ValueError, match="nonsense"):
-        replace(experiment, arms=("nonsense",))
+        replace(experiment, ablations=("nonsense",))
 
 
 def test_publishing_writes_a_checkpoint_its_card_and_the_page(finished, tmp_path):
@@ -132,7 +134,7 @@ def test_publishing_writes_a_checkpoint_its_card_and_the_page(finished, tmp_path
     assert len(model.config.id2label) == 18
     card = (tmp_path / "gkc-mini" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0")
-    assert "nothing of photographs" in card and "<<" not in card
+    assert "It cannot segment photographs" in card and "<<" not in card
     assert f"{100 * results['arms']['both']['scores']['colour']['miou']:.1f}" in card
     assert "circle: disc, dot" in card
     (tmp_path / "page.md").write_text(PAGE.read_text())
@@ -171,7 +173,10 @@ def test_tables_give_mean_spread_and_every_seed(finished):
 
 def test_what_was_not_measured_is_null_in_files_and_a_dash_in_tables(finished, tmp_path):
     experiment, results = finished
-    for path in (experiment.out / "results.json", *(experiment.out / arm / "scores.json" for arm in TRAINED)):
+    for path in (
+        experiment.out / "results.json",
+        *(experiment.out / ablation / "scores.json" for ablation in TRAINED),
+    ):
         json.loads(path.read_text(), parse_constant=pytest.fail)  # called for NaN and infinity only
     results = json.loads(json.dumps(results, allow_nan=False))
     for scores in results["arms"].values():

@@ -199,7 +199,7 @@ def test_the_second_run_does_nothing_and_says_so(tmp_path, capsys):
     (tmp_path / "out" / "val-00000-of-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"lacks val-00000-of-00001.parquet: give .* again"):
         load_prepared(tmp_path / "out", "val")
-    assert main(typed) == 2 and "is no folder" in capsys.readouterr().err
+    assert main(typed) == 2 and "is not a directory" in capsys.readouterr().err
     (tmp_path / "elsewhere").rename(mini.source)
     assert main(typed) == 0 and len(load_prepared(tmp_path / "out", "val").dataset) == 2
 
@@ -233,7 +233,7 @@ def test_a_source_that_changed_is_read_anew(tmp_path):
 # ---- what is wrong
 
 
-def test_all_problems_are_reported_and_nothing_is_sealed(tmp_path):
+def test_all_problems_are_reported_and_nothing_is_complete(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     benchmark, settings = toy(source), Settings(**QUICK)
     for name in ("001", "002", "010"):
@@ -330,7 +330,7 @@ def test_misuse_is_told(typed, said, capsys):
 
 def test_folders_that_are_not_there_are_told_of(tmp_path, capsys):
     assert main(["ade20k_150", "--source", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
-    assert f"--source: {tmp_path / 'none'} is no folder." in capsys.readouterr().err
+    assert f"--source: {tmp_path / 'none'} is not a directory." in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["ade20k_150", "--source", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
     assert f"There is no {tmp_path / 'empty' / 'images' / 'training'}" in capsys.readouterr().err

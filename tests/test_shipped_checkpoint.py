@@ -24,7 +24,7 @@ from train.data.drawn_world.examples import EXAMPLES_SPLIT, draw_examples
 from train.data.drawn_world.words import WORDS
 from train.data.drawn_world.world import draw_scene
 from train.miniworld.evaluate import evaluate
-from train.miniworld.settings import ARMS, MAIN_ARMS
+from train.miniworld.settings import ABLATIONS, MAIN_ABLATIONS
 from train.miniworld.summary import tables
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def recorded() -> dict:
 
 
 def shipped_scores() -> dict:
-    """Return the scores of the arm and seed that are shipped."""
+    """Return the scores of the ablation and seed that are shipped."""
     results = recorded()
     published = results["published"]
     return results["seeds"][str(published["seed"])]["arms"][published["arm"]]["scores"]
@@ -134,14 +134,14 @@ def test_scores_of_the_card_hold_on_new_images(model, processor):
 
 
 def test_text_losses_improve_classes_without_labels():
-    """All arms of a seed share the world, CLIP, warm-up and number of steps: only the losses differ."""
+    """All ablations of a seed share the world, CLIP, warm-up and number of steps: only the losses differ."""
     seeds = recorded()["seeds"].values()
     assert len(seeds) >= 3
     for results in seeds:
-        arms = {arm: scores["scores"] for arm, scores in results["arms"].items()}
-        assert set(MAIN_ARMS) <= set(arms) <= set(ARMS)
+        ablations = {ablation: scores["scores"] for ablation, scores in results["arms"].items()}
+        assert set(MAIN_ABLATIONS) <= set(ablations) <= set(ABLATIONS)
         for group in ("colour", "fill", "sub", "all/novel"):
-            assert arms["both"][group]["miou"] > arms["baseline"][group]["miou"], group
+            assert ablations["both"][group]["miou"] > ablations["baseline"][group]["miou"], group
 
 
 @pytest.mark.parametrize(

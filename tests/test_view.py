@@ -259,7 +259,7 @@ def test_misuse_is_told_in_one_line(tmp_path, capsys):
     write_manifest(prepared, manifest)
     (tmp_path / "empty").mkdir()
     for arguments, message in [
-        ([tmp_path / "nowhere"], "there is no folder"),
+        ([tmp_path / "nowhere"], "there is not a directory"),
         ([tmp_path / "empty", "--vocabulary", "cityscapes_19"], "neither a prepared benchmark nor"),
         ([folder, "--split", "test"], "no split 'test', but train, val"),
         ([folder, "--ids", "i5"], "no image or video i5"),

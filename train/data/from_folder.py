@@ -26,7 +26,7 @@ from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.locks import lock_output
-from .load import seal_dataset
+from .load import write_dataset_checksums
 from .prepared import VOCABULARY_NAME, vocabulary_json
 from .readers import coco_json, labelme_json, mask_folder, yolo_text
 from .schema import NO_CLASS, dataset_features, encode_ids
@@ -48,7 +48,7 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
         ValueError: it is laid out in no way that is known, or holds no annotated picture.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
+        raise ValueError(f"{folder} is not a directory.")
     masks = mask_folder.find_mask_folder(folder)
     if masks:
         source = mask_folder.read_mask_folder(masks, instances)
@@ -134,7 +134,7 @@ def _convert(
             (unfinished / f"{split}.arrow").unlink()
         command = shlex.join(["python", "-m", "train.data.from_folder", str(folder), "--out", str(out)])
         remedy = f"delete {out} (`rm -r {shlex.quote(str(out))}`) and make it again with `{command}`."
-        seal_dataset(unfinished, remedy)
+        write_dataset_checksums(unfinished, remedy)
         atomic_write_json(unfinished / VOCABULARY_NAME, vocabulary_json(source.vocabulary))
         report = writer.report({split: len(rows) for split, rows in splits.items() if len(rows) or split != "test"})
         atomic_write_json(unfinished / REPORT_NAME, report)

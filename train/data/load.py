@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..storage.checksums import FILES, describe_files, read_sealed_json, require_files, write_sealed_json
+from ..storage.checksums import FILES, describe_files, read_checksummed_json, require_files, write_checksummed_json
 from ..storage.fingerprints import settings_fingerprint
 from .prepared import VOCABULARY_NAME, Prepared, finished_splits, is_prepared, load_prepared
 
@@ -23,7 +23,7 @@ CHECKSUMS_NAME = "checksums.json"
 _SHAPE = {"files": FILES, "remedy": str}
 
 
-def seal_dataset(folder: Path, remedy: str) -> None:
+def write_dataset_checksums(folder: Path, remedy: str) -> None:
     """
     Write the checksums of a dataset that was just saved.
 
@@ -32,7 +32,7 @@ def seal_dataset(folder: Path, remedy: str) -> None:
         remedy: how to make it again, the end of a sentence.
     """
     paths = [*folder.rglob("*.arrow"), *folder.rglob("state.json"), *folder.rglob("dataset_*.json")]
-    write_sealed_json(folder / CHECKSUMS_NAME, {"files": describe_files(folder, paths), "remedy": remedy})
+    write_checksummed_json(folder / CHECKSUMS_NAME, {"files": describe_files(folder, paths), "remedy": remedy})
 
 
 def load_saved(folder: str | Path, split: str | None = None) -> Dataset | DatasetDict:
@@ -49,7 +49,7 @@ def load_saved(folder: str | Path, split: str | None = None) -> Dataset | Datase
 
     folder = Path(folder)
     if (folder / CHECKSUMS_NAME).exists():
-        own = read_sealed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
+        own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
         others = [
             name for name in own["files"] if "/" in name and split is not None and not name.startswith(f"{split}/")
         ]
@@ -105,7 +105,7 @@ def load_judged(folder: str | Path, split: str) -> Prepared:
     if is_prepared(folder) or not (folder / CHECKSUMS_NAME).is_file():
         return load_prepared(folder, split)
     dataset = load_split(folder, split)
-    own = read_sealed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
+    own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
     files = [file for name, file in sorted(own["files"].items()) if name.startswith(f"{split}/")]
     info = {"shards": [{"sha256": settings_fingerprint(file)} for file in files], "expected": None}
     return Prepared(dataset, Vocabulary.from_file(folder / VOCABULARY_NAME), "folder", info)
@@ -115,7 +115,7 @@ def load_splits(folder: str | Path) -> Dataset | DatasetDict:
     """All that a folder holds: several splits, or the rows of a single one without a name.
 
     Raises:
-        ValueError: it is no folder of a dataset, or a file is damaged.
+        ValueError: it is not the directory of a dataset, or a file is damaged.
     """
     from datasets import DatasetDict
 

@@ -141,7 +141,7 @@ def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settin
             _restore_vocabulary(benchmark, source, out, manifest["vocabulary_sha256"])
         return manifest
     if not source.is_dir():
-        raise ValueError(f"--source: {source} is no folder.")
+        raise ValueError(f"--source: {source} is not a directory.")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out: {out} holds other files: name an empty or a new folder.")
     vocabulary = benchmark.classes(source)
@@ -160,7 +160,7 @@ def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settin
 def _restore_vocabulary(benchmark: Benchmark, source: Path, out: Path, sha256: str) -> None:
     """Write a vocabulary again that was lost, damaged or edited."""
     if not source.is_dir():
-        raise ValueError(f"--source: {source} is no folder.")
+        raise ValueError(f"--source: {source} is not a directory.")
     atomic_write_json(out / VOCABULARY_NAME, vocabulary_json(benchmark.classes(source)), indent=1)
     if is_damaged(out / VOCABULARY_NAME, sha256):
         raise ValueError(f"{source} has other classes than {out} was begun with: name another --out.")
@@ -170,9 +170,9 @@ def _prepare_split(
     benchmark: Benchmark, source: Path, out: Path, split: str, settings: Settings, manifest: dict[str, Any]
 ) -> None:
     if not source.is_dir():
-        raise ValueError(f"--source: {source} is no folder.")
+        raise ValueError(f"--source: {source} is not a directory.")
     pictures = benchmark.find(source, split)[: settings.limit]
-    _refuse_repeated_ids(pictures)
+    _check_ids_differ(pictures)
     digest = _digest(source, pictures)
     if (manifest["splits"].get(split) or {}).get("digest") != digest:
         _forget(out, split)  # the source was another when a killed run began
@@ -195,7 +195,7 @@ def _unchanged_classes(benchmark: Benchmark, source: Path, out: Path) -> Vocabul
     return vocabulary
 
 
-def _refuse_repeated_ids(pictures: Sequence[Picture]) -> None:
+def _check_ids_differ(pictures: Sequence[Picture]) -> None:
     repeated = [name for name, count in Counter(picture.image_id for picture in pictures).items() if count > 1]
     if repeated:
         raise ValueError(f"Several images are called {repeated[0]!r} ({len(repeated)} names are repeated in all).")

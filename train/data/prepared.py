@@ -32,7 +32,7 @@ from modeling_gkc.atomic_files import atomic_path
 from modeling_gkc.file_checksums import DamagedFileError
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..storage.checksums import Each, Perhaps, file_sha256, file_xxh3, read_sealed_json, write_sealed_json
+from ..storage.checksums import Each, Perhaps, file_sha256, file_xxh3, read_checksummed_json, write_checksummed_json
 from ..storage.fingerprints import settings_fingerprint
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"train.data.prepare BENCHMARK --source DIR --out {folder}`."
         )
     remedy = f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) and prepare the benchmark anew."
-    manifest = read_sealed_json(path, _MANIFEST, remedy)
+    manifest = read_checksummed_json(path, _MANIFEST, remedy)
     if manifest["format"] != FORMAT:
         raise ValueError(f"{path} is of another version of this code: {remedy}")
     return manifest
@@ -108,7 +108,7 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """Write `prepared.json` with its checksum and format, and with the vocabulary's SHA-256 where it lacks it."""
     if "vocabulary_sha256" not in manifest:
         manifest = {**manifest, "vocabulary_sha256": file_sha256(Path(folder) / VOCABULARY_NAME)}
-    write_sealed_json(Path(folder) / MANIFEST_NAME, {**manifest, "format": FORMAT})
+    write_checksummed_json(Path(folder) / MANIFEST_NAME, {**manifest, "format": FORMAT})
 
 
 def finished_splits(folder: str | Path) -> list[str]:
@@ -199,7 +199,7 @@ def _arrow_file(folder: Path, split: str, info: Mapping[str, Any], command: str)
             _write_arrow([folder / shard["file"] for shard in info["shards"]], path)
             known = {"bytes": path.stat().st_size, "xxh3": file_xxh3(path)}
         if known.get("parquet") != states:
-            write_sealed_json(path.with_suffix(".json"), {**known, "parquet": states})
+            write_checksummed_json(path.with_suffix(".json"), {**known, "parquet": states})
     return path
 
 
@@ -214,7 +214,7 @@ def _arrow_place(folder: Path, name: str) -> Path:
 def _known_arrow(path: Path) -> dict[str, Any] | None:
     """What was noted of an Arrow file, if it is still as it was written."""
     try:
-        known = read_sealed_json(path.with_suffix(".json"), _ARROW, "")
+        known = read_checksummed_json(path.with_suffix(".json"), _ARROW, "")
         return known if path.stat().st_size == known["bytes"] and file_xxh3(path) == known["xxh3"] else None
     except (OSError, DamagedFileError):
         return None

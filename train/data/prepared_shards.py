@@ -22,7 +22,7 @@ from PIL import Image
 
 from modeling_gkc.file_checksums import DamagedFileError
 
-from ..storage.checksums import Each, file_sha256, read_sealed_json, write_sealed_json
+from ..storage.checksums import Each, file_sha256, read_checksummed_json, write_checksummed_json
 from ..storage.shard_folder import ShardFolder
 from .benchmarks.base import Benchmark
 from .prepared import is_damaged
@@ -117,7 +117,7 @@ def plan_shards(split: str, images: int, per_shard: int) -> list[ShardPlan]:
 def finished_report(out: Path, plan: ShardPlan) -> ShardReport | None:
     """The report of a file that an earlier run finished without a problem; None if either is missing or damaged."""
     try:
-        found = ShardReport(**read_sealed_json(_report_path(out, plan.file), _REPORT, ""))
+        found = ShardReport(**read_checksummed_json(_report_path(out, plan.file), _REPORT, ""))
     except DamagedFileError:
         return None
     if found.problems or is_damaged(out / plan.file, found.sha256):
@@ -214,7 +214,7 @@ def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> Sha
             while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
         report.sha256 = file_sha256(temporary)
-        write_sealed_json(_report_path(work.out, plan.file), vars(report), sync=True)
+        write_checksummed_json(_report_path(work.out, plan.file), vars(report), sync=True)
     return report
 
 

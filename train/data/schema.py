@@ -131,7 +131,7 @@ def learnable_ids(row: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: there are ids that the row's segments do not list, or list twice; sample and ids are named.
     """
-    _refuse_wrong_ids(row, ids)
+    _check_ids(row, ids)
     left_out = _left_out_ids(row)
     return np.where(np.isin(ids, left_out), np.int32(VOID), ids) if left_out else ids
 
@@ -150,7 +150,7 @@ def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS
     Raises:
         ValueError: there are ids that the row's segments do not list, or list twice; sample and ids are named.
     """
-    _refuse_wrong_ids(row, ids)
+    _check_ids(row, ids)
     classes = {segment["id"]: segment["category_id"] for segment in row["segments"]}
     present = ids_within(ids)
     values = [classes.get(number, NO_CLASS) for number in present.tolist()]
@@ -158,7 +158,7 @@ def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS
     return values[np.searchsorted(present, ids)]
 
 
-def _refuse_wrong_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
+def _check_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
     """Refuse a row whose segments are not those of its segmentation, each listed once."""
     if problems := segment_problems(row["segments"]):
         raise ValueError(f"Sample {row['image_id']!r}: {'; '.join(problems)}.")

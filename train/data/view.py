@@ -78,7 +78,7 @@ def open_dataset(folder: Path, split: str | None = None, vocabulary: str | None 
     from datasets import DatasetDict
 
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}.")
+        raise ValueError(f"there is not a directory {folder}.")
     words = _vocabulary(folder, vocabulary)
     if is_prepared(folder):
         return _open_prepared(folder, split, words)

@@ -23,7 +23,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_gkc.file_checksums import DamagedFileError
 
-from ..storage.checksums import FILES, describe_files, read_json, read_sealed_json, require_files, write_sealed_json
+from ..storage.checksums import (
+    FILES,
+    describe_files,
+    read_checksummed_json,
+    read_json,
+    require_files,
+    write_checksummed_json,
+)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 _SHAPE = {"files": FILES}
@@ -45,7 +52,7 @@ def write_manifest(folder: str | Path) -> None:
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME]
     for path in paths:
         _flush(path)
-    write_sealed_json(folder / MANIFEST_NAME, {"files": describe_files(folder, paths)}, sync=True)
+    write_checksummed_json(folder / MANIFEST_NAME, {"files": describe_files(folder, paths)}, sync=True)
     _flush(folder)
     _flush(folder.parent)
 
@@ -76,7 +83,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     sizes = content["files"] if isinstance(content, dict) and content.keys() == {"files"} else None
     if isinstance(sizes, dict) and all(type(size) is int for size in sizes.values()):
         return {name: {"bytes": size} for name, size in sizes.items()}
-    return read_sealed_json(path, _SHAPE, remedy)["files"]
+    return read_checksummed_json(path, _SHAPE, remedy)["files"]
 
 
 def _remedy(folder: Path) -> str:

@@ -169,7 +169,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.tta and any(needs_segments(task) for task in options.tasks or protocol.tasks):
         raise ValueError("--tta: segments of several views cannot be merged; give --tasks semantic.")
     if not options.data.is_dir():
-        raise ValueError(f"--data: there is no folder {options.data}; `python -m train.data.prepare` makes it.")
+        raise ValueError(f"--data: there is not a directory {options.data}; `python -m train.data.prepare` makes it.")
 
 
 def _request(options: argparse.Namespace, command: str) -> Request:

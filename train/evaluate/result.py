@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..storage.checksums import Each, read_json, read_sealed_json, shape_problems, write_sealed_json
+from ..storage.checksums import Each, read_checksummed_json, read_json, shape_problems, write_checksummed_json
 
 SCHEMA_NAME = "gkc-evaluation-1"
 NUMBER = (int, float)
@@ -67,7 +67,7 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
     if problems:
         raise ValueError("the result does not follow its own schema: " + "; ".join(problems))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed_json(path, result)
+    write_checksummed_json(path, result)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def read_result(path: Path) -> dict[str, Any]:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path}: is no result of train.evaluate: {'; '.join(problems[:3])}{more}")
-    return read_sealed_json(path, SCHEMA, remedy)
+    return read_checksummed_json(path, SCHEMA, remedy)
 
 
 def per_cent(value: float | None, digits: int = 2) -> float | None:

@@ -1,7 +1,7 @@
 """The mini-world experiment: draw the world, train a tiny CLIP and its segmenters, print and draw what was learned.
 
     python -m train.miniworld                                    the paper's method, one seed, about half an hour
-    python -m train.miniworld --arms all --seeds 0 1 2           the whole ablation, 2 to 4 hours on two CPU cores
+    python -m train.miniworld --ablations all --seeds 0 1 2      the whole ablation, 2 to 4 hours on two CPU cores
     python -m train.miniworld --out runs/toy --clip-steps 9 --warmup-steps 9 --steps 9 --train-scenes 60
 
 A killed run continues where it last saved when the same command is given again. Several seeds can also be run side by
@@ -17,9 +17,9 @@ from pathlib import Path
 from configuration import load_recipe
 from modeling_gkc.cli.common import interruptible
 
-from .settings import ARMS, MAIN_ARMS, VARIANTS, CLIPTraining, Experiment
+from .settings import ABLATIONS, MAIN_ABLATIONS, VARIANTS, CLIPTraining, Experiment
 
-GROUPS = {"main": tuple(MAIN_ARMS), "all": tuple(ARMS)}
+GROUPS = {"main": tuple(MAIN_ABLATIONS), "all": tuple(ABLATIONS)}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -31,21 +31,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=defaults.out, help="folder of all results (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of world, CLIP, segmenter (%(default)s)")
     parser.add_argument(
-        "--arms",
+        "--ablations",
         nargs="+",
-        choices=[*GROUPS, *ARMS],
-        metavar="ARM",
-        default=list(defaults.arms),
-        help=f"`main`: {', '.join(MAIN_ARMS)}; `all`: also {', '.join(VARIANTS)}; or some of them (both)",
+        choices=[*GROUPS, *ABLATIONS],
+        metavar="ABLATION",
+        default=list(defaults.ablations),
+        help=f"`main`: {', '.join(MAIN_ABLATIONS)}; `all`: also {', '.join(VARIANTS)}; or some of them (both)",
     )
     parser.add_argument("--train-scenes", type=int, default=defaults.train_scenes, help="pictures (%(default)s)")
     parser.add_argument("--test-scenes", type=int, default=defaults.test_scenes, help="pictures (%(default)s)")
     parser.add_argument("--clip-steps", type=int, default=clip.steps, help="steps of the tiny CLIP (%(default)s)")
     parser.add_argument("--clip-scenes", type=int, default=clip.scenes, help="pictures for CLIP (%(default)s)")
     parser.add_argument(
-        "--warmup-steps", type=int, default=defaults.warmup_steps, help="steps that all arms share (%(default)s)"
+        "--warmup-steps", type=int, default=defaults.warmup_steps, help="steps that all ablations share (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=recipe.optimizer.steps, help="steps of an arm (%(default)s)")
+    parser.add_argument("--steps", type=int, default=recipe.optimizer.steps, help="steps of an ablation (%(default)s)")
     parser.add_argument("--num-proc", type=int, default=1, help="processes that draw scenes (%(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch; beside other jobs, 1 is often faster than 2")
     return parser.parse_args(arguments)
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    arms = [arm for name in options.arms for arm in GROUPS.get(name, (name,))]
+    ablations = [ablation for name in options.ablations for ablation in GROUPS.get(name, (name,))]
     for seed in options.seeds:
         experiment = Experiment(
             out=options.out / f"seed-{seed}",
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             clip=replace(CLIPTraining(), steps=options.clip_steps, scenes=options.clip_scenes),
             recipe=load_recipe("miniworld", steps=options.steps),
             warmup_steps=options.warmup_steps,
-            arms=tuple(dict.fromkeys(arms)),
+            ablations=tuple(dict.fromkeys(ablations)),
             num_proc=options.num_proc,
         )
         run(experiment)

@@ -1,4 +1,4 @@
-"""The mini-world experiment of one seed: pictures -> tiny CLIP -> gate -> warm-up -> segmenter by arm -> scores.
+"""The mini-world experiment of one seed: pictures -> tiny CLIP -> gate -> warm-up -> segmenter by ablation -> scores.
 
 Finished parts are kept: a run that was killed goes on where it stopped.
 """
@@ -31,7 +31,7 @@ from ..engine.trainer import GKCTrainer
 from ..teacher.region_teacher import RegionTeacher, TeacherEmbeddings
 from .clip import MiniCLIP, load_clip, train_clip
 from .evaluate import evaluate
-from .settings import ARMS, NO_DISTILLATION, NO_SYNONYMS, Experiment
+from .settings import ABLATIONS, NO_DISTILLATION, NO_SYNONYMS, Experiment
 
 SCENE_SIZE = 96  # side in pixels of the pictures
 
@@ -40,7 +40,7 @@ WARM_UP_WORD = "thing"  # a word of the tiny CLIP that says nothing about what a
 
 
 def run(experiment: Experiment) -> dict:
-    """Run what is not there yet and return `{"gate", "minutes", "arms": {arm: scores}}`, also in `results.json`."""
+    """Run what is missing and return `{"gate", "minutes", "arms": {ablation: scores}}`, also in `results.json`."""
     out = Path(experiment.out)
     out.mkdir(parents=True, exist_ok=True)
     _check_same_settings(experiment)
@@ -54,10 +54,10 @@ def run(experiment: Experiment) -> dict:
     }
     parts = Parts(clip, train_set, test_set, embeddings["train"], embeddings["test"])
     results = {"gate": _read(out / "clip" / "gate.json"), "settings": _read(out / "settings.json")}
-    for arm in experiment.arms:
-        _arm(experiment, arm, parts)
-    finished = {arm: out / arm / "scores.json" for arm in ARMS}
-    results["arms"] = {arm: _read(path) for arm, path in finished.items() if path.exists()}
+    for ablation in experiment.ablations:
+        _ablation(experiment, ablation, parts)
+    finished = {ablation: out / ablation / "scores.json" for ablation in ABLATIONS}
+    results["arms"] = {ablation: _read(path) for ablation, path in finished.items() if path.exists()}
     results["minutes"] = {name: round(seconds / 60, 1) for name, seconds in _read(out / "seconds.json").items()}
     _write(out / "results.json", results)
     return results
@@ -65,7 +65,7 @@ def run(experiment: Experiment) -> dict:
 
 @dataclass(frozen=True)
 class Parts:
-    """What all arms of a seed share; embeddings are the teacher's, of the regions of either set."""
+    """What all ablations of a seed share; embeddings are the teacher's, of the regions of either set."""
 
     clip: MiniCLIP
     train_set: Dataset
@@ -99,15 +99,15 @@ def _clip(experiment: Experiment) -> MiniCLIP:
     return load_clip(folder)
 
 
-def _arm(experiment: Experiment, name: str, parts: Parts) -> None:
-    """Train and measure one arm, unless that is done."""
-    folder, arm = Path(experiment.out) / name, ARMS[name]
+def _ablation(experiment: Experiment, name: str, parts: Parts) -> None:
+    """Train and measure one ablation, unless that is done."""
+    folder, ablation = Path(experiment.out) / name, ABLATIONS[name]
     if not (folder / "scores.json").exists():
-        trained_as = arm.trained_as or name
+        trained_as = ablation.trained_as or name
         start = _warm_up(experiment, parts)
-        trainer = _timed(experiment.out, trained_as, partial(_train_arm, experiment, trained_as, parts, start))
+        trainer = _timed(experiment.out, trained_as, partial(_train_ablation, experiment, trained_as, parts, start))
         model, processor = trainer.student.eval(), trainer.processing_class
-        head = trainer.training_model.distillation_head if arm.test_on_both else None
+        head = trainer.training_model.distillation_head if ablation.test_on_both else None
         scores = evaluate(model, processor, parts.test_set, teacher=parts.test_embeddings, distillation_head=head)
         model.set_vocabulary(all_concepts(), processor)
         with atomic_folder(folder / "model", overwrite=True) as unfinished:
@@ -116,12 +116,12 @@ def _arm(experiment: Experiment, name: str, parts: Parts) -> None:
         _write(folder / "scores.json", scores)
 
 
-def _train_arm(experiment: Experiment, name: str, parts: Parts, start: Path) -> GKCTrainer:
-    """Train an arm from the weights of the file `start`."""
-    arm = ARMS[name]
-    recipe = experiment.recipe.replace({"run.seed": experiment.seed, **arm.changes})
-    if arm.class_feature is not None:
-        recipe = recipe.replace({"model.config": {**recipe.model.config, "class_feature": arm.class_feature}})
+def _train_ablation(experiment: Experiment, name: str, parts: Parts, start: Path) -> GKCTrainer:
+    """Train an ablation from the weights of the file `start`."""
+    ablation = ABLATIONS[name]
+    recipe = experiment.recipe.replace({"run.seed": experiment.seed, **ablation.changes})
+    if ablation.class_feature is not None:
+        recipe = recipe.replace({"model.config": {**recipe.model.config, "class_feature": ablation.class_feature}})
     model = make_student(parts.clip, recipe)
     _load_warm_up(model, start)
     embeddings = parts.train_embeddings if _needs_teacher(recipe) else None
@@ -134,7 +134,7 @@ def _needs_teacher(recipe: Recipe) -> bool:
 
 
 def _warm_up(experiment: Experiment, parts: Parts) -> Path:
-    """Weights that every arm starts from: trained to find regions, all of them under one word."""
+    """Weights that every ablation starts from: trained to find regions, all of them under one word."""
     weights = Path(experiment.out) / WARM_UP / "model.safetensors"
     if not weights.exists():
         changes = {"run.seed": experiment.seed, "synonyms.probabilities": "uniform"}
@@ -236,7 +236,7 @@ def all_concepts() -> Vocabulary:
 
 
 def _check_same_settings(experiment: Experiment) -> None:
-    """Refuse to mix parts made with other settings; arms may be added."""
+    """Refuse to mix parts made with other settings; ablations may be added."""
     settings = {
         "seed": experiment.seed,
         "train_scenes": experiment.train_scenes,

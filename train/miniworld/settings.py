@@ -1,4 +1,4 @@
-"""Settings of the mini-world experiment: its arms, the training of its tiny CLIP, and its sizes."""
+"""Settings of the mini-world experiment: its ablations, the training of its tiny CLIP, and its sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,15 +25,15 @@ class CLIPTraining:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One arm of the ablation: its title and what it changes.
+class Ablation:
+    """One ablation of the ablation: its title and what it changes.
 
     Attributes:
         title: For tables.
         changes: Values of the recipe's fields by `section.field`.
         class_feature: Field of the model's configuration, None for the recipe's own.
         test_on_both: Classify by the mean of class and distillation embedding, which must be different ones.
-        trained_as: The arm whose weights are tested, where this one only tests differently.
+        trained_as: The ablation whose weights are tested, where this one only tests differently.
     """
 
     title: str
@@ -46,37 +46,39 @@ class Arm:
 NO_SYNONYMS, NO_DISTILLATION = {"synonyms.mode": "none"}, {"distillation.weight": 0.0}
 OWN_HEAD = {"distillation.embedding": "query"}
 # `both` is the method of the paper; these four are the ablation.
-MAIN_ARMS = {
-    "baseline": Arm("plain names only", NO_SYNONYMS | NO_DISTILLATION),
-    "synonyms": Arm("+ text diversification", NO_DISTILLATION),
-    "distillation": Arm("+ distillation", NO_SYNONYMS),
-    "both": Arm("+ both"),
+MAIN_ABLATIONS = {
+    "baseline": Ablation("plain names only", NO_SYNONYMS | NO_DISTILLATION),
+    "synonyms": Ablation("+ text diversification", NO_DISTILLATION),
+    "distillation": Ablation("+ distillation", NO_SYNONYMS),
+    "both": Ablation("+ both"),
 }
 # Further questions: one thing changed in one of the four.
 VARIANTS = {
-    "synonyms-unfiltered": Arm(
+    "synonyms-unfiltered": Ablation(
         "synonyms, drawn from all words", NO_DISTILLATION | {"synonyms.probabilities": "uniform"}
     ),
-    "synonyms-average": Arm("synonyms, average of the words' logits", NO_DISTILLATION | {"synonyms.mode": "average"}),
-    "synonyms-max": Arm("synonyms, maximum of the words' logits", NO_DISTILLATION | {"synonyms.mode": "max"}),
-    "distillation-own-head": Arm("distillation by a head of its own", NO_SYNONYMS | OWN_HEAD),
-    "distillation-own-head-both": Arm(
+    "synonyms-average": Ablation(
+        "synonyms, average of the words' logits", NO_DISTILLATION | {"synonyms.mode": "average"}
+    ),
+    "synonyms-max": Ablation("synonyms, maximum of the words' logits", NO_DISTILLATION | {"synonyms.mode": "max"}),
+    "distillation-own-head": Ablation("distillation by a head of its own", NO_SYNONYMS | OWN_HEAD),
+    "distillation-own-head-both": Ablation(
         "the same, tested on both embeddings",
         NO_SYNONYMS | OWN_HEAD,
         test_on_both=True,
         trained_as="distillation-own-head",
     ),
-    "both-own-head": Arm("both, distillation by a head of its own", OWN_HEAD),
-    "both-own-head-both": Arm(
+    "both-own-head": Ablation("both, distillation by a head of its own", OWN_HEAD),
+    "both-own-head-both": Ablation(
         "the same, tested on both embeddings", OWN_HEAD, test_on_both=True, trained_as="both-own-head"
     ),
-    "both-long": Arm("both, three times the steps", {"optimizer.steps": 1200}),
-    "both-query": Arm("both, classes read from the query alone", class_feature="query"),
-    "baseline-query": Arm(
+    "both-long": Ablation("both, three times the steps", {"optimizer.steps": 1200}),
+    "both-query": Ablation("both, classes read from the query alone", class_feature="query"),
+    "baseline-query": Ablation(
         "plain names only, classes read from the query alone", NO_SYNONYMS | NO_DISTILLATION, class_feature="query"
     ),
 }
-ARMS = MAIN_ARMS | VARIANTS
+ABLATIONS = MAIN_ABLATIONS | VARIANTS
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class Experiment:
         seed: Of world, CLIP and segmenter.
         train_scenes, test_scenes: Pictures.
         clip: Training of the tiny CLIP.
-        recipe: Training of the segmenter, before an arm's changes.
-        warmup_steps: Steps that all arms share, before their own: masks alone, every region under the same word.
-        arms: Names of `ARMS`.
+        recipe: Training of the segmenter, before an ablation's changes.
+        warmup_steps: Steps that all ablations share, before their own: masks alone, every region under the same word.
+        ablations: Names of `ABLATIONS`.
         num_proc: Processes that draw scenes.
     """
 
@@ -101,10 +103,10 @@ class Experiment:
     clip: CLIPTraining = field(default_factory=CLIPTraining)
     recipe: Recipe = field(default_factory=lambda: load_recipe("miniworld"))
     warmup_steps: int = 350
-    arms: tuple[str, ...] = ("both",)
+    ablations: tuple[str, ...] = ("both",)
     num_proc: int = 1
 
     def __post_init__(self):
-        unknown = sorted(set(self.arms) - ARMS.keys())
-        if unknown or not self.arms:
-            raise ValueError(f"Unknown arms {unknown}; choose some of {', '.join(ARMS)}.")
+        unknown = sorted(set(self.ablations) - ABLATIONS.keys())
+        if unknown or not self.ablations:
+            raise ValueError(f"Unknown ablations {unknown}; choose some of {', '.join(ABLATIONS)}.")

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from modeling_gkc.atomic_files import atomic_path, atomic_write_json
 
 from .evaluate import per_cent
-from .settings import ARMS, MAIN_ARMS, VARIANTS
+from .settings import ABLATIONS, MAIN_ABLATIONS, VARIANTS
 
 SUMMARY_NAME, PLOT_NAME = "summary.json", "summary.png"
 HARMONIC_MEAN, TEACHER_COSINE = "harmonic mean", "teacher cosine"
@@ -63,30 +63,30 @@ def write_summary(folder: str | Path, seeds: Seeds) -> str:
 def tables(seeds: Seeds) -> dict[str, str]:
     """Every table of `TABLE_TITLES` in Markdown; empty where no seed has what it shows."""
     return {
-        "scores": score_table(seeds, MAIN_ARMS),
-        "scores_by_seed": score_table(seeds, MAIN_ARMS, by_seed),
-        "regions": score_table(seeds, MAIN_ARMS, measure="region_accuracy"),
+        "scores": score_table(seeds, MAIN_ABLATIONS),
+        "scores_by_seed": score_table(seeds, MAIN_ABLATIONS, by_seed),
+        "regions": score_table(seeds, MAIN_ABLATIONS, measure="region_accuracy"),
         "variants": score_table(seeds, VARIANTS, by_seed),
         "gate": gate_table(seeds),
         "minutes": _minutes(seeds),
     }
 
 
-def score_table(seeds: Seeds, arms: Sequence[str], show=None, measure: str = "miou") -> str:
-    """Words asked (rows) by arm (columns); arms that no seed has are left out; empty without any arm.
+def score_table(seeds: Seeds, ablations: Sequence[str], show=None, measure: str = "miou") -> str:
+    """Words asked (rows) by ablation (columns); ablations that no seed has are left out; empty without any ablation.
 
     Args:
         seeds: the results.
-        arms: names of arms, in order.
+        ablations: names of ablations, in order.
         show: a cell's values over the seeds -> text; `mean_and_spread` by default.
         measure: `miou` or `region_accuracy`.
     """
-    present = [arm for arm in arms if any(arm in results["arms"] for results in seeds.values())]
+    present = [ablation for ablation in ablations if any(ablation in results["arms"] for results in seeds.values())]
     if not present:
         return ""
-    rows = [["words asked", *(ARMS[arm].title for arm in present)], ["---", *["---:"] * len(present)]]
+    rows = [["words asked", *(ABLATIONS[ablation].title for ablation in present)], ["---", *["---:"] * len(present)]]
     for row in _rows(seeds, measure):
-        cells = ((show or mean_and_spread)(values(seeds, arm, row, measure)) for arm in present)
+        cells = ((show or mean_and_spread)(values(seeds, ablation, row, measure)) for ablation in present)
         rows.append([ROW_TITLES.get(row, row), *cells])
     return markdown(rows)
 
@@ -96,9 +96,9 @@ def _rows(seeds: Seeds, measure: str) -> list[str]:
     return [*first["scores"], *([HARMONIC_MEAN, TEACHER_COSINE] if measure == "miou" else [])]
 
 
-def values(seeds: Seeds, arm: str, row: str, measure: str = "miou") -> list[float | None]:
-    """A row's value of each seed that has the arm, 0..1, None where there is no ground truth."""
-    found = [results["arms"][arm] for results in seeds.values() if arm in results["arms"]]
+def values(seeds: Seeds, ablation: str, row: str, measure: str = "miou") -> list[float | None]:
+    """A row's value of each seed that has the ablation, 0..1, None where there is no ground truth."""
+    found = [results["arms"][ablation] for results in seeds.values() if ablation in results["arms"]]
     if row == HARMONIC_MEAN:
         return [scores["harmonic_mean"] for scores in found]
     if row == TEACHER_COSINE:
@@ -149,19 +149,25 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(seeds: Seeds, path: str | Path) -> None:
-    """Bars of the mean mIoU of every arm by words asked, with every seed as a dot."""
+    """Bars of the mean mIoU of every ablation by words asked, with every seed as a dot."""
     from matplotlib.figure import Figure  # only drawing needs it
 
-    arms = [arm for arm in MAIN_ARMS if any(arm in results["arms"] for results in seeds.values())]
+    ablations = [
+        ablation for ablation in MAIN_ABLATIONS if any(ablation in results["arms"] for results in seeds.values())
+    ]
     rows = [row for row in _rows(seeds, "miou") if row != TEACHER_COSINE]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / max(1, len(arms))
-    for number, arm in enumerate(arms):
-        cells = [[100 * value for value in values(seeds, arm, row) if value is not None] for row in rows]
-        centres = [position + (number - (len(arms) - 1) / 2) * width for position in range(len(rows))]
+    width = 0.8 / max(1, len(ablations))
+    for number, ablation in enumerate(ablations):
+        cells = [[100 * value for value in values(seeds, ablation, row) if value is not None] for row in rows]
+        centres = [position + (number - (len(ablations) - 1) / 2) * width for position in range(len(rows))]
         axes.bar(
-            centres, [mean(cell) if cell else 0 for cell in cells], width, label=ARMS[arm].title, color=f"C{number}"
+            centres,
+            [mean(cell) if cell else 0 for cell in cells],
+            width,
+            label=ABLATIONS[ablation].title,
+            color=f"C{number}",
         )
         dots = [(centre, value) for centre, cell in zip(centres, cells, strict=True) for value in cell]
         axes.plot(*zip(*dots, strict=True), ".", color="black", markersize=3)

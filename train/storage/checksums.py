@@ -93,7 +93,7 @@ def _join(place: str, key: str) -> str:
     return f"{place}.{key}" if place else str(key)
 
 
-def write_sealed_json(path: str | Path, content: Mapping[str, Any], sync: bool = False) -> None:
+def write_checksummed_json(path: str | Path, content: Mapping[str, Any], sync: bool = False) -> None:
     """
     Write an object atomically as a JSON file with a checksum of itself.
 
@@ -161,9 +161,9 @@ def _file_error(problem: str, remedy: str | None) -> ValueError:
     return ValueError(f"{problem}.") if remedy is None else DamagedFileError(f"{problem}: {remedy}")
 
 
-def read_sealed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+def read_checksummed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) -> dict[str, Any]:
     """
-    Read what `write_sealed_json` wrote, without its checksum.
+    Read what `write_checksummed_json` wrote, without its checksum.
 
     Args:
         path: the file.

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from modeling_gkc.file_checksums import DamagedFileError
 
-from .checksums import read_sealed_json, write_sealed_json
+from .checksums import read_checksummed_json, write_checksummed_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -171,7 +171,7 @@ _REMEMBERED = {"key": {"files": [list], "rows": int, "datasets": str}, "fingerpr
 
 def _recall(path: Path, key: Mapping[str, Any]) -> str | None:
     try:
-        known = read_sealed_json(path, _REMEMBERED, "")
+        known = read_checksummed_json(path, _REMEMBERED, "")
     except DamagedFileError:  # or it is not there: the data are read again
         return None
     return known["fingerprint"] if known["key"] == key else None
@@ -180,6 +180,6 @@ def _recall(path: Path, key: Mapping[str, Any]) -> str | None:
 def _keep(path: Path, key: Mapping[str, Any], fingerprint: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed_json(path, {"key": key, "fingerprint": fingerprint})
+        write_checksummed_json(path, {"key": key, "fingerprint": fingerprint})
     except OSError as error:  # a dataset that cannot be written to is read again each time
         logging.getLogger(__name__).warning("The data's fingerprint cannot be kept: %s", error)

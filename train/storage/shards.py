@@ -36,7 +36,7 @@ from torch import Tensor
 from modeling_gkc.atomic_files import atomic_path
 from modeling_gkc.file_checksums import EMPTY_CHECKSUM, DamagedFileError, verify_checksum, write_checksum
 
-from .checksums import Each, Perhaps, read_json, read_sealed_json, write_sealed_json
+from .checksums import Each, Perhaps, read_checksummed_json, read_json, write_checksummed_json
 from .shard_folder import ShardFolder
 
 FORMAT = "gkc-region-rows-2"
@@ -110,7 +110,7 @@ class StoreWriter:
         self.folder = Path(folder)
         if (self.folder / MANIFEST).exists():
             manifest = read_manifest(self.folder)
-            refuse_stale(self.folder, manifest, settings)
+            check_not_stale(self.folder, manifest, settings)
             settings = StoreSettings(**{**asdict(settings), "images_per_shard": manifest["images_per_shard"]})
         self.settings = settings
         names = [shard_name(number) for number in range(settings.num_shards)]
@@ -120,7 +120,7 @@ class StoreWriter:
         """Make the folder ready; by one process, before any shard is written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shards.remove_leftovers()
-        if self.pending() or not self._is_sealed():
+        if self.pending() or not self._is_finished():
             self._write_manifest({})
 
     def pending(self) -> list[int]:
@@ -161,7 +161,7 @@ class StoreWriter:
         """
         if missing := self.pending():
             raise ValueError(f"{self.folder} still lacks the shards {missing[:10]}: {_complete(self.settings)}")
-        if not self._is_sealed():
+        if not self._is_finished():
             with atomic_path(self.folder / INDEX, sync=True) as temporary:
                 _save(temporary, self._index(), {"format": FORMAT})
             shards = [self._describe(number) for number in range(self.settings.num_shards)]
@@ -177,7 +177,7 @@ class StoreWriter:
         except (OSError, SafetensorError, DamagedFileError):
             return None
 
-    def _is_sealed(self) -> bool:
+    def _is_finished(self) -> bool:
         manifest = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else {}
         if "shards" not in manifest or self.pending():
             return False
@@ -185,7 +185,7 @@ class StoreWriter:
 
     def _write_manifest(self, sealed: Mapping[str, Any]) -> None:
         content = {"format": FORMAT, **asdict(self.settings), **sealed}
-        write_sealed_json(self.folder / MANIFEST, content, sync=True)
+        write_checksummed_json(self.folder / MANIFEST, content, sync=True)
 
     def _describe(self, shard: int) -> dict[str, int]:
         path = self.folder / shard_name(shard)
@@ -340,10 +340,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = read_json(path, remedy)
     if isinstance(found, dict) and found.get("format") in _OLDER_FORMATS:
         raise ValueError(f"{folder} has the format {found['format']!r}, not {FORMAT!r}, and no checksums: {remedy}")
-    return read_sealed_json(path, _SHAPE, remedy)
+    return read_checksummed_json(path, _SHAPE, remedy)
 
 
-def refuse_stale(folder: Path, manifest: Mapping[str, Any], settings: StoreSettings) -> None:
+def check_not_stale(folder: Path, manifest: Mapping[str, Any], settings: StoreSettings) -> None:
     """Refuse to go on with a store that was begun from something else.
 
     Raises:

@@ -100,7 +100,7 @@ def cache_folder(dataset_folder: str | Path, split: str, kind: str) -> Path:
 
 
 def fingerprint_file(dataset_folder: str | Path, split: str) -> Path | None:
-    """Where the data's fingerprint is remembered, for `fingerprint(dataset, remember)`; None if that is no folder."""
+    """Where the data's fingerprint is remembered, for `fingerprint(dataset, remember)`; None without a directory."""
     return cache_folder(dataset_folder, split, DATA_FINGERPRINT) if Path(dataset_folder).is_dir() else None
 
 
@@ -339,7 +339,7 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
     folder = options.out
     if folder is None:
         if not Path(options.dataset).is_dir():
-            raise ValueError(f"--out: {options.dataset} is no folder; name one for the cache.")
+            raise ValueError(f"--out: {options.dataset} is not a directory; name one for the cache.")
         folder = cache_folder(options.dataset, options.split, source.kind)
     _check_distinct_ids(dataset)
     remember = fingerprint_file(options.dataset, options.split)
@@ -378,13 +378,13 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
 
     source = Path(options.dataset)
     if not source.is_dir():
-        raise ValueError(f"DATASET: {source} is no folder; save the dataset first with `save_to_disk`.")
+        raise ValueError(f"DATASET: {source} is not a directory; save the dataset first with `save_to_disk`.")
     out = options.out or source.with_name(f"{source.name}-nouns")
     if out.exists():
         raise ValueError(f"--out: {out} is there already; name a new folder.")
     if not _processes().is_main_process:
         return
-    from ..data.load import load_splits, seal_dataset
+    from ..data.load import load_splits, write_dataset_checksums
     from ..data.prepared import VOCABULARY_NAME
 
     with lock_output(out):
@@ -397,7 +397,9 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
         parts = {name: add_nouns(part, options.wordnet, options.num_proc) for name, part in parts.items()}
         with atomic_folder(out) as unfinished:
             (DatasetDict(parts) if "" not in parts else parts[""]).save_to_disk(str(unfinished))
-            seal_dataset(unfinished, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and give `{command}` again.")
+            write_dataset_checksums(
+                unfinished, f"delete {out} (`rm -r {shlex.quote(str(out))}`) and give `{command}` again."
+            )
             if (source / VOCABULARY_NAME).is_file():
                 shutil.copy2(source / VOCABULARY_NAME, unfinished)
             if (source / CACHES).is_dir():

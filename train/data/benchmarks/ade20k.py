@@ -14,7 +14,7 @@ from .base import (
     Benchmark,
     look_up,
     raw_ids,
-    read_colours,
+    read_colors,
     read_numbers,
     read_table,
     require,
@@ -103,7 +103,7 @@ def _read_panoptic(instances: Path, path: Path, shape: tuple[int, int]) -> Segme
     classes[(classes >= 0) & things[classes]] = -1
     ids, _ = semantic_segments(classes)
     file = instances / path.name
-    channels = read_colours(file, shape).astype(np.int32)
+    channels = read_colors(file, shape).astype(np.int32)
     kinds = look_up(channels[..., 0], instance_classes(), (0,), file)
     objects = channels[..., 1]
     if (wrong := (objects > 0) != (kinds >= 0)).any():
@@ -112,13 +112,13 @@ def _read_panoptic(instances: Path, path: Path, shape: tuple[int, int]) -> Segme
     ids = np.where(objects > 0, 1000 + kinds * 256 + objects, ids)
     present = [number for number in ids_within(ids).tolist() if number != VOID]
     owners = {number: (number - 1000) // 256 if number >= 1000 else number - 1 for number in present}
-    _refuse_mixed_objects(file, [number % 256 for number in (n - 1000 for n in present if n >= 1000)])
+    _check_objects_have_one_class(file, [number % 256 for number in (n - 1000 for n in present if n >= 1000)])
     return ids.astype(np.int32), [
         {"id": number, "category_id": owner, "iscrowd": False} for number, owner in owners.items()
     ]
 
 
-def _refuse_mixed_objects(file: Path, objects: list[int]) -> None:
+def _check_objects_have_one_class(file: Path, objects: list[int]) -> None:
     mixed = sorted({number for number in objects if objects.count(number) > 1})
     if mixed:
         raise ValueError(f"{file}: the objects {mixed[:10]} have pixels of several classes")
@@ -158,7 +158,7 @@ def full_indices(classes: str) -> Mapping[int, int]:
 
 
 def _read_full(classes: str, path: Path, shape: tuple[int, int]) -> Segmentation:
-    channels = read_colours(path, shape).astype(np.int32)  # 8 bit could not hold the index
+    channels = read_colors(path, shape).astype(np.int32)  # 8 bit could not hold the index
     indices = channels[..., 0] // 10 * 256 + channels[..., 1]
     table = full_indices(classes)
     others = range(LAST_FULL_INDEX + 1)

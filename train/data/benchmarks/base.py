@@ -158,14 +158,14 @@ def read_numbers(path: Path, shape: tuple[int, int] | None = None, modes: Collec
     return _read(path, shape, modes).astype(np.int32)
 
 
-def read_colours(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
+def read_colors(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     """The channels (H, W, 3) uint8 of an RGB annotation; raises as `read_numbers`."""
     return _read(path, shape, ("RGB",))
 
 
-def read_colour_ids(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
+def read_color_ids(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
     """The ids (H, W) int32 of an annotation where id = R + 256 G + 65536 B; raises as `read_numbers`."""
-    return decode_ids(read_colours(path, shape))
+    return decode_ids(read_colors(path, shape))
 
 
 def _read(path: Path, shape: tuple[int, int] | None, modes: Collection[str]) -> np.ndarray:

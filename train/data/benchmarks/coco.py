@@ -18,7 +18,7 @@ from .base import (
     Benchmark,
     look_up,
     raw_ids,
-    read_colour_ids,
+    read_color_ids,
     read_numbers,
     read_table,
     require,
@@ -126,7 +126,7 @@ def _packed(infos: list[dict[str, Any]]) -> np.ndarray:
 def _read_panoptic(path: Path, masks: Path, name: str | None, infos: np.ndarray, shape: tuple) -> Segmentation:
     if name is None:
         raise ValueError(f"{path.name} has no annotation of this image")
-    ids = read_colour_ids(masks / name, shape)
+    ids = read_color_ids(masks / name, shape)
     listed = infos[:, 0].tolist()
     if unknown := sorted(set(ids_within(ids).tolist()) - {VOID, *listed}):
         raise ValueError(f"{masks / name}: the ids {unknown[:10]} are not in the segments_info of {path.name}")

@@ -27,7 +27,7 @@ from ..drawn_world.words import COARSE, CONCEPTS, KEPT, NEVER_SEEN, SUB, VOID, c
 from ..drawn_world.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
 from ..schema import NO_CLASS, encode_ids
 from ..sources import Picture, Segmentation
-from .base import Benchmark, read_colour_ids, require
+from .base import Benchmark, read_color_ids, require
 from .protocol import Protocol
 
 LAYOUT = """\
@@ -84,7 +84,7 @@ def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
 
 
 def _read(path: Path, concepts: Sequence[str], classes: Mapping[str, int], shape: tuple[int, int]) -> Segmentation:
-    ids = read_colour_ids(path, shape)
+    ids = read_color_ids(path, shape)
     if ids.max() > len(concepts):
         raise ValueError(f"{path}: it holds the id {ids.max()}, but the scene has {len(concepts)} segments")
     segments: list[dict[str, Any]] = [

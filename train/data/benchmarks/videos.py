@@ -18,7 +18,7 @@ from ...storage.checksums import read_json
 from ..schema import VOID, ids_within
 from ..sources import IMAGE_SUFFIXES, Picture, Segmentation
 from ..splits import novel_positions
-from .base import Benchmark, look_up, raw_ids, read_colour_ids, read_numbers, require, semantic_segments
+from .base import Benchmark, look_up, raw_ids, read_color_ids, read_numbers, require, semantic_segments
 from .protocol import Protocol, ReportColumn
 from .raw_segments import BITS_16, segments_of_values
 
@@ -178,7 +178,7 @@ def _read_vipseg_json(
 ) -> Segmentation:
     if frame not in frames:
         raise ValueError(f"{mask}: {path} does not describe this frame")
-    listed, ids = frames[frame], read_colour_ids(mask, shape)
+    listed, ids = frames[frame], read_color_ids(mask, shape)
     present = set(ids_within(ids).tolist()) - {VOID}
     if present != listed.keys():
         raise ValueError(

@@ -182,7 +182,7 @@ def _vocabulary(path: Path, categories: list[dict[str, Any]]) -> Vocabulary:
 def _add_pictures(source: Source, folder: Path, path: Path, content: dict, new_ids: Mapping[str, int]) -> None:
     split = split_named(path.stem) or split_of_folders(path.relative_to(folder).as_posix())
     annotations = _by_image(source, path, content)
-    places = _Places.of(folder, path, split)
+    places = _Places.from_folder(folder, path, split)
     without_size = 0
     for image in content["images"]:
         place = f"{path}, image {image['id']}"
@@ -246,7 +246,7 @@ class _Places:
     tiers: list[list[Path]]
 
     @classmethod
-    def of(cls, folder: Path, path: Path, split: str | None) -> "_Places":
+    def from_folder(cls, folder: Path, path: Path, split: str | None) -> "_Places":
         images = folder / "images"
         below = [
             place

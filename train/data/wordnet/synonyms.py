@@ -248,7 +248,7 @@ class _Builder:
     def _listed(self, index: int, built: list[str]) -> list[WordOrigin]:
         named, sense = self.classes[index], self.senses[index]
         by_hand = [*(named.correction.words or ()), *named.correction.add]
-        self._refuse_others(by_hand, named, index)
+        self._check_not_of_other_class(by_hand, named, index)
         given = [word for word in named.given if word not in named.correction.drop]
         given = given if named.correction.words is None else []
         lemmas = {_text(lemma) for lemma in sense.lemmas()} if sense else set()
@@ -259,7 +259,7 @@ class _Builder:
             first.setdefault(word.casefold(), WordOrigin(named.label, word, origin, *_names(sense)))
         return list(first.values())[: max(self.max_words, 1 + len(given) + len(by_hand))]
 
-    def _refuse_others(self, words: Iterable[str], named: NamedClass, index: int) -> None:
+    def _check_not_of_other_class(self, words: Iterable[str], named: NamedClass, index: int) -> None:
         for word in words:
             others = self.fixed.get(word_key(word), set()) - {index}
             if others:
