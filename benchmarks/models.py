@@ -329,7 +329,8 @@ def prepare_gkc(
         return model.optimize_for_inference(dtype=DTYPES[dtype], compile=False)
     if device == "cuda" and mode == COMPILED:  # `compile=True` would record CUDA graphs there
         return _compile(model.optimize_for_inference(dtype=DTYPES[dtype], compile=False), mode)
-    model.optimize_for_inference(dtype=DTYPES[dtype], compile=True, sizes=[(size, size)], batch_size=batch_size)
+    sizes = [(size, size)]
+    model = model.optimize_for_inference(DTYPES[dtype], compile=True, sizes=sizes, batch_size=batch_size)
     if model.model._compiled_call_impl is None:
         raise RuntimeError("torch.compile failed and GKC would run uncompiled: the mode 'compiled' cannot be measured")
     return model

@@ -306,7 +306,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         classifier: Open-vocabulary classifier of the queries: `projection`, a learned projection into the text
             embedding space with cosine similarities, or `convex_combination` of the text embeddings of the classes of
             a closed-vocabulary head (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic
-            Embeddings*, ICLR 2014; see `GKCConvexClassEmbedder`), as created by `from_mask2former`. The latter needs
+            Embeddings*, ICLR 2014; see `ConvexClassifier`), as created by `from_mask2former`. The latter needs
             `class_feature="query"` and compares classes by their nearest names for both `mean` and `max` as
             `prompt_reduction`.
         source_vocabulary: Classes of the closed-vocabulary head, one list of names per class; at most D - 1 classes.

@@ -11,9 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What `GKCForOpenVocabSegmentation.optimize_for_inference` is made of: folding, compiling, warming up."""
+"""`OptimizedGKC`, the result of `GKCForOpenVocabSegmentation.optimize_for_inference`, and how it is made."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +27,23 @@ from transformers.models.resnet.modeling_resnet import (
     ResNetConvLayer,
 )
 from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
 from .argument_checks import check_size, check_whole_number, shown
+from .class_embeddings import TextEmbeddingCache
 from .label_text import error_line
 from .modeling_clip_resnet import CLIPResNetConvLayer
-from .padding import round_up
+from .modeling_outputs import GKCForOpenVocabSegmentationOutput, GKCModelOutput
+from .open_vocabulary import OpenVocabularyMixin
+from .padding import (
+    check_pixel_values,
+    content_sizes_of,
+    full_content_sizes,
+    pad_to_stride,
+    round_up,
+    run_by_padded_size,
+)
+from .pretrained_model import GKCPreTrainedModel
 
 RESNET_PARTS = (CLIPResNetConvLayer, ResNetBasicLayer, ResNetBottleNeckLayer, ResNetConvLayer)
 
@@ -50,7 +65,7 @@ def fold_batch_norms(model: nn.Module) -> int:
     return folded
 
 
-def work_in_place(model: nn.Module) -> None:
+def enable_inplace_relu(model: nn.Module) -> None:
     """Lets the ReLUs of ResNets overwrite what they are given, which nothing else reads."""
     for module in model.modules():
         if isinstance(module, RESNET_PARTS) and type(module.activation) is nn.ReLU:
@@ -110,11 +125,107 @@ def warm_up(
             run(blank)
 
 
-__all__ = [
-    "check_optimization",
-    "compile_image_path",
-    "fold_batch_norms",
-    "run_or_uncompile",
-    "warm_up",
-    "work_in_place",
-]
+class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
+    """
+    What `GKCForOpenVocabSegmentation.optimize_for_inference` makes: the same results, faster, without training.
+
+    It takes the place of the model in processors, predictors and pipelines. Its forward pass has neither labels nor
+    stages, and it is not saved: keep the model for that.
+
+    Args:
+        model: A `GKCForOpenVocabSegmentation`; it is copied, and stays as it is.
+        dtype, compile, sizes, batch_size: As in `optimize_for_inference`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        compile: bool = True,
+        sizes: Sequence[tuple[int, int]] = (),
+        batch_size: int = 1,
+    ):
+        sizes = check_optimization(dtype, sizes, batch_size)
+        super().__init__(model.config)
+        for name in ("model", "classifier", "text_model"):
+            setattr(self, name, copy.deepcopy(getattr(model, name)))
+        for name in ("vocabulary_embeds", "vocabulary_class_ids"):
+            self.register_buffer(name, copy.deepcopy(getattr(model, name)))
+        self.text_cache = TextEmbeddingCache()
+        self.eval().requires_grad_(False)
+        fold_batch_norms(self.model.backbone)
+        enable_inplace_relu(self.model.backbone)
+        self.classifier.keep_last_stage()
+        if dtype is not None:
+            self.to(dtype)
+        if compile:
+            compile_image_path(self.model)
+        warm_up(self._segment, sizes, batch_size, self.device)
+
+    def train(self, mode: bool = True) -> "OptimizedGKC":
+        """Set evaluation mode; an optimized model cannot be trained."""
+        if mode:
+            raise ValueError("An optimized model cannot be trained: train the model that it was made of.")
+        return super().train(mode)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Raise a ValueError: an optimized model is not a checkpoint."""
+        raise ValueError("An optimized model cannot be saved: save the model that it was made of.")
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        original_sizes: Tensor | None = None,
+        **vocabulary,
+    ) -> GKCForOpenVocabSegmentationOutput:
+        """Segment images into the classes of a vocabulary.
+
+        Args:
+            pixel_values, pixel_mask, output_hidden_states, output_attentions, original_sizes: As in
+                `GKCForOpenVocabSegmentation.forward`.
+            vocabulary: The arguments of that method from `input_ids` on that concern text.
+
+        Raises:
+            ValueError: As in `GKCForOpenVocabSegmentation.forward`.
+        """
+        prompts = self.resolve_vocabulary(**vocabulary)
+        requested = self.requested_outputs(output_hidden_states, output_attentions)
+        check_pixel_values(pixel_values, self.model.num_channels)
+        image_size = pixel_values.shape[-2:]
+        pixel_values, pixel_mask, _ = pad_to_stride(pixel_values, pixel_mask)
+        segment = partial(self._segment, **requested)
+        if pixel_mask is not None:
+            content_sizes = content_sizes_of(pixel_mask)
+            segments = run_by_padded_size(segment, pixel_values, content_sizes)
+        else:
+            content_sizes, segments = full_content_sizes(pixel_values, image_size), segment(pixel_values)
+        logits, query_embeds = self.classifier(segments, prompts)
+        return GKCForOpenVocabSegmentationOutput(
+            class_queries_logits=logits,
+            masks_queries_logits=segments.masks_queries_logits,
+            query_embeds=query_embeds,
+            content_sizes=content_sizes,
+            **segments.states(),
+        )
+
+    def _segment(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+    ) -> GKCModelOutput:
+        """Run the image path in one grad mode and memory format, or it would be compiled for each."""
+        with torch.inference_mode(False), torch.no_grad():
+            pixel_values = pixel_values.to(self.dtype, copy=True, memory_format=torch.channels_last)
+            return run_or_uncompile(
+                self.model,
+                pixel_values,
+                output_stages=False,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                return_dict=True,
+            )
+
+
+__all__ = ["OptimizedGKC", "compile_image_path", "enable_inplace_relu", "fold_batch_norms"]

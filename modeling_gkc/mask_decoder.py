@@ -31,7 +31,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import eager_attention
 from .configuration_gkc import NUM_FEATURE_LEVELS, GKCConfig
-from .pixel_decoder import sine_position_embedding
 
 
 @dataclass
@@ -203,6 +202,7 @@ class GKCMaskDecoder(nn.Module):
         self,
         multi_scale_features: tuple[Tensor, ...],
         resized_mask_features: list[Tensor],
+        position_embeddings: tuple[Tensor, ...],
         output_attentions: bool = False,
     ) -> list[GKCMaskDecoderStage]:
         """Decodes segments.
@@ -210,6 +210,7 @@ class GKCMaskDecoder(nn.Module):
         Args:
             multi_scale_features: Three maps (B, C, h, w) of strides 32, 16, 8.
             resized_mask_features: The mask features resized to each of the three maps.
+            position_embeddings: Sine embeddings (h * w, C) of the positions of each map.
             output_attentions: Keep the attention weights of every layer.
 
         Returns:
@@ -218,10 +219,11 @@ class GKCMaskDecoder(nn.Module):
         # Embeddings are called, not read, so that their weights are there when they are kept elsewhere (offloading).
         device = multi_scale_features[0].device
         level_embeddings = self.level_embedding(torch.arange(NUM_FEATURE_LEVELS, device=device))
-        levels = [
-            _keys_and_values(level, embedding)
+        values = [
+            level.flatten(2).transpose(1, 2) + embedding  # (B, h*w, C)
             for level, embedding in zip(multi_scale_features, level_embeddings, strict=True)
         ]
+        keys = [level + positions.to(level) for level, positions in zip(values, position_embeddings, strict=True)]
         index = torch.arange(self.query_features.num_embeddings, device=device)
         query_positions = self.query_positions(index)[None]
         queries = self.query_features(index).expand(multi_scale_features[0].shape[0], -1, -1)
@@ -229,7 +231,7 @@ class GKCMaskDecoder(nn.Module):
         for number, layer in enumerate(self.layers):
             level = number % NUM_FEATURE_LEVELS
             attention_mask = self._attention_mask(stages[-1].mask_embeds, resized_mask_features[level])
-            queries, *attentions = layer(queries, query_positions, *levels[level], attention_mask)
+            queries, *attentions = layer(queries, query_positions, keys[level], values[level], attention_mask)
             stages.append(self._predict(queries, *(attentions if output_attentions else ())))
         return stages
 
@@ -243,13 +245,6 @@ class GKCMaskDecoder(nn.Module):
         """(B, 1, Q, h*w), True inside the predicted mask; a query with an empty mask sees everything."""
         inside = predict_masks(mask_embeds, resized_mask_features).flatten(2) >= 0
         return (inside | ~inside.any(dim=-1, keepdim=True))[:, None]
-
-
-def _keys_and_values(level: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-    height, width = level.shape[-2:]
-    values = level.flatten(2).transpose(1, 2) + embedding  # (B, h*w, C)
-    positions = sine_position_embedding(height, width, values.shape[-1], values.device, values.dtype)
-    return values + positions, values
 
 
 __all__ = ["GKCMaskDecoder", "GKCMaskDecoderStage", "pool_under_masks", "predict_masks", "predict_matched_masks"]

@@ -20,10 +20,7 @@ Letters in the comments: B images, C hidden, T positions of the three levels tog
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,41 +39,59 @@ class GKCPixelDecoderOutput(ModelOutput):
     Attributes:
         mask_features: (B, mask_feature_size, H/4, W/4) features whose product with a mask embedding is a mask.
         multi_scale_features: feature maps (B, C, h, w) of strides 32, 16 and 8, in this order.
+        position_embeddings: sine embeddings (h * w, C) of the positions of these maps; read-only.
     """
 
     mask_features: Tensor | None = None
     multi_scale_features: tuple[Tensor, ...] | None = None
+    position_embeddings: tuple[Tensor, ...] | None = None
 
 
-SIZES_KEPT = 12
+MAX_CACHED_SHAPES = 4
 
 
-def kept_per_size(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps what a function makes of sizes, device and dtype, for the last few of them: images mostly have one size.
-
-    What is kept is not to be written to. A graph that is traced gets its own.
+class CachedByShape(nn.Module):
     """
-    kept: dict[tuple, Tensor] = {}
+    Base of modules without weights whose output is a function of shapes, device and dtype.
 
-    @wraps(function)
-    def look_up(*sizes) -> Tensor:
+    The outputs for the last few arguments are kept, because images mostly have one size; they are read-only. They
+    belong to the module: they are freed with it and when it is moved, and copies and pickles start without them. A
+    graph that is traced computes its own.
+
+    `compile_compatible_method_lru_cache` of transformers does not serve here: its cache belongs to the class, so it
+    keeps every module and its outputs alive, and it keeps tensors of inference mode, which training cannot use.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._outputs: dict[tuple, Tensor] = {}
+
+    def compute(self, *arguments) -> Tensor:
+        """Compute the output for hashable arguments."""
+        raise NotImplementedError
+
+    def forward(self, *arguments) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return function(*sizes)
-        made = kept.get(sizes)
-        if made is None:
+            return self.compute(*arguments)
+        output = self._outputs.get(arguments)
+        if output is None:
             # Tensors made in inference mode could not be used in training later.
             with torch.inference_mode(False):
-                made = function(*sizes)
-            if type(made) is Tensor:  # and no tracer's stand-in for one
-                kept[sizes] = made
-            while len(kept) > SIZES_KEPT:
-                kept.pop(next(iter(kept)), None)
-        return made
+                output = self.compute(*arguments)
+            if type(output) is Tensor:  # and no tracer's stand-in for one
+                self._outputs[arguments] = output
+            while len(self._outputs) > MAX_CACHED_SHAPES:
+                self._outputs.pop(next(iter(self._outputs)), None)
+        return output
 
-    return look_up
+    def _apply(self, *args, **kwargs) -> "CachedByShape":
+        self._outputs.clear()  # of another device or dtype than the weights will have
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_outputs": {}}
 
 
-@kept_per_size
 def sine_position_embedding(
     height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -109,49 +124,44 @@ def reference_points(spatial_shapes: list[tuple[int, int]], device: torch.device
     return torch.cat(points)
 
 
-class SamplingGrid(NamedTuple):
-    """Reference points and cells written out for all samples of a position, M heads x levels x R points x (x, y).
+class GKCSinePositionEmbedding(CachedByShape):
+    """Sine embeddings of the positions of several maps, (T, C)."""
 
-    Every layer makes its locations of them in one pass; broadcasting over a few points would be slow.
+    def __init__(self, config: GKCConfig):
+        super().__init__()
+        self.channels = config.hidden_size
 
-    Attributes:
-        points: (T, M * levels * R * 2) reference points, relative to the map.
-        cells: (1, M * levels * R * 2) size of a cell, likewise.
+    def compute(self, spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Compute the embeddings for maps of these (height, width)."""
+        return torch.cat([sine_position_embedding(*shape, self.channels, device, dtype) for shape in spatial_shapes])
+
+
+class GKCSamplingGrid(CachedByShape):
+    """
+    Reference points and cells written out for all samples of a position, M heads x levels x R points x (x, y).
+
+    Every layer computes its locations from them in one pass; broadcasting over a few points would be slow.
     """
 
-    points: Tensor
-    cells: Tensor
+    def __init__(self, config: GKCConfig):
+        super().__init__()
+        self.num_heads, self.num_points = config.num_attention_heads, config.encoder_num_points
 
-    @classmethod
-    def of(
-        cls,
-        spatial_shapes: list[tuple[int, int]],
-        num_heads: int,
-        num_points: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> "SamplingGrid":
-        """For maps with these shapes."""
-        rows = _sampling_rows(tuple(spatial_shapes), num_heads, num_points, device, dtype)
-        return cls(rows[:-1], rows[-1:])
+    def compute(self, spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """
+        Compute the grid for maps of these (height, width).
 
-
-@kept_per_size
-def _sampling_rows(
-    spatial_shapes: tuple[tuple[int, int], ...],
-    num_heads: int,
-    num_points: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(T + 1, M * levels * R * 2) the points of a `SamplingGrid` and, last, its cells."""
-    points = reference_points(list(spatial_shapes), device, dtype)
-    # Each number on its own: a strict export loses a tensor that is made of a list.
-    lengths = [length for height, width in spatial_shapes for length in (width, height)]
-    cells = 1 / torch.cat([torch.full((1,), length, device=device, dtype=dtype) for length in lengths])
-    cells = cells.unflatten(0, (-1, 2))
-    cells = cells[None, :, None].expand(num_heads, -1, num_points, -1).flatten()
-    return torch.cat([points.repeat(1, len(cells) // 2), cells[None]])
+        Returns:
+            (T + 1, M * levels * R * 2): for every position the reference points, relative to the map, and in the last
+            row the size of a cell.
+        """
+        points = reference_points(list(spatial_shapes), device, dtype)
+        # Each number on its own: a strict export loses a tensor that is made of a list.
+        lengths = [length for height, width in spatial_shapes for length in (width, height)]
+        cells = 1 / torch.cat([torch.full((1,), length, device=device, dtype=dtype) for length in lengths])
+        cells = cells.unflatten(0, (-1, 2))
+        cells = cells[None, :, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
+        return torch.cat([points.repeat(1, len(cells) // 2), cells[None]])
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -179,13 +189,13 @@ class GKCDeformableAttention(nn.Module):
         self.output_proj = nn.Linear(width, width)
 
     def forward(
-        self, hidden_states: Tensor, positions: Tensor, grid: SamplingGrid, spatial_shapes: list[tuple[int, int]]
+        self, hidden_states: Tensor, positions: Tensor, grid: Tensor, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """Attends (B, T, C) states with position embeddings (T, C) around the reference points of the grid."""
+        """Attend (B, T, C) states with position embeddings (T, C) around the points of a `GKCSamplingGrid`."""
         queries = hidden_states + positions
         value = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         offsets = self.sampling_offsets(queries)  # in cells of the sampled level
-        locations = torch.addcmul(grid.points, offsets.to(grid.points.dtype), grid.cells)
+        locations = torch.addcmul(grid[:-1], offsets.to(grid.dtype), grid[-1:])
         locations = locations.unflatten(-1, (self.num_heads, NUM_FEATURE_LEVELS, self.num_points, 2))
         weights = _softmax(self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)))
         weights = weights.unflatten(-1, (NUM_FEATURE_LEVELS, self.num_points))
@@ -207,7 +217,7 @@ class GKCPixelDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, hidden_states: Tensor, positions: Tensor, grid: SamplingGrid, spatial_shapes: list[tuple[int, int]]
+        self, hidden_states: Tensor, positions: Tensor, grid: Tensor, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
         attended = self.self_attn(hidden_states, positions, grid, spatial_shapes)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
@@ -236,7 +246,8 @@ class GKCPixelDecoder(nn.Module):
         self.input_projections = nn.ModuleList(
             _normalized_convolution(channels, width, 1, bias=True) for channels in backbone_channels[:0:-1]
         )
-        self.samples = config.num_attention_heads, config.encoder_num_points
+        self.position_embedding = GKCSinePositionEmbedding(config)
+        self.sampling_grid = GKCSamplingGrid(config)
         self.level_embedding = nn.Parameter(torch.empty(NUM_FEATURE_LEVELS, width))
         self.layers = nn.ModuleList(GKCPixelDecoderLayer(config) for _ in range(config.encoder_layers))
         self.lateral_projection = _normalized_convolution(backbone_channels[0], width, 1, bias=False)
@@ -246,33 +257,27 @@ class GKCPixelDecoder(nn.Module):
     def forward(self, feature_maps: tuple[Tensor, ...]) -> GKCPixelDecoderOutput:
         """Decodes backbone maps of strides 4, 8, 16, 32."""
         finest, *coarser = feature_maps
-        multi_scale_features = self._attend(coarser[::-1])
-        mask_features = self._merge(finest, multi_scale_features[-1])
-        return GKCPixelDecoderOutput(mask_features=mask_features, multi_scale_features=multi_scale_features)
-
-    def _attend(self, feature_maps: list[Tensor]) -> tuple[Tensor, ...]:
-        """Runs the deformable layers over maps of strides 32, 16, 8."""
-        levels = [project(level) for project, level in zip(self.input_projections, feature_maps, strict=True)]
+        levels = [project(level) for project, level in zip(self.input_projections, coarser[::-1], strict=True)]
         spatial_shapes = [tuple(level.shape[-2:]) for level in levels]
+        lengths = [height * width for height, width in spatial_shapes]
         hidden_states = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, T, C)
-        positions = self._positions(spatial_shapes, hidden_states)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        sines = self.position_embedding(tuple(spatial_shapes), device, dtype).split(lengths)
+        positions = torch.cat(
+            [sine + level for sine, level in zip(sines, self.level_embedding, strict=True)]
+        )  # (T, C)
         # In fp32 at least: bf16 would be off by up to a cell on a map of 100 x 168.
-        precision = torch.promote_types(hidden_states.dtype, torch.float32)
-        grid = SamplingGrid.of(spatial_shapes, *self.samples, hidden_states.device, precision)
+        grid = self.sampling_grid(tuple(spatial_shapes), device, torch.promote_types(dtype, torch.float32))
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, grid, spatial_shapes)
-        split = hidden_states.split([height * width for height, width in spatial_shapes], dim=1)
         # In this order: one image's map that is transposed first does not pass for channels last when it is resized.
-        return tuple(
-            level.unflatten(1, shape).permute(0, 3, 1, 2) for level, shape in zip(split, spatial_shapes, strict=True)
+        levels = tuple(
+            level.unflatten(1, shape).permute(0, 3, 1, 2)
+            for level, shape in zip(hidden_states.split(lengths, dim=1), spatial_shapes, strict=True)
         )
-
-    def _positions(self, spatial_shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
-        embeddings = [
-            sine_position_embedding(*shape, like.shape[-1], like.device, like.dtype) + level
-            for shape, level in zip(spatial_shapes, self.level_embedding, strict=True)
-        ]
-        return torch.cat(embeddings)  # (T, C)
+        return GKCPixelDecoderOutput(
+            mask_features=self._merge(finest, levels[-1]), multi_scale_features=levels, position_embeddings=sines
+        )
 
     def _merge(self, finest: Tensor, coarser: Tensor) -> Tensor:
         """Adds the stride-8 map to the stride-4 map and makes mask features of the sum."""
@@ -281,4 +286,4 @@ class GKCPixelDecoder(nn.Module):
         return self.mask_projection(F.relu(self.output_projection(merged)))
 
 
-__all__ = ["GKCPixelDecoder", "GKCPixelDecoderOutput", "kept_per_size", "reference_points", "sine_position_embedding"]
+__all__ = ["GKCPixelDecoder", "GKCPixelDecoderOutput", "reference_points", "sine_position_embedding"]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Helpers of weight conversion: rename, split, check and load weights."""
+"""Rename, split, check and load weights of other projects and of earlier versions."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +19,12 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 Renaming = tuple[str, str | Callable[[re.Match], str]]
+# Names of weights before version 0.1.0, as regular expressions, and their names since.
+CHECKPOINT_RENAMINGS: tuple[tuple[str, str], ...] = (
+    (r"^class_embedder\.", "classifier."),
+    (r"^no_object_embedding$", "classifier.no_object_embedding"),
+    (r"^logit_scale$", "classifier.logit_scale"),
+)
 
 
 def rename_weight(name: str, renamings: tuple[Renaming, ...]) -> str | None:
@@ -33,6 +39,11 @@ def rename_weight(name: str, renamings: tuple[Renaming, ...]) -> str | None:
         if count:
             return renamed
     return None
+
+
+def rename_old_checkpoint(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the weights of a segmenter the names that they have in this version."""
+    return {rename_weight(name, CHECKPOINT_RENAMINGS) or name: weight for name, weight in weights.items()}
 
 
 def split_packed_projection(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -107,4 +118,12 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-__all__ = ["Renaming", "check_weight_shapes", "load_strictly", "rename_weight", "split_packed_projection"]
+__all__ = [
+    "CHECKPOINT_RENAMINGS",
+    "Renaming",
+    "check_weight_shapes",
+    "load_strictly",
+    "rename_old_checkpoint",
+    "rename_weight",
+    "split_packed_projection",
+]

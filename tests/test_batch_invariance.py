@@ -228,7 +228,7 @@ def stop_at_an_image_of_nan(folder: Path, rank: int) -> str:
 
 def stop_at_gradients_of_nan(folder: Path) -> str:
     trainer = make_trainer(folder, RECIPE)
-    trainer.student.logit_scale.register_hook(lambda gradient: gradient * torch.nan)
+    trainer.student.classifier.logit_scale.register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(TrainingStopped) as stopped:
         trainer.train()
     return str(stopped.value)

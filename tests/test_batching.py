@@ -257,6 +257,28 @@ def test_compared_results_are_not_empty(model, class_embeds):
     assert all(pixels.float().mean() < 0.01 for pixels in ambiguous_pixels(single, (70, 60)).values())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("output_stages", [False, True])
+def test_the_base_model_computes_each_image_as_if_it_were_alone(model, output_stages, within):
+    precise = copy.deepcopy(model.model).double()
+    images = images_of([*SIZES, (64, 64)], 12)
+    batch = batch_of(images, extra=(40, 0))
+    outputs = precise(batch.pixel_values, batch.pixel_mask, output_stages=output_stages)
+    assert outputs.content_sizes.tolist() == [list(image.shape[:2]) for image in images]
+    for index, image in enumerate(images):
+        alone = batch_of([image])
+        for inputs in ({"pixel_mask": alone.pixel_mask}, {}):
+            single = precise(alone.pixel_values, **inputs, output_stages=output_stages)
+            pairs = [(outputs, single), *zip(outputs.stages or (), single.stages or (), strict=True)]
+            for together, apart in pairs:
+                rows, columns = apart.masks_queries_logits.shape[-2:]
+                masks = together.masks_queries_logits[index, :, :rows, :columns]
+                error = (masks - apart.masks_queries_logits[0]).abs().max()
+                within("base model, batch against single images in fp64, masks, max abs", error, 1e-9)
+                error = (together.last_hidden_state[index] - apart.last_hidden_state[0]).abs().max()
+                within("base model, batch against single images in fp64, queries, max abs", error, 1e-9)
+
+
 @pytest.mark.parametrize(
     ("sizes", "calls"),
     [
@@ -268,7 +290,7 @@ def test_compared_results_are_not_empty(model, class_embeds):
 )
 def test_images_of_equal_padded_size_share_one_forward_pass(model, class_embeds, sizes, calls):
     shapes = []
-    hook = model.model.register_forward_pre_hook(
+    hook = model.model.backbone.register_forward_pre_hook(
         lambda _, arguments, named: shapes.append((*arguments, *named.values())[0].shape), with_kwargs=True
     )
     try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from modeling_gkc import CLIPResNetConfig, GKCConfig, GKCForOpenVocabSegmentatio
 from modeling_gkc.checkpoint_loading import load_checkpoint_parts
 from modeling_gkc.cli.common import UserError, load_checkpoint
 from modeling_gkc.cli.main import main
+from modeling_gkc.weight_renaming import rename_old_checkpoint
 from train.engine.builders import load_student
 from train.evaluate.adapters import model_type
 from train.teacher.clip_towers import load_clip_towers
 
+from .common_models import convex_config, largest_difference, tiny_config
 from .conftest import small_config, word_tokenizer
 
 
@@ -283,3 +286,27 @@ def test_a_damaged_index_is_refused(damaged, text):
     (damaged / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is not an index of weights"):
         load_checkpoint(damaged)
+
+
+def old_name(name: str) -> str:
+    """Name of a weight before the classifiers were modules."""
+    if name in ("classifier.no_object_embedding", "classifier.logit_scale"):
+        return name.removeprefix("classifier.")
+    return re.sub(r"^classifier\.", "class_embedder.", name)
+
+
+@pytest.mark.parametrize("make", [tiny_config, convex_config])
+def test_a_checkpoint_of_an_earlier_version_is_loaded_and_saved_under_the_names_of_today(make, tmp_path):
+    model = GKCForOpenVocabSegmentation(make()).eval()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {old_name(name): weight for name, weight in weights.items()}
+    assert "logit_scale" in old and any(name.startswith("class_embedder.") for name in old)
+    assert not any(name.startswith("classifier") for name in old)
+    assert rename_old_checkpoint(old).keys() == rename_old_checkpoint(weights).keys() == weights.keys()
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, info = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    assert largest_difference(model.state_dict(), loaded.state_dict()) == 0
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()

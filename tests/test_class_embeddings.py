@@ -155,7 +155,7 @@ class TestCache:
         for kwargs in (words, {}):
             model.zero_grad()
             model.train()(pixel_values, **kwargs).class_queries_logits.sum().backward()
-            assert model.no_object_embedding.grad is not None
+            assert model.classifier.no_object_embedding.grad is not None
 
     def test_it_is_bounded_and_forgets_the_least_recently_used(self):
         cache = TextEmbeddingCache(max_prompts=3)

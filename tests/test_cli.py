@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory) -> Path:
     processor = GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
     model = GKCForOpenVocabSegmentation(small_config()).eval()
     with torch.no_grad():
-        model.no_object_embedding.copy_(-model.class_embedder.stage_projections[-1].weight.mean(dim=1))
+        model.classifier.no_object_embedding.copy_(-model.classifier.stage_projections[-1].weight.mean(dim=1))
     model.set_vocabulary(Vocabulary([["disc"], ["box"], ["lawn", "grass"]], is_thing=[True, True, False]), processor)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)

@@ -164,7 +164,7 @@ class TestMask2Former:
         model, processor = common.load_checkpoint(tmp_path / "out")
         assert processor.prompt_templates == ["{}"]
         typed = model.get_class_embeddings(**processor(text=NAMES, return_tensors="pt")).class_embeds
-        for stored in (model.vocabulary_embeds, model.class_embedder.name_embeds):
+        for stored in (model.vocabulary_embeds, model.classifier.name_embeds):
             torch.testing.assert_close(stored, typed)
 
     @pytest.mark.parametrize(

@@ -54,10 +54,10 @@ def processor() -> GKCProcessor:
 
 def toy(config) -> GKCForOpenVocabSegmentation:
     model = GKCForOpenVocabSegmentation(config).eval()
-    if model.is_convex:
+    if config.classifier == "convex_combination":
         names = EncodedVocabulary.encode([["dog"], ["sofa", "couch"], ["lamp"]], model, processor())
         head = nn.Linear(config.hidden_size, 4)
-        model.class_embedder.set_source(head, names.class_embeds, names.class_ids)
+        model.classifier.set_source(head, names.class_embeds, names.class_ids)
     return model
 
 
@@ -344,7 +344,7 @@ def test_traceable_module_matches_model(make, reduction, is_fixed, within):
     expected = model(pixel_values, **words.model_inputs())
     if is_fixed:
         found = ExportableSegmenter(model, words)(pixel_values)
-    elif reduction == "embedding_mean" or (reduction == "mean" and not model.is_convex):
+    elif reduction == "embedding_mean" or (reduction == "mean" and model.config.classifier == "projection"):
         found = ExportableSegmenter(model)(pixel_values, one_embed_per_class(model, words))
     else:
         with pytest.raises(ValueError, match="export with `fixed`"):

@@ -46,7 +46,7 @@ PROCESSORS = (
     "vocabulary_files",
 )
 MODELS = (
-    "class_embedder",
+    "classifiers",
     "loss_gkc",
     "mask_decoder",
     "modeling_clip_convnext",

@@ -1,10 +1,11 @@
-"""Optimised for inference: the same results, and what an optimised model refuses."""
+"""Optimized for inference: the same results, and what an optimized model refuses."""
 
 import pytest
 import torch
 from transformers.utils import logging
 
-from modeling_gkc import GKCForOpenVocabSegmentation, inference
+from modeling_gkc import GKCForOpenVocabSegmentation, GKCPredictor, GKCSegmentationPipeline, inference
+from modeling_gkc.checkpoint_loading import load_checkpoint_parts
 from modeling_gkc.export.exporter import export_segmenter
 from modeling_gkc.inference import fold_batch_norms
 
@@ -38,19 +39,21 @@ def test_results_stay(case, within):
     model, inputs = random_statistics(case.model().eval()), case.inputs()
     before = outputs(model, inputs)
     folds = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
-    assert model.optimize_for_inference(compile=False) is model
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
-    for what, one, other in zip(("probabilities", "masks"), outputs(model, inputs), before, strict=True):
+    optimized = model.optimize_for_inference(compile=False)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in optimized.modules())
+    for what, one, other in zip(("probabilities", "masks"), outputs(optimized, inputs), before, strict=True):
         error = (one - other).abs().max() / other.abs().max().clamp(min=1)
         within(f"{what} of a model optimised for inference, relative", error, 1e-4)
     assert folds or not fold_batch_norms(model)
+    for one, other in zip(outputs(model, inputs), before, strict=True):
+        assert torch.equal(one, other), "the model itself is as it was"
 
 
 def test_half_precision_takes_images_as_they_come(within):
     case = CASES["segmenter"]
     model, inputs = random_statistics(case.model().eval()), case.inputs()
     before = outputs(model, inputs)
-    model.optimize_for_inference(torch.bfloat16, compile=False)
+    model = model.optimize_for_inference(torch.bfloat16, compile=False)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     probabilities, _ = outputs(model, inputs)
     within("probabilities of a model optimised for bf16, max abs", (probabilities - before[0]).abs().max(), 0.05)
@@ -58,9 +61,9 @@ def test_half_precision_takes_images_as_they_come(within):
 
 def test_only_the_last_stage_is_kept():
     model = CASES["segmenter"].model()
-    stages = len(model.class_embedder.stage_projections)
-    model.optimize_for_inference(compile=False)
-    assert stages > 1 and len(model.class_embedder.stage_projections) == 1
+    optimized = model.optimize_for_inference(compile=False)
+    stages, kept = (len(each.classifier.stage_projections) for each in (model, optimized))
+    assert stages > 1 and kept == 1
 
 
 def test_every_call_looks_the_same_to_a_compiler(monkeypatch):
@@ -82,8 +85,7 @@ def test_every_call_looks_the_same_to_a_compiler(monkeypatch):
         )
 
     model.model.register_forward_pre_hook(record, with_kwargs=True)
-    requested = {"output_hidden_states": False, "output_attentions": False}
-    inference.warm_up(lambda blank: model._segment(blank, None, False, requested), [(64, 64)], 1, model.device)
+    inference.warm_up(model._segment, [(64, 64)], 1, model.device)
     model(**case.inputs())
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
@@ -101,14 +103,14 @@ def test_it_is_compiled_once_for_a_size(monkeypatch):
         return graph
 
     monkeypatch.setattr(
-        "modeling_gkc.modeling_gkc.compile_image_path",
+        "modeling_gkc.inference.compile_image_path",
         lambda image_path: image_path.compile(dynamic=False, backend=count),
     )
     case = CASES["segmenter"]
     model, inputs = case.model().eval(), case.inputs()
     expected = outputs(model, inputs)
     batch_size, _, *size = inputs["pixel_values"].shape
-    model.optimize_for_inference(sizes=[size], batch_size=batch_size)
+    model = model.optimize_for_inference(sizes=[size], batch_size=batch_size)
     assert len(graphs) == 1, "in one graph"
     for one, other in zip(outputs(model, inputs), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -121,13 +123,14 @@ def test_without_a_compiler_it_runs_all_the_same(sizes, monkeypatch, transformer
         raise RuntimeError("no C++ compiler found")
 
     monkeypatch.setattr(
-        "modeling_gkc.modeling_gkc.compile_image_path", lambda image_path: image_path.compile(backend=fail)
+        "modeling_gkc.inference.compile_image_path", lambda image_path: image_path.compile(backend=fail)
     )
     logging.set_verbosity_warning()
     case = CASES["segmenter"]
     model, inputs = case.model().eval(), case.inputs()
     expected = outputs(model, inputs)
-    model.optimize_for_inference(sizes=[(64, 64)])
+    model = model.optimize_for_inference(sizes=sizes)
+    outputs(model, inputs)
     assert (
         "The model runs uncompiled: torch.compile does not work here (no C++ compiler found)" in transformers_log.text
     )
@@ -138,19 +141,57 @@ def test_without_a_compiler_it_runs_all_the_same(sizes, monkeypatch, transformer
 @pytest.mark.parametrize(
     ("purpose", "use"),
     [
-        ("train it", lambda model, folder: model.train()),
-        ("save it", lambda model, folder: model.save_pretrained(folder)),
-        ("export it", lambda model, folder: export_segmenter(model, None, folder / "graph")),
-        ("optimise it otherwise", lambda model, folder: model.optimize_for_inference()),
-        ("get all its stages", lambda model, folder: model(**CASES["segmenter"].inputs(), output_stages=True)),
+        ("train", lambda model, folder: model.train()),
+        ("save", lambda model, folder: model.save_pretrained(folder)),
+        ("export", lambda model, folder: export_segmenter(model, None, folder / "graph")),
     ],
 )
-def test_what_an_optimised_model_refuses(purpose, use, tmp_path):
+def test_what_an_optimized_model_refuses(purpose, use, tmp_path):
     model = CASES["segmenter"].model().optimize_for_inference(compile=False)
-    with pytest.raises(ValueError, match=f"load the checkpoint again to {purpose}"):
+    with pytest.raises(ValueError, match=f"{purpose} the model that it was made of"):
         use(model, tmp_path)
     assert not any(tmp_path.iterdir())
     assert not model.eval().training
+
+
+@pytest.mark.parametrize("arguments", [{"output_stages": True}, {"mask_labels": [torch.ones(1, 64, 64)]}])
+def test_an_optimized_model_takes_neither_stages_nor_labels(arguments):
+    model = CASES["segmenter"].model().optimize_for_inference(compile=False)
+    with pytest.raises(TypeError, match=next(iter(arguments))):
+        model(**CASES["segmenter"].inputs(), **arguments)
+
+
+def test_it_takes_images_of_several_sizes_and_other_vocabularies(within):
+    """In double precision, in which batches of other sizes do not round differently."""
+    model = random_statistics(CASES["segmenter"].model().double())
+    optimized = model.optimize_for_inference(compile=False)
+    pixel_values, pixel_mask = torch.randn(2, 3, 64, 96, dtype=torch.float64), torch.ones(2, 64, 96)
+    pixel_mask[1, 33:], pixel_mask[1, :, 20:] = 0, 0
+    inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "class_embeds": torch.eye(3, 16)}
+    inputs["class_ids"] = torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        expected, found = model(**inputs), optimized(**inputs)
+        assert torch.equal(expected.content_sizes, found.content_sizes)
+        again = optimized.classify(found.query_embeds, torch.eye(2, 16).double())
+        assert torch.equal(again, optimized.class_logits(found.query_embeds, torch.eye(2, 16).double()))
+    for name in ("class_queries_logits", "masks_queries_logits", "query_embeds"):
+        within(f"optimized, two sizes, {name}, max abs", (found[name] - expected[name]).abs().max(), 1e-4)
+
+
+def test_predictor_and_pipelines_take_it():
+    folder = "hub_card/gkc-mini"
+    model, processor = load_checkpoint_parts(folder)
+    optimized = model.optimize_for_inference(compile=False)
+    image = "examples/scene-1.png"
+    maps = []
+    for each in (model, optimized):
+        predictor = GKCPredictor(each, processor)
+        predictor.set_vocabulary("red disc; lawn, grass; sky")
+        maps.append(predictor.predict(image).segmentation)
+    assert (maps[0] != maps[1]).float().mean() < 1e-3
+    segmenter = GKCSegmentationPipeline(model=optimized, processor=processor)
+    assert [found["label"] for found in segmenter(image)]
+    assert segmenter(image, labels="red disc; sky")
 
 
 def test_weights_of_the_original_are_its_own():
@@ -158,4 +199,5 @@ def test_weights_of_the_original_are_its_own():
     config = tiny_config()
     one, other = (GKCForOpenVocabSegmentation(config).eval() for _ in range(2))
     one.optimize_for_inference(compile=False)
-    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in other.modules()) and not other.is_optimized
+    for model in (one, other):
+        assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())

@@ -231,8 +231,8 @@ def test_saved_model_reproduces_the_source(named, text_model, processor, tmp_pat
         torch.testing.assert_close(actual.masks_queries_logits, expected.masks_queries_logits, rtol=0, atol=0)
     halved = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, dtype=torch.bfloat16)
     stage = GKCModelOutput(last_hidden_state=torch.randn(1, 20, 64, dtype=torch.bfloat16))
-    expected = halved.class_embedder.class_predictor(stage.last_hidden_state).float().softmax(-1)
-    answered = halved.classify(halved.class_embedder(stage), halved.vocabulary_embeds).softmax(-1)
+    expected = halved.classifier.class_predictor(stage.last_hidden_state).float().softmax(-1)
+    answered = halved.classify(halved.classifier.embed_queries(stage), halved.vocabulary_embeds).softmax(-1)
     within("class probabilities of a model in bf16, max abs", (answered - expected).abs().max(), 0.01)
 
 
@@ -285,8 +285,8 @@ def test_converted_model_can_be_fine_tuned(confident, text_model, processor):
         "class_labels": [torch.tensor([0, 2])],
     }
     pixel_values = torch.randn(1, 3, 64, 96)
-    frozen = {name: buffer.clone() for name, buffer in model.class_embedder.named_buffers()}
-    optimizer = torch.optim.Adam(model.class_embedder.parameters(), lr=0.02)
+    frozen = {name: buffer.clone() for name, buffer in model.classifier.named_buffers()}
+    optimizer = torch.optim.Adam(model.classifier.parameters(), lr=0.02)
     losses = []
     for _ in range(15):
         torch.manual_seed(0)
@@ -300,7 +300,7 @@ def test_converted_model_can_be_fine_tuned(confident, text_model, processor):
     # Some backbones of transformers have a final normalization that affects no feature map.
     assert [name for name, p in trainable.items() if p.grad is None and "backbone" not in name] == []
     assert not any("text_model" in name for name in trainable)
-    assert all(torch.equal(buffer, frozen[name]) for name, buffer in model.class_embedder.named_buffers())
+    assert all(torch.equal(buffer, frozen[name]) for name, buffer in model.classifier.named_buffers())
 
 
 def test_class_names_come_from_source_or_argument(named, text_model):
@@ -324,4 +324,4 @@ def test_class_names_come_from_source_or_argument(named, text_model):
 def test_conversion_without_tokenizer_has_random_projection(named, text_model):
     model = from_mask2former(named, text_model)
     assert model.config.classifier == "projection" and model.config.vocabulary is None
-    assert model.no_object_embedding.requires_grad
+    assert model.classifier.no_object_embedding.requires_grad

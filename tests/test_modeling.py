@@ -1,6 +1,10 @@
 """The segmenter as a transformers model: text in every form, freezing, stages, saving, batching."""
 
+import copy
+import gc
 import logging
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -26,7 +30,7 @@ from modeling_gkc.modeling_gkc import (
     pool_under_masks,
     reduce_prompt_logits,
 )
-from modeling_gkc.pixel_decoder import SIZES_KEPT, kept_per_size
+from modeling_gkc.pixel_decoder import MAX_CACHED_SHAPES, CachedByShape
 
 from .conftest import aligned, small_config, word_tokenizer
 
@@ -71,7 +75,7 @@ def test_cached_class_embeds_equal_tokens(model, tokens, pixel_values):
 
 def test_many_prompts_are_encoded_in_passes(model, tokens, monkeypatch):
     expected = model.embed_prompts(tokens["input_ids"], tokens["attention_mask"])
-    monkeypatch.setattr("modeling_gkc.modeling_gkc.PROMPTS_PER_PASS", 2)
+    monkeypatch.setattr("modeling_gkc.open_vocabulary.PROMPTS_PER_PASS", 2)
     for mask in (tokens["attention_mask"], None):
         model.text_cache.clear()
         torch.testing.assert_close(model.embed_prompts(tokens["input_ids"], mask), expected)
@@ -145,7 +149,7 @@ def test_initial_weights(config):
     offsets = attention.sampling_offsets.bias.view(config.num_attention_heads, 3, config.encoder_num_points, 2)
     torch.testing.assert_close(offsets[0, 0], torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0]]), atol=1e-6, rtol=0)
     torch.testing.assert_close(offsets[2, 1, :2], torch.tensor([[-1.0, 0], [-2, 0]]), atol=1e-6, rtol=0)
-    for embedding in (model.model.mask_decoder.query_features.weight, model.no_object_embedding):
+    for embedding in (model.model.mask_decoder.query_features.weight, model.classifier.no_object_embedding):
         assert 0.6 < embedding.std() < 1.4
 
 
@@ -155,7 +159,7 @@ def test_pickled_weights_are_refused_unless_asked_for(model, tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
     loaded = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, use_safetensors=False)
-    torch.testing.assert_close(loaded.no_object_embedding, model.no_object_embedding, rtol=0, atol=0)
+    assert torch.equal(loaded.classifier.no_object_embedding, model.classifier.no_object_embedding)
 
 
 def test_weights_that_a_checkpoint_lacks_are_initialised(config, tmp_path):
@@ -186,7 +190,7 @@ def test_reference_points_keep_their_precision_in_bf16(tokens):
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     with torch.no_grad():
         model.bfloat16()(torch.randn(1, 3, 64, 96, dtype=torch.bfloat16), class_embeds=torch.randn(2, 16))
-    assert seen[0].points.dtype == seen[0].cells.dtype == torch.float32
+    assert seen[0].dtype == torch.float32
 
 
 def test_backbone_of_other_strides_is_refused(tokens, pixel_values):
@@ -216,9 +220,9 @@ def test_logits_are_scaled_cosines_and_the_temperature_is_clamped(model, tokens,
     with torch.no_grad():
         logits = model.class_logits(query_embeds, embeds)
         torch.testing.assert_close(logits[..., :-1], query_embeds @ embeds.T * np.exp(2.6592), rtol=1e-5, atol=1e-5)
-        cosine = F.cosine_similarity(query_embeds, model.no_object_embedding, dim=-1)
+        cosine = F.cosine_similarity(query_embeds, model.classifier.no_object_embedding, dim=-1)
         torch.testing.assert_close(logits[..., -1], cosine * np.exp(2.6592), rtol=1e-5, atol=1e-5)
-        model.logit_scale.fill_(50.0)
+        model.classifier.logit_scale.fill_(50.0)
         assert model.temperature == 100.0
         assert model.class_logits(query_embeds, embeds).abs().max() <= 100.001
 
@@ -416,13 +420,13 @@ def test_class_features(class_feature, pixel_values):
         stage.mask_is_empty = torch.zeros_like(stage.mask_is_empty)
     assert (stage.pooled_features is None) == (class_feature == "query")
     parts = {"query": "last_hidden_state", "pooled": "pooled_features"}
-    before = model.class_embedder(stage)
+    before = model.classifier.embed_queries(stage)
     for part, name in parts.items():
         value = getattr(stage, name)
         if value is None:
             continue
         stage[name] = value + torch.randn_like(value)
-        changed = not torch.allclose(model.class_embedder(stage), before, atol=1e-4)
+        changed = not torch.allclose(model.classifier.embed_queries(stage), before, atol=1e-4)
         stage[name] = value
         assert changed == (part in class_feature.split("+"))
 
@@ -442,9 +446,9 @@ def test_empty_mask_falls_back_to_the_query(pixel_values):
     model = GKCForOpenVocabSegmentation(small_config(class_feature="query+pooled")).eval()
     stage = model.model(pixel_values, output_stages=False)
     stage.mask_is_empty = torch.ones_like(stage.mask_is_empty)
-    fallback = model.class_embedder(stage)
-    model.class_embedder.pooled_projection = None
-    torch.testing.assert_close(fallback, model.class_embedder(stage))
+    fallback = model.classifier.embed_queries(stage)
+    model.classifier.pooled_projection = None
+    torch.testing.assert_close(fallback, model.classifier.embed_queries(stage))
 
 
 def test_eager_and_sdpa_attention_agree(config, tokens, pixel_values, tmp_path):
@@ -569,43 +573,70 @@ def test_configuration_round_trip(config, tmp_path):
     }
 
 
-class TestKeptPerSize:
-    """Positions depend on sizes alone, so they are made once."""
+class TestCachedByShape:
+    """Positions depend on shapes alone, so they are computed once; they belong to their module."""
 
     @pytest.fixture
     def made(self) -> list[tuple]:
         return []
 
     @pytest.fixture
-    def kept(self, made):
-        def ramp(length: int, dtype: torch.dtype) -> torch.Tensor:
-            made.append((length, dtype))
-            return torch.arange(length, dtype=dtype)
+    def ramp(self, made) -> CachedByShape:
+        class Ramp(CachedByShape):
+            def compute(self, length: int, dtype: torch.dtype) -> torch.Tensor:
+                made.append((length, dtype))
+                return torch.arange(length, dtype=dtype)
 
-        return kept_per_size(ramp)
+        return Ramp()
 
-    def test_each_size_and_type_is_made_once(self, kept, made):
-        first = kept(3, torch.float32)
-        assert kept(3, torch.float32) is first and kept(3, torch.float64).dtype == torch.float64
-        assert kept(4, torch.float32).tolist() == [0, 1, 2, 3]
+    def test_each_shape_and_type_is_computed_once(self, ramp, made):
+        first = ramp(3, torch.float32)
+        assert ramp(3, torch.float32) is first and ramp(3, torch.float64).dtype == torch.float64
+        assert ramp(4, torch.float32).tolist() == [0, 1, 2, 3]
         assert made == [(3, torch.float32), (3, torch.float64), (4, torch.float32)]
 
-    def test_only_the_last_sizes_are_kept(self, kept, made):
-        for length in (*range(SIZES_KEPT + 1), SIZES_KEPT, 0):
-            kept(length, torch.float32)
-        assert [length for length, _ in made] == [*range(SIZES_KEPT + 1), 0]
+    def test_only_the_last_shapes_are_kept(self, ramp, made):
+        for length in (*range(MAX_CACHED_SHAPES + 1), MAX_CACHED_SHAPES, 0):
+            ramp(length, torch.float32)
+        assert [length for length, _ in made] == [*range(MAX_CACHED_SHAPES + 1), 0]
 
-    def test_what_inference_made_serves_training(self, kept):
+    def test_outputs_of_inference_mode_serve_training(self, ramp):
         with torch.inference_mode():
-            kept(3, torch.float32)
+            ramp(3, torch.float32)
         weight = torch.ones(3, requires_grad=True)
-        (weight * kept(3, torch.float32)).sum().backward()
+        (weight * ramp(3, torch.float32)).sum().backward()
         assert weight.grad.tolist() == [0, 1, 2]
 
-    def test_tracers_leave_nothing_behind(self, kept, made):
+    def test_tracers_leave_nothing_behind(self, ramp, made):
         with FakeTensorMode():
-            assert type(kept(3, torch.float32)) is FakeTensor
-        assert type(kept(3, torch.float32)) is torch.Tensor
-        compiled = torch.compile(lambda tensor: tensor + kept(5, torch.float32), backend="eager", fullgraph=True)
+            assert type(ramp(3, torch.float32)) is FakeTensor
+        assert type(ramp(3, torch.float32)) is torch.Tensor
+        compiled = torch.compile(lambda tensor: tensor + ramp(5, torch.float32), backend="eager", fullgraph=True)
         compiled(torch.zeros(5))
-        assert kept(5, torch.float32).tolist() == [0, 1, 2, 3, 4]
+        assert ramp(5, torch.float32).tolist() == [0, 1, 2, 3, 4]
+
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda model: None,
+            lambda model: model.to("meta"),
+            lambda model: model.double(),
+            lambda model: copy.deepcopy(model),
+            lambda model: pickle.loads(pickle.dumps(model)),
+        ],
+        ids=["deleted", "moved", "cast", "copied", "pickled"],
+    )
+    def test_what_a_model_keeps_is_freed_with_it(self, pixel_values, end):
+        model = GKCModel(small_config()).eval()
+        with torch.no_grad():
+            model(pixel_values)
+        caches = [module for module in model.modules() if isinstance(module, CachedByShape)]
+        kept = [weakref.ref(tensor) for module in caches for tensor in module._outputs.values()]
+        assert len(caches) == len(kept) == 2
+        left = end(model)
+        if left is not None:
+            caches = [module for module in left.modules() if isinstance(module, CachedByShape)]
+            assert len(caches) == 2 and not any(module._outputs for module in caches)
+        del model, caches, left
+        gc.collect()
+        assert [reference() for reference in kept] == [None, None]

@@ -48,12 +48,12 @@ def folder(tmp_path_factory, processor) -> Path:
     """Write a checkpoint with a vocabulary whose random weights find segments of several classes."""
     torch.manual_seed(0)
     model = GKCForOpenVocabSegmentation(small_config()).eval()
-    embedder, projection = model.class_embedder, model.class_embedder.stage_projections[-1]
+    classifier, projection = model.classifier, model.classifier.stage_projections[-1]
     with torch.no_grad():
         queries = model.model(processor(images=noise(80, 120), return_tensors="pt")["pixel_values"]).last_hidden_state
         # What all queries have in common is taken away, else all of them would be of one class.
-        projection.bias.copy_(-projection.weight @ embedder.dense(queries).relu().mean(dim=(0, 1)))
-        model.no_object_embedding.copy_(-projection.weight.mean(dim=1))
+        projection.bias.copy_(-projection.weight @ classifier.dense(queries).relu().mean(dim=(0, 1)))
+        classifier.no_object_embedding.copy_(-projection.weight.mean(dim=1))
     model.set_vocabulary(WORDS, processor)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)

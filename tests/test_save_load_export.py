@@ -169,9 +169,10 @@ class TestDevices:
             for name, part in model.model.named_children():
                 place(part, "meta" if name in elsewhere else "cpu")
             if "words" in elsewhere:
-                model.no_object_embedding = nn.Parameter(model.no_object_embedding.detach().to("meta"))
-                model.logit_scale = nn.Parameter(model.logit_scale.detach().to("meta"))
-            for part in (model.model, model.class_embedder):
+                for name in ("no_object_embedding", "logit_scale"):
+                    moved = getattr(model.classifier, name).detach().to("meta")
+                    setattr(model.classifier, name, nn.Parameter(moved))
+            for part in (model.model, model.classifier):
                 part.register_forward_pre_hook(moved_to("cpu"), with_kwargs=True)
             outputs = run(model, {"pixel_values": torch.randn(1, 3, 64, 64), "class_embeds": torch.randn(5, 16)})
         assert {name: tensor.device.type for name, tensor in outputs.items()} == dict.fromkeys(outputs, "cpu")
@@ -317,13 +318,13 @@ class TestAdapters:
 
     def test_lora_with_fully_trained_head(self):
         base = segmenter()
-        head = copy.deepcopy(base.class_embedder.state_dict())
-        model = with_lora(base, modules_to_save=["class_embedder"]).train()
+        head = copy.deepcopy(base.classifier.state_dict())
+        model = with_lora(base, modules_to_save=["classifier"]).train()
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        assert all("lora_" in name or ".class_embedder.modules_to_save." in name for name in trained)
+        assert all("lora_" in name or ".classifier.modules_to_save." in name for name in trained)
         train(model, steps=2)
         merged = model.merge_and_unload()
-        assert largest_difference(head, merged.class_embedder.state_dict()) > 0
+        assert largest_difference(head, merged.classifier.state_dict()) > 0
         run(merged.eval(), segmenter_inputs())
 
     @pytest.mark.skipif(

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -9,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from configuration import Recipe
@@ -350,6 +351,27 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, undisturbed):
         last_complete_checkpoint(tmp_path)
 
 
+def test_weights_and_optimizer_of_a_run_of_an_earlier_version_are_taken_over(tmp_path, undisturbed):
+    """Its weights have other names, and its optimizer knows parameters by their position."""
+    shutil.copytree(undisturbed / "checkpoint-3", tmp_path / "checkpoint-3")
+    weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    scalars = ("no_object_embedding", "logit_scale")
+    old = {name.replace("classifier.", "class_embedder."): weight for name, weight in weights.items()}
+    old = {re.sub(rf"class_embedder\.({'|'.join(scalars)})$", r"\1", name): weight for name, weight in old.items()}
+    assert {*scalars} < {*old} and not old.keys() & {name for name in weights if "classifier" in name}
+    save_file(old, tmp_path / "checkpoint-3" / "model.safetensors", {"format": "pt"})
+    trainer = make_trainer(tmp_path)
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    for name, weight in trainer.student.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = [group["params"] for group in parameter_groups(trainer.model, trainer.args, RECIPE)]
+    first = [names[id(parameter)] for parameter in groups[0]]
+    assert first[:2] == [f"student.classifier.{name}" for name in scalars]
+    decayed = [names[id(parameter)] for parameter in groups[-1]]
+    assert "student.model" in decayed[0] and decayed.index("student.classifier.dense.weight") > 1
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_with_its_keys(tmp_path, undisturbed):
     recipe = RECIPE.replace(distillation_embedding="shared")
     with pytest.raises(RuntimeError, match=r"projection\.weight"):
@@ -449,8 +471,8 @@ def test_parameter_groups(tmp_path):
         "student.model.mask_decoder.layers.0.final_layer_norm.weight": (fast, 0.0),
         "student.model.mask_decoder.query_features.weight": (fast, 0.0),
         "student.model.pixel_decoder.level_embedding": (fast, 0.0),
-        "student.no_object_embedding": (fast, 0.0),
-        "student.logit_scale": (fast, 0.0),
+        "student.classifier.no_object_embedding": (fast, 0.0),
+        "student.classifier.logit_scale": (fast, 0.0),
         "distillation_head.scale": (fast, 0.0),
         "distillation_head.projection.weight": (fast, 0.05),
     }

@@ -72,7 +72,7 @@ def from_mask2former(
     """Convert a Mask2Former model to an open-vocabulary model that predicts the same masks.
 
     With a tokenizer no training is needed: the source's classification head is kept, and its classes are compared
-    with class names in CLIP's text embedding space (`GKCConvexClassEmbedder`). For the source's own class names the
+    with class names in CLIP's text embedding space (`ConvexClassifier`). For the source's own class names the
     model predicts the source's probabilities; other names get the probabilities of the source classes that they are
     similar to. The source's class names are stored as the checkpoint's vocabulary.
 
@@ -131,9 +131,7 @@ def from_mask2former(
     )
     _load_weights(model, mask2former_model, text_model)
     model.set_vocabulary(vocabulary, GKCProcessor(GKCImageProcessor(), tokenizer, CONVERSION_TEMPLATES))
-    model.class_embedder.set_source(
-        mask2former_model.class_predictor, model.vocabulary_embeds, model.vocabulary_class_ids
-    )
+    model.classifier.set_source(mask2former_model.class_predictor, model.vocabulary_embeds, model.vocabulary_class_ids)
     return model.train(mask2former_model.training)
 
 

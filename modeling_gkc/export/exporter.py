@@ -49,6 +49,7 @@ from ..atomic_files import atomic_folder, check_new_folder
 from ..class_embeddings import GKCClassEmbeddings
 from ..configuration_gkc import GKCConfig
 from ..encoded_vocabulary import EncodedVocabulary
+from ..inference import OptimizedGKC
 from ..padding import SIZE_DIVISOR
 from ..vocabulary import Vocabulary, VocabularyLike
 from . import runner
@@ -198,7 +199,8 @@ def export_segmenter(
         ImportError: onnx or onnxscript is missing.
     """
     folder, (height, width) = Path(folder), check_size(size)
-    model.refuse_if_optimized("export it")
+    if isinstance(model, OptimizedGKC):
+        raise ValueError("An optimized model cannot be exported: export the model that it was made of.")
     check_new_folder(folder)
     compares = check_packages(format, check)
     if format == "onnx" and opset < DEFAULT_OPSET:

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..class_embedder import SMALLEST_PROBABILITY
-from ..class_embeddings import GKCClassEmbeddings, average_class_embeds, count_classes
+from ..class_embeddings import GKCClassEmbeddings
+from ..classifiers import ClassPrompts
 
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "query_embeds")
 TOLERANCE = 1e-3
@@ -51,8 +51,13 @@ class ExportableSegmenter(nn.Module):
 
     def __init__(self, model: Any, words: GKCClassEmbeddings | None = None):
         super().__init__()
-        self.model = model.model
-        self.classifier = (_ConvexClassifier if model.is_convex else _CosineClassifier)(model, words)
+        self.model, self.classifier = model.model, model.classifier
+        self.prompts = class_weights = None
+        if words is not None:
+            self.prompts = _prompts(model, words)
+            with torch.no_grad():
+                class_weights = self.classifier.class_weights(self.prompts)
+        self.register_buffer("class_weights", class_weights)
         self.eval()
 
     def forward(self, pixel_values: Tensor, class_embeds: Tensor | None = None) -> dict[str, Tensor]:
@@ -63,73 +68,18 @@ class ExportableSegmenter(nn.Module):
             class_embeds: Class embeddings (K, D), unless they are fixed in the graph.
         """
         segments = self.model(pixel_values, output_stages=False, return_dict=True)
-        class_logits, query_embeds = self.classifier(segments, class_embeds)
+        prompts = self.prompts
+        if class_embeds is not None:
+            prompts = ClassPrompts(class_embeds, None, class_embeds.shape[0], "max")
+        class_logits, query_embeds = self.classifier(segments, prompts, class_weights=self.class_weights)
         return dict(zip(OUTPUTS, (class_logits, segments.masks_queries_logits, query_embeds), strict=True))
 
 
-class _CosineClassifier(nn.Module):
-    """Cosines of queries and words, as `GKCForOpenVocabSegmentation.class_logits`; of words baked in also the best."""
-
-    def __init__(self, model: Any, words: GKCClassEmbeddings | None):
-        super().__init__()
-        self.class_embedder = model.class_embedder
-        self.register_buffer("no_object", F.normalize(model.no_object_embedding.detach(), dim=-1)[None])
-        self.register_buffer("temperature", model.temperature.detach().clone())
-        targets = rows = None
-        if words is not None and _takes_best(model, words):
-            targets, rows = words.class_embeds, _rows_of_classes(words.class_ids)
-        elif words is not None:
-            targets = one_embed_per_class(model, words)
-        self.register_buffer("targets", targets)
-        self.register_buffer("rows", rows)
-
-    def forward(self, stage: Any, class_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, Q, K + 1) logits and (B, Q, D) embeddings."""
-        query_embeds = self.class_embedder(stage)
-        words = self.targets if class_embeds is None else class_embeds
-        logits = self.temperature * query_embeds @ torch.cat([words, self.no_object]).T
-        if self.rows is not None:
-            logits = torch.cat([logits[..., self.rows].amax(dim=-1), logits[..., -1:]], dim=-1)
-        return logits, query_embeds
-
-
-class _ConvexClassifier(nn.Module):
-    """Shares of a head's classes, as `GKCConvexClassEmbedder` gives them to words; for words baked in a constant."""
-
-    def __init__(self, model: Any, words: GKCClassEmbeddings | None):
-        super().__init__()
-        self.class_embedder = model.class_embedder
-        self.register_buffer("temperature", model.temperature.detach().clone())
-        shares = None
-        if words is not None:
-            embeds, class_ids = words.class_embeds, words.class_ids
-            if model.config.prompt_reduction == "embedding_mean":
-                embeds, class_ids = average_class_embeds(embeds, class_ids), None
-            num_classes = count_classes(words.class_ids, len(words.class_embeds))
-            with torch.no_grad():
-                shares = self.class_embedder.shares(embeds, class_ids, num_classes)
-        self.register_buffer("shares", shares)
-
-    def forward(self, stage: Any, class_embeds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, Q, K + 1) logits and (B, Q, D) embeddings."""
-        probabilities = self.class_embedder.head_probabilities(stage)
-        if class_embeds is None:
-            logits = (probabilities @ self.shares).clamp(min=SMALLEST_PROBABILITY).log()
-        else:
-            logits = self.class_embedder.class_logits(probabilities, class_embeds, None, class_embeds.shape[0])
-        return self.temperature * logits, self.class_embedder.embed(probabilities)
-
-
-def _takes_best(model: Any, words: GKCClassEmbeddings) -> bool:
-    """Whether a class's logit is the best of its names', which no single embedding can give."""
-    return model.config.prompt_reduction == "max" and len(words.class_ids.unique()) < len(words.class_ids)
-
-
-def _rows_of_classes(class_ids: Tensor) -> Tensor:
-    """(K, most names) rows of each class's names; a class with fewer repeats its first."""
-    rows = [(class_ids == index).nonzero().flatten() for index in range(int(class_ids.max()) + 1)]
-    most = max(map(len, rows))
-    return torch.stack([torch.cat([own, own[:1].expand(most - len(own))]) for own in rows])
+def _prompts(model: Any, words: GKCClassEmbeddings) -> ClassPrompts:
+    """Return the words in the classifier's form, in fp32 on the CPU."""
+    embeds, class_ids = words.class_embeds.detach().cpu().float(), words.class_ids.cpu()
+    check_width(model, embeds)
+    return model.resolve_vocabulary(class_embeds=embeds, class_ids=class_ids)
 
 
 def one_embed_per_class(model: Any, words: GKCClassEmbeddings) -> Tensor:
@@ -149,21 +99,7 @@ def one_embed_per_class(model: Any, words: GKCClassEmbeddings) -> Tensor:
         ValueError: The embeddings have another width than the model's, or a class has several names and the model
             takes the maximum over them.
     """
-    embeds, class_ids = words.class_embeds.detach().cpu().float(), words.class_ids.cpu()
-    check_width(model, embeds)
-    num_classes = count_classes(class_ids, len(embeds))
-    if num_classes == len(embeds):
-        return embeds[class_ids.argsort()]
-    reduction = model.config.prompt_reduction
-    if reduction == "embedding_mean":
-        return average_class_embeds(embeds, class_ids)
-    if model.is_convex or reduction == "max":
-        raise ValueError(
-            "This model takes the maximum over a class's names, which one embedding per class cannot represent: "
-            "export with `fixed` (--fixed), or give each class one name."
-        )
-    sums = embeds.new_zeros(num_classes, embeds.shape[1]).index_add(0, class_ids, embeds)
-    return sums / class_ids.bincount()[:, None]
+    return model.classifier.class_embeds(_prompts(model, words))
 
 
 def check_width(model: Any, class_embeds: Tensor) -> None:

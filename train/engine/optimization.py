@@ -62,6 +62,10 @@ def _stem_and_stages(backbone: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     return stem, stages
 
 
+# A saved optimizer knows parameters by position, and the classifier's own once were the student's.
+_FIRST_MODULES = ("", "_fsdp_wrapped_module", "student", "student.classifier")
+
+
 def parameter_groups(model: nn.Module, args: TrainingArguments, recipe: Recipe) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and decay.
 
@@ -69,9 +73,10 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, recipe: Recipe) 
     parameters that are no weight of a layer (embeddings, scales, tables) count as embeddings.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for module_name, module in model.named_modules():
-        # The first kind of sharding (FSDP1) puts its wrappers' names in between.
-        in_backbone = "student.model.backbone." in f"{module_name}.".replace("_fsdp_wrapped_module.", "")
+    # The first kind of sharding (FSDP1) puts its wrappers' names in between.
+    modules = [(name.replace("_fsdp_wrapped_module.", ""), module) for name, module in model.named_modules()]
+    for module_name, module in sorted(modules, key=lambda named: named[0] not in _FIRST_MODULES):
+        in_backbone = "student.model.backbone." in f"{module_name}."
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 decays = not isinstance(module, _UNDECAYED) and name.endswith(("weight", "bias"))

@@ -23,6 +23,7 @@ from configuration import Recipe
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
+from modeling_gkc.weight_renaming import rename_old_checkpoint
 
 from ..data import AugmentedDataset, JointTransform, SegmentationCollator, StreamingDataset, streaming_loader
 from ..losses.base import (
@@ -357,7 +358,8 @@ class GKCTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        state = {f"{_STUDENT}{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+        student = rename_old_checkpoint(load_file(folder / "model.safetensors"))
+        state = {f"{_STUDENT}{key}": value for key, value in student.items()}
         if (folder / HEADS_NAME).exists():
             state |= load_file(folder / HEADS_NAME)
         load_full_state_dict(self.model if model is None else model, state, is_sharded=self.is_fsdp_enabled)

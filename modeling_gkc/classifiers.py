@@ -11,21 +11,26 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Queries -> embeddings in the text space: learned (`GKCClassEmbedder`), or by a head that was trained on other words
-(`GKCConvexClassEmbedder`).
+"""Classifiers of queries: by cosines with text embeddings, or by a head that was trained on other classes.
+
+Both are used in the same way: a module of stage -> class logits and query embeddings, for any classes that are asked
+for. `GKCConfig.classifier` names one of `CLASSIFIER_CLASSES`.
 
 Letters: B images, Q queries, C hidden, D text-embedding width, S source classes, M their names (M >= S: synonyms),
 K classes that are asked for, P their prompts.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .class_embeddings import SAME_TEXT, average_class_embeds
+from .class_embeddings import SAME_TEXT, average_class_embeds, reduce_prompt_logits
 from .configuration_gkc import GKCConfig
 
+MAX_TEMPERATURE = 100.0
 # A word covers the source class nearest to it fully, others by this power of how much nearer that one is: "puppy"
 # covers dog and hardly cat, while "animal", as near to one as to the other, covers both.
 COVERAGE_POWER = 4
@@ -39,12 +44,97 @@ REFINEMENTS = 2
 SMALLEST_SINGULAR_VALUE = 0.1
 
 
-class GKCClassEmbedder(nn.Module):
-    """Queries -> embeddings in the text space: one map C -> C for all stages, one map C -> D per stage."""
+class ClassPrompts(NamedTuple):
+    """Checked prompts of the classes that are asked for.
+
+    Attributes:
+        embeds: (P, D) L2-normalized embeddings.
+        class_ids: (P,) class of each prompt, or None if each is its own.
+        num_classes: K.
+        reduction: How the logits of the prompts of a class become one, `mean` or `max`.
+    """
+
+    embeds: Tensor
+    class_ids: Tensor | None
+    num_classes: int
+    reduction: str
+
+
+class QueryClassifier(nn.Module):
+    """Interface of the classifiers.
+
+    Args:
+        config: The segmenter's configuration.
+    """
+
+    def __init__(self, config: GKCConfig):
+        super().__init__()
+        # Before the scale, since saved optimizers know parameters by their position.
+        self.register_parameter("no_object_embedding", None)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+
+    @property
+    def temperature(self) -> Tensor:
+        """Factor of the logits, clamped at 100 as in CLIP."""
+        return self.logit_scale.exp().clamp(max=MAX_TEMPERATURE)
+
+    def forward(
+        self, stage: ModelOutput, prompts: ClassPrompts, index: int = -1, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Classify the queries of a decoder stage.
+
+        Args:
+            stage: Output of the image path for this stage.
+            prompts: The classes.
+            index: Number of the stage, counted as in a list.
+            class_weights: Output of `class_weights(prompts)`, if it is at hand.
+
+        Returns:
+            (B, Q, K + 1) class logits, the last column no-object, and (B, Q, D) L2-normalized query embeddings.
+        """
+        raise NotImplementedError
+
+    def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
+        """(B, Q, D) L2-normalized embeddings of the queries of the stage `index`."""
+        raise NotImplementedError
+
+    def class_weights(self, prompts: ClassPrompts) -> Tensor:
+        """Compute what the classification takes of the prompts; with fixed prompts it is computed once."""
+        raise NotImplementedError
+
+    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
+        """(B, Q, K + 1) class logits of the embeddings (B, Q, D) of an earlier output."""
+        raise NotImplementedError
+
+    def class_embeds(self, prompts: ClassPrompts) -> Tensor:
+        """Reduce the prompts to one embedding per class that gives the same logits.
+
+        Returns:
+            (K, D), not normalized where the logits of several prompts are averaged.
+
+        Raises:
+            ValueError: The best of several prompts counts, for which there is no such embedding.
+        """
+        raise NotImplementedError
+
+    def keep_last_stage(self) -> None:
+        """Drop what classifies earlier stages than the last."""
+
+
+class CosineClassifier(QueryClassifier):
+    """Cosines between learned query embeddings and prompts, times a learned temperature; no-object is learned.
+
+    Queries are embedded by one map C -> C for all stages and one map C -> D per stage.
+
+    Args:
+        config: The segmenter's configuration.
+        num_pooled_features: Width of the backbone features that are pooled under a mask.
+    """
 
     def __init__(self, config: GKCConfig, num_pooled_features: int):
-        super().__init__()
+        super().__init__(config)
         width = config.hidden_size
+        self.no_object_embedding = nn.Parameter(torch.empty(config.projection_dim))
         self.class_feature = config.class_feature
         self.pooled_projection = None
         if config.class_feature != "query":
@@ -59,23 +149,62 @@ class GKCClassEmbedder(nn.Module):
             nn.Linear(width, config.projection_dim) for _ in range(config.decoder_layers + 1)
         )
 
-    def forward(self, stage: ModelOutput, index: int = -1) -> Tensor:
-        """(B, Q, D) L2-normalised embeddings of the stage `index`, counted as in a list."""
-        hidden_states = F.relu(self.dense(self._feature(stage)))
-        return F.normalize(self.stage_projections[index](hidden_states), dim=-1)
+    def forward(
+        self, stage: ModelOutput, prompts: ClassPrompts, index: int = -1, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Classify the queries of a decoder stage; see `QueryClassifier.forward`."""
+        query_embeds = self.embed_queries(stage, index)
+        return self._cosine_logits(query_embeds, prompts, class_weights), query_embeds
 
-    def _feature(self, stage: ModelOutput) -> Tensor:
-        query = stage.last_hidden_state
-        if self.pooled_projection is None:
-            return query
-        pooled = self.pooled_projection(stage.pooled_features)
-        if self.class_feature == "query+pooled":
-            pooled = query + pooled
-        return torch.where(stage.mask_is_empty[..., None], query, pooled)
+    def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
+        """(B, Q, D) L2-normalized embeddings of the queries of a stage."""
+        features = stage.last_hidden_state
+        if self.pooled_projection is not None:
+            pooled = self.pooled_projection(stage.pooled_features)
+            if self.class_feature == "query+pooled":
+                pooled = features + pooled
+            features = torch.where(stage.mask_is_empty[..., None], features, pooled)
+        return F.normalize(self.stage_projections[index](F.relu(self.dense(features))), dim=-1)
+
+    def class_weights(self, prompts: ClassPrompts) -> Tensor:
+        """(P + 1, D) embeddings of the prompts and of no-object."""
+        no_object = F.normalize(_at_least_fp32(self.no_object_embedding), dim=-1)
+        return torch.cat([prompts.embeds.to(no_object), no_object[None]])
+
+    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
+        """(B, Q, K + 1) class logits of the embeddings (B, Q, D) of an earlier output."""
+        return self._cosine_logits(query_embeds, prompts)
+
+    def _cosine_logits(
+        self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
+    ) -> Tensor:
+        """In fp32 at least: a temperature up to 100 would show the rounding of half precision."""
+        with torch.autocast(query_embeds.device.type, enabled=False):
+            query_embeds = _at_least_fp32(query_embeds)
+            weights = self.class_weights(prompts) if class_weights is None else class_weights
+            logits = self.temperature.to(query_embeds) * query_embeds @ weights.to(query_embeds).T
+        if prompts.class_ids is None:
+            return logits
+        return reduce_prompt_logits(logits, prompts.class_ids, prompts.reduction, prompts.num_classes)
+
+    def class_embeds(self, prompts: ClassPrompts) -> Tensor:
+        """Reduce the prompts to one embedding per class; see `QueryClassifier.class_embeds`."""
+        embeds, class_ids = prompts.embeds, prompts.class_ids
+        if class_ids is None:
+            return embeds
+        if prompts.reduction == "max":
+            raise ValueError(_NO_SINGLE_EMBEDDING)
+        # A logit is linear in the embedding, so the mean of the logits is the logit of the mean.
+        sums = embeds.new_zeros(prompts.num_classes, embeds.shape[1]).index_add(0, class_ids, embeds)
+        return sums / class_ids.bincount()[:, None]
+
+    def keep_last_stage(self) -> None:
+        """Drop the projections of earlier stages than the last."""
+        self.stage_projections = self.stage_projections[-1:]
 
 
-class GKCConvexClassEmbedder(nn.Module):
-    """Queries -> convex combinations of the source classes' text embeddings, and those -> logits of any words.
+class ConvexClassifier(QueryClassifier):
+    """Class probabilities of a closed-vocabulary head, shared out to the classes that are asked for.
 
     A head's probabilities of the classes it was trained on (source classes) make a query embedding: the convex
     combination of the classes' text embeddings (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic
@@ -97,10 +226,11 @@ class GKCConvexClassEmbedder(nn.Module):
 
     Args:
         config: With `source_vocabulary`, the S classes of the head and their names.
+        num_pooled_features: Not used; pooled features are not classified.
     """
 
-    def __init__(self, config: GKCConfig):
-        super().__init__()
+    def __init__(self, config: GKCConfig, num_pooled_features: int | None = None):
+        super().__init__(config)
         names, width = config.source_vocabulary, config.projection_dim
         self.labels = [class_names[0] for class_names in names]
         self.class_predictor = nn.Linear(config.hidden_size, len(names) + 1)
@@ -112,16 +242,16 @@ class GKCConvexClassEmbedder(nn.Module):
 
     @torch.no_grad()
     def set_source(self, class_predictor: nn.Linear, name_embeds: Tensor, name_class_ids: Tensor) -> None:
-        """Takes over a source's head and the embeddings of its names.
+        """Take over a source's head and the embeddings of its names.
 
         Args:
             class_predictor: The head, C -> S + 1, no-object last.
-            name_embeds: (M, D) L2-normalised text embeddings of the source's names, the label of each class first. A
+            name_embeds: (M, D) L2-normalized text embeddings of the source's names, the label of each class first. A
                 synonym that is also a name of another class says nothing and counts as its class's label.
             name_class_ids: (M,) class of each name, 0..S-1.
 
         Raises:
-            ValueError: the text embeddings of some classes cannot be told apart, or a class has no name.
+            ValueError: The text embeddings of some classes cannot be told apart, or a class has no name.
         """
         num_classes = len(self.labels)
         self.class_predictor.load_state_dict(class_predictor.state_dict())
@@ -129,7 +259,7 @@ class GKCConvexClassEmbedder(nn.Module):
         self.name_class_ids.copy_(name_class_ids)
         if num_classes > 1:
             distances = self._distances(self.name_embeds, self.name_class_ids, num_classes)
-            self._refuse_equal(distances)
+            self._check_distinct(distances)
             different = ~torch.eye(num_classes, dtype=torch.bool, device=distances.device)
             self.typical_distance.copy_(distances[different].median())
         classes = average_class_embeds(self.name_embeds.double(), self.name_class_ids)
@@ -140,7 +270,7 @@ class GKCConvexClassEmbedder(nn.Module):
         self.basis.copy_(torch.cat([stretched, no_object]))
         self.decoder.copy_(torch.linalg.pinv(self.basis.double()))
 
-    def _refuse_equal(self, distances: Tensor) -> None:
+    def _check_distinct(self, distances: Tensor) -> None:
         distances = distances.clone().fill_diagonal_(torch.inf)
         if distances.min() <= 3 * SAME_TEXT:
             pair = divmod(int(distances.argmin()), len(distances))
@@ -149,21 +279,51 @@ class GKCConvexClassEmbedder(nn.Module):
                 f"The text tower cannot tell the classes {first!r} and {second!r} apart: give them names that differ."
             )
 
-    def forward(self, stage: ModelOutput, index: int = -1) -> Tensor:
-        """(B, Q, D) L2-normalised embeddings, fp32 at least; the head is the same at every stage `index`."""
-        return self.embed(self.head_probabilities(stage))
+    def forward(
+        self, stage: ModelOutput, prompts: ClassPrompts, index: int = -1, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Classify the queries of a decoder stage; see `QueryClassifier.forward`."""
+        probabilities = self.head_probabilities(stage)
+        return self._convex_logits(probabilities, prompts, class_weights), self.embed_probabilities(probabilities)
+
+    def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
+        """(B, Q, D) L2-normalized embeddings, fp32 at least; the head is the same at every stage."""
+        return self.embed_probabilities(self.head_probabilities(stage))
+
+    def class_weights(self, prompts: ClassPrompts) -> Tensor:
+        """(S + 1, K + 1) shares of the source classes and no-object, as `shares`."""
+        return self.shares(prompts.embeds, prompts.class_ids, prompts.num_classes)
+
+    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
+        """(B, Q, K + 1) class logits of the embeddings (B, Q, D) of an earlier output."""
+        return self._convex_logits(self.read(query_embeds), prompts)
+
+    def _convex_logits(
+        self, probabilities: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities, times the temperature, by (B, Q, S + 1) probabilities of the source classes."""
+        with torch.autocast(probabilities.device.type, enabled=False):
+            shares = self.class_weights(prompts) if class_weights is None else class_weights
+            logits = (probabilities @ shares.to(probabilities)).clamp(min=SMALLEST_PROBABILITY).log()
+            return self.temperature.to(logits) * logits
+
+    def class_embeds(self, prompts: ClassPrompts) -> Tensor:
+        """Reduce the prompts to one embedding per class; see `QueryClassifier.class_embeds`."""
+        if prompts.class_ids is not None:
+            raise ValueError(_NO_SINGLE_EMBEDDING)
+        return prompts.embeds
 
     def head_probabilities(self, stage: ModelOutput) -> Tensor:
         """(B, Q, S + 1) probabilities of the source classes and of no-object by the head, fp32 at least."""
         return _at_least_fp32(self.class_predictor(stage.last_hidden_state)).softmax(dim=-1)
 
-    def embed(self, probabilities: Tensor) -> Tensor:
+    def embed_probabilities(self, probabilities: Tensor) -> Tensor:
         """(B, Q, D) embeddings of queries by their (B, Q, S + 1) probabilities."""
         with torch.autocast(probabilities.device.type, enabled=False):
             return F.normalize(probabilities @ self.basis.to(probabilities), dim=-1)
 
     def read(self, query_embeds: Tensor) -> Tensor:
-        """(B, Q, S + 1) probabilities that make up (B, Q, D) embeddings: those of `embed`, but for rounding."""
+        """(B, Q, S + 1) probabilities that make up (B, Q, D) embeddings; inverts `embed_probabilities`."""
         with torch.autocast(query_embeds.device.type, enabled=False):
             query_embeds = _at_least_fp32(query_embeds)
             basis, decoder = self.basis.to(query_embeds), self.decoder.to(query_embeds)
@@ -183,7 +343,7 @@ class GKCConvexClassEmbedder(nn.Module):
         between two source classes, half. Classes that cover one source class share it by their distances to it.
 
         Args:
-            class_embeds: (P, D) L2-normalised prompts, the label of each class first.
+            class_embeds: (P, D) L2-normalized prompts, the label of each class first.
             class_ids: (P,) class of each, 0..K-1, or None if each is its own.
             num_classes: K.
 
@@ -204,19 +364,6 @@ class GKCConvexClassEmbedder(nn.Module):
         shares = torch.cat([covered * claims, 1 - covered], dim=1)
         return torch.cat([shares, F.pad(shares.new_ones(1, 1), (num_classes, 0))])
 
-    def class_logits(
-        self, probabilities: Tensor, class_embeds: Tensor, class_ids: Tensor | None, num_classes: int
-    ) -> Tensor:
-        """(B, Q, K + 1) log-probabilities of classes and of no-object.
-
-        Args:
-            probabilities: (B, Q, S + 1) of `head_probabilities` or of `read`.
-            class_embeds, class_ids, num_classes: As in `shares`.
-        """
-        with torch.autocast(probabilities.device.type, enabled=False):
-            shares = self.shares(class_embeds, class_ids, num_classes).to(probabilities)
-            return (probabilities @ shares).clamp(min=SMALLEST_PROBABILITY).log()
-
     def _distances(self, class_embeds: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
         """(S, K) cosine distances of the nearest names of source classes and classes."""
         embeds, names = _unit_vectors(class_embeds), _unit_vectors(self.name_embeds)
@@ -225,12 +372,18 @@ class GKCConvexClassEmbedder(nn.Module):
         return (1 - _group_max(cosines.T, class_ids, num_classes).T).clamp(min=SAME_TEXT)
 
 
+_NO_SINGLE_EMBEDDING = (
+    "This model takes the maximum over a class's names, which one embedding per class cannot represent: export with "
+    "`fixed` (--fixed), or give each class one name."
+)
+
+
 def _at_least_fp32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _unit_vectors(embeds: Tensor) -> Tensor:
-    """Normalised anew in fp32 at least: what half precision does to their lengths would count as distance."""
+    """Normalise in fp32 at least: what half precision does to their lengths would count as distance."""
     return F.normalize(_at_least_fp32(embeds), dim=-1)
 
 
@@ -250,4 +403,6 @@ def _group_max(values: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
     return largest.scatter_reduce(0, index, values, "amax", include_self=False)
 
 
-__all__ = ["GKCClassEmbedder", "GKCConvexClassEmbedder"]
+CLASSIFIER_CLASSES = {"projection": CosineClassifier, "convex_combination": ConvexClassifier}
+
+__all__ = ["CLASSIFIER_CLASSES", "ClassPrompts", "ConvexClassifier", "CosineClassifier", "QueryClassifier"]

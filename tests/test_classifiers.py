@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling_gkc.class_embedder import SMALLEST_SINGULAR_VALUE, GKCConvexClassEmbedder
+from modeling_gkc.classifiers import SMALLEST_SINGULAR_VALUE, ClassPrompts, ConvexClassifier
 from modeling_gkc.configuration_gkc import GKCConfig
 
 from .conftest import small_config
@@ -45,7 +45,7 @@ def near(embed: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
     return cosine * embed + (1 - cosine**2) ** 0.5 * step
 
 
-def embedder_of(names: Tensor, class_ids: Tensor | None = None) -> GKCConvexClassEmbedder:
+def classifier_from(names: Tensor, class_ids: Tensor | None = None) -> ConvexClassifier:
     """Return a classifier whose head is the identity, so that the logits can be chosen."""
     class_ids = torch.arange(len(names)) if class_ids is None else class_ids
     num_classes = int(class_ids.max()) + 1
@@ -54,25 +54,30 @@ def embedder_of(names: Tensor, class_ids: Tensor | None = None) -> GKCConvexClas
     with torch.no_grad():
         head.weight.copy_(torch.eye(num_classes + 1))
         head.bias.zero_()
-    embedder = GKCConvexClassEmbedder(
-        SimpleNamespace(source_vocabulary=vocabulary, projection_dim=names.shape[1], hidden_size=num_classes + 1)
+    classifier = ConvexClassifier(
+        SimpleNamespace(
+            source_vocabulary=vocabulary,
+            projection_dim=names.shape[1],
+            hidden_size=num_classes + 1,
+            logit_scale_init_value=0.0,
+        )
     )
-    embedder.set_source(head, names, class_ids)
-    return embedder
+    classifier.set_source(head, names, class_ids)
+    return classifier
 
 
-def query_embeds(embedder: GKCConvexClassEmbedder, probabilities: Tensor) -> Tensor:
+def query_embeds(classifier: ConvexClassifier, probabilities: Tensor) -> Tensor:
     """Embeddings of queries (Q, S + 1) about which the head says what is asked."""
-    logits = probabilities.clamp(min=1e-30).log().to(embedder.basis.dtype)
-    return embedder(SimpleNamespace(last_hidden_state=logits[None]))
+    logits = probabilities.clamp(min=1e-30).log().to(classifier.basis.dtype)
+    return classifier.embed_queries(SimpleNamespace(last_hidden_state=logits[None]))
 
 
-def ask(embedder: GKCConvexClassEmbedder, probabilities: Tensor, words: Tensor, class_ids=None) -> Tensor:
+def ask(classifier: ConvexClassifier, probabilities: Tensor, words: Tensor, class_ids=None) -> Tensor:
     """(Q, K + 1) probabilities of words and of no-object, of query embeddings without more."""
     num_classes = len(words) if class_ids is None else int(class_ids.max()) + 1
     with torch.no_grad():
-        read = embedder.read(query_embeds(embedder, probabilities))
-        return embedder.class_logits(read, words, class_ids, num_classes)[0].softmax(dim=-1)
+        prompts = ClassPrompts(words, class_ids, num_classes, "max")
+        return classifier.classify_embeds(query_embeds(classifier, probabilities), prompts)[0].softmax(dim=-1)
 
 
 def random_probabilities(num_classes: int, generator: torch.Generator) -> Tensor:
@@ -120,7 +125,7 @@ def test_own_names_give_the_heads_probabilities(num_classes, width, cosine, with
     generator = torch.Generator().manual_seed(num_classes)
     names = text_space(num_classes, width, cosine, generator)
     probabilities = torch.cat([random_probabilities(num_classes, generator), adversarial_probabilities(names)])
-    answered = ask(embedder_of(names), probabilities, names)
+    answered = ask(classifier_from(names), probabilities, names)
     within("probabilities of a head's own names, max abs", (answered - probabilities).abs().max(), 1e-4)
     clear = margins(probabilities) > MARGIN
     assert clear.sum() > 1 and (probabilities[clear].argmax(-1) == num_classes).any()
@@ -131,12 +136,12 @@ def test_cosines_of_the_same_embeddings_would_not(within):
     """What the classifier is for: temperature x cosine loses winners by a clear margin."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(133, 512, 0.85, generator)
-    embedder, probabilities = embedder_of(names), adversarial_probabilities(names)
+    classifier, probabilities = classifier_from(names), adversarial_probabilities(names)
     named = probabilities[:, :-1].argmax(-1)
     clear = (probabilities[:, -1] < 0.01) & (margins(probabilities) > MARGIN)
-    by_cosine = (query_embeds(embedder, probabilities)[0] @ names.T).argmax(-1)
+    by_cosine = (query_embeds(classifier, probabilities)[0] @ names.T).argmax(-1)
     assert (by_cosine != named)[clear].float().mean() > 0.05
-    assert torch.equal(ask(embedder, probabilities, names)[clear].argmax(-1), named[clear])
+    assert torch.equal(ask(classifier, probabilities, names)[clear].argmax(-1), named[clear])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -144,9 +149,9 @@ def test_half_precision(dtype, within):
     generator = torch.Generator().manual_seed(0)
     names = text_space(150, 512, 0.85, generator)
     probabilities = torch.cat([random_probabilities(150, generator), adversarial_probabilities(names)])
-    embedder = embedder_of(names).to(dtype)
+    classifier = classifier_from(names).to(dtype)
     rounded = probabilities.clamp(min=1e-30).log().to(dtype).float().softmax(dim=-1)
-    answered = ask(embedder, probabilities, names.to(dtype))
+    answered = ask(classifier, probabilities, names.to(dtype))
     error = (answered - rounded).abs().max()
     within(f"probabilities of a head's own names, {str(dtype).removeprefix('torch.')}, max abs", error, 0.01)
 
@@ -158,20 +163,22 @@ def test_names_that_are_nearly_the_same(dtype, within):
     name = F.normalize(torch.randn(16, generator=generator), dim=0)
     names = torch.stack([name, *(near(name, 1 - distance, generator) for distance in torch.logspace(-5, -2, 12))])
     probabilities = random_probabilities(13, generator)
-    embedder = embedder_of(names)
+    classifier = classifier_from(names)
     # Names rounded to half precision would be the same; what makes and reads the embeddings must not need more.
-    embedder.basis, embedder.decoder = (buffer.to(dtype).float() for buffer in (embedder.basis, embedder.decoder))
-    error = (ask(embedder, probabilities, names) - probabilities).abs().max()
+    classifier.basis, classifier.decoder = (
+        buffer.to(dtype).float() for buffer in (classifier.basis, classifier.decoder)
+    )
+    error = (ask(classifier, probabilities, names) - probabilities).abs().max()
     within(f"probabilities of nearly equal names, {str(dtype).removeprefix('torch.')}, max abs", error, 1e-3)
 
 
 def test_query_embeddings_are_convex_combinations():
     generator = torch.Generator().manual_seed(0)
     names = text_space(19, 64, 0.8, generator)
-    embedder = embedder_of(names)
+    classifier = classifier_from(names)
     probabilities = random_probabilities(19, generator)
-    embeds = query_embeds(embedder, probabilities)[0]
-    no_object = embedder.basis[-1]
+    embeds = query_embeds(classifier, probabilities)[0]
+    no_object = classifier.basis[-1]
     torch.testing.assert_close(names @ no_object, torch.zeros(19), atol=1e-6, rtol=0)
     assert torch.linalg.svdvals(names)[-1] > SMALLEST_SINGULAR_VALUE, "or the names would be pulled apart"
     expected = probabilities[:, :-1] @ names + probabilities[:, -1:] * no_object
@@ -182,9 +189,9 @@ def test_order_and_selection_of_own_names():
     """Each name keeps its probability whatever is asked beside it; what is not asked for is none of these."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(80, 512, 0.8, generator)
-    embedder, probabilities = embedder_of(names), random_probabilities(80, generator)
+    classifier, probabilities = classifier_from(names), random_probabilities(80, generator)
     chosen = torch.tensor([7, 3, 61, 0])
-    answered = ask(embedder, probabilities, names[chosen])
+    answered = ask(classifier, probabilities, names[chosen])
     torch.testing.assert_close(answered[:, :-1], probabilities[:, chosen], atol=1e-4, rtol=0)
     torch.testing.assert_close(answered[:, -1], 1 - probabilities[:, chosen].sum(-1), atol=1e-4, rtol=0)
 
@@ -196,25 +203,25 @@ def test_synonyms_even_shared_ones():
     class_ids = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 4])
     rows = torch.tensor([0, 1, 2, 3, 4, 0, 5, 6, 7])  # class 2 has the first name of class 0 as synonym
     names = names[rows]
-    embedder, probabilities = embedder_of(names, class_ids), random_probabilities(5, generator)
-    by_all = ask(embedder, probabilities, names, class_ids)
+    classifier, probabilities = classifier_from(names, class_ids), random_probabilities(5, generator)
+    by_all = ask(classifier, probabilities, names, class_ids)
     torch.testing.assert_close(by_all, probabilities, atol=1e-4, rtol=0)
-    by_first = ask(embedder, probabilities, names[[0, 3, 4, 6, 8]])
+    by_first = ask(classifier, probabilities, names[[0, 3, 4, 6, 8]])
     torch.testing.assert_close(by_first, probabilities, atol=1e-4, rtol=0)
-    by_synonym = ask(embedder, probabilities, names[[2, 7]])
+    by_synonym = ask(classifier, probabilities, names[[2, 7]])
     torch.testing.assert_close(by_synonym[:, :2], probabilities[:, [0, 3]], atol=1e-3, rtol=0)
 
 
 def test_a_word_close_to_a_class_gets_its_probability():
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]  # without twins
-    embedder = embedder_of(names)
+    classifier = classifier_from(names)
     words = torch.stack([near(names[index], 0.93, generator) for index in (4, 11, 30)])
     sure = torch.full((3, 51), 0.1 / 50)
     sure[range(3), [4, 11, 30]] += 0.9
-    answered = ask(embedder, sure, words)
+    answered = ask(classifier, sure, words)
     assert (answered[range(3), range(3)] > 0.85).all()
-    assert (ask(embedder, sure, words[:1])[1:, 0] < 0.1).all(), "what is something else is not this word"
+    assert (ask(classifier, sure, words[:1])[1:, 0] < 0.1).all(), "what is something else is not this word"
 
 
 def test_a_word_between_classes_gets_all_of_them():
@@ -226,7 +233,7 @@ def test_a_word_between_classes_gets_all_of_them():
     hesitating[0, :3] = torch.tensor([0.5, 0.3, 0.15])
     hesitating[0, -1] = 0.05
     hesitating[1, 10] = 1.0
-    answered = ask(embedder_of(names), hesitating, kind[None])
+    answered = ask(classifier_from(names), hesitating, kind[None])
     assert answered[0, 0] > 0.8 and answered[1, 0] < 0.1
 
 
@@ -234,19 +241,19 @@ def test_an_unrelated_word_stays_below_one_half():
     """A word as far from a class as its fellows typically are gets half of it at most, one half as far nearly all."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]
-    embedder = embedder_of(names)
-    typical = float(embedder.typical_distance)
+    classifier = classifier_from(names)
+    typical = float(classifier.typical_distance)
     sure = torch.eye(51)[:50]
     for distance, lowest, highest in ((2 * typical, 0, 0.1), (typical, 0, 0.5001), (typical / 2, 0.9, 1)):
         for index in range(10):
             word = near(names[index], 1 - distance, generator)
-            assert lowest <= ask(embedder, sure, word[None])[index, 0] <= highest
+            assert lowest <= ask(classifier, sure, word[None])[index, 0] <= highest
     common = F.normalize(names.mean(dim=0), dim=0)
     for _ in range(20):
         own = F.normalize(torch.randn(512, generator=generator), dim=0)
         word = F.normalize(0.8**0.5 * common + 0.2**0.5 * own, dim=0)
         is_far = 1 - names @ word >= typical
-        assert is_far.any() and (ask(embedder, sure, word[None])[is_far, 0] <= 0.5001).all()
+        assert is_far.any() and (ask(classifier, sure, word[None])[is_far, 0] <= 0.5001).all()
 
 
 def test_many_remote_words_do_not_outweigh_a_close_one():
@@ -254,7 +261,7 @@ def test_many_remote_words_do_not_outweigh_a_close_one():
     names = text_space(100, 512, 0.8, generator)[::2]
     remote = text_space(300, 512, 0.0, generator) * 0.2**0.5 + F.normalize(names.mean(dim=0), dim=0) * 0.8**0.5
     words = torch.cat([F.normalize(remote, dim=-1), near(names[0], 0.93, generator)[None]])
-    assert ask(embedder_of(names), torch.eye(51)[:1], words)[0, -2] > 0.85
+    assert ask(classifier_from(names), torch.eye(51)[:1], words)[0, -2] > 0.85
 
 
 def test_what_the_head_holds_for_no_object_stays_so():
@@ -264,7 +271,7 @@ def test_what_the_head_holds_for_no_object_stays_so():
     probabilities = random_probabilities(50, generator)
     for count in (1, 5, 200):
         words = torch.cat([names[: count // 2], text_space(count - count // 2, 512, 0.5, generator)])
-        answered = ask(embedder_of(names), probabilities, words)
+        answered = ask(classifier_from(names), probabilities, words)
         assert (answered[:, -1] >= probabilities[:, -1] - 1e-4).all()
 
 
@@ -273,12 +280,11 @@ def test_logits_and_gradients_are_those_of_the_head(scale, within):
     """Cross-entropy of the source's own names trains the head as its own would, also where it is surely wrong."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(19, 64, 0.8, generator)
-    embedder = embedder_of(names)
+    classifier = classifier_from(names)
     logits = (scale * torch.randn(1, 100, 20, generator=generator)).requires_grad_()
     labels = torch.randint(20, (100,), generator=generator)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits[0], labels), logits)
-    probabilities = embedder.head_probabilities(SimpleNamespace(last_hidden_state=logits))
-    answered = embedder.class_logits(probabilities, names, None, 19)
+    answered, _ = classifier(SimpleNamespace(last_hidden_state=logits), ClassPrompts(names, None, 19, "max"))
     (actual,) = torch.autograd.grad(F.cross_entropy(answered[0], labels), logits)
     error = (answered - logits.log_softmax(-1)).detach().abs().max()
     within("log-probabilities against the head's own, max abs", error, 1e-4)
@@ -288,27 +294,33 @@ def test_logits_and_gradients_are_those_of_the_head(scale, within):
 def test_names_that_cannot_be_told_apart_are_refused():
     names = text_space(5, 64, 0.8, torch.Generator().manual_seed(0))
     names[3] = names[1]
-    embedder = GKCConvexClassEmbedder(
-        SimpleNamespace(source_vocabulary=[["a"], ["b"], ["c"], ["d"], ["e"]], projection_dim=64, hidden_size=8)
+    classifier = ConvexClassifier(
+        SimpleNamespace(
+            source_vocabulary=[["a"], ["b"], ["c"], ["d"], ["e"]],
+            projection_dim=64,
+            hidden_size=8,
+            logit_scale_init_value=0.0,
+        )
     )
     with pytest.raises(ValueError, match="'b' and 'd'"):
-        embedder.set_source(torch.nn.Linear(8, 6), names, torch.arange(5))
+        classifier.set_source(torch.nn.Linear(8, 6), names, torch.arange(5))
 
 
 def test_embeddings_of_nothing_known_are_no_object():
     generator = torch.Generator().manual_seed(0)
     names = text_space(5, 64, 0.8, generator)
-    embedder = embedder_of(names)
-    read = embedder.read(-F.normalize(names.sum(0), dim=0)[None, None])
+    classifier = classifier_from(names)
+    nothing = -F.normalize(names.sum(0), dim=0)[None, None]
+    read = classifier.read(nothing)
     torch.testing.assert_close(read, torch.eye(6)[5:][None], atol=1e-6, rtol=0)
-    assert embedder.class_logits(read, names, None, 5).isfinite().all()
+    assert classifier.classify_embeds(nothing, ClassPrompts(names, None, 5, "max")).isfinite().all()
 
 
 def test_a_class_without_names_is_refused():
     names = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
-    embedder = embedder_of(names)
+    classifier = classifier_from(names)
     with pytest.raises(ValueError, match=r"`class_ids` must count from 0 and leave none out: .* missing \[1\]"):
-        embedder.set_source(torch.nn.Linear(4, 4), names, torch.tensor([0, 0, 2]))
+        classifier.set_source(torch.nn.Linear(4, 4), names, torch.tensor([0, 0, 2]))
 
 
 @pytest.mark.parametrize(
