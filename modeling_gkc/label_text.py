@@ -29,8 +29,9 @@ _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 # "|" and full stops are the separators of Grounding DINO and GLIP, the others those of other keyboards.
 _SEPARATORS = re.compile(r"[；﹔؛|｜¦，﹐、､،]|\s[.·•](?=\s|$)|\.(?=\s.*\.\s*$)")
-# Tabs, which separate the columns of a copied table, and other control characters that Python counts as spaces.
-_COLUMN_BREAK = re.compile(r"[^\s;,] *([\t\v\f\x1c-\x1f])[^\S\r\n]*[^\s;,]")
+# Tabs, which separate the columns of a copied table, and other control characters that Python counts as spaces. After
+# the colon of a numbered list ("2:\twall") they separate nothing.
+_COLUMN_BREAK = re.compile(r"[^\s;,:] *([\t\v\f\x1c-\x1f])[^\S\r\n]*[^\s;,]")
 # Marks that may be meant as separators where they stand between two words, but may also belong to a label.
 _LONE_MARK = re.compile(r"\w\s+[-/\\&+*:=>~→–—]+\s+\w")
 
