@@ -1,4 +1,4 @@
-"""`python -m train.evaluate`: from a drawn benchmark to its numbers, by any number of processes, under `kill -9`."""
+"""End-to-end tests of `python -m train.evaluate`: scores, several processes, and interruption by `kill -9`."""
 
 import hashlib
 import io
@@ -103,7 +103,7 @@ def model():
 @pytest.mark.parametrize(
     ("name", "split", "world"), [("miniworld", "val", "test"), ("miniworld_train", "train", "train")]
 )
-def test_the_drawn_world_is_that_of_the_mini_world(data, tmp_path, name, split, world):
+def test_prepared_drawn_world_matches_the_experiment(data, tmp_path, name, split, world):
     prepared = ["--source", str(data.parent / "drawn"), "--out", str(tmp_path / "p"), "--split", split]
     assert prepare.main([name, *prepared]) == 0
     found = load_prepared(tmp_path / "p", split)
@@ -116,8 +116,8 @@ def test_the_drawn_world_is_that_of_the_mini_world(data, tmp_path, name, split, 
         assert sum(part["category_id"] >= 0 for part in ours["segments"]) == len(theirs["segments"])
 
 
-def test_numbers_are_those_of_an_independent_evaluation(whole, model, within):
-    """The mini-world's own evaluation, which shares neither data path nor post-processing."""
+def test_miou_matches_an_independent_evaluation(whole, model, within):
+    """Compare with the evaluation of the mini-world experiment, which has its own data loading and post-processing."""
     _, result = whole
     protocol = concepts("all", CONCEPTS)
     scenes = build_dataset("test", SCENES, show_progress=False)
@@ -129,7 +129,7 @@ def test_numbers_are_those_of_an_independent_evaluation(whole, model, within):
     assert 0.2 < expected["miou"] < 1
 
 
-def test_result_says_what_was_done(whole):
+def test_result_describes_the_evaluation(whole):
     _, result = whole
     assert set(result["scores"]) == set(TASKS)
     assert result["per_cent"]["semantic"]["miou"] == round(100 * result["scores"]["semantic"]["miou"], 2)
@@ -146,7 +146,7 @@ def test_result_says_what_was_done(whole):
     assert joint == pytest.approx(2 / (1 / first + 1 / second))
 
 
-def test_three_processes_give_the_bits_of_one(data, whole, tmp_path):
+def test_three_processes_match_one_process_exactly(data, whole, tmp_path):
     _, expected = whole
     out, port = tmp_path / "result.json", free_port()
     tasks = ["--tasks", *TASKS]
@@ -158,7 +158,7 @@ def test_three_processes_give_the_bits_of_one(data, whole, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["after a chunk", "within a chunk's file"])
-def test_a_killed_run_goes_on(data, whole, tmp_path, moment, monkeypatch):
+def test_killed_run_resumes(data, whole, tmp_path, moment, monkeypatch):
     _, expected = whole
     out = tmp_path / "result.json"
     tasks = ["--tasks", *TASKS]
@@ -198,7 +198,7 @@ def test_a_killed_run_goes_on(data, whole, tmp_path, moment, monkeypatch):
 WRITE = ChunkFolder.write
 
 
-def test_done_is_done_and_other_options_are_not_mixed_in(data, whole, tmp_path, capsys):
+def test_finished_result_is_kept_and_other_options_raise(data, whole, tmp_path, capsys):
     out = tmp_path / "result.json"
     shutil.copy(whole[0], out)
     before = out.stat().st_mtime_ns
@@ -209,7 +209,7 @@ def test_done_is_done_and_other_options_are_not_mixed_in(data, whole, tmp_path, 
 
 
 def test_chunks_of_another_run_are_never_read(data, tmp_path, capsys):
-    """A damaged chunk of the same options stops the run; one of other options does not even lie in its way."""
+    """A damaged chunk of the same options raises; one of other options is ignored."""
     out = tmp_path / "result.json"
     assert run(data, out, "--limit", "3", "--tasks", "semantic") == 0
     fingerprint = read_result(out)["fingerprint"]
@@ -220,9 +220,7 @@ def test_chunks_of_another_run_are_never_read(data, tmp_path, capsys):
     chunk.write_bytes(b"PK\x03\x04 cut")
     capsys.readouterr()
     assert run(data, out, "--limit", "3", "--tasks", "semantic") == 2 and not out.exists()
-    assert f"{chunk} is damaged, its checksum is another than when written: delete it (`rm {chunk}`)" in (
-        capsys.readouterr().err
-    )
+    assert f"{chunk} is damaged (checksum mismatch): delete it (`rm {chunk}`)" in (capsys.readouterr().err)
     assert run(data, out, "--limit", "3", "--tasks", "semantic", "--batch-size", "2") == 0
     assert read_result(out)["images"]["evaluated"] == 3
 
@@ -251,8 +249,8 @@ def _stored():
     return Pictures(decode=False)
 
 
-def test_written_predictions_score_what_the_result_says(data, whole, tmp_path):
-    """Read back from their files with the benchmark's own ids, by nothing that wrote them."""
+def test_written_predictions_have_the_reported_scores(data, whole, tmp_path):
+    """Score the prediction files, read independently with the class ids of the benchmark."""
     folder, out = tmp_path / "predictions", tmp_path / "result.json"
     assert run(data, out, "--write-predictions", folder, "--tasks", "semantic", "panoptic") == 0
     prepared = load_prepared(data, "val")
@@ -274,7 +272,7 @@ def test_written_predictions_score_what_the_result_says(data, whole, tmp_path):
     assert result["scores"]["panoptic"]["pq"] == panoptic.compute()["pq"]
 
 
-def test_prompts_change_what_is_asked(data, tmp_path):
+def test_prompt_kinds_change_prompts_and_scores(data, tmp_path):
     results = {}
     for prompts in ("plain", "templates", "synonyms"):
         out = tmp_path / f"{prompts}.json"
@@ -285,7 +283,7 @@ def test_prompts_change_what_is_asked(data, tmp_path):
     assert results["plain"]["scores"] != results["templates"]["scores"]  # the tiny text tower was trained on names
 
 
-def test_half_precision_and_batches_hardly_matter(data, whole, tmp_path, within):
+def test_half_precision_and_batch_size_barely_change_scores(data, whole, tmp_path, within):
     out = tmp_path / "result.json"
     assert run(data, out, "--tasks", "semantic", "--dtype", "bfloat16", "--batch-size", "4") == 0
     difference = read_result(out)["scores"]["semantic"]["miou"] - whole[1]["scores"]["semantic"]["miou"]
@@ -296,7 +294,7 @@ def test_half_precision_and_batches_hardly_matter(data, whole, tmp_path, within)
     within("mIoU of batches of three and of single images", abs(difference), 1e-4)
 
 
-def test_augmentation_and_seen_classes_by_command(data, tmp_path):
+def test_tta_and_trained_on_options(data, tmp_path):
     out = tmp_path / "result.json"
     words = "square, box; star; lawn, grass"
     assert run(data, out, "--tasks", "semantic", "--tta", "--trained-on", words, "--limit", "3") == 0
@@ -306,8 +304,8 @@ def test_augmentation_and_seen_classes_by_command(data, tmp_path):
     assert run(data, tmp_path / "other.json", "--tasks", "semantic", "--trained-on", "a; a") == 2
 
 
-def test_words_that_the_model_cannot_tell_apart_are_not_scored(data, tmp_path, capsys):
-    """The drawn world under names that the checkpoint does not know: every score would be that of chance."""
+def test_indistinguishable_class_names_raise(data, tmp_path, capsys):
+    """Rename two classes to words outside the vocabulary of the text encoder, which embeds them equally."""
     renamed = shutil.copytree(data, tmp_path / "renamed")
     vocabulary = json.loads((renamed / "vocabulary.json").read_text())
     for index, entry in enumerate(vocabulary["classes"][:2]):
@@ -322,7 +320,7 @@ def test_words_that_the_model_cannot_tell_apart_are_not_scored(data, tmp_path, c
     assert not (tmp_path / "result.json").exists()
 
 
-def test_profile_counts_what_the_model_computes(data, tmp_path, model):
+def test_profile_reports_flops_and_parameters(data, tmp_path, model):
     out = tmp_path / "result.json"
     assert run(data, out, "--profile", "--limit", "1", "--tasks", "semantic") == 0
     result = read_result(out)
@@ -334,13 +332,13 @@ def test_profile_counts_what_the_model_computes(data, tmp_path, model):
     ("options", "message"),
     [
         (["--split", "train"], "has no split 'train'"),
-        (["--tasks", "video"], "miniworld has no videos"),
+        (["--tasks", "video"], "miniworld contains no videos"),
         (["--benchmark", "ade20k_150"], "holds 'miniworld', not 'ade20k_150'"),
-        (["--tta"], "give --tasks semantic"),
+        (["--tta"], "add --tasks semantic"),
         (["--model", "nowhere/at/all"], "holds no model"),
     ],
 )
-def test_misuse_is_one_line(data, tmp_path, options, message, capsys):
+def test_invalid_options_give_one_error_line(data, tmp_path, options, message, capsys):
     assert run(data, tmp_path / "result.json", *options) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "result.json").exists()

@@ -1,4 +1,4 @@
-"""A metric of one file and a benchmark of one reader are evaluated and reported without any other change."""
+"""Tests that a metric and a benchmark can each be added by one file."""
 
 import sys
 import textwrap
@@ -158,7 +158,7 @@ def test_a_new_metric_and_a_new_benchmark_are_one_file_each(extended, tmp_path, 
     assert "Void share: a toy." in train.metrics.describe()
 
 
-def test_two_scores_of_one_name_are_refused(extended, tmp_path):
+def test_duplicate_score_names_raise(extended, tmp_path):
     folder = Path(train.metrics.__path__[-1])
     (folder / "twin_metric.py").write_text("from train.metrics.toy_metric import SCORES\n")
     all_scores.cache_clear()
@@ -166,7 +166,7 @@ def test_two_scores_of_one_name_are_refused(extended, tmp_path):
         all_scores()
 
 
-def test_scores_that_cannot_be_computed_are_left_out_or_refused():
+def test_unavailable_scores_are_omitted_or_raise():
     from modeling_gkc.vocabulary import Vocabulary
 
     plain, kinds = Vocabulary([["a"], ["b"]]), Vocabulary([["a"], ["b"]], is_thing=[True, False])
@@ -179,8 +179,8 @@ def test_scores_that_cannot_be_computed_are_left_out_or_refused():
         make_scores(["semantic", "panoptic", "instance"], kinds, ("classes",))
 
 
-def test_the_evaluation_knows_no_metric_by_name():
-    """Of those by which a new one would have to be added; the reading of a result is up to the metrics as well."""
+def test_evaluation_modules_name_no_metric():
+    """Check that no module of the evaluation names a metric, so that a new one needs no change there."""
     folder = Path(__file__).parent.parent / "train" / "evaluate"
     names = {*all_scores(), *(shown.name for score in all_scores().values() for shown in score.report)} - {"video"}
     for module in ("session", "report", "result", "command", "groups", "run", "chunks"):

@@ -1,4 +1,4 @@
-"""What the evaluation asks of models: GKC in several views, and other people's models under the same metrics."""
+"""Tests of the evaluated models: GKC with test-time augmentation, and models of transformers."""
 
 import json
 
@@ -71,7 +71,7 @@ def segmenter_of(gkc, *views: View) -> GKCSegmenter:
     )
 
 
-def test_classes_are_those_of_the_library(gkc):
+def test_semantic_maps_match_the_processor(gkc):
     model, processor = gkc
     pictures, sizes = [scene(150, 170), scene(164, 140, 1)], [(150, 170), (164, 140)]
     segmenter = segmenter_of(gkc)
@@ -86,7 +86,7 @@ def test_classes_are_those_of_the_library(gkc):
 
 
 def test_augmentation_sums_the_scores_of_all_views(gkc, within):
-    """Row tiles of ten outputs against ten whole score maps."""
+    """Compare row tiles of ten outputs with ten whole score maps."""
     views, size = all_views(), (150, 170)
     assert len(views) == 10 and sum(view.flip for view in views) == 5
     segmenter, plain = segmenter_of(gkc, *views), segmenter_of(gkc)
@@ -101,11 +101,11 @@ def test_augmentation_sums_the_scores_of_all_views(gkc, within):
         alone = plain.semantic(plain.forward(plain.prepare([scene(*size)])), 0, size)
     within("pixels where tiles and whole maps disagree (TTA)", np.mean(found != total.argmax(0).numpy()), 1e-4)
     assert len({tuple(output.content_sizes[0].tolist()) for output in outputs}) == 5
-    assert 0.001 < np.mean(found != alone) < 0.2  # the other views have a say
+    assert 0.001 < np.mean(found != alone) < 0.2  # the other views have an effect
     assert segmenter.provided == ("classes",)
 
 
-def test_tiles_of_a_large_image_are_put_together(gkc, monkeypatch):
+def test_tta_is_independent_of_row_tiles(gkc, monkeypatch):
     segmenter, size = segmenter_of(gkc, View(), View(0.5, True)), (150, 170)
     with torch.inference_mode():
         outputs = segmenter.forward(segmenter.prepare([scene(*size)]))
@@ -115,7 +115,7 @@ def test_tiles_of_a_large_image_are_put_together(gkc, monkeypatch):
     np.testing.assert_array_equal(tiled, whole)
 
 
-def test_a_mirrored_view_is_mirrored_back(gkc, within):
+def test_flipped_view_is_flipped_back(gkc, within):
     size = (192, 192)
     plain, mirrored = segmenter_of(gkc), segmenter_of(gkc, View(flip=True), View(flip=True))
     picture = scene(*size)
@@ -126,8 +126,8 @@ def test_a_mirrored_view_is_mirrored_back(gkc, within):
     assert np.mean(found != expected) > 0.1
 
 
-def test_place_of_the_sigmoid_hardly_matters(gkc, within):
-    """Resampling mask logits once, and resampling the score maps of the model's input size, as others do."""
+def test_order_of_sigmoid_and_resampling_barely_matters(gkc, within):
+    """Compare one resampling of the mask logits with two resamplings, of masks and of score maps."""
     segmenter, size, differing = segmenter_of(gkc), (192, 192), []
     for index in range(8):
         with torch.inference_mode():
@@ -146,13 +146,13 @@ def test_labels_are_matched_by_name():
     class_of, notes = match_labels(LABELS, CLASSES)
     assert class_of.tolist() == [2, 3, 0, -1]
     assert notes["labels_without_class"] == ["whale"] and notes["classes_without_label"] == ["box"]
-    with pytest.raises(ValueError, match="none of its labels"):
+    with pytest.raises(ValueError, match="None of its labels"):
         match_labels({0: "LABEL_0", 1: "LABEL_1"}, CLASSES)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Five images of two sizes."""
+    """Prepare a benchmark of five images of two sizes."""
     rows = []
     for index in range(5):
         height, width = (40, 56) if index % 2 else (48, 40)
@@ -233,7 +233,7 @@ def test_mask2former(data, tmp_path):
     )
     torch.manual_seed(3)
     model = Mask2FormerForUniversalSegmentation(config).eval()
-    with torch.no_grad():  # else all queries of an untrained model say the same
+    with torch.no_grad():  # otherwise all queries of an untrained model predict the same
         model.class_predictor.weight *= 100
         model.model.transformer_module.queries_features.weight.normal_(std=5)
         model.model.transformer_module.decoder.mask_predictor.mask_embedder.layers[-1].layers[0].weight *= 100
@@ -256,7 +256,7 @@ def test_mask2former(data, tmp_path):
 
 
 @torch.inference_mode()
-def test_eomt_whose_images_are_cut_into_patches(data, tmp_path):
+def test_eomt_with_image_patches(data, tmp_path):
     config = EomtConfig(
         hidden_size=32,
         num_hidden_layers=4,
@@ -271,7 +271,7 @@ def test_eomt_whose_images_are_cut_into_patches(data, tmp_path):
     )
     torch.manual_seed(3)
     model = EomtForUniversalSegmentation(config).eval()
-    with torch.no_grad():  # else all queries of an untrained model say the same
+    with torch.no_grad():  # otherwise all queries of an untrained model predict the same
         model.query.weight.normal_(std=5)
         model.class_predictor.weight *= 100
     processor = EomtImageProcessor(size={"shortest_edge": 32, "longest_edge": None}, do_split_image=True)
@@ -324,11 +324,11 @@ def test_clipseg(data, tmp_path):
     assert result["model"]["notes"]["architecture"] == "clipseg"
 
 
-def test_what_a_model_cannot_do_is_said(data, tmp_path, capsys):
+def test_unsupported_architecture_raises(data, tmp_path, capsys):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     given = ["--benchmark", "miniworld", "--data", data, "--out", tmp_path / "result.json", "--cpu"]
     assert main(list(map(str, ["--model", tmp_path / "bert", *given]))) == 2
-    assert "is a bert, which segments nothing" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="segments nothing"):
+    assert "is a bert, which is not a supported segmentation model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not a supported segmentation model"):
         LabelledSegmenter(str(tmp_path / "bert"), CLASSES)

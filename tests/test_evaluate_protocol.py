@@ -1,4 +1,4 @@
-"""What each benchmark asks for: words, sizes, ids, groups of classes, videos."""
+"""Tests of the protocols of the benchmarks: prompts, image sizes, annotation ids, class groups and videos."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_every_benchmark_has_a_protocol():
     assert stated == PROTOCOLS
 
 
-def test_sizes_are_the_published_ones():
+def test_image_sizes_match_published_protocols():
     usual = [protocol_of(name) for name in PROTOCOLS - {"vipseg_124", "miniworld"}]
     assert all((protocol.short_side, protocol.long_side) == (800, 1333) for protocol in usual)
     assert protocol_of("ade20k_847").shrink_above == 512
@@ -64,13 +64,13 @@ def test_sizes_are_the_published_ones():
         ((100, 100), (100, 100)),
     ],
 )
-def test_ade20k_847_shrinks_only_what_exceeds_512_on_both_sides(size, expected):
+def test_ade20k_847_downsamples_images_above_512_pixels(size, expected):
     assert reduced_size(size, 512) == expected
     assert reduced_size(size, None) == size
 
 
-def test_shrinking_follows_its_definition(within):
-    """Bilinear without smoothing and nearest by floor, each from its formula."""
+def test_resizing_matches_its_formula(within):
+    """Compare bilinear and nearest resizing without antialiasing with their formulas."""
     rng = np.random.default_rng(0)
     picture, ids = rng.integers(0, 256, (23, 31, 3), dtype=np.uint8), rng.integers(0, 9, (23, 31)).astype(np.int32)
     size = (11, 15)
@@ -86,7 +86,7 @@ def test_shrinking_follows_its_definition(within):
     within("levels of a bilinearly shrunk image", np.abs(resize_bilinear(picture, size) - expected).max(), 0.51)
 
 
-def test_a_sample_is_scored_at_the_reduced_size():
+def test_sample_is_scored_at_the_reduced_size():
     ids = np.ones((60, 80), dtype=np.int32)
     ids[30:] = 2
     stored = row("a", np.zeros((60, 80, 3), dtype=np.uint8), ids, [4, NO_CLASS])
@@ -107,7 +107,7 @@ def test_prompts():
     assert plain.class_of.tolist() == [0, 1]
 
 
-def test_background_of_voc_21_is_one_class_of_many_words():
+def test_voc_21_background_is_one_class_with_many_names():
     words = BenchmarkVocabulary.from_protocol(Vocabulary.named("pascal_voc_21"), protocol_of("pascal_voc_21"))
     background = Vocabulary.named("pascal_voc_background_39").labels
     assert words.vocabulary.names[0] == ["background", *background] and words.class_of.tolist() == list(range(21))
@@ -115,7 +115,7 @@ def test_background_of_voc_21_is_one_class_of_many_words():
     assert Vocabulary.named("pascal_voc_21").names[0] == ["background"]  # nothing of the vocabulary was changed
 
 
-def test_background_of_voc_20b_is_whatever_39_words_win():
+def test_voc_20b_background_merges_39_classes():
     objects = Vocabulary.named("pascal_voc_20").labels
     vocabulary = Vocabulary([[name] for name in (*objects, "background")])
     words = BenchmarkVocabulary.from_protocol(vocabulary, protocol_of("pascal_voc_20b"))
@@ -132,7 +132,7 @@ def test_background_of_voc_20b_is_whatever_39_words_win():
     assert found.tolist() == [[0, 19, 20], [20, -1, 20]]
 
 
-def test_background_of_voc_20_is_not_scored():
+def test_voc_20_ignores_the_background():
     metric = SemanticMetric(20)
     truth = np.array([[-1, -1, 3, 3]])  # what preparation makes of background and boundary
     metric.update(np.array([[3, 7, 3, 5]]), truth)
@@ -140,7 +140,7 @@ def test_background_of_voc_20_is_not_scored():
 
 
 @pytest.mark.parametrize("name", ["coco_panoptic_133", "vipseg_124"])
-def test_base_and_novel_classes_are_the_published_ones(name):
+def test_base_and_novel_classes_match_published_splits(name):
     vocabulary = Vocabulary.named(name)
     facts = class_facts(benchmark_named(name), len(vocabulary))
     groups = class_groups(vocabulary, facts, {}, None).members
@@ -164,7 +164,7 @@ def test_seen_classes_share_a_name_with_training():
 
 
 @pytest.mark.parametrize(("name", "bits"), [("cityscapes_19", np.uint8), ("ade20k_847", np.uint16)])
-def test_predictions_are_written_in_the_benchmarks_own_ids(name, bits, tmp_path):
+def test_predictions_are_written_with_annotation_ids(name, bits, tmp_path):
     vocabulary = Vocabulary.named(name)
     facts = class_facts(benchmark_named(name), len(vocabulary))
     writer = PredictionWriter(tmp_path, facts.raw_ids)
@@ -178,7 +178,7 @@ def test_predictions_are_written_in_the_benchmarks_own_ids(name, bits, tmp_path)
     assert (Image.open(tmp_path / "semantic" / "val" / "munster_1.png").mode == "L") == (bits == np.uint8)
 
 
-def test_scores_without_nesting():
+def test_flatten_scores():
     numbers, columns = flatten(
         {
             "pq": 0.5,
@@ -198,7 +198,7 @@ def _frame(image_id: str, video: str, ids: np.ndarray, classes: list[int]) -> Sa
     return Sample(np.zeros((*ids.shape, 3), dtype=np.uint8), ids, truth, segments, image_id, video)
 
 
-def test_video_scores_get_whole_videos():
+def test_video_scores_receive_whole_videos():
     score, direct = VideoConsistencyScore(VideoConsistencyMetric([2])), VideoConsistencyMetric([2])
     rng = np.random.default_rng(0)
     truths, found = rng.integers(0, 2, (2, 5, 4, 4)).astype(np.int32)
@@ -212,8 +212,8 @@ def test_video_scores_get_whole_videos():
     assert score.compute()[0] == {"mVC2": direct.compute()["mVC2"]} and direct.compute()["mVC2"] is not None
 
 
-def test_objects_are_followed_by_overlap():
-    """Two things that move by a pixel and are numbered anew in every frame, and stuff around them."""
+def test_objects_are_tracked_by_overlap():
+    """Track two things that move by a pixel per frame while their ids change, with stuff around them."""
     is_thing, frames, truths = [True, True, False], [], []
     for number in range(4):
         ids = np.full((8, 16), 1, dtype=np.int32)
@@ -241,8 +241,8 @@ def test_objects_are_followed_by_overlap():
     assert not {s["id"] for s in swapped[1][1] if s["category_id"] == 1} & {s["id"] for s in swapped[0][1]}
 
 
-def test_a_video_benchmark_runs_whole(tmp_path):
-    """Frames of two videos of VIPSeg's classes, cut between videos only, the last chunk shorter."""
+def test_video_benchmark_end_to_end(tmp_path):
+    """Evaluate frames of two videos with the classes of VIPSeg; chunks end between videos only."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(5):
@@ -276,6 +276,6 @@ def test_a_video_benchmark_runs_whole(tmp_path):
     assert result["protocol"]["short_side"] == 64
 
 
-def test_images_that_a_variant_leaves_out_are_not_missed():
+def test_images_excluded_by_a_variant_are_not_expected():
     assert published_images({"expected": 5000, "left_out": 900}) == 4100
     assert published_images({"expected": None, "left_out": 9}) is None and published_images({"expected": 7}) == 7

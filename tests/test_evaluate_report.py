@@ -1,4 +1,4 @@
-"""Result files and what is made of them: the schema, the field's table, the head of a model card."""
+"""Tests of result files and reports: the schema, the table of results, and the metadata of a model card."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from train.evaluate.command import describe, flattering, main
+from train.evaluate.command import describe, main, score_warnings
 from train.evaluate.report import columns, model_index, other_scores, published_rows, table
 from train.evaluate.result import SCHEMA, SCHEMA_NAME, check_result, read_result, write_result
 
@@ -65,16 +65,16 @@ def cells(text: str) -> dict[str, list[str]]:
         (None, [0, 0], []),
     ],
 )
-def test_scores_that_flatter_are_said(share, predicted, lines):
+def test_warnings_about_overstated_scores(share, predicted, lines):
     classes = [
         {"name": name, "scores": {"semantic": {"pixels": pixels, "predicted": count}}}
         for name, pixels, count in zip(("sky", "tree"), (70, 30), predicted, strict=True)
     ]
-    said = flattering(result(classes=classes, scores={"semantic": {"miou": 0.5, "scored_share": share}}))
+    said = score_warnings(result(classes=classes, scores={"semantic": {"miou": 0.5, "scored_share": share}}))
     assert len(said) == len(lines) and all(line in text for line, text in zip(lines, said, strict=True))
 
 
-def test_a_result_is_read_as_it_was_written(tmp_path):
+def test_result_file_round_trip(tmp_path):
     write_result(result(), tmp_path / "deep" / "r.json")
     assert read_result(tmp_path / "deep" / "r.json") == result() and check_result(result()) == []
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "r.json"]
@@ -95,7 +95,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
         (("classes", 0, "name"), None, r"classes\[0\].name"),
     ],
 )
-def test_the_schema_finds_what_is_wrong(place, value, problem, tmp_path):
+def test_schema_violations_raise(place, value, problem, tmp_path):
     wrong = copy.deepcopy(result())
     owner = wrong
     for key in place[:-1]:
@@ -103,21 +103,21 @@ def test_the_schema_finds_what_is_wrong(place, value, problem, tmp_path):
     owner[place[-1]] = value
     (line,) = check_result(wrong)
     assert re.search(problem, line)
-    with pytest.raises(ValueError, match="own schema"):
+    with pytest.raises(ValueError, match="does not follow the schema"):
         write_result(wrong, tmp_path / "r.json")
     (tmp_path / "r.json").write_text(json.dumps(wrong))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "r.json"))):
         read_result(tmp_path / "r.json")
 
 
-def test_every_key_must_be_there_and_is_documented():
+def test_every_key_is_required_and_documented():
     assert [line for line in check_result({}) if "is missing" in line] == [f"{key}: is missing" for key in SCHEMA]
     assert check_result([]) == ["the file: must be an object, got list"]
     text = DOCUMENT.read_text()
     assert all(f"`{key}`" in text for key in SCHEMA)
 
 
-def test_published_rows_are_the_published_numbers():
+def test_published_rows():
     rows = cells(table([result(benchmark) for _, benchmark in columns()]))
     assert next(iter(rows)) == "model" and rows["model"] == [
         *("COCO", "PAS-20", "Cityscapes", "A-150", "A-847", "PC-59", "PC-459", "VSPW", "VIPSeg")
@@ -132,7 +132,7 @@ def test_published_rows_are_the_published_numbers():
     assert len(published_rows()) == 4
 
 
-def test_the_table_puts_results_beside_them():
+def test_table_shows_results_beside_published_rows():
     results = [
         result(),
         result("pascal_context_59", 0.4194),
@@ -153,16 +153,16 @@ def test_the_table_puts_results_beside_them():
     }
     assert rows["gkc-r50 (aaaaaaaa, synonyms, mean, TTA)"] == ["20.0", "", ""]
     assert rows["gkc-r50 (aaaaaaaa, bfloat16)"] == ["", "50.0", ""]
-    with pytest.raises(ValueError, match="two results are of"):
+    with pytest.raises(ValueError, match="Two results are of"):
         table([result(), result(miou=0.3)])
 
 
-def test_what_is_no_benchmark_number_is_marked():
+def test_partial_results_are_marked():
     partial = result(images={"evaluated": 1990, "prepared": 2000, "published": 2000, "broken": ["a: b"] * 10})
     text = table([partial])
     assert cells(text)["gkc-r50 (aaaaaaaa)"] == ["17.5*"]
-    assert "1990 of 2000 images, 10 broken" in text
-    with pytest.raises(ValueError, match="no complete score"):
+    assert "1990 of 2000 images, 10 unreadable" in text
+    with pytest.raises(ValueError, match="None of the results covers all images"):
         model_index([partial])
     rival = result(model=result()["model"] | {"notes": {"classes_without_label": ["wall"]}})
     assert "has no label for 1 of 1 classes" in table([rival])
@@ -177,7 +177,7 @@ def test_groups_and_other_tasks_have_a_table():
     assert other_scores([]) == ""
 
 
-def test_the_model_index_is_read_back_by_the_hub():
+def test_hub_reads_the_model_index():
     results = [result(), result("cityscapes_19", 0.343)]
     block = yaml.safe_load(model_index(results))["model-index"]
     name, entries = model_index_to_eval_results(block)
@@ -186,11 +186,11 @@ def test_the_model_index_is_read_back_by_the_hub():
     assert found["ade20k_150", "mean_iou"].metric_value == 17.49
     assert found["cityscapes_19", "mean_iou"].dataset_name == "Cityscapes"
     assert found["cityscapes_19", "mean_iou"].dataset_split == "val"
-    with pytest.raises(ValueError, match="of one model"):
+    with pytest.raises(ValueError, match="Give the results of one model"):
         model_index([result(), result("cityscapes_19", sha256="b" * 64)])
 
 
-def test_the_command(tmp_path, capsys):
+def test_report_command(tmp_path, capsys):
     write_result(result(), tmp_path / "r.json")
     assert main(["report", str(tmp_path / "r.json")]) == 0
     assert "| gkc-r50 (aaaaaaaa) |" in capsys.readouterr().out
@@ -204,9 +204,9 @@ def test_the_command(tmp_path, capsys):
         assert wrong in capsys.readouterr().err
 
 
-def test_a_person_reads_per_cent():
+def test_describe_gives_percent():
     text = describe(result(images=result()["images"] | {"evaluated": 10}))
-    assert "miou 17.49" in text and "published are 2000 images: this is not the benchmark's number" in text
+    assert "miou 17.49" in text and "the published split has 2000 images: these scores are not comparable" in text
     assert re.search(r"wall +25\.00 +7", text) and "2.00 images/s" in text
     many = [{"name": str(index), "scores": {"semantic": {"iou": None}}} for index in range(150)]
     assert " 149 " not in describe(result(classes=many)) and re.search(r"149 +-", describe(result(classes=many), True))

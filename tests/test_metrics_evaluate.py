@@ -1,4 +1,4 @@
-"""The metrics as modules of `evaluate`, loaded by their paths without a network."""
+"""Tests of the metrics as modules of the `evaluate` library, loaded from local paths."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def as_json(scores):
     return json.loads(json.dumps(scores))
 
 
-def test_every_module_gives_the_scores_of_its_class(example, loaded):
+def test_modules_match_the_metric_classes(example, loaded):
     found, truth, segments = example
     kinds = [True, True, False]
     semantic, boundary, panoptic = SemanticMetric(3), BoundaryMetric(4), PanopticMetric(kinds)
@@ -123,5 +123,5 @@ def test_every_module_gives_the_scores_of_its_class(example, loaded):
     assert 0 < loaded["mean_iou"]["miou"] < 1 and 0 < loaded["video_consistency"]["mVC8"] < 1
 
 
-def test_several_processes_are_sent_to_the_classes(loaded):
+def test_modules_reject_several_processes(loaded):
     assert "give every process its own `SemanticMetric`" in loaded["num_process"]

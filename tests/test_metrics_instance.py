@@ -1,4 +1,4 @@
-"""AP of objects: hand-worked cases, pycocotools by way of its own files, merging."""
+"""Tests of average precision against manual examples and pycocotools, and tests of merging."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def scored(*images, num_classes=CLASSES, **options):
 
 
 def random_images(number=6, side=32, seed=0):
-    """Rectangles of four classes, one in six a crowd; detections moved or of another class, many with equal scores."""
+    """Draw rectangles of four classes, some of them crowds, and shifted or misclassified detections of them."""
     draw = np.random.default_rng(seed)
     for image in range(number):
         ids, truths, detections = np.zeros((side, side + 3), dtype=np.int32), [], []
@@ -89,7 +89,7 @@ def by_file(images, folder, num_classes=CLASSES):
     return evaluation
 
 
-def test_a_case_by_hand():
+def test_manual_example():
     ids = row("1 1 1 1 2 2 2 2 0 0 0 0")
     truths = [segment(1, 0), segment(2, 0)]
     half = np.zeros(ids.shape, dtype=bool)
@@ -108,7 +108,7 @@ def test_a_case_by_hand():
     assert scores["per_class"]["ap50"] == [pytest.approx(right), None, None, None]
 
 
-def test_crowd_is_neither_right_nor_wrong():
+def test_crowd_regions_are_ignored():
     ids = row("1 1 1 1 2 2 2 2")
     on_crowd, right = found(ids, 2, 0, 0.9), found(ids, 1, 0, 0.5)
     crowd = scored(("a", [on_crowd, right], ids, [segment(1, 0), segment(2, 0, True)])).compute()
@@ -128,7 +128,7 @@ def test_void_is_background():
     )
 
 
-def test_nothing_found_nothing_to_find_and_one_pixel():
+def test_empty_predictions_empty_truth_and_one_pixel():
     ids, truths = row("1 1 0"), [segment(1, 2)]
     assert scored(("a", [], ids, truths)).compute()["ap"] == 0.0
     assert scored(("a", [], ids * 0, [])).compute()["ap"] is None
@@ -143,7 +143,7 @@ def test_nothing_found_nothing_to_find_and_one_pixel():
     )
 
 
-def test_pycocotools_agrees_by_way_of_its_files(tmp_path, within, capsys):
+def test_matches_pycocotools(tmp_path, within, capsys):
     images = list(random_images(12))
     scores = scored(*images).compute()
     assert capsys.readouterr().out == ""
@@ -155,7 +155,7 @@ def test_pycocotools_agrees_by_way_of_its_files(tmp_path, within, capsys):
         within("AP of classes: pycocotools", abs(math.fsum(precision.flat) / precision.size - ours), 1e-15)
 
 
-def test_masks_may_be_run_lengths_of_any_kind():
+def test_all_kinds_of_run_lengths_are_accepted():
     ids = np.zeros((5, 6), dtype=np.uint8)
     ids[1:3, 2:5] = 1
     packed = coder.encode(np.asfortranarray(ids))
@@ -175,14 +175,14 @@ def test_masks_may_be_run_lengths_of_any_kind():
 
 
 @pytest.mark.parametrize("counts", [[10], [-1, 31], [1.5, 28.5], "0", b"oooooooo0", None])
-def test_run_lengths_that_make_no_mask_are_refused(counts):
+def test_invalid_run_lengths_raise(counts):
     ids = np.ones((5, 6), dtype=np.uint8)
     detection = {"category_id": 0, "score": 0.5, "mask": {"size": [5, 6], "counts": counts}}
     with pytest.raises(ValueError, match="of the encoding"):
         scored(("a", [detection], ids, [segment(1, 0)]))
 
 
-def test_a_state_with_run_lengths_that_make_no_mask_is_refused():
+def test_state_with_invalid_run_lengths_raises():
     ids = np.ones((5, 6), dtype=np.uint8)
     state = scored(("a", [found(ids, 1, 0, 0.5)], ids, [segment(1, 0)])).state()
     state["detections_runs"][-1] += 1
@@ -190,7 +190,7 @@ def test_a_state_with_run_lengths_that_make_no_mask_is_refused():
         InstanceMetric.from_state(state)
 
 
-def test_things_alone_may_be_scored():
+def test_scores_of_things_only():
     ids = row("1 1 2 2")
     image = ("a", [found(ids, 1, 0, 0.5)], ids, [segment(1, 0), segment(2, 3)])
     assert scored(image).compute()["ap"] == pytest.approx(0.5, abs=ROUNDED)
@@ -209,7 +209,7 @@ def test_847_classes():
     assert scores["per_class"]["ap"] == pytest.approx([1.0, 0.0] * 423 + [1.0], abs=ROUNDED)
 
 
-def test_parts_merge_to_the_same_bits_in_any_order_and_through_files(tmp_path):
+def test_merging_is_exact_in_any_order_and_through_files(tmp_path):
     images = list(random_images())
     whole = scored(*images)
     expected = whole.compute()
@@ -239,7 +239,7 @@ def test_permuting_classes_permutes_scores():
     assert permuted["ap"] == scores["ap"]
 
 
-def test_a_perfect_prediction_scores_one():
+def test_perfect_prediction_scores_one():
     images = []
     for image_id, _, ids, truths in random_images():
         truths = [segment(true["id"], max(true["category_id"], 0)) for true in truths]
@@ -248,7 +248,7 @@ def test_a_perfect_prediction_scores_one():
     assert scored(*images).compute()["ap"] == pytest.approx(1.0, abs=ROUNDED)
 
 
-def test_wrong_input_is_refused():
+def test_invalid_input_raises():
     ids, truths = row("1 1 0"), [segment(1, 2)]
     metric = scored(("a", [], ids, truths))
     with pytest.raises(ValueError, match="Image 'a' was added before"):

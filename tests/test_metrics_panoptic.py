@@ -1,4 +1,4 @@
-"""Panoptic quality: hand-worked cases, a reference that walks over pixels, and torchmetrics."""
+"""Tests of panoptic quality against manual examples, a loop over pixels, and torchmetrics."""
 
 from fractions import Fraction
 from itertools import permutations
@@ -40,7 +40,7 @@ def counts(scores, index):
 
 @st.composite
 def panoptic_images(draw, crowd=True, least_class=-1):
-    """Ids and segments, ids and segments of the truth: few ids on few pixels, so that they meet in every way."""
+    """Draw a predicted and a true map with few ids on few pixels, so that all kinds of overlap occur."""
     shape = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     sides = []
     for is_truth in (False, True):
@@ -55,7 +55,7 @@ def panoptic_images(draw, crowd=True, least_class=-1):
 
 
 def walked(images, is_thing=IS_THING):
-    """TP, FP, FN and the sum of IoU of every class, by sets of pixels, one pair of segments after another."""
+    """Compute TP, FP, FN and the IoU sum of each class from sets of pixels, one pair of segments at a time."""
     totals = [[0, 0, 0, Fraction(0)] for _ in is_thing]
     for ids, segments, truth_ids, truth_segments in images:
 
@@ -93,7 +93,7 @@ def walked(images, is_thing=IS_THING):
     return totals
 
 
-def test_a_case_by_hand():
+def test_manual_example():
     truth = row("1 1 1 1 2 2 2 2 3 3 3 3 4 4 4 4")
     found = row("7 7 7 8 8 8 8 8 9 9 9 9 9 9 5 5")
     truths = [segment(1, 0), segment(2, 0), segment(3, 2), segment(4, 3)]
@@ -113,7 +113,7 @@ def test_a_case_by_hand():
     assert scores["stuff"]["pq"] == pytest.approx((4 / 9 + 0) / 2)
 
 
-def test_half_is_no_match():
+def test_iou_of_one_half_is_not_a_match():
     truths, founds = [segment(1, 0)], [segment(1, 0)]
     half = scored((row("1 1 0 0"), founds, row("1 1 1 1"), truths)).compute()
     assert counts(half, 0) == (0, 1, 1)
@@ -121,7 +121,7 @@ def test_half_is_no_match():
     assert counts(more, 0) == (1, 0, 0)
 
 
-def test_void_leaves_the_union():
+def test_void_is_excluded_from_the_union():
     found, truths = row("1 1 1 1 1 1"), [segment(1, 2)]
     on_void = scored((found, [segment(1, 2)], row("1 1 1 0 0 0"), truths)).compute()
     assert counts(on_void, 2) == (1, 0, 0)
@@ -132,7 +132,7 @@ def test_void_leaves_the_union():
     assert counts(on_other, 2) == (0, 1, 1)
 
 
-def test_a_segment_on_void_or_crowd_of_its_class_is_no_false_positive():
+def test_segment_on_void_or_crowd_is_not_a_false_positive():
     truths = [segment(1, 0, True), segment(2, 1, True), segment(3, 2)]
 
     def false_positives(truth, found_class=0):
@@ -148,7 +148,7 @@ def test_a_segment_on_void_or_crowd_of_its_class_is_no_false_positive():
     assert false_positives(row("2 2 2 3 3"), 1) == 0
 
 
-def test_crowd_is_never_matched_and_never_missed():
+def test_crowd_is_neither_matched_nor_a_false_negative():
     truth, truths = row("1 1 1 2"), [segment(1, 0, True), segment(2, 0)]
     scores = scored((row("1 1 1 0"), [segment(1, 0)], truth, truths)).compute()
     assert counts(scores, 0) == (0, 0, 1)
@@ -163,7 +163,7 @@ def test_crowd_stays_in_the_union():
     assert scores["sq"] == pytest.approx(2 / 3)
 
 
-def test_nothing_predicted_and_everything_void():
+def test_empty_prediction_and_void_truth():
     truth, truths = row("1 1 2 2"), [segment(1, 0), segment(2, 2)]
     nothing = scored((np.zeros_like(truth), [], truth, truths)).compute()
     assert nothing["pq"] == nothing["sq"] == nothing["rq"] == 0.0
@@ -178,7 +178,7 @@ def test_one_pixel():
     assert scored((*one, row("4"), [segment(4, 0)])).compute()["pq"] == 0.0
 
 
-def test_listed_segments_without_a_pixel_are_not_there():
+def test_segments_without_pixels_are_ignored():
     scores = scored((row("1"), [segment(1, 0), segment(2, 1)], row("1"), [segment(1, 0), segment(9, 2)])).compute()
     assert scores["pq"] == 1.0
 
@@ -195,7 +195,7 @@ def test_847_classes_and_large_ids():
     assert sum(array.nbytes for array in metric.state().values()) < 50_000
 
 
-def test_a_subset_of_classes():
+def test_subset_of_classes():
     truth = row("1 1 2 2 3 3")
     truths = [segment(1, 0), segment(2, 2), segment(3, 3)]
     scores = scored((row("1 1 2 2 0 0"), truths[:2], truth, truths)).compute(classes=[0, 3])
@@ -203,7 +203,7 @@ def test_a_subset_of_classes():
     assert scores["stuff"]["pq"] == 0.0
 
 
-def test_wrong_input_is_refused():
+def test_invalid_input_raises():
     metric, good, one = PanopticMetric(IS_THING), row("1 0"), [segment(1, 0)]
     with pytest.raises(ValueError, match=r"Ids \[5, 6\] of the prediction are not in its segments \[1\]"):
         metric.update(row("5 6"), one, good, one)
@@ -226,7 +226,7 @@ def test_wrong_input_is_refused():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(panoptic_images(), min_size=1, max_size=3))
-def test_walking_over_pixels_agrees(images):
+def test_matches_a_loop_over_pixels(images):
     metric, totals = scored(*images), walked(images)
     scores = metric.compute()
     for index, (*expected, iou) in enumerate(totals):
@@ -240,7 +240,7 @@ def test_walking_over_pixels_agrees(images):
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(panoptic_images(), min_size=3, max_size=3))
-def test_parts_merge_to_the_same_bits_in_any_order(images):
+def test_merging_is_exact_in_any_order(images):
     whole = scored(*images)
     for order in permutations(range(3)):
         left, right = scored(images[order[0]]), scored(images[order[1]], images[order[2]])
@@ -268,7 +268,7 @@ def test_permuting_classes_permutes_scores(image, order):
 
 @quick
 @given(panoptic_images(crowd=False))
-def test_a_perfect_prediction_scores_one(image):
+def test_perfect_prediction_scores_one(image):
     _, _, truth_ids, truths = image
     scores = scored((truth_ids, truths, truth_ids, truths)).compute()
     there = {s["category_id"] for s in truths if (truth_ids == s["id"]).any()} - {-1}
@@ -276,7 +276,7 @@ def test_a_perfect_prediction_scores_one(image):
 
 
 def torchmetrics_maps(image):
-    """(1, H, W, 2) class and id, as torchmetrics takes them; what is no class is class 9."""
+    """Convert to the input of torchmetrics: (1, H, W, 2) class and id, with class 9 for void."""
     ids, segments, truth_ids, truths = image
     maps = []
     for array, listed in ((ids, segments), (truth_ids, truths)):
@@ -288,10 +288,11 @@ def torchmetrics_maps(image):
     return maps
 
 
-def test_torchmetrics_agrees(within):
-    """Where predictions hold no void, which it takes out of the union as well (the paper: that of the truth alone).
+def test_matches_torchmetrics(within):
+    """Compare with torchmetrics on predictions without void, images without crowds, and one segment per stuff class.
 
-    Crowds it does not know, and the stuff of a class it makes one segment.
+    Torchmetrics excludes predicted void from the union (the paper excludes only void of the ground truth), has no
+    crowds and merges the stuff of a class.
     """
     draw = np.random.default_rng(3)
     theirs, ours = (

@@ -1,4 +1,4 @@
-"""Two processes that each score a part give the bits of one that scores all, whichever is merged first."""
+"""Tests that metrics merged from two processes equal those of one process, in either order."""
 
 import os
 import subprocess
@@ -79,7 +79,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [name for name in package.__all__ if name.endswith("Metric")])
-def test_one_and_two_processes_give_the_same_bits(name, folders):
+def test_two_processes_match_one_process_exactly(name, folders):
     metric_class = getattr(package, name)
 
     def merged(*parts):

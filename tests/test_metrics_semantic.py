@@ -65,7 +65,7 @@ def walked(pairs, num_classes, absent):
     return sum(scores) / len(scores) if scores else None
 
 
-def test_a_case_by_hand():
+def test_manual_example():
     truth = np.array([[0, 0, 0, 1], [0, 1, 1, 1], [-1, -1, 2, 2]])
     prediction = np.array([[0, 0, 1, 1], [0, 1, 1, 3], [0, 3, 2, -1]])
     scores = scored([(prediction, truth)], num_classes=4).compute()
@@ -80,7 +80,7 @@ def test_a_case_by_hand():
     assert scores["frequency_weighted_iou"] == pytest.approx(0.4 * 0.75 + 0.4 * 0.6 + 0.2 * 0.5, abs=1e-15)
 
 
-def test_two_conventions_for_a_class_without_ground_truth():
+def test_conventions_for_classes_without_ground_truth():
     metric = scored([(np.array([[0, 1, 2]]), np.array([[0, 0, -1]]))], num_classes=4)
     assert metric.compute()["miou"] == 1 / 2
     zero = metric.compute(absent="zero")
@@ -90,12 +90,12 @@ def test_two_conventions_for_a_class_without_ground_truth():
         metric.compute(absent="ignore")
 
 
-def test_the_mean_is_over_the_dataset_not_over_images():
+def test_iou_is_computed_over_the_dataset():
     pairs = [(np.array([[0, 0, 0, 0]]), np.array([[0, 0, 0, 1]])), (np.array([[1]]), np.array([[1]]))]
     assert scored(pairs).compute()["miou"] == pytest.approx((3 / 4 + 1 / 2) / 2)  # a mean over images: 0.6875
 
 
-def test_a_subset_of_classes():
+def test_subset_of_classes():
     pairs = random_pairs()
     everything, novel = scored(pairs).compute(), scored(pairs).compute(classes=[1, 3])
     assert novel["miou"] == (everything["iou"][1] + everything["iou"][3]) / 2
@@ -110,7 +110,7 @@ def test_a_subset_of_classes():
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_scikit_learn_agrees(within):
+def test_matches_scikit_learn(within):
     pairs = random_pairs()
     truth, prediction = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (1, 0))
     truth, prediction = truth[truth >= 0], prediction[truth >= 0]
@@ -130,14 +130,14 @@ def test_scikit_learn_agrees(within):
 
 @quick
 @given(st.lists(map_pairs(), max_size=3), st.sampled_from(["left_out", "zero"]))
-def test_walking_over_pixels_agrees(pairs, absent):
+def test_matches_a_loop_over_pixels(pairs, absent):
     ours, walk = scored(pairs).compute(absent)["miou"], walked(pairs, CLASSES, absent)
     assert (ours is None) == (walk is None)
     assert ours is None or abs(ours - walk) < 1e-14
 
 
 @pytest.mark.parametrize("metric_class", [SemanticMetric, BoundaryMetric])
-def test_nothing_to_score_gives_no_number(metric_class):
+def test_scores_without_labeled_pixels_are_none(metric_class):
     metric = scored([(np.array([[1, 2]]), np.array([[-1, -7]]))], metric_class)
     assert {type(value) for value in metric.compute().values() if not isinstance(value, list)} == {type(None)}
     assert metric.compute()["iou"] == [None] * CLASSES
@@ -153,7 +153,7 @@ def test_one_pixel_and_predictions_without_any_class(metric_class):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64])
-def test_every_integer_type_counts_alike(dtype):
+def test_all_integer_types_give_equal_scores(dtype):
     (prediction, truth), *_ = random_pairs()
     prediction, truth = np.where(prediction < 0, 9, prediction), np.where(truth < 0, 0, truth)
     assert np.array_equal(
@@ -175,7 +175,7 @@ def test_847_classes():
 
 
 @pytest.mark.parametrize("metric_class", [SemanticMetric, BoundaryMetric])
-def test_wrong_input_is_refused(metric_class):
+def test_invalid_input_raises(metric_class):
     metric, good = metric_class(CLASSES), np.zeros((2, 3), dtype=int)
     with pytest.raises(ValueError, match=r"holds 255, but there are 5 classes"):
         metric.update(good, good + 255)
@@ -192,7 +192,7 @@ def test_wrong_input_is_refused(metric_class):
 
 
 @pytest.mark.parametrize("metric_class", [SemanticMetric, BoundaryMetric])
-def test_parts_merge_to_the_same_bits_in_any_order_and_through_files(metric_class, tmp_path):
+def test_merging_is_exact_in_any_order_and_through_files(metric_class, tmp_path):
     pairs = random_pairs(4)
     whole = scored(pairs, metric_class).compute()
     parts = [scored(pairs[:1], metric_class), scored(pairs[1:3], metric_class), scored(pairs[3:], metric_class)]
@@ -208,7 +208,7 @@ def test_parts_merge_to_the_same_bits_in_any_order_and_through_files(metric_clas
 
 @quick
 @given(st.lists(map_pairs(), min_size=3, max_size=3))
-def test_merging_is_associative_and_leaves_the_other_alone(pairs):
+def test_merging_is_associative_and_keeps_its_argument(pairs):
     for metric_class in (SemanticMetric, BoundaryMetric):
         (a, b, c), (d, e, f) = ([scored([pair], metric_class) for pair in pairs] for _ in range(2))
         b.merge(c)
@@ -233,7 +233,7 @@ def test_permuting_classes_permutes_scores(pair, order):
 
 @quick
 @given(map_pairs(least=0))
-def test_a_perfect_prediction_scores_one(pair):
+def test_perfect_prediction_scores_one(pair):
     _, truth = pair
     scores = scored([(truth, truth)]).compute()
     means = [scores[name] for name in ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")]
@@ -253,7 +253,7 @@ def walked_band(mask, distance):
 
 
 @pytest.mark.parametrize("width", [0.02, 0.1, 0.3])
-def test_boundary_bands_agree_with_looking_around_every_pixel(width):
+def test_boundary_bands_match_a_loop_over_pixels(width):
     draw = np.random.default_rng(1)
     for shape in ((17, 24), (1, 9), (30, 11), (3, 36)):
         truth, prediction = (np.kron(draw.integers(-1, 4, (4, 4)), np.ones((9, 9), int)) for _ in range(2))
@@ -266,7 +266,7 @@ def test_boundary_bands_agree_with_looking_around_every_pixel(width):
             assert counted.tolist() == [(true & found).sum(), true.sum(), found.sum()]
 
 
-def test_boundary_iou_by_hand():
+def test_boundary_iou_manual_example():
     assert band_width((100, 100)) == 3
     assert band_width((480, 640)) == 16
     assert band_width((1, 1)) == 1
@@ -280,7 +280,7 @@ def test_boundary_iou_by_hand():
     assert scored([(prediction, truth)], num_classes=2).compute()["iou"][1] > 0.8  # the masks themselves are close
 
 
-def test_boundary_bands_do_not_see_what_is_predicted_on_void():
+def test_predictions_on_void_do_not_change_boundary_bands():
     truth = np.full((20, 20), -1)
     truth[:, :10] = 2
     for on_void in (-1, 2, 4):
@@ -289,7 +289,7 @@ def test_boundary_bands_do_not_see_what_is_predicted_on_void():
 
 
 @pytest.mark.parametrize("width", [0, 1, -0.1, math.nan])
-def test_an_impossible_width_is_refused(width):
+def test_invalid_boundary_width_raises(width):
     with pytest.raises(ValueError, match="share of the image's diagonal"):
         BoundaryMetric(2, width)
 
@@ -302,7 +302,7 @@ def test_harmonic_mean():
 
 @quick
 @given(st.lists(st.tuples(st.integers(1, 2**31), st.integers(1, 2**31)), max_size=30), st.randoms())
-def test_exact_sums_do_not_depend_on_their_order(fractions, random):
+def test_exact_sums_are_independent_of_order(fractions, random):
     values = [as_fixed(min(pair), max(pair)) for pair in fractions]
     forward, shuffled = exact_sum(1), exact_sum(1)
     for value in values:
@@ -314,22 +314,22 @@ def test_exact_sums_do_not_depend_on_their_order(fractions, random):
     assert abs(exact_values(forward)[0] - math.fsum(min(p) / max(p) for p in fractions)) <= 30 * 2**-52
 
 
-def test_a_float_sum_would_depend_on_its_order():
+def test_float_sums_depend_on_order():
     assert (0.1 + 0.2) + 0.3 != (0.3 + 0.2) + 0.1  # not by sum(), which Python 3.12 compensates
 
 
-def test_the_conventions_of_all_numbers_are_told():
+def test_descriptions_cover_all_scores():
     text = describe()
     for word in ("`miou`", "Boundary IoU", "PQ", "`ap50`", "VPQ", "STQ", "mVCn", "without ground truth"):
         assert word in text
 
 
-def test_a_confusion_matrix_can_be_scored_by_itself():
+def test_scores_of_a_confusion_matrix():
     assert semantic_scores(np.array([[3, 1, 0], [0, 4, 0]]))["iou"] == [3 / 4, 4 / 5]
 
 
-def test_the_share_of_pixels_that_is_scored_survives_merging():
-    """A model that paints one class everywhere is told by what it predicts, and void by what is not scored."""
+def test_scored_share_survives_merging():
+    """Check that `predicted` and `scored_share` reveal a constant prediction and a truth that is mostly void."""
     first, second = SemanticMetric(2), SemanticMetric(2)
     first.update(np.zeros((2, 4), dtype=int), np.array([[0, 0, 0, 1], [-1, -1, -1, -1]]))
     second.update(np.zeros((1, 8), dtype=int), np.full((1, 8), -1))

@@ -1,4 +1,4 @@
-"""VPQ, STQ and video consistency: hand-worked cases and references that walk over the pixels of whole videos."""
+"""Tests of VPQ, STQ and video consistency against manual examples and loops over pixels."""
 
 import math
 from fractions import Fraction
@@ -31,7 +31,7 @@ def row(text):
 
 
 def video(found, founds, truth, truths):
-    """One row of ids a frame; the segments are those of all frames."""
+    """Return a video with one row of ids per frame, and the segments of all frames."""
     return [(row(ids), founds, row(truth_ids), truths) for ids, truth_ids in zip(found, truth, strict=True)]
 
 
@@ -64,7 +64,7 @@ def side_by_side(frames):
 # VPQ
 
 
-def test_tubes_by_hand():
+def test_vpq_manual_example():
     truths, founds = [segment(1, 0), segment(2, 2)], [segment(5, 0), segment(6, 0), segment(7, 2)]
     # The prediction follows object 1 as 5 in the first two frames, then as 6.
     frames = video(["5 5 7 7", "5 5 7 7", "6 6 7 7"], founds, ["1 1 2 2"] * 3, truths)
@@ -84,7 +84,7 @@ def test_tubes_by_hand():
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 6])
-def test_a_window_is_the_panoptic_quality_of_its_frames_side_by_side(window):
+def test_window_vpq_matches_pq_of_joined_frames(window):
     videos = [random_video(seed, frames) for seed, frames in ((0, 7), (1, 5), (2, 3), (3, 1))]
     images = PanopticMetric(IS_THING)
     for one in videos:
@@ -95,7 +95,7 @@ def test_a_window_is_the_panoptic_quality_of_its_frames_side_by_side(window):
     assert 0 < scores["vpq"] < 1
 
 
-def test_videos_shorter_than_the_window_add_nothing_to_it():
+def test_videos_shorter_than_the_window_are_ignored():
     short = random_video(4, frames=3, crowd=False)
     scores = scored(VideoPanopticMetric(IS_THING), short).compute()
     assert [scores["windows"][k]["pq"] is None for k in ("1", "2", "4", "6")] == [False, False, True, True]
@@ -103,7 +103,7 @@ def test_videos_shorter_than_the_window_add_nothing_to_it():
     assert scored(VideoPanopticMetric(IS_THING), []).compute()["vpq"] is None
 
 
-def test_segments_may_be_listed_in_the_frames_that_show_them_alone():
+def test_segments_may_be_listed_per_frame():
     one = random_video(5)
     listed = [
         (ids, [s for s in founds if s["id"] in ids], truth_ids, [s for s in truths if s["id"] in truth_ids])
@@ -114,7 +114,7 @@ def test_segments_may_be_listed_in_the_frames_that_show_them_alone():
     )
 
 
-def test_wrong_videos_are_refused():
+def test_invalid_videos_raise():
     one = [segment(1, 0)]
     frames = [(row("1"), one, row("1"), one), (row("1"), [segment(1, 1)], row("1"), one)]
     with pytest.raises(ValueError, match="Id 1 of the prediction has the classes 0 and 1 in one video"):
@@ -134,7 +134,7 @@ def test_wrong_videos_are_refused():
 
 
 def walked_tracking(videos, num_classes=4):
-    """SQ and AQ by sets of pixels (frame, y, x)."""
+    """Compute SQ and AQ from sets of pixels (frame, y, x)."""
     semantic, total, tracks = SemanticMetric(num_classes), Fraction(0), 0
     for frames in videos:
         things, crowd, found_things = {}, set(), {}
@@ -163,7 +163,7 @@ def walked_tracking(videos, num_classes=4):
     return semantic.compute()["miou"], float(total / tracks) if tracks else None
 
 
-def test_association_by_hand():
+def test_stq_manual_example():
     truths, founds = [segment(1, 0), segment(2, 2)], [segment(5, 0), segment(6, 0), segment(7, 2)]
     frames = video(["5 5 7 7", "5 5 7 7", "6 6 7 7"], founds, ["1 1 2 2"] * 3, truths)
     scores = scored(TrackingQualityMetric(IS_THING), frames).compute()
@@ -173,7 +173,7 @@ def test_association_by_hand():
     assert scores["stq"] == pytest.approx(math.sqrt(scores["aq"]))
 
 
-def test_association_does_not_ask_for_the_class():
+def test_association_ignores_the_class():
     frames = video(["5 5"] * 2, [segment(5, 1)], ["1 1"] * 2, [segment(1, 0)])
     scores = scored(TrackingQualityMetric(IS_THING), frames).compute()
     assert (scores["aq"], scores["sq"], scores["stq"]) == (1.0, 0.0, 0.0)
@@ -181,7 +181,7 @@ def test_association_does_not_ask_for_the_class():
     assert scored(TrackingQualityMetric(IS_THING), stuff).compute()["aq"] == 0.0
 
 
-def test_a_track_pays_for_what_it_covers_of_other_classes_but_not_of_void_or_crowd():
+def test_association_excludes_void_and_crowd_but_not_other_classes():
     def association(truth, truths):
         frames = video(["5 5 5 5"], [segment(5, 0)], [truth], [segment(1, 0), *truths])
         return scored(TrackingQualityMetric(IS_THING), frames).compute()["aq"]
@@ -192,7 +192,7 @@ def test_a_track_pays_for_what_it_covers_of_other_classes_but_not_of_void_or_cro
     assert association("1 1 2 2", [segment(2, 1, True)]) == 1.0
 
 
-def test_walking_over_pixels_agrees_on_tracks(within):
+def test_stq_matches_a_loop_over_pixels(within):
     for seed in range(6):
         videos = [random_video(seed, 4), random_video(seed + 50, 2)]
         scores = scored(TrackingQualityMetric(IS_THING), *videos).compute()
@@ -202,7 +202,7 @@ def test_walking_over_pixels_agrees_on_tracks(within):
         within("STQ: walking over pixels", abs(scores["stq"] - math.sqrt(sq * aq)), 1e-14)
 
 
-def test_no_track_no_stq():
+def test_stq_without_tracks_is_none():
     frames = video(["1 2"], [segment(1, 2), segment(2, 0)], ["1 1"], [segment(1, 2)])
     scores = scored(TrackingQualityMetric(IS_THING), frames).compute()
     assert (scores["stq"], scores["aq"], scores["sq"], scores["tracks"]) == (None, None, 0.5, 0)
@@ -237,7 +237,7 @@ def random_maps(seed, frames=9, change=0.05):
     return np.where(draw.random(truths.shape) < change, draw.integers(-1, 3, truths.shape), truths), truths
 
 
-def test_consistency_by_hand():
+def test_consistency_manual_example():
     # Three frames of four pixels; the last pixel's truth changes, the third's is void.
     truths = np.array([[[0, 1, -1, 1]], [[0, 1, -1, 1]], [[0, 1, -1, 2]]])
     predictions = np.array([[[0, 1, 0, 1]], [[0, 2, 0, 1]], [[0, 1, 0, 2]]])
@@ -250,14 +250,14 @@ def test_consistency_by_hand():
     assert scores["videos"] == {"1": 1, "2": 1, "3": 1}
 
 
-def test_a_constant_but_wrong_prediction_is_not_consistent():
+def test_constant_wrong_prediction_is_not_consistent():
     truths = np.zeros((8, 2, 2), dtype=int)
     assert video_consistency(truths + 1, truths, (8,)) == [0]
     assert video_consistency(truths, truths, (8,)) == [2**52]
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
-def test_walking_over_pixels_agrees_on_consistency(window, within):
+def test_consistency_matches_a_loop_over_pixels(window, within):
     metric, expected = VideoConsistencyMetric((window,)), []
     for seed, frames in enumerate((9, 12, 3, 8)):
         maps = random_maps(seed, frames)
@@ -270,7 +270,7 @@ def test_walking_over_pixels_agrees_on_consistency(window, within):
     assert metric.compute()["videos"] == {str(window): len(scores)}
 
 
-def test_nothing_constant_short_videos_and_void_give_no_number():
+def test_consistency_without_constant_pixels_is_none():
     metric = VideoConsistencyMetric((2,))
     metric.update(np.zeros((1, 2, 2), int), np.zeros((1, 2, 2), int))
     metric.update(np.zeros((3, 2, 2), int), np.full((3, 2, 2), -1))
@@ -279,7 +279,7 @@ def test_nothing_constant_short_videos_and_void_give_no_number():
     assert metric.compute() == {"mVC2": None, "videos": {"2": 0}}
 
 
-def test_wrong_maps_are_refused():
+def test_invalid_class_maps_raise():
     metric, good = VideoConsistencyMetric(), np.zeros((3, 2, 2), int)
     with pytest.raises(ValueError, match="There are 3 predictions and 2 truths of one video"):
         metric.update(good, good[:2])
@@ -315,7 +315,7 @@ def test_permuting_classes_permutes_scores(order, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_perfect_prediction_scores_one(seed):
+def test_perfect_prediction_scores_one(seed):
     frames = [(truth_ids, truths, truth_ids, truths) for _, _, truth_ids, truths in random_video(seed, crowd=False)]
     assert scored(VideoPanopticMetric(IS_THING), frames).compute()["vpq"] == 1.0
     quality = scored(TrackingQualityMetric([True] * 4), frames).compute()
@@ -327,7 +327,7 @@ def test_a_perfect_prediction_scores_one(seed):
 
 
 class Maps(VideoConsistencyMetric):
-    """Takes a video as one argument, as the others do."""
+    """Metric that takes a video as one argument, as the others do."""
 
     def update(self, maps):
         super().update(*maps)
@@ -341,7 +341,7 @@ class Maps(VideoConsistencyMetric):
         (lambda: Maps((2, 4)), random_maps),
     ],
 )
-def test_parts_merge_to_the_same_bits_in_any_order_and_through_files(make, draw, tmp_path):
+def test_merging_is_exact_in_any_order_and_through_files(make, draw, tmp_path):
     videos = [draw(seed) for seed in range(4)]
     whole = scored(make(), *videos)
     for place, part in enumerate((videos[:1], videos[1:3], videos[3:])):

@@ -1,7 +1,8 @@
-"""Evaluation: a model's predictions on a prepared benchmark, scored as the field scores them.
+"""Evaluation of segmentation models on prepared benchmarks.
 
-`vocabulary` (the words that the model is asked) -> `segmenter`, `adapters` (models) -> `samples` (rows) -> `chunks`
-(work in pieces that survive a kill) -> `loop` -> `session` (all that one evaluation needs) -> `run` -> `result` (the
-file) -> `report` (tables). `command` is what is typed. Metrics register themselves in `train.metrics`; what a
-benchmark asks for stands with its reader in `train.data.benchmarks`.
+The modules in the order of the data flow: `vocabulary` (class names of a benchmark as the prompts of a model),
+`segmenter` and `adapters` (models behind one interface), `samples` (images with ground truth), `chunks` (crash-safe
+partial results), `loop` (evaluation of one chunk), `session` (loaded data and model), `run` (distribution over
+processes), `result` (result file) and `report` (tables). `command` is the command line. Metrics are registered in
+`train.metrics`; the protocol of a benchmark is defined beside its reader in `train.data.benchmarks`.
 """

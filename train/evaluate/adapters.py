@@ -1,8 +1,8 @@
-"""Other people's models under the same evaluation: those of transformers with a list of labels, and CLIPSeg.
+"""Adapters that evaluate transformers models with a fixed label list, and CLIPSeg.
 
-A model with a fixed list of labels is asked for nothing: its labels are matched with the benchmark's names, in any
-case and with "-" and "_" as blanks. What it finds of a label without counterpart counts as found wrongly, and a class
-that none of its labels means is never found; both are listed in the result.
+The labels of a model with a fixed label list are matched with the class names of the benchmark, ignoring case and
+treating "-" and "_" as spaces. Predictions of an unmatched label count as false positives, and a class without a
+matching label is never predicted; the result file lists both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,19 +31,18 @@ from ..metrics.score import PREDICTION_FIELDS
 from .segmenter import DTYPES, NOT_A_CLASS, Size, detections
 from .vocabulary import BenchmarkVocabulary
 
-# The others of this family are asked in other ways (OneFormer's tasks, clips of video) or have no semantic result.
+# The other universal models need further inputs (task tokens of OneFormer, video clips) or have no semantic output.
 UNIVERSAL = {"eomt", "eomt_dinov3", "mask2former", "maskformer"} & set(MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES)
-# Their outputs are masks on a grid of stride 4 that covers the whole input, as GKC's are.
+# These models predict masks at stride 4 over the whole input, as GKC does.
 MASKS_AT_STRIDE_4 = ("mask2former", "maskformer")
 PROMPTS_PER_PASS = 16
 
 
 def model_type(path: str) -> str:
-    """
-    What kind of model a folder or a name on the Hub holds.
+    """Read the model type of a checkpoint folder or Hub repository.
 
     Raises:
-        ValueError: there is no model.
+        ValueError: The path holds no model that transformers can load.
     """
     try:
         return str(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
@@ -52,18 +51,17 @@ def model_type(path: str) -> str:
 
 
 def match_labels(labels: Mapping[int, str], vocabulary: Vocabulary) -> tuple[np.ndarray, dict[str, Any]]:
-    """
-    The benchmark's class of each label of a model.
+    """Match the labels of a model with the classes of a benchmark.
 
     Args:
-        labels: the model's, by position.
-        vocabulary: the benchmark's classes; their labels are matched first, then their synonyms.
+        labels: The A labels of the model by index.
+        vocabulary: Classes of the benchmark. First names take precedence over synonyms.
 
     Returns:
-        (A,) int32 classes, -1 where none matches; and what matched nothing on either side.
+        (A,) int32 class index of each label, -1 without a match, and a description of unmatched labels and classes.
 
     Raises:
-        ValueError: nothing matches.
+        ValueError: No label matches a class.
     """
     named = {
         _key(name): index
@@ -77,7 +75,7 @@ def match_labels(labels: Mapping[int, str], vocabulary: Vocabulary) -> tuple[np.
         class_of[position] = next((named[key] for key in candidates if key in named), NOT_A_CLASS)
     if (class_of == NOT_A_CLASS).all():
         raise ValueError(
-            f"--model: none of its labels ({', '.join(list(labels.values())[:4])}, ...) is a class of the benchmark "
+            f"--model: None of its labels ({', '.join(list(labels.values())[:4])}, ...) is a class of the benchmark "
             f"({', '.join(vocabulary.labels[:4])}, ...)."
         )
     found = set(class_of.tolist())
@@ -93,17 +91,19 @@ def _key(name: str) -> str:
 
 
 class LabelledSegmenter:
-    """
-    A model of transformers with a list of labels, with its own preparation of images; one image at a time.
+    """Transformers segmentation model with a fixed label list and its own image processor.
 
-    Masks of Mask2Former and MaskFormer are resampled at full resolution as GKC's; the other models' outputs go through
-    the post-processing of their own image processor.
+    Images are processed one at a time. Masks of Mask2Former and MaskFormer are resampled to the target size as those
+    of GKC; the outputs of the other models are post-processed by their own image processor.
 
     Args:
-        path: folder or name on the Hub.
-        vocabulary: the benchmark's classes.
-        panoptic: settings of `panoptic_segmentation`.
-        dtype: that the model computes in.
+        path: Checkpoint folder or Hub repository.
+        vocabulary: Classes of the benchmark.
+        panoptic: Arguments of `panoptic_segmentation`.
+        dtype: Data type of the computation, a key of `DTYPES`.
+
+    Raises:
+        ValueError: The architecture is not supported, or no label of the model is a class of the benchmark.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class LabelledSegmenter:
         elif kind in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
             loader = AutoModelForSemanticSegmentation
         else:
-            raise ValueError(f"--model: {path} is a {kind}, which segments nothing that can be scored here.")
+            raise ValueError(f"--model: {path} is a {kind}, which is not a supported segmentation model.")
         self.model = loader.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=False).eval()
         self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         self.class_of, self.notes = match_labels(config.id2label, vocabulary)
-        self.notes |= {"architecture": kind, "image_size": "as the model's own processor has it"}
+        self.notes |= {"architecture": kind, "image_size": "from the image processor of the model"}
         self.has_masks = kind in MASKS_AT_STRIDE_4
         self.panoptic_settings = dict(panoptic or {})
         stuff = self.panoptic_settings.pop("label_ids_to_fuse", ())
@@ -129,15 +129,15 @@ class LabelledSegmenter:
         self.provided = PREDICTION_FIELDS if self.has_masks else ("classes",)
 
     def prepare(self, images: Sequence[np.ndarray]) -> list[Any]:
-        """See `Segmenter`."""
+        """Preprocess images, see `Segmenter.prepare`."""
         return [self.processor(images=Image.fromarray(image), return_tensors="pt") for image in images]
 
     def forward(self, inputs: list[Any]) -> list[Any]:
-        """See `Segmenter`."""
+        """Run the model, see `Segmenter.forward`."""
         return [(self.model(**_moved(single, self.model)), _content(single)) for single in inputs]
 
     def semantic(self, outputs: list[Any], index: int, size: Size) -> np.ndarray:
-        """See `Segmenter`."""
+        """Predict a class map, see `Segmenter.semantic`."""
         if self.has_masks:
             labels, _ = semantic_segmentation(*_image(*outputs[index]), size)
         else:
@@ -145,13 +145,13 @@ class LabelledSegmenter:
         return labels.cpu().numpy().astype(np.int32)
 
     def panoptic(self, outputs: list[Any], index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """See `Segmenter`."""
+        """Predict panoptic segments, see `Segmenter.panoptic`."""
         settings = self.panoptic_settings | {"label_ids_to_fuse": self.fused}
         result = panoptic_segmentation(*_image(*outputs[index]), size, **settings)
         return result["segmentation"].cpu().numpy(), result["segments_info"]
 
     def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
-        """See `Segmenter`."""
+        """Predict instances, see `Segmenter.instances`."""
         return detections(*_image(*outputs[index]), size)
 
 
@@ -160,7 +160,7 @@ def _image(outputs: Any, content: Size | None) -> tuple[Tensor, Tensor, Size | N
 
 
 def _content(inputs: Any) -> Size | None:
-    """Height and width of what is no padding, None where the model is not told."""
+    """Return the (height, width) of an image without padding, None for a model without `pixel_mask`."""
     if "pixel_mask" not in inputs:
         return None
     mask = inputs["pixel_mask"][0].bool()
@@ -168,7 +168,7 @@ def _content(inputs: Any) -> Size | None:
 
 
 def _moved(inputs: Any, model: Any) -> dict[str, Any]:
-    """Tensors on the model's device, images in its type; EoMT's offsets of patches, a list, as they are."""
+    """Move tensors to the device and dtype of the model; other inputs, such as the patch offsets of EoMT, stay."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         if isinstance(value, Tensor)
@@ -178,13 +178,12 @@ def _moved(inputs: Any, model: Any) -> dict[str, Any]:
 
 
 class CLIPSegSegmenter:
-    """
-    CLIPSeg (Lüddecke and Ecker, CVPR 2022): one map per word, the best word of a pixel wins.
+    """CLIPSeg (Lüddecke and Ecker, CVPR 2022), which predicts one map per prompt; the best prompt of a pixel wins.
 
     Args:
-        path: folder or name on the Hub.
-        asked: the vocabulary; of several names of a class the best counts.
-        dtype: that the model computes in.
+        path: Checkpoint folder or Hub repository.
+        asked: Vocabulary of the benchmark. The best of the prompts of a class counts.
+        dtype: Data type of the computation, a key of `DTYPES`.
     """
 
     def __init__(self, path: str, asked: BenchmarkVocabulary, dtype: str = "float32"):
@@ -198,14 +197,14 @@ class CLIPSegSegmenter:
         classes = asked.class_of[asked.vocabulary.class_ids]
         self.class_of = np.repeat(classes, len(templates)).astype(np.int32)
         self.provided = ("classes",)
-        self.notes = {"architecture": "clipseg", "image_size": "as the model's own processor has it"}
+        self.notes = {"architecture": "clipseg", "image_size": "from the image processor of the model"}
 
     def prepare(self, images: Sequence[np.ndarray]) -> list[Any]:
-        """See `Segmenter`."""
+        """Preprocess images, see `Segmenter.prepare`."""
         return [self.processor.image_processor(images=Image.fromarray(image), return_tensors="pt") for image in images]
 
     def forward(self, inputs: list[Any]) -> list[Tensor]:
-        """Of each image (A, h, w) logits, in fp32 on the CPU."""
+        """Compute the logits (P, h, w) of the P prompts for each image, in fp32 on the CPU."""
         return [self._maps(single["pixel_values"].to(self.model.device, self.model.dtype)) for single in inputs]
 
     def _maps(self, pixel_values: Tensor) -> Tensor:
@@ -221,7 +220,7 @@ class CLIPSegSegmenter:
         return torch.cat(maps)
 
     def semantic(self, outputs: list[Tensor], index: int, size: Size) -> np.ndarray:
-        """See `Segmenter`."""
+        """Predict a class map, see `Segmenter.semantic`."""
         best, labels = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.int64)
         for position, logits in enumerate(outputs[index]):
             full = F.interpolate(logits[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
@@ -230,9 +229,9 @@ class CLIPSegSegmenter:
         return labels.numpy().astype(np.int32)
 
     def panoptic(self, outputs: Any, index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """It has no segments."""
+        """Raise, because CLIPSeg predicts no segments."""
         raise NotImplementedError
 
     def instances(self, outputs: Any, index: int, size: Size) -> list[dict[str, Any]]:
-        """It has no objects."""
+        """Raise, because CLIPSeg predicts no instances."""
         raise NotImplementedError

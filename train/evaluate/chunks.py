@@ -1,9 +1,9 @@
-"""Evaluation in pieces: consecutive images whose counts are stored when they are done, so that a kill loses little.
+"""Crash-safe partial results of an evaluation, stored after every chunk of consecutive images.
 
-The pieces depend on the data alone, not on the number of processes. Each is one file of a `ShardFolder`, in a folder
-named by the fingerprint of everything that the numbers depend on; files of another model, other data or other
-options lie elsewhere and are never read. A file begins with the SHA-256 of its folder's and its own name and of what
-follows, so that a damaged one, or that of another piece under its name, is found before numpy reads it.
+The division into chunks depends on the data alone, not on the number of processes. Each chunk is one file of a
+`ShardFolder`, in a folder named by the fingerprint of everything that the scores depend on, so that chunks of another
+model, other data or other options are never read. A file begins with the SHA-256 of its folder name, its file name and
+its content, so that damaged, renamed or moved files are detected before numpy reads them.
 """
 
 import hashlib
@@ -29,12 +29,14 @@ _DIGEST_BYTES = 32
 
 
 def plan_chunks(video_ids: Sequence[str], images_per_chunk: int = IMAGES_PER_CHUNK) -> list[range]:
-    """
-    Rows of each chunk.
+    """Divide the rows of a dataset into chunks.
 
     Args:
-        video_ids: of all rows, "" of images; a video is a run of rows and is never divided.
-        images_per_chunk: at least so many in every chunk but the last, and no more where no video crosses the border.
+        video_ids: Video of each row, "" for images. The rows of a video are consecutive and stay in one chunk.
+        images_per_chunk: Rows of each chunk. The last chunk may have fewer, and one that ends with a video more.
+
+    Returns:
+        Row range of each chunk.
     """
     chunks, start = [], 0
     for row in range(1, len(video_ids) + 1):
@@ -47,12 +49,11 @@ def plan_chunks(video_ids: Sequence[str], images_per_chunk: int = IMAGES_PER_CHU
 
 
 class ChunkFolder(ShardFolder):
-    """
-    The finished chunks of one evaluation.
+    """Finished chunks of one evaluation.
 
     Args:
-        folder: Folder of the files; made when the first chunk is written.
-        count: Chunks of the evaluation.
+        folder: Folder of the files, created when the first chunk is written.
+        count: Number of chunks of the evaluation.
     """
 
     def __init__(self, folder: Path, count: int):
@@ -60,7 +61,7 @@ class ChunkFolder(ShardFolder):
         self.count = count
 
     def write(self, chunk: int, scores: dict[str, "Score"], meta: dict[str, Any]) -> None:
-        """Store a finished chunk: the counts of its scores, and what JSON can hold beside them."""
+        """Store the state of the scores of a finished chunk, and a JSON-serializable description `meta`."""
         arrays = {f"{name}/{key}": value for name, score in scores.items() for key, value in score.state().items()}
         arrays[_META] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
         content = io.BytesIO()
@@ -73,24 +74,23 @@ class ChunkFolder(ShardFolder):
         return hashlib.sha256(place.encode() + content).digest()
 
     def merge_into(self, chunk: int, scores: dict[str, "Score"]) -> dict[str, Any]:
-        """
-        Add the counts of a chunk to the scores.
+        """Add the counts of a chunk to the scores.
 
         Returns:
-            What was stored beside them.
+            The description `meta` of the chunk.
 
         Raises:
-            DamagedFileError: the file is missing or damaged.
+            DamagedFileError: The file is missing or damaged.
         """
         path = self.path(chunk)
-        remedy = f"delete it (`rm {shlex.quote(str(path))}`) and give the command again, which counts its images anew."
+        remedy = f"delete it (`rm {shlex.quote(str(path))}`) and run the command again to re-evaluate its images."
         try:
             stored = path.read_bytes()
         except OSError as error:
             raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
         content = stored[_DIGEST_BYTES:]
         if stored[:_DIGEST_BYTES] != self._digest(chunk, content):
-            raise DamagedFileError(f"{path} is damaged, its checksum is another than when written: {remedy}")
+            raise DamagedFileError(f"{path} is damaged (checksum mismatch): {remedy}")
         with np.load(io.BytesIO(content)) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
         meta = json.loads(arrays.pop(_META).tobytes())

@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DONE, INCOMPLETE, MISUSED = 0, 1, 2
 SHORT_TABLE = 40
 
-DESCRIPTION = "Judge a model on a prepared benchmark, as the field does it, and write one result file."
+DESCRIPTION = "Evaluate a model on a prepared benchmark and write the scores to a result file."
 EPILOG = """\
 examples:
   python -m train.data.prepare ade20k_150 --source ADEChallengeData2016 --out data/ade20k_150 --split val
@@ -36,22 +36,22 @@ examples:
   accelerate launch --num_processes 4 -m train.evaluate --model gkc-r50 --benchmark vspw_124 --data data/vspw
   torchrun --nproc_per_node 4 -m train.evaluate ...            several processes without a GPU
   python -m train.evaluate --model facebook/mask2former-swin-tiny-ade-semantic \\
-      --benchmark ade20k_150 --data data/ade20k_150            another model, under the same metrics
-  python -m train.evaluate report results/*.json               the field's table, beside the published rows
+      --benchmark ade20k_150 --data data/ade20k_150            another model with the same metrics
+  python -m train.evaluate report results/*.json               table of results beside published ones
 
-MODEL is a checkpoint of gkc, a model of transformers with a list of labels (Mask2Former, SegFormer, EoMT, ...), whose
-labels are matched with the benchmark's by name, or CLIPSeg.
+MODEL is a GKC checkpoint, a CLIPSeg checkpoint, or a transformers segmentation model with a fixed label list
+(Mask2Former, SegFormer, EoMT, ...), whose labels are matched with the class names of the benchmark.
 
-Killed at any moment, the same command goes on where it stopped, with any number of processes; the numbers do not
-depend on them. What was done for another model, other data or other options is never mixed in.
+An interrupted evaluation resumes when the same command is run again, with any number of processes; the scores do not
+depend on that number. Partial results of another model, other data or other options are never reused.
 
-exit code: 0 done, 1 done but some samples could not be read (each is named, in the result too), 2 the command was
-wrong or could not be done, 130 stopped by Ctrl-C.
+exit code: 0 success, 1 some samples could not be read (stderr and the result file name them), 2 invalid arguments or
+failure, 130 interrupted by Ctrl-C.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
+    """Build the argument parser of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate",
         description=DESCRIPTION,
@@ -59,38 +59,53 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help="folder, or name on the Hub")
-    add("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(all_benchmarks())}")
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of train.data.prepare or from_folder")
-    add("--out", type=Path, metavar="RESULT.json", help="(results/MODEL-BENCHMARK-SPLIT[-what is special].json)")
-    add("--split", default="val", help="of the data (%(default)s)")
+    add("--model", required=True, metavar="MODEL", help="checkpoint folder or Hub repository")
+    add("--benchmark", required=True, metavar="NAME", help=f"benchmark: {', '.join(all_benchmarks())}")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="prepared dataset folder, as train.data.prepare and train.data.from_folder write it",
+    )
+    out = "result file (default: results/MODEL-BENCHMARK-SPLIT.json, with prompts, TTA and limit if not default)"
+    add("--out", type=Path, metavar="RESULT.json", help=out)
+    add("--split", default="val", help="dataset split to evaluate (default: %(default)s)")
     tasks = all_tasks()
-    add("--tasks", nargs="+", choices=tasks, default=(), metavar="TASK", help=f"{', '.join(tasks)} (the benchmark's)")
+    listed = f"tasks to score: {', '.join(tasks)} (default: from the protocol)"
+    add("--tasks", nargs="+", choices=tasks, default=(), metavar="TASK", help=listed)
     add(
         "--prompts",
         choices=PROMPTS,
         default="plain",
-        help="names, names in 14 sentences, or all synonyms (%(default)s)",
+        help="prompt each class with its first name, with that name in 14 template sentences, or with all synonyms "
+        "(default: %(default)s)",
     )
-    reduction = "how the logits of several names of a class become one (%(default)s)"
+    reduction = "how the logits of several names of a class are combined (default: %(default)s)"
     add("--reduction", choices=REDUCTIONS, default="max", help=reduction)
-    add("--tta", action="store_true", help="five sizes, each also mirrored; semantic results only")
-    add("--trained-on", metavar="WORDS", help="vocabulary of training: seen and unseen classes are scored apart")
-    add("--limit", type=_positive, metavar="N", help="only the first N images: a trial, no benchmark's number")
+    add("--tta", action="store_true", help="average five image sizes, each also flipped; semantic task only")
     add(
-        "--batch-size", type=_positive, default=1, metavar="N", help="images that the model sees at once (%(default)s)"
+        "--trained-on", metavar="VOCABULARY", help="training vocabulary; also report scores of seen and unseen classes"
     )
-    add("--dtype", choices=DTYPES, default="float32", help="that the model computes in (%(default)s)")
-    add("--compile", action="store_true", help="with torch.compile: for images of few sizes")
-    add("--short-side", type=_positive, metavar="PIXELS", help="of images that the model sees (the protocol's)")
-    add("--long-side", type=_positive, metavar="PIXELS", help="that it may not exceed (the protocol's)")
-    chunk = "a killed process loses at most so many (%(default)s)"
+    add("--limit", type=_positive, metavar="N", help="evaluate only the first N images (default: all)")
+    add("--batch-size", type=_positive, default=1, metavar="N", help="images per forward pass (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="data type of the computation (default: %(default)s)")
+    add("--compile", action="store_true", help="use torch.compile, which pays off if images have few sizes")
+    short = "shorter side of the resized image in pixels (default: from the protocol)"
+    add("--short-side", type=_positive, metavar="PIXELS", help=short)
+    long = "maximum longer side in pixels (default: from the protocol)"
+    add("--long-side", type=_positive, metavar="PIXELS", help=long)
+    chunk = "images between two saves of the partial results (default: %(default)s)"
     add("--images-per-chunk", type=_positive, default=IMAGES_PER_CHUNK, metavar="N", help=chunk)
-    predictions = "write all predictions here, in the benchmark's own ids"
+    predictions = "also write all predictions to this folder, with the class ids of the benchmark's annotations"
     add("--write-predictions", type=Path, metavar="DIR", help=predictions)
-    add("--per-class", action="store_true", help=f"print every class, also of more than {SHORT_TABLE}")
-    add("--profile", action="store_true", help="count floating-point operations too")
-    add("--cpu", action="store_true", help="use no accelerator")
+    add(
+        "--per-class",
+        action="store_true",
+        help=f"print the scores of all classes, even if there are more than {SHORT_TABLE}",
+    )
+    add("--profile", action="store_true", help="also count the floating-point operations of one image")
+    add("--cpu", action="store_true", help="run on the CPU even if an accelerator is available")
     return parser
 
 
@@ -100,16 +115,15 @@ def _positive(text: str) -> int:
     return number
 
 
-@interruptible("train.evaluate", "The same command goes on from here.")
+@interruptible("train.evaluate", "Run the same command again to resume.")
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run the command.
+    """Run the command.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program name; None takes those of the process.
 
     Returns:
-        The exit code, see `--help`.
+        The exit code that `--help` documents.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["report"]:
@@ -126,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         state = processes(options.cpu)
         request = _request(options, f"python -m train.evaluate {shlex.join(argv)}")
-        with warnings.catch_warnings():  # words that several classes share: whoever packed the vocabulary knows
+        with warnings.catch_warnings():  # names shared by several classes are part of the published vocabulary
             warnings.simplefilter("ignore", UserWarning)
             with lock_output(request.out) if state.is_main_process else nullcontext():
                 result = run(load_session(request, state), state)
@@ -134,26 +148,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error_line(error) if isinstance(error, OSError) else error
         sys.stderr.write(f"train.evaluate: error: {reason}\n")
         return MISUSED
-    if result is None:  # of a process that is not the first
+    if result is None:  # not the main process
         return DONE
-    sys.stdout.write(f"{describe(result, options.per_class)}\nThe result is in {request.out}\n")
-    return _say_what_is_wrong(result)
+    sys.stdout.write(f"{describe(result, options.per_class)}\nResult written to {request.out}\n")
+    return _print_warnings(result)
 
 
-def _say_what_is_wrong(result: Mapping[str, Any]) -> int:
-    """Words that the model does not know, samples that were not scored; the exit code."""
+def _print_warnings(result: Mapping[str, Any]) -> int:
+    """Print warnings and unreadable samples to stderr, and return the exit code."""
     broken = result["images"]["broken"]
     for line in result["model"]["notes"].get("warnings", []):
         sys.stderr.write(f"train.evaluate: warning: {line}\n")
-    for line in flattering(result):
+    for line in score_warnings(result):
         sys.stderr.write(f"train.evaluate: warning: {line}\n")
     for line in broken:
         sys.stderr.write(f"train.evaluate: not scored: {line}\n")
     return INCOMPLETE if broken else DONE
 
 
-def flattering(result: Mapping[str, Any]) -> list[str]:
-    """Reasons why scores may look better than the predictions are, see `Score.warnings` of each metric."""
+def score_warnings(result: Mapping[str, Any]) -> list[str]:
+    """Collect the warnings of each metric about scores that may overstate the quality of the predictions."""
     labels, lines = [entry["name"] for entry in result["classes"]], []
     for name, score in all_scores().items():
         if name in result["scores"]:
@@ -164,12 +178,12 @@ def flattering(result: Mapping[str, Any]) -> list[str]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
+    """Check the combination of options before anything is loaded."""
     protocol = protocol_of(options.benchmark)
     if options.tta and any(needs_segments(task) for task in options.tasks or protocol.tasks):
-        raise ValueError("--tta: segments of several views cannot be merged; give --tasks semantic.")
+        raise ValueError("--tta: Segments of several views cannot be merged; add --tasks semantic.")
     if not options.data.is_dir():
-        raise ValueError(f"--data: there is not a directory {options.data}; `python -m train.data.prepare` makes it.")
+        raise ValueError(f"--data: {options.data} is not a directory; create it with `python -m train.data.prepare`.")
 
 
 def _request(options: argparse.Namespace, command: str) -> Request:
@@ -184,7 +198,7 @@ def _request(options: argparse.Namespace, command: str) -> Request:
 
 
 def default_out(options: argparse.Namespace) -> Path:
-    """A file name that says what is special about the result."""
+    """Return the default result path, which names the model, benchmark, split and options that are not default."""
     from .run import model_name
 
     special = [
@@ -197,11 +211,11 @@ def default_out(options: argparse.Namespace) -> Path:
 
 
 def describe(result: Mapping[str, Any], per_class: bool = False) -> str:
-    """A result for people, in per cent."""
+    """Format a result as text with scores in percent."""
     images, times = result["images"], result["times"]
     lines = [f"{result['model']['name']} on {result['benchmark']}, {images['evaluated']} images of {result['split']}"]
     if images["published"] not in (None, images["evaluated"]):
-        lines.append(f"published are {images['published']} images: this is not the benchmark's number")
+        lines.append(f"the published split has {images['published']} images: these scores are not comparable")
     for task, scores in result["per_cent"].items():
         known = all_scores().get(task)
         hidden = known.details if known else ()
@@ -231,7 +245,7 @@ def describe(result: Mapping[str, Any], per_class: bool = False) -> str:
 
 
 def class_table(result: Mapping[str, Any]) -> str:
-    """One line per class, in per cent; counts as they are."""
+    """Format the scores of all classes, one line per class: scores in percent, counts as integers."""
     columns = [(task, name) for task, scores in result["classes"][0]["scores"].items() for name in scores]
     lines = [f"  {'class':<28}" + "".join(f"{name:>16}" for _, name in columns)]
     for entry in result["classes"]:

@@ -1,4 +1,4 @@
-"""Groups of classes that have scores of their own: base and novel, seen and unseen."""
+"""Scores of groups of classes, such as base and novel or seen and unseen classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,11 @@ OPPOSITES = (("base", "novel"), ("seen", "unseen"))
 
 @dataclass(frozen=True)
 class ClassGroups:
-    """
-    Named groups of classes.
+    """Named groups of classes.
 
     Attributes:
-        members: name -> classes.
-        opposites: pairs of groups whose harmonic mean is told.
+        members: Class indices of each group by its name.
+        opposites: Pairs of groups whose harmonic mean is reported.
     """
 
     members: Mapping[str, Sequence[int]]
@@ -30,12 +29,11 @@ class ClassGroups:
 
 @dataclass(frozen=True)
 class ClassFacts:
-    """
-    What is known of a benchmark's classes beside their names.
+    """Annotation ids and held-out classes of a benchmark.
 
     Attributes:
-        raw_ids: the id of each in the benchmark's annotation files; positions where none is known.
-        novel: classes that zero-shot experiments hold out.
+        raw_ids: Id of each class in the annotation files of the benchmark; its index if unknown.
+        novel: Indices of the classes that zero-shot experiments hold out from training.
     """
 
     raw_ids: list[int]
@@ -43,14 +41,14 @@ class ClassFacts:
 
 
 def class_facts(benchmark: Benchmark, num_classes: int) -> ClassFacts:
-    """Facts of the packaged vocabulary that a benchmark's classes come from; of others, positions and no more."""
+    """Look up the annotation ids and held-out classes in the packaged vocabulary of a benchmark, if it has one."""
     if benchmark.vocabulary not in Vocabulary.packaged_names():
         return ClassFacts(list(range(num_classes)), [])
     stored = packaged_facts(benchmark.vocabulary)
     raw_ids = [entry["id"] for entry in stored["classes"]]
     if benchmark.subset is not None:
         raw_ids = [raw_ids[index] for index in benchmark.subset]
-    if len(raw_ids) != num_classes:  # a folder whose vocabulary was edited by hand
+    if len(raw_ids) != num_classes:  # the vocabulary of the prepared data was edited
         return ClassFacts(list(range(num_classes)), [])
     held_out = set(stored.get("novel_ids") or [])
     return ClassFacts(raw_ids, [index for index, raw_id in enumerate(raw_ids) if raw_id in held_out])
@@ -59,15 +57,14 @@ def class_facts(benchmark: Benchmark, num_classes: int) -> ClassFacts:
 def class_groups(
     vocabulary: Vocabulary, facts: ClassFacts, extra: Mapping[str, Sequence[str]], trained_on: Vocabulary | None
 ) -> ClassGroups:
-    """
-    The groups of a benchmark.
+    """Group the classes of a benchmark.
 
     Args:
-        vocabulary: its classes.
-        facts: of its file.
-        extra: further groups by the names of their classes; `base` and `novel` among them are opposites.
-        trained_on: classes of the training data; those that share a name with one of them are `seen`, the others
-            `unseen`.
+        vocabulary: Classes of the benchmark.
+        facts: Held-out classes of the benchmark.
+        extra: Further groups, given by class names.
+        trained_on: Classes of the training data. Benchmark classes that share a name with one of them are `seen`, the
+            others `unseen`; None defines neither group.
     """
     everything = range(len(vocabulary))
     members: dict[str, list[int]] = {}
@@ -85,15 +82,15 @@ def class_groups(
 
 
 def group_scores(groups: ClassGroups, computed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """
-    Scores of every group, and harmonic means.
+    """Average the scores of the classes of each group, and compute harmonic means of opposite groups.
 
     Args:
-        groups: the groups.
-        computed: task -> what its metric computed, lists per class among it.
+        groups: Groups of classes.
+        computed: Lists of per-class scores by task and name.
 
     Returns:
-        Group -> `classes` (their number) and task -> score; and `harmonic_mean of A and B` -> task -> score.
+        For each group, `classes` (their number) and the scores by task and name; for each pair of opposites, an entry
+        `harmonic mean of A and B` with the scores by task and name.
     """
     known = [score for score in all_scores().values() if score.class_means and score.name in computed]
     class_means = {score.name: score.class_means for score in known}

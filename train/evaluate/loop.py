@@ -1,4 +1,4 @@
-"""The work of one process: images of its chunks through the model, into the scores."""
+"""Evaluation of one chunk of images: read, predict, score."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ PHASES = ("waiting_for_data", "model", "post_processing", "scoring")
 
 @dataclass
 class Batch:
-    """Images that were read, the model's input for them, and what could not be read."""
+    """Images of one forward pass, the model inputs for them, and one message for each image that cannot be read."""
 
     samples: list[Sample]
     inputs: Any
@@ -31,16 +31,16 @@ class Batch:
 
 @dataclass
 class Evaluation:
-    """
-    What is done with every image.
+    """Evaluation of a model on rows of a dataset.
 
     Attributes:
-        dataset: rows in the schema of `train.data`, pictures not decoded.
-        segmenter: the model.
-        make_scores: new, empty scores by name.
-        batch_size: images that the model sees at once.
-        shrink_above: as in `Protocol`.
-        writer: of predictions, None to write none.
+        dataset: Rows in the schema of `train.data`, with images not decoded.
+        segmenter: Model that is evaluated.
+        make_scores: Function that returns new, empty scores by name.
+        batch_size: Images per forward pass.
+        shrink_above: Images whose shorter side exceeds this number of pixels are downsampled to it, see `Protocol`.
+        writer: Writer of prediction files, None to write none.
+        needs: Fields of `Prediction` that the scores use.
     """
 
     dataset: Dataset
@@ -55,15 +55,15 @@ class Evaluation:
         self.needs = frozenset(need for score in self.make_scores().values() for need in score.needs)
 
     def run_chunk(self, rows: range, on_image: Callable[[], None]) -> tuple[dict[str, Score], dict[str, Any]]:
-        """
-        Evaluate some rows.
+        """Evaluate one chunk.
 
         Args:
-            rows: of the dataset.
-            on_image: called after each.
+            rows: Rows of the dataset.
+            on_image: Function called after each image.
 
         Returns:
-            The scores, and `images`, `broken` (one line each), `seconds` of every phase and in all, and `written`.
+            The scores by name, and a description: the number of `images`, the messages of `broken` images, the
+            `seconds` of each phase and in total, and the entries of `panoptic.json` that were `written`.
         """
         scores, clock = self.make_scores(), _Clock()
         broken, written, images = [], [], 0
@@ -114,8 +114,8 @@ class Evaluation:
 def predict(
     segmenter: Segmenter, outputs: Any, index: int, size: tuple[int, int], needs: frozenset[str]
 ) -> Prediction:
-    """What the segmenter finds in image `index` of a batch, in the benchmark's classes."""
-    # The last entry serves -1, what the model leaves out.
+    """Predict the fields `needs` for image `index` of a batch, in the classes of the benchmark."""
+    # Index -1, which stands for pixels without a class, selects the last entry.
     class_of = np.append(segmenter.class_of, np.int32(-1))
     prediction = Prediction()
     if "classes" in needs:
@@ -136,20 +136,20 @@ def predict(
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, so that times are of the work they are said to be of."""
+    """Wait for the accelerator, so that each measured phase includes its own work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 class _Clock:
-    """Seconds of every phase."""
+    """Stopwatch that sums the seconds of each phase."""
 
     def __init__(self):
         self.seconds = dict.fromkeys((*PHASES, "total"), 0.0)
         self._mark = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """What passed since the last call belongs to this phase."""
+        """Add the seconds since the last call to a phase."""
         now = time.perf_counter()
         self.seconds[phase] += now - self._mark
         self.seconds["total"] += now - self._mark
@@ -157,5 +157,5 @@ class _Clock:
 
 
 def total_seconds(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Sum of the phases over chunks."""
+    """Sum the seconds of each phase over chunks."""
     return {phase: sum(part[phase] for part in parts) for phase in (*PHASES, "total")}

@@ -1,4 +1,4 @@
-"""Predictions as files, in the ids of the benchmark's own annotations, so that its official tools can read them."""
+"""Prediction files with the class ids of the benchmark's annotations, for the official evaluation tools."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -16,30 +16,33 @@ PANOPTIC_JSON = "panoptic.json"
 
 
 class PredictionWriter:
-    """
-    Writes `semantic/<image_id>.png`, `panoptic/<image_id>.png` and what `panoptic.json` lists of them.
+    """Writer of `semantic/<image_id>.png`, `panoptic/<image_id>.png` and `panoptic.json`.
 
-    A semantic map holds the `id` that each class has in the benchmark's annotation files (the vocabulary's `ids` says
-    which files), in 8 bits where all fit and in 16 otherwise; void, where the model found none of the classes, is 255
-    or 65535. A panoptic map is coded as COCO's: id = R + 256 G + 65536 B, 0 is void.
+    A semantic map holds the id of each class in the annotation files of the benchmark, in 8 bits if all ids are below
+    255 and in 16 bits otherwise; pixels without a class are 255 or 65535. A panoptic map has the color coding of COCO:
+    id = R + 256 G + 65536 B, 0 for void.
 
     Args:
-        folder: of all of them.
-        raw_ids: for every class its id in the annotation files.
+        folder: Folder of all files.
+        raw_ids: Id of each class in the annotation files.
 
     Raises:
-        ValueError: an id does not fit into 16 bits.
+        ValueError: An id does not lie between 0 and 65534.
     """
 
     def __init__(self, folder: Path, raw_ids: Sequence[int]):
         if not raw_ids or not 0 <= min(raw_ids) <= max(raw_ids) < 65535:
-            raise ValueError(f"class ids must lie between 0 and 65534, got {min(raw_ids)} to {max(raw_ids)}.")
+            raise ValueError(
+                f"Class ids of prediction files must lie between 0 and 65534, got {min(raw_ids)} to {max(raw_ids)}."
+            )
         self.folder, self.raw_ids = folder, list(raw_ids)
         bits, self.void = (np.uint8, 255) if max(raw_ids) < 255 else (np.uint16, 65535)
-        self._table = np.array([*raw_ids, self.void], dtype=bits)  # the last entry serves -1
+        self._table = np.array(
+            [*raw_ids, self.void], dtype=bits
+        )  # index -1, a pixel without a class, selects the last entry
 
     def write(self, sample: Sample, prediction: Prediction) -> list[dict[str, Any]]:
-        """Write what there is of an image; gives its entry in `panoptic.json`, if any."""
+        """Write the maps of one image, and return its entry of `panoptic.json` in a list, which may be empty."""
         if prediction.classes is not None:
             self._save(Image.fromarray(self._table[prediction.classes]), "semantic", sample.image_id)
         if prediction.ids is None:
@@ -65,14 +68,14 @@ class PredictionWriter:
         return path
 
     def finish(self, written: Sequence[dict[str, Any]]) -> None:
-        """Write `panoptic.json`, if there are panoptic maps."""
+        """Write `panoptic.json` from the entries of all images; without entries, write nothing."""
         if written:
             atomic_write_json(self.folder / PANOPTIC_JSON, {"annotations": list(written)}, indent=1)
 
 
 def _safe(image_id: str) -> str:
-    """An image id as a relative path that stays within its folder."""
+    """Convert an image id to a relative path inside the output folder."""
     parts = [part for part in PurePosixPath(image_id).parts if part not in ("/", "..", ".")]
     if not parts:
-        raise ValueError(f"the image id {image_id!r} cannot be a file's name.")
+        raise ValueError(f"Image id {image_id!r} cannot be used as a file name.")
     return "/".join(parts)

@@ -1,4 +1,4 @@
-"""The processes of an `accelerate launch`, or the one that is there."""
+"""Processes of a distributed evaluation."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -7,20 +7,19 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-LONGEST_WAIT = timedelta(days=2)  # of a process that is done for those that are not
+LONGEST_WAIT = timedelta(days=2)  # timeout of a finished process that waits for the others
 
 
 def processes(cpu: bool = False) -> PartialState:
-    """Those of an `accelerate launch` or `torchrun`, or this one alone; a device for each."""
+    """Initialize the processes of `accelerate launch` or `torchrun`, or this process alone, each with its device."""
     return PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
 
 
 def from_main(state: PartialState, make: Callable[[], Any]) -> Any:
-    """
-    What the main process makes, in all processes.
+    """Call a function in the main process and broadcast its result to all processes.
 
     Raises:
-        ValueError: in all processes, where the main process could not make it.
+        ValueError: The function raised ValueError or OSError; all processes raise the same message.
     """
     made, error = None, None
     if state.is_main_process:

@@ -1,4 +1,4 @@
-"""How much a model computes for one image."""
+"""Number of floating-point operations of a model."""
 
 from typing import Any
 
@@ -11,15 +11,14 @@ from .segmenter import Segmenter
 
 
 def profile(segmenter: Segmenter, dataset: Dataset) -> dict[str, Any]:
-    """
-    Floating-point operations of the first image, by torch's counter.
+    """Count the floating-point operations of the first image with torch's FLOP counter.
 
-    It counts a multiplication and an addition as two, where papers often count one, and only those of matrix products,
-    convolutions and attention. Encoding the words, once per vocabulary, and the post-processing are left out.
+    The counter covers matrix products, convolutions and attention, and counts a multiply-add as two operations, where
+    papers often count one. Text encoding (once per vocabulary) and post-processing are not included.
 
     Returns:
-        `gigaflops`, `gigamultiplications` (half of it), `height` and `width` of the image as the data have it, and
-        `by_operator`.
+        `gigaflops`, `gigamultiplications` (half of it), `height` and `width` of the image before preprocessing in
+        pixels, and `by_operator`, the number of operations of each operator.
     """
     image, _ = read_row(dataset[0])
     inputs = segmenter.prepare([image])

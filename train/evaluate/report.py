@@ -1,4 +1,4 @@
-"""`python -m train.evaluate report`: results as the field's table, beside the published rows, and for a model card."""
+"""`python -m train.evaluate report`: tables of results beside published ones, and metadata of a model card."""
 
 import argparse
 import sys
@@ -11,19 +11,19 @@ from ..data.benchmarks.protocol import PUBLISHED_ROWS
 from ..metrics.score import ReportedScore, all_scores, table_score
 from .result import per_cent, read_result
 
-PUBLISHED_NOTE = "Published rows are as their authors measured them: on other hardware, partly with other words."
+PUBLISHED_NOTE = "Published rows were measured by their authors, on other hardware and partly with other prompts."
 
 EPILOG = """\
 examples:
-  python -m train.evaluate report results/*.json                    Markdown, beside the published rows
+  python -m train.evaluate report results/*.json                    Markdown table beside published results
   python -m train.evaluate report results/gkc-r50-*.json --model-index
-                                                                    YAML for the head of a model card
-exit code: 0 done, 2 a file is no result, or two results are of one cell.
+                                                                    YAML metadata of a model card
+exit code: 0 success, 2 a file is not a result file, or two results belong to the same table cell.
 """
 
 
 def row_name(result: Mapping[str, Any]) -> str:
-    """What distinguishes the rows of the table: the model, how it was asked, and what else makes numbers differ."""
+    """Return the row name of a result: the model, and the options that differ from the defaults."""
     prompts, settings = result["prompts"], result["settings"]
     special = [
         *([prompts["kind"]] if prompts["kind"] != "plain" else []),
@@ -38,14 +38,14 @@ def row_name(result: Mapping[str, Any]) -> str:
 
 
 def columns() -> list[tuple[str, str]]:
-    """Heading of every column of the table, and the benchmark whose score stands in it."""
+    """Return heading and benchmark name of each column of the table."""
     known = [benchmark for benchmark in all_benchmarks().values() if benchmark.column is not None]
     known.sort(key=lambda benchmark: (benchmark.column.position, benchmark.column.heading))
     return [(benchmark.column.heading, benchmark.name) for benchmark in known]
 
 
 def published_rows() -> dict[str, dict[str, float]]:
-    """Row of the table -> benchmark -> published score in per cent."""
+    """Return the published scores in percent by row name and benchmark."""
     rows: dict[str, dict[str, float]] = {title: {} for title in PUBLISHED_ROWS}
     for _, name in columns():
         for title, value in benchmark_named(name).column.published.items():
@@ -54,15 +54,14 @@ def published_rows() -> dict[str, dict[str, float]]:
 
 
 def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
-    """
-    The field's table as Markdown, with the benchmarks that some result is of and the published rows that share one.
+    """Format the main score of each result as a Markdown table, one row per model and one column per benchmark.
 
     Args:
-        results: as `read_result` gives them.
-        published: show the published rows.
+        results: Results that `read_result` returned.
+        published: Whether to add published rows that have a score on one of the benchmarks.
 
     Raises:
-        ValueError: two results fall into one cell.
+        ValueError: Two results belong to the same cell.
     """
     score, shown = table_score()
     scored = [result for result in results if result["scores"].get(score.name, {}).get(shown.name) is not None]
@@ -73,7 +72,7 @@ def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
     for result in scored:
         row = cells.setdefault(row_name(result), {})
         if result["benchmark"] in row:
-            raise ValueError(f"two results are of {row_name(result)} on {result['benchmark']}: name one of them.")
+            raise ValueError(f"Two results are of {row_name(result)} on {result['benchmark']}: give only one of them.")
         mark = "*" if _is_partial(result) else ""
         row[result["benchmark"]] = f"{per_cent(result['scores'][score.name][shown.name], 1):.1f}{mark}"
     rows = {
@@ -90,7 +89,7 @@ def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
 
 
 def other_scores(results: Sequence[Mapping[str, Any]]) -> str:
-    """The scores of the other tasks and of groups of classes as a Markdown table; empty if there are none."""
+    """Format the scores of the other tasks and of class groups as a Markdown table; "" if there are none."""
     rows, (table_of, in_table) = [], table_score()
     for result in results:
         for task, scores in result["scores"].items():
@@ -103,7 +102,7 @@ def other_scores(results: Sequence[Mapping[str, Any]]) -> str:
         ]
     if not rows:
         return ""
-    lines = [_line(["model", "benchmark", "score", "per cent"]), _line(["---", "---", "---", "---:"])]
+    lines = [_line(["model", "benchmark", "score", "percent"]), _line(["---", "---", "---", "---:"])]
     lines += [
         _line([row_name(result), result["benchmark"], label, "-" if value is None else f"{value:.1f}"])
         for result, label, value in rows
@@ -112,7 +111,7 @@ def other_scores(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reported(name: str) -> tuple[ReportedScore, ...]:
-    """The numbers that are reported of a score; none of one that this version does not know."""
+    """Return the reported numbers of a score, empty for a score that this version does not know."""
     return all_scores()[name].report if name in all_scores() else ()
 
 
@@ -122,7 +121,7 @@ def _is_partial(result: Mapping[str, Any]) -> bool:
 
 
 def _footnotes(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader must know of single cells."""
+    """Describe the results that are incomplete or lack classes, one note each."""
     notes = []
     for result in results:
         images = result["images"]
@@ -130,13 +129,13 @@ def _footnotes(results: Sequence[Mapping[str, Any]]) -> list[str]:
             of = images["published"] or images["prepared"]
             notes.append(
                 f"\\* {row_name(result)} on {result['benchmark']}: {images['evaluated']} of {of} images, "
-                f"{len(images['broken'])} broken."
+                f"{len(images['broken'])} unreadable."
             )
         missing = result["model"]["notes"].get("classes_without_label")
         if missing:
             notes.append(
                 f"{row_name(result)} has no label for {len(missing)} of {len(result['classes'])} classes of "
-                f"{result['benchmark']}, which count as never found."
+                f"{result['benchmark']}, which count as never predicted."
             )
     return notes
 
@@ -146,17 +145,16 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def model_index(results: Sequence[Mapping[str, Any]]) -> str:
-    """
-    The `model-index` block of a model card, YAML, of one model's results.
+    """Format the results of one model as the `model-index` block of a model card, in YAML.
 
     Raises:
-        ValueError: the results are of several models, or have no score.
+        ValueError: The results are of several models, or none of them is complete.
     """
     from huggingface_hub import EvalResult, ModelCardData  # slow to import
 
     names = {result["model"]["name"] for result in results}
     if len({result["model"]["sha256"] for result in results}) > 1:
-        raise ValueError(f"--model-index is of one model, the results are of {', '.join(sorted(names))}.")
+        raise ValueError(f"--model-index: Give the results of one model, not of several ({', '.join(sorted(names))}).")
     headings = {name: heading for heading, name in columns()}
     entries = [
         EvalResult(
@@ -177,21 +175,25 @@ def model_index(results: Sequence[Mapping[str, Any]]) -> str:
         if scores.get(entry.name) is not None
     ]
     if not entries:
-        raise ValueError("there is no complete score: partial results and trials do not belong on a card.")
+        raise ValueError("--model-index: None of the results covers all images of its benchmark.")
     return ModelCardData(model_name=names.pop(), eval_results=entries).to_yaml()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; the exit code is 0, or 2 for files that are no results."""
+    """Run the command and return its exit code: 0 for success, 2 for an error."""
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate report",
-        description="Results beside the published rows, as Markdown or as the `model-index` of a model card.",
+        description="Print results as Markdown tables beside published ones, or as the `model-index` of a model card.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="files of `train.evaluate`")
-    parser.add_argument("--model-index", action="store_true", help="YAML for a model card, of one model's results")
-    parser.add_argument("--without-published", action="store_true", help="leave the published rows out")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="result files of train.evaluate")
+    parser.add_argument(
+        "--model-index",
+        action="store_true",
+        help="print YAML metadata for a model card instead; all results must be of one model",
+    )
+    parser.add_argument("--without-published", action="store_true", help="omit published results")
     options = parser.parse_args(argv)
     try:
         results = [read_result(path) for path in options.results]

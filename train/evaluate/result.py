@@ -1,4 +1,4 @@
-"""The file that one evaluation writes: what stands in it, and whether a file is such a one."""
+"""Result file of an evaluation: its schema, and functions that write, read and check it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 
 
-# Key -> type, tuple of types, list [item], `Each` or an object with keys of its own; docs/evaluation.md explains all.
+# Key -> type, tuple of types, list [item], `Each` or nested object; docs/evaluation.md describes the fields.
 SCHEMA: dict[str, Any] = {
     "schema": str,
     "fingerprint": str,
@@ -42,7 +42,7 @@ SCHEMA: dict[str, Any] = {
 
 
 def check_result(result: Any) -> list[str]:
-    """What is wrong with a result, one line each; an empty list if nothing is."""
+    """Check a result against the schema, and return one line per problem."""
     problems = shape_problems(result, SCHEMA)
     if not problems and result["schema"] != SCHEMA_NAME:
         problems.append(f"schema: is {result['schema']!r}, this version reads {SCHEMA_NAME!r}")
@@ -57,35 +57,32 @@ def check_result(result: Any) -> list[str]:
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
-    """
-    Write a result, whole or not at all.
+    """Write a result file atomically.
 
     Raises:
-        ValueError: it does not follow the schema.
+        ValueError: The result does not follow the schema.
     """
     problems = check_result(result)
     if problems:
-        raise ValueError("the result does not follow its own schema: " + "; ".join(problems))
+        raise ValueError("The result does not follow the schema: " + "; ".join(problems))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checksummed_json(path, result)
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """
-    Read a result, without its checksum.
+    """Read a result file, and return the result without its checksum.
 
     Raises:
-        ValueError: the file cannot be read, is no result, or was edited or damaged since it was written; the message
-            says what is wrong where.
+        ValueError: The file cannot be read, is not a result file, or was edited or damaged after it was written.
     """
-    remedy = "give the command of `train.evaluate` that wrote it again, with another --out."
+    remedy = "run the command of `train.evaluate` that wrote it again, with another --out."
     problems = check_result(read_json(path, remedy))
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path}: is no result of train.evaluate: {'; '.join(problems[:3])}{more}")
+        raise ValueError(f"{path} is not a result file of train.evaluate: {'; '.join(problems[:3])}{more}")
     return read_checksummed_json(path, SCHEMA, remedy)
 
 
 def per_cent(value: float | None, digits: int = 2) -> float | None:
-    """A score of 0..1 in per cent."""
+    """Convert a score in 0..1 to percent; None stays None."""
     return None if value is None else round(100 * value, digits)

@@ -1,4 +1,4 @@
-"""What comes of a session: its work shared among processes, the chunks merged, the result written."""
+"""Run an evaluation: distribute the chunks over processes, merge them and write the result file."""
 
 import hashlib
 import json
@@ -34,17 +34,21 @@ PACKAGES = ("torch", "transformers", "datasets", "numpy", "pillow", "accelerate"
 
 
 def run(session: Session, state: PartialState, progress: bool = True) -> dict[str, Any] | None:
-    """
-    Evaluate, or go on where a killed run stopped; called by all processes alike.
+    """Run or resume an evaluation; every process must call this function.
+
+    Args:
+        session: Loaded data, model and options.
+        state: Processes of the evaluation.
+        progress: Whether the main process shows a progress bar.
 
     Returns:
-        In the main process the result, which is written to `request.out`; None in the others.
+        In the main process, the result, which is also written to `session.request.out`; None in the other processes.
 
     Raises:
-        ValueError: `request.out` is the result of something else, or there is nothing to evaluate.
+        ValueError: `session.request.out` is the result of another evaluation, or there is nothing to evaluate.
     """
     if not session.rows:
-        raise ValueError("--data: there is no image to evaluate.")
+        raise ValueError("--data: The split contains no image.")
     chunks = plan_chunks(video_ids(session.prepared)[: session.rows], session.request.images_per_chunk)
     folder = ChunkFolder(parts_folder(session), len(chunks))
     known = from_main(state, lambda: _known_result(session))
@@ -58,7 +62,7 @@ def run(session: Session, state: PartialState, progress: bool = True) -> dict[st
 
 
 def _work(session: Session, chunks: Sequence[range], folder: ChunkFolder, state: PartialState, progress: bool) -> None:
-    """Do this process's share of the chunks that are not done."""
+    """Evaluate the chunks of this process that are not finished."""
     pending = from_main(state, folder.pending)
     evaluation = Evaluation(
         without_decoding(session.prepared.dataset),
@@ -79,7 +83,7 @@ def _work(session: Session, chunks: Sequence[range], folder: ChunkFolder, state:
 
 
 def parts_folder(session: Session) -> Path:
-    """Where the finished chunks of an evaluation lie until its result is written."""
+    """Return the folder that holds the finished chunks until the result is written."""
     out = session.request.out
     return out.with_name(f"{out.name}.parts") / session.fingerprint
 
@@ -92,7 +96,7 @@ def _known_result(session: Session) -> dict[str, Any] | None:
     if result["fingerprint"] == session.fingerprint:
         return result
     differing = [name for name, value in session.settings.items() if result["settings"].get(name) != _plain(value)]
-    raise ValueError(f"--out: {out} is a result with other {', '.join(differing)}: name another file, or remove it.")
+    raise ValueError(f"--out: {out} is a result with other {', '.join(differing)}: choose another file, or delete it.")
 
 
 def _plain(value: Any) -> Any:
@@ -108,7 +112,7 @@ def _writer(session: Session) -> PredictionWriter | None:
 
 
 def finish(session: Session, folder: ChunkFolder, state: PartialState) -> dict[str, Any]:
-    """Merge all chunks, write the result, and remove the chunks."""
+    """Merge all chunks, write the result file, and delete the chunks."""
     scores = session.make_scores()
     metas = [folder.merge_into(index, scores) for index in range(folder.count)]
     computed = {name: score.compute() for name, score in scores.items()}
@@ -148,7 +152,7 @@ def _result(session: Session, computed: Mapping[str, tuple], metas: list[dict], 
 
 
 def _numbers(session: Session, computed: Mapping[str, tuple]) -> dict[str, Any]:
-    """Scores of tasks, groups and classes."""
+    """Compute the result fields that hold scores of tasks, groups and classes."""
     vocabulary = session.prepared.vocabulary
     numbers = {task: values for task, (values, _) in computed.items()}
     columns = {task: values for task, (_, values) in computed.items()}
@@ -165,7 +169,7 @@ def _numbers(session: Session, computed: Mapping[str, tuple]) -> dict[str, Any]:
 
 
 def _circumstances(session: Session) -> dict[str, Any]:
-    """How it was asked, and of what."""
+    """Compute the result fields that describe protocol, prompts, model and data."""
     request, protocol = session.request, session.protocol
     sides = {name: getattr(request, name) or getattr(protocol, name) for name in ("short_side", "long_side")}
     return {
@@ -186,12 +190,12 @@ def _circumstances(session: Session) -> dict[str, Any]:
 
 
 def published_images(info: Mapping[str, Any]) -> int | None:
-    """Images of the published split, without those that a base or novel variant leaves out; None if not published."""
+    """Return the published number of images, less those that a base or novel variant excludes; None if unknown."""
     return None if info.get("expected") is None else info["expected"] - info.get("left_out", 0)
 
 
 def model_name(path: str) -> str:
-    """The last part of a folder's name or of a name on the Hub."""
+    """Return the last part of a folder path, or the full name of a Hub repository."""
     return Path(path).resolve().name if Path(path).exists() else path
 
 
@@ -209,7 +213,7 @@ def _class_table(vocabulary: Vocabulary, columns: Mapping[str, Mapping[str, list
 
 
 def machine(state: PartialState) -> dict[str, Any]:
-    """What the numbers of speed were measured on."""
+    """Describe the hardware that the measured times depend on."""
     accelerator = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else None
     return {
         "platform": platform.platform(),
@@ -222,10 +226,9 @@ def machine(state: PartialState) -> dict[str, Any]:
 
 
 def times(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """
-    Seconds of all chunks together, and per image; images a second of all processes together.
+    """Compute total seconds, milliseconds per image, and images per second of all processes together.
 
-    Loading model and data does not count, and what a killed run had finished counts as it was measured then.
+    Loading the model and the data is not included. Chunks finished before an interruption keep their measured times.
     """
     seconds = total_seconds([meta["seconds"] for meta in metas])
     images, processes = sum(meta["images"] for meta in metas), max(meta["processes"] for meta in metas)

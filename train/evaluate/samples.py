@@ -1,4 +1,4 @@
-"""Rows of a prepared benchmark as images with their ground truth, at the size that is scored."""
+"""Images of a prepared benchmark with their ground truth, at the size of the scored maps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,11 @@ from ..metrics.score import Sample
 
 
 def reduced_size(size: tuple[int, int], shrink_above: int | None) -> tuple[int, int]:
-    """
-    Height and width at which an image is scored.
+    """Compute the (height, width) at which an image is scored.
 
     Args:
-        size: of the image.
-        shrink_above: as in `Protocol`.
+        size: (height, width) of the image.
+        shrink_above: Maximum shorter side in pixels, see `Protocol`; None for no maximum.
     """
     if shrink_above is None or min(size) <= shrink_above:
         return size
@@ -27,15 +26,15 @@ def reduced_size(size: tuple[int, int], shrink_above: int | None) -> tuple[int, 
 
 
 def read_sample(row: Mapping[str, Any], shrink_above: int | None = None) -> Sample:
-    """
-    Read one row.
+    """Decode the image and the annotation of one row.
 
     Args:
-        row: in the schema of `train.data`, its pictures as they are stored.
-        shrink_above: as in `Protocol`.
+        row: Row in the schema of `train.data`, with images not decoded.
+        shrink_above: Maximum shorter side in pixels, see `Protocol`; None for no maximum.
 
     Raises:
-        ValueError: a picture cannot be read, or image, segmentation and segments do not fit; the sample is named.
+        ValueError: The image or the annotation cannot be read, or they do not fit together; the message names the
+            sample.
     """
     image, ids = read_row(row)
     size = reduced_size(ids.shape, shrink_above)
@@ -47,10 +46,10 @@ def read_sample(row: Mapping[str, Any], shrink_above: int | None = None) -> Samp
 
 
 def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """
-    An image (H, W, 3) uint8 at another size, each pixel from its four neighbours, as published protocols have it.
+    """Resize an image (H, W, 3) uint8 to `size` by bilinear interpolation without antialiasing.
 
-    Pillow's bilinear filter averages over more of them when it shrinks, and would give a smoother image.
+    Published protocols interpolate four neighboring pixels; Pillow's bilinear filter averages more when it
+    downsamples.
     """
     pixels = torch.tensor(image).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=False)
@@ -58,6 +57,6 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_nearest(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (H, W) at another size, pixel i taken from floor(i * old / new), as published protocols have it."""
+    """Resize a map (H, W) to `size`: as in published protocols, pixel i is read at floor(i * old / new)."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, ids.shape, strict=True))
     return ids[rows[:, None], columns]

@@ -1,6 +1,7 @@
-"""Models as the evaluation sees them, and GKC's own.
+"""Interface of the models that are evaluated, and its implementation for GKC.
 
-Letters: B images of a batch, Q queries, A asked classes, H x W the pixels that are scored. Sizes are (height, width).
+Letters: B images of a batch, Q queries, A classes that the model predicts, H x W pixels of the scored image. Sizes are
+(height, width).
 """
 
 import warnings
@@ -25,18 +26,17 @@ from .vocabulary import BenchmarkVocabulary
 Size = tuple[int, int]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
-DETECTIONS = 100  # of an image, as in COCO's protocol
+DETECTIONS = 100  # per image, as in the protocol of COCO
 NOT_A_CLASS = -1
 
 
 class Segmenter(Protocol):
-    """
-    A model that is evaluated.
+    """Interface of a model that is evaluated.
 
     Attributes:
-        class_of: (A,) int32, the benchmark's class of every class that the model tells apart, -1 for none.
-        provided: fields of `train.metrics.score.Prediction` that it gives.
-        notes: what the result file should say about it.
+        class_of: (A,) int32 benchmark class of each class that the model predicts, -1 for none.
+        provided: Fields of `train.metrics.score.Prediction` that the model predicts.
+        notes: Description of the model for the result file.
     """
 
     class_of: np.ndarray
@@ -44,49 +44,50 @@ class Segmenter(Protocol):
     notes: dict[str, Any]
 
     def prepare(self, images: Sequence[np.ndarray]) -> Any:
-        """The model's input for B images (H, W, 3) uint8; called ahead, in another thread."""
+        """Preprocess B images (H, W, 3) uint8 into model inputs; called in a prefetching thread."""
 
     def forward(self, inputs: Any) -> Any:
-        """The model's output; nothing is resized to the images' sizes yet."""
+        """Compute the outputs of the model, before they are resized to the sizes of the images."""
 
     def semantic(self, outputs: Any, index: int, size: Size) -> np.ndarray:
-        """(H, W) int32 asked classes of image `index` of the batch; -1 where the model finds none."""
+        """Predict the class map (H, W) int32 of image `index` of the batch, -1 for pixels without a class."""
 
     def panoptic(self, outputs: Any, index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """(H, W) int32 ids, 0 void, and `id` and `label_id` of each."""
+        """Predict a map (H, W) int32 of segment ids, 0 for void, and `id` and `label_id` of each segment."""
 
     def instances(self, outputs: Any, index: int, size: Size) -> list[dict[str, Any]]:
-        """Objects, best first: `label_id`, `score` and `mask` (H, W) bool."""
+        """Predict instances, best score first: `label_id`, `score` and `mask` (bool (H, W) or run lengths) of each."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to show an image: sides of the protocol times `scale`, mirrored or not."""
+    """Augmentation of an image at test time: the side lengths of the protocol times `scale`, and a horizontal flip."""
 
     scale: float = 1.0
     flip: bool = False
 
 
 def all_views() -> tuple[View, ...]:
-    """Those of test-time augmentation: five sizes, each also mirrored."""
+    """Return the views of test-time augmentation: five sizes, each also flipped."""
     return tuple(View(scale, flip) for scale in TTA_SCALES for flip in (False, True))
 
 
 class GKCSegmenter:
-    """
-    A `GKCPredictor` with the vocabulary of a benchmark.
+    """GKC model with the vocabulary of a benchmark.
 
     Args:
-        model, processor: the checkpoint.
-        asked: the vocabulary.
-        short_side, long_side: as in `evaluate.protocol`.
-        panoptic: thresholds of panoptic results, of `PredictionOptions`.
-        views: shown to the model; scores of several are summed before the arg-max.
-        dtype: that the image path computes in.
-        compile: compile it.
+        model: A `GKCForOpenVocabSegmentation`.
+        processor: Its `GKCProcessor`.
+        asked: Vocabulary of the benchmark.
+        short_side: Shorter side of the resized image in pixels.
+        long_side: Maximum longer side in pixels.
+        panoptic: Thresholds of panoptic results, fields of `PredictionOptions`.
+        views: Augmentations of each image. The class scores of several views are summed before the arg-max.
+        dtype: Data type of the image encoder and decoders, a key of `DTYPES`.
+        compile: Whether to use torch.compile.
 
     Raises:
-        ValueError: the text encoder cannot tell classes of the benchmark apart.
+        ValueError: Two classes of the benchmark have the same text embeddings.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class GKCSegmenter:
     ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            # In fp32, before the model is cast.
+            # Text is encoded in fp32, before the model is cast.
             encoded = EncodedVocabulary.encode(
                 asked.vocabulary,
                 model,
@@ -124,7 +125,7 @@ class GKCSegmenter:
         self.notes = {"architecture": "gkc", "views": len(self.views), "warnings": said}
 
     def prepare(self, images: Sequence[np.ndarray]) -> list[list[PreparedImage]]:
-        """Inputs of every view."""
+        """Preprocess images for every view, see `Segmenter.prepare`."""
         return [self._prepare_view(images, view) for view in self.views]
 
     def _prepare_view(self, images: Sequence[np.ndarray], view: View) -> list[PreparedImage]:
@@ -134,11 +135,11 @@ class GKCSegmenter:
         return [self.predictor.prepare(image, size=size, do_resize=True) for image in shown]
 
     def forward(self, inputs: list[list[PreparedImage]]) -> list[Any]:
-        """Outputs of every view."""
+        """Run the model on every view, see `Segmenter.forward`."""
         return [self.predictor.forward(view) for view in inputs]
 
     def semantic(self, outputs: list[Any], index: int, size: Size) -> np.ndarray:
-        """See `Segmenter`."""
+        """Predict a class map, see `Segmenter.semantic`."""
         if len(outputs) == 1:
             labels = self._result(outputs[0], index, size, PredictionOptions("semantic")).segmentation
         else:
@@ -146,13 +147,13 @@ class GKCSegmenter:
         return labels.cpu().numpy().astype(np.int32)
 
     def panoptic(self, outputs: list[Any], index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """See `Segmenter`."""
+        """Predict panoptic segments, see `Segmenter.panoptic`."""
         result = self._result(outputs[0], index, size, self.panoptic_options)
         segments = [{"id": segment.id, "label_id": segment.label_id} for segment in result.segments]
         return result.segmentation.cpu().numpy(), segments
 
     def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
-        """See `Segmenter`."""
+        """Predict instances, see `Segmenter.instances`."""
         return detections(*_image(outputs[0], index), size)
 
     def _result(self, output: Any, index: int, size: Size, options: PredictionOptions) -> SegmentationResult:
@@ -163,7 +164,7 @@ class GKCSegmenter:
 
 
 def _check_distinct(asked: BenchmarkVocabulary, encoded: EncodedVocabulary, processor: Any) -> None:
-    """Refuse words whose scores would mean nothing; several words that stand for one class may be equal."""
+    """Check that no two benchmark classes have equal embeddings; names of one class may have equal ones."""
     names: dict[int, list[str]] = {}
     for index, name in zip(
         asked.class_of[asked.vocabulary.class_ids].tolist(), asked.vocabulary.flat_names, strict=True
@@ -179,7 +180,7 @@ def _check_distinct(asked: BenchmarkVocabulary, encoded: EncodedVocabulary, proc
 
 
 def detections(class_logits: Tensor, mask_logits: Tensor, content: Size | None, size: Size) -> list[dict[str, Any]]:
-    """The hundred best pairs of query and class of one image, each with its mask as COCO's run lengths."""
+    """Predict the 100 highest-scoring instances of one image, with masks in COCO run-length encoding."""
     result = instance_segmentation(
         class_logits, mask_logits, content, size, threshold=0.0, top_k=DETECTIONS, return_coco_annotation=True
     )
@@ -190,14 +191,14 @@ def detections(class_logits: Tensor, mask_logits: Tensor, content: Size | None, 
 
 
 def _image(outputs: Any, index: int) -> tuple[Tensor, Tensor, Size | None]:
-    """Class logits, mask logits and content size of one image of a batch."""
+    """Return class logits (Q, K + 1), mask logits (Q, h, w) and content size of one image of a batch."""
     contents = outputs.content_sizes
     content = None if contents is None else tuple(contents[index].tolist())
     return outputs.class_queries_logits[index], outputs.masks_queries_logits[index], content
 
 
 def _best_of_views(images: Sequence[tuple], views: Sequence[View], size: Size) -> Tensor:
-    """(H, W) classes with the highest sum of scores over all views, of which one row tile exists at a time."""
+    """Compute the class map (H, W) of the highest score sums over all views, one row tile at a time."""
     class_scores = [logits.float().softmax(dim=-1)[:, :-1].T for logits, _, _ in images]
     resamplers = [MaskResampler(masks, content, size) for _, masks, content in images]
     labels = torch.empty(size, dtype=torch.int64, device=class_scores[0].device)

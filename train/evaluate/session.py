@@ -1,4 +1,4 @@
-"""All that one evaluation needs, loaded from what was asked for."""
+"""Options of an evaluation, and the data and model loaded from them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from .processes import from_main
 from .segmenter import GKCSegmenter, Segmenter, View, all_views
 from .vocabulary import BenchmarkVocabulary
 
-# Files of a checkpoint that decide its predictions.
+# Checkpoint files that determine the predictions.
 _MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for; `train.evaluate.command` explains each."""
+    """Options of an evaluation; `python -m train.evaluate --help` describes them."""
 
     model: str
     benchmark: str
@@ -56,7 +56,21 @@ class Request:
 
 @dataclass
 class Session:
-    """Everything that an evaluation needs, loaded."""
+    """Loaded data, model and options of one evaluation.
+
+    Attributes:
+        request: Options of the evaluation.
+        prepared: Prepared benchmark.
+        protocol: Protocol of the benchmark.
+        tasks: Tasks that are scored.
+        asked: Vocabulary that prompts the model.
+        segmenter: Model.
+        settings: Values that the scores depend on.
+        trained_on: Classes of the training data, if given.
+        parameters: Number of parameters of the model.
+        model_sha256: SHA-256 of the checkpoint.
+        fingerprint: Hash of `settings`.
+    """
 
     request: Request
     prepared: Prepared
@@ -75,21 +89,21 @@ class Session:
 
     @property
     def rows(self) -> int:
-        """Images that are evaluated."""
+        """Number of images that are evaluated."""
         limit = self.request.limit
         return len(self.prepared.dataset) if limit is None else min(limit, len(self.prepared.dataset))
 
     def make_scores(self) -> dict[str, Score]:
-        """New, empty scores of the tasks."""
+        """Return new, empty scores of the tasks by name."""
         return make_scores(self.tasks, self.prepared.vocabulary, self.segmenter.provided)
 
 
 def load_session(request: Request, state: PartialState) -> Session:
-    """
-    Load data and model.
+    """Load the data and the model of an evaluation.
 
     Raises:
-        ValueError: something that was asked for is not there or does not fit; the message names the option.
+        ValueError: An option names missing data, an unusable model or an unsupported combination; the message names
+            the option.
     """
     prepared = from_main(state, lambda: load_judged(request.data, request.split))
     if request.benchmark not in (prepared.benchmark, ""):
@@ -98,11 +112,11 @@ def load_session(request: Request, state: PartialState) -> Session:
     tasks = tuple(dict.fromkeys(request.tasks or protocol.tasks))
     kinds = [score for task in tasks for score in scores_of_task(task).values()]
     if any(score.needs_videos for score in kinds) and not any(video_ids(prepared)):
-        raise ValueError(f"--tasks: {prepared.benchmark} has no videos.")
+        raise ValueError(f"--tasks: {prepared.benchmark} contains no videos, which the given tasks need.")
     trained_on = _training_vocabulary(request.trained_on)
     asked = BenchmarkVocabulary.from_protocol(prepared.vocabulary, protocol, request.prompts, request.reduction)
     segmenter, sha256 = _load_segmenter(request, protocol, asked, prepared.vocabulary, state)
-    make_scores(tasks, prepared.vocabulary, segmenter.provided)  # refuses what cannot be scored, before any work
+    make_scores(tasks, prepared.vocabulary, segmenter.provided)  # raises early if a task cannot be scored
     settings = _settings(request, prepared, protocol, tasks, asked, sha256, state)
     parameters = sum(weight.numel() for weight in segmenter.model.parameters())
     return Session(request, prepared, protocol, tasks, asked, segmenter, settings, trained_on, parameters, sha256)
@@ -132,13 +146,15 @@ def _load_segmenter(
         options = {"dtype": request.dtype, "compile": request.compile}
         return GKCSegmenter(model, processor, asked, short, long, panoptic, views, **options), sha256
     if request.tta or request.compile or request.short_side or request.long_side:
-        raise ValueError("--tta, --compile and the sides are for checkpoints of gkc: others prepare their own images.")
+        raise ValueError("--tta, --compile, --short-side and --long-side apply to GKC checkpoints only; remove them.")
     with without_progress_bars():
         if kind == "clipseg":
             segmenter = CLIPSegSegmenter(request.model, asked, request.dtype)
         else:
             if request.prompts != "plain":
-                raise ValueError(f"--prompts: a {kind} has a fixed list of labels and reads no words.")
+                raise ValueError(
+                    f"--prompts: A {kind} model has a fixed label list and takes no prompts; remove the option."
+                )
             panoptic |= {"label_ids_to_fuse": vocabulary.stuff_ids}
             segmenter = LabelledSegmenter(request.model, vocabulary, panoptic, request.dtype)
     sha256 = model_sha256(request.model, segmenter.model)
@@ -147,7 +163,7 @@ def _load_segmenter(
 
 
 def model_sha256(path: str, model: torch.nn.Module) -> str:
-    """SHA-256 of a checkpoint's files; of one on the Hub, a hash of its weights."""
+    """Compute the SHA-256 of the files of a checkpoint folder; for a Hub repository, a hash of the weights."""
     folder = Path(path)
     if not folder.is_dir():
         return model_fingerprint(model)
@@ -169,7 +185,7 @@ def _settings(
     sha256: str,
     state: PartialState,
 ) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
+    """Collect everything that the scores depend on, for the fingerprint."""
     return {
         "gkc": modeling_gkc.__version__,
         "model": sha256,
@@ -192,7 +208,7 @@ def _settings(
 
 
 def video_ids(prepared: Prepared) -> list[str]:
-    """The video of every row, "" of images."""
+    """Return the video id of each row, "" for images."""
     dataset = prepared.dataset
     if "video_id" not in dataset.column_names:
         return [""] * len(dataset)

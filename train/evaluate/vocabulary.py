@@ -1,4 +1,4 @@
-"""The vocabulary that a model is given for a benchmark, and the benchmark's class of each of its classes."""
+"""Vocabulary that prompts a model on a benchmark, and its mapping to the classes of the benchmark."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from modeling_gkc.vocabulary import Vocabulary
 
 from ..data.benchmarks.protocol import Protocol
 
-PROMPTS = {  # name of a way to ask: template set, and whether synonyms are asked too
+PROMPTS = {  # kind of prompts: (template set, whether synonyms are included)
     "plain": ("plain", False),
     "templates": ("vild14", False),
     "synonyms": ("plain", True),
@@ -20,12 +20,11 @@ REDUCTIONS = ("max", "mean", "embedding_mean")
 
 @dataclass(frozen=True)
 class BenchmarkVocabulary:
-    """
-    The classes that a model is asked for on a benchmark, before they are encoded.
+    """Vocabulary that prompts a model on a benchmark, before it is encoded.
 
     Attributes:
-        vocabulary: The A classes that are asked for.
-        class_of: (A,) int32 class of the benchmark that each of them stands for.
+        vocabulary: A classes. Several of them may stand for one class of the benchmark, such as the background.
+        class_of: (A,) int32 class of the benchmark for each of them.
         prompts: A key of `PROMPTS`.
         reduction: How the logits of several names of a class are reduced to one, as in the model's `forward`.
     """
@@ -39,20 +38,20 @@ class BenchmarkVocabulary:
     def from_protocol(
         cls, vocabulary: Vocabulary, protocol: Protocol, prompts: str = "plain", reduction: str = "max"
     ) -> "BenchmarkVocabulary":
-        """
-        Choose the classes and names that a benchmark's protocol asks for.
+        """Build the vocabulary that the protocol of a benchmark prescribes.
 
         Args:
-            vocabulary: The benchmark's K classes.
-            protocol: Says which words stand for the background.
-            prompts: `plain` names, names in the packaged sentences (`templates`), or all names (`synonyms`).
-            reduction: Of several names of one class; published evaluations take `max`.
+            vocabulary: K classes of the benchmark.
+            protocol: Protocol of the benchmark, which defines the names of the background.
+            prompts: A key of `PROMPTS`: first names (`plain`), first names in the packaged template sentences
+                (`templates`), or all names (`synonyms`).
+            reduction: How the logits of several names of a class are reduced; published evaluations use `max`.
 
         Raises:
-            ValueError: The protocol's background class is not among the K.
+            ValueError: The background class of the protocol is not one of the K classes.
         """
         names = vocabulary.names if PROMPTS[prompts][1] else [[label] for label in vocabulary.labels]
-        # Templates of single classes are left out, so that all classes are asked in one way.
+        # Templates of single classes are dropped, so that all classes are prompted in the same way.
         asked = Vocabulary.from_stored([list(synonyms) for synonyms in names], vocabulary.is_thing, vocabulary.colors)
         class_of = np.arange(len(asked), dtype=np.int32)
         if protocol.background_class is None:
@@ -60,8 +59,8 @@ class BenchmarkVocabulary:
         background, words = protocol.background_class, Vocabulary.named(protocol.background_words)
         if background >= len(vocabulary):
             raise ValueError(
-                f"the protocol's background is class {background}, but the data have {len(vocabulary)} classes: "
-                "prepare them again with this version."
+                f"The background of the protocol is class {background}, but the data have {len(vocabulary)} classes: "
+                "prepare the data again with this version."
             )
         if protocol.background_as == "names":
             asked.names[background] += words.labels
@@ -74,7 +73,7 @@ class BenchmarkVocabulary:
 
     @property
     def templates(self) -> list[str]:
-        """The sentences that every name is put into."""
+        """Template sentences of the prompts of each name."""
         return resolve_templates(PROMPTS[self.prompts][0])
 
     def as_dict(self) -> dict[str, Any]:
