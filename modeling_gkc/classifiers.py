@@ -20,6 +20,7 @@ Letters: B images, Q queries, C hidden, D text-embedding width, S source classes
 K classes that are asked for, P their prompts.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ COMPETITION_POWER = 8
 SMALLEST_PROBABILITY = 1e-30
 # Steps that correct the rounding of `decoder`; each leaves a tenth or less of what half precision has of it.
 REFINEMENTS = 2
+# Embeddings of one name in the same templates, also where half precision rounds them; other names are far below.
+SAME_NAME_COSINE = 0.999
 # Directions in which the classes differ less are stretched to it, or rounding would mix up classes with close names.
 SMALLEST_SINGULAR_VALUE = 0.1
 
@@ -128,7 +131,7 @@ class CosineClassifier(QueryClassifier):
 
     Args:
         config: The segmenter's configuration.
-        num_pooled_features: Width of the backbone features that are pooled under a mask.
+        num_pooled_features: Width of the features that are pooled under a mask.
     """
 
     def __init__(self, config: GKCConfig, num_pooled_features: int):
@@ -161,7 +164,7 @@ class CosineClassifier(QueryClassifier):
         features = stage.last_hidden_state
         if self.pooled_projection is not None:
             pooled = self.pooled_projection(stage.pooled_features)
-            if self.class_feature == "query+pooled":
+            if self.class_feature != "pooled":
                 pooled = features + pooled
             features = torch.where(stage.mask_is_empty[..., None], features, pooled)
         return F.normalize(self.stage_projections[index](F.relu(self.dense(features))), dim=-1)
@@ -372,6 +375,126 @@ class ConvexClassifier(QueryClassifier):
         return (1 - _group_max(cosines.T, class_ids, num_classes).T).clamp(min=SAME_TEXT)
 
 
+class FCCLIPClassifier(QueryClassifier):
+    """Classifier of FC-CLIP (Yu et al., *Convolutions Die Hard*, NeurIPS 2023): learned, and by the frozen CLIP head.
+
+    The learned embedding of a query comes from the query and the mask features inside its mask. `config.ensemble`
+    combines its class probabilities with those of the region's embedding by CLIP, which knows more classes but was not
+    trained on regions: the weight of CLIP is `ensemble_alpha` for classes of `source_vocabulary`, which the learned
+    embedding was trained on (seen classes), and `ensemble_beta` for others. The learned embedding alone decides about
+    no-object.
+
+    A class is seen if the text embedding of one of its names is that of a name in `source_vocabulary`, which the
+    checkpoint stores: ask in the prompt templates of the checkpoint. As CLIP's tokenizer ignores case, so does this.
+
+    Args:
+        config: The segmenter's configuration.
+        num_pooled_features: Width of the mask features that are pooled inside a mask.
+    """
+
+    def __init__(self, config: GKCConfig, num_pooled_features: int):
+        super().__init__(config)
+        width, projection_dim = config.hidden_size, config.projection_dim
+        self.ensemble = config.ensemble
+        self.clip_weights = config.ensemble_alpha, config.ensemble_beta
+        self.pooled_projection = nn.Sequential(
+            nn.LayerNorm(num_pooled_features), nn.Linear(num_pooled_features, width)
+        )
+        self.layers = nn.ModuleList(
+            [nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, projection_dim)]
+        )
+        self.no_object_embedding = nn.Parameter(torch.empty(projection_dim))
+        self.register_buffer("clip_logit_scale", torch.tensor(math.log(MAX_TEMPERATURE)))
+        self.register_buffer("seen_embeds", torch.zeros(sum(map(len, config.source_vocabulary or [])), projection_dim))
+
+    def forward(
+        self, stage: ModelOutput, prompts: ClassPrompts, index: int = -1, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Classify the queries of a stage; see `QueryClassifier`. With an ensemble embeddings are (B, Q, 2 * D)."""
+        query_embeds = self.embed_queries(stage, index)
+        if stage.region_embeds is not None:
+            region_embeds = F.normalize(_at_least_fp32(stage.region_embeds), dim=-1)
+            query_embeds = torch.cat([_at_least_fp32(query_embeds), region_embeds], dim=-1)
+        return self._class_logits(query_embeds, prompts, class_weights), query_embeds
+
+    def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
+        """(B, Q, D) L2-normalized learned embeddings; they are computed in the same way at every stage."""
+        first, second, last = self.layers
+        features = stage.last_hidden_state + self.pooled_projection(stage.pooled_features)
+        return F.normalize(last(F.relu(second(F.relu(first(features))))), dim=-1)
+
+    def class_weights(self, prompts: ClassPrompts) -> Tensor:
+        """(P + 1, D + 1) embeddings of the prompts and no-object; the last column is 1 for prompts of seen names."""
+        no_object = F.normalize(_at_least_fp32(self.no_object_embedding), dim=-1)
+        embeds = prompts.embeds.to(no_object)
+        is_seen = torch.zeros_like(embeds[:, :1])
+        if len(self.seen_embeds):
+            names = _unit_vectors(embeds)
+            cosines = names @ _unit_vectors(self.seen_embeds).to(names).T
+            is_seen = (cosines.amax(dim=1, keepdim=True) > SAME_NAME_COSINE).to(embeds)
+        return torch.cat([torch.cat([embeds, is_seen], dim=1), F.pad(no_object, (0, 1))[None]])
+
+    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
+        """(B, Q, K + 1) class logits of the embeddings of an earlier output, (B, Q, D) or (B, Q, 2 * D)."""
+        return self._class_logits(query_embeds, prompts)
+
+    def _class_logits(
+        self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
+    ) -> Tensor:
+        with torch.autocast(query_embeds.device.type, enabled=False):
+            query_embeds = _at_least_fp32(query_embeds)
+            weights = self.class_weights(prompts) if class_weights is None else class_weights
+            weights, is_seen = weights.to(query_embeds).split([weights.shape[1] - 1, 1], dim=1)
+            learned, region = query_embeds[..., : weights.shape[1]], query_embeds[..., weights.shape[1] :]
+            logits = self._reduce(self.temperature.to(learned) * learned @ weights.T, prompts)
+            if not region.shape[-1]:
+                return logits
+            clip_temperature = self.clip_logit_scale.exp().clamp(max=MAX_TEMPERATURE).to(region)
+            clip_logits = self._reduce(clip_temperature * region @ weights.T, prompts)[..., :-1]
+            is_seen = is_seen[:, 0]
+            if prompts.class_ids is not None:
+                is_seen = reduce_prompt_logits(is_seen, prompts.class_ids, "max", prompts.num_classes)
+            alpha, beta = self.clip_weights
+            clip_weights = beta + (alpha - beta) * is_seen[:-1]
+            clip_weights = clip_weights * region.any(dim=-1, keepdim=True)  # (B, Q, K)
+            return combine_class_logits(logits, clip_logits, clip_weights, self.ensemble)
+
+    @staticmethod
+    def _reduce(logits: Tensor, prompts: ClassPrompts) -> Tensor:
+        if prompts.class_ids is None:
+            return logits
+        return reduce_prompt_logits(logits, prompts.class_ids, prompts.reduction, prompts.num_classes)
+
+    def class_embeds(self, prompts: ClassPrompts) -> Tensor:
+        """Return the embeddings (K, D) of classes with one prompt each; see `QueryClassifier`."""
+        if prompts.class_ids is not None:
+            raise ValueError(_NO_SINGLE_EMBEDDING)
+        return prompts.embeds
+
+
+def combine_class_logits(logits: Tensor, clip_logits: Tensor, clip_weights: Tensor, ensemble: str) -> Tensor:
+    """Combine the class probabilities of two classifiers; that of no-object stays as the first one gives it.
+
+    Args:
+        logits: (..., K + 1) logits of the first classifier, the last column no-object.
+        clip_logits: (..., K) logits of the second classifier.
+        clip_weights: (..., K) weight of the second classifier for each class, 0..1.
+        ensemble: `average` for the arithmetic, `geometric` for the geometric mean of the probabilities of the K
+            classes (of the softmax without no-object), with these weights, normalized to a sum of 1 again.
+
+    Returns:
+        (..., K + 1) logits whose softmax is the combination.
+    """
+    class_logits, no_object = logits[..., :-1], logits[..., -1:]
+    # In logarithms, a probability that underflows to 0 makes no NaN.
+    first, second = class_logits.log_softmax(dim=-1), clip_logits.log_softmax(dim=-1)
+    if ensemble == "geometric":
+        combined = (1 - clip_weights) * first + clip_weights * second
+    else:
+        combined = torch.logaddexp((1 - clip_weights).log() + first, clip_weights.log() + second)
+    return torch.cat([combined.log_softmax(dim=-1) + class_logits.logsumexp(dim=-1, keepdim=True), no_object], dim=-1)
+
+
 _NO_SINGLE_EMBEDDING = (
     "This model takes the maximum over a class's names, which one embedding per class cannot represent: export with "
     "`fixed` (--fixed), or give each class one name."
@@ -403,6 +526,18 @@ def _group_max(values: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
     return largest.scatter_reduce(0, index, values, "amax", include_self=False)
 
 
-CLASSIFIER_CLASSES = {"projection": CosineClassifier, "convex_combination": ConvexClassifier}
+CLASSIFIER_CLASSES = {
+    "projection": CosineClassifier,
+    "convex_combination": ConvexClassifier,
+    "fc_clip": FCCLIPClassifier,
+}
 
-__all__ = ["CLASSIFIER_CLASSES", "ClassPrompts", "ConvexClassifier", "CosineClassifier", "QueryClassifier"]
+__all__ = [
+    "CLASSIFIER_CLASSES",
+    "ClassPrompts",
+    "ConvexClassifier",
+    "CosineClassifier",
+    "FCCLIPClassifier",
+    "QueryClassifier",
+    "combine_class_logits",
+]

@@ -31,8 +31,9 @@ from .argument_checks import check_number, check_whole_number, shown
 from .label_text import normalize_label
 from .remote_code import CodeSavingMixin
 
-CLASSIFIERS = ("projection", "convex_combination")
-CLASS_FEATURES = ("query", "pooled", "query+pooled")
+CLASSIFIERS = ("projection", "convex_combination", "fc_clip")
+CLASS_FEATURES = ("query", "pooled", "query+pooled", "query+mask_features")
+ENSEMBLES = ("none", "average", "geometric")
 PROMPT_REDUCTIONS = ("mean", "max", "embedding_mean")
 DEFORMABLE_ATTENTION_KERNELS = ("grid_sample", "embedding_bag", "triton")
 BACKBONE_STRIDES = (4, 8, 16, 32)
@@ -308,10 +309,21 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             a closed-vocabulary head (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic
             Embeddings*, ICLR 2014; see `ConvexClassifier`), as created by `from_mask2former`. The latter needs
             `class_feature="query"` and compares classes by their nearest names for both `mean` and `max` as
-            `prompt_reduction`.
-        source_vocabulary: Classes of the closed-vocabulary head, one list of names per class; at most D - 1 classes.
+            `prompt_reduction`. `fc_clip` is the classifier of FC-CLIP (see `FCCLIPClassifier`), as created by
+            `from_fc_clip`; it needs `class_feature="query+mask_features"` and a CLIP image tower as backbone, whose
+            head is part of the model.
+        source_vocabulary: Classes of the closed-vocabulary head, at most D - 1, or classes that `fc_clip` was trained
+            on (seen classes); one list of names per class.
         class_feature: Feature that is classified: the `query` (the main setting of the paper), backbone features
-            `pooled` under the predicted mask, or `query+pooled`.
+            `pooled` under the predicted mask, `query+pooled`, or `query+mask_features`, the query and the mask
+            features averaged inside the predicted mask.
+        ensemble: Combination of the class probabilities of `classifier="fc_clip"` with those of CLIP's frozen head, in
+            evaluation only: `none` uses the learned classifier alone, `average` is the weighted arithmetic mean,
+            `geometric` the weighted geometric mean. FC-CLIP's published scores need `geometric`. A patent application
+            (US 2025/0045929) describes the geometric ensembling of such features: check whether you may use it.
+        ensemble_alpha, ensemble_beta: Weights of CLIP's head for seen and for other classes, from 0 to 1.
+        ensemble_on_valid_mask: Whether to leave CLIP's head out for queries whose mask contains no position of CLIP's
+            feature map.
         prompt_reduction: Reduction of the prompts of a class to one logit: `mean` or `max` of their logits, or
             `embedding_mean`, the logit of their mean embedding.
         logit_scale_init_value: Initial logarithm of the logit scale, ln(1 / 0.07) as in CLIP; the scale is clamped
@@ -368,6 +380,10 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     classifier: str = "projection"
     source_vocabulary: list[list[str]] | None = None
     class_feature: str = "query"
+    ensemble: str = "none"
+    ensemble_alpha: float | int = 0.4
+    ensemble_beta: float | int = 0.8
+    ensemble_on_valid_mask: bool = False
     prompt_reduction: str = "mean"
     logit_scale_init_value: float | int = 2.6592
     class_weight: float | int = 2.0
@@ -527,9 +543,42 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             self.classifier in CLASSIFIERS,
             f"`classifier` must be one of {', '.join(CLASSIFIERS)}, got {self.classifier!r}.",
         )
+        self._check_ensemble()
         if self.classifier == "projection":
-            _require(self.source_vocabulary is None, "`source_vocabulary` needs `classifier='convex_combination'`.")
+            _require(
+                self.source_vocabulary is None,
+                "`source_vocabulary` needs `classifier='convex_combination'` or `classifier='fc_clip'`.",
+            )
+        if self.classifier == "convex_combination":
+            self._check_convex_combination()
+
+    def _check_ensemble(self):
+        _require(
+            self.ensemble in ENSEMBLES,
+            f"`ensemble` must be one of {', '.join(ENSEMBLES)}, got {self.ensemble!r}.",
+        )
+        check_number("ensemble_alpha", self.ensemble_alpha, 0, 1)
+        check_number("ensemble_beta", self.ensemble_beta, 0, 1)
+        if self.classifier != "fc_clip":
+            _require(self.ensemble == "none", "`ensemble` needs `classifier='fc_clip'`.")
             return
+        _require(
+            self.class_feature == "query+mask_features",
+            f"`classifier='fc_clip'` needs `class_feature='query+mask_features'`, got {self.class_feature!r}.",
+        )
+        backbone = self.backbone_config
+        _require(
+            isinstance(backbone, CLIPResNetConfig | CLIPConvNextConfig),
+            f"`classifier='fc_clip'` needs a CLIP image tower as backbone, 'clip_resnet' or 'clip_convnext', got "
+            f"{backbone.model_type!r}.",
+        )
+        _require(
+            backbone.projection_dim == self.projection_dim,
+            f"`backbone_config.projection_dim` = {backbone.projection_dim} must be that of the text tower, "
+            f"{self.projection_dim}: `classifier='fc_clip'` compares both with the same words.",
+        )
+
+    def _check_convex_combination(self):
         _require(
             self.class_feature == "query",
             f"`classifier='convex_combination'` needs `class_feature='query'`, got {self.class_feature!r}.",

@@ -97,6 +97,22 @@ def pool_under_masks(mask_logits: Tensor, feature_maps: Sequence[Tensor]) -> tup
     return torch.cat(pooled, dim=-1), (mask_logits < 0).flatten(2).all(dim=-1)
 
 
+def pool_inside_masks(masks: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Average a feature map inside binary masks.
+
+    Args:
+        masks: (B, Q, h, w) bool.
+        feature_map: (B, C, h, w).
+
+    Returns:
+        (B, Q, C) pooled features, zero for an empty mask, and (B, Q) whether a mask is empty.
+    """
+    area = masks.flatten(2).sum(dim=-1)
+    shares = masks / area.clamp(min=1)[..., None, None]
+    pooled = torch.einsum("bqhw,bchw->bqc", shares.to(feature_map), feature_map)
+    return pooled, area == 0
+
+
 class GKCAttention(nn.Module):
     """Multi-head attention with separate position embeddings for queries and keys."""
 
@@ -247,4 +263,11 @@ class GKCMaskDecoder(nn.Module):
         return (inside | ~inside.any(dim=-1, keepdim=True))[:, None]
 
 
-__all__ = ["GKCMaskDecoder", "GKCMaskDecoderStage", "pool_under_masks", "predict_masks", "predict_matched_masks"]
+__all__ = [
+    "GKCMaskDecoder",
+    "GKCMaskDecoderStage",
+    "pool_inside_masks",
+    "pool_under_masks",
+    "predict_masks",
+    "predict_matched_masks",
+]

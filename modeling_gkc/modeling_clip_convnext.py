@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_gkc import CLIPConvNextConfig
+from .mask_decoder import pool_inside_masks
 from .modeling_clip_resnet import GKCModelMixin, channels_last, in_dtype_of
 
 
@@ -73,6 +74,19 @@ class CLIPConvNextHead(nn.Module):
     def forward(self, pooled_features: Tensor) -> Tensor:
         """Embed pooled features (..., C): (..., D), not normalized."""
         return self.projection(self.layer_norm(pooled_features))
+
+    def embed_regions(self, feature_map: Tensor, masks: Tensor) -> Tensor:
+        """Embed the mean features inside masks.
+
+        Args:
+            feature_map: (B, C, h, w) last feature map of the tower.
+            masks: (B, Q, h, w) bool.
+
+        Returns:
+            (B, Q, D) embeddings, not normalized; of an empty mask that of zero features.
+        """
+        pooled_features, _ = pool_inside_masks(masks, feature_map)
+        return self(pooled_features)
 
 
 class CLIPConvNextEncoder(nn.Module):

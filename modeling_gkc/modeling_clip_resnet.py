@@ -252,6 +252,31 @@ class CLIPResNetAttentionPooling(nn.Module):
         attended, weights = attend(self, query, key, value, None, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2)), weights
 
+    def embed_regions(self, feature_map: Tensor, masks: Tensor) -> Tensor:
+        """Embed regions: the query of the whole map's mean attends to the positions inside each mask.
+
+        Args:
+            feature_map: (B, C, h, w) last feature map of the tower.
+            masks: (B, Q, h, w) bool.
+
+        Returns:
+            (B, Q, D) embeddings, not normalized; an empty mask attends to nothing, which leaves the output's bias.
+        """
+        positions = self._positions(*feature_map.shape[-2:])
+        tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        queries = tokens.mean(dim=1, keepdim=True) + positions[0]
+        tokens = tokens + positions[1:]
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, states in ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
+        )  # (B, heads, 1 or h*w, C / heads)
+        masks = masks.flatten(2)[:, None]  # (B, 1, Q, h*w)
+        is_empty = ~masks.any(dim=-1, keepdim=True)  # a softmax over nothing would be NaN
+        query = query.expand(-1, -1, masks.shape[2], -1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attended, _ = attend(self, query, key, value, masks | is_empty, scaling=query.shape[-1] ** -0.5)
+        return self.out_proj(attended.flatten(2).masked_fill(is_empty[:, 0], 0))
+
     def _positions(self, height: int, width: int) -> Tensor:
         """Positional table for a map of another size: the mean's row is kept, the grid's rows are resized."""
         if (height, width) == (self.grid_size, self.grid_size):
@@ -410,6 +435,7 @@ AutoBackbone.register(CLIPResNetConfig, CLIPResNetBackbone, exist_ok=True)
 AutoModel.register(CLIPResNetConfig, CLIPResNetVisionModel, exist_ok=True)
 
 __all__ = [
+    "CLIPResNetAttentionPooling",
     "CLIPResNetBackbone",
     "CLIPResNetPreTrainedModel",
     "CLIPResNetVisionModel",

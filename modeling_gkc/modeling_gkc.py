@@ -43,11 +43,12 @@ from transformers.utils.generic import can_return_tuple
 from .argument_checks import check_whole_number
 from .class_embeddings import GKCClassEmbeddings, TextEmbeddingCache, average_class_embeds, reduce_prompt_logits
 from .classifiers import CLASSIFIER_CLASSES, ClassPrompts
-from .configuration_gkc import BACKBONE_STRIDES, GKCConfig
+from .configuration_gkc import BACKBONE_STRIDES, CLIPConvNextConfig, CLIPResNetConfig, GKCConfig
 from .inference import OptimizedGKC
 from .loss_gkc import GKCCriterion, MaskParts, Matches
-from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_under_masks, predict_masks
-from .modeling_clip_resnet import channels_last, in_dtype_of
+from .mask_decoder import GKCMaskDecoder, GKCMaskDecoderStage, pool_inside_masks, pool_under_masks, predict_masks
+from .modeling_clip_convnext import CLIPConvNextHead
+from .modeling_clip_resnet import CLIPResNetAttentionPooling, channels_last, in_dtype_of
 from .modeling_outputs import GKCForOpenVocabSegmentationOutput, GKCModelOutput, GKCStageOutput
 from .open_vocabulary import OpenVocabularyMixin
 from .padding import (
@@ -71,6 +72,11 @@ class GKCModel(GKCPreTrainedModel):
         self.backbone = _make_backbone(config.backbone_config)
         self.pixel_decoder = GKCPixelDecoder(config, self.backbone.channels)
         self.mask_decoder = GKCMaskDecoder(config)
+        self.region_head = None
+        if config.classifier == "fc_clip":
+            self.region_head = _REGION_HEADS[config.backbone_config.model_type](self.backbone.config)
+            self.region_head.config = config  # its attention is computed as that of the segmenter
+            self.region_head.requires_grad_(False)
         self.post_init()
         self.train(self.training)
 
@@ -81,7 +87,9 @@ class GKCModel(GKCPreTrainedModel):
 
     @property
     def num_pooled_features(self) -> int:
-        """Width F of the features that are pooled under a mask: the backbone's strides 8, 16 and 32."""
+        """Width F of the features pooled under a mask: mask features, or the backbone's strides 8, 16 and 32."""
+        if self.config.class_feature == "query+mask_features":
+            return self.config.mask_feature_size
         return sum(self.backbone.channels[1:])
 
     def train(self, mode: bool = True) -> "GKCModel":
@@ -160,6 +168,8 @@ class GKCModel(GKCPreTrainedModel):
             self._stage_output(stage, decoded.mask_features, resized[-1], feature_maps)
             for stage in (stages if output_stages else stages[-1:])
         )
+        if self.config.ensemble != "none" and not self.training:
+            outputs[-1].region_embeds = self._region_embeds(stages[-1], resized[0], feature_maps[-1])
         output = GKCModelOutput(**outputs[-1], stages=outputs if output_stages else None)
         if self.training:
             output.mask_features = decoded.mask_features
@@ -180,16 +190,37 @@ class GKCModel(GKCPreTrainedModel):
         feature_maps: tuple[Tensor, ...],
     ) -> GKCModelOutput:
         pooled = is_empty = None
-        if self.config.class_feature != "query":
+        mask_logits = predict_masks(stage.mask_embeds, mask_features)
+        if self.config.class_feature == "query+mask_features":
+            pooled, is_empty = pool_inside_masks(mask_logits > 0, mask_features)
+        elif self.config.class_feature != "query":
             masks = predict_masks(stage.mask_embeds, finest_mask_features).detach()
             pooled, is_empty = pool_under_masks(masks, feature_maps[1:])
         return GKCModelOutput(
             last_hidden_state=stage.query_features,
-            masks_queries_logits=predict_masks(stage.mask_embeds, mask_features),
+            masks_queries_logits=mask_logits,
             pooled_features=pooled,
             mask_is_empty=is_empty,
             mask_embeds=stage.mask_embeds if self.training else None,
         )
+
+    @torch.no_grad()
+    def _region_embeds(
+        self, stage: GKCMaskDecoderStage, coarsest_mask_features: Tensor, feature_map: Tensor
+    ) -> Tensor:
+        """(B, Q, D) embeddings of a stage's regions by CLIP's head on the backbone's last map (B, C, h, w)."""
+        masks = predict_masks(stage.mask_embeds, coarsest_mask_features) > 0
+        region_embeds = self.region_head.embed_regions(feature_map, masks)
+        if self.config.ensemble_on_valid_mask:
+            region_embeds = region_embeds * masks.flatten(2).any(dim=-1)[..., None]
+        return region_embeds
+
+
+# Heads of CLIP's image towers, by the type of the backbone's configuration.
+_REGION_HEADS = {
+    CLIPResNetConfig.model_type: CLIPResNetAttentionPooling,
+    CLIPConvNextConfig.model_type: CLIPConvNextHead,
+}
 
 
 def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -256,6 +287,8 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         model._weight_conversions = [
             conversion for conversion in model._weight_conversions if not old_names & {*conversion.source_patterns}
         ]
+        if model.model.region_head is not None:
+            model.model.region_head.requires_grad_(False)
         return loaded
 
     def train(self, mode: bool = True) -> "GKCForOpenVocabSegmentation":

@@ -35,6 +35,9 @@ class GKCModelOutput(ModelOutput):
         pooled_features: (B, Q, F) backbone features pooled under the last stage's masks; only if
             `config.class_feature` asks for them.
         mask_is_empty: (B, Q) whether the last stage's mask holds no pixel; only with `pooled_features`.
+        region_embeds: (B, Q, D) embeddings of the last stage's regions by the CLIP head of the backbone, not
+            normalized; zero where `config.ensemble_on_valid_mask` leaves them out. Only if `config.ensemble` asks for
+            them, and not in training.
         mask_embeds: (B, Q, mask_feature_size) embeddings of the last stage; in training only, as the next.
         mask_features: (B, mask_feature_size, H/4, W/4), whose products with `mask_embeds` are the mask logits.
         stages: for each of the S stages the same values but the last, if asked for.
@@ -52,6 +55,7 @@ class GKCModelOutput(ModelOutput):
     masks_queries_logits: Tensor | None = None
     pooled_features: Tensor | None = None
     mask_is_empty: Tensor | None = None
+    region_embeds: Tensor | None = None
     mask_embeds: Tensor | None = None
     mask_features: Tensor | None = None
     stages: tuple["GKCModelOutput", ...] | None = None
@@ -96,7 +100,8 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
         class_queries_logits: (B, Q, K + 1) class logits, the last column no-object. These and the mask logits come
             next in `to_tuple()`, as Mask2Former's do.
         masks_queries_logits: (B, Q, H/4, W/4) mask logits.
-        query_embeds: (B, Q, D) L2-normalized embeddings of the queries in the text space.
+        query_embeds: (B, Q, D) L2-normalized embeddings of the queries in the text space; (B, Q, 2 * D) where
+            `config.ensemble` adds those of CLIP, which are zero for regions that it leaves out.
         content_sizes: (B, 2) height and width in pixels of each image inside its padded input; None when the whole
             input is image. Post-processing cuts the padding off with it.
         loss_dict: Unweighted losses by name; `_0`, `_1`, ... mark stages before the last.

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
-from .classifiers import ConvexClassifier, CosineClassifier
+from .classifiers import MAX_TEMPERATURE, ConvexClassifier, FCCLIPClassifier
 from .configuration_gkc import GKCConfig
 from .mask_decoder import GKCMaskDecoder
-from .modeling_clip_resnet import GKCModelMixin
+from .modeling_clip_resnet import CLIPResNetAttentionPooling, GKCModelMixin
 from .open_vocabulary import OpenVocabularyMixin
 from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 
@@ -72,9 +72,14 @@ class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)
             init.ones_(module.typical_distance)
+        elif isinstance(module, FCCLIPClassifier):
+            init.zeros_(module.seen_embeds)
+            init.constant_(module.clip_logit_scale, math.log(MAX_TEMPERATURE))
+        elif isinstance(module, CLIPResNetAttentionPooling):
+            init.normal_(module.position_embedding, std=module.q_proj.in_features**-0.5)
         elif isinstance(module, OpenVocabularyMixin):
             # Last, and not with the rest of the classifier, so that a seed gives the weights that it always gave.
-            if isinstance(module.classifier, CosineClassifier):
+            if not isinstance(module.classifier, ConvexClassifier):
                 init.normal_(module.classifier.no_object_embedding)
             init.constant_(module.classifier.logit_scale, self.config.logit_scale_init_value)
             if module.vocabulary_embeds is not None:

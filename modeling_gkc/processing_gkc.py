@@ -52,10 +52,10 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
     Args:
         image_processor: A `GKCImageProcessor`.
         tokenizer: Tokenizer of the text tower.
-        prompt_templates: Name of a template set of `modeling_gkc.prompt_templates` ("plain", "photo", "vild14"), or
-            a list of sentences with one `{}` each. Every class name is inserted into every template; "a" before the
-            `{}` becomes "an" before a vowel sound. Default: "plain", the name alone, as in the published evaluation
-            of GKC (Han, Liu et al., ICCV 2023).
+        prompt_templates: Name of a template set of `modeling_gkc.prompt_templates` ("plain", "photo", "vild14",
+            "fc_clip"), or a list of sentences with one `{}` each. Every class name is inserted into every template;
+            "a" before the `{}` becomes "an" before a vowel sound. Default: "plain", the name alone, as in the
+            published evaluation of GKC (Han, Liu et al., ICCV 2023).
 
     Raises:
         ValueError: If no template is given, the template set is unknown, or a template does not contain exactly one

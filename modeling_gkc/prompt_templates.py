@@ -22,6 +22,8 @@ from .label_text import normalize_label, shown
 
 TemplatesLike = str | Sequence[str]
 
+# In a template, a no-break space between "a" and the name keeps the article as it is, whatever the name's sound.
+NO_BREAK_SPACE = "\u00a0"
 # "vild14" is the set of ViLD (Gu et al., 2022) with which ODISE, SAN and FC-CLIP report their results; there every
 # name is preceded by "a".
 PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -44,6 +46,11 @@ PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
         "There is a large {} in the scene.",
     ),
 }
+
+# FC-CLIP's text encoding puts "a" before every name.
+PROMPT_TEMPLATES["fc_clip"] = tuple(
+    template.replace("a {}", f"a{NO_BREAK_SPACE}{{}}") for template in PROMPT_TEMPLATES["vild14"]
+)
 
 _ARTICLE = re.compile(r"\b([Aa])n? \{\}")
 _LETTERS_SPELLED_WITH_A_VOWEL = set("aefhilmnorsx")
@@ -114,7 +121,7 @@ def fill_template(template: str, name: str) -> str:
     if article:
         sound = "n" if starts_with_vowel_sound(name) else ""
         template = f"{template[: article.start()]}{article[1]}{sound} {{}}{template[article.end() :]}"
-    return template.replace("{}", name)
+    return template.replace(NO_BREAK_SPACE, " ").replace("{}", name)
 
 
 def starts_with_vowel_sound(name: str) -> bool:

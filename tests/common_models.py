@@ -50,6 +50,15 @@ def convex_config() -> GKCConfig:
     return tiny_config(classifier="convex_combination", source_vocabulary=[["dog"], ["sofa", "couch"], ["lamp"]])
 
 
+def fc_clip_config() -> GKCConfig:
+    return tiny_config(
+        classifier="fc_clip",
+        class_feature="query+mask_features",
+        ensemble="geometric",
+        source_vocabulary=[["dog"], ["sofa", "couch"], ["lamp"]],
+    )
+
+
 def tower_config() -> CLIPResNetConfig:
     return small_config().backbone_config
 
@@ -87,6 +96,7 @@ CASES = {
     "segmenter": Case(GKCForOpenVocabSegmentation, tiny_config, segmenter_inputs, segmenter_labels),
     "segmenter, Swin": Case(GKCForOpenVocabSegmentation, swin_config, segmenter_inputs, segmenter_labels),
     "segmenter, ResNet": Case(GKCForOpenVocabSegmentation, resnet_config, segmenter_inputs, segmenter_labels),
+    "segmenter, FC-CLIP": Case(GKCForOpenVocabSegmentation, fc_clip_config, segmenter_inputs, segmenter_labels),
     "segmenter, convex": Case(GKCForOpenVocabSegmentation, convex_config, segmenter_inputs, segmenter_labels),
     "image path": Case(GKCModel, tiny_config),
     "backbone": Case(CLIPResNetBackbone, tower_config),

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "golden" / "fc_clip"
 CLIP_PREFIX = "backbone.clip_model."
@@ -62,3 +64,23 @@ def published_keys() -> dict[str, dict[str, Any]]:
 def empty_weights(config: str) -> dict[str, Tensor]:
     """Weights of a published configuration, of its names and shapes, that take no memory."""
     return {name: torch.empty(shape, device="meta") for name, shape in published_keys()[config]["keys"].items()}
+
+
+def tokenizer_of_recording() -> PreTrainedTokenizerFast:
+    """Make a word-level tokenizer whose end token is the largest, 95, as in the recorded text towers."""
+    words = "a the is in there this photo of scene small medium large . cat kitten couch road street sofa umbrella sky"
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<start>", "<unknown>", *words.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary | {"<end>": 95}, unk_token="<unknown>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 95)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<start>",
+        unk_token="<unknown>",
+        eos_token="<end>",
+        model_max_length=16,
+    )

@@ -21,7 +21,7 @@ from transformers import (
     ResNetConfig,
 )
 
-from modeling_gkc import CLIPResNetVisionModel
+from modeling_gkc import CLIPResNetVisionModel, GKCForOpenVocabSegmentation, GKCProcessor
 from modeling_gkc.cli import common
 from modeling_gkc.cli.common import UserError
 from modeling_gkc.cli.parsers import add_convert
@@ -29,6 +29,7 @@ from modeling_gkc.conversion import clip_resnet_from_openai, clip_text_from_open
 from modeling_gkc.conversion.mask2former import image_processor_from_mask2former
 
 from .conftest import word_tokenizer
+from .fc_clip import recording, tokenizer_of_recording
 from .openai_clip import random_weights, save_archive
 
 NAMES = ["red", "blue", "disc", "lawn", "sky"]
@@ -306,8 +307,64 @@ class TestCLIPResNet:
         assert not (tmp_path / "out").exists()
 
 
+class TestFCCLIP:
+    @pytest.fixture
+    def files(self, tmp_path) -> dict[str, Path]:
+        """Write a checkpoint without CLIP weights, one with them, the CLIP weights, and a tokenizer."""
+        golden = recording("convnext")
+        weights = {name: weight for name, weight in golden.weights.items() if not name.startswith("backbone.")}
+        files = {name: tmp_path / name for name in ("fcclip.pth", "whole.pth", "clip.safetensors", "tokenizer")}
+        torch.save({"model": weights, "iteration": 7}, files["fcclip.pth"])
+        torch.save({"model": golden.weights}, files["whole.pth"])
+        save_file(golden.clip_weights(), files["clip.safetensors"])
+        tokenizer_of_recording().save_pretrained(files["tokenizer"])
+        return files
+
+    def convert(self, files, checkpoint, *arguments) -> int:
+        names = ("--class-names", "cat, kitten; couch; road, street", "--tokenizer", files["tokenizer"])
+        return gkc("fc-clip", files[checkpoint], *names, *arguments)
+
+    def test_checkpoint(self, files, tmp_path, capsys):
+        clip = ("--clip", files["clip.safetensors"], "--ensemble", "geometric")
+        assert self.convert(files, "fcclip.pth", *clip, "--out", tmp_path / "out") == 0
+        assert "clip_convnext, 20 queries, ensemble geometric" in (printed := capsys.readouterr()).out
+        assert "3 seen classes: cat; couch; road" in printed.out and printed.err == ""
+        model = GKCForOpenVocabSegmentation.from_pretrained(tmp_path / "out").eval()
+        processor = GKCProcessor.from_pretrained(tmp_path / "out")
+        assert (model.config.ensemble, len(processor.prompt_templates)) == ("geometric", 14)
+        inputs = processor(np.zeros((40, 60, 3), np.uint8), "kitten; sky", return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(**inputs)
+        assert outputs.query_embeds.shape == (1, 20, 128) and outputs.class_queries_logits.shape == (1, 20, 3)
+        (result,) = processor.post_process_panoptic_segmentation(outputs, target_sizes=inputs["original_sizes"])
+        assert result["segmentation"].shape == (40, 60)
+
+    def test_clip_of_the_checkpoint_and_no_ensemble_by_default(self, files, tmp_path, capsys):
+        assert self.convert(files, "whole.pth", "--out", tmp_path / "out") == 0
+        assert "ensemble none" in capsys.readouterr().out
+        model = GKCForOpenVocabSegmentation.from_pretrained(tmp_path / "out")
+        assert model.config.ensemble == "none" and model.vocabulary.labels == ["cat", "couch", "road"]
+
+    def test_what_is_wrong_is_named(self, files, tmp_path):
+        out = ("--out", tmp_path / "out")
+        with pytest.raises(UserError, match=r"^CHECKPOINT: .*fcclip\.pth holds no CLIP weights: give those"):
+            self.convert(files, "fcclip.pth", *out)
+        with pytest.raises(UserError, match=r"^CHECKPOINT: The file .*nothing\.pth"):
+            self.convert(files | {"nothing.pth": tmp_path / "nothing.pth"}, "nothing.pth", *out)
+        with pytest.raises(UserError, match=r"^--clip: .*fcclip\.pth: These are not the weights of a CLIP ResNet"):
+            self.convert(files, "fcclip.pth", "--clip", files["fcclip.pth"], *out)
+        with pytest.raises(UserError, match=r"^CHECKPOINT: .*clip\.safetensors: These are not the weights of FC-CLIP"):
+            self.convert(files, "clip.safetensors", "--clip", files["clip.safetensors"], *out)
+        with pytest.raises(UserError, match=r"^--tokenizer: .*clip\.safetensors is not a directory"):
+            self.convert(files, "whole.pth", "--tokenizer", files["clip.safetensors"], *out)
+        torch.save({"model": {"a": Path("/")}}, files["whole.pth"])
+        with pytest.raises(UserError, match=r"^CHECKPOINT: .*whole\.pth: contains more than weights"):
+            self.convert(files, "whole.pth", *out)
+        assert not (tmp_path / "out").exists()
+
+
 def test_help_shows_commands_that_exist(capsys):
-    for arguments in ((), ("mask2former",), ("clip-resnet",)):
+    for arguments in ((), ("mask2former",), ("clip-resnet",), ("fc-clip",)):
         with pytest.raises(SystemExit) as stop:
             gkc(*arguments, "--help")
         text = capsys.readouterr().out

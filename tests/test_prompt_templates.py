@@ -74,7 +74,7 @@ class TestArticle:
 
 class TestSets:
     def test_published_sets(self):
-        assert list(PROMPT_TEMPLATES) == ["plain", "photo", "vild14"]
+        assert list(PROMPT_TEMPLATES) == ["plain", "photo", "vild14", "fc_clip"]
         assert PROMPT_TEMPLATES["plain"] == ("{}",)
         assert PROMPT_TEMPLATES["photo"] == ("a photo of a {}.",)
         assert len(set(PROMPT_TEMPLATES["vild14"])) == 14

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from ..atomic_files import atomic_folder
 from ..checkpoint_loading import check_shard_paths
 from ..conversion.clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
+from ..conversion.fc_clip import CLIP_PREFIX, clip_towers, clip_weights, fc_clip_processor, from_fc_clip
 from ..conversion.mask2former import (
     CONVERSION_TEMPLATES,
     from_mask2former,
@@ -43,9 +44,8 @@ from ..label_text import error_line
 from ..processing_gkc import GKCProcessor
 from ..vocabulary import Vocabulary
 from .common import UserError, user_errors, warnings_as_lines, without_progress_bars
-from .parsers import TEXT_FOLDER
+from .parsers import CLIP_TOKENIZER, TEXT_FOLDER
 
-CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 MAX_LISTED_NAMES = 6
 
 
@@ -175,6 +175,44 @@ def convert_clip_resnet(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert_fc_clip(arguments: argparse.Namespace) -> int:
+    """Run `gkc convert fc-clip` and return the exit code."""
+    folder = Path(arguments.out)
+    with user_errors("--class-names"), warnings_as_lines():
+        vocabulary = Vocabulary.parse(arguments.class_names)
+    weights = _read_weights(arguments.checkpoint, "CHECKPOINT")
+    clip = clip_weights(weights) if arguments.clip is None else _read_weights(arguments.clip, "--clip")
+    if not clip:
+        raise UserError(
+            f"CHECKPOINT: {arguments.checkpoint} holds no CLIP weights: give those that it was trained on with "
+            "--clip, such as OpenCLIP's open_clip_model.safetensors of convnext_large_d_320, or OpenAI's RN50.pt"
+        )
+    if "logit_scale" in clip:
+        weights[f"{CLIP_PREFIX}logit_scale"] = clip["logit_scale"]
+    with _quiet_transformers():
+        tokenizer = _load_tokenizer(arguments)
+    with user_errors("CHECKPOINT" if arguments.clip is None else f"--clip: {arguments.clip}"):
+        towers = clip_towers(clip)
+    with user_errors(f"CHECKPOINT: {arguments.checkpoint}"), warnings_as_lines():
+        model = from_fc_clip(weights, *towers, tokenizer, vocabulary, arguments.ensemble)
+    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        fc_clip_processor(tokenizer).save_pretrained(unfinished)
+    config = model.config
+    print(f"{folder}: {config.backbone_config.model_type}, {config.num_queries} queries, ensemble {config.ensemble}")
+    print(f"{folder}: {len(vocabulary)} seen classes: {_listed(vocabulary.labels)}")
+    return 0
+
+
+def _read_weights(path: str, option: str) -> dict[str, Any]:
+    try:
+        with warnings_as_lines():
+            return read_weights(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{option}: {reason if path in reason else f'{path}: {reason}'}") from error
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and loading reports, which list the towers that are left out on purpose."""
@@ -187,4 +225,4 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-__all__ = ["convert_clip_resnet", "convert_mask2former"]
+__all__ = ["convert_clip_resnet", "convert_fc_clip", "convert_mask2former"]

@@ -27,6 +27,8 @@ from .common import WORDS_HELP, add_model_options, add_parser, add_templates_opt
 
 TASKS = ("semantic", "instance", "panoptic")
 TEXT_FOLDER = "text"
+CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
+ENSEMBLES = ("none", "average", "geometric")
 
 SEGMENT_EXAMPLES = f"""\
 {WORDS_HELP}
@@ -79,9 +81,10 @@ CONVERT_EXAMPLES = """\
 examples:
   gkc convert mask2former facebook/mask2former-swin-small-coco-panoptic \\
       --text-model openai/clip-vit-base-patch16 --class-names coco_panoptic_133 --out mask2former-words
+  gkc convert fc-clip fcclip_cocopan.pth --clip open_clip_model.safetensors --out fc-clip-l
   gkc convert clip-resnet RN50.pt --text --out clip-rn50
 
-See also `gkc convert mask2former --help` and `gkc convert clip-resnet --help`.
+See also `gkc convert mask2former --help`, `gkc convert fc-clip --help` and `gkc convert clip-resnet --help`.
 """
 MASK2FORMER_EXAMPLES = """\
 The masks stay those of the source model. Each segment's class probabilities become a convex combination of the CLIP
@@ -119,6 +122,27 @@ use the result in Python:
   CLIPResNetVisionModel.from_pretrained("clip-rn50")       image tower with attention pooling
   CLIPResNetBackbone.from_pretrained("clip-rn50")          backbone without attention pooling
   CLIPTextModelWithProjection.from_pretrained("clip-rn50/text")
+"""
+FC_CLIP_EXAMPLES = """\
+The result computes what FC-CLIP's published code computes, with its 14 prompts per name. No code in the files is run.
+
+CHECKPOINT is one of FC-CLIP's published files. That of ConvNeXt-L holds no CLIP weights: give OpenCLIP's file of
+convnext_large_d_320 (laion2b_s29b_b131k_ft_soup) with --clip. For the ResNets, OpenAI's archive or OpenCLIP's file
+serves where the checkpoint holds none.
+
+--class-names are the names of the classes that the checkpoint was trained on, with their synonyms. They become the
+stored words, and with --ensemble the seen classes. For FC-CLIP's own synonyms, give its list of names
+coco_panoptic_with_prompt_eng.txt.
+
+--ensemble combines the learned classifier with CLIP's frozen head. The published numbers need "geometric". A patent
+application (US 2025/0045929) describes the geometric ensembling of such features: check whether you may use it.
+
+examples:
+  gkc convert fc-clip fcclip_cocopan.pth --clip open_clip_model.safetensors --out fc-clip-l
+  gkc convert fc-clip fcclip_cocopan_r50.pth --clip RN50.pt --ensemble geometric --out fc-clip-r50
+
+use the result:
+  gkc segment photo.jpg --model fc-clip-l --labels "cat; sofa, couch; lamp" --task panoptic
 """
 EXPORT_EXAMPLES = f"""\
 {WORDS_HELP.rstrip()} A .safetensors file written by `gkc embed`
@@ -242,6 +266,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
     sources = convert.add_subparsers(title="sources", metavar="SOURCE", required=True)
     _add_mask2former(sources)
     _add_clip_resnet(sources)
+    _add_fc_clip(sources)
 
 
 def _add_mask2former(sources: argparse._SubParsersAction) -> None:
@@ -284,6 +309,27 @@ def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
     add("--allow-jit", action="store_true", help="open the archive with torch.jit, which runs code in it")
 
 
+def _add_fc_clip(sources: argparse._SubParsersAction) -> None:
+    fc_clip = add_parser(
+        sources,
+        "fc-clip",
+        "an FC-CLIP checkpoint to an open-vocabulary segmenter",
+        "Convert a published FC-CLIP checkpoint to an open-vocabulary segmenter.",
+        FC_CLIP_EXAMPLES,
+    )
+    fc_clip.set_defaults(run=_run("convert", "convert_fc_clip", check_new_output))
+    add = fc_clip.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="file with the weights of FC-CLIP")
+    add("--clip", metavar="FILE", help="file with the CLIP weights (default: those in CHECKPOINT)")
+    tokenizer_help = "folder or Hub repository of CLIP's tokenizer (default: %(default)s)"
+    add("--tokenizer", metavar="CLIP", default=CLIP_TOKENIZER, help=tokenizer_help)
+    names_help = "names of the training classes (default: %(default)s)"
+    add("--class-names", metavar="WORDS", default="coco_panoptic_133", help=names_help)
+    ensemble_help = "combination with CLIP's frozen head (default: %(default)s)"
+    add("--ensemble", choices=ENSEMBLES, default="none", help=ensemble_help)
+    add("--out", metavar="DIR", required=True, help="new folder for the checkpoint")
+
+
 def add_export(commands: argparse._SubParsersAction) -> None:
     """Add `export` to the parser of `gkc`."""
     export = add_parser(
@@ -318,4 +364,13 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     add("--check", action=argparse.BooleanOptionalAction, help=check_help)
 
 
-__all__ = ["TASKS", "TEXT_FOLDER", "add_convert", "add_embed", "add_export", "add_segment", "add_vocab"]
+__all__ = [
+    "CLIP_TOKENIZER",
+    "TASKS",
+    "TEXT_FOLDER",
+    "add_convert",
+    "add_embed",
+    "add_export",
+    "add_segment",
+    "add_vocab",
+]

@@ -14,12 +14,14 @@
 """Conversion of the weights of OpenAI's and OpenCLIP's CLIP towers, and of transformers' Mask2Former."""
 
 from .clip import clip_convnext_from_open_clip, clip_resnet_from_openai, clip_text_from_openai, read_weights
+from .fc_clip import from_fc_clip
 from .mask2former import from_mask2former
 
 __all__ = [
     "clip_convnext_from_open_clip",
     "clip_resnet_from_openai",
     "clip_text_from_openai",
+    "from_fc_clip",
     "from_mask2former",
     "read_weights",
 ]

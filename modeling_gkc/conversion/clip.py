@@ -231,7 +231,7 @@ def read_weights(path: str | os.PathLike, allow_jit: bool = False) -> dict[str, 
 
     Args:
         path: A TorchScript archive, the format of OpenAI's published files; a dict of tensors written by `torch.save`,
-            also under the key "state_dict"; or a safetensors file.
+            also under the key "state_dict" or "model"; or a safetensors file.
         allow_jit: Whether to open a TorchScript archive with `torch.jit.load`, which runs code of the archive. Use it
             only for trusted files that cannot be read otherwise.
 
@@ -276,7 +276,9 @@ def _read_pickled_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: contains more than weights, or is damaged, and was not read. Save the `state_dict()` of your "
             "own model as safetensors; download OpenAI's files again."
         ) from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    for key in ("state_dict", "model"):  # of training frameworks; detectron2 writes the latter
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise ValueError(f"{path}: must contain a dict of weights by name, got {type(loaded).__name__}.")
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}

@@ -293,7 +293,11 @@ def describe(
         "outputs": {
             "class_queries_logits": ["batch", config.num_queries, f"{num_classes} + 1"],
             "masks_queries_logits": ["batch", config.num_queries, height // 4, width // 4],
-            "query_embeds": ["batch", config.num_queries, config.projection_dim],
+            "query_embeds": [
+                "batch",
+                config.num_queries,
+                config.projection_dim * (1 if config.ensemble == "none" else 2),
+            ],
         },
         "dtype": "float32",
         "size": [height, width],
