@@ -176,7 +176,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     for name in ("hub_card", "examples", "configuration"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("photo.jpg", "cat.jpg", "scene.png", "PICTURE.png", "folder/a.png", "photos/b.png"):
+    for name in ("photo.jpg", "cat.jpg", "scene.png", "IMAGE.png", "folder/a.png", "photos/b.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "examples" / "scene-1.png", folder / name)
     shutil.copytree(ROOT / "hub_card" / "gkc-mini", folder / "my-checkpoint")
