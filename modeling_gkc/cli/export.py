@@ -22,9 +22,9 @@ from typing import Any
 
 from ..encoded_vocabulary import EncodedVocabulary
 from ..export.exporter import (
+    CLASS_EMBEDS_FILE,
     FORMATS,
     RUNNER_FILE,
-    WORDS_FILE,
     ExportedSegmenter,
     check_packages,
     check_size,
@@ -112,7 +112,7 @@ def _report(exported: ExportedSegmenter, model: Any) -> None:
     settings, folder = exported.settings, exported.folder
     height, width = settings["size"]
     num_classes = len(settings["classes"])
-    where = "stored in the graph" if settings["words"] == "fixed" else f"in {WORDS_FILE}, any number of classes"
+    where = "stored in the graph" if settings["words"] == "fixed" else f"in {CLASS_EMBEDS_FILE}, any number of classes"
     kind = f"opset {settings['opset']}, " if "opset" in settings else ""
     megabytes = exported.graph.stat().st_size / 1e6
     print(

@@ -67,10 +67,10 @@ from .graph import (
 
 SETTINGS_FILE = "export.json"
 SETTINGS_FORMAT = "gkc-export-1"
-WORDS_FILE = "class_embeds.npz"
+CLASS_EMBEDS_FILE = "class_embeds.npz"
 RUNNER_FILE = "run.py"
 ONNX_PACKAGES = ("onnx", "onnxscript")
-# Sources of this library that are copied beside an ONNX graph, by the names they get there.
+# Modules of this library that are copied next to an ONNX graph, by their names there.
 RUNNER_SOURCES = {
     RUNNER_FILE: runner.__file__,
     "image_reading.py": image_reading.__file__,
@@ -206,22 +206,22 @@ def export_segmenter(
     if format == "onnx" and opset < DEFAULT_OPSET:
         raise ValueError(f"The opset must be at least {DEFAULT_OPSET}, got {opset}.")
     encoded = _encode(model, processor, vocabulary)
-    words = None if encoded is None else GKCClassEmbeddings(encoded.class_embeds, encoded.class_ids)
-    if fixed and words is None:
+    embeddings = None if encoded is None else GKCClassEmbeddings(encoded.class_embeds, encoded.class_ids)
+    if fixed and embeddings is None:
         raise ValueError("A fixed graph needs a vocabulary, and the model stores none: pass `vocabulary`.")
     with atomic_folder(folder) as unfinished:
         if encoded is not None and not fixed:
-            write_class_embeds(unfinished / WORDS_FILE, model, encoded)
+            write_class_embeds(unfinished / CLASS_EMBEDS_FILE, model, encoded)
         reference = _fp32_copy(model, keeps_attention=format != "onnx")
         progress(f"tracing the image path at {height} x {width}")
-        program = trace(ExportableSegmenter(reference, words if fixed else None), height, width, fixed)
+        program = trace(ExportableSegmenter(reference, embeddings if fixed else None), height, width, fixed)
         graph = unfinished / FORMATS[format]
         progress(f"writing {graph.name}")
         write_onnx(program, graph, opset, fixed) if format == "onnx" else torch.export.save(program, graph)
         difference = None
         if compares:
             progress("comparing the graph with the model")
-            difference = compare(load_graph(graph), reference, (height, width), words, fixed)
+            difference = compare(load_graph(graph), reference, (height, width), embeddings, fixed)
         classes = None if encoded is None else encoded.vocabulary
         settings = describe(model, processor, graph.name, (height, width), classes, fixed)
         settings |= {"opset": opset} if format == "onnx" else {}

@@ -46,15 +46,15 @@ class ExportableSegmenter(nn.Module):
 
     Args:
         model: Model in fp32; its modules are shared, not copied.
-        words: Embeddings to fix in the graph, or None to take one embedding per class as an input.
+        embeddings: Embeddings to fix in the graph, or None to take one embedding per class as an input.
     """
 
-    def __init__(self, model: Any, words: GKCClassEmbeddings | None = None):
+    def __init__(self, model: Any, embeddings: GKCClassEmbeddings | None = None):
         super().__init__()
         self.model, self.classifier = model.model, model.classifier
         self.prompts = class_weights = None
-        if words is not None:
-            self.prompts = _prompts(model, words)
+        if embeddings is not None:
+            self.prompts = _prompts(model, embeddings)
             with torch.no_grad():
                 class_weights = self.classifier.class_weights(self.prompts)
         self.register_buffer("class_weights", class_weights)
@@ -75,14 +75,14 @@ class ExportableSegmenter(nn.Module):
         return dict(zip(OUTPUTS, (class_logits, segments.masks_queries_logits, query_embeds), strict=True))
 
 
-def _prompts(model: Any, words: GKCClassEmbeddings) -> ClassPrompts:
-    """Return the words in the classifier's form, in fp32 on the CPU."""
-    embeds, class_ids = words.class_embeds.detach().cpu().float(), words.class_ids.cpu()
+def _prompts(model: Any, embeddings: GKCClassEmbeddings) -> ClassPrompts:
+    """Return the embeddings in the classifier's form, in fp32 on the CPU."""
+    embeds, class_ids = embeddings.class_embeds.detach().cpu().float(), embeddings.class_ids.cpu()
     check_width(model, embeds)
     return model.resolve_vocabulary(class_embeds=embeds, class_ids=class_ids)
 
 
-def one_embed_per_class(model: Any, words: GKCClassEmbeddings) -> Tensor:
+def one_embed_per_class(model: Any, embeddings: GKCClassEmbeddings) -> Tensor:
     """Return class embeddings for the graph's input `class_embeds` that give the same logits as the model.
 
     A logit is linear in the embedding, so the mean of the logits of a class's names is the logit of their mean
@@ -90,7 +90,7 @@ def one_embed_per_class(model: Any, words: GKCClassEmbeddings) -> Tensor:
 
     Args:
         model: A `GKCForOpenVocabSegmentation`.
-        words: Embeddings (P, D) of prompts and their class ids (P,).
+        embeddings: Embeddings (P, D) of prompts and their class ids (P,).
 
     Returns:
         Embeddings (K, D) in fp32 on the CPU.
@@ -99,7 +99,7 @@ def one_embed_per_class(model: Any, words: GKCClassEmbeddings) -> Tensor:
         ValueError: The embeddings have another width than the model's, or a class has several names and the model
             takes the maximum over them.
     """
-    return model.classifier.class_embeds(_prompts(model, words))
+    return model.classifier.class_embeds(_prompts(model, embeddings))
 
 
 def check_width(model: Any, class_embeds: Tensor) -> None:
@@ -201,23 +201,30 @@ def compare(
     run: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     model: Any,
     size: tuple[int, int],
-    words: GKCClassEmbeddings | None,
+    embeddings: GKCClassEmbeddings | None,
     fixed: bool,
 ) -> float:
     """Return the largest difference between the mask logits of graph and model on a random image.
+
+    Args:
+        run: Function that runs the graph.
+        model: The model in fp32.
+        size: Height and width of the graph's images.
+        embeddings: Embeddings of the classes; None uses random ones.
+        fixed: Whether the embeddings are fixed in the graph.
 
     Raises:
         ValueError: The mask or class logits differ by more than the tolerance.
     """
     generator = torch.Generator().manual_seed(0)
-    if words is None:
+    if embeddings is None:
         embeds = F.normalize(torch.randn(5, model.config.projection_dim, generator=generator), dim=-1)
-        words = GKCClassEmbeddings(class_embeds=embeds, class_ids=torch.arange(5))
-    extra = {} if fixed else {"class_embeds": one_embed_per_class(model, words)}
+        embeddings = GKCClassEmbeddings(class_embeds=embeds, class_ids=torch.arange(5))
+    extra = {} if fixed else {"class_embeds": one_embed_per_class(model, embeddings)}
     differences = []
     for _ in range(CHECKED_IMAGES):
         pixel_values = torch.randn(1, 3, *size, generator=generator)
-        expected, found = model(pixel_values, **words), run({"pixel_values": pixel_values} | extra)
+        expected, found = model(pixel_values, **embeddings), run({"pixel_values": pixel_values} | extra)
         masks, classes = (
             float((found[name] - expected[name]).abs().max()) for name in ("masks_queries_logits", OUTPUTS[0])
         )
