@@ -397,7 +397,7 @@ def test_existing_files_are_not_overwritten(is_file, tmp_path):
     kept = target if is_file else target / "kept.txt"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
-    with pytest.raises(FileExistsError, match="there already: name a new folder"):
+    with pytest.raises(FileExistsError, match="already exists: name a new folder"):
         export_segmenter(toy(tiny_config()), processor(), target)
     assert kept.read_text() == "mine"
 
