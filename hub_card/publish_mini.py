@@ -38,7 +38,7 @@ def publish(run: Path, out: Path = SHIPPED, ablation: str = "both", seed: int | 
     Args:
         run: Folder of a finished experiment.
         out: Folder of the checkpoint, which is replaced.
-        ablation: Arm to publish; the tables of the card show all ablations and seeds of the run.
+        ablation: Ablation to publish; the tables of the card show all ablations and seeds of the run.
         seed: Seed to publish (default: the first).
 
     Raises:
@@ -79,14 +79,14 @@ def card(results: dict, config: dict) -> str:
     recipe = settings["recipe"]
     steps = recipe.get("optimizer", recipe)["steps"]  # recipes were flat before they had sections
     values = {
-        "arm": ABLATION_NAMES[ablation],
+        "ablation": ABLATION_NAMES[ablation],
         "seed": seed,
         "seeds": " ".join(results["seeds"]),
         "gate": results["tables"]["gate"],
         "scores": results["tables"]["scores"],
         "scores_by_seed": results["tables"]["scores_by_seed"],
         "own_scores": _own_scores(scores),
-        "shipped_arm": ablation,
+        "shipped_ablation": ablation,
         "images": str(scores["images"]),
         "minutes": ", ".join(f"{name} {minutes}" for name, minutes in published["minutes"].items()),
         "steps": str(STEPS.get(ablation, steps)),
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="output folder of a finished `python -m train.miniworld`")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the checkpoint (default: %(default)s)")
     parser.add_argument(
-        "--ablation", default="both", choices=ABLATION_NAMES, help="arm to publish (default: %(default)s)"
+        "--ablation", default="both", choices=ABLATION_NAMES, help="ablation to publish (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, help="seed to publish (default: the first)")
     parser.add_argument(
