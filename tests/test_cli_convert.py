@@ -332,6 +332,7 @@ class TestFCCLIP:
         model = GKCForOpenVocabSegmentation.from_pretrained(tmp_path / "out").eval()
         processor = GKCProcessor.from_pretrained(tmp_path / "out")
         assert (model.config.ensemble, len(processor.prompt_templates)) == ("geometric", 14)
+        assert model.vocabulary.is_thing == [True, True, False], "as COCO's classes of these names"
         inputs = processor(np.zeros((40, 60, 3), np.uint8), "kitten; sky", return_tensors="pt")
         with torch.no_grad():
             outputs = model(**inputs)

@@ -35,7 +35,7 @@ DOCUMENTS = [
 ]
 HELPS = [
     *("gkc", "gkc segment", "gkc vocab", "gkc embed", "gkc export"),
-    *("gkc convert", "gkc convert mask2former", "gkc convert clip-resnet"),
+    *("gkc convert", "gkc convert mask2former", "gkc convert fc-clip", "gkc convert clip-resnet"),
     *("python -m train", "python -m train.evaluate", "python -m train.evaluate report", "python -m train.synonyms"),
     *("python -m train.cache", "python -m train.cache teacher", "python -m train.cache synonyms"),
     *("python -m train.cache nouns", "python -m train.data.from_folder", "python -m train.data.prepare"),
@@ -50,6 +50,7 @@ PARSED = {
     "pip install": "needs the package index",
     "gkc convert": "needs published weights; run on toys in tests/test_cli_convert.py",
     "gkc segment photo.jpg --model mask2former-words": "needs a checkpoint converted from published weights",
+    "gkc segment photo.jpg --model fc-clip-l": "needs a checkpoint converted from published weights",
     "gkc embed --labels ade20k_847": "the shipped tokenizer has few of these words and a limit of 16 tokens",
     "gkc export": "takes ten seconds; run in tests/test_cli_export.py",
     "python words-onnx/run.py": "run in tests/test_export.py on the graph that the previous command writes",

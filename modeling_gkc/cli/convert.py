@@ -32,7 +32,14 @@ from transformers.utils import logging as transformers_logging
 from ..atomic_files import atomic_folder
 from ..checkpoint_loading import check_shard_paths
 from ..conversion.clip import clip_resnet_from_openai, clip_text_from_openai, read_weights
-from ..conversion.fc_clip import CLIP_PREFIX, clip_towers, clip_weights, fc_clip_processor, from_fc_clip
+from ..conversion.fc_clip import (
+    CLIP_PREFIX,
+    TRAINING_NAMES,
+    clip_towers,
+    clip_weights,
+    fc_clip_processor,
+    from_fc_clip,
+)
 from ..conversion.mask2former import (
     CONVERSION_TEMPLATES,
     from_mask2former,
@@ -179,7 +186,8 @@ def convert_fc_clip(arguments: argparse.Namespace) -> int:
     """Run `gkc convert fc-clip` and return the exit code."""
     folder = Path(arguments.out)
     with user_errors("--class-names"), warnings_as_lines():
-        vocabulary = Vocabulary.parse(arguments.class_names)
+        # FC-CLIP's list of names does not say what is stuff, whose segments a panoptic result merges.
+        vocabulary = Vocabulary.parse(arguments.class_names).with_is_thing_from(Vocabulary.named(TRAINING_NAMES))
     weights = _read_weights(arguments.checkpoint, "CHECKPOINT")
     clip = clip_weights(weights) if arguments.clip is None else _read_weights(arguments.clip, "--clip")
     if not clip:

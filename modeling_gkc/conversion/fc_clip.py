@@ -240,4 +240,12 @@ def _other_buffers(model: GKCForOpenVocabSegmentation, state_dict: Mapping[str, 
     return {"classifier.seen_embeds": classifier.seen_embeds, "classifier.clip_logit_scale": scale.float()}
 
 
-__all__ = ["CONVERSION_TEMPLATES", "clip_towers", "clip_weights", "fc_clip_processor", "from_fc_clip"]
+__all__ = [
+    "CLIP_PREFIX",
+    "CONVERSION_TEMPLATES",
+    "TRAINING_NAMES",
+    "clip_towers",
+    "clip_weights",
+    "fc_clip_processor",
+    "from_fc_clip",
+]
