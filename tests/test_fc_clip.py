@@ -438,6 +438,13 @@ class TestConversion:
         with pytest.raises(ValueError, match="not the weights of FC-CLIP"):
             from_fc_clip(golden.clip_weights(), *pair)
 
+    @pytest.mark.parametrize(
+        ("name", "method"), [("cdt.cross_atten.mlp.weight", "MAFT\\+"), ("mask_adapter.a", "Mask-Adapter")]
+    )
+    def test_methods_built_on_it_are_refused_by_name(self, golden, name, method):
+        with pytest.raises(ValueError, match=f"These are weights of {method}, which needs modules"):
+            from_fc_clip(golden.weights | {name: torch.zeros(1)}, *towers(golden))
+
     def test_towers_of_another_clip_are_refused(self, golden):
         image_tower, text_model = towers(golden)
         text_model.config.projection_dim = 32

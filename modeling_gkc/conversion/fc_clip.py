@@ -80,6 +80,8 @@ _IMAGE_TOWER_NAMES: tuple[Renaming, ...] = (
     (r"^encoder\.", "model.backbone.encoder."),
     (r"^(attention_pooling|head)\.", "model.region_head."),
 )
+# Start of the names of weights that only methods built on FC-CLIP have.
+_OTHER_METHODS = {"mask_adapter.": "Mask-Adapter", "cdt.": "MAFT+"}
 # Of training only.
 _NOT_CONVERTED = re.compile(r"^criterion\.")
 
@@ -173,6 +175,12 @@ def _gkc_config(
     weights: Mapping[str, Tensor], image_tower: ImageTower, text_model: CLIPTextModelWithProjection
 ) -> GKCConfig:
     """Read the configuration off the shapes of the weights."""
+    for prefix, method in _OTHER_METHODS.items():
+        if any(name.startswith(prefix) for name in weights):
+            raise ValueError(
+                f"These are weights of {method}, which needs modules that this library does not have: convert a "
+                "checkpoint of FC-CLIP itself."
+            )
     pixel_decoder, predictor = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
     layer = f"{pixel_decoder}transformer.encoder.layers.0."
     check_weight_shapes(
