@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Text embeddings of words: cached by content, reduced from prompts to classes.
+"""Text embeddings of prompts, names and classes: caching, checks and reductions.
 
 Letters: P prompts, N names (a prompt is a name put into a template), K classes, D text-embedding width; P >= N >= K.
 """
@@ -33,20 +33,20 @@ from .argument_checks import check_tensor
 
 MAX_CACHED_PROMPTS = 32_768
 WEIGHTS_SAMPLED = 16
-# Cosine distances up to which two embeddings are of the same text: in other company, they differ by rounding.
+# Maximum cosine distance between embeddings of the same text, which differ by rounding between batches.
 SAME_TEXT = 1e-6
 SAME_TEXT_IN_HALF = 2e-5
 
 
 @dataclass
 class GKCClassEmbeddings(ModelOutput):
-    """Text embeddings of a vocabulary, as `forward` takes them; `EncodedVocabulary` holds the words with them.
+    """Text embeddings of a vocabulary without its names, see `EncodedVocabulary`.
 
     Attributes:
-        class_embeds: (N, D) L2-normalised text embeddings of the names.
+        class_embeds: (N, D) L2-normalized text embeddings of the names.
         class_ids: (N,) class of each name, 0..K-1.
-        names_per_class: (K,) number of names of each class. Its shape tells `forward` how many classes there are, so
-            that it need not read `class_ids`, which a compiled or exported graph cannot.
+        names_per_class: (K,) number of names of each class. Its shape gives the number of classes, so that `forward`
+            does not read the values of `class_ids`, which a compiled or exported graph cannot do.
     """
 
     class_embeds: Tensor | None = None
@@ -55,12 +55,12 @@ class GKCClassEmbeddings(ModelOutput):
 
 
 class TextEmbeddingCache:
-    """Text embeddings by the tokens that they were made of; the least recently used are forgotten first.
+    """Thread-safe cache of text embeddings by their tokens, which evicts the least recently used embeddings.
 
-    Several threads may use it at once. A copy or a pickle of it starts empty.
+    A copy or a pickle of it starts empty.
 
     Args:
-        max_prompts: Embeddings to keep.
+        max_prompts: Maximum number of embeddings.
     """
 
     def __init__(self, max_prompts: int = MAX_CACHED_PROMPTS):
@@ -76,7 +76,7 @@ class TextEmbeddingCache:
         return type(self), (self.max_prompts,)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Remove all embeddings."""
         with self._lock:
             self._entries.clear()
 
@@ -87,13 +87,13 @@ class TextEmbeddingCache:
         encode: Callable[[Tensor, Tensor | None], Tensor],
         state: Hashable,
     ) -> Tensor:
-        """Embeddings (P, D) of tokenised prompts (P, L), of which only unknown ones are encoded, each once.
+        """Return the embeddings (P, D) of tokenized prompts, and encode each prompt that is not cached once.
 
         Args:
             input_ids: (P, L) tokens.
-            attention_mask: (P, L), 0 at padding, which does not count as content; None takes all tokens.
-            encode: Gives embeddings (p, D) for some rows of `input_ids` and `attention_mask`.
-            state: What else the embeddings depend on; with another state than before, everything is forgotten.
+            attention_mask: (P, L) mask, 0 at padding, which is not part of the cache key; None keeps all tokens.
+            encode: Function that encodes some rows of `input_ids` and `attention_mask` as embeddings (p, D).
+            state: Everything else that the embeddings depend on, such as weights; a change empties the cache.
         """
         keys = _prompt_keys(input_ids, attention_mask)
         known = self._recall(keys, state)
@@ -104,7 +104,7 @@ class TextEmbeddingCache:
         if first_rows:
             rows = torch.tensor(list(first_rows.values()), device=input_ids.device)
             encoded = encode(input_ids[rows], None if attention_mask is None else attention_mask[rows])
-            # Clones, so that one remembered row does not hold the memory of all rows of its pass.
+            # A view of one row would keep the memory of all rows of the forward pass.
             new = {key: row.clone() for key, row in zip(first_rows, encoded, strict=True)}
             self._remember(new, state)
             known |= new
@@ -122,7 +122,7 @@ class TextEmbeddingCache:
 
     def _remember(self, new: dict[bytes, Tensor], state: Hashable) -> None:
         with self._lock:
-            if state != self._state:  # another thread has changed the model meanwhile
+            if state != self._state:  # another thread has changed the model in the meantime
                 return
             self._entries.update(new)
             while len(self._entries) > self.max_prompts:
@@ -130,7 +130,7 @@ class TextEmbeddingCache:
 
 
 def _prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[bytes]:
-    """The tokens of each prompt without the padding at its right; elsewhere padding moves tokens, and counts."""
+    """Return the cache key of each prompt: its tokens without right padding, with the mask for other padding."""
     ids = input_ids.cpu().long().numpy()
     if attention_mask is None:
         return [row.tobytes() for row in ids]
@@ -143,13 +143,13 @@ def _prompt_keys(input_ids: Tensor, attention_mask: Tensor | None) -> list[bytes
 
 
 def weights_state(module: nn.Module) -> tuple | None:
-    """Something that differs once the weights of a module have changed, without reading all of them.
+    """Return a value that changes if the weights of a module change, without reading all of them.
 
-    Changes in place count up a version, unless they go through `.data`, as adapters that are merged do; a sample of
-    the values shows those. Quantised weights are looked at where they are stored.
+    In-place changes increase the version of a tensor, except through `.data`, as when adapters are merged; a sample of
+    the values detects those. For quantized weights, the stored tensors are inspected.
 
     Returns:
-        The state; None where weights cannot be looked at, and nothing that was made of them may be remembered.
+        The state; None if weights cannot be inspected, so that their outputs must not be cached.
     """
     if any(isinstance(value, torch.ScriptObject) for layer in module.modules() for value in vars(layer).values()):
         return None
@@ -159,12 +159,12 @@ def weights_state(module: nn.Module) -> tuple | None:
             (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype) for weight in weights
         ]
         return tuple(versions), _samples(weights)
-    except (RuntimeError, TypeError):  # a kind of tensor that has no memory of its own, or does not show it
+    except (RuntimeError, TypeError):  # tensor types without accessible memory
         return None
 
 
 def _stored_parts(weight: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a weight is stored in: itself, or what a quantised or sharded one wraps."""
+    """Yield the plain tensors that store a weight: itself, or the tensors inside a quantized or sharded weight."""
     if is_traceable_wrapper_subclass(weight):
         for name in weight.__tensor_flatten__()[0]:
             yield from _stored_parts(getattr(weight, name))
@@ -173,17 +173,17 @@ def _stored_parts(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _samples(weights: list[Tensor]) -> tuple[float, ...]:
-    """Some values of each tensor, read from each device at once."""
+    """Sample some values of each tensor, with one transfer per device."""
     samples = defaultdict(list)
     for weight in weights:
-        if weight.device.type != "meta":  # offloaded, and read anew for each use
+        if weight.device.type != "meta":  # offloaded weights are loaded again for each use
             values = weight.detach().flatten()
             samples[weight.device].append(values[:: max(1, len(values) // WEIGHTS_SAMPLED)].float())
     return tuple(value for parts in samples.values() for value in torch.cat(parts).tolist())
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether layers of a module have been wrapped by adapters, which can be turned on and off unseen."""
+    """Return whether layers of a module are wrapped by adapters, whose activation `weights_state` cannot detect."""
     return any(hasattr(layer, "base_layer") for layer in module.modules())
 
 
@@ -194,18 +194,19 @@ def count_classes(
     counts: Tensor | None = None,
     counts_name: str = "names_per_class",
 ) -> int:
-    """The number K of classes that (P,) class ids name.
+    """Check class ids and return the number K of classes.
 
     Args:
-        class_ids: (P,).
+        class_ids: (P,) class of each prompt.
         num_prompts: P.
-        name, counts_name: What messages call `class_ids` and `counts`.
-        counts: (K,) number of prompts of each class, checked when the ids were made. With them ids are not read where
-            that cannot be (in a graph) or takes long (from an accelerator).
+        name: Name of `class_ids` in error messages.
+        counts: (K,) number of prompts of each class. If given, the ids are not read where that is impossible (in a
+            traced graph) or slow (on an accelerator).
+        counts_name: Name of `counts` in error messages.
 
     Raises:
-        ValueError: the ids are not P numbers from 0 that leave none out, they do not fit `counts`, or they would have
-            to be read in a graph.
+        ValueError: The ids do not have shape (P,) or do not cover 0..K-1, they do not match `counts`, or they would
+            have to be read in a traced graph.
     """
     if not is_tracing(class_ids):
         check_tensor(name, class_ids, "(P,)", "integers")
@@ -218,29 +219,29 @@ def count_classes(
     if is_tracing(class_ids) and not torch.jit.is_tracing():
         raise ValueError(
             f"A compiled or exported model cannot read how many classes `{name}` hold: give `{counts_name}` too, as "
-            "`model.get_class_embeddings` and GKCProcessor do; pass on all that they return."
+            "`model.get_class_embeddings` and GKCProcessor do; pass on all tensors that they return."
         )
     present = class_ids.unique().tolist()
-    # The first numbers that are missing, without a list as long as the largest id, which may be any number.
+    # Find the first missing ids without a list as long as the largest id, which may be any number.
     missing = sorted(set(range(min(present[-1], len(present) + 10))) - set(present))[:10]
     if present[0] < 0 or missing:
-        raise ValueError(f"`{name}` must count from 0 and leave none out: smallest {present[0]}, missing {missing}.")
+        raise ValueError(f"`{name}` must contain every number from 0: smallest {present[0]}, missing {missing}.")
     if counts is not None and counts.tolist() != class_ids.bincount().tolist():
-        raise ValueError(f"`{counts_name}` must count each number of `{name}`: they were not made together.")
+        raise ValueError(f"`{counts_name}` does not match `{name}`: pass tensors of the same vocabulary.")
     return len(present)
 
 
 def check_class_embeds(class_embeds: Tensor, width: int | None = None, read: bool = False) -> None:
-    """Check text embeddings (P, D).
+    """Check the shape, type and values of text embeddings.
 
     Args:
-        class_embeds: (P, D).
-        width: D, if it is known.
-        read: Read embeddings on an accelerator too, which waits for it, to look for NaN and infinity; those on the
-            CPU are read in any case, but never in a graph.
+        class_embeds: (P, D) embeddings.
+        width: D, if known.
+        read: Whether to check embeddings on an accelerator for NaN and infinity too, which synchronizes it. Those on
+            the CPU are always checked, except in a traced graph.
 
     Raises:
-        ValueError: If they are no floating-point tensor of this shape, or not finite.
+        ValueError: The embeddings are not a finite floating-point tensor of this shape.
     """
     shape = f"(prompts, {'D' if width is None else width})"
     if is_tracing(class_embeds):
@@ -257,10 +258,10 @@ def check_class_embeds(class_embeds: Tensor, width: int | None = None, read: boo
 
 
 def check_prompts(input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Check tokenized prompts (P, L); their values are not read, and in a graph nothing is checked.
+    """Check the shape and type of tokenized prompts (P, L), except in a traced graph.
 
     Raises:
-        ValueError: If they are no integers of this shape with at least one token, or the mask has another shape.
+        ValueError: The tokens are not an integer tensor (P, L) with P, L >= 1, or the mask has another shape.
     """
     if is_tracing(input_ids):
         return
@@ -279,22 +280,22 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor | None = None) -> No
 
 
 def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str, num_classes: int | None = None) -> Tensor:
-    """Reduces the logits of several prompts of a class to one.
+    """Reduce the logits of several prompts of a class to one logit.
 
     Args:
-        logits: (..., P + 1) logits of P prompts and of no-object.
-        class_ids: (P,) class of each prompt; every class 0..K-1 has at least one.
+        logits: (..., P + 1) logits of P prompts and of "no object".
+        class_ids: (P,) class of each prompt; every class 0..K-1 has at least one prompt.
         reduction: `mean` or `max`.
-        num_classes: K, if it is known and `class_ids` have been checked.
+        num_classes: K, if known; `class_ids` are not checked then.
 
     Returns:
-        (..., K + 1) logits of K classes and of no-object.
+        (..., K + 1) logits of K classes and of "no object".
 
     Raises:
-        ValueError: for another reduction, or if `class_ids` do not fit the logits or leave a class out.
+        ValueError: The reduction is unknown, or `class_ids` do not match the logits or do not cover 0..K-1.
     """
     if reduction not in ("mean", "max"):
-        raise ValueError(f"Logits are reduced by 'mean' or 'max', got {reduction!r}.")
+        raise ValueError(f"`reduction` of logits must be 'mean' or 'max', got {reduction!r}.")
     if num_classes is None:
         num_classes = count_classes(class_ids, logits.shape[-1] - 1)
     prompts, no_object = logits[..., :-1], logits[..., -1:]
@@ -307,7 +308,7 @@ def reduce_prompt_logits(logits: Tensor, class_ids: Tensor, reduction: str, num_
 
 
 def _reduce_without_scattering(prompts: Tensor, class_ids: Tensor, reduction: str, num_classes: int) -> Tensor:
-    """(..., P) -> (..., K) by comparing all with all: the ONNX form of a traced model has no such scattering."""
+    """Reduce (..., P) to (..., K) by comparing all pairs of ids, since ONNX has no equivalent of `scatter_reduce`."""
     is_member = class_ids[:, None] == torch.arange(num_classes, device=class_ids.device)  # (P, K)
     if reduction == "max":
         return torch.where(is_member, prompts[..., None], -torch.inf).amax(dim=-2)
@@ -315,9 +316,15 @@ def _reduce_without_scattering(prompts: Tensor, class_ids: Tensor, reduction: st
 
 
 def average_class_embeds(class_embeds: Tensor, class_ids: Tensor, num_classes: int | None = None) -> Tensor:
-    """Averages (P, D) prompt embeddings of each class and normalises them: (K, D).
+    """Average the prompt embeddings of each class and normalize the averages.
 
-    `num_classes` is K, if it is known and `class_ids` have been checked.
+    Args:
+        class_embeds: (P, D) embeddings of prompts.
+        class_ids: (P,) class of each prompt, 0..K-1.
+        num_classes: K, if known; `class_ids` are not checked then.
+
+    Returns:
+        (K, D) L2-normalized embeddings.
     """
     if num_classes is None:
         num_classes = count_classes(class_ids, len(class_embeds))
@@ -330,19 +337,19 @@ def average_class_embeds(class_embeds: Tensor, class_ids: Tensor, num_classes: i
 def average_templates(
     prompt_embeds: Tensor, class_ids: Tensor | None, name_ids: Tensor, prompts_per_name: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Averages the prompts of each name, one per template.
+    """Average the embeddings of each name over its prompts, one per template.
 
     Args:
-        prompt_embeds: (P, D).
-        class_ids: (P,) class of each prompt, or None if each name is a class of its own.
+        prompt_embeds: (P, D) embeddings of prompts.
+        class_ids: (P,) class of each prompt, or None if each name is a class.
         name_ids: (P,) name of each prompt, 0..N-1.
-        prompts_per_name: (N,) number of prompts of each name; needed in a graph, see `count_classes`.
+        prompts_per_name: (N,) number of prompts of each name; required in a traced graph, see `count_classes`.
 
     Returns:
-        (N, D) normalised embeddings of the names, and the class of each (N,) or None.
+        (N, D) L2-normalized embeddings of the names, and the class (N,) of each name or None.
 
     Raises:
-        ValueError: ids that leave one out, or a name with prompts of several classes.
+        ValueError: `name_ids` do not cover 0..N-1, or a name has prompts of several classes.
     """
     num_names = count_classes(name_ids, len(prompt_embeds), "name_ids", prompts_per_name, "prompts_per_name")
     embeds = average_class_embeds(prompt_embeds, name_ids, num_names)
@@ -350,18 +357,21 @@ def average_templates(
         return embeds, None
     classes = class_ids.new_zeros(num_names).scatter_(0, name_ids, class_ids)
     if not is_tracing(class_ids) and not torch.equal(classes[name_ids], class_ids):
-        raise ValueError("`name_ids` gives one name to prompts of several classes; number names class by class.")
+        raise ValueError("`name_ids` assigns prompts of several classes to one name: give each class its own names.")
     return embeds, classes
 
 
 def equal_classes(class_embeds: Tensor, class_ids: Tensor) -> list[list[int]]:
-    """Groups of two or more classes whose names have the same embeddings, to rounding.
+    """Find groups of classes whose sets of name embeddings are equal up to rounding.
 
-    A name that two classes share does not make them equal as long as one of them has another name beside it.
+    Two classes that share a name are not equal if one of them has a further name.
 
     Args:
         class_embeds: (N, D) embeddings of names.
         class_ids: (N,) class of each name.
+
+    Returns:
+        Groups of two or more classes, by index.
     """
     tolerance = SAME_TEXT if class_embeds.dtype in (torch.float32, torch.float64) else SAME_TEXT_IN_HALF
     units = F.normalize(class_embeds.detach().cpu().double(), dim=-1)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`EncodedVocabulary`: the classes of a segmentation with their text embeddings, encoded once for many images.
+"""`EncodedVocabulary`: classes with their text embeddings, encoded once for many images.
 
 Letters: N names, K classes, V void classes, D text-embedding width.
 """
@@ -37,7 +37,7 @@ from .prompt_templates import TemplatesLike
 from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
 
 FILE_FORMAT = "gkc-class-embeddings-2"
-# Of files that hold void classes or a reduction, which readers of the first form would overlook.
+# Files with void classes or a reduction, which readers of the older format would ignore.
 EXTENDED_FILE_FORMAT = "gkc-class-embeddings-3"
 PROBE_PROMPTS = 16
 SAME_TOWER_COSINE = 0.995
@@ -46,24 +46,23 @@ MAX_LISTED_GROUPS = 10
 
 @dataclass(frozen=True, eq=False)
 class EncodedVocabulary:
-    """
-    A vocabulary with the text embeddings of its names, encoded once for many images.
+    """Vocabulary with the text embeddings of its names.
 
-    Three types hold text embeddings. `GKCClassEmbeddings`, the output of `model.get_class_embeddings`, holds the
-    tensors that `forward` takes, without words. `train.teacher.text_bank.TextBank` holds every word of a
-    vocabulary on its own, for losses. This class also holds what the numbers of the classes mean, for results.
+    Three classes hold text embeddings. `GKCClassEmbeddings`, the output of `model.get_class_embeddings`, holds the
+    tensors that `forward` takes, without names. `train.teacher.text_bank.TextBank` holds one embedding per name, for
+    training losses. This class holds embeddings and vocabulary together, as predictions need them.
 
     Args:
         vocabulary: K + V classes, the V void classes last.
-        class_embeds: (N, D) L2-normalised embeddings of the names.
+        class_embeds: (N, D) L2-normalized embeddings of the names.
         class_ids: (N,) class of each name, 0..K+V-1.
         void_ids: Classes whose pixels become void, K..K+V-1.
         reduction: How the logits of several names of a class are reduced to one: `mean`, `max` or `embedding_mean`;
-            None for the model's own, `config.prompt_reduction`.
+            None for `config.prompt_reduction` of the model.
 
     Raises:
-        ValueError: Embeddings are not finite; embeddings, class ids and vocabulary do not fit each other; the void
-            classes are not the last ones or are all classes; or there is no such reduction.
+        ValueError: Embeddings are not finite; embeddings, class ids and vocabulary do not match; the void classes are
+            not the last classes or are all classes; or the reduction is unknown.
 
     Example:
         >>> encoded = EncodedVocabulary.encode("dog; sofa, couch; lamp", model, processor)
@@ -83,7 +82,7 @@ class EncodedVocabulary:
         num_classes = count_classes(self.class_ids, len(self.class_embeds))
         if num_classes != len(self.vocabulary):
             raise ValueError(
-                f"The embeddings are of {num_classes} classes, but the vocabulary has {len(self.vocabulary)}."
+                f"The embeddings are of {num_classes} classes, but the vocabulary has {len(self.vocabulary)} classes."
             )
         num_shown = num_classes - len(self.void_ids)
         if list(self.void_ids) != list(range(num_shown, num_classes)) or num_shown < 1:
@@ -105,15 +104,14 @@ class EncodedVocabulary:
         reduction: str | None = None,
         distinct: bool = False,
     ) -> "EncodedVocabulary":
-        """
-        Encode a vocabulary; the model encodes only prompts that it has not encoded before.
+        """Encode a vocabulary with a model, which caches prompts and encodes only new ones.
 
         Args:
-            vocabulary: Classes in any form that `Vocabulary.parse` takes.
+            vocabulary: Classes in any form that `Vocabulary.parse` accepts.
             model: A `GKCForOpenVocabSegmentation`.
             processor: Its `GKCProcessor`.
-            prompt_templates: Templates instead of the processor's own.
-            reduction: As in the class.
+            prompt_templates: Prompt templates; by default those of the processor.
+            reduction: Reduction of several names of a class, as for the constructor.
             distinct: As for `check_distinct`.
 
         Raises:
@@ -131,18 +129,18 @@ class EncodedVocabulary:
 
     @classmethod
     def from_model(cls, model: Any) -> "EncodedVocabulary | None":
-        """Return the vocabulary that is stored in a checkpoint, None if there is none."""
+        """Return the vocabulary stored in the checkpoint of a model, None if there is none."""
         if model.vocabulary is None:
             return None
         return cls(model.vocabulary, model.vocabulary_embeds, model.vocabulary_class_ids)
 
     @property
     def labels(self) -> list[str]:
-        """First names of the K classes that results show."""
+        """First names of the K classes, without void classes."""
         return self.vocabulary.labels[: len(self.vocabulary) - len(self.void_ids)]
 
     def model_inputs(self) -> dict[str, Any]:
-        """Return the arguments of the model's `forward` that stand for this vocabulary."""
+        """Return the arguments of the model's `forward` that select this vocabulary."""
         return {
             "class_embeds": self.class_embeds,
             "class_ids": self.class_ids,
@@ -151,7 +149,7 @@ class EncodedVocabulary:
         }
 
     def with_is_thing_from(self, other: Vocabulary | None) -> "EncodedVocabulary":
-        """Return the same with the thing/stuff kinds of another vocabulary, as `Vocabulary.with_is_thing_from`."""
+        """Return a copy with the thing/stuff kinds of another vocabulary, see `Vocabulary.with_is_thing_from`."""
         return dataclasses.replace(self, vocabulary=self.vocabulary.with_is_thing_from(other))
 
     def with_void(
@@ -162,22 +160,23 @@ class EncodedVocabulary:
         *,
         prompt_templates: TemplatesLike | None = None,
     ) -> "EncodedVocabulary":
-        """
-        Add classes for what is none of the K; only they are encoded.
+        """Return a copy with void classes added; only these are encoded.
 
         Args:
-            void_labels: V classes in any form that `Vocabulary.parse` takes; None adds none.
-            model, processor, prompt_templates: As for `encode`.
+            void_labels: V classes in any form that `Vocabulary.parse` accepts; None adds none.
+            model: Model that encoded the other classes.
+            processor: Its `GKCProcessor`.
+            prompt_templates: Prompt templates; by default those of the processor.
 
         Raises:
-            ValueError: As for `encode` and `Vocabulary.with_void`, or there are void classes already.
+            ValueError: As for `encode` and `Vocabulary.with_void`, or the vocabulary has void classes already.
         """
         if void_labels is None:
             return self
         if self.void_ids:
-            raise ValueError("The vocabulary has void classes already: give all of them at once.")
+            raise ValueError("The vocabulary has void classes already: pass all void classes in one call.")
         joined, void_ids = self.vocabulary.with_void(void_labels)
-        # Not `void_labels`: these have been read, and the user been warned of them.
+        # Parsing `void_labels` a second time would repeat its warnings.
         added = slice(len(self.vocabulary), None)
         void = Vocabulary.from_stored(joined.names[added], templates=joined.templates and joined.templates[added])
         encoded = EncodedVocabulary.encode(void, model, processor, prompt_templates=prompt_templates)
@@ -190,16 +189,15 @@ class EncodedVocabulary:
         )
 
     def check_distinct(self, processor: Any, distinct: bool = False) -> None:
-        """
-        Check that the text encoder can tell the classes apart.
+        """Check that the classes have different embeddings.
 
-        It cannot where the names of classes have the same embeddings, to rounding, and where the tokenizer knows no
-        name of the classes: "hammer" and "claw hammer" may differ by the number of unknown words alone.
+        Classes count as equal if their names have the same embeddings up to rounding, or if the tokenizer knows none
+        of their words: "hammer" and "claw hammer" may then differ only in the number of unknown tokens.
 
         Args:
-            processor: The `GKCProcessor` that made the prompts.
-            distinct: Refuse any two classes that are equal, as training and evaluation need; by default only a
-                vocabulary whose classes are all equal is refused, and a warning names equal classes otherwise.
+            processor: The `GKCProcessor` that tokenized the prompts.
+            distinct: Whether any two equal classes raise an error, as training and evaluation require. By default only
+                a vocabulary whose classes are all equal does, and other equal classes cause a warning.
 
         Raises:
             ValueError: Classes are equal.
@@ -221,15 +219,15 @@ class EncodedVocabulary:
         message = f"These classes have equal embeddings, so that the checkpoint cannot tell them apart: {listed}."
         if distinct or len(groups[0]) == len(self.vocabulary):
             raise ValueError(f"{message} {UNKNOWN_WORDS_HINT}")
-        warnings.warn(f"{message} Which of them a result shows means nothing.", UserWarning, stacklevel=3)
+        warnings.warn(f"{message} Results assign one of them arbitrarily.", UserWarning, stacklevel=3)
 
     def save(self, path: str | Path, model: Any) -> None:
-        """
-        Write the vocabulary as safetensors; names, kinds, colors and void classes are in the header.
+        """Write a safetensors file of the embeddings, with names, kinds, colors and void classes in its header.
 
         Args:
             path: File to write.
-            model: The `GKCForOpenVocabSegmentation` that encoded the names, of which a probe is stored.
+            model: The `GKCForOpenVocabSegmentation` that encoded the names. The file identifies its text encoder by
+                some embeddings.
         """
         tensors = {"probe": _probe(model), "class_embeds": self.class_embeds, "class_ids": self.class_ids}
         vocabulary = json.dumps(dataclasses.asdict(self.vocabulary), ensure_ascii=False)
@@ -243,24 +241,23 @@ class EncodedVocabulary:
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "EncodedVocabulary":
-        """
-        Read a file of `save`, onto the model's device.
+        """Read a file that `save` wrote, to the device of the model.
 
         Args:
             path: File to read.
-            model: The `GKCForOpenVocabSegmentation` that is to use it.
+            model: The `GKCForOpenVocabSegmentation` that will use the vocabulary.
 
         Raises:
             FileNotFoundError: The file does not exist.
-            ValueError: The file is damaged, holds something else, or was written with another text tower.
+            ValueError: The file is damaged, has another format, or was written with another text encoder.
         """
         if not Path(path).exists():
-            raise FileNotFoundError(f"There is no file {path}: write it with `gkc embed`.")
+            raise FileNotFoundError(f"{path} does not exist: write it with `gkc embed`.")
         try:
             with safe_open(path, framework="pt", device=str(input_device(model))) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") not in (FILE_FORMAT, EXTENDED_FILE_FORMAT):
-                    raise ValueError(f"{path} is no file of class embeddings: write one with `gkc embed`.")
+                    raise ValueError(f"{path} is not a file of class embeddings: write one with `gkc embed`.")
                 verify_checksum(path, "write it again with `gkc embed`.")
                 probe, embeds, class_ids = (file.get_tensor(name) for name in ("probe", "class_embeds", "class_ids"))
             vocabulary = Vocabulary.from_stored(**json.loads(metadata["vocabulary"]))
@@ -268,19 +265,20 @@ class EncodedVocabulary:
             num_classes = count_classes(class_ids, len(embeds))
             void_ids = tuple(range(num_classes - extension["num_void"], num_classes))
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no file of class embeddings: {error}") from error
+            raise ValueError(f"{path} is not a file of class embeddings: {error}") from error
         if num_classes != len(vocabulary):
-            raise ValueError(f"{path} holds embeddings of {num_classes} classes, but names {len(vocabulary)}.")
+            raise ValueError(
+                f"{path} holds embeddings of {num_classes} classes, but names of {len(vocabulary)} classes."
+            )
         if not _is_same_tower(probe, _probe(model)):
             raise ValueError(
-                f"{path} was written with another text tower than this model's: write it again with "
-                "`gkc embed --model`."
+                f"{path} was written with the text encoder of another model: write it again with `gkc embed --model`."
             )
         return cls(vocabulary, embeds, class_ids, void_ids, extension["reduction"])
 
 
 def _probe(model: Any) -> Tensor:
-    """Embed tokens from all over the token table: (16, D), by which a text tower is recognized in any precision."""
+    """Embed fixed token sequences as (16, D), which identify a text encoder in any precision."""
     config = model.config.text_config
     length = min(8, config.max_position_embeddings)
     steps = torch.arange(PROBE_PROMPTS * length).unflatten(0, (PROBE_PROMPTS, length))
@@ -297,7 +295,7 @@ def _is_same_tower(first: Tensor, second: Tensor) -> bool:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device of the model's inputs: the CPU if it is offloaded, since accelerate moves them."""
+    """Return the device of the model's inputs; the CPU for an offloaded model, whose inputs accelerate moves."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The image-segmentation pipeline with words that each call may choose.
+"""Image-segmentation pipeline with a vocabulary that can be set in each call.
 
     from modeling_gkc import GKCSegmentationPipeline
     from transformers import pipeline
@@ -19,8 +19,8 @@
     segmenter = pipeline("image-segmentation", model="folder", pipeline_class=GKCSegmentationPipeline)
     segmenter("image.png", labels="dog; sofa, couch; lamp", subtask="semantic")
 
-transformers' own `pipeline("image-segmentation", model="folder")` works too, on the words stored in the checkpoint
-only. `modeling_gkc.remote_code` says how a checkpoint is published so that it brings this pipeline along.
+`pipeline("image-segmentation", model="folder")` without `pipeline_class` works too, but only with the vocabulary
+stored in the checkpoint. `modeling_gkc.remote_code` describes how to publish a checkpoint together with this pipeline.
 """
 
 from collections.abc import Iterator
@@ -52,36 +52,35 @@ from .remote_code import CARD_NAME, save_with_code, write_card
 from .vocabulary import VocabularyLike
 
 SUBTASKS = ("panoptic", "instance", "semantic")
-# A sentence of the card that transformers pushes where a repository has none.
+# A sentence of the model card that transformers uploads to a repository without one.
 _EMPTY_CARD = "This model card has been automatically generated"
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """An image of several, and what to call it in errors."""
+class _NamedImage:
+    """Image of a sequence, with its name in error messages."""
 
     image: Any
     name: str
 
 
 class GKCSegmentationPipeline(ImageSegmentationPipeline):
-    """
-    Segments images into any words, with the results of transformers' image-segmentation pipeline.
+    """Image-segmentation pipeline with any vocabulary, whose results have the format of transformers' own pipeline.
 
-    Every parameter of a call may be given to the constructor instead, as its default.
+    Every parameter of a call may be passed to the constructor as its default.
 
     Args:
-        model: A `GKCForOpenVocabSegmentation`; put into evaluation mode.
-        processor: Its `GKCProcessor`. An `image_processor` is enough for the words stored in the checkpoint, and with
-            a `tokenizer` beside it for all others.
-        device: Where to compute; the model is moved there. By default the first accelerator, else the CPU.
-        dtype: Precision such as `torch.bfloat16` or "bfloat16", to which the model is converted; by default its own.
-            `torch_dtype`, its old name, is understood too.
-        kwargs: As for every pipeline of transformers: `batch_size`, `num_workers`, ...
+        model: A `GKCForOpenVocabSegmentation`, which is set to evaluation mode.
+        processor: Its `GKCProcessor`. An `image_processor` suffices for the vocabulary stored in the checkpoint, and
+            an `image_processor` and a `tokenizer` for all vocabularies.
+        device: Device that the model is moved to; by default the first accelerator, otherwise the CPU.
+        dtype: Floating-point type that the model is converted to, such as `torch.bfloat16` or "bfloat16"; by default
+            that of the model. The former name `torch_dtype` is accepted too.
+        kwargs: Arguments of transformers pipelines, such as `batch_size` and `num_workers`.
 
     Raises:
-        ValueError: the model is of another kind, there is no processor, or `dtype` is none of floating point.
-        TypeError: an unknown parameter.
+        ValueError: The model has another class, the processor is missing, or `dtype` is not a floating-point type.
+        TypeError: A parameter is unknown.
     """
 
     _load_processor = True
@@ -92,57 +91,59 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         dtype = _dtype(kwargs)
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "get_class_embeddings"):
-            raise ValueError(f"a GKCForOpenVocabSegmentation is needed, got a {type(self.model).__name__}.")
+            raise ValueError(f"`model` must be a GKCForOpenVocabSegmentation, got a {type(self.model).__name__}.")
         if self.processor is None and self.tokenizer is not None:
             self.processor = GKCProcessor(self.image_processor, self.tokenizer)
         if self.image_processor is None:
             self.image_processor = getattr(self.processor, "image_processor", None)
         if self.image_processor is None:
-            raise ValueError("give the `processor` of the checkpoint: GKCProcessor.from_pretrained(...).")
+            raise ValueError("Pass the `processor` of the checkpoint: GKCProcessor.from_pretrained(...).")
         self.model.eval()
         if dtype not in (None, self.model.dtype):
             self.model.to(dtype)
 
     def __call__(self, inputs: Any = None, **kwargs) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator:
-        """
-        Segment images.
+        """Segment images.
 
         Args:
-            inputs: One image of any kind that `GKCImageProcessor` reads, or a binary file object, or several: a list,
-                an array with a batch axis, an iterator, or a torch dataset of images (of `datasets`:
-                `KeyDataset(dataset, "image")`). May also be given as `images`, as to transformers' own pipeline.
-            labels: The K classes, in any form that `Vocabulary.parse` takes: "dog; sofa, couch; lamp", a list, a
-                `Vocabulary`, a packaged name, a file. They are encoded once per call, and only where the model has not
-                seen them before. Default: the words stored in the checkpoint.
-            subtask: "panoptic" (also the default), "instance" or "semantic".
-            threshold: Lowest score of a segment; by default 0.5, and in semantic results 0.
-            mask_threshold: Panoptic and instance: lowest mask probability of a pixel inside; 0.5 by default.
-            overlap_mask_area_threshold: Panoptic and instance: lowest share of its mask that a segment must show; 0.8
-                and 0 by default.
-            top_k: Instance: pairs of query and class to consider; 100 by default.
-            void_threshold: Pixels whose score, 0..1, is below belong to no segment; see `post_processing`.
-            void_labels: Words, as `labels`, for what is none of the classes; their pixels belong to no segment.
-            batch_size: Images to compute at once; makes no difference to the result.
-            timeout: Seconds that reading a URL may take in all; 30 by default.
+            inputs: Image of any type that `GKCImageProcessor` accepts, a binary file object, or several images: a
+                list, a batched array, an iterator, or a torch dataset of images (for the `datasets` library,
+                `KeyDataset(dataset, "image")`). The argument may also be passed as `images`, its name in transformers.
+            labels: K classes in any form that `Vocabulary.parse` accepts: "dog; sofa, couch; lamp", a list, a
+                `Vocabulary`, the name of a packaged vocabulary, or a file. They are encoded once per call, and prompts
+                are cached. By default the vocabulary stored in the checkpoint.
+            subtask: "panoptic" (default), "instance" or "semantic".
+            threshold: Minimum score of a segment; by default 0.5, for the semantic subtask 0.
+            mask_threshold: Panoptic and instance subtasks: minimum mask probability of the pixels of a segment; 0.5 by
+                default.
+            overlap_mask_area_threshold: Panoptic and instance subtasks: minimum fraction of its mask that a segment
+                must cover; by default 0.8 and 0.
+            top_k: Instance subtask: number of candidate pairs of query and class; 100 by default.
+            void_threshold: Minimum score of a pixel, in 0..1; pixels below it belong to no segment, see
+                `post_processing`.
+            void_labels: Classes, as for `labels`, of image content that is none of the K classes; their pixels belong
+                to no segment.
+            batch_size: Images per forward pass; the results do not depend on it.
+            timeout: Maximum total time in seconds to read a URL; 30 by default.
+            kwargs: The parameters listed above from `labels` on.
 
         Returns:
-            For one image its segments, for a list of images a list of such lists, for an iterator or a dataset an
-            iterator over them. A segment is a dict:
+            A list of segments for one image, a list of such lists for a list of images, and an iterator of such lists
+            for an iterator or a dataset. A segment is a dict:
 
-            * `label`: the first name of its class;
-            * `mask`: PIL image of mode "L" and the image's upright size, 255 inside and 0 outside; the masks of an
+            * `label`: first name of its class;
+            * `mask`: PIL image of mode "L" in the size of the upright image, 255 inside and 0 outside; the masks of an
               image do not overlap;
-            * `score`, in 0..1: of panoptic segments the class score, of instances class score times mean mask
-              probability, of semantic segments, one per class, the mean over their pixels of `semantic_scores`, each
-              at most 1.
+            * `score`, in 0..1: class score of a panoptic segment; class score times mean mask probability of an
+              instance; mean of the pixel scores clipped to 1 of a semantic segment, of which each class has one.
 
         Raises:
-            ValueError: there are no words; labels that `Vocabulary` refuses; an unknown subtask; an unreadable image.
-            TypeError: an unknown parameter, no image, or `inputs` beside `images`.
+            ValueError: There is no vocabulary, the labels or the subtask are invalid, or an image cannot be read.
+            TypeError: A parameter is unknown, no image is given, or both `inputs` and `images` are.
         """
         images = kwargs.pop("images", None)
         if (inputs is None) == (images is None):
-            raise TypeError("give one image or several, as `inputs` or as `images`.")
+            raise TypeError("Pass one or several images, as `inputs` or as `images`.")
         images = _as_list_or_generator(images if inputs is None else inputs)
         if isinstance(images, list) and not images:
             return []
@@ -159,7 +160,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         void_threshold: float | None = None,
         void_labels: VocabularyLike | None = None,
         timeout: float | None = None,
-        local_files_only: bool | None = None,  # of `pipeline()`, which leaves it among the parameters of a call
+        local_files_only: bool | None = None,  # `pipeline()` passes it on as a parameter of calls
         **unknown,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
@@ -182,12 +183,12 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         return {} if timeout is None else {"timeout": timeout}, given, {}
 
     def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
-        """Segment one image; as every pipeline, with the words encoded first."""
+        """Encode the vocabulary and segment one image."""
         params = self._prediction_params(**forward_params)
         return super().run_single(inputs, preprocess_params, params, postprocess_params)
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
-        """Segment several images; as every pipeline, with the words encoded first and once."""
+        """Encode the vocabulary once and segment several images."""
         params = self._prediction_params(**forward_params)
         return super().get_iterator(inputs, num_workers, batch_size, preprocess_params, params, postprocess_params)
 
@@ -199,18 +200,20 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         void_threshold: float | None = None,
         **thresholds,
     ) -> dict[str, Any]:
-        """Encode the words, and choose the options that the subtask has."""
+        """Encode the vocabulary, and select the options that apply to the subtask."""
         if self.processor is None and (labels is not None or void_labels is not None):
-            raise ValueError("words need a tokenizer: construct the pipeline with the `processor` of the checkpoint.")
+            raise ValueError(
+                "`labels` and `void_labels` need a tokenizer: construct the pipeline with the `processor`."
+            )
         if labels is None and self.model.vocabulary is None:
             raise ValueError(
-                'no words to segment into: give `labels`, for example "dog; sofa, couch; lamp", or store a vocabulary '
+                'There is no vocabulary: pass `labels`, for example "dog; sofa, couch; lamp", or store a vocabulary '
                 "in the checkpoint by `model.set_vocabulary(...)`."
             )
         predictor = GKCPredictor(self.model, self.image_processor if self.processor is None else self.processor)
         predictor.set_vocabulary(labels, void_labels=void_labels)
         names = predictor.vocabulary.labels
-        if labels is None:  # stored classes may have been given other names to show since
+        if labels is None:  # the display names of stored classes may have been changed
             names = [self.model.config.id2label[index] for index in range(len(names))]
         is_semantic = subtask == "semantic"
         known = {name: value for name, value in thresholds.items() if name in TASK_OPTIONS[subtask]}
@@ -222,9 +225,9 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         }
 
     def preprocess(self, image: Any, timeout: float = URL_TIMEOUT_S) -> dict[str, PreparedImage]:
-        """Prepare one image."""
-        image, name = (image.image, image.name) if isinstance(image, _Listed) else (image, "image")
-        # In a class of its own, an image passes transformers' collation as it is and may have any size.
+        """Read and preprocess one image."""
+        image, name = (image.image, image.name) if isinstance(image, _NamedImage) else (image, "image")
+        # Collation in transformers passes on objects of unknown classes unchanged, so that image sizes may differ.
         return {"image": prepare_image(image, self.image_processor, name=name, timeout=timeout)}
 
     def _forward(
@@ -237,7 +240,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
     ) -> dict[str, list[dict[str, Any]]]:
         """Return for each image a `map` of ids (H, W) and the `segments` in it: (id, name, score)."""
         images = model_inputs["image"]
-        # Here and not in `postprocess`, which transformers gives tensors of the CPU only.
+        # Post-processing runs here on the device, since transformers moves the inputs of `postprocess` to the CPU.
         results = predictor.predict_prepared([images] if isinstance(images, PreparedImage) else images, options)
         return {
             "segments": [
@@ -254,7 +257,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         }
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """A map of ids and the segments in it to one mask per segment."""
+        """Convert a map of segment ids to a dict of label, score and mask for each segment."""
         segmented = model_outputs["segments"]
         segmented = segmented[0] if isinstance(segmented, list) else segmented
         ids = segmented["map"].numpy()
@@ -264,22 +267,21 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         ]
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
-        """
-        Save model and processor with their code; `push_to_hub` uploads the same. See `modeling_gkc.remote_code`.
+        """Save model and processor with their code, as `push_to_hub` uploads them; see `modeling_gkc.remote_code`.
 
         Args:
-            save_directory: Made if it is not there.
-            kwargs: For the model's `save_pretrained`.
+            save_directory: Folder to write, which is created if missing.
+            kwargs: Arguments of the model's `save_pretrained`.
 
         Raises:
-            ValueError: there is no processor with a tokenizer.
+            ValueError: The pipeline has no processor with a tokenizer.
         """
         if self.processor is None:
-            raise ValueError("a checkpoint needs its tokenizer: construct the pipeline with the `processor`.")
+            raise ValueError("A checkpoint needs its tokenizer: construct the pipeline with the `processor`.")
         save_with_code(self.model, self.processor, save_directory, **kwargs)
 
     def _upload_modified_files(self, working_dir: str | PathLike, *args, **kwargs) -> Any:
-        """Upload what every pipeline uploads, with this library's model card instead of transformers' empty one."""
+        """Upload the files of the pipeline, with a model card of this library instead of the empty one."""
         card = Path(working_dir) / CARD_NAME
         if card.is_file() and _EMPTY_CARD in card.read_text(encoding="utf-8"):
             card.unlink()
@@ -288,27 +290,23 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
 
 
 def _as_list_or_generator(inputs: Any) -> Any:
-    """Several images in the forms that transformers' pipelines take for several; all else as it is."""
+    """Convert tuples, batched arrays and iterators to the list or generator that transformers expects."""
     if isinstance(inputs, tuple) or (isinstance(inputs, np.ndarray | Tensor) and inputs.ndim == 4):
         return list(inputs)
     return (image for image in inputs) if isinstance(inputs, Iterator) and not is_file_object(inputs) else inputs
 
 
 def _named(images: Any) -> Any:
-    """Several images, each with what to call it in errors; one image as it is."""
+    """Pair each of several images with its name in error messages; return a single image unchanged."""
     if isinstance(images, list):
-        return [_listed(image, index) for index, image in enumerate(images)]
+        return [_NamedImage(image, place_name(index)) for index, image in enumerate(images)]
     if isinstance(images, GeneratorType):
-        return (_listed(image, index) for index, image in enumerate(images))
+        return (_NamedImage(image, place_name(index)) for index, image in enumerate(images))
     return _NamedImages(images) if isinstance(images, Dataset) else images
 
 
-def _listed(image: Any, index: int) -> _Listed:
-    return _Listed(image, place_name(index))
-
-
 class _NamedImages(Dataset):
-    """A dataset of images, each with what to call it in errors."""
+    """Dataset of images, each paired with its name in error messages."""
 
     def __init__(self, images: Dataset):
         self.images = images
@@ -316,19 +314,19 @@ class _NamedImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> _Listed:
-        return _listed(self.images[index], index)
+    def __getitem__(self, index: int) -> _NamedImage:
+        return _NamedImage(self.images[index], place_name(index))
 
 
 def _dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The precision that a constructor is given; None for the model's own."""
+    """Return the dtype among the arguments of the constructor, None for that of the model."""
     given = kwargs.get("dtype", "auto")
     given = kwargs.get("torch_dtype") if given in (None, "auto") else given
     if given in (None, "auto"):
         return None
     dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be a precision such as torch.bfloat16, got {given!r}.")
+        raise ValueError(f"`dtype` must be a floating-point type such as torch.bfloat16, got {given!r}.")
     return dtype
 
 

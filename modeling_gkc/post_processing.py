@@ -11,24 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-Logits to results: semantic, instance and panoptic segmentation at any size.
+"""Post-processing of model outputs: semantic, instance and panoptic segmentation at any size.
 
-Letters: B images, Q queries, K classes (class K of the logits is "no object"), h x w the grid of the mask logits,
-H x W the target pixels, N segments. All sizes are (height, width).
+Letters: B images, Q queries, K classes (class K of the logits is "no object"), h x w grid of the mask logits, H x W
+target pixels, N segments. All sizes are (height, width).
 
-Masks are resampled once, straight from the grid to the target pixels of the true image content, before the sigmoid.
-(`resampling` gives the two ways of Mask2Former, by which published numbers were measured: see `MASK_RESAMPLINGS`.)
-The work goes in row tiles, so that memory is bounded by the result and never reaches Q x H x W or K x H x W.
+By default, mask logits are resampled once, directly from the grid to the target pixels of the image content, before
+the sigmoid. The other values of `resampling` reproduce Mask2Former, as published results do: see `MASK_RESAMPLINGS`.
+The computation proceeds in row tiles, so that memory use never reaches Q x H x W or K x H x W numbers.
 
-"None of these": pixels become void whose shown score is below `void_threshold`, and those which a class of
-`void_label_ids` wins. Such classes compete for pixels as all others do, but are never shown. The shown score of a
-pixel is its class score in a semantic map, and class score times mask probability at the pixel elsewhere. Void pixels
-have the value `void_id`, which is never a class or a segment: by default `void_label(K)` in a semantic map (255, or
-65535 where 255 is a class), 0 in a panoptic and -1 in an instance map; segment ids count from 1.
+Pixels become void if their score is below `void_threshold`, or if they are assigned to a class of `void_label_ids`.
+Void classes compete for pixels like all other classes, but are not part of the result. The score of a pixel is its
+class score in a semantic map, and class score times mask probability in the other maps. Void pixels have the value
+`void_id`, which is not the number of a class or segment: by default `void_label(K)` in a semantic map (255, or 65535
+if 255 is a class), 0 in a panoptic map and -1 in an instance map. Segment ids count from 1.
 
-All is computed in fp32, under autocast too, and without gradients. Logits must be finite, but a class logit may be
--inf, which rules a class out.
+All computation is in fp32, also under autocast, and without gradients. Logits must be finite, except that a class
+logit may be -inf, which excludes the class.
 """
 
 import dataclasses
@@ -68,11 +67,10 @@ INSTANCE_VOID = -1
 
 @dataclass(frozen=True)
 class Thresholds:
-    """
-    Thresholds of a result, and which pixels become void, as the functions of this module pass them on.
+    """Thresholds of a segmentation, and the pixels that become void.
 
-    The fields have the meanings that the arguments of these names have in `panoptic_segmentation` and
-    `instance_segmentation`; of a semantic result those of void alone count.
+    The fields have the meaning of the arguments with these names of `panoptic_segmentation` and
+    `instance_segmentation`. Semantic segmentation uses `void_threshold`, `void_label_ids` and `void_id` only.
     """
 
     threshold: float = 0.5
@@ -83,22 +81,20 @@ class Thresholds:
     void_id: int | None = None
 
     def check_fractions(self) -> "Thresholds":
-        """
-        Check the thresholds of segments, and convert numbers of numpy and torch.
+        """Check the thresholds of segments, and return a copy with numpy and torch numbers converted to float.
 
         Raises:
-            ValueError: a threshold is not between 0 and 1.
+            ValueError: A threshold is not between 0 and 1.
         """
         names = ("threshold", "mask_threshold", "overlap_mask_area_threshold", "void_threshold")
         values = check_fractions(**{name: getattr(self, name) for name in names})
         return dataclasses.replace(self, **dict(zip(names, values, strict=True)))
 
     def void_classes(self, num_classes: int) -> Tensor:
-        """
-        Mark the classes whose pixels become void: (K,) bool.
+        """Return a mask (K,) bool of the classes whose pixels become void.
 
         Raises:
-            ValueError: `void_label_ids` holds what is no class.
+            ValueError: `void_label_ids` contains a number that is not a class.
         """
         is_void = torch.zeros(num_classes, dtype=torch.bool)
         is_void[list(check_label_ids("void_label_ids", self.void_label_ids, num_classes))] = True
@@ -106,18 +102,17 @@ class Thresholds:
 
 
 def void_label(num_classes: int) -> int:
-    """
-    Value of a void pixel in a semantic map: 255, or where that is a class 65535, or where that is one 2^31 - 1.
+    """Return the default value of void pixels in a semantic map: the first of 255, 65535, 2^31 - 1 above all classes.
 
     Raises:
-        ValueError: `num_classes` is no whole number in 0..2^31 - 1.
+        ValueError: `num_classes` is not an integer from 0 to 2^31 - 1.
     """
     check_whole_number("num_classes", num_classes, 0, VOID_LABELS[-1])
     return next(value for value in VOID_LABELS if value >= num_classes)
 
 
 def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
-    """The checked value of void pixels, given which classes (K,) are never shown."""
+    """Check or choose the value of void pixels in a semantic map, given the mask (K,) bool of void classes."""
     shown = (~is_void).nonzero().flatten().tolist()
     if void_id is None:
         return void_label(shown[-1] + 1 if shown else 0)
@@ -132,12 +127,12 @@ def _semantic_void_id(void_id: int | None, is_void: Tensor) -> int:
 
 
 def _segment_void_id(void_id: int, most_segments: int) -> int:
-    """The checked value of void pixels in a map of at most so many segments, in int32."""
+    """Check the value of void pixels in an int32 map of at most `most_segments` segments."""
     void_id = check_whole_number("void_id", void_id)
     if not (-(2**31) <= void_id < 1 or most_segments < void_id < 2**31):
         raise ValueError(
             f"`void_id` {void_id} may be the id of a segment, which count from 1 to at most {most_segments}: choose "
-            "0, a negative number or a larger one, of 32 bits."
+            "0, a negative number or a larger one that fits into 32 bits."
         )
     return void_id
 
@@ -150,15 +145,15 @@ def _prepare(
     resampling: str = "direct",
     for_scores: bool = False,
 ) -> tuple[Tensor, MaskResampler]:
-    """The checked class logits (Q, K + 1) in fp32 and masks of one image, both without gradients."""
+    """Check the logits of one image, and return class logits (Q, K + 1) in fp32 and a mask resampler."""
     check_logits(class_logits, mask_logits)
     class_logits = class_logits.detach().float()
     # The best logit of a query is NaN or infinite if one is NaN or +inf, or if all are -inf.
     for name, numbers in (("class", class_logits.amax(dim=-1)), ("mask", mask_logits)):
         if not numbers.isfinite().all():
             raise ValueError(
-                f"the {name} logits hold NaN or infinity, as fp16 gives where numbers overflow: run the model in "
-                "bf16 or fp32, for instance with `dtype=torch.float32`."
+                f"The {name} logits contain NaN or infinity, which often result from fp16 overflow: run the model in "
+                "bf16 or fp32, for example with `dtype=torch.float32`."
             )
     return class_logits, make_resampler(mask_logits, content_size, target_size, resampling, for_scores)
 
@@ -170,8 +165,7 @@ def semantic_scores(
     target_size: Size | None = None,
     resampling: str = "direct",
 ) -> Tensor:
-    """
-    Score of every class at every pixel: the sum over queries of softmax(class logits)_k * sigmoid(mask logits).
+    """Compute the class scores of every pixel, the sum over queries of softmax(class logits)_k * sigmoid(mask logits).
 
     Source: Cheng et al., *Per-Pixel Classification is Not All You Need for Semantic Segmentation* (2021), section 3.4.
 
@@ -183,10 +177,10 @@ def semantic_scores(
         resampling: As for `make_resampler`.
 
     Returns:
-        (K, H, W) fp32 between 0 and Q; K x H x W numbers, which `semantic_segmentation` avoids.
+        (K, H, W) fp32 scores between 0 and Q. `semantic_segmentation` needs less memory.
 
     Raises:
-        ValueError: logits are not finite, or a size is impossible.
+        ValueError: Logits are not finite, or a size is invalid.
     """
     class_logits, resampler = _prepare(
         class_logits, mask_logits, content_size, target_size, resampling, for_scores=True
@@ -195,7 +189,7 @@ def semantic_scores(
 
 
 def _all_scores(resampler: MaskResampler, class_logits: Tensor) -> Tensor:
-    """Scores (K, H, W) of all classes, computed a row tile at a time."""
+    """Compute the scores (K, H, W) of all classes, one row tile at a time."""
     scores = class_logits.new_empty(class_logits.shape[1] - 1, *resampler.size)
     for rows, tile in _semantic_tiles(resampler, class_logits):
         scores[:, rows] = tile
@@ -212,25 +206,24 @@ def semantic_segmentation(
     void_id: int | None = None,
     resampling: str = "direct",
 ) -> tuple[Tensor, Tensor]:
-    """
-    Best class of every pixel by `semantic_scores`, of which only one row tile exists at a time.
+    """Assign each pixel the class with the highest of its `semantic_scores`, one row tile at a time.
 
     Args:
         class_logits: (Q, K + 1).
         mask_logits: (Q, h, w).
         content_size: As for `MaskResampler`.
         target_size: As for `MaskResampler`.
-        void_threshold: Pixels whose best score, between 0 and Q, is below become void; None keeps all.
+        void_threshold: Minimum score of a pixel, between 0 and Q; pixels below it become void. None keeps all pixels.
         void_label_ids: Classes whose pixels become void.
-        void_id: Value of void pixels, no class that is shown; None means `void_label` of the classes that are shown.
+        void_id: Value of void pixels, which must not be a class of the result; None selects `void_label`.
         resampling: As for `make_resampler`.
 
     Returns:
-        Class map (H, W) int64, and the best scores (H, W) fp32, at void pixels too.
+        Class map (H, W) int64, and the highest score (H, W) fp32 of each pixel, including void pixels.
 
     Raises:
-        ValueError: `void_label_ids` holds what is no class, `void_id` is a class or no whole number, logits are not
-            finite, or a size is impossible.
+        ValueError: `void_label_ids` contains a number that is not a class, `void_id` is a class or not an integer,
+            logits are not finite, or a size is invalid.
     """
     class_logits, resampler = _prepare(
         class_logits, mask_logits, content_size, target_size, resampling, for_scores=True
@@ -241,22 +234,21 @@ def semantic_segmentation(
 
 
 def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> list[dict[str, Any]]:
-    """
-    The classes that a result of `semantic_segmentation` shows, as segments.
+    """List the classes in a result of `semantic_segmentation` as segments.
 
     Args:
-        class_map: (H, W) classes and void.
-        scores: (H, W) scores of the classes shown.
-        num_classes: Classes that may be shown, the first ones; all other values of the map, negative ones too, are
-            void. With void classes after the others leave those out, or count them: they have no pixel.
+        class_map: (H, W) class of each pixel.
+        scores: (H, W) score of each pixel.
+        num_classes: Number of classes; all values of the map outside 0..num_classes - 1 are void. Void classes at the
+            end of the vocabulary may be counted or not, since they have no pixels.
 
     Returns:
-        For each class that has a pixel `id` and `label_id`, both the class, and `score`, the mean over its pixels of
-        their scores, each at most 1: where several queries answer for one pixel, their sum exceeds it.
+        A dict for each class that has a pixel: `id` and `label_id`, both the class, and `score`, the mean over its
+        pixels of their scores clipped to 1. (The scores of several queries at one pixel may add up to more.)
 
     Raises:
-        ValueError: the map holds no integers, the scores are not finite or of another shape, or `num_classes` is no
-            whole number of at least 1.
+        ValueError: The map has no integer type, the scores are not finite or have another shape, or `num_classes` is
+            not an integer of at least 1.
     """
     _check_semantic_map(class_map, scores, num_classes)
     # On the CPU: MPS has no fp64, and CUDA no deterministic sums per class.
@@ -279,7 +271,7 @@ def _check_semantic_map(class_map: Tensor, scores: Tensor, num_classes: int) -> 
         raise ValueError(f"`class_map` must be a tensor (H, W) of integers, got {shown(class_map)}.")
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != class_map.shape:
         raise ValueError(
-            f"`scores` must be a tensor {tuple(class_map.shape)} of floating-point numbers, as the map, got "
+            f"`scores` must be a floating-point tensor of the map's shape {tuple(class_map.shape)}, got "
             f"{shown(scores)}."
         )
     if not scores.isfinite().all():
@@ -289,7 +281,7 @@ def _check_semantic_map(class_map: Tensor, scores: Tensor, num_classes: int) -> 
 def _best_classes(
     resampler: MaskResampler, class_logits: Tensor, void: Thresholds, scores: Tensor | None = None
 ) -> Tensor:
-    """Class map (H, W) of `semantic_segmentation`; the best scores are written into `scores` (H, W), if given."""
+    """Compute the class map (H, W) of `semantic_segmentation`, and store the best scores in `scores`, if given."""
     is_void = void.void_classes(class_logits.shape[1] - 1)
     void_id, void_threshold = _semantic_void_id(void.void_id, is_void), void.void_threshold
     if void_threshold is not None:
@@ -308,12 +300,12 @@ def _best_classes(
 
 
 def _class_scores(class_logits: Tensor) -> Tensor:
-    """(Q, K) probabilities of the classes."""
+    """Compute the class probabilities (Q, K) of the queries, without "no object"."""
     return class_logits.softmax(dim=-1)[:, :-1]
 
 
 def _semantic_tiles(resampler: MaskResampler, class_logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the target and their class scores (K, rows, W)."""
+    """Yield row ranges of the target and their class scores (K, rows, W)."""
     class_scores = _class_scores(class_logits)
     num_queries, num_classes = class_scores.shape
     yield from resampler.map_tiles(
@@ -322,16 +314,16 @@ def _semantic_tiles(resampler: MaskResampler, class_logits: Tensor) -> Iterator[
 
 
 def _weighted_sums(class_scores: Tensor, masks: Tensor) -> Tensor:
-    """Sums (K, ...) of masks (Q, ...) weighted with the class scores (Q, K)."""
+    """Compute the sums (K, ...) of masks (Q, ...) weighted by class scores (Q, K)."""
     with torch.autocast(masks.device.type, enabled=False):
         return (class_scores.T @ masks.flatten(1)).view(-1, *masks.shape[1:])
 
 
 def _winners(resampler: MaskResampler, class_logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of the target, the best class score of their pixels and which class has it, both (rows, W).
+    """Yield row ranges of the target, the highest class score of each pixel and its class, both (rows, W).
 
-    Of many classes few can win anywhere in a small part of an image: on a CPU the others are left out. Elsewhere
-    finding them takes longer than computing them all.
+    In a small part of an image only few of many classes can have the highest score. On a CPU, the other classes are
+    skipped; on other devices, finding them takes longer than computing all scores.
     """
     class_scores = _class_scores(class_logits)
     computes_all = class_scores.device.type != "cpu" or class_scores.shape[1] <= FEW_CLASSES
@@ -346,10 +338,10 @@ def _winners(resampler: MaskResampler, class_logits: Tensor) -> Iterator[tuple[s
 
 
 def _part_winners(class_scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Best of the class scores (Q, K) under masks (Q, rows, columns), and which class it is, (rows, columns).
+    """Compute the highest score and its class, both (rows, columns), from scores (Q, K) and masks (Q, rows, columns).
 
-    No pixel has more of a class than a pixel would have where every mask is at its highest. A class whose score is
-    even there less than what some class has at every pixel wins nowhere.
+    The score that a class would have if every mask took its maximum is an upper bound of its scores. A class whose
+    bound is below the highest score of every pixel is skipped.
     """
     shape, masks = masks.shape[1:], masks.flatten(1)
     bounds = class_scores.T @ masks.amax(dim=1)  # (K,)
@@ -360,7 +352,7 @@ def _part_winners(class_scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         candidates = could_win.nonzero().flatten()
         scores = _weighted_sums(class_scores[:, candidates], masks)
     best = scores.amax(dim=0)
-    # Several times faster than `max`, which is not vectorised; of equals both take the first.
+    # Several times faster than `max`, which is not vectorized; both take the first of equal scores.
     winners = torch.where(scores == best, torch.arange(len(scores), dtype=torch.float32)[:, None], torch.inf).amin(
         dim=0
     )
@@ -382,15 +374,14 @@ def panoptic_segmentation(
     return_binary_maps: bool = False,
     resampling: str = "direct",
 ) -> dict[str, Any]:
-    """
-    Cut an image into segments that do not overlap.
+    """Compute a panoptic segmentation, whose segments do not overlap.
 
-    Queries whose best class is a real one with a score above `threshold` compete for every pixel with class score *
-    sigmoid(mask), which is the score of the pixel they win. A segment shows where it wins, its own mask is at least
-    `mask_threshold` and the pixel's score at least `void_threshold`. It is dropped when it shows nowhere, or when it
-    wins fewer pixels than `overlap_mask_area_threshold` times the area of its own mask; neither that area nor the
-    pixels won depend on `void_threshold`, nor the area on the class score. Queries of void classes compete as all
-    others, but are no segments.
+    Queries whose best class is not "no object" and has a score above `threshold` compete for each pixel with class
+    score * sigmoid(mask); the highest product wins the pixel and is its score. A segment consists of the pixels that
+    it wins where its mask is at least `mask_threshold` and the score at least `void_threshold`. It is dropped if it is
+    empty, or if it wins fewer pixels than `overlap_mask_area_threshold` times the area of its mask. Neither this area
+    nor the number of won pixels depends on `void_threshold`, and the area does not depend on the class score. Queries
+    of void classes compete like all others, but are not segments of the result.
 
     Source: Cheng et al., *Masked-attention Mask Transformer for Universal Image Segmentation* (2022), and MaskFormer.
 
@@ -399,24 +390,24 @@ def panoptic_segmentation(
         mask_logits: (Q, h, w).
         content_size: As for `MaskResampler`.
         target_size: As for `MaskResampler`.
-        threshold: Lowest class score, exclusive.
-        mask_threshold: Lowest mask probability of a pixel inside.
-        overlap_mask_area_threshold: Lowest share of a mask that has to win.
-        label_ids_to_fuse: Stuff classes; all segments of such a class become one.
-        void_threshold: Lowest score of a pixel, between 0 and 1; None keeps all.
+        threshold: Minimum class score of a segment, exclusive.
+        mask_threshold: Minimum mask probability of the pixels of a segment.
+        overlap_mask_area_threshold: Minimum fraction of its mask that a segment must win.
+        label_ids_to_fuse: Stuff classes; all segments of such a class are merged into one.
+        void_threshold: Minimum score of a pixel, between 0 and 1; pixels below it become void. None keeps all pixels.
         void_label_ids: Classes whose pixels become void.
-        void_id: Value of void pixels, below 1 or above Q; None means 0.
-        return_binary_maps: Give a mask for each segment instead of a map.
+        void_id: Value of void pixels, below 1 or above Q; None selects 0.
+        return_binary_maps: Whether to return a mask for each segment instead of a map.
         resampling: As for `make_resampler`.
 
     Returns:
-        `segmentation`, a map (H, W) int32 or N masks (N, H, W) bool in the order of the ids, and `segments_info`, a
-        list of `id` (1, 2, .. N without gaps), `label_id`, `was_fused` (the class is in `label_ids_to_fuse`) and
-        `score` (class score; of fused segments the highest).
+        A dict of `segmentation`, a map (H, W) int32 or N masks (N, H, W) bool in the order of the ids, and
+        `segments_info`, a list of dicts: `id` (1..N), `label_id`, `was_fused` (whether the class is in
+        `label_ids_to_fuse`) and `score` (class score, for merged segments the highest one).
 
     Raises:
-        ValueError: `void_label_ids` or `label_ids_to_fuse` holds what is no class, `void_id` may be a segment, logits
-            are not finite, or a size is impossible.
+        ValueError: `void_label_ids` or `label_ids_to_fuse` contains a number that is not a class, `void_id` may be the
+            id of a segment, logits are not finite, or a size is invalid.
     """
     thresholds = Thresholds(
         threshold, mask_threshold, overlap_mask_area_threshold, void_threshold, void_label_ids, void_id
@@ -447,7 +438,7 @@ def panoptic_segmentation(
 def _number_segments(
     valid: Tensor, labels: list[int], scores: list[float], label_ids_to_fuse: Collection[int]
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The id (N,) int32 of each mask, 0 of those that are not `valid`, and the segments that the ids mean."""
+    """Assign segment ids (N,) int32 to masks, 0 if not `valid`, and return them with the segments."""
     ids = torch.zeros(len(valid), dtype=torch.int32)
     segments: list[dict[str, Any]] = []
     fused: dict[int, dict[str, Any]] = {}
@@ -467,12 +458,11 @@ def _number_segments(
 
 
 def _compete(resampler: MaskResampler, scores: Tensor, thresholds: Thresholds) -> tuple[Tensor, ...]:
-    """
-    Let N masks compete for every pixel.
+    """Assign each pixel to one of N masks by score times mask probability.
 
     Returns:
-        The mask that shows at each pixel (H, W) int32, counted from 1, 0 where none does; and for each mask (N,) the
-        numbers of pixels that it wins, where it shows, and of its own area.
+        Map (H, W) int32 of mask numbers from 1, 0 for void, and three tensors (N,) of pixel counts of each mask: the
+        pixels that it wins, the pixels that it has in the map, and the area of the whole mask.
     """
     count, mask_threshold = len(scores), thresholds.mask_threshold
     owner = torch.zeros(resampler.size, dtype=torch.int32, device=scores.device)
@@ -491,12 +481,12 @@ def _compete(resampler: MaskResampler, scores: Tensor, thresholds: Thresholds) -
 
 
 def _areas(masks: Tensor) -> Tensor:
-    """Pixels (N,) int32 in each of the masks (N, H, W) bool."""
+    """Count the pixels (N,) int32 of masks (N, H, W) bool."""
     return masks.flatten(1).sum(dim=1, dtype=torch.int32)  # much faster than count_nonzero
 
 
 def _relabel(owner: Tensor, ids: Tensor) -> Tensor:
-    """Replaces each number n of a map (H, W) by `ids[n]`, in place, a few rows at a time."""
+    """Replace each number n of a map (H, W) by `ids[n]` in place, a few rows at a time."""
     ids = ids.to(owner.device, owner.dtype)
     for rows in owner.split(rows_per_tile(owner.shape[1], planes=4)):
         rows.copy_(ids[rows.long()])
@@ -504,7 +494,7 @@ def _relabel(owner: Tensor, ids: Tensor) -> Tensor:
 
 
 class _Pairs(NamedTuple):
-    """Pairs (N,) of query and class, best score first: `class_scores`, and `scores` that weigh the masks too."""
+    """Pairs (N,) of query and class, sorted by `scores`, the class scores times the mean mask probabilities."""
 
     queries: Tensor
     labels: Tensor
@@ -531,13 +521,13 @@ def instance_segmentation(
     void_id: int | None = None,
     resampling: str = "direct",
 ) -> dict[str, Any]:
-    """
-    Find single objects, each with a score of its own.
+    """Compute an instance segmentation, with a score for each instance.
 
-    The `top_k` best pairs of query and class are taken, so one query may appear under several classes. The score of a
-    pair is its class score times the mean mask probability inside its mask; empty masks are dropped. Pairs of void
-    classes are ranked with the others and take their pixels from every pair of a lower score, in whole masks as in
-    the map, but are no instances. An instance left without a pixel is dropped; what is left of one keeps its score.
+    The `top_k` pairs of query and class with the highest class scores are candidates, so that one query may give
+    instances of several classes. The score of a pair is its class score times the mean mask probability inside its
+    mask; empty masks are dropped. Pairs of void classes are ranked with the others and remove their pixels from all
+    pairs with lower scores, in whole masks as in the map, but are not instances of the result. An instance without
+    remaining pixels is dropped; otherwise its score does not change.
 
     Source: Cheng et al., *Masked-attention Mask Transformer for Universal Image Segmentation* (2022).
 
@@ -546,35 +536,35 @@ def instance_segmentation(
         mask_logits: (Q, h, w).
         content_size: As for `MaskResampler`.
         target_size: As for `MaskResampler`.
-        threshold: Lowest score.
-        mask_threshold: A pixel is inside where the mask probability is above.
-        overlap_mask_area_threshold: In the map, a segment that covers less than this share of its mask is dropped.
-            (`void_threshold` changes neither.)
-        top_k: Pairs of query and class to consider.
-        return_binary_maps: Give the whole masks, which may overlap, instead of a map.
-        return_coco_annotation: Give the whole masks in COCO's run-length encoding instead of a map.
-        void_threshold: Lowest class score * mask probability of a pixel, between 0 and 1: in the map of the segment
-            that covers it, in whole masks of each by itself; None keeps all.
+        threshold: Minimum score of an instance.
+        mask_threshold: Mask probability that the pixels of an instance must exceed.
+        overlap_mask_area_threshold: Minimum fraction of its mask that an instance must cover in the map. Neither area
+            depends on `void_threshold`.
+        top_k: Number of candidate pairs of query and class.
+        return_binary_maps: Whether to return the whole masks, which may overlap, instead of a map.
+        return_coco_annotation: Whether to return the whole masks in COCO run-length encoding instead of a map.
+        void_threshold: Minimum class score * mask probability of a pixel, between 0 and 1. In the map it applies to
+            the instance in front, in whole masks to each instance. None keeps all pixels.
         void_label_ids: Classes whose pixels become void.
-        void_id: Value of void pixels in the map, below 1 or above `top_k`; None means -1.
+        void_id: Value of void pixels in the map, below 1 or above `top_k`; None selects -1.
         resampling: As for `make_resampler`.
 
     Returns:
-        `segments_info`, best score first: `id` (1, 2, .. N), `label_id`, `was_fused` (False) and `score`; and
-        `segmentation`: a map (H, W) int32 where the best segment covers the others (segments that show nowhere are
-        left out), or N masks (N, H, W) bool, or a list of N encodings; masks are in the order of the ids.
+        A dict of `segments_info`, a list of dicts with the best score first: `id` (1..N), `label_id`, `was_fused`
+        (False) and `score`; and `segmentation`: a map (H, W) int32 in which instances with higher scores cover the
+        others (fully covered ones are dropped), or N masks (N, H, W) bool, or N encoded masks, ordered by id.
 
     Raises:
-        ValueError: both `return_binary_maps` and `return_coco_annotation` are asked for, `top_k` is below 1,
-            `void_label_ids` holds what is no class, `void_id` may be a segment, logits are not finite, or a size is
-            impossible.
+        ValueError: Both `return_binary_maps` and `return_coco_annotation` are set, `top_k` is below 1,
+            `void_label_ids` contains a number that is not a class, `void_id` may be the id of a segment, logits are
+            not finite, or a size is invalid.
     """
     thresholds = Thresholds(
         threshold, mask_threshold, overlap_mask_area_threshold, void_threshold, void_label_ids, void_id
     ).check_fractions()
     check_flags(return_binary_maps=return_binary_maps, return_coco_annotation=return_coco_annotation)
     if return_binary_maps and return_coco_annotation:
-        raise ValueError("choose one of `return_binary_maps` and `return_coco_annotation`.")
+        raise ValueError("Set only one of `return_binary_maps` and `return_coco_annotation`.")
     top_k = check_whole_number("top_k", top_k, 1)
     class_logits, resampler = _prepare(class_logits, mask_logits, content_size, target_size, resampling)
     num_pairs = min(top_k, class_logits[:, :-1].numel())
@@ -600,7 +590,7 @@ def instance_segmentation(
 
 
 def _rank_pairs(class_logits: Tensor, resampler: MaskResampler, thresholds: Thresholds, num_pairs: int) -> _Pairs:
-    """The pairs with a mask and a score of at least `threshold`, best first."""
+    """Rank the pairs of query and class with non-empty masks and scores of at least `threshold`."""
     class_scores = class_logits.softmax(dim=-1)[:, :-1]
     class_scores, pairs = class_scores.flatten().topk(num_pairs)
     possible = class_scores >= thresholds.threshold
@@ -616,7 +606,7 @@ def _rank_pairs(class_logits: Tensor, resampler: MaskResampler, thresholds: Thre
 
 
 def _mask_quality(resampler: MaskResampler, mask_threshold: float) -> Tensor:
-    """Mean probability (Q,) inside each mask, 0 for an empty one."""
+    """Compute the mean probability (Q,) inside each mask, 0 for an empty mask."""
     count = resampler.num_masks
     total, area = torch.zeros(2, count, device=resampler.device)
     for _, logits in resampler.tiles(planes=3 * count + 1):
@@ -629,7 +619,7 @@ def _mask_quality(resampler: MaskResampler, mask_threshold: float) -> Tensor:
 def _whole_masks(
     resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds: Thresholds
 ) -> tuple[Tensor, Tensor]:
-    """Masks (N, H, W) bool of the pairs that are left, and their numbers (N,)."""
+    """Return the non-empty masks (N, H, W) bool of the pairs of non-void classes, and the pair numbers (N,)."""
     first_void = _first_void_pair(resampler, pairs, is_void, thresholds.mask_threshold)
     ranks = (~is_void).nonzero().flatten()
     masks = _binary_masks(resampler, pairs, ranks, first_void, thresholds)
@@ -640,7 +630,7 @@ def _whole_masks(
 def _encoded_masks(
     resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds: Thresholds
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """As `_whole_masks`, with encodings, of which only the masks of a few exist at a time."""
+    """Return the masks of `_whole_masks` run-length encoded, decoding a few at a time, and the pair numbers (N,)."""
     first_void = _first_void_pair(resampler, pairs, is_void, thresholds.mask_threshold)
     encodings, seen = [], []
     for ranks in (~is_void).nonzero().flatten().split(MASKS_PER_PASS):
@@ -658,7 +648,7 @@ def _binary_masks(
     first_void: Tensor | None,
     thresholds: Thresholds,
 ) -> Tensor:
-    """Masks (N, H, W) bool of the pairs `ranks` (N,), without their void pixels."""
+    """Compute the masks (N, H, W) bool of the pairs `ranks` (N,), without void pixels."""
     resampler, class_scores = resampler.select(pairs.queries[ranks]), pairs.class_scores[ranks]
     masks = torch.zeros(len(ranks), *resampler.size, dtype=torch.bool, device=ranks.device)
     for rows, logits in resampler.tiles(planes=3 * len(ranks) + 1):
@@ -673,7 +663,7 @@ def _binary_masks(
 
 
 def _first_void_pair(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, mask_threshold: float) -> Tensor | None:
-    """The best pair of a void class that covers each pixel (H, W), where none does N; None without such pairs."""
+    """Return the first pair of a void class at each pixel (H, W), N if there is none; None without void pairs."""
     ranks, count = is_void.nonzero().flatten().int(), len(is_void)
     if not len(ranks):
         return None
@@ -686,7 +676,7 @@ def _first_void_pair(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, m
 
 
 def _paint(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds: Thresholds) -> tuple[Tensor, Tensor]:
-    """Map (H, W) int32 of pairs, from 1, where earlier ones cover later ones and 0 is none; which (N,) are kept."""
+    """Paint pairs into a map (H, W) int32 of pair numbers from 1, best in front, and mark the kept pairs (N,)."""
     count, device, void_threshold = len(is_void), is_void.device, thresholds.void_threshold
     owner = torch.zeros(resampler.size, dtype=torch.int32, device=device)
     area, covered, shown = torch.zeros(3, count, dtype=torch.int64, device=device)
@@ -710,7 +700,7 @@ def _paint(resampler: MaskResampler, pairs: _Pairs, is_void: Tensor, thresholds:
 
 
 class PostProcessingMixin:
-    """`post_process_*` of the image processor and the processor, whose arguments begin with those of Mask2Former's."""
+    """Methods `post_process_*` of both processors, whose arguments begin with those of Mask2Former's methods."""
 
     def post_process_semantic_segmentation(
         self,
@@ -723,29 +713,27 @@ class PostProcessingMixin:
         void_id: int | None = None,
         return_scores: bool = False,
     ) -> list[Tensor] | list[SemanticSegmentationPostProcessorOutput]:
-        """
-        Best class of every pixel, see `semantic_segmentation`.
+        """Compute class maps, see `semantic_segmentation`.
 
         Args:
             outputs: Output of the model: `class_queries_logits` (B, Q, K + 1), `masks_queries_logits` (B, Q, h, w) and
                 `content_sizes` (B, 2).
             target_sizes: For each image the (height, width) to return, such as the processor's `original_sizes`; None
                 returns the masks' resolution.
-            return_segmentation_scores: Give the scores of all classes too, K x H x W numbers for each image.
-            void_threshold: Pixels whose best class score is below become void.
+            return_segmentation_scores: Whether to return the scores of all classes too, K x H x W numbers per image.
+            void_threshold: Minimum class score of a pixel; pixels below it become void.
             void_label_ids: Classes that compete for pixels, but whose pixels become void.
             void_id: Value of void pixels; 255 by default, or 65535 with more than 255 classes.
-            return_scores: Give the best class score of every pixel too, H x W numbers for each image.
+            return_scores: Whether to return the highest class score of each pixel too, H x W numbers per image.
 
         Returns:
-            B class maps (H, W) int64; with one of the two kinds of scores B outputs of `segmentation`, the same map,
-            and of those that are asked for `scores` (H, W), the best score of every pixel, at void pixels too, and
-            `segmentation_scores` (K, H, W), those of `semantic_scores`. `scores` is the maximum of
-            `segmentation_scores` over the classes, to rounding, but never needs memory for more than one row tile of
-            them.
+            B class maps (H, W) int64. With `return_scores` or `return_segmentation_scores`, B outputs with the map as
+            `segmentation`, and `scores` (H, W), the highest score of each pixel, including void pixels, or
+            `segmentation_scores` (K, H, W), the result of `semantic_scores`, as requested. `scores` equals the maximum
+            of `segmentation_scores` up to rounding, but is computed one row tile at a time.
 
         Warns:
-            UserWarning: a target is the transpose of its image.
+            UserWarning: The target size of an image has height and width swapped.
         """
         check_flags(return_segmentation_scores=return_segmentation_scores, return_scores=return_scores)
         void = Thresholds(void_threshold=void_threshold, void_label_ids=void_label_ids, void_id=void_id)
@@ -777,27 +765,26 @@ class PostProcessingMixin:
         void_label_ids: Collection[int] = (),
         void_id: int | None = None,
     ) -> list[dict[str, Any]]:
-        """
-        Single objects of every image; arguments and results as for `instance_segmentation`.
+        """Compute instance segmentations, see `instance_segmentation`.
 
         Args:
             outputs: As for `post_process_semantic_segmentation`.
-            threshold: Lowest score.
-            mask_threshold: A pixel is inside where the mask probability is above.
-            overlap_mask_area_threshold: In the map, a segment that covers less than this share of its mask is dropped.
+            threshold: Minimum score of an instance.
+            mask_threshold: Mask probability that the pixels of an instance must exceed.
+            overlap_mask_area_threshold: Minimum fraction of its mask that an instance must cover in the map.
             target_sizes: As for `post_process_semantic_segmentation`.
-            return_coco_annotation: Give whole masks in COCO's run-length encoding instead of a map.
-            return_binary_maps: Give whole masks (N, H, W) instead of a map.
-            top_k: Pairs of query and class to consider.
-            void_threshold: Pixels where class score * mask probability is below become void.
+            return_coco_annotation: Whether to return whole masks in COCO run-length encoding instead of a map.
+            return_binary_maps: Whether to return whole masks (N, H, W) instead of a map.
+            top_k: Number of candidate pairs of query and class.
+            void_threshold: Minimum class score * mask probability of a pixel; pixels below it become void.
             void_label_ids: Classes that compete for pixels, but whose pixels become void.
-            void_id: Value of void pixels in the map; -1 by default. (Ids count from 1.)
+            void_id: Value of void pixels in the map; -1 by default. (Segment ids count from 1.)
 
         Returns:
             B dicts of `segmentation` and `segments_info`.
 
         Warns:
-            UserWarning: a target is the transpose of its image.
+            UserWarning: The target size of an image has height and width swapped.
         """
         return [
             instance_segmentation(
@@ -830,26 +817,25 @@ class PostProcessingMixin:
         void_label_ids: Collection[int] = (),
         void_id: int | None = None,
     ) -> list[dict[str, Any]]:
-        """
-        Segments of every image that do not overlap; arguments and results as for `panoptic_segmentation`.
+        """Compute panoptic segmentations, see `panoptic_segmentation`.
 
         Args:
             outputs: As for `post_process_semantic_segmentation`.
-            threshold: Lowest class score, exclusive.
-            mask_threshold: Lowest mask probability of a pixel inside.
-            overlap_mask_area_threshold: Lowest share of a mask that has to win against the others.
-            label_ids_to_fuse: Stuff classes, whose segments become one; none by default.
+            threshold: Minimum class score of a segment, exclusive.
+            mask_threshold: Minimum mask probability of the pixels of a segment.
+            overlap_mask_area_threshold: Minimum fraction of its mask that a segment must win.
+            label_ids_to_fuse: Stuff classes, whose segments are merged; none by default.
             target_sizes: As for `post_process_semantic_segmentation`.
-            return_binary_maps: Give a mask (N, H, W) for each segment instead of a map.
-            void_threshold: Pixels where class score * mask probability is below become void.
+            return_binary_maps: Whether to return masks (N, H, W), one for each segment, instead of a map.
+            void_threshold: Minimum class score * mask probability of a pixel; pixels below it become void.
             void_label_ids: Classes that compete for pixels, but whose pixels become void.
-            void_id: Value of void pixels; 0 by default. (Ids count from 1.)
+            void_id: Value of void pixels; 0 by default. (Segment ids count from 1.)
 
         Returns:
             B dicts of `segmentation`, (H, W) int32 or masks (N, H, W) bool, and `segments_info`.
 
         Warns:
-            UserWarning: a target is the transpose of its image.
+            UserWarning: The target size of an image has height and width swapped.
         """
         return [
             panoptic_segmentation(
@@ -872,9 +858,9 @@ class PostProcessingMixin:
         return getattr(getattr(self, "image_processor", self), "mask_resampling", None) or "direct"
 
     def _images(self, outputs: Any, target_sizes: Sequence[Size] | Tensor | None) -> list[tuple]:
-        """The images of a batch, as `_split_batch`; warns of targets that are the transpose of their image."""
+        """Split a batch as `_split_batch` does, and warn of target sizes with height and width swapped."""
         images = list(_split_batch(outputs, target_sizes))
-        # A processor that squashes images to one shape tells nothing of their own.
+        # A processor that resizes images to a fixed shape does not keep their aspect ratio.
         size = getattr(getattr(self, "image_processor", self), "size", None) or {}
         if "height" not in dict(size):
             _warn_of_transposed_targets([(content, target) for _, _, content, target in images])
@@ -882,19 +868,19 @@ class PostProcessingMixin:
 
 
 def _warn_of_transposed_targets(sizes: Sequence[tuple[Size | None, Size | None]]) -> None:
-    """Warn where the target has the shape of its content turned by a quarter, as `image.size` of PIL often has."""
+    """Warn of target sizes with height and width swapped, a common mistake with `image.size` of PIL."""
     for index, (content, target) in enumerate(sizes):
         if content is None or target is None or min(*content, *target) < 1:
             continue
         shape, asked = content[0] / content[1], target[0] / target[1]
-        # Sides of the content are rounded to pixels.
+        # Sides of the content are rounded to whole pixels.
         slack = 1 + 1 / min(content) + 1 / min(target)
         is_turned = max(shape * asked, 1 / (shape * asked)) <= slack
         if is_turned and max(shape / asked, asked / shape) > slack:
             warnings.warn(
                 f"`target_sizes` gives {target} (height, width) for image {index + 1} (index {index}), but the model "
-                f"saw it as {tuple(content)}: one is the other turned by a quarter. PIL's `image.size` is (width, "
-                "height), and is not turned by the image's EXIF orientation: give the processor's `original_sizes`.",
+                f"input is {tuple(content)}: height and width seem to be swapped. PIL's `image.size` is (width, "
+                "height) and ignores the EXIF orientation: pass the processor's `original_sizes`.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -903,11 +889,11 @@ def _warn_of_transposed_targets(sizes: Sequence[tuple[Size | None, Size | None]]
 def _split_batch(
     outputs: Any, target_sizes: Sequence[Size] | Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Size | None, Size | None]]:
-    """Class logits, mask logits, content size and target size of one image after the other."""
+    """Yield class logits, mask logits, content size and target size of each image of a batch."""
     class_logits = _field(outputs, "class_queries_logits")
     mask_logits = _field(outputs, "masks_queries_logits")
     if class_logits is None or mask_logits is None:
-        raise ValueError("the outputs need `class_queries_logits` and `masks_queries_logits`, as the model's have.")
+        raise ValueError("`outputs` must have `class_queries_logits` and `masks_queries_logits`, as model outputs do.")
     check_logits(class_logits, mask_logits, ("class_queries_logits", "masks_queries_logits"), batch=True)
     batch = len(class_logits)
     contents = _sizes(_field(outputs, "content_sizes"), batch, "content_sizes")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`GKCPredictor`: images to typed results, in a vocabulary that is encoded once.
+"""`GKCPredictor`: segmentation of images with a vocabulary that is encoded once.
 
     from modeling_gkc import GKCPredictor
 
@@ -54,7 +54,7 @@ from .vocabulary import VocabularyLike
 
 TASKS = ("semantic", "instance", "panoptic")
 ON_ERROR = ("raise", "yield", "skip")
-# Options of a task beside those of every task.
+# Options that apply to one task, in addition to those that apply to all tasks.
 TASK_OPTIONS = {
     "semantic": ("return_scores",),
     "instance": ("threshold", "mask_threshold", "overlap_mask_area_threshold", "top_k"),
@@ -67,24 +67,24 @@ Item, Value = TypeVar("Item"), TypeVar("Value")
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """
-    Options of a prediction; None stands for the default of the task.
+    """Options of a prediction; None stands for the default of the task.
 
     Args:
         task: "semantic", "instance" or "panoptic".
-        return_scores: Semantic: return the score of every pixel too.
-        return_images: Return the upright image with its result, for drawing.
-        threshold: Instance and panoptic: lowest score of a segment; 0.5 by default.
-        mask_threshold: Instance and panoptic: lowest mask probability of a pixel inside; 0.5 by default.
-        overlap_mask_area_threshold: Instance and panoptic: lowest share of its mask that a segment must show; 0 for
-            instances and 0.8 for panoptic segments by default.
-        top_k: Instance: pairs of query and class to consider; 100 by default.
-        void_threshold: Pixels whose score is below become void; see `post_processing`.
+        return_scores: Semantic task: whether to return the score of every pixel too.
+        return_images: Whether to return the upright image with its result, for drawing.
+        threshold: Instance and panoptic tasks: minimum score of a segment; 0.5 by default.
+        mask_threshold: Instance and panoptic tasks: minimum mask probability of the pixels of a segment; 0.5 by
+            default.
+        overlap_mask_area_threshold: Instance and panoptic tasks: minimum fraction of its mask that a segment must
+            cover; 0 for instances and 0.8 for panoptic segments by default.
+        top_k: Instance task: number of candidate pairs of query and class; 100 by default.
+        void_threshold: Minimum score of a pixel; pixels below it become void, see `post_processing`.
         void_id: Value of void pixels: 255 in semantic maps (65535 with more than 255 classes), -1 in instance maps
             and 0 in panoptic maps by default.
 
     Raises:
-        ValueError: There is no such task, the option is not one of the task, or its value is out of range.
+        ValueError: The task is unknown, an option does not apply to it, or the value of an option is out of range.
     """
 
     task: str = "semantic"
@@ -104,31 +104,30 @@ class PredictionOptions:
         for name in sorted(set().union(*TASK_OPTIONS.values()) - {*TASK_OPTIONS[self.task]}):
             if getattr(self, name) is not None and getattr(self, name) is not False:
                 tasks = " and ".join(task for task, names in TASK_OPTIONS.items() if name in names)
-                raise ValueError(f"`{name}` is an option of {tasks} results, not of {self.task} ones.")
+                raise ValueError(f"`{name}` applies to {tasks} results only, not to {self.task} results: remove it.")
         shares = {name: getattr(self, name) for name in TASK_OPTIONS["panoptic"]}
         check_fractions(**{name: value for name, value in shares.items() if value is not None})
         if self.top_k is not None:
             check_whole_number("top_k", self.top_k, 1)
 
     def post_processing_arguments(self) -> dict[str, Any]:
-        """Return the options that are given, as arguments of `post_process_*_segmentation`."""
+        """Return the options that are set, as arguments of `post_process_*_segmentation`."""
         names = (*TASK_OPTIONS[self.task], "void_threshold")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
 class Segment:
-    """
-    A segment of a result.
+    """Segment of a result.
 
     Attributes:
         id: Value of its pixels in `segmentation`.
-        label_id: Number of its class.
+        label_id: Index of its class.
         label: First name of its class.
         score: Score in 0..1: class score of a panoptic segment, class score times mean mask probability of an
-            instance, and of a semantic segment the mean over its pixels of their scores, each at most 1; None for
-            semantic segments without `return_scores`.
-        was_fused: Whether it may consist of several segments of a stuff class.
+            instance, mean of the pixel scores clipped to 1 of a semantic segment; None for semantic segments without
+            `return_scores`.
+        was_fused: Whether its class is a stuff class, whose segments are merged.
     """
 
     id: int
@@ -140,8 +139,7 @@ class Segment:
 
 @dataclass(eq=False, kw_only=True)
 class SegmentationResult:
-    """
-    Segmentation of one image.
+    """Segmentation of one image.
 
     Attributes:
         task: "semantic", "instance" or "panoptic".
@@ -158,18 +156,17 @@ class SegmentationResult:
     image: Image.Image | None = None
 
     def mask(self, segment: Segment) -> Tensor:
-        """Return the pixels (H, W) bool of one of the segments."""
+        """Return the mask (H, W) bool of a segment."""
         return self.segmentation == segment.id
 
 
 @dataclass(eq=False, kw_only=True)
 class SemanticResult(SegmentationResult):
-    """
-    Class of every pixel: `segmentation` (H, W) int64 holds class numbers.
+    """Semantic segmentation: `segmentation` (H, W) int64 holds class indices.
 
     Attributes:
-        scores: (H, W) fp32 best class score of every pixel, at void pixels too, between 0 and the number of queries;
-            None without `return_scores`.
+        scores: (H, W) fp32 highest class score of each pixel, including void pixels, between 0 and the number of
+            queries; None without `return_scores`.
     """
 
     task: ClassVar[str] = "semantic"
@@ -177,7 +174,7 @@ class SemanticResult(SegmentationResult):
 
     @cached_property
     def segments(self) -> list[Segment]:
-        """The classes that have a pixel, in their order, with their scores if there are any."""
+        """Segments of the classes that have pixels, in the order of the classes."""
         scores = torch.zeros(self.segmentation.shape) if self.scores is None else self.scores
         unknown = {"score": None} if self.scores is None else {}
         return [
@@ -188,11 +185,10 @@ class SemanticResult(SegmentationResult):
 
 @dataclass(eq=False, kw_only=True)
 class InstanceResult(SegmentationResult):
-    """
-    Single objects: `segmentation` (H, W) int32 holds their ids, the best object in front.
+    """Instance segmentation: `segmentation` (H, W) int32 holds instance ids, higher scores in front.
 
     Attributes:
-        segments: The objects, best score first.
+        segments: Instances, best score first.
     """
 
     task: ClassVar[str] = "instance"
@@ -201,11 +197,10 @@ class InstanceResult(SegmentationResult):
 
 @dataclass(eq=False, kw_only=True)
 class PanopticResult(SegmentationResult):
-    """
-    Segments that do not overlap: `segmentation` (H, W) int32 holds their ids; a stuff class has one segment.
+    """Panoptic segmentation: `segmentation` (H, W) int32 holds segment ids; a stuff class has at most one segment.
 
     Attributes:
-        segments: The segments in the order of their ids.
+        segments: Segments in the order of their ids.
     """
 
     task: ClassVar[str] = "panoptic"
@@ -217,13 +212,12 @@ Result = SemanticResult | InstanceResult | PanopticResult
 
 @dataclass(frozen=True, eq=False)
 class FailedImage:
-    """
-    An image of `predict_batches` that has no result.
+    """Image for which `predict_batches` has no result.
 
     Attributes:
-        index: Place in the iterable, from 0.
-        image: What the iterable gave.
-        error: What went wrong; the message names the file or the place.
+        index: Index of the image in the iterable, from 0.
+        image: Item of the iterable.
+        error: Error of the image; the message names the file or the index.
     """
 
     index: int
@@ -233,12 +227,11 @@ class FailedImage:
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """
-    An image as the model takes it.
+    """Preprocessed image.
 
     Attributes:
-        pixel_values: (1, 3, h, w) normalized and padded.
-        pixel_mask: (1, h, w), 1 where the image is.
+        pixel_values: (1, 3, h, w) normalized and padded image.
+        pixel_mask: (1, h, w) mask, 1 at image pixels and 0 at padding.
         image: The upright RGB image.
     """
 
@@ -248,68 +241,66 @@ class PreparedImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the upright image, which results have."""
+        """(height, width) of the upright image and of results."""
         return self.image.height, self.image.width
 
 
 def prepare_image(
     image: Any, processor: Any, *, name: str = "image", timeout: float = URL_TIMEOUT_S, **settings
 ) -> PreparedImage:
-    """
-    Read, resize, normalize and pad one image.
+    """Read, resize, normalize and pad one image.
 
     Args:
-        image: Image of any kind that `GKCImageProcessor` reads, or a file opened for reading bytes.
+        image: Image of any type that `GKCImageProcessor` accepts, or a file object opened in binary mode.
         processor: A `GKCProcessor` or `GKCImageProcessor`.
-        name: What to call the image in errors, if it has no file name.
-        timeout: Seconds that reading a URL may take in all.
-        settings: Settings of the image processor for this image.
+        name: Name of the image in error messages if it has no file name.
+        timeout: Maximum total time in seconds to read a URL.
+        settings: Arguments of the image processor for this image.
 
     Raises:
         ValueError: The image cannot be read; the message names the file or `name`.
         FileNotFoundError: The path does not exist.
-        TypeError: `image` is no image.
+        TypeError: `image` is not of a supported type.
     """
     if is_file_object(image):
         name = str(getattr(image, "name", name))
         image = _read_file(image, name)
     upright = read_image(image, name=name, timeout=timeout)
-    # Arrays go in as they are: the image processor rescales them by their own range.
+    # Arrays are passed on unchanged: the image processor rescales them according to their value range.
     source = image if isinstance(image, np.ndarray | Tensor) else upright
     inputs = getattr(processor, "image_processor", processor)(source, return_tensors="pt", **settings)
     return PreparedImage(inputs["pixel_values"], inputs["pixel_mask"], upright)
 
 
 def is_file_object(image: Any) -> bool:
-    """Tell whether an image is an opened file."""
+    """Return whether an image is an opened file object."""
     return callable(getattr(image, "read", None))
 
 
 def _read_file(file: Any, name: str) -> bytes:
-    """Read all of a file object, from its start where it can seek, as Pillow does."""
+    """Read a file object completely, from its start if it is seekable."""
     if isinstance(file, io.TextIOBase):
-        raise ValueError(f"{name}: open the file in binary mode, as by open(path, 'rb').")
+        raise ValueError(f"{name}: open the file in binary mode, for example by open(path, 'rb').")
     if getattr(file, "seekable", bool)():
         file.seek(0)
     return file.read()
 
 
 def place_name(index: int) -> str:
-    """Name an image of several in messages."""
+    """Return the name of an image in messages by its index."""
     return f"image {index + 1} (index {index})"
 
 
 def prefetch(items: Iterable[Item], function: Callable[[Item], Value], ahead: int) -> Iterator[Value]:
-    """
-    Apply a function to items in a thread, a few items ahead of their use, and keep their order.
+    """Apply a function to items in a background thread ahead of their use, in order.
 
     Args:
-        items: Any number of items, read in the same thread.
-        function: Applied to each.
-        ahead: Values that may be ready, or in the making, while one is used; 0 uses no thread.
+        items: Items, which are iterated in the background thread too.
+        function: Function that is applied to each item.
+        ahead: Maximum number of values to compute ahead; 0 uses no thread.
 
     Yields:
-        The values. An error of the items or of the function is raised at its place, and ends the iteration.
+        The values. An error of the iterable or of the function is raised in place of its value and ends the iteration.
     """
     if not ahead:
         yield from map(function, items)
@@ -331,12 +322,11 @@ def prefetch(items: Iterable[Item], function: Callable[[Item], Value], ahead: in
 
 
 class GKCPredictor:
-    """
-    Segment images with a vocabulary that is encoded once.
+    """Predictor that segments images with a vocabulary that is encoded once.
 
     Args:
-        model: A `GKCForOpenVocabSegmentation`, which is put into evaluation mode and stays on its device.
-        processor: Its `GKCProcessor`; a `GKCImageProcessor` is enough for encoded and stored vocabularies.
+        model: A `GKCForOpenVocabSegmentation`, which is set to evaluation mode and stays on its device.
+        processor: Its `GKCProcessor`; a `GKCImageProcessor` suffices for encoded and stored vocabularies.
 
     Example:
         >>> predictor = GKCPredictor.from_pretrained("hub_card/gkc-mini")
@@ -353,23 +343,22 @@ class GKCPredictor:
     def from_pretrained(
         cls, path: str | PathLike, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "GKCPredictor":
-        """
-        Load model and processor.
+        """Load a model and its processor, and return a predictor.
 
         Args:
-            path: Folder, or repository `owner/name` of the Hub.
-            device: Where to compute; the CPU by default.
-            dtype: What to compute in, such as `torch.bfloat16`; by default the type of the weights.
+            path: Checkpoint folder, or Hub repository `owner/name`.
+            device: Device of the model; the CPU by default.
+            dtype: Data type of the model, such as `torch.bfloat16`; by default the type of the stored weights.
 
         Raises:
-            ValueError: It is no checkpoint of this library, or damaged.
+            ValueError: The checkpoint is damaged or of another library.
         """
         model, processor = load_checkpoint_parts(path)
         return cls(model.to(device=device, dtype=dtype), processor)
 
     @property
     def vocabulary(self) -> EncodedVocabulary | None:
-        """The vocabulary of the next prediction: the one that was set, else the one stored in the checkpoint."""
+        """Vocabulary of the next prediction: the one that was set, otherwise the one stored in the checkpoint."""
         return EncodedVocabulary.from_model(self.model) if self._vocabulary is None else self._vocabulary
 
     def set_vocabulary(
@@ -380,16 +369,16 @@ class GKCPredictor:
         prompt_templates: TemplatesLike | None = None,
         reduction: str | None = None,
     ) -> None:
-        """
-        Choose the classes of the following predictions; prompts that the model has encoded before cost nothing.
+        """Set the classes of the following predictions.
 
-        Classes without thing/stuff kinds take those that the stored vocabulary has for their names.
+        The model caches prompts, so that only new ones are encoded. If the vocabulary does not tell things from stuff,
+        the kind of each name in the stored vocabulary is used.
 
         Args:
-            vocabulary: K classes in any form that `Vocabulary.parse` takes, such as "dog; sofa, couch; lamp", or
-                encoded ones; None for those stored in the checkpoint.
-            void_labels: V classes for what is none of the K; their pixels become void.
-            prompt_templates: Templates instead of the processor's own.
+            vocabulary: K classes in any form that `Vocabulary.parse` accepts, such as "dog; sofa, couch; lamp", or an
+                encoded vocabulary; None selects the vocabulary stored in the checkpoint.
+            void_labels: V classes for image content that is none of the K classes; their pixels become void.
+            prompt_templates: Prompt templates; by default those of the processor.
             reduction: How the logits of several names of a class are reduced; see `EncodedVocabulary`.
 
         Raises:
@@ -415,23 +404,22 @@ class GKCPredictor:
     def predict(
         self, images: ImageLike | Sequence[ImageLike], task: str = "semantic", **options
     ) -> Result | list[Result]:
-        """
-        Segment one image or several, which are computed as one batch.
+        """Segment one image, or several images as one batch.
 
-        No result depends on the other images of the batch. `predict_batches` segments any number of images.
+        A result does not depend on the other images of the batch. `predict_batches` segments any number of images.
 
         Args:
-            images: One image of any kind that `GKCImageProcessor` reads, or a list or an array with a batch axis.
+            images: Image of any type that `GKCImageProcessor` accepts, or a list or batched array of images.
             task: "semantic", "instance" or "panoptic".
-            options: Options of `PredictionOptions`, such as `return_scores=True` or `void_threshold=0.4`.
+            options: Fields of `PredictionOptions`, such as `return_scores=True` or `void_threshold=0.4`.
 
         Returns:
-            A `SemanticResult`, `InstanceResult` or `PanopticResult`; for several images a list.
+            A `SemanticResult`, `InstanceResult` or `PanopticResult`; for several images a list of results.
 
         Raises:
-            ValueError: There is no vocabulary, an option is wrong, or an image cannot be read; the message names its
-                file or its place.
-            TypeError: There is no such option, or an image is none.
+            ValueError: No vocabulary is set, an option is invalid, or an image cannot be read; the message names the
+                file or the index of the image.
+            TypeError: An option is unknown, or an image is not of a supported type.
         """
         options = PredictionOptions(task, **options)
         if not isinstance(images, list | tuple) and not (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
@@ -451,27 +439,26 @@ class GKCPredictor:
         on_error: str = "raise",
         **options,
     ) -> Iterator[Result | FailedImage]:
-        """
-        Segment any number of images, reading the next ones in a thread while the model computes.
+        """Segment any number of images, and read the next images in a thread while the model computes.
 
-        At most `batch_size + prefetch_images` images are held at a time, so that a generator without end is fine. The
-        vocabulary is that of the call.
+        At most `batch_size + prefetch_images` images are held in memory, so that `images` may be endless. Later calls
+        of `set_vocabulary` do not affect the iterator.
 
         Args:
-            images: Images of any kind that `predict` takes; read in the thread.
+            images: Images of any type that `predict` accepts.
             task: "semantic", "instance" or "panoptic".
-            batch_size: Images to compute at once; makes no difference to results.
-            prefetch_images: Images to read ahead; by default `batch_size`. With 0 no thread is used.
-            on_error: What to do with an image that cannot be read or computed: "raise" its error, "yield" a
-                `FailedImage` in its place, or "skip" it with a warning in the log. Errors of the iterable itself are
-                always raised.
+            batch_size: Images per forward pass; the results do not depend on it.
+            prefetch_images: Images to read ahead; by default `batch_size`. 0 uses no thread.
+            on_error: Handling of an image that cannot be read or segmented: "raise" its error, "yield" a
+                `FailedImage` in place of its result, or "skip" it with a log warning. Errors of the iterable itself
+                are always raised.
             options: As for `predict`.
 
         Returns:
             An iterator over the results, in the order of the images.
 
         Raises:
-            ValueError: As for `predict`; wrong arguments are told at once, before an image is read.
+            ValueError: As for `predict`; invalid arguments raise before an image is read.
             TypeError: As for `predict`.
         """
         options = PredictionOptions(task, **options)
@@ -482,16 +469,15 @@ class GKCPredictor:
         return self._predict_stream(images, options, self._known_vocabulary(), batch_size, ahead, on_error)
 
     def prepare(self, image: Any, **settings) -> PreparedImage:
-        """Read and prepare one image for `forward`; arguments and errors as for `prepare_image`."""
+        """Read and preprocess one image for `forward`, see `prepare_image`."""
         return prepare_image(image, self.processor, **settings)
 
     def forward(self, images: Sequence[PreparedImage], vocabulary: EncodedVocabulary | None = None) -> Any:
-        """
-        Compute the model's output for prepared images as one batch.
+        """Compute the outputs of the model for a batch of preprocessed images.
 
         Args:
-            images: B images of `prepare`.
-            vocabulary: Vocabulary instead of the predictor's.
+            images: B images that `prepare` returned.
+            vocabulary: Vocabulary of the outputs; by default that of the predictor.
 
         Returns:
             A `GKCForOpenVocabSegmentationOutput`, without gradients.
@@ -512,14 +498,13 @@ class GKCPredictor:
         options: PredictionOptions,
         vocabulary: EncodedVocabulary | None = None,
     ) -> list[Result]:
-        """
-        Turn outputs of `forward` into results.
+        """Convert outputs of `forward` to results.
 
         Args:
-            outputs: Output for B images.
-            sizes: Height and width of each result, those of the upright images.
-            options: What to give.
-            vocabulary: Vocabulary of the outputs, if it is not the predictor's.
+            outputs: Outputs of the model for B images.
+            sizes: (height, width) of each result, usually `PreparedImage.size`.
+            options: Task and options of the results.
+            vocabulary: Vocabulary of the outputs; by default that of the predictor.
 
         Raises:
             ValueError: A threshold or `void_id` does not fit the outputs.
@@ -565,7 +550,7 @@ class GKCPredictor:
         options: PredictionOptions,
         vocabulary: EncodedVocabulary | None = None,
     ) -> list[Result]:
-        """Segment prepared images as one batch: `forward` and `post_process`."""
+        """Segment preprocessed images as one batch, by `forward` and `post_process`."""
         vocabulary = self._known_vocabulary() if vocabulary is None else vocabulary
         if not images:
             return []
@@ -583,8 +568,8 @@ class GKCPredictor:
         stored = EncodedVocabulary.from_model(self.model)
         if stored is None:
             raise ValueError(
-                'There is no vocabulary: call `predictor.set_vocabulary("dog; sofa, couch; lamp")`, or store one in '
-                "the checkpoint by `model.set_vocabulary(...)`."
+                'No vocabulary is set: call `predictor.set_vocabulary("dog; sofa, couch; lamp")`, or store one in the '
+                "checkpoint by `model.set_vocabulary(...)`."
             )
         return stored
 
@@ -611,7 +596,7 @@ class GKCPredictor:
         index, image = numbered
         try:
             return _Entry(index, image, self.prepare(image, name=place_name(index)))
-        except Exception as error:  # whatever is wrong with one image, the others can be segmented
+        except Exception as error:  # an error of any type must not prevent the other images from being segmented
             return FailedImage(index, image, error)
 
     def _predict_entries(
@@ -620,21 +605,21 @@ class GKCPredictor:
         options: PredictionOptions,
         vocabulary: EncodedVocabulary,
     ) -> list[Result | FailedImage]:
-        """Segment a batch; where it fails as a whole, its images are computed one by one to find the cause."""
+        """Segment a batch; if it fails, segment its images one by one to find out which of them fail."""
         prepared = [entry for entry in entries if isinstance(entry, _Entry)]
         try:
             results = iter(self.predict_prepared([entry.prepared for entry in prepared], options, vocabulary))
-        except Exception as error:  # of the model or the device, such as too little memory for one image
+        except Exception as error:  # such as insufficient memory for one of the images
             if len(entries) > 1:
                 return [result for entry in entries for result in self._predict_entries([entry], options, vocabulary)]
-            error.add_note(f"It was raised for {place_name(prepared[0].index)}.")
+            error.add_note(f"The error was raised for {place_name(prepared[0].index)}.")
             return [FailedImage(prepared[0].index, prepared[0].image, error)]
         return [next(results) if isinstance(entry, _Entry) else entry for entry in entries]
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A prepared image of a stream, its place and what the stream gave."""
+    """Preprocessed image of an iterable, with its index and the item of the iterable."""
 
     index: int
     image: Any
@@ -642,7 +627,7 @@ class _Entry:
 
 
 def _batches(entries: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Group entries; those before an error of the iterator make a smaller batch, and the error follows."""
+    """Group entries into batches; entries before an error of the iterator form a smaller batch."""
     batch: list[Item] = []
     try:
         for entry in entries:
@@ -659,7 +644,7 @@ def _batches(entries: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors (1, ..., h_i, w_i), padded with zeros at the right and bottom, as one (B, ..., h, w)."""
+    """Pad tensors (1, ..., h_i, w_i) with zeros at the right and bottom, and join them to one (B, ..., h, w)."""
     height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (-2, -1))
     return torch.cat([F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors])
 

@@ -1,4 +1,4 @@
-"""Text embeddings: cached by content, averaged over templates, stored in files."""
+"""Tests of text embeddings: the cache, and averages over templates."""
 
 import copy
 import gc
@@ -34,7 +34,7 @@ def processor():
 
 @pytest.fixture
 def encoded(model, monkeypatch):
-    """Numbers of prompts that the text tower was asked to encode, call by call."""
+    """Record the number of prompts in each call of the text encoder."""
     calls = []
     original = type(model)._encode_prompts
 
@@ -53,7 +53,7 @@ def large_vocabulary() -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
     return GKCForOpenVocabSegmentation(config).eval(), processor
 
 
-def test_equal_are_classes_with_the_same_set_of_embeddings():
+def test_equal_classes_have_equal_sets_of_embeddings():
     first, second, third = torch.eye(3, 8)
     near = torch.nn.functional.normalize(first + 1e-4 * third, dim=0)  # to rounding
     rows = torch.stack([first, second, first, near, second, second, third, second])
@@ -64,7 +64,7 @@ def test_equal_are_classes_with_the_same_set_of_embeddings():
 
 
 class TestCache:
-    def test_changing_one_word_of_847_encodes_one_word(self, monkeypatch):
+    def test_changing_one_of_847_names_encodes_one_prompt(self, monkeypatch):
         model, processor = large_vocabulary()
         calls = []
         original = type(model)._encode_prompts
@@ -79,24 +79,24 @@ class TestCache:
         model.get_class_embeddings(**processor(text=changed[::-1], return_tensors="pt"))
         assert calls == [847, 1]
 
-    def test_equals_encoding_afresh_in_any_order_and_company(self, model, processor, within):
+    def test_cached_embeddings_match_new_ones_in_any_order(self, model, processor, within):
         model.embed_prompts(**tokens(processor, "red; blue disc"))
         mixed = model.embed_prompts(**tokens(processor, "blue disc; lawn grass star; red"))
         afresh = model._encode_prompts(**tokens(processor, "blue disc; lawn grass star; red"))
         within("cached text embeddings against fresh ones, max abs", (mixed - afresh).abs().max(), 1e-6)
 
-    def test_padding_is_no_content(self, model, processor, encoded):
+    def test_cache_ignores_right_padding(self, model, processor, encoded):
         model.embed_prompts(**tokens(processor, "red"))
         model.embed_prompts(**tokens(processor, "lawn grass star sky; red"))
         assert encoded == [1, 1]
 
-    def test_a_repeated_prompt_is_encoded_once(self, model, processor, encoded):
+    def test_repeated_prompt_is_encoded_once(self, model, processor, encoded):
         ids = tokens(processor, "red")["input_ids"].repeat(5, 1)
         features = model.embed_prompts(ids)
         assert encoded == [1]
         assert features.unique(dim=0).shape[0] == 1
 
-    def test_forward_and_set_vocabulary_use_it(self, model, processor, encoded):
+    def test_forward_and_set_vocabulary_use_the_cache(self, model, processor, encoded):
         words = tokens(processor, "red; lawn, grass", class_ids=True)
         pixel_values = torch.zeros(1, 3, 64, 64)
         with torch.no_grad():
@@ -106,7 +106,7 @@ class TestCache:
         assert encoded == [3]
         assert torch.equal(first, again)
 
-    def test_other_weights_types_and_autocast_are_other_embeddings(self, model, processor, encoded):
+    def test_new_weights_dtypes_and_autocast_invalidate_the_cache(self, model, processor, encoded):
         words = tokens(processor, "red; blue")
         before = model.embed_prompts(**words)
         with torch.no_grad():
@@ -118,13 +118,13 @@ class TestCache:
         assert model.float().embed_prompts(**words).dtype == torch.float32
         assert encoded == [2] * 5
 
-    def test_weights_written_past_autograd_are_noticed(self, model, processor):
+    def test_weight_changes_through_data_invalidate_the_cache(self, model, processor):
         words = tokens(processor, "red; blue")
         before = model.embed_prompts(**words)
         model.text_model.text_projection.weight.data.mul_(-1)
         torch.testing.assert_close(model.embed_prompts(**words), -before)
 
-    def test_adapters_of_the_text_tower_are_never_cached(self, model, processor):
+    def test_text_encoders_with_adapters_are_not_cached(self, model, processor):
         words = tokens(processor, "red; blue")
         plain = model.embed_prompts(**words)
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
@@ -136,7 +136,7 @@ class TestCache:
         for _ in range(2):
             torch.testing.assert_close(merged.embed_prompts(**words), learned, rtol=0, atol=1e-5)
 
-    def test_only_padding_at_the_right_is_left_out_of_the_content(self, model):
+    def test_cache_does_not_ignore_other_padding(self, model):
         ids = torch.tensor([[1, 5, 3, 0, 0], [0, 0, 1, 5, 3]])
         right, left = model.embed_prompts(ids, (ids > 0).long())
         torch.testing.assert_close(right, model._encode_prompts(ids, (ids > 0).long())[0], rtol=0, atol=1e-6)
@@ -146,7 +146,7 @@ class TestCache:
         expected = model._encode_prompts(mixed, None)
         torch.testing.assert_close(model.embed_prompts(mixed), expected, rtol=0, atol=1e-6)
 
-    def test_embeddings_of_inference_mode_serve_training(self, model, processor):
+    def test_embeddings_of_inference_mode_can_be_used_in_training(self, model, processor):
         words = tokens(processor, "red; blue", class_ids=True)
         with torch.inference_mode():
             model.get_class_embeddings(**words)
@@ -157,7 +157,7 @@ class TestCache:
             model.train()(pixel_values, **kwargs).class_queries_logits.sum().backward()
             assert model.classifier.no_object_embedding.grad is not None
 
-    def test_it_is_bounded_and_forgets_the_least_recently_used(self):
+    def test_cache_is_bounded_and_evicts_the_least_recently_used(self):
         cache = TextEmbeddingCache(max_prompts=3)
         calls = []
 
@@ -176,13 +176,13 @@ class TestCache:
         cache.clear()
         assert len(cache) == 0
 
-    def test_one_kept_row_does_not_keep_the_others_in_memory(self, model, processor):
+    def test_cached_rows_do_not_share_memory(self, model, processor):
         features = model.embed_prompts(**tokens(processor, "red; blue; disc"))
         (entry, *_) = model.text_cache._entries.values()
         assert entry.untyped_storage().nbytes() == entry.numel() * entry.element_size()
         assert entry.untyped_storage().data_ptr() != features.untyped_storage().data_ptr()
 
-    def test_many_threads_get_what_one_gets(self, model):
+    def test_cache_is_thread_safe(self, model):
         cache = TextEmbeddingCache(max_prompts=50)
         wrong = []
 
@@ -205,7 +205,7 @@ class TestCache:
         assert not wrong
         assert len(cache) <= 50
 
-    def test_embeddings_of_a_model_that_changes_meanwhile_are_not_kept(self):
+    def test_embeddings_are_not_cached_if_the_model_changes_meanwhile(self):
         cache = TextEmbeddingCache()
         ids = torch.tensor([[5]])
 
@@ -216,7 +216,7 @@ class TestCache:
         assert cache.embed(ids, None, encode_while_another_thread_changes_the_model, state="old").item() == 5
         assert cache.embed(ids, None, lambda ids, mask: ids + 100.0, state="new").item() == 105
 
-    def test_a_text_tower_on_disk_encodes_the_same(self, model, processor, tmp_path):
+    def test_offloaded_text_encoder_gives_equal_embeddings(self, model, processor, tmp_path):
         model.save_pretrained(tmp_path)
         offloaded = GKCForOpenVocabSegmentation.from_pretrained(
             tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload"
@@ -237,7 +237,7 @@ class TestCache:
 
 
 class TestTemplates:
-    def test_templates_are_averaged_and_names_stay_apart(self, model, processor):
+    def test_templates_are_averaged_per_name(self, model, processor):
         ids = tokens(processor, "red disc; blue disc; lawn square; grass square; sky")["input_ids"]
         name_ids, class_ids = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 1, 1])
         embeddings = model.get_class_embeddings(ids, class_ids=class_ids, name_ids=name_ids)
@@ -248,7 +248,7 @@ class TestTemplates:
         )
         assert embeddings.class_ids.tolist() == [0, 1, 1]
 
-    def test_forward_averages_the_same(self, model, processor):
+    def test_forward_averages_templates(self, model, processor):
         words = tokens(processor, "red disc; blue disc; lawn square; grass square; sky")
         words |= {"class_ids": torch.tensor([0, 0, 1, 1, 1]), "name_ids": torch.tensor([0, 0, 1, 1, 2])}
         pixel_values = torch.rand(1, 3, 64, 64)
@@ -258,7 +258,7 @@ class TestTemplates:
         assert torch.equal(at_once, cached)
         assert at_once.shape[-1] == 3
 
-    def test_names_that_are_classes_of_their_own(self):
+    def test_names_without_class_ids(self):
         embeds, classes = average_templates(torch.eye(4), None, torch.tensor([0, 0, 1, 1]))
         assert classes is None
         assert embeds.shape == (2, 4)
@@ -266,17 +266,21 @@ class TestTemplates:
     @pytest.mark.parametrize(
         ("name_ids", "class_ids", "message"),
         [
-            ([0, 0, 2], [0, 0, 1], "`name_ids` must count from 0 and leave none out: smallest 0, missing \\[1\\]"),
-            ([0, 0, 2**40], [0, 0, 1], "leave none out: smallest 0, missing \\[1, 2, 3, 4, 5, 6, 7, 8, 9, 10\\]"),
+            ([0, 0, 2], [0, 0, 1], "`name_ids` must contain every number from 0: smallest 0, missing \\[1\\]"),
+            (
+                [0, 0, 2**40],
+                [0, 0, 1],
+                "contain every number from 0: smallest 0, missing \\[1, 2, 3, 4, 5, 6, 7, 8, 9, 10\\]",
+            ),
             ([0, 0, 1], [0, 1, 1], "one name to prompts of several classes"),
             ([0, 1], [0, 1, 1], "`name_ids` must have shape"),
         ],
     )
-    def test_ids_that_do_not_fit_are_refused(self, name_ids, class_ids, message):
+    def test_invalid_ids_raise(self, name_ids, class_ids, message):
         with pytest.raises(ValueError, match=message):
             average_templates(torch.eye(3), torch.tensor(class_ids), torch.tensor(name_ids))
 
-    def test_name_ids_without_tokens_are_refused(self, model):
+    def test_name_ids_without_input_ids_raise(self, model):
         with pytest.raises(ValueError, match="`name_ids` need `input_ids`"):
             model(torch.zeros(1, 3, 64, 64), class_embeds=torch.eye(2, 16), name_ids=torch.tensor([0, 1]))
 

@@ -249,7 +249,7 @@ class TestSegment:
         image = str(pictures / "a.png")
         command = ["segment", image, "--model", str(checkpoint), "--task", "panoptic", "--out", str(tmp_path)]
         assert main([*command, "--threshold", "1"]) == 0
-        assert f"gkc: {image}: nothing was found" in capsys.readouterr().err
+        assert f"gkc: {image}: no segments were found" in capsys.readouterr().err
 
     def test_bad_files_do_not_stop_the_others(self, checkpoint, pictures, tmp_path, capsys):
         (pictures / "b.jpg").write_bytes((pictures / "b.jpg").read_bytes()[:300])
@@ -259,7 +259,7 @@ class TestSegment:
         printed = capsys.readouterr()
         assert [Path(line).name for line in printed.out.splitlines()] == ["a.overlay.png", "c.overlay.png"]
         first, *errors = printed.err.splitlines()
-        assert "skipped" in first and len(errors) == 4 and errors[-1] == "gkc: 3 of 5 images could not be done"
+        assert "skipped" in first and len(errors) == 4 and errors[-1] == "gkc: 3 of 5 images could not be segmented"
         for line, name in zip(errors, ["b.jpg", "gone.png", "notes.txt"], strict=False):
             assert line.startswith("gkc: skipped: ") and name in line
 
@@ -290,7 +290,7 @@ class TestSegment:
         assert lines[1].startswith("gkc: warning: The text encoder does not know these words: 'zebra'.")
         assert lines[2].startswith(f"gkc: {pictures}: skipped 1 files")
         assert lines[3].startswith("gkc: skipped: ") and "broken.png" in lines[3]
-        assert lines[4:] == ["gkc: 1 of 4 images could not be done"]
+        assert lines[4:] == ["gkc: 1 of 4 images could not be segmented"]
 
 
 class TestUserErrors:
@@ -331,7 +331,7 @@ class TestUserErrors:
 
     def test_a_checkpoint_without_words_needs_labels(self, bare_checkpoint, pictures, capsys):
         assert main(["segment", str(pictures), "--model", str(bare_checkpoint)]) == 2
-        assert capsys.readouterr().err == ("gkc: error: the checkpoint stores no words: name them with --labels\n")
+        assert capsys.readouterr().err == ("gkc: error: the checkpoint stores no vocabulary: give one with --labels\n")
 
     def test_a_folder_that_is_no_checkpoint(self, pictures, capsys):
         assert main(["segment", str(pictures), "--model", str(pictures)]) == 2
@@ -373,7 +373,7 @@ class TestUserErrors:
     def test_an_output_folder_that_cannot_be(self, checkpoint, pictures, capsys):
         command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(pictures / "notes.txt")]
         assert main(command) == 2
-        assert "cannot make the folder" in capsys.readouterr().err
+        assert "cannot create the folder" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "command",

@@ -154,7 +154,7 @@ class TestEmbed:
         assert gkc("embed", "--labels", "dog; sofa, couch; sky", "--model", checkpoint, "--out", out) == 0
         printed = capsys.readouterr()
         assert printed.out == (
-            f"{out}: 3 classes, 4 names, 4 prompts, width 16, text tower of {checkpoint}\n"
+            f"{out}: 3 classes, 4 names, 4 prompts, width 16, text encoder of {checkpoint}\n"
         ) and printed.err == ""  # fmt: skip
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
         embeddings = EncodedVocabulary.load(out, model)
@@ -215,8 +215,11 @@ class TestEmbed:
             ({"--labels": "ade20k_151"}, "--labels: .*'ade20k_150'"),
             ({"--labels": "gone.csv"}, r"--labels: .*gone\.csv cannot be read"),
             ({"--templates": "vild"}, "--templates: 'vild' is neither .*'vild14'"),
-            ({"--out": "words.json"}, r"--out: the file's name must end in \.safetensors, got words\.json"),
-            ({"--out": "/dev/null/x/words.safetensors"}, "--out: cannot make the folder /dev/null/x: Not a directory"),
+            ({"--out": "words.json"}, r"--out: the file name must end in \.safetensors, got words\.json"),
+            (
+                {"--out": "/dev/null/x/words.safetensors"},
+                "--out: cannot create the folder /dev/null/x: Not a directory",
+            ),
             ({"--out": "{folder}.safetensors"}, r"--out: cannot write .*folder\.safetensors"),
             ({"--model": "no/such/folder"}, "--model: no/such/folder is not a directory"),
             ({"--device": "cuda:99"}, "--device: this machine has no device cuda:99"),

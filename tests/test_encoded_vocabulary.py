@@ -120,7 +120,7 @@ class TestFiles:
         EncodedVocabulary.encode("red; blue", model, processor).save(path, model)
         EncodedVocabulary.load(path, copy.deepcopy(model).to(torch.bfloat16))
         torch.manual_seed(1)
-        with pytest.raises(ValueError, match=r"words\.safetensors was written with another text tower"):
+        with pytest.raises(ValueError, match=r"words\.safetensors was written with the text encoder of another model"):
             EncodedVocabulary.load(path, GKCForOpenVocabSegmentation(small_config()))
 
     def test_templates_of_a_class_come_back(self, model, processor, tmp_path):
@@ -141,15 +141,15 @@ class TestFiles:
         embedding = model.text_model.get_input_embeddings()
         with torch.no_grad():
             embedding.weight[40:].normal_()
-        with pytest.raises(ValueError, match="another text tower"):
+        with pytest.raises(ValueError, match="the text encoder of another model"):
             EncodedVocabulary.load(path, model)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"class_ids": torch.tensor([0, 5])}, "leave none out"),
-            ({"class_ids": torch.tensor([0, 0])}, "holds embeddings of 1 classes, but names 2"),
-            ({"class_ids": None}, "is no file of class embeddings"),
+            ({"class_ids": torch.tensor([0, 5])}, "contain every number from 0"),
+            ({"class_ids": torch.tensor([0, 0])}, "holds embeddings of 1 classes, but names of 2"),
+            ({"class_ids": None}, "is not a file of class embeddings"),
         ],
     )
     def test_a_file_that_does_not_fit_itself_is_refused(self, model, processor, tmp_path, change, message):
@@ -168,7 +168,7 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             EncodedVocabulary.load(tmp_path / "none.safetensors", model)
         (tmp_path / "text").write_text("no safetensors")
-        with pytest.raises(ValueError, match="text is no file of class embeddings"):
+        with pytest.raises(ValueError, match="text is not a file of class embeddings"):
             EncodedVocabulary.load(tmp_path / "text", model)
         model.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="write one with `gkc embed`"):

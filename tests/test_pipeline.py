@@ -1,4 +1,4 @@
-"""A saved folder works in transformers' own doors, and in a pipeline that takes other words in every call."""
+"""Tests of checkpoints in the Auto classes and pipelines of transformers, and of `GKCSegmentationPipeline`."""
 
 import base64
 import io
@@ -66,7 +66,7 @@ def image() -> Image.Image:
     return noise(80, 120)
 
 
-def test_stored_vocabulary_is_the_words(folder, processor, image):
+def test_stored_vocabulary_is_the_default(folder, processor, image):
     model = GKCForOpenVocabSegmentation.from_pretrained(folder).eval()
     assert model.config.id2label == {0: "red disc", 1: "blue square", 2: "lawn"}
     assert model.config.label2id == {"red disc": 0, "blue square": 1, "lawn": 2}
@@ -106,8 +106,8 @@ def test_stock_pipeline(folder, image, subtask):
         assert result["mask"].size == image.size
 
 
-def test_stock_pipeline_prints_no_warning_and_no_error(folder, image, tmp_path):
-    """In a fresh interpreter, as a user sees it: nothing on standard error but progress bars, nothing logged."""
+def test_stock_pipeline_prints_no_warnings(folder, image, tmp_path):
+    """Check in a new interpreter that stderr contains progress bars only and nothing is logged."""
     image.save(tmp_path / "image.png")
     code = (
         "import modeling_gkc; from transformers import pipeline; "
@@ -152,14 +152,14 @@ def assert_same(results: list[dict], expected: list[dict], within, bound: float 
 
 
 @pytest.mark.parametrize("subtask", ["panoptic", "instance", None])
-def test_results_are_those_of_the_stock_pipeline(folder, segmenter, image, subtask, within):
+def test_results_match_the_stock_pipeline(folder, segmenter, image, subtask, within):
     settings = ALL_SEGMENTS | {"mask_threshold": 0.4, "subtask": subtask}
     expected = pipeline("image-segmentation", model=str(folder))(image, **settings)
     assert len(expected) > 1
     assert_same(segmenter(image, **settings), expected, within)
 
 
-def test_semantic_results_are_those_of_the_stock_pipeline_and_scored(folder, segmenter, processor, image, within):
+def test_semantic_results_match_the_stock_pipeline_and_have_scores(folder, segmenter, processor, image, within):
     expected = pipeline("image-segmentation", model=str(folder))(image, subtask="semantic")
     with torch.no_grad():
         outputs = segmenter.model(**processor(images=image, return_tensors="pt"))
@@ -176,7 +176,7 @@ def test_semantic_results_are_those_of_the_stock_pipeline_and_scored(folder, seg
 
 
 @pytest.mark.parametrize("labels", [OTHER_WORDS, ["dog", ["sofa", "couch"], "lamp", "sky"], "file"])
-def test_words_of_the_call(segmenter, processor, image, tmp_path, labels):
+def test_labels_of_a_call(segmenter, processor, image, tmp_path, labels):
     if labels == "file":
         labels = tmp_path / "words.txt"
         labels.write_text("dog\nsofa, couch\nlamp\nsky\n")
@@ -189,7 +189,7 @@ def test_words_of_the_call(segmenter, processor, image, tmp_path, labels):
     np.testing.assert_array_equal(found, expected.numpy())
 
 
-def test_packaged_words(segmenter, image):
+def test_packaged_vocabulary(segmenter, image):
     with pytest.warns(UserWarning, match="does not know these words"):
         results = segmenter(image, labels="pascal_voc_20", subtask="semantic")
     assert {result["label"] for result in results} <= set(Vocabulary.parse("pascal_voc_20").labels)
@@ -205,10 +205,10 @@ def encoded(image: Image.Image, file_format: str = "PNG", **settings) -> bytes:
     "kind",
     ["path", "name", "bytes", "url", "array", "float array", "tensor", "rotated", "tuple", "file", "memory", "files"],
 )
-def test_every_kind_of_image(segmenter, image, tmp_path, kind, within):
+def test_all_image_types(segmenter, image, tmp_path, kind, within):
     image.save(tmp_path / "image.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+    exif[0x0112] = 6  # to be displayed rotated by 90 degrees clockwise
 
     def written() -> io.BytesIO:
         """As `save` leaves it: at its end."""
@@ -235,13 +235,13 @@ def test_every_kind_of_image(segmenter, image, tmp_path, kind, within):
     assert_same(results[0] if kind in ("tuple", "files") else results, expected, within)
 
 
-def test_file_opened_as_text_is_refused(segmenter, tmp_path):
+def test_file_in_text_mode_raises(segmenter, tmp_path):
     (tmp_path / "image.txt").write_text("x")
     with (tmp_path / "image.txt").open() as file, pytest.raises(ValueError, match=r"image\.txt: open .* binary mode"):
         segmenter(file)
 
 
-def test_images_by_the_name_of_the_stock_pipeline(segmenter, image, within):
+def test_images_as_keyword_argument(segmenter, image, within):
     assert_same(segmenter(images=image, **ALL_SEGMENTS), segmenter(image, **ALL_SEGMENTS), within)
     for arguments, settings in (((), {}), ((image,), {"images": image})):
         with pytest.raises(TypeError, match="as `inputs` or as `images`"):
@@ -262,7 +262,7 @@ def test_timeout_of_a_url(segmenter, image, monkeypatch, within):
     assert asked == [("https://example.org/image.png", 3.0), ("https://example.org/image.png", 30)]
 
 
-def test_arrays_keep_their_range_when_they_are_not_rescaled(folder, processor, image, within):
+def test_arrays_keep_their_range_without_rescaling(folder, processor, image, within):
     settings = {"size": {"height": 64, "width": 96}}
     plain = GKCProcessor(GKCImageProcessor(**settings), processor.tokenizer)
     unscaled = GKCProcessor(GKCImageProcessor(do_rescale=False, **settings), processor.tokenizer)
@@ -274,8 +274,8 @@ def test_arrays_keep_their_range_when_they_are_not_rescaled(folder, processor, i
 
 
 @pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
-def test_nothing_depends_on_the_batch(folder, subtask, within):
-    """The model runs in fp64: in fp32 a pixel whose two best classes are equal but for rounding may change."""
+def test_results_are_independent_of_the_batch(folder, subtask, within):
+    """Check in fp64, since rounding in fp32 may change pixels whose two best classes have almost equal scores."""
     segmenter = pipeline(
         "image-segmentation", model=str(folder), pipeline_class=GKCSegmentationPipeline, dtype=torch.float64
     )
@@ -289,7 +289,7 @@ def test_nothing_depends_on_the_batch(folder, subtask, within):
 
 
 @pytest.mark.parametrize("kind", ["generator", "iterator", "dataset", "array"])
-def test_every_kind_of_several_images(segmenter, kind, within):
+def test_all_collections_of_images(segmenter, kind, within):
     images = [noise(48, 64, seed) for seed in range(3)]
     stream = {
         "generator": lambda: (image for image in images),
@@ -303,18 +303,18 @@ def test_every_kind_of_several_images(segmenter, kind, within):
         assert_same(result, segmenter(image, **ALL_SEGMENTS), within, 1e-5)
 
 
-def test_no_images_have_no_results(segmenter):
+def test_empty_list_gives_empty_list(segmenter):
     assert segmenter([], labels=OTHER_WORDS) == []
 
 
-def test_a_stream_is_not_read_ahead_of_its_use(segmenter):
+def test_iterator_is_read_lazily(segmenter):
     seen = []
     stream = segmenter((seen.append(seed) or noise(32, 32, seed) for seed in range(9)), subtask="semantic")
     next(iter(stream))
     assert len(seen) <= 2
 
 
-def test_words_are_encoded_once(folder, processor, monkeypatch):
+def test_labels_are_encoded_once(folder, processor, monkeypatch):
     model = GKCForOpenVocabSegmentation.from_pretrained(folder)
     segmenter = GKCSegmentationPipeline(model=model, processor=processor)
     encoded_prompts = []
@@ -331,7 +331,7 @@ def test_words_are_encoded_once(folder, processor, monkeypatch):
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_segments_of_stuff_become_one(folder, processor, image, stored):
+def test_stuff_segments_are_merged(folder, processor, image, stored):
     model = GKCForOpenVocabSegmentation.from_pretrained(folder)
     words = Vocabulary.parse(WORDS).names
     segmenter = GKCSegmentationPipeline(model=model, processor=processor)
@@ -351,7 +351,7 @@ def test_segments_of_stuff_become_one(folder, processor, image, stored):
 @pytest.mark.parametrize(("subtask", "threshold"), [("panoptic", 0.6), ("instance", 0.4), ("semantic", 0.4)])
 @pytest.mark.parametrize("stored", [True, False])
 def test_void(segmenter, processor, image, subtask, threshold, stored):
-    """Void words and pixels are those of post-processing, whether the words are the call's or stored."""
+    """Void labels and thresholds act as in post-processing, for labels of the call and for stored ones."""
     joined, void_ids = Vocabulary.parse(WORDS).with_void("star; blue")
     with torch.no_grad():
         outputs = segmenter.model(**processor(images=image, text=joined, return_tensors="pt"))
@@ -387,7 +387,7 @@ def test_threshold_of_semantic_segments(segmenter, image):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(folder, processor, image, dtype):
-    """What the model gives in that precision, whether it was loaded so or is converted by the pipeline."""
+    """Results in half precision are equal whether the model was loaded so or is converted by the pipeline."""
     model = GKCForOpenVocabSegmentation.from_pretrained(folder).to(dtype)
     inputs = processor(images=image, text=OTHER_WORDS, return_tensors="pt")
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
@@ -413,18 +413,18 @@ def test_half_precision(folder, processor, image, dtype):
         {"dtype": "auto", "torch_dtype": "bfloat16"},
     ],
 )
-def test_names_of_a_precision(folder, processor, given):
+def test_dtype_arguments(folder, processor, given):
     model = GKCForOpenVocabSegmentation.from_pretrained(folder)
     assert GKCSegmentationPipeline(model=model, processor=processor, **given).model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["half precision", "int8", torch.int64, 16])
-def test_no_precision(processor, dtype):
-    with pytest.raises(ValueError, match=r"`dtype` must be a precision such as torch\.bfloat16, got"):
+def test_invalid_dtype_raises(processor, dtype):
+    with pytest.raises(ValueError, match=r"`dtype` must be a floating-point type such as torch\.bfloat16, got"):
         GKCSegmentationPipeline(model=GKCForOpenVocabSegmentation(small_config()), processor=processor, dtype=dtype)
 
 
-def test_settings_of_the_constructor_are_defaults(folder, segmenter, processor, image, within):
+def test_constructor_arguments_are_defaults(folder, segmenter, processor, image, within):
     model = GKCForOpenVocabSegmentation.from_pretrained(folder).train()
     own = GKCSegmentationPipeline(model=model, processor=processor, labels=OTHER_WORDS, subtask="semantic")
     assert not model.training
@@ -432,18 +432,18 @@ def test_settings_of_the_constructor_are_defaults(folder, segmenter, processor, 
     assert_same(own(image, labels=WORDS), segmenter(image, labels=WORDS, subtask="semantic"), within)
 
 
-def test_parts_of_a_processor(folder, segmenter, processor, image, within):
+def test_image_processor_and_tokenizer_instead_of_processor(folder, segmenter, processor, image, within):
     model = GKCForOpenVocabSegmentation.from_pretrained(folder)
     images_only = GKCSegmentationPipeline(model=model, image_processor=processor.image_processor)
     assert_same(images_only(image, **ALL_SEGMENTS), segmenter(image, **ALL_SEGMENTS), within)
-    with pytest.raises(ValueError, match="words need a tokenizer"):
+    with pytest.raises(ValueError, match="`labels` and `void_labels` need a tokenizer"):
         images_only(image, labels="dog")
     both = GKCSegmentationPipeline(
         model=model, image_processor=processor.image_processor, tokenizer=processor.tokenizer
     )
     settings = ALL_SEGMENTS | {"labels": OTHER_WORDS}
     assert_same(both(image, **settings), segmenter(image, **settings), within)
-    with pytest.raises(ValueError, match="give the `processor`"):
+    with pytest.raises(ValueError, match="Pass the `processor`"):
         GKCSegmentationPipeline(model=model)
 
 
@@ -458,17 +458,17 @@ def test_parts_of_a_processor(folder, segmenter, processor, image, within):
         ({"lables": "dog"}, TypeError, "no parameter 'lables'"),
     ],
 )
-def test_wrong_calls(segmenter, image, settings, error, message):
+def test_invalid_calls_raise(segmenter, image, settings, error, message):
     with pytest.raises(error, match=message):
         segmenter(image, **settings)
 
 
-def test_wrong_words_of_a_stream_are_told_at_once(segmenter, image):
+def test_invalid_labels_of_an_iterator_raise_at_once(segmenter, image):
     with pytest.raises(ValueError, match="empty"):
         segmenter((image for _ in range(2)), labels="")
 
 
-def test_unreadable_image_is_named(segmenter, tmp_path):
+def test_unreadable_image_error_names_the_file(segmenter, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png"):
         segmenter([str(tmp_path / "broken.png")])
@@ -477,13 +477,13 @@ def test_unreadable_image_is_named(segmenter, tmp_path):
 
 
 @pytest.mark.parametrize("broken", [b"no image", io.BytesIO(b"no image"), None])
-def test_unreadable_image_of_a_list_is_named_by_its_place(segmenter, image, broken):
+def test_unreadable_image_of_a_list_error_gives_the_index(segmenter, image, broken):
     with pytest.raises((ValueError, TypeError), match=r"^image 2 \(index 1\): "):
         segmenter([image, broken], batch_size=2)
 
 
 @pytest.mark.parametrize("kind", ["generator", "iterator", "dataset"])
-def test_unreadable_image_of_a_stream_is_named_by_its_place(segmenter, image, kind):
+def test_unreadable_image_of_an_iterator_error_gives_the_index(segmenter, image, kind):
     images = [image, image, b"no image"]
     given = {"generator": (each for each in images), "iterator": iter(images)}.get(kind)
     if given is None:
@@ -494,8 +494,8 @@ def test_unreadable_image_of_a_stream_is_named_by_its_place(segmenter, image, ki
         next(results)
 
 
-def test_number_of_pairs(folder, segmenter, image):
-    """`top_k` of an instance result, at the call and at the construction."""
+def test_top_k(folder, segmenter, image):
+    """Pass `top_k` of instance results to the call and to the constructor."""
     settings = {"subtask": "instance", "threshold": 0.0, "overlap_mask_area_threshold": 0.0}
     assert len(segmenter(image, **settings)) > 2
     assert len(segmenter(image, **settings, top_k=2)) == 2
@@ -505,8 +505,8 @@ def test_number_of_pairs(folder, segmenter, image):
         segmenter(image, **settings, top_k=0)
 
 
-def test_result_of_a_turned_picture_lies_on_the_picture(folder, processor, tmp_path):
-    """The Python example of the README, with a picture that is stored on its side."""
+def test_result_of_a_rotated_image_is_upright(folder, processor, tmp_path):
+    """Run the Python example of the README on an image with an EXIF rotation."""
     exif = Image.Exif()
     exif[274] = 6
     noise(80, 120).save(tmp_path / "turned.png", exif=exif)
@@ -519,7 +519,7 @@ def test_result_of_a_turned_picture_lies_on_the_picture(folder, processor, tmp_p
         assert sizes.tolist() == [[120, 80]]
         results += processor.post_process_panoptic_segmentation(model(**inputs), 0.0, 0.5, 0.0, target_sizes=sizes)
     assert torch.equal(*(result["segmentation"] for result in results)) and len(results[0]["segments_info"]) > 1
-    with pytest.warns(UserWarning, match="turned by a quarter"):
+    with pytest.warns(UserWarning, match="height and width seem to be swapped"):
         processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[(80, 120)])
 
 
@@ -533,8 +533,8 @@ def test_result_of_a_turned_picture_lies_on_the_picture(folder, processor, tmp_p
     ],
     ids=str,
 )
-def test_labels_of_a_stored_vocabulary_cannot_be_changed_while_loading(folder, given):
-    """Such labels would rename classes, or leave some without a name, without changing any result."""
+def test_changing_stored_labels_while_loading_raises(folder, given):
+    """Changed labels would rename classes, or remove names, without changing results."""
     field = next(iter(given))
     message = (
         rf"`{field}` cannot be changed while loading: .* 3 classes \(red disc, blue square, lawn\).*set_vocabulary"
@@ -544,7 +544,7 @@ def test_labels_of_a_stored_vocabulary_cannot_be_changed_while_loading(folder, g
             load(folder, **given)
 
 
-def test_the_same_labels_are_no_other_labels(folder, tmp_path):
+def test_equal_labels_while_loading_are_accepted(folder, tmp_path):
     names = {0: "red disc", 1: "blue square", 2: "lawn"}
     model = GKCForOpenVocabSegmentation.from_pretrained(folder, num_labels=3, id2label=names)
     model.config.id2label = {0: "Scheibe", 1: "Quadrat", 2: "Wiese"}
@@ -559,13 +559,13 @@ def test_the_same_labels_are_no_other_labels(folder, tmp_path):
         GKCForOpenVocabSegmentation.from_pretrained(tmp_path)
 
 
-def test_no_words_at_all(processor, image):
+def test_missing_vocabulary_raises(processor, image):
     segmenter = GKCSegmentationPipeline(model=GKCForOpenVocabSegmentation(small_config()), processor=processor)
-    with pytest.raises(ValueError, match="no words to segment into: give `labels`"):
+    with pytest.raises(ValueError, match="There is no vocabulary: pass `labels`"):
         segmenter(image)
     assert segmenter(image, labels="dog", subtask="semantic")[0]["label"] == "dog"
 
 
-def test_wrong_model(processor):
-    with pytest.raises(ValueError, match="GKCForOpenVocabSegmentation is needed, got a GKCModel"):
+def test_other_model_class_raises(processor):
+    with pytest.raises(ValueError, match="must be a GKCForOpenVocabSegmentation, got a GKCModel"):
         GKCSegmentationPipeline(model=GKCModel(small_config()), processor=processor)

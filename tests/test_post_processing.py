@@ -1,4 +1,4 @@
-"""Results against golden numbers, direct formulas and pycocotools."""
+"""Tests of post-processing against golden numbers, direct formulas and pycocotools."""
 
 import inspect
 import math
@@ -78,7 +78,7 @@ class TestGolden:
 class TestSemantic:
     @pytest.mark.parametrize("target", [None, (21, 17), (70, 90)])
     @pytest.mark.parametrize("classes", [11, 847])
-    def test_equals_the_direct_formula(self, target, classes, tile_bytes, within):
+    def test_matches_the_direct_formula(self, target, classes, tile_bytes, within):
         logits, masks = random_logits(queries=20, classes=classes)
         resized = resize_masks(masks, (30, 45), target)
         direct = torch.einsum("qk,qhw->khw", logits.softmax(-1)[:, :-1], resized.sigmoid())
@@ -98,8 +98,10 @@ class TestSemantic:
         ids=["all alike", "hesitant", "confident", "one wins everywhere"],
     )
     @pytest.mark.parametrize("size", [(37, 90), (150, 131)])
-    def test_classes_that_are_left_out_win_nowhere(self, confidence, favour, most_computed, size, within, monkeypatch):
-        """Of 300 classes at most a few are computed, all, or what lies between; each has a double."""
+    def test_skipped_classes_never_have_the_highest_score(
+        self, confidence, favour, most_computed, size, within, monkeypatch
+    ):
+        """Compare with all scores where few, some or all of 300 classes, each with a duplicate, are computed."""
         logits, masks = random_logits(queries=30, classes=300)
         logits = confidence * logits
         logits[:, 150:300] = logits[:, :150]
@@ -120,7 +122,7 @@ class TestSemantic:
         within("semantic scores of the chosen classes below the best, max", (direct.amax(0) - chosen).max(), 1e-5)
 
     @pytest.mark.parametrize(("classes", "void"), [(1, 255), (255, 255), (256, 65535), (847, 65535)])
-    def test_void_is_never_a_class(self, classes, void):
+    def test_default_void_value_is_not_a_class(self, classes, void):
         assert void_label(classes) == void
         logits, masks = random_logits(classes=classes)
         plain, scores = semantic_segmentation(logits, masks)
@@ -139,7 +141,7 @@ class TestSemantic:
 
 
 def peak_memory(setup: str, call: str) -> float:
-    """Megabytes by which the memory of a process of its own grows at most during a call, the result included."""
+    """Return the peak memory growth in megabytes of a call in a separate process, including the result."""
     code = (
         "import torch\n"
         "from pathlib import Path\n"
@@ -161,11 +163,11 @@ def peak_memory(setup: str, call: str) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's record of memory")
-def test_memory_stays_bounded_at_847_classes(within):
-    """Class scores of one image of 1024 x 2048 are 7 GB; less than 300 MB above the inputs is the goal.
+def test_memory_is_bounded_with_847_classes(within):
+    """Class scores of one image of 1024 x 2048 pixels need 7 GB; the bound is 300 MB above the inputs.
 
-    The first tiles show the peak of the work; a whole image would take half a minute. What is left out of the results
-    is added: 64-bit classes and 32-bit scores of 7 of 8 rows.
+    The first tiles show the peak of the computation, while a whole image would take half a minute. The size of the
+    results that are not computed is added: 64-bit classes and 32-bit scores of 7 of 8 rows.
     """
     setup = "logits, masks = torch.randn(100, 848), torch.randn(100, 256, 512)"
     tiles = "semantic_segmentation(logits, masks[:, :32], target_size=(128, 2048))\n"
@@ -180,8 +182,8 @@ def test_memory_stays_bounded_at_847_classes(within):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's record of memory")
-def test_memory_of_the_score_map_stays_bounded_at_847_classes(within):
-    """Scores of all classes would take 840 MB for the part of the image that is computed here."""
+def test_memory_of_the_score_map_is_bounded_with_847_classes(within):
+    """Check a bound below the 840 MB that the scores of all classes would take for this part of the image."""
     setup = (
         "from modeling_gkc import GKCImageProcessor\n"
         "logits, masks = torch.randn(100, 848), torch.randn(100, 32, 512)\n"
@@ -195,7 +197,7 @@ def test_memory_of_the_score_map_stays_bounded_at_847_classes(within):
 
 
 def direct_panoptic(class_logits, masks, threshold, mask_threshold, overlap, fuse):
-    """Mask2Former's panoptic inference, pixel by pixel, on masks of the final size."""
+    """Run the panoptic inference of Mask2Former on masks of the final size, one pixel at a time."""
     probabilities = class_logits.softmax(-1)
     kept = [
         (float(row.max()), int(row.argmax()), mask.sigmoid())
@@ -225,7 +227,7 @@ def direct_panoptic(class_logits, masks, threshold, mask_threshold, overlap, fus
 
 class TestPanoptic:
     @pytest.mark.parametrize("seed", range(12))
-    def test_equals_the_direct_formula(self, seed, tile_bytes):
+    def test_matches_the_direct_formula(self, seed, tile_bytes):
         torch.manual_seed(seed)
         logits, masks = random_logits(queries=12, classes=4, spread=2.0)
         masks = F.interpolate(masks[None], size=(14, 18), mode="bilinear")[0]
@@ -238,7 +240,7 @@ class TestPanoptic:
 
     @settings(deadline=None, max_examples=60)
     @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.sets(st.integers(0, 3)))
-    def test_ids_are_unique_consecutive_and_all_seen(self, seed, threshold, overlap, fuse):
+    def test_ids_are_consecutive_and_all_in_the_map(self, seed, threshold, overlap, fuse):
         torch.manual_seed(seed)
         logits, masks = random_logits(queries=10, classes=4, height=5, width=6)
         result = panoptic_segmentation(
@@ -251,8 +253,8 @@ class TestPanoptic:
         assert len(stuff) == len(set(stuff)) and set(stuff) <= fuse
         assert all(threshold < segment["score"] <= 1 for segment in result["segments_info"])
 
-    def test_areas_are_measured_without_the_class_score(self):
-        """A sure class would not help a mask that loses most of its area; a weighted area would hide the loss."""
+    def test_mask_area_is_independent_of_the_class_score(self):
+        """Drop a mask that loses most of its area; an area weighted by the class score would keep it."""
         logits = logits_of([[0.9, 0.05, 0.05], [0.05, 0.55, 0.4]])
         masks = torch.stack([mask_of(["####....", "####...."]), mask_of(["..######", "..######"])])
         result = panoptic_segmentation(logits, masks, threshold=0.3, overlap_mask_area_threshold=0.7)
@@ -262,7 +264,7 @@ class TestPanoptic:
         result = panoptic_segmentation(logits, masks, threshold=0.3, overlap_mask_area_threshold=0.6)
         assert result["segmentation"].tolist() == [[1] * 4 + [2] * 4] * 2
 
-    def test_stuff_merges_and_the_best_score_stays(self):
+    def test_merged_stuff_keeps_the_highest_score(self):
         logits = logits_of([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.8, 0.1, 0.1]])
         masks = torch.stack([mask_of(["##......"]), mask_of(["..##...."]), mask_of([".....###"])])
         fused = panoptic_segmentation(logits, masks, label_ids_to_fuse={0})
@@ -272,24 +274,24 @@ class TestPanoptic:
         apart = panoptic_segmentation(logits, masks)
         assert apart["segmentation"].tolist() == [[1, 1, 2, 2, 0, 3, 3, 3]]
 
-    def test_nothing_found(self):
+    def test_no_segments(self):
         logits = logits_of([[0.2, 0.8], [0.4, 0.6]])
         result = panoptic_segmentation(logits, torch.zeros(2, 4, 5), target_size=(3, 2))
         assert result["segments_info"] == []
         assert torch.equal(result["segmentation"], torch.zeros(3, 2, dtype=torch.int32))
 
-    def test_a_class_score_at_the_threshold_is_too_low(self):
+    def test_class_score_threshold_is_exclusive(self):
         logits = logits_of([[0.5, 0.5, 0.0]])
         masks = mask_of(["##.."])[None]
         assert panoptic_segmentation(logits, masks, threshold=0.5)["segments_info"] == []
         assert len(panoptic_segmentation(logits, masks, threshold=0.499)["segments_info"]) == 1
 
-    def test_a_mask_probability_at_the_threshold_is_inside(self):
+    def test_mask_threshold_is_inclusive(self):
         result = panoptic_segmentation(logits_of([[1.0, 0.0]]), torch.tensor([[[8.0, 0.0, -8.0]]]))
         assert result["segmentation"].tolist() == [[1, 1, 0]]
 
-    def test_pixels_at_the_threshold_are_part_of_the_area(self):
-        """The first mask wins one of its two pixels, less than 0.8 of them."""
+    def test_mask_area_includes_pixels_at_the_threshold(self):
+        """Drop the first mask, which wins one of its two pixels, less than 0.8 of them."""
         masks = torch.tensor([[[8.0, 0.0]], [[-8.0, 8.0]]])
         result = panoptic_segmentation(logits_of([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), masks)
         assert result["segmentation"].tolist() == [[0, 1]]
@@ -297,7 +299,7 @@ class TestPanoptic:
 
 
 def direct_instances(class_logits, masks, threshold, mask_threshold, top_k):
-    """Mask2Former's instance inference on masks of the final size: (score, class, mask), best first."""
+    """Run the instance inference of Mask2Former on masks of the final size: (score, class, mask), best first."""
     scores = class_logits.softmax(-1)[:, :-1]
     found = []
     for pair in scores.flatten().argsort(descending=True, stable=True)[:top_k].tolist():
@@ -312,7 +314,7 @@ def direct_instances(class_logits, masks, threshold, mask_threshold, top_k):
 class TestInstance:
     @pytest.mark.parametrize("seed", range(6))
     @pytest.mark.parametrize("top_k", [1, 9, 1000])
-    def test_equals_the_direct_formula(self, seed, top_k, tile_bytes):
+    def test_matches_the_direct_formula(self, seed, top_k, tile_bytes):
         torch.manual_seed(seed)
         logits, masks = random_logits(queries=8, classes=4)
         threshold, mask_threshold = [(0.0, 0.5), (0.3, 0.5), (0.2, 0.8)][seed % 3]
@@ -327,7 +329,7 @@ class TestInstance:
         encoded = instance_segmentation(*arguments, top_k=top_k, return_coco_annotation=True)["segmentation"]
         np.testing.assert_array_equal(np.stack([decode_rle(rle) for rle in encoded]), result["segmentation"].numpy())
 
-    def test_in_the_map_the_best_covers_the_others(self, tile_bytes):
+    def test_higher_scores_cover_lower_scores_in_the_map(self, tile_bytes):
         logits = logits_of([[0.7, 0.1, 0.2], [0.1, 0.9, 0.0], [0.5, 0.3, 0.2], [0.6, 0.1, 0.3]])
         masks = torch.stack(
             [mask_of(["####...."]), mask_of(["..####.."]), mask_of(["...##..."]), mask_of([".....###"])]
@@ -340,7 +342,7 @@ class TestInstance:
         assert stricter["segmentation"].tolist() == [[-1, -1, 1, 1, 1, 1, 2, 2]]
         assert [s["id"] for s in stricter["segments_info"]] == [1, 2]
 
-    def test_a_query_may_have_two_classes(self):
+    def test_query_may_have_two_classes(self):
         logits = logits_of([[0.45, 0.45, 0.1]])
         masks = mask_of(["##.."])[None]
         whole = instance_segmentation(logits, masks, threshold=0.3, return_binary_maps=True)
@@ -350,7 +352,7 @@ class TestInstance:
     @pytest.mark.parametrize(
         ("flag", "empty"), [("return_binary_maps", (0, 4, 5)), ("return_coco_annotation", []), (None, (4, 5))]
     )
-    def test_nothing_found(self, flag, empty):
+    def test_no_segments(self, flag, empty):
         for masks in (torch.full((2, 4, 5), -9.0), torch.full((2, 4, 5), 9.0)):
             logits = torch.zeros(2, 6)
             result = instance_segmentation(logits, masks, threshold=0.5, **({flag: True} if flag else {}))
@@ -358,8 +360,8 @@ class TestInstance:
             assert result["segments_info"] == []
             assert (found if isinstance(found, list) else tuple(found.shape)) == empty
 
-    def test_a_mask_probability_at_the_threshold_is_outside(self):
-        """Of a void class too: its pixel at the threshold is left to the next segment."""
+    def test_mask_threshold_is_exclusive(self):
+        """Pixels at the threshold are outside, also for a void class, which leaves them to the next segment."""
         logits, masks = logits_of([[1.0, 0.0]]), torch.tensor([[[8.0, 0.0, -8.0]]])
         painted = instance_segmentation(logits, masks)
         assert painted["segmentation"].tolist() == [[1, -1, -1]]
@@ -372,18 +374,18 @@ class TestInstance:
             result = instance_segmentation(logits, masks, void_label_ids=[1], **form)
             assert result["segmentation"].tolist() == expected
 
-    def test_a_score_at_the_threshold_is_enough(self):
+    def test_score_threshold_is_inclusive(self):
         one = torch.zeros(1, 2), torch.ones(1, 2, 2)
         (found,) = instance_segmentation(*one, threshold=0.1)["segments_info"]
         assert instance_segmentation(*one, threshold=found["score"])["segments_info"] == [found]
 
     @pytest.mark.parametrize("top_k", [0, -1, 1.5, None])
-    def test_at_least_one_pair(self, top_k):
+    def test_invalid_top_k_raises(self, top_k):
         with pytest.raises(ValueError, match=f"`top_k` must be a whole number of at least 1, got {top_k}"):
             instance_segmentation(*random_logits(), top_k=top_k)
 
-    def test_one_form_of_masks(self):
-        with pytest.raises(ValueError, match="choose one"):
+    def test_two_mask_formats_raise(self):
+        with pytest.raises(ValueError, match="Set only one"):
             instance_segmentation(*random_logits(), return_binary_maps=True, return_coco_annotation=True)
 
 
@@ -401,7 +403,7 @@ class TestMethods:
         sizes = torch.tensor([[36, 48], [30, 41], [20, 48]])
         return Outputs(torch.stack(logits).requires_grad_(), torch.stack(masks).requires_grad_(), sizes)
 
-    def test_every_image_is_cut_and_resized_by_itself(self, outputs):
+    def test_each_image_has_its_own_content_and_target_size(self, outputs):
         processor = GKCImageProcessor()
         targets = [(50, 60), (31, 41), (7, 9)]
         for given_targets in (targets, torch.tensor(targets), None):
@@ -422,14 +424,14 @@ class TestMethods:
                 assert instance[index]["segments_info"] == instance_segmentation(*one, 0.3, top_k=5)["segments_info"]
                 assert not semantic[index].requires_grad
 
-    def test_outputs_may_be_any_container(self, outputs):
+    def test_outputs_may_be_any_mapping_or_object(self, outputs):
         processor = GKCImageProcessor()
         expected = processor.post_process_semantic_segmentation(outputs)
         for container in (vars(outputs), ModelOutput(vars(outputs)), SimpleNamespace(**vars(outputs))):
             got = processor.post_process_semantic_segmentation(container)
             assert all(map(torch.equal, got, expected))
 
-    def test_without_content_sizes_all_is_image(self, outputs):
+    def test_outputs_without_content_sizes_have_no_padding(self, outputs):
         outputs.content_sizes = None
         maps = GKCImageProcessor().post_process_semantic_segmentation(outputs)
         assert [tuple(labels.shape) for labels in maps] == [(9, 12)] * 3
@@ -438,7 +440,7 @@ class TestMethods:
         maps = GKCImageProcessor().post_process_semantic_segmentation(outputs, void_threshold=7.0)
         assert all((labels == 255).all() for labels in maps)
 
-    def test_one_target_size_per_image(self, outputs):
+    def test_wrong_number_of_target_sizes_raises(self, outputs):
         with pytest.raises(ValueError, match="got 2 for 3 images"):
             GKCImageProcessor().post_process_panoptic_segmentation(outputs, target_sizes=[(3, 4), (5, 6)])
 
@@ -446,7 +448,7 @@ class TestMethods:
         "sizes",
         [(3, 4, 5), torch.tensor([3, 4, 5]), [(3, 4), (5, 6), (7,)], [(3, 4), (5, 6.5), (7, 8)], 3, ["ab"] * 3],
     )
-    def test_sizes_are_pairs_of_whole_numbers(self, outputs, sizes):
+    def test_invalid_target_sizes_raise(self, outputs, sizes):
         with pytest.raises(ValueError, match=r"`target_sizes` must give one \(height, width\) per image, such as"):
             GKCImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=sizes)
 
@@ -457,7 +459,7 @@ class TestMethods:
         infos = [[image["segments_info"] for image in result] for result in results]
         assert infos[0] == infos[1] and any(segment["was_fused"] for image in infos[0] for segment in image)
 
-    def test_outputs_without_logits(self):
+    def test_outputs_without_logits_raise(self):
         with pytest.raises(ValueError, match="class_queries_logits"):
             GKCImageProcessor().post_process_semantic_segmentation({"logits": torch.zeros(1)})
 
@@ -497,16 +499,16 @@ def assert_same(first: dict[str, object], second: dict[str, object]) -> None:
             assert value and value == second[name], name
 
 
-class TestSurroundings:
+class TestAutocastAndGradients:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_autocast_changes_nothing(self, dtype):
+    def test_results_are_independent_of_autocast(self, dtype):
         logits, masks = random_logits(queries=20)
         expected = all_results(logits, masks)
         with torch.autocast("cpu", dtype):
             assert_same(expected, all_results(logits, masks))
             assert (logits @ logits.T).dtype == dtype  # still on for the caller
 
-    def test_gradients_end_here(self):
+    def test_results_have_no_gradients(self):
         logits, masks = random_logits(queries=20)
         assert_same(all_results(logits, masks), all_results(logits.requires_grad_(), masks.requires_grad_()))
 
@@ -520,20 +522,20 @@ class TestFinite:
         ("number", "which"),
         [(torch.nan, "class"), (torch.inf, "class"), *((x, "mask") for x in (torch.nan, torch.inf, -torch.inf))],
     )
-    def test_logits_that_are_no_numbers_are_refused(self, function, number, which):
+    def test_non_finite_logits_raise(self, function, number, which):
         logits, masks = random_logits()
         (logits if which == "class" else masks).flatten()[3] = number
-        with pytest.raises(ValueError, match=f"the {which} logits hold NaN or infinity.* bf16 or fp32"):
+        with pytest.raises(ValueError, match=f"The {which} logits contain NaN or infinity.* bf16 or fp32"):
             function(logits, masks)
 
-    def test_a_class_may_be_ruled_out_but_not_all(self, function):
+    def test_class_logits_may_be_minus_infinity_but_not_all(self, function):
         logits, masks = random_logits()
         logits[:, 1] = -torch.inf
         result = function(logits, masks)
         if function is semantic_scores:
             assert (result[1] == 0).all()
         logits[2] = -torch.inf
-        with pytest.raises(ValueError, match="the class logits hold"):
+        with pytest.raises(ValueError, match="The class logits contain"):
             function(logits, masks)
 
 
@@ -541,22 +543,22 @@ SHARES = ("threshold", "mask_threshold", "overlap_mask_area_threshold", "void_th
 
 
 class TestArguments:
-    """A wrong argument is refused by its name; `tests.fuzz.post_processing` tries many more."""
+    """Invalid arguments raise errors that name them; `tests.fuzz.post_processing` tries many more."""
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -1, 1.5, "0.5", True, [0.5]])
     @pytest.mark.parametrize("name", SHARES)
     @pytest.mark.parametrize("function", [panoptic_segmentation, instance_segmentation])
-    def test_thresholds_are_shares(self, function, name, value):
+    def test_thresholds_outside_0_to_1_raise(self, function, name, value):
         with pytest.raises(ValueError, match=f"`{name}` must be a number between 0 and 1, got"):
             function(*random_logits(), **{name: value})
 
     @pytest.mark.parametrize("value", [math.nan, -0.1, 7.5, "1"])
-    def test_the_void_threshold_of_a_semantic_map_lies_between_0_and_the_number_of_queries(self, value):
+    def test_semantic_void_threshold_lies_between_0_and_the_number_of_queries(self, value):
         for call in (semantic_segmentation, semantic_by_method):
             with pytest.raises(ValueError, match="`void_threshold` must be a number between 0 and 7, the number of"):
                 call(*random_logits(queries=7), void_threshold=value)
 
-    def test_numbers_of_numpy_and_torch_are_numbers(self):
+    def test_numpy_and_torch_numbers_are_accepted(self):
         logits = random_logits()
         expected = panoptic_segmentation(*logits, threshold=0.25, target_size=(4, 5))
         for number in (np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
@@ -598,13 +600,13 @@ class TestArguments:
             ),
         ],
     )
-    def test_logits_that_do_not_fit(self, function, which, change, message):
+    def test_logits_with_wrong_shapes_raise(self, function, which, change, message):
         logits = list(random_logits())
         logits[which] = change(logits[which])
         with pytest.raises(ValueError, match=message):
             function(*logits)
 
-    def test_batches_of_logits_that_do_not_fit(self):
+    def test_batches_with_wrong_shapes_raise(self):
         logits, masks = torch.zeros(2, 7, 6), torch.zeros(2, 7, 9, 12)
         for outputs in ((logits, masks[:1]), (logits[0], masks), (logits.numpy(), masks), (logits[..., :1], masks)):
             with pytest.raises(ValueError, match="`class_queries_logits`"):
@@ -612,7 +614,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("size", ["ab", 5, (3,), (3, 4.5), (0, 3), (-1, 3), {3, 4}, (2**20, 2**20)])
     @pytest.mark.parametrize("name", ["content_size", "target_size"])
-    def test_sizes_that_are_none(self, name, size):
+    def test_invalid_sizes_raise(self, name, size):
         for function in (semantic_segmentation, panoptic_segmentation, instance_segmentation, semantic_scores):
             with pytest.raises(ValueError, match=f"`{name}`"):
                 function(*random_logits(), **{name: size})
@@ -620,24 +622,24 @@ class TestArguments:
             resize_masks(random_logits()[1], **{name: size})
 
     @pytest.mark.parametrize("ids", [3, "12", b"\1", torch.tensor(1), np.array(1), [9], [True]])
-    def test_classes_that_are_none(self, ids):
+    def test_invalid_class_ids_raise(self, ids):
         for name in ("void_label_ids", "label_ids_to_fuse"):
             with pytest.raises(ValueError, match=f"`{name}` must"):
                 panoptic_segmentation(*random_logits(), **{name: ids})
 
     @pytest.mark.parametrize("value", ["no", 1, None])
     @pytest.mark.parametrize("name", ["return_binary_maps", "return_coco_annotation"])
-    def test_flags_are_booleans(self, name, value):
+    def test_flags_that_are_not_booleans_raise(self, name, value):
         with pytest.raises(ValueError, match=f"`{name}` must be True or False, got {value!r}"):
             instance_segmentation(*random_logits(), **{name: value})
 
-    def test_a_void_id_fits_into_the_map(self):
+    def test_void_id_outside_64_bits_raises(self):
         with pytest.raises(ValueError, match=f"`void_id` {2**70} does not fit"):
             semantic_segmentation(*random_logits(), void_id=2**70)
         found = instance_segmentation(*random_logits(queries=2, classes=1), top_k=10**9, void_id=3)
         assert 3 in found["segmentation"]
 
-    def test_segments_of_maps_that_are_none(self):
+    def test_invalid_semantic_maps_raise(self):
         class_map, scores = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
         for name, arguments in {
             "class_map": (class_map.float(), scores, 3),
@@ -649,7 +651,7 @@ class TestArguments:
                 semantic_segments(*arguments)
 
     @pytest.mark.parametrize("value", [math.nan, -1, "5", 2**31])
-    def test_void_label_of_no_number_of_classes(self, value):
+    def test_void_label_of_an_invalid_number_of_classes_raises(self, value):
         with pytest.raises(ValueError, match="`num_classes` must be a whole number"):
             void_label(value)
 
@@ -659,12 +661,12 @@ def semantic_by_method(class_logits, mask_logits, **arguments):
     return GKCImageProcessor().post_process_semantic_segmentation(outputs, **arguments)
 
 
-def test_methods_refuse_logits_that_are_no_numbers():
+def test_methods_raise_for_non_finite_logits():
     logits, masks = (tensor[None] for tensor in random_logits())
     masks[0, 0, 0, 0] = torch.nan
     outputs = {"class_queries_logits": logits, "masks_queries_logits": masks}
     for task in ("semantic", "panoptic", "instance"):
-        with pytest.raises(ValueError, match="the mask logits hold"):
+        with pytest.raises(ValueError, match="The mask logits contain"):
             getattr(GKCImageProcessor(), f"post_process_{task}_segmentation")(outputs)
 
 
@@ -675,8 +677,8 @@ MASK2FORMER_DEFAULTS = {  # where ours differ on purpose
 
 
 @pytest.mark.parametrize("owner", [GKCImageProcessor, GKCProcessor])
-def test_calls_written_for_mask2former_mean_the_same(owner):
-    """All its methods, arguments, their order and their defaults; further arguments of ours are given by name."""
+def test_arguments_match_mask2former(owner):
+    """Compare methods, arguments, their order and defaults; additional arguments are keyword-only."""
     names = [name for name in dir(Mask2FormerImageProcessorPil) if name.startswith("post_process_")]
     assert len(names) == 3
     for name in names:
@@ -690,7 +692,7 @@ def test_calls_written_for_mask2former_mean_the_same(owner):
 
 @pytest.mark.parametrize("classes", [5, 70])
 def test_scores_of_all_classes(classes, monkeypatch):
-    """Scores have transformers' form, also with more classes than one tile holds, and in tiles of a few rows."""
+    """Scores have the format of transformers, also if tiles hold few rows or fewer classes than there are."""
     monkeypatch.setattr(mask_resampling, "TILE_BYTES", 80_000)
     processor, (logits, masks) = GKCImageProcessor(), random_logits(classes=classes)
     outputs = Outputs(logits[None], masks[None], torch.tensor([[36, 48]]))
@@ -709,7 +711,7 @@ def test_scores_of_all_classes(classes, monkeypatch):
 
 @pytest.mark.parametrize("classes", [5, 70])
 def test_score_map(classes, monkeypatch, within):
-    """The best class score of every pixel, at void pixels too, alone and beside the scores of all classes."""
+    """The highest class score of each pixel, also of void pixels, alone and with the scores of all classes."""
     monkeypatch.setattr(mask_resampling, "TILE_BYTES", 80_000)
     process, (logits, masks) = (
         GKCImageProcessor().post_process_semantic_segmentation,
@@ -753,7 +755,7 @@ def test_masks_of_panoptic_segments():
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 @pytest.mark.parametrize("content", [(36, 48), (35, 47), (20, 48), (36, 13)])
-def test_targets_turned_by_a_quarter_are_said(content, task):
+def test_swapped_target_sizes_warn(content, task):
     processor, (logits, masks) = GKCImageProcessor(), random_logits()
     outputs = Outputs(logits[None].expand(2, -1, -1), masks[None].expand(2, -1, -1, -1), torch.tensor([content] * 2))
     method = getattr(processor, f"post_process_{task}_segmentation")

@@ -1,4 +1,4 @@
-"""`GKCPredictor`: equal to the calls that it replaces, bounded in memory, clear about errors."""
+"""Tests of `GKCPredictor`: results, memory bounds and errors."""
 
 import io
 import itertools
@@ -76,7 +76,7 @@ def by_hand(model, processor, image, task, words=WORDS, **options):
 
 
 def same(first, second) -> bool:
-    """Whether two results are equal to the last bit."""
+    """Return whether two results are bitwise equal."""
     equal = torch.equal(first.segmentation, second.segmentation) and first.segments == second.segments
     scores = [getattr(each, "scores", None) for each in (first, second)]
     return type(first) is type(second) and equal and (scores[0] is None or torch.equal(*scores))
@@ -90,7 +90,7 @@ def infos(result) -> list[dict]:
 
 
 class TestPredict:
-    def test_semantic_results_are_those_of_the_calls_by_hand(self, model, processor, predictor):
+    def test_semantic_results_match_separate_calls(self, model, processor, predictor):
         image = noise(80, 120)
         expected = by_hand(model, processor, image, "semantic", return_scores=True)
         plain, scored = predictor.predict(image), predictor.predict(image, return_scores=True)
@@ -112,7 +112,7 @@ class TestPredict:
     @pytest.mark.parametrize(
         "options", [{}, ALL_SEGMENTS, ALL_SEGMENTS | {"mask_threshold": 0.3, "void_threshold": 0.2}]
     )
-    def test_segments_are_those_of_the_calls_by_hand(self, model, processor, predictor, task, kind, options):
+    def test_segments_match_separate_calls(self, model, processor, predictor, task, kind, options):
         image = noise(80, 120)
         expected = by_hand(model, processor, image, task, **options)
         result = predictor.predict(image, task, **options)
@@ -121,7 +121,7 @@ class TestPredict:
         assert infos(result) == expected["segments_info"] and (result.segments or not options)
         assert all(segment.label == result.labels[segment.label_id] for segment in result.segments)
 
-    def test_stuff_is_fused(self, model, processor):
+    def test_stuff_segments_are_merged(self, model, processor):
         predictor = GKCPredictor(model, processor)
         predictor.set_vocabulary(Vocabulary(Vocabulary.parse(WORDS).names, [False] * 3))
         settings = ALL_SEGMENTS | {"mask_threshold": 0.0}
@@ -158,7 +158,7 @@ class TestPredict:
         assert predictor.predict([], task) == []
 
     @pytest.mark.parametrize("kind", ["path", "bytes", "array", "tensor", "batch", "file"])
-    def test_kinds_of_images(self, predictor, tmp_path, kind):
+    def test_image_types(self, predictor, tmp_path, kind):
         image, file = noise(80, 120), io.BytesIO()
         image.save(tmp_path / "image.png")
         image.save(file, "PNG")
@@ -174,15 +174,15 @@ class TestPredict:
         result = result[0] if kind == "batch" else result
         assert same(result, predictor.predict(image))
 
-    def test_images_come_back_upright(self, predictor, tmp_path):
+    def test_returned_images_are_upright(self, predictor, tmp_path):
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+        exif[0x0112] = 6  # to be displayed rotated by 90 degrees clockwise
         noise(40, 90).save(tmp_path / "turned.png", exif=exif)
         result = predictor.predict(tmp_path / "turned.png", return_images=True)
         assert result.image.size == (40, 90) and result.segmentation.shape == (90, 40)
         np.testing.assert_array_equal(np.asarray(result.image), np.rot90(np.asarray(noise(40, 90)), -1))
 
-    def test_results_may_be_written_to(self, predictor):
+    def test_results_are_writable(self, predictor):
         result = predictor.predict(noise(80, 120), return_scores=True)
         result.segmentation[result.scores < 0.1] = 255
 
@@ -190,9 +190,14 @@ class TestPredict:
         ("task", "options", "error", "message"),
         [
             ("video", {}, ValueError, "`task` must be one of semantic, instance, panoptic, got 'video'"),
-            ("semantic", {"threshold": 0.0}, ValueError, "`threshold` is an option of instance and panoptic results"),
-            ("panoptic", {"top_k": 5}, ValueError, "`top_k` is an option of instance results, not of panoptic ones"),
-            ("panoptic", {"return_scores": True}, ValueError, "`return_scores` is an option of semantic results"),
+            ("semantic", {"threshold": 0.0}, ValueError, "`threshold` applies to instance and panoptic results only"),
+            (
+                "panoptic",
+                {"top_k": 5},
+                ValueError,
+                "`top_k` applies to instance results only, not to panoptic",
+            ),
+            ("panoptic", {"return_scores": True}, ValueError, "`return_scores` applies to semantic results only"),
             ("instance", {"threshold": 2}, ValueError, "`threshold` must be a number between 0 and 1"),
             ("instance", {"top_k": 0}, ValueError, "`top_k` must be"),
             ("semantic", {"return_images": 1}, ValueError, "`return_images` must be"),
@@ -200,19 +205,19 @@ class TestPredict:
             ("semantic", {"tresh": 0.5}, TypeError, "tresh"),
         ],
     )
-    def test_wrong_options(self, predictor, task, options, error, message):
+    def test_invalid_options_raise(self, predictor, task, options, error, message):
         with pytest.raises(error, match=message):
             predictor.predict(noise(32, 32), task, **options)
 
-    def test_an_unreadable_image_is_named(self, predictor, tmp_path):
+    def test_unreadable_image_error_names_the_file(self, predictor, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"no image")
         with pytest.raises(ValueError, match=r"broken\.png: cannot be read"):
             predictor.predict(tmp_path / "broken.png")
         with pytest.raises(ValueError, match=r"^image 2 \(index 1\): cannot be read"):
             predictor.predict([noise(32, 32), b"no image"])
 
-    def test_a_model_optimized_for_inference(self, processor, within):
-        """Words that were encoded before serve it, and so do new ones."""
+    def test_model_optimized_for_inference(self, processor, within):
+        """An optimized model works with vocabularies encoded before and after the optimization."""
         plain, model = (GKCForOpenVocabSegmentation(small_config()) for _ in range(2))
         model.load_state_dict(plain.state_dict())
         expected = GKCPredictor(plain, processor)
@@ -224,19 +229,19 @@ class TestPredict:
             difference = (results[0].scores - results[1].scores).abs().max()
             within("predictor: score map of an optimized model", difference, 1e-4)
 
-    def test_the_model_is_put_into_evaluation_mode(self, processor):
+    def test_model_is_set_to_evaluation_mode(self, processor):
         model = GKCForOpenVocabSegmentation(small_config()).train()
         GKCPredictor(model, processor)
         assert not model.training
 
 
 class TestVocabulary:
-    def test_stored_words_are_the_default(self, processor):
+    def test_stored_vocabulary_is_the_default(self, processor):
         model = GKCForOpenVocabSegmentation(small_config())
         predictor = GKCPredictor(model, processor)
         assert predictor.vocabulary is None
         for call in (lambda: predictor.predict(noise(32, 32)), lambda: predictor.predict_batches([])):
-            with pytest.raises(ValueError, match=r"There is no vocabulary: call `predictor\.set_vocabulary"):
+            with pytest.raises(ValueError, match=r"No vocabulary is set: call `predictor\.set_vocabulary"):
                 call()
         model.set_vocabulary(WORDS, processor)
         assert predictor.predict(noise(32, 32)).labels == ["red disc", "blue square", "lawn"]
@@ -246,7 +251,7 @@ class TestVocabulary:
         assert predictor.vocabulary.labels == ["red disc", "blue square", "lawn"]
         assert predictor.vocabulary.void_ids == (3,)
 
-    def test_known_words_are_not_encoded_again(self, processor):
+    def test_cached_prompts_are_not_encoded_again(self, processor):
         model = GKCForOpenVocabSegmentation(small_config())
         encoded = []
         model.text_model.register_forward_pre_hook(
@@ -272,7 +277,7 @@ class TestVocabulary:
         (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(80, 120)])
         assert torch.equal(predictor.predict(noise(80, 120)).segmentation, expected)
 
-    def test_kinds_of_stored_words(self, processor):
+    def test_thing_and_stuff_kinds_of_stored_names(self, processor):
         model = GKCForOpenVocabSegmentation(small_config())
         model.set_vocabulary(Vocabulary([["disc"], ["lawn", "grass"]], [True, False]), processor)
         predictor = GKCPredictor(model, processor)
@@ -281,12 +286,12 @@ class TestVocabulary:
         predictor.set_vocabulary("grass; sky; disc", void_labels=Vocabulary([["star"]], [False]))
         assert predictor.vocabulary.vocabulary.is_thing == [False, None, True, False]
 
-    def test_an_image_processor_is_enough_for_encoded_words(self, model, processor, predictor):
+    def test_image_processor_suffices_for_encoded_vocabularies(self, model, processor, predictor):
         images_only = GKCPredictor(model, processor.image_processor)
         images_only.set_vocabulary(predictor.vocabulary)
         assert same(images_only.predict(noise(80, 120)), predictor.predict(noise(80, 120)))
 
-    def test_a_stream_keeps_its_words(self, predictor):
+    def test_iterator_keeps_its_vocabulary(self, predictor):
         results = predictor.predict_batches([noise(32, 32)] * 3)
         next(results)
         predictor.set_vocabulary("star; sky")
@@ -308,7 +313,7 @@ class TestPredictBatches:
             assert same(result, other) and np.array_equal(np.asarray(result.image), np.asarray(image))
 
     def test_images_are_read_while_the_model_computes(self, predictor, monkeypatch):
-        """Each batch waits until the next image has been read: without a thread of its own that would never happen."""
+        """Each forward pass waits for the next image to be read, which requires a separate thread."""
         read = [threading.Event() for _ in range(4)]
         waited = []
 
@@ -329,7 +334,7 @@ class TestPredictBatches:
         assert waited == [True] * 4
 
     @pytest.mark.parametrize(("batch_size", "ahead"), [(1, 1), (1, 3), (2, 2), (4, 1)])
-    def test_a_stream_without_end_is_read_a_bounded_number_ahead(self, predictor, batch_size, ahead):
+    def test_endless_iterable_is_read_a_bounded_number_ahead(self, predictor, batch_size, ahead):
         taken = itertools.count()
         given = []
 
@@ -348,7 +353,7 @@ class TestPredictBatches:
         results.close()
         assert not any(thread.is_alive() for thread in threads)
 
-    def test_nothing_is_read_before_the_first_result_is_asked_for(self, predictor):
+    def test_no_image_is_read_before_the_first_result_is_requested(self, predictor):
         taken = []
         predictor.predict_batches(taken.append(index) for index in range(3))
         assert taken == []
@@ -372,7 +377,7 @@ class TestPredictBatches:
         assert [line[:25] for line in said] == ["Skipped image 2 (index 1)", "Skipped image 4 (index 3)"]
 
     @pytest.mark.parametrize("batch_size", [1, 3])
-    def test_an_image_that_cannot_be_computed_costs_no_other(self, predictor, monkeypatch, batch_size):
+    def test_failing_image_does_not_affect_the_others_of_its_batch(self, predictor, monkeypatch, batch_size):
         original = GKCForOpenVocabSegmentation.forward
 
         def forward(self, pixel_values, **kwargs):
@@ -387,10 +392,10 @@ class TestPredictBatches:
         assert results[1].index == 1 and str(results[1].error) == "out of memory"
         with pytest.raises(RuntimeError) as caught:
             list(predictor.predict_batches(images, batch_size=batch_size))
-        assert caught.value.__notes__ == ["It was raised for image 2 (index 1)."]
+        assert caught.value.__notes__ == ["The error was raised for image 2 (index 1)."]
 
     @pytest.mark.parametrize("on_error", ["raise", "yield", "skip"])
-    def test_an_error_of_the_stream_itself_comes_after_the_results_before_it(self, predictor, on_error):
+    def test_error_of_the_iterable_follows_the_results_before_it(self, predictor, on_error):
         def images():
             yield from [noise(32, 32), noise(32, 32, 1)]
             raise OSError("the camera is gone")
@@ -408,10 +413,10 @@ class TestPredictBatches:
             ({"prefetch_images": -1}, "`prefetch_images` must be"),
             ({"on_error": "ignore"}, "`on_error` must be one of raise, yield, skip, got 'ignore'"),
             ({"task": "video"}, "`task` must be one of"),
-            ({"threshold": 0.5}, "`threshold` is an option of"),
+            ({"threshold": 0.5}, "`threshold` applies to"),
         ],
     )
-    def test_wrong_arguments_are_told_at_once(self, predictor, settings, message):
+    def test_invalid_arguments_raise_at_once(self, predictor, settings, message):
         with pytest.raises(ValueError, match=message):
             predictor.predict_batches([], **settings)
 
@@ -426,6 +431,6 @@ def test_prefetch_keeps_order_and_raises_in_place():
         assert list(values) == []
 
 
-def test_options_are_those_of_post_processing():
+def test_options_match_post_processing():
     options = PredictionOptions("instance", threshold=0.1, top_k=3, void_threshold=0.2)
     assert options.post_processing_arguments() == {"threshold": 0.1, "top_k": 3, "void_threshold": 0.2}

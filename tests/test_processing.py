@@ -1,4 +1,4 @@
-"""Words and images to tensors, and back from a folder."""
+"""Tests of `GKCProcessor`: tokenization, preprocessing of images, saving and loading."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def image() -> Image.Image:
 
 
 def clip_tokenizer(folder) -> CLIPTokenizer:
-    """CLIP's tokenizer class on a vocabulary of letters and of the word "dog"."""
+    """Build a CLIP tokenizer with the letters and the word "dog" as tokens."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
@@ -46,9 +46,9 @@ def prompts_of(processor: GKCProcessor, inputs) -> list[str]:
     return processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
 
 
-class TestWords:
+class TestText:
     @pytest.mark.parametrize("text", ["dog; sofa, couch; lamp", ["dog", ["sofa", "couch"], "lamp"]])
-    def test_names_class_by_class(self, processor, text):
+    def test_names_are_grouped_by_class(self, processor, text):
         inputs = processor(text=text, return_tensors="pt")
         assert set(inputs) == {"input_ids", "attention_mask", "class_ids", "names_per_class"}
         assert prompts_of(processor, inputs) == ["dog", "sofa", "couch", "lamp"]
@@ -56,7 +56,7 @@ class TestWords:
         assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (4, 3)
         assert all(value.dtype == torch.int64 for value in inputs.values())
 
-    def test_padding_is_at_the_right_and_masked(self, processor):
+    def test_prompts_are_right_padded_with_mask(self, processor):
         inputs = processor(text="dog; red dog sofa", return_tensors="pt")
         tokenizer = processor.tokenizer
         alone = tokenizer("dog")["input_ids"]
@@ -64,13 +64,13 @@ class TestWords:
         assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
         assert inputs["input_ids"][1].tolist() == tokenizer("red dog sofa")["input_ids"]
 
-    def test_templates_stand_together_by_name(self, image):
+    def test_prompts_are_grouped_by_name(self, image):
         processor = GKCProcessor(GKCImageProcessor(), word_tokenizer("a red dog sofa couch"), ["{}", "a red {}"])
         inputs = processor(text="dog; sofa, couch", return_tensors="pt")
         assert prompts_of(processor, inputs) == ["dog", "a red dog", "sofa", "a red sofa", "couch", "a red couch"]
         assert inputs["class_ids"].tolist() == [0, 0, 1, 1, 1, 1]
 
-    def test_names_are_numbered_only_where_templates_share_them(self, processor):
+    def test_name_ids_are_returned_only_with_several_templates(self, processor):
         inputs = processor(text="dog; sofa, couch", prompt_templates=["{}", "red {}"], return_tensors="pt")
         words = ["input_ids", "attention_mask", "class_ids", "names_per_class", "name_ids", "prompts_per_name"]
         assert list(inputs) == words
@@ -82,7 +82,7 @@ class TestWords:
         assert processor(text="dog", return_tensors="np")["name_ids"].tolist() == [0, 0]
 
     def test_name_ids_let_the_model_average_the_templates(self, within):
-        """A class with three templates weighs as its average, beside one with a single name."""
+        """A class with three templates has the average of their embeddings, beside a class with one prompt."""
         tokenizer = word_tokenizer("a red dog sofa couch lamp")
         model = GKCForOpenVocabSegmentation(small_config()).eval()
         plain = GKCProcessor(GKCImageProcessor(), tokenizer)
@@ -94,7 +94,7 @@ class TestWords:
         expected = torch.nn.functional.normalize(separate.reshape(3, 3, -1).mean(dim=1), dim=-1)
         within("class embeddings: average of templates", (embeds.class_embeds - expected).abs().max(), 1e-6)
 
-    def test_templates_of_a_class_replace_the_processors(self, processor):
+    def test_class_templates_replace_processor_templates(self, processor):
         vocabulary = Vocabulary(
             [["dog"], ["sofa", "couch"], ["lamp"]], templates=[["red {}"], None, ["{}", "blue {}", "red {}"]]
         )
@@ -107,7 +107,7 @@ class TestWords:
         assert prompts_of(processor, inputs)[-1] == "blue sky"
 
     @pytest.mark.parametrize("where", ["init", "call", "attribute"])
-    def test_templates_by_the_name_of_their_set(self, where):
+    def test_named_template_sets(self, where):
         tokenizer = word_tokenizer("a an photo of . red air dog")
         processor = GKCProcessor(GKCImageProcessor(), tokenizer, "photo" if where == "init" else None)
         if where == "attribute":
@@ -117,19 +117,19 @@ class TestWords:
         )
         assert prompts_of(processor, inputs) == ["a photo of a dog .", "a photo of an air ."]
 
-    def test_braces_in_a_name_are_no_template(self, processor):
+    def test_braces_in_a_name_are_kept(self, processor):
         processor.prompt_templates = ["red {}"]
         with pytest.warns(UserWarning, match=r"\{0\}"):
             processor(text=["dog", "{0}"], return_tensors="pt")
 
     @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"], "fotos"])
-    def test_templates_that_cannot_be(self, templates, processor):
+    def test_invalid_templates_raise(self, templates, processor):
         with pytest.raises(ValueError, match="template"):
             GKCProcessor(GKCImageProcessor(), word_tokenizer(), templates)
         with pytest.raises(ValueError, match="template"):
             processor(text="dog", prompt_templates=templates, return_tensors="pt")
 
-    def test_void_words_are_the_last_classes(self, processor):
+    def test_void_labels_are_the_last_classes(self, processor):
         inputs = processor(text="dog; sofa, couch", void_labels=["sky", ["lawn", "grass"]], return_tensors="pt")
         assert prompts_of(processor, inputs) == ["dog", "sofa", "couch", "sky", "lawn", "grass"]
         assert inputs["class_ids"].tolist() == [0, 1, 1, 2, 3, 3]
@@ -147,30 +147,30 @@ class TestWords:
     @pytest.mark.parametrize(
         ("text", "match"), [([], "No labels"), ("dog;;", "Label 2"), ("dog;dog", "Labels 1 and 2")]
     )
-    def test_the_checks_of_the_vocabulary(self, processor, text, match):
+    def test_invalid_vocabularies_raise(self, processor, text, match):
         with pytest.raises(ValueError, match=match):
             processor(text=text, return_tensors="pt")
 
-    def test_a_long_label_is_refused_with_its_count_and_never_cut(self, processor, recwarn, transformers_log):
+    def test_too_long_label_raises_and_is_not_truncated(self, processor, recwarn, transformers_log):
         longest = "dog " * 14
         assert processor(text=longest, return_tensors="pt")["input_ids"].shape == (1, 16)
         with pytest.raises(ValueError, match=r"'red dog dog .*17 tokens.* at most 16"):
             processor(text=["dog", "red " + longest], return_tensors="pt")
         assert transformers_log.records == [] and list(recwarn) == []
 
-    def test_the_template_counts_too(self, processor):
+    def test_template_tokens_count_towards_the_limit(self, processor):
         processor.prompt_templates = ["red {}"]
         with pytest.raises(ValueError, match="17 tokens"):
             processor(text="dog " * 14, return_tensors="pt")
 
-    def test_unknown_words_give_one_warning_that_names_them(self, processor):
+    def test_unknown_words_give_one_warning(self, processor):
         with pytest.warns(UserWarning) as caught:
             inputs = processor(text="red zebra; dog; okapi, zebra lamp", return_tensors="pt")
         assert len(caught) == 1
         assert str(caught[0].message) == "The text encoder does not know these words: 'zebra', 'okapi'."
         assert inputs["input_ids"].shape[0] == 4
 
-    def test_unknown_words_of_sentences_and_of_long_lists(self, processor):
+    def test_unknown_words_of_templates_and_of_many_labels(self, processor):
         with pytest.warns(UserWarning) as caught:
             processor(
                 text=["dog", *(f"beast{index}" for index in range(25))],
@@ -184,7 +184,7 @@ class TestWords:
         )
         assert message.endswith(f" and 5 more. {UNKNOWN_WORDS_HINT}")
 
-    def test_classes_of_unknown_words_only_are_named_with_what_that_means(self, processor):
+    def test_warning_lists_classes_with_unknown_words_only(self, processor):
         with pytest.warns(UserWarning, match="results are meaningless: 'zebra', 'big okapi'. Use a checkpoint"):
             processor(text="red disc; zebra, gnu; big okapi; okapi, sofa")
         with pytest.warns(UserWarning, match="results are meaningless: 'okapi'"):
@@ -195,18 +195,18 @@ class TestWords:
         [("zebra", None), ("zebra, gnu; big okapi", None), (["zebra"], "sky"), ("sky", ["zebra", "!"])],
     )
     @pytest.mark.parametrize("templates", ["plain", ["a red {}"]])
-    def test_words_of_which_none_is_known_are_refused(self, processor, text, void, templates):
+    def test_vocabulary_without_known_words_raises(self, processor, text, void, templates):
         with pytest.raises(ValueError, match=r"knows none of these words.*'zebra'.*gkc convert mask2former"):
             processor(text=text, void_labels=void, prompt_templates=templates)
 
-    def test_a_tokenizer_that_spells_every_word_knows_all(self, tmp_path):
+    def test_byte_level_tokenizer_knows_all_words(self, tmp_path):
         processor = GKCProcessor(GKCImageProcessor(), clip_tokenizer(tmp_path))
         assert processor.unknown_classes(Vocabulary.parse("zebra; okapi")) == []
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             processor(text="zebra; okapi")
 
-    def test_labels_with_the_same_tokens_are_refused(self, processor):
+    def test_labels_with_equal_tokens_raise(self, processor):
         with pytest.raises(ValueError, match=r"Labels 1 and 3 \('red disc' and 'red-disc'\) have the same tokens"):
             plain = word_tokenizer()
             plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s-]"), "removed")
@@ -214,13 +214,13 @@ class TestWords:
         with pytest.warns(UserWarning, match="does not know"):  # unknown words are another matter
             processor(text="dog; unicorn; dragon")
 
-    def test_a_label_without_tokens_is_refused(self, processor):
+    def test_label_without_tokens_raises(self, processor):
         processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
         with pytest.raises(ValueError, match="The tokenizer has no token for the label '~~': write it in other"):
             processor(text="dog; ~~")
 
     @pytest.mark.parametrize("label", ["<end>", "dog <end> sofa", "<pad>"])
-    def test_a_label_with_a_special_token_is_refused(self, processor, label):
+    def test_label_with_a_special_token_raises(self, processor, label):
         with pytest.raises(ValueError, match=f"The label '{label}' contains the tokenizer's special token"):
             processor(text=["dog", ["sofa", label]])
 
@@ -229,14 +229,14 @@ class TestWords:
             warnings.simplefilter("error")
             processor(text=Vocabulary([["Red Dog"], ["lawn", "grass"]]), return_tensors="pt")
 
-    def test_a_tokenizer_that_cannot_pad(self, processor):
+    def test_tokenizer_without_pad_token_raises(self, processor):
         processor.tokenizer.pad_token = None
         assert processor(text="dog; lamp", return_tensors="pt")["input_ids"].shape == (2, 3)
         with pytest.raises(ValueError, match="pad_token"):
             processor(text="dog; red lamp", return_tensors="pt")
 
     def test_clip_tokenizer(self, tmp_path):
-        """CLIP pads and ends with one token, which is its unknown token too: that is no unknown word."""
+        """CLIP uses one token for padding, end of text and unknown words, which must not count as an unknown word."""
         processor = GKCProcessor(GKCImageProcessor(), clip_tokenizer(tmp_path))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -250,7 +250,7 @@ class TestWords:
 
 
 class TestCalls:
-    def test_images_and_words_together(self, processor, image):
+    def test_images_and_text(self, processor, image):
         inputs = processor(images=[image, image], text="dog; lamp", return_tensors="pt")
         assert list(inputs) == processor.model_input_names
         with_names = processor(images=image, text="dog; lamp", prompt_templates=["{}", "red {}"], return_tensors="pt")
@@ -264,7 +264,7 @@ class TestCalls:
         inputs = processor(image, "dog", "np")
         assert all(isinstance(value, np.ndarray) for value in inputs.values())
 
-    def test_image_settings_at_the_call(self, processor, image):
+    def test_image_arguments_of_a_call(self, processor, image):
         assert processor(image, size={"height": 32, "width": 64}, return_tensors="pt")["pixel_values"].shape == (
             1,
             3,
@@ -276,7 +276,7 @@ class TestCalls:
         with pytest.raises(TypeError, match="size"):
             processor(text="dog", size=5, return_tensors="pt")
 
-    def test_nothing_given(self, processor):
+    def test_call_without_inputs_raises(self, processor):
         for inputs in ({"text": "dog"}, {"images": image}, {"images": image, "text": "dog"}):
             with pytest.raises(ValueError, match=r"`return_tensors` must be 'pt', 'np' or None.* got 'foo'"):
                 processor(**inputs, return_tensors="foo")
@@ -284,7 +284,7 @@ class TestCalls:
             processor()
 
     @pytest.mark.parametrize("words", [{"void_labels": "sky"}, {"prompt_templates": "photo"}])
-    def test_settings_of_words_without_words(self, processor, image, words):
+    def test_text_arguments_without_text_raise(self, processor, image, words):
         with pytest.raises(ValueError, match="need `text`"):
             processor(image, **words, return_tensors="pt")
 
@@ -292,7 +292,7 @@ class TestCalls:
         inputs = processor(image, "dog", return_tensors="pt").to(torch.float16)
         assert inputs["pixel_values"].dtype == torch.float16 and inputs["input_ids"].dtype == torch.int64
 
-    def test_post_processing_is_that_of_the_image_processor(self, processor):
+    def test_post_processing_matches_the_image_processor(self, processor):
         outputs = {"class_queries_logits": torch.randn(1, 4, 6), "masks_queries_logits": torch.randn(1, 4, 8, 8)}
         for task in ("semantic", "instance", "panoptic"):
             name = f"post_process_{task}_segmentation"
@@ -327,8 +327,8 @@ class TestSaving:
         assert GKCProcessor.from_pretrained(tmp_path).prompt_templates == ["{}"]
         assert GKCProcessor.from_pretrained(tmp_path, prompt_templates=["red {}"]).prompt_templates == ["red {}"]
 
-    def test_a_set_of_templates_is_saved_in_full(self, tmp_path):
-        """So that a later version of the library cannot change what a checkpoint means."""
+    def test_named_template_set_is_saved_in_full(self, tmp_path):
+        """A later version of the library must not change the templates of a checkpoint."""
         GKCProcessor(GKCImageProcessor(), word_tokenizer(), "vild14").save_pretrained(tmp_path)
         stored = json.loads((tmp_path / "processor_config.json").read_text())["prompt_templates"]
         assert stored == list(PROMPT_TEMPLATES["vild14"])
@@ -337,17 +337,17 @@ class TestSaving:
             "a photo of a {}."
         ]
 
-    def test_a_swapped_order_is_refused(self):
+    def test_swapped_constructor_arguments_raise(self):
         with pytest.raises(TypeError):
             GKCProcessor(word_tokenizer(), GKCImageProcessor())
 
 
 class TestCommonCalls:
-    """Settings that calls of transformers' processors have, with the meaning that they have there."""
+    """Arguments that other processors of transformers accept, with the same meaning."""
 
     LABELS = ["dog", "red dog sofa", "lamp"]
 
-    def test_common_calls_of_examples(self, processor, image):
+    def test_calls_of_published_examples(self, processor, image):
         """The processor takes the calls of the published examples for CLIP, OWLv2 and OneFormer."""
         expected = processor(images=image, text=self.LABELS, return_tensors="pt")
         for settings in (
@@ -376,7 +376,7 @@ class TestCommonCalls:
         ],
         ids=str,
     )
-    def test_prompts_are_those_of_the_tokenizer(self, processor, settings):
+    def test_prompts_match_the_tokenizer(self, processor, settings):
         tensors = None if settings["padding"] in (False, "do_not_pad") else "pt"
         theirs = processor.tokenizer(self.LABELS, return_tensors=tensors, **settings)
         for ours in (
@@ -388,7 +388,7 @@ class TestCommonCalls:
                 assert type(ours[name]) is type(theirs[name])
                 assert [list(row) for row in ours[name]] == [list(row) for row in theirs[name]]
 
-    def test_settings_of_the_tokenizer_are_defaults(self, processor):
+    def test_tokenizer_settings_are_defaults(self, processor):
         padded = word_tokenizer()
         padded.init_kwargs |= {"padding": "max_length", "max_length": 11}
         other = GKCProcessor(processor.image_processor, padded)
@@ -415,16 +415,16 @@ class TestCommonCalls:
             ({"text_kwargs": [1]}, "`text_kwargs` must be a dict"),
         ],
     )
-    def test_refused_settings(self, processor, settings, message):
+    def test_unsupported_arguments_raise(self, processor, settings, message):
         with pytest.raises(ValueError, match=message):
             processor(text=self.LABELS, return_tensors="pt", **settings)
 
     @pytest.mark.parametrize("settings", [{"sise": 1}, {"images_kwargs": {"sise": 1}}, {"text_kwargs": {"size": 1}}])
-    def test_unknown_settings(self, processor, image, settings):
+    def test_unknown_arguments_raise(self, processor, image, settings):
         with pytest.raises(TypeError, match=r"no argument '(sise|size)'"):
             processor(images=image, text="dog", **settings)
 
-    def test_names_of_the_results(self, processor, image):
+    def test_model_input_names(self, processor, image):
         several = GKCProcessor(processor.image_processor, processor.tokenizer, ["{}", "red {}"])
         for each in (processor, several):
             assert set(each(images=image, text="dog", return_tensors="pt")) == set(each.model_input_names)

@@ -144,10 +144,10 @@ def test_unknown_number_of_classes_is_an_error(model, processor):
 @pytest.mark.parametrize("counts", [[2, 2], [1, 2], [3], [2, 1, 0]])
 def test_wrong_counts_of_class_or_name_ids_are_errors(model, processor, counts):
     inputs = call(model, processor, "embeddings", WORDS) | {"names_per_class": torch.tensor(counts)}
-    with pytest.raises(ValueError, match="`names_per_class` must count each number of `class_ids`"):
+    with pytest.raises(ValueError, match="`names_per_class` does not match `class_ids`"):
         model(**inputs)
     tokens = call(model, processor, "tokens", WORDS) | {"prompts_per_name": torch.tensor(counts)}
-    with pytest.raises(ValueError, match="`prompts_per_name` must count each number of `name_ids`"):
+    with pytest.raises(ValueError, match="`prompts_per_name` does not match `name_ids`"):
         model(**tokens)
 
 

@@ -45,14 +45,14 @@ def pixels_of(masks: torch.Tensor) -> list[tuple[int, int]]:
 def as_probabilities(
     class_logits: torch.Tensor, mask_logits: torch.Tensor, target: tuple[int, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class scores (Q, K + 1) and mask probabilities (Q, H, W)."""
+    """Draw class scores (Q, K + 1) and mask probabilities (Q, H, W)."""
     return class_logits.softmax(-1).numpy(), resize_masks(mask_logits, None, target).sigmoid().numpy()
 
 
 class TestSemantic:
     @settings(deadline=None, max_examples=60)
     @given(SEEDS, st.none() | st.floats(0, 3), VOID_CLASSES, st.sampled_from([None, -1, 4, 77]), SIZES, TILES)
-    def test_equals_a_walk_over_pixels(self, seed, threshold, void_ids, void_id, target, tile):
+    def test_matches_a_loop_over_pixels(self, seed, threshold, void_ids, void_id, target, tile):
         torch.manual_seed(seed)
         logits, masks = random_logits(queries=5, classes=CLASSES, height=4, width=5)
         arguments = {"void_threshold": threshold, "void_label_ids": void_ids, "void_id": void_id}
@@ -83,13 +83,13 @@ class TestSemantic:
             (65536, (), 2**31 - 1),
         ],
     )
-    def test_the_default_is_no_class_that_is_shown(self, classes, void_ids, void):
+    def test_default_void_id_is_not_a_class(self, classes, void_ids, void):
         logits, masks = random_logits(queries=2, classes=classes, height=2, width=2)
         labels, _ = semantic_segmentation(logits, masks, void_threshold=2.0, void_label_ids=void_ids)
         assert (labels == void).all() and labels.dtype == torch.int64
         assert void_label(max(set(range(classes)) - set(void_ids), default=-1) + 1) == void
 
-    def test_a_class_is_refused_as_void(self):
+    def test_void_id_of_a_class_raises(self):
         logits, masks = random_logits(classes=3)
         with pytest.raises(ValueError, match=r"`void_id` 2 is a class: choose .* 255"):
             semantic_segmentation(logits, masks, void_id=2)
@@ -98,8 +98,8 @@ class TestSemantic:
 
     @pytest.mark.parametrize("void_id", [-1, 255, 3, 2**40])
     @pytest.mark.parametrize("num_classes", [3, 4])
-    def test_segments_are_the_classes_shown(self, void_id, num_classes):
-        """The last of four classes is void, and may be counted or not; all but one value of void are no class."""
+    def test_segments_are_the_classes_of_the_map(self, void_id, num_classes):
+        """The last of four classes is void, and may be counted in `num_classes` or not."""
         logits, masks = random_logits(queries=20, classes=4)
         labels, scores = semantic_segmentation(logits, masks, void_label_ids=[3], void_id=void_id, void_threshold=0.9)
         if void_id == 3:
@@ -114,7 +114,7 @@ class TestSemantic:
             assert segment["score"] == pytest.approx(pixels.mean().item(), abs=1e-9)
             assert 0 <= segment["score"] <= 1
 
-    def test_scores_are_those_of_the_winner_whatever_becomes_void(self):
+    def test_scores_are_independent_of_void(self):
         logits, masks = random_logits()
         _, scores = semantic_segmentation(logits, masks)
         _, with_void = semantic_segmentation(logits, masks, void_threshold=0.9, void_label_ids={1, 3})
@@ -122,7 +122,7 @@ class TestSemantic:
 
 
 def slow_panoptic(class_scores, masks, threshold, mask_threshold, overlap, fuse, void_threshold, void_ids, void_id):
-    """Map and segments (class, score), walking over pixels and then over queries."""
+    """Compute map and segments (class, score) in a loop over pixels and then over queries."""
     kept = [q for q, row in enumerate(class_scores) if row.argmax() < CLASSES and row.max() > threshold]
     owner = {}
     won = dict.fromkeys(kept, 0)
@@ -171,7 +171,7 @@ class TestPanoptic:
         SIZES,
         TILES,
     )
-    def test_equals_a_walk_over_pixels(
+    def test_matches_a_loop_over_pixels(
         self, seed, threshold, mask_threshold, overlap, fuse, void_threshold, void_ids, void_id, target, tile
     ):
         torch.manual_seed(seed)
@@ -209,7 +209,7 @@ class TestPanoptic:
         assert set(np.unique(expected)) - {void} == set(range(1, len(info) + 1))
         assert result["segmentation"].dtype == torch.int32
 
-    def test_a_void_class_takes_its_pixels(self):
+    def test_void_class_removes_its_pixels(self):
         logits = logits_of([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1]])
         masks = torch.stack([mask_of(["#####..."]), mask_of(["....####"])])
         result = panoptic_segmentation(logits, masks, void_label_ids=[1])
@@ -218,15 +218,15 @@ class TestPanoptic:
         result = panoptic_segmentation(logits, masks, void_label_ids=[1], overlap_mask_area_threshold=0.9)
         assert result["segments_info"] == [] and not result["segmentation"].any()
 
-    def test_the_threshold_of_pixels_comes_after_the_rule_of_areas(self):
-        """A mask that is weak in three of four pixels still has its full share, and keeps the fourth."""
+    def test_void_threshold_applies_after_the_area_threshold(self):
+        """A mask with low scores in three of four pixels passes the area threshold and keeps the fourth pixel."""
         logits = logits_of([[0.8, 0.1, 0.1]])
         masks = torch.tensor([[[8.0, 0.5, 0.5, 0.5]]])
         result = panoptic_segmentation(logits, masks, void_threshold=0.6)
         assert result["segmentation"].tolist() == [[1, 0, 0, 0]]
         assert result["segments_info"][0]["score"] == pytest.approx(0.8)
 
-    def test_a_segment_without_a_pixel_is_dropped_and_ids_close_up(self):
+    def test_empty_segments_are_dropped_and_ids_are_consecutive(self):
         logits = logits_of([[0.55, 0.35, 0.1], [0.1, 0.9, 0.0], [0.95, 0.05, 0.0]])
         masks = torch.stack([mask_of(["##......"]), mask_of(["..###..."]), mask_of([".....###"])])
         result = panoptic_segmentation(logits, masks, void_threshold=0.6, label_ids_to_fuse=[0])
@@ -234,13 +234,13 @@ class TestPanoptic:
         assert [s["id"] for s in result["segments_info"]] == [1, 2]
 
     @pytest.mark.parametrize("void_id", [1, 7, 2**31, -(2**31) - 1])
-    def test_what_may_be_a_segment_is_refused_as_void(self, void_id):
+    def test_void_id_of_a_possible_segment_raises(self, void_id):
         with pytest.raises(ValueError, match=f"`void_id` {void_id} may be .* at most 7: choose 0"):
             panoptic_segmentation(*random_logits(queries=7), void_id=void_id)
 
 
 def slow_instances(class_scores, masks, threshold, mask_threshold, top_k, void_threshold, void_ids):
-    """Ranked pairs (score, class, whole mask with void cut out, covering mask, shown scores), walking over pixels."""
+    """Rank pairs (score, class, whole mask without void, covering mask, pixel scores) in a loop over pixels."""
     pairs = sorted(
         ((class_scores[q, k], q, k) for q in range(len(class_scores)) for k in range(CLASSES)),
         key=lambda pair: -pair[0],
@@ -293,7 +293,7 @@ class TestInstance:
         SIZES,
         TILES,
     )
-    def test_equals_a_walk_over_pixels(
+    def test_matches_a_loop_over_pixels(
         self, seed, threshold, mask_threshold, overlap, top_k, void_threshold, void_ids, void_id, target, tile
     ):
         torch.manual_seed(seed)
@@ -331,7 +331,7 @@ class TestInstance:
         assert [s["id"] for s in painted["segments_info"]] == list(range(1, len(shown) + 1))
         assert painted["segmentation"].dtype == torch.int32
 
-    def test_a_void_class_takes_pixels_only_from_lower_scores(self):
+    def test_void_class_removes_pixels_of_lower_scores_only(self):
         logits = logits_of([[0.9, 0.05, 0.05], [0.1, 0.8, 0.1], [0.6, 0.2, 0.2]])
         masks = torch.stack([mask_of(["####...."]), mask_of(["..####.."]), mask_of(["....####"])])
         arguments = {"void_label_ids": [1], "threshold": 0.5}
@@ -343,7 +343,7 @@ class TestInstance:
 
     @settings(deadline=None, max_examples=40)
     @given(SEEDS, VOID_CLASSES)
-    def test_the_map_shows_the_whole_masks_one_over_the_other(self, seed, void_ids):
+    def test_map_stacks_the_whole_masks(self, seed, void_ids):
         torch.manual_seed(seed)
         logits, masks = random_logits(queries=6, classes=CLASSES, height=5, width=6)
         arguments = {"threshold": 0.05, "void_label_ids": void_ids}
@@ -355,7 +355,7 @@ class TestInstance:
         seen = {number: rank for rank, number in enumerate(sorted(set(expected.unique().tolist()) - {-1}), start=1)}
         assert torch.equal(painted, expected.apply_(lambda number: seen.get(number, -1)))
 
-    def test_many_masks_are_encoded_in_passes(self):
+    def test_many_masks_are_encoded_in_parts(self):
         logits, masks = random_logits(queries=50, classes=CLASSES)
         logits[:, 2] -= 5  # a void class that wins seldom
         arguments = {"threshold": 0.05, "void_label_ids": [2], "void_threshold": 0.1}
@@ -367,7 +367,7 @@ class TestInstance:
         )
 
     @pytest.mark.parametrize("void_id", [1, 5])
-    def test_what_may_be_a_segment_is_refused_as_void(self, void_id):
+    def test_void_id_of_a_possible_segment_raises(self, void_id):
         with pytest.raises(ValueError, match=f"`void_id` {void_id} may be .* at most 5: choose 0"):
             instance_segmentation(*random_logits(), top_k=5, void_id=void_id)
 
@@ -375,7 +375,7 @@ class TestInstance:
 @pytest.mark.parametrize("function", [semantic_segmentation, panoptic_segmentation, instance_segmentation])
 class TestAllTasks:
     @pytest.mark.parametrize("void_ids", [[-1], [5], [0, 17]])
-    def test_only_classes_become_void(self, function, void_ids):
+    def test_void_label_ids_that_are_not_classes_raise(self, function, void_ids):
         with pytest.raises(ValueError, match=r"`void_label_ids` must be classes in 0\.\.4, got"):
             function(*random_logits(classes=5), void_label_ids=void_ids)
 
@@ -394,7 +394,7 @@ class TestAllTasks:
         ],
         ids=["mask tensor", "mask array", "text", "fraction", "None", "two axes", "int", "scalar", "generator"],
     )
-    def test_what_is_no_list_of_classes_is_refused(self, function, void_ids, message):
+    def test_label_ids_of_wrong_type_raise(self, function, void_ids, message):
         with pytest.raises(ValueError, match=f"`void_label_ids` {message}"):
             function(*random_logits(classes=5), void_label_ids=void_ids)
         if function is panoptic_segmentation:
@@ -402,11 +402,11 @@ class TestAllTasks:
                 function(*random_logits(classes=5), label_ids_to_fuse=void_ids)
 
     @pytest.mark.parametrize("void_id", [1.5, "7", True, float("nan"), torch.tensor([255, 255])])
-    def test_void_is_a_whole_number(self, function, void_id):
+    def test_void_id_that_is_not_an_integer_raises(self, function, void_id):
         with pytest.raises(ValueError, match="`void_id` must be a whole number, got"):
             function(*random_logits(classes=5), void_id=void_id)
 
-    def test_ids_may_come_in_any_collection(self, function):
+    def test_label_ids_may_be_any_collection(self, function):
         logits, masks = random_logits(classes=5)
         results = [
             function(logits, masks, void_label_ids=ids)
@@ -415,13 +415,13 @@ class TestAllTasks:
         maps = [result[0] if isinstance(result, tuple) else result["segmentation"] for result in results]
         assert all(torch.equal(maps[0], other) for other in maps[1:])
 
-    def test_everything_may_be_void(self, function):
+    def test_all_classes_may_be_void(self, function):
         result = function(*random_logits(classes=5), void_label_ids=range(5), void_id=-3)
         segmentation = result[0] if isinstance(result, tuple) else result["segmentation"]
         assert (segmentation == -3).all()
         assert isinstance(result, tuple) or result["segments_info"] == []
 
-    def test_methods_pass_it_on(self, function):
+    def test_methods_pass_on_void_arguments(self, function):
         torch.manual_seed(5)
         logits, masks = random_logits(queries=9, classes=5)
         outputs = {"class_queries_logits": logits[None], "masks_queries_logits": masks[None]}

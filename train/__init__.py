@@ -1,1 +1,1 @@
-"""The workshop: data, losses, trainer and evaluation of GKC, run from a clone (`python -m train ...`)."""
+"""Training and evaluation code of GKC, run from a clone of the repository (`python -m train ...`)."""

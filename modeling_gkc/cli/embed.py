@@ -36,7 +36,7 @@ PROMPTS_PER_STEP = 256
 
 def embed(arguments: argparse.Namespace) -> int:
     """Run `gkc embed` and return the exit code."""
-    # What was typed is read before the model, so that a slip costs no waiting.
+    # Arguments are checked before the model is loaded, so that a typing error is reported at once.
     with user_errors("--labels"), warnings_as_lines():
         vocabulary = Vocabulary.parse(arguments.labels)
     with user_errors("--templates"):
@@ -50,7 +50,7 @@ def embed(arguments: argparse.Namespace) -> int:
     steps = [prompts[name].split(PROMPTS_PER_STEP) for name in ("input_ids", "attention_mask")]
     with tqdm(total=len(prompts["input_ids"]), unit="prompt", disable=None) as bar:
         for ids, mask in zip(*steps, strict=True):
-            model.embed_prompts(ids, mask)  # which the model remembers
+            model.embed_prompts(ids, mask)  # fills the prompt cache of the model
             bar.update(len(ids))
     embeddings = model.get_class_embeddings(**prompts)
     encoded = EncodedVocabulary(vocabulary, embeddings.class_embeds, embeddings.class_ids)
@@ -61,18 +61,18 @@ def embed(arguments: argparse.Namespace) -> int:
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out: cannot write {path}: {error}") from error
     counts = f"{len(vocabulary)} classes, {len(vocabulary.flat_names)} names, {len(prompts['input_ids'])} prompts"
-    print(f"{path}: {counts}, width {encoded.class_embeds.shape[-1]}, text tower of {model.name_or_path}")
+    print(f"{path}: {counts}, width {encoded.class_embeds.shape[-1]}, text encoder of {model.name_or_path}")
     return 0
 
 
 def _prepare_output(text: str) -> Path:
     path = Path(text)
     if path.suffix != ".safetensors":
-        raise UserError(f"--out: the file's name must end in .safetensors, got {text}")
+        raise UserError(f"--out: the file name must end in .safetensors, got {text}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: cannot make the folder {path.parent}: {error.strerror}") from error
+        raise UserError(f"--out: cannot create the folder {path.parent}: {error.strerror}") from error
     return path
 
 

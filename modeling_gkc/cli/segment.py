@@ -53,13 +53,13 @@ def segment(arguments: argparse.Namespace) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: cannot make the folder {error_line(error)}") from error
+        raise UserError(f"--out: cannot create the folder: {error_line(error)}") from error
     for line in left_out:
         print(f"gkc: {line}", file=sys.stderr)
 
     options = {"task": arguments.task, "return_images": True, "void_threshold": arguments.void_threshold}
     if arguments.task == "semantic":
-        # The maps are written as images without sign, whose void is no class, shown or not.
+        # Label maps are unsigned images, so that void needs a value above all classes, including void classes.
         void_id = void_label(len(predictor.vocabulary.vocabulary))
         options |= {"return_scores": True, "void_id": void_id}
     else:
@@ -77,18 +77,18 @@ def segment(arguments: argparse.Namespace) -> int:
                 tqdm.write(str(overlay), file=sys.stdout)
             except UserError:
                 raise
-            except Exception as error:  # whatever is wrong with one file, the others are done
+            except Exception as error:  # an error of any type must not prevent the other images from being segmented
                 failures += 1
                 reason = error_line(error)
                 reason = reason if str(image.path) in reason else f"{image.path}: {reason}"
                 tqdm.write(f"gkc: skipped: {reason}", file=sys.stderr)
     if failures:
-        print(f"gkc: {failures} of {len(images)} images could not be done", file=sys.stderr)
+        print(f"gkc: {failures} of {len(images)} images could not be segmented", file=sys.stderr)
     return 1 if failures else 0
 
 
 def _load(arguments: argparse.Namespace) -> GKCPredictor:
-    # What was typed is read before the model, so that a slip costs no waiting.
+    # Arguments are checked before the model is loaded, so that a typing error is reported at once.
     labels, void_labels = _typed("--labels", arguments.labels), _typed("--void-labels", arguments.void_labels)
     templates = None
     if arguments.templates:
@@ -99,7 +99,7 @@ def _load(arguments: argparse.Namespace) -> GKCPredictor:
         model.to(pick_device(arguments.device))
     predictor = GKCPredictor(model, processor)
     if arguments.vocab is None and labels is None and model.vocabulary is None:
-        raise UserError("the checkpoint stores no words: name them with --labels")
+        raise UserError("the checkpoint stores no vocabulary: give one with --labels")
     with user_errors("--labels" if arguments.vocab is None else "--vocab"), warnings_as_lines():
         vocabulary = labels if arguments.vocab is None else EncodedVocabulary.load(arguments.vocab, model)
         predictor.set_vocabulary(vocabulary, prompt_templates=templates)
@@ -117,9 +117,9 @@ def _typed(option: str, text: str | None) -> Vocabulary | None:
 
 
 def _write_result(result: Result, predictor: GKCPredictor, path: Path, target: Path) -> Path:
-    """Write `target` + .overlay.png, .labels.png and .json for one image, and return the path of the overlay."""
+    """Write the files TARGET.overlay.png, .labels.png and .json of one image, and return the path of the overlay."""
     if not result.segments:
-        message = "nothing was found; ask for other words, or lower --threshold or --void-threshold"
+        message = "no segments were found; use other --labels, or lower --threshold or --void-threshold"
         tqdm.write(f"gkc: {path}: {message}", file=sys.stderr)
     vocabulary, segmentation = predictor.vocabulary, result.segmentation.cpu().numpy()
     is_semantic = isinstance(result, SemanticResult)
@@ -145,13 +145,13 @@ def _write_result(result: Result, predictor: GKCPredictor, path: Path, target: P
             with atomic_path(f"{target}{suffix}") as temporary:
                 picture.save(temporary)
         atomic_write_json(f"{target}.json", description, indent=1)
-    except OSError as error:  # of the folder or the disk, not of this picture: the next one would fail too
+    except OSError as error:  # the folder or disk is at fault, so that the next image would fail too
         raise UserError(f"--out: cannot write the results of {path}: {error_line(error)}") from error
     return Path(f"{target}{OUTPUT_SUFFIXES[0]}")
 
 
 def _drawn_segments(segments: list[Segment], vocabulary: Vocabulary, is_semantic: bool) -> list[DrawnSegment]:
-    """Segments in the colors of their classes, or in colors of their own where the classes have none."""
+    """Choose the color of each segment: that of its class, or a distinct one if the classes have no colors."""
     spread = None if is_semantic or vocabulary.colors else color_palette(len(segments))
     palette, label_ids = vocabulary.palette, [segment.label_id for segment in segments]
     drawn = []

@@ -1,4 +1,4 @@
-"""Pictures of a run: at every evaluation some images, their annotation, and what the model makes of them."""
+"""Training callback that draws images with their ground truth and prediction at each evaluation."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -28,18 +28,19 @@ _MAX_WIDTH = 3000
 
 
 class EvaluationPictures(TrainerCallback):
-    """Saves `<output_dir>/pictures/step-<N>.png` at every evaluation, always of the same images.
+    """Trainer callback that saves `<output_dir>/pictures/step-<N>.png` at each evaluation, of the same images.
 
-    A row is an image, its annotation and the prediction, with words and their shares of the area. TensorBoard, where
-    it is among the Trainer's reporters, gets the picture too.
+    Each row shows an image, its ground truth and the prediction, with class names and their fractions of the area. If
+    TensorBoard is one of the trainer's reporters, it receives the picture too.
 
     Args:
-        trainer: whose output folder, model and reporters these are.
-        dataset: in the schema of `train.data`; evenly spread images are taken, the first ones if it is streamed.
-        vocabulary: the classes that `category_id` counts.
-        processor: normalises the images and makes maps of the model's output.
-        crop_size: side that the images are scaled to, as for training.
-        count: number of images.
+        trainer: Trainer that calls the callback.
+        dataset: Dataset in the schema of `train.data`. The images are evenly spaced in it; of a streamed dataset, the
+            first ones are used.
+        vocabulary: Classes that `category_id` refers to.
+        processor: Processor of the model, for preprocessing and post-processing.
+        crop_size: Side length in pixels that images are resized to, as in training.
+        count: Number of images.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class EvaluationPictures(TrainerCallback):
         self.samples = [augmented_row(row, transform, (0, 0, 0)) for row in _chosen_rows(dataset, count)]
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        """Draw and save."""
-        # All processes compute: where the weights are shared out among them, none can do so alone.
+        """Predict the images, draw them and save the picture."""
+        # All processes predict, since none holds all weights if these are sharded.
         predictions = self._predict(model)
         if not state.is_world_process_zero:
             return
@@ -74,7 +75,7 @@ class EvaluationPictures(TrainerCallback):
 
     @torch.no_grad()
     def _predict(self, model: nn.Module) -> list[np.ndarray]:
-        """A class map (H, W) of each sample."""
+        """Predict a class map (H, W) for each sample."""
         was_training = model.training
         model.eval()
         predictions = []
@@ -89,7 +90,7 @@ class EvaluationPictures(TrainerCallback):
         return predictions
 
     def draw(self, predictions: Sequence[np.ndarray]) -> Image.Image:
-        """The grid: a row for each sample with its prediction, a class map (H, W)."""
+        """Draw one row per sample: the image, the ground truth and the predicted class map (H, W)."""
         rows = []
         for sample, prediction in zip(self.samples, predictions, strict=True):
             image = Image.fromarray(sample["image"])
@@ -113,7 +114,7 @@ def _chosen_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[st
 
 
 def class_map(sample: dict[str, Any], num_classes: int) -> np.ndarray:
-    """The class of every pixel (H, W) of an augmented row; `num_classes` where there is none."""
+    """Return the class map (H, W) of an augmented row, `num_classes` for unlabeled pixels."""
     classes = np.full(sample["ids"].shape, num_classes, dtype=np.int64)
     for segment in sample["segments"]:
         classes[sample["ids"] == segment["id"]] = segment["category_id"]
@@ -121,7 +122,7 @@ def class_map(sample: dict[str, Any], num_classes: int) -> np.ndarray:
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
-    """Pictures in rows and columns, each column under its title; not wider than some thousand pixels."""
+    """Arrange images in a grid with column titles, downsampled to a maximum width of 3000 pixels."""
     widths = [max(row[column].width for row in rows) + _MARGIN for column in range(len(titles))]
     heights = [max(cell.height for cell in row) + _MARGIN for row in rows]
     canvas = Image.new("RGB", (sum(widths) + _MARGIN, sum(heights) + _TITLE_HEIGHT + _MARGIN), "white")
