@@ -40,7 +40,7 @@ FILE_FORMAT = "gkc-class-embeddings-2"
 # Files with void classes or a reduction, which readers of the older format would ignore.
 EXTENDED_FILE_FORMAT = "gkc-class-embeddings-3"
 PROBE_PROMPTS = 16
-SAME_TOWER_COSINE = 0.995
+SAME_ENCODER_COSINE = 0.995
 MAX_LISTED_GROUPS = 10
 
 
@@ -270,7 +270,11 @@ class EncodedVocabulary:
             raise ValueError(
                 f"{path} holds embeddings of {num_classes} classes, but names of {len(vocabulary)} classes."
             )
-        if not _is_same_tower(probe, _probe(model)):
+        own = _probe(model)
+        if (
+            probe.shape != own.shape
+            or not F.cosine_similarity(probe.float(), own.float(), dim=-1).min() >= SAME_ENCODER_COSINE
+        ):
             raise ValueError(
                 f"{path} was written with the text encoder of another model: write it again with `gkc embed --model`."
             )
@@ -286,12 +290,6 @@ def _probe(model: Any) -> Tensor:
     tokens[tokens == config.eos_token_id] -= 1
     tokens[:, -1] = config.eos_token_id
     return model.embed_prompts(tokens.to(input_device(model)))
-
-
-def _is_same_tower(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape:
-        return False
-    return float(F.cosine_similarity(first.float(), second.float(), dim=-1).min()) >= SAME_TOWER_COSINE
 
 
 def input_device(model: Any) -> torch.device:

@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -144,10 +143,8 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         images = kwargs.pop("images", None)
         if (inputs is None) == (images is None):
             raise TypeError("Pass one or several images, as `inputs` or as `images`.")
-        images = _as_list_or_generator(images if inputs is None else inputs)
-        if isinstance(images, list) and not images:
-            return []
-        return super().__call__(_named(images), **kwargs)
+        images = _named(images if inputs is None else inputs)
+        return [] if isinstance(images, list) and not images else super().__call__(images, **kwargs)
 
     def _sanitize_parameters(
         self,
@@ -289,18 +286,11 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def _as_list_or_generator(inputs: Any) -> Any:
-    """Convert tuples, batched arrays and iterators to the list or generator that transformers expects."""
-    if isinstance(inputs, tuple) or (isinstance(inputs, np.ndarray | Tensor) and inputs.ndim == 4):
-        return list(inputs)
-    return (image for image in inputs) if isinstance(inputs, Iterator) and not is_file_object(inputs) else inputs
-
-
 def _named(images: Any) -> Any:
-    """Pair each of several images with its name in error messages; return a single image unchanged."""
-    if isinstance(images, list):
+    """Pair several images with their names in errors, as a list, generator or dataset; return one image unchanged."""
+    if isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
         return [_NamedImage(image, place_name(index)) for index, image in enumerate(images)]
-    if isinstance(images, GeneratorType):
+    if isinstance(images, Iterator) and not is_file_object(images):
         return (_NamedImage(image, place_name(index)) for index, image in enumerate(images))
     return _NamedImages(images) if isinstance(images, Dataset) else images
 

@@ -272,7 +272,7 @@ class TestTemplates:
                 [0, 0, 1],
                 "contain every number from 0: smallest 0, missing \\[1, 2, 3, 4, 5, 6, 7, 8, 9, 10\\]",
             ),
-            ([0, 0, 1], [0, 1, 1], "one name to prompts of several classes"),
+            ([0, 0, 1], [0, 1, 1], "prompts of several classes to one name"),
             ([0, 1], [0, 1, 1], "`name_ids` must have shape"),
         ],
     )

@@ -67,7 +67,7 @@ class TestParts:
         ("changes", "message"),
         [
             ({"vocabulary": "dog; sofa"}, "embeddings are of 3 classes, but the vocabulary has 2"),
-            ({"class_ids": [0, 0, 2]}, "must count from 0"),
+            ({"class_ids": [0, 0, 2]}, "must contain every number from 0"),
             ({"void_ids": (1,)}, r"must be the last of 3 classes and not all of them, got \[1\]"),
             ({"void_ids": (0, 1, 2)}, "and not all of them"),
             ({"reduction": "median"}, "`reduction` must be one of mean, max, embedding_mean, got 'median'"),

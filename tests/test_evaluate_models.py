@@ -33,10 +33,10 @@ from train.data.benchmarks.protocol import Protocol
 from train.data.drawn_world.world import draw_scene
 from train.data.prepared import load_prepared
 from train.data.schema import read_row, semantic_map
-from train.evaluate.adapters import CLIPSegSegmenter, LabelledSegmenter, match_labels
+from train.evaluate.adapters import CLIPSegSegmenter, LabeledSegmenter, match_labels
 from train.evaluate.command import main
 from train.evaluate.result import read_result
-from train.evaluate.segmenter import GKCSegmenter, View, all_views
+from train.evaluate.segmenter import GKCSegmenter, View, tta_views
 from train.evaluate.vocabulary import BenchmarkVocabulary
 from train.metrics import SemanticMetric
 
@@ -87,7 +87,7 @@ def test_semantic_maps_match_the_processor(gkc):
 
 def test_augmentation_sums_the_scores_of_all_views(gkc, within):
     """Compare row tiles of ten outputs with ten whole score maps."""
-    views, size = all_views(), (150, 170)
+    views, size = tta_views(), (150, 170)
     assert len(views) == 10 and sum(view.flip for view in views) == 5
     segmenter, plain = segmenter_of(gkc, *views), segmenter_of(gkc)
     with torch.inference_mode():
@@ -331,4 +331,4 @@ def test_unsupported_architecture_raises(data, tmp_path, capsys):
     assert main(list(map(str, ["--model", tmp_path / "bert", *given]))) == 2
     assert "is a bert, which is not a supported segmentation model" in capsys.readouterr().err
     with pytest.raises(ValueError, match="not a supported segmentation model"):
-        LabelledSegmenter(str(tmp_path / "bert"), CLASSES)
+        LabeledSegmenter(str(tmp_path / "bert"), CLASSES)

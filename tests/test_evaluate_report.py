@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from train.evaluate.command import describe, main, score_warnings
+from train.evaluate.command import format_result, main, score_warnings
 from train.evaluate.report import columns, model_index, other_scores, published_rows, table
 from train.evaluate.result import SCHEMA, SCHEMA_NAME, check_result, read_result, write_result
 
@@ -205,8 +205,10 @@ def test_report_command(tmp_path, capsys):
 
 
 def test_describe_gives_percent():
-    text = describe(result(images=result()["images"] | {"evaluated": 10}))
+    text = format_result(result(images=result()["images"] | {"evaluated": 10}))
     assert "miou 17.49" in text and "the published split has 2000 images: these scores are not comparable" in text
     assert re.search(r"wall +25\.00 +7", text) and "2.00 images/s" in text
     many = [{"name": str(index), "scores": {"semantic": {"iou": None}}} for index in range(150)]
-    assert " 149 " not in describe(result(classes=many)) and re.search(r"149 +-", describe(result(classes=many), True))
+    assert " 149 " not in format_result(result(classes=many)) and re.search(
+        r"149 +-", format_result(result(classes=many), True)
+    )

@@ -91,19 +91,16 @@ class EvaluationPictures(TrainerCallback):
 
     def draw(self, predictions: Sequence[np.ndarray]) -> Image.Image:
         """Draw one row per sample: the image, the ground truth and the predicted class map (H, W)."""
+        names = zip(self.vocabulary.labels, self.vocabulary.palette, strict=True)
+        segments = [DrawnSegment(index, label, color) for index, (label, color) in enumerate(names)]
         rows = []
         for sample, prediction in zip(self.samples, predictions, strict=True):
             image = Image.fromarray(sample["image"])
             maps = (None, class_map(sample, len(self.vocabulary)), prediction)
-            rows.append([image if ids is None else self._overlay(image, ids) for ids in maps])
+            rows.append([image if ids is None else draw_overlay(image, ids, segments) for ids in maps])
         for row in rows:
             row[0] = row[0].resize((round(row[0].width * row[1].height / row[0].height), row[1].height))
         return grid(rows, _TITLES)
-
-    def _overlay(self, image: Image.Image, classes: np.ndarray) -> Image.Image:
-        words = zip(self.vocabulary.labels, self.vocabulary.palette, strict=True)
-        segments = [DrawnSegment(index, label, color) for index, (label, color) in enumerate(words)]
-        return draw_overlay(image, classes, segments)
 
 
 def _chosen_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:

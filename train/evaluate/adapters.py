@@ -64,14 +64,14 @@ def match_labels(labels: Mapping[int, str], vocabulary: Vocabulary) -> tuple[np.
         ValueError: No label matches a class.
     """
     named = {
-        _key(name): index
+        _normalize_name(name): index
         for names, index in zip(vocabulary.names, range(len(vocabulary)), strict=True)
         for name in names[1:]
     }
-    named |= {_key(label): index for index, label in enumerate(vocabulary.labels)}
+    named |= {_normalize_name(label): index for index, label in enumerate(vocabulary.labels)}
     class_of = np.full(max(labels) + 1, NOT_A_CLASS, dtype=np.int32)
     for position, label in labels.items():
-        candidates = [_key(label), *(_key(part) for part in label.split(","))]
+        candidates = [_normalize_name(label), *(_normalize_name(part) for part in label.split(","))]
         class_of[position] = next((named[key] for key in candidates if key in named), NOT_A_CLASS)
     if (class_of == NOT_A_CLASS).all():
         raise ValueError(
@@ -86,11 +86,11 @@ def match_labels(labels: Mapping[int, str], vocabulary: Vocabulary) -> tuple[np.
     }
 
 
-def _key(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return " ".join(name.casefold().replace("-", " ").replace("_", " ").split())
 
 
-class LabelledSegmenter:
+class LabeledSegmenter:
     """Transformers segmentation model with a fixed label list and its own image processor.
 
     Images are processed one at a time. Masks of Mask2Former and MaskFormer are resampled to the target size as those
@@ -134,12 +134,12 @@ class LabelledSegmenter:
 
     def forward(self, inputs: list[Any]) -> list[Any]:
         """Run the model, see `Segmenter.forward`."""
-        return [(self.model(**_moved(single, self.model)), _content(single)) for single in inputs]
+        return [(self.model(**_to_device(single, self.model)), _content_size(single)) for single in inputs]
 
     def semantic(self, outputs: list[Any], index: int, size: Size) -> np.ndarray:
         """Predict a class map, see `Segmenter.semantic`."""
         if self.has_masks:
-            labels, _ = semantic_segmentation(*_image(*outputs[index]), size)
+            labels, _ = semantic_segmentation(*_image_logits(*outputs[index]), size)
         else:
             (labels,) = self.processor.post_process_semantic_segmentation(outputs[index][0], target_sizes=[size])
         return labels.cpu().numpy().astype(np.int32)
@@ -147,19 +147,19 @@ class LabelledSegmenter:
     def panoptic(self, outputs: list[Any], index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Predict panoptic segments, see `Segmenter.panoptic`."""
         settings = self.panoptic_settings | {"label_ids_to_fuse": self.fused}
-        result = panoptic_segmentation(*_image(*outputs[index]), size, **settings)
+        result = panoptic_segmentation(*_image_logits(*outputs[index]), size, **settings)
         return result["segmentation"].cpu().numpy(), result["segments_info"]
 
     def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
         """Predict instances, see `Segmenter.instances`."""
-        return detections(*_image(*outputs[index]), size)
+        return detections(*_image_logits(*outputs[index]), size)
 
 
-def _image(outputs: Any, content: Size | None) -> tuple[Tensor, Tensor, Size | None]:
+def _image_logits(outputs: Any, content: Size | None) -> tuple[Tensor, Tensor, Size | None]:
     return outputs.class_queries_logits[0], outputs.masks_queries_logits[0], content
 
 
-def _content(inputs: Any) -> Size | None:
+def _content_size(inputs: Any) -> Size | None:
     """Return the (height, width) of an image without padding, None for a model without `pixel_mask`."""
     if "pixel_mask" not in inputs:
         return None
@@ -167,7 +167,7 @@ def _content(inputs: Any) -> Size | None:
     return int(mask.any(dim=1).sum()), int(mask.any(dim=0).sum())
 
 
-def _moved(inputs: Any, model: Any) -> dict[str, Any]:
+def _to_device(inputs: Any, model: Any) -> dict[str, Any]:
     """Move tensors to the device and dtype of the model; other inputs, such as the patch offsets of EoMT, stay."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -182,19 +182,19 @@ class CLIPSegSegmenter:
 
     Args:
         path: Checkpoint folder or Hub repository.
-        asked: Vocabulary of the benchmark. The best of the prompts of a class counts.
+        vocabulary: Vocabulary of the benchmark. The best of the prompts of a class counts.
         dtype: Data type of the computation, a key of `DTYPES`.
     """
 
-    def __init__(self, path: str, asked: BenchmarkVocabulary, dtype: str = "float32"):
+    def __init__(self, path: str, vocabulary: BenchmarkVocabulary, dtype: str = "float32"):
         from transformers import CLIPSegForImageSegmentation
 
         self.model = CLIPSegForImageSegmentation.from_pretrained(path, dtype=DTYPES[dtype]).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        names, templates = asked.vocabulary.flat_names, asked.templates
+        names, templates = vocabulary.vocabulary.flat_names, vocabulary.templates
         prompts = [fill_template(template, name) for name in names for template in templates]
         self.tokens = self.processor.tokenizer(prompts, padding=True, return_tensors="pt")
-        classes = asked.class_of[asked.vocabulary.class_ids]
+        classes = vocabulary.class_of[vocabulary.vocabulary.class_ids]
         self.class_of = np.repeat(classes, len(templates)).astype(np.int32)
         self.provided = ("classes",)
         self.notes = {"architecture": "clipseg", "image_size": "from the image processor of the model"}

@@ -132,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(argv[1:])
     options = parser().parse_args(argv)
     try:
-        _check(options)
+        _check_options(options)
 
         from .processes import processes
         from .run import run
         from .session import load_session
 
         state = processes(options.cpu)
-        request = _request(options, f"python -m train.evaluate {shlex.join(argv)}")
+        request = _make_request(options, f"python -m train.evaluate {shlex.join(argv)}")
         with warnings.catch_warnings():  # names shared by several classes are part of the published vocabulary
             warnings.simplefilter("ignore", UserWarning)
             with lock_output(request.out) if state.is_main_process else nullcontext():
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
     if result is None:  # not the main process
         return DONE
-    sys.stdout.write(f"{describe(result, options.per_class)}\nResult written to {request.out}\n")
+    sys.stdout.write(f"{format_result(result, options.per_class)}\nResult written to {request.out}\n")
     return _print_warnings(result)
 
 
@@ -177,7 +177,7 @@ def score_warnings(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     """Check the combination of options before anything is loaded."""
     protocol = protocol_of(options.benchmark)
     if options.tta and any(needs_segments(task) for task in options.tasks or protocol.tasks):
@@ -186,18 +186,18 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--data: {options.data} is not a directory; create it with `python -m train.data.prepare`.")
 
 
-def _request(options: argparse.Namespace, command: str) -> Request:
+def _make_request(options: argparse.Namespace, command: str) -> Request:
     from .session import Request
 
     given = vars(options).copy()
     for name in ("per_class", "cpu"):
         given.pop(name)
     given["tasks"] = tuple(options.tasks)
-    given["out"] = options.out or default_out(options)
+    given["out"] = options.out or default_output_path(options)
     return Request(**given, command=command)
 
 
-def default_out(options: argparse.Namespace) -> Path:
+def default_output_path(options: argparse.Namespace) -> Path:
     """Return the default result path, which names the model, benchmark, split and options that are not default."""
     from .run import model_name
 
@@ -210,7 +210,7 @@ def default_out(options: argparse.Namespace) -> Path:
     return Path("results") / ("-".join([name, options.benchmark, options.split, *special]) + ".json")
 
 
-def describe(result: Mapping[str, Any], per_class: bool = False) -> str:
+def format_result(result: Mapping[str, Any], per_class: bool = False) -> str:
     """Format a result as text with scores in percent."""
     images, times = result["images"], result["times"]
     lines = [f"{result['model']['name']} on {result['benchmark']}, {images['evaluated']} images of {result['split']}"]
@@ -219,11 +219,11 @@ def describe(result: Mapping[str, Any], per_class: bool = False) -> str:
     for task, scores in result["per_cent"].items():
         known = all_scores().get(task)
         hidden = known.details if known else ()
-        shown = [f"{name} {_text(value)}" for name, value in scores.items() if not name.startswith(hidden)]
+        shown = [f"{name} {_format_score(value)}" for name, value in scores.items() if not name.startswith(hidden)]
         lines.append(f"  {task:<15}{'  '.join(shown)}")
     for group, values in result["groups"].items():
         shown = [
-            f"{name} {_text(None if value is None else 100 * value)}"
+            f"{name} {_format_score(None if value is None else 100 * value)}"
             for task, scores in values.items()
             if task != "classes"
             for name, value in scores.items()
@@ -250,12 +250,12 @@ def class_table(result: Mapping[str, Any]) -> str:
     lines = [f"  {'class':<28}" + "".join(f"{name:>16}" for _, name in columns)]
     for entry in result["classes"]:
         cells = [entry["scores"][task][name] for task, name in columns]
-        shown = [_text(value if value is None or isinstance(value, int) else 100 * value) for value in cells]
+        shown = [_format_score(value if value is None or isinstance(value, int) else 100 * value) for value in cells]
         lines.append(f"  {entry['name'][:27]:<28}" + "".join(f"{cell:>16}" for cell in shown))
     return "\n".join(lines)
 
 
-def _text(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.2f}"

@@ -74,8 +74,10 @@ def class_groups(
     position = {label: index for index, label in enumerate(vocabulary.labels)}
     members |= {name: [position[label] for label in labels if label in position] for name, labels in extra.items()}
     if trained_on is not None:
-        known = {_key(name) for name in trained_on.flat_names}
-        seen = [index for index in everything if any(_key(name) in known for name in vocabulary.names[index])]
+        known = {_normalize_name(name) for name in trained_on.flat_names}
+        seen = [
+            index for index in everything if any(_normalize_name(name) in known for name in vocabulary.names[index])
+        ]
         members["seen"] = seen
         members["unseen"] = [index for index in everything if index not in set(seen)]
     return ClassGroups({name: group for name, group in members.items() if group}, OPPOSITES)
@@ -109,5 +111,5 @@ def group_scores(groups: ClassGroups, computed: Mapping[str, Mapping[str, Any]])
     return scores
 
 
-def _key(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return " ".join(name.casefold().split())

@@ -61,7 +61,7 @@ class PredictionWriter:
         return [{"image_id": sample.image_id, "file_name": path.name, "segments_info": segments}]
 
     def _save(self, picture: Image.Image, kind: str, image_id: str) -> Path:
-        path = self.folder / kind / f"{_safe(image_id)}.png"
+        path = self.folder / kind / f"{_relative_path(image_id)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             picture.save(temporary, "PNG")
@@ -73,7 +73,7 @@ class PredictionWriter:
             atomic_write_json(self.folder / PANOPTIC_JSON, {"annotations": list(written)}, indent=1)
 
 
-def _safe(image_id: str) -> str:
+def _relative_path(image_id: str) -> str:
     """Convert an image id to a relative path inside the output folder."""
     parts = [part for part in PurePosixPath(image_id).parts if part not in ("/", "..", ".")]
     if not parts:

@@ -65,9 +65,9 @@ def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
     """
     score, shown = table_score()
     scored = [result for result in results if result["scores"].get(score.name, {}).get(shown.name) is not None]
-    asked = {result["benchmark"] for result in scored}
-    headings = [(heading, name) for heading, name in columns() if name in asked]
-    headings += [(name, name) for name in sorted(asked - {name for _, name in headings})]
+    benchmarks = {result["benchmark"] for result in scored}
+    headings = [(heading, name) for heading, name in columns() if name in benchmarks]
+    headings += [(name, name) for name in sorted(benchmarks - {name for _, name in headings})]
     cells: dict[str, dict[str, str]] = {}
     for result in scored:
         row = cells.setdefault(row_name(result), {})
@@ -76,13 +76,17 @@ def table(results: Sequence[Mapping[str, Any]], published: bool = True) -> str:
         mark = "*" if _is_partial(result) else ""
         row[result["benchmark"]] = f"{per_cent(result['scores'][score.name][shown.name], 1):.1f}{mark}"
     rows = {
-        title: {name: f"{values[name]:.1f}" for name in asked & values.keys()}
+        title: {name: f"{values[name]:.1f}" for name in benchmarks & values.keys()}
         for title, values in published_rows().items()
-        if published and asked & values.keys()
+        if published and benchmarks & values.keys()
     }
-    lines = [_line(["model", *(heading for heading, _ in headings)]), _line(["---", *["---:"] * len(headings)])]
+    lines = [
+        _table_row(["model", *(heading for heading, _ in headings)]),
+        _table_row(["---", *["---:"] * len(headings)]),
+    ]
     lines += [
-        _line([title, *(row.get(name, "") for _, name in headings)]) for title, row in [*cells.items(), *rows.items()]
+        _table_row([title, *(row.get(name, "") for _, name in headings)])
+        for title, row in [*cells.items(), *rows.items()]
     ]
     notes = [f"{shown.table_note} {PUBLISHED_NOTE}" if rows else shown.table_note, *_footnotes(results)]
     return "\n".join([*lines, "", *notes])
@@ -102,9 +106,9 @@ def other_scores(results: Sequence[Mapping[str, Any]]) -> str:
         ]
     if not rows:
         return ""
-    lines = [_line(["model", "benchmark", "score", "percent"]), _line(["---", "---", "---", "---:"])]
+    lines = [_table_row(["model", "benchmark", "score", "percent"]), _table_row(["---", "---", "---", "---:"])]
     lines += [
-        _line([row_name(result), result["benchmark"], label, "-" if value is None else f"{value:.1f}"])
+        _table_row([row_name(result), result["benchmark"], label, "-" if value is None else f"{value:.1f}"])
         for result, label, value in rows
     ]
     return "\n".join(lines)
@@ -140,7 +144,7 @@ def _footnotes(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _line(cells: Sequence[str]) -> str:
+def _table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 

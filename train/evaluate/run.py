@@ -50,18 +50,20 @@ def run(session: Session, state: PartialState, progress: bool = True) -> dict[st
     if not session.rows:
         raise ValueError("--data: The split contains no image.")
     chunks = plan_chunks(video_ids(session.prepared)[: session.rows], session.request.images_per_chunk)
-    folder = ChunkFolder(parts_folder(session), len(chunks))
-    known = from_main(state, lambda: _known_result(session))
+    folder = ChunkFolder(chunk_folder(session), len(chunks))
+    known = from_main(state, lambda: _finished_result(session))
     if known is not None:
         return known if state.is_main_process else None
-    _work(session, chunks, folder, state, progress)
+    _evaluate_chunks(session, chunks, folder, state, progress)
     state.wait_for_everyone()
     result = finish(session, folder, state) if state.is_main_process else None
     state.wait_for_everyone()
     return result
 
 
-def _work(session: Session, chunks: Sequence[range], folder: ChunkFolder, state: PartialState, progress: bool) -> None:
+def _evaluate_chunks(
+    session: Session, chunks: Sequence[range], folder: ChunkFolder, state: PartialState, progress: bool
+) -> None:
     """Evaluate the chunks of this process that are not finished."""
     pending = from_main(state, folder.pending)
     evaluation = Evaluation(
@@ -70,7 +72,7 @@ def _work(session: Session, chunks: Sequence[range], folder: ChunkFolder, state:
         session.make_scores,
         session.request.batch_size,
         session.protocol.shrink_above,
-        _writer(session),
+        _prediction_writer(session),
     )
     own = pending[state.process_index :: state.num_processes]
     others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
@@ -82,28 +84,28 @@ def _work(session: Session, chunks: Sequence[range], folder: ChunkFolder, state:
             folder.write(index, scores, meta | {"processes": state.num_processes})
 
 
-def parts_folder(session: Session) -> Path:
+def chunk_folder(session: Session) -> Path:
     """Return the folder that holds the finished chunks until the result is written."""
     out = session.request.out
     return out.with_name(f"{out.name}.parts") / session.fingerprint
 
 
-def _known_result(session: Session) -> dict[str, Any] | None:
+def _finished_result(session: Session) -> dict[str, Any] | None:
     out = session.request.out
     if not out.exists():
         return None
     result = read_result(out)
     if result["fingerprint"] == session.fingerprint:
         return result
-    differing = [name for name, value in session.settings.items() if result["settings"].get(name) != _plain(value)]
+    differing = [name for name, value in session.settings.items() if result["settings"].get(name) != _as_json(value)]
     raise ValueError(f"--out: {out} is a result with other {', '.join(differing)}: choose another file, or delete it.")
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _writer(session: Session) -> PredictionWriter | None:
+def _prediction_writer(session: Session) -> PredictionWriter | None:
     folder, classes = session.request.write_predictions, session.prepared.vocabulary
     if folder is None:
         return None
@@ -116,8 +118,8 @@ def finish(session: Session, folder: ChunkFolder, state: PartialState) -> dict[s
     scores = session.make_scores()
     metas = [folder.merge_into(index, scores) for index in range(folder.count)]
     computed = {name: score.compute() for name, score in scores.items()}
-    result = _result(session, computed, metas, state)
-    writer = _writer(session)
+    result = _build_result(session, computed, metas, state)
+    writer = _prediction_writer(session)
     if writer is not None:
         writer.finish([entry for meta in metas for entry in meta["written"]])
     write_result(result, session.request.out)
@@ -125,7 +127,9 @@ def finish(session: Session, folder: ChunkFolder, state: PartialState) -> dict[s
     return result
 
 
-def _result(session: Session, computed: Mapping[str, tuple], metas: list[dict], state: PartialState) -> dict[str, Any]:
+def _build_result(
+    session: Session, computed: Mapping[str, tuple], metas: list[dict], state: PartialState
+) -> dict[str, Any]:
     request, prepared = session.request, session.prepared
     return {
         "schema": SCHEMA_NAME,
@@ -133,15 +137,15 @@ def _result(session: Session, computed: Mapping[str, tuple], metas: list[dict], 
         "benchmark": prepared.benchmark,
         "split": request.split,
         "tasks": list(session.tasks),
-        **_numbers(session, computed),
+        **_score_fields(session, computed),
         "images": {
             "evaluated": sum(meta["images"] for meta in metas),
             "prepared": len(prepared.dataset),
             "published": published_images(prepared.info),
             "broken": [line for meta in metas for line in meta["broken"]],
         },
-        **_circumstances(session),
-        "settings": _plain(session.settings),
+        **_describe_inputs(session),
+        "settings": _as_json(session.settings),
         "versions": {"python": platform.python_version(), "gkc": modeling_gkc.__version__}
         | {name: version(name) for name in PACKAGES},
         "command": request.command,
@@ -151,7 +155,7 @@ def _result(session: Session, computed: Mapping[str, tuple], metas: list[dict], 
     }
 
 
-def _numbers(session: Session, computed: Mapping[str, tuple]) -> dict[str, Any]:
+def _score_fields(session: Session, computed: Mapping[str, tuple]) -> dict[str, Any]:
     """Compute the result fields that hold scores of tasks, groups and classes."""
     vocabulary = session.prepared.vocabulary
     numbers = {task: values for task, (values, _) in computed.items()}
@@ -168,13 +172,13 @@ def _numbers(session: Session, computed: Mapping[str, tuple]) -> dict[str, Any]:
     }
 
 
-def _circumstances(session: Session) -> dict[str, Any]:
+def _describe_inputs(session: Session) -> dict[str, Any]:
     """Compute the result fields that describe protocol, prompts, model and data."""
     request, protocol = session.request, session.protocol
     sides = {name: getattr(request, name) or getattr(protocol, name) for name in ("short_side", "long_side")}
     return {
         "protocol": protocol.as_dict() | sides,
-        "prompts": session.asked.as_dict() | {"tta": request.tta},
+        "prompts": session.prompt_vocabulary.as_dict() | {"tta": request.tta},
         "model": {
             "name": model_name(request.model),
             "sha256": session.model_sha256,

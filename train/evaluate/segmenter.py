@@ -67,7 +67,7 @@ class View:
     flip: bool = False
 
 
-def all_views() -> tuple[View, ...]:
+def tta_views() -> tuple[View, ...]:
     """Return the views of test-time augmentation: five sizes, each also flipped."""
     return tuple(View(scale, flip) for scale in TTA_SCALES for flip in (False, True))
 
@@ -78,7 +78,7 @@ class GKCSegmenter:
     Args:
         model: A `GKCForOpenVocabSegmentation`.
         processor: Its `GKCProcessor`.
-        asked: Vocabulary of the benchmark.
+        prompt_vocabulary: Vocabulary of the benchmark.
         short_side: Shorter side of the resized image in pixels.
         long_side: Maximum longer side in pixels.
         panoptic: Thresholds of panoptic results, fields of `PredictionOptions`.
@@ -94,7 +94,7 @@ class GKCSegmenter:
         self,
         model: Any,
         processor: Any,
-        asked: BenchmarkVocabulary,
+        prompt_vocabulary: BenchmarkVocabulary,
         short_side: int,
         long_side: int,
         panoptic: Mapping[str, Any] | None = None,
@@ -106,20 +106,20 @@ class GKCSegmenter:
             warnings.simplefilter("always", UserWarning)
             # Text is encoded in fp32, before the model is cast.
             encoded = EncodedVocabulary.encode(
-                asked.vocabulary,
+                prompt_vocabulary.vocabulary,
                 model,
                 processor,
-                prompt_templates=asked.templates,
-                reduction=asked.reduction,
+                prompt_templates=prompt_vocabulary.templates,
+                reduction=prompt_vocabulary.reduction,
             )
-        _check_distinct(asked, encoded, processor)
+        _check_distinct(prompt_vocabulary, encoded, processor)
         if dtype != "float32" or compile:
             model = model.optimize_for_inference(DTYPES[dtype], compile=compile)
         self.model, self.predictor = model, GKCPredictor(model, processor)
         self.predictor.set_vocabulary(encoded)
         self.sides, self.views = (short_side, long_side), tuple(views)
         self.panoptic_options = PredictionOptions("panoptic", **(panoptic or {}))
-        self.class_of = asked.class_of
+        self.class_of = prompt_vocabulary.class_of
         self.provided = ("classes",) if len(self.views) > 1 else PREDICTION_FIELDS
         said = [str(warning.message) for warning in caught]
         self.notes = {"architecture": "gkc", "views": len(self.views), "warnings": said}
@@ -143,7 +143,7 @@ class GKCSegmenter:
         if len(outputs) == 1:
             labels = self._result(outputs[0], index, size, PredictionOptions("semantic")).segmentation
         else:
-            labels = _best_of_views([_image(output, index) for output in outputs], self.views, size)
+            labels = _best_of_views([_image_logits(output, index) for output in outputs], self.views, size)
         return labels.cpu().numpy().astype(np.int32)
 
     def panoptic(self, outputs: list[Any], index: int, size: Size) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -154,7 +154,7 @@ class GKCSegmenter:
 
     def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
         """Predict instances, see `Segmenter.instances`."""
-        return detections(*_image(outputs[0], index), size)
+        return detections(*_image_logits(outputs[0], index), size)
 
     def _result(self, output: Any, index: int, size: Size, options: PredictionOptions) -> SegmentationResult:
         fields = ("class_queries_logits", "masks_queries_logits", "content_sizes")
@@ -163,16 +163,18 @@ class GKCSegmenter:
         return result
 
 
-def _check_distinct(asked: BenchmarkVocabulary, encoded: EncodedVocabulary, processor: Any) -> None:
+def _check_distinct(prompt_vocabulary: BenchmarkVocabulary, encoded: EncodedVocabulary, processor: Any) -> None:
     """Check that no two benchmark classes have equal embeddings; names of one class may have equal ones."""
     names: dict[int, list[str]] = {}
     for index, name in zip(
-        asked.class_of[asked.vocabulary.class_ids].tolist(), asked.vocabulary.flat_names, strict=True
+        prompt_vocabulary.class_of[prompt_vocabulary.vocabulary.class_ids].tolist(),
+        prompt_vocabulary.vocabulary.flat_names,
+        strict=True,
     ):
         names.setdefault(index, []).append(name)
     order = sorted(names)
     classes = Vocabulary.from_stored([names[index] for index in order])
-    class_ids = torch.tensor([order.index(index) for index in asked.class_of[encoded.class_ids.tolist()]])
+    class_ids = torch.tensor([order.index(index) for index in prompt_vocabulary.class_of[encoded.class_ids.tolist()]])
     try:
         EncodedVocabulary(classes, encoded.class_embeds, class_ids).check_distinct(processor, distinct=True)
     except ValueError as error:
@@ -190,7 +192,7 @@ def detections(class_logits: Tensor, mask_logits: Tensor, content: Size | None, 
     ]
 
 
-def _image(outputs: Any, index: int) -> tuple[Tensor, Tensor, Size | None]:
+def _image_logits(outputs: Any, index: int) -> tuple[Tensor, Tensor, Size | None]:
     """Return class logits (Q, K + 1), mask logits (Q, h, w) and content size of one image of a batch."""
     contents = outputs.content_sizes
     content = None if contents is None else tuple(contents[index].tolist())

@@ -19,9 +19,9 @@ from ..data.load import load_judged
 from ..data.prepared import Prepared
 from ..metrics.score import Score, make_scores, scores_of_task
 from ..storage.fingerprints import model_fingerprint, settings_fingerprint
-from .adapters import CLIPSegSegmenter, LabelledSegmenter, model_type
+from .adapters import CLIPSegSegmenter, LabeledSegmenter, model_type
 from .processes import from_main
-from .segmenter import GKCSegmenter, Segmenter, View, all_views
+from .segmenter import GKCSegmenter, Segmenter, View, tta_views
 from .vocabulary import BenchmarkVocabulary
 
 # Checkpoint files that determine the predictions.
@@ -63,7 +63,7 @@ class Session:
         prepared: Prepared benchmark.
         protocol: Protocol of the benchmark.
         tasks: Tasks that are scored.
-        asked: Vocabulary that prompts the model.
+        prompt_vocabulary: Vocabulary that prompts the model.
         segmenter: Model.
         settings: Values that the scores depend on.
         trained_on: Classes of the training data, if given.
@@ -76,7 +76,7 @@ class Session:
     prepared: Prepared
     protocol: Protocol
     tasks: tuple[str, ...]
-    asked: BenchmarkVocabulary
+    prompt_vocabulary: BenchmarkVocabulary
     segmenter: Segmenter
     settings: dict[str, Any]
     trained_on: Vocabulary | None
@@ -114,12 +114,16 @@ def load_session(request: Request, state: PartialState) -> Session:
     if any(score.needs_videos for score in kinds) and not any(video_ids(prepared)):
         raise ValueError(f"--tasks: {prepared.benchmark} contains no videos, which the given tasks need.")
     trained_on = _training_vocabulary(request.trained_on)
-    asked = BenchmarkVocabulary.from_protocol(prepared.vocabulary, protocol, request.prompts, request.reduction)
-    segmenter, sha256 = _load_segmenter(request, protocol, asked, prepared.vocabulary, state)
+    prompt_vocabulary = BenchmarkVocabulary.from_protocol(
+        prepared.vocabulary, protocol, request.prompts, request.reduction
+    )
+    segmenter, sha256 = _load_segmenter(request, protocol, prompt_vocabulary, prepared.vocabulary, state)
     make_scores(tasks, prepared.vocabulary, segmenter.provided)  # raises early if a task cannot be scored
-    settings = _settings(request, prepared, protocol, tasks, asked, sha256, state)
+    settings = _settings(request, prepared, protocol, tasks, prompt_vocabulary, sha256, state)
     parameters = sum(weight.numel() for weight in segmenter.model.parameters())
-    return Session(request, prepared, protocol, tasks, asked, segmenter, settings, trained_on, parameters, sha256)
+    return Session(
+        request, prepared, protocol, tasks, prompt_vocabulary, segmenter, settings, trained_on, parameters, sha256
+    )
 
 
 def _training_vocabulary(text: str | None) -> Vocabulary | None:
@@ -130,7 +134,11 @@ def _training_vocabulary(text: str | None) -> Vocabulary | None:
 
 
 def _load_segmenter(
-    request: Request, protocol: Protocol, asked: BenchmarkVocabulary, vocabulary: Vocabulary, state: PartialState
+    request: Request,
+    protocol: Protocol,
+    prompt_vocabulary: BenchmarkVocabulary,
+    vocabulary: Vocabulary,
+    state: PartialState,
 ) -> tuple[Segmenter, str]:
     short, long = request.short_side or protocol.short_side, request.long_side or protocol.long_side
     panoptic = {
@@ -141,22 +149,22 @@ def _load_segmenter(
     if kind == "gkc":
         model, processor = load_checkpoint(request.model)
         sha256 = model_sha256(request.model, model)
-        views = all_views() if request.tta else (View(),)
+        views = tta_views() if request.tta else (View(),)
         model.to(state.device)
         options = {"dtype": request.dtype, "compile": request.compile}
-        return GKCSegmenter(model, processor, asked, short, long, panoptic, views, **options), sha256
+        return GKCSegmenter(model, processor, prompt_vocabulary, short, long, panoptic, views, **options), sha256
     if request.tta or request.compile or request.short_side or request.long_side:
         raise ValueError("--tta, --compile, --short-side and --long-side apply to GKC checkpoints only; remove them.")
     with without_progress_bars():
         if kind == "clipseg":
-            segmenter = CLIPSegSegmenter(request.model, asked, request.dtype)
+            segmenter = CLIPSegSegmenter(request.model, prompt_vocabulary, request.dtype)
         else:
             if request.prompts != "plain":
                 raise ValueError(
                     f"--prompts: A {kind} model has a fixed label list and takes no prompts; remove the option."
                 )
             panoptic |= {"label_ids_to_fuse": vocabulary.stuff_ids}
-            segmenter = LabelledSegmenter(request.model, vocabulary, panoptic, request.dtype)
+            segmenter = LabeledSegmenter(request.model, vocabulary, panoptic, request.dtype)
     sha256 = model_sha256(request.model, segmenter.model)
     segmenter.model.to(state.device)
     return segmenter, sha256
@@ -181,7 +189,7 @@ def _settings(
     prepared: Prepared,
     protocol: Protocol,
     tasks: Sequence[str],
-    asked: BenchmarkVocabulary,
+    prompt_vocabulary: BenchmarkVocabulary,
     sha256: str,
     state: PartialState,
 ) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def _settings(
         "vocabulary": [prepared.vocabulary.names, prepared.vocabulary.is_thing],
         "protocol": protocol.as_dict(),
         "tasks": list(tasks),
-        "prompts": asked.as_dict() | {"words": asked.vocabulary.names},
+        "prompts": prompt_vocabulary.as_dict() | {"words": prompt_vocabulary.vocabulary.names},
         "predictions": None if request.write_predictions is None else str(request.write_predictions.resolve()),
         "device": state.device.type,
     } | {
