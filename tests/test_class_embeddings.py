@@ -55,7 +55,7 @@ def large_vocabulary() -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
 
 def test_equal_classes_have_equal_sets_of_embeddings():
     first, second, third = torch.eye(3, 8)
-    near = torch.nn.functional.normalize(first + 1e-4 * third, dim=0)  # to rounding
+    near = torch.nn.functional.normalize(first + 1e-4 * third, dim=0)  # equal up to rounding
     rows = torch.stack([first, second, first, near, second, second, third, second])
     class_ids = torch.tensor([0, 0, 1, 2, 3, 4, 4, 5])
     assert equal_classes(rows, class_ids) == [[1, 2], [3, 5]]
@@ -199,7 +199,7 @@ class TestCache:
         sys.setswitchinterval(1e-6)
         try:
             with ThreadPoolExecutor(8) as threads:
-                list(threads.map(ask, range(8)))  # raises what a thread raised
+                list(threads.map(ask, range(8)))  # raises the errors of the threads
         finally:
             sys.setswitchinterval(interval)
         assert not wrong

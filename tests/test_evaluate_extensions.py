@@ -172,7 +172,7 @@ def test_unavailable_scores_are_omitted_or_raise():
     plain, kinds = Vocabulary([["a"], ["b"]]), Vocabulary([["a"], ["b"]], is_thing=[True, False])
     assert list(make_scores(["video"], plain)) == ["video"]
     assert set(make_scores(["video"], kinds)) == {"video", "video_panoptic", "tracking"}
-    assert list(make_scores(["video"], kinds, ("classes",))) == ["video"]  # of a model that gives no segments
+    assert list(make_scores(["video"], kinds, ("classes",))) == ["video"]  # for a model without segments
     with pytest.raises(ValueError, match=r"panoptic results need things and stuff.*ask for semantic"):
         make_scores(["semantic", "panoptic"], plain)
     with pytest.raises(ValueError, match="the model, as it is asked, gives no panoptic, instance results"):

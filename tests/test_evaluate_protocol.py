@@ -39,7 +39,9 @@ def test_every_benchmark_has_a_protocol():
         if benchmark.make_vocabulary is None:
             protocol = protocol_of(benchmark.name)
             assert "no published protocol" not in protocol.note, benchmark.name
-            BenchmarkVocabulary.from_protocol(benchmark.classes(), protocol)  # its background is among them
+            BenchmarkVocabulary.from_protocol(
+                benchmark.classes(), protocol
+            )  # raises if the background is not one of the classes
     stated = {name for name, benchmark in benchmarks.items() if benchmark.protocol is not None}
     assert stated == PROTOCOLS
 
@@ -112,7 +114,7 @@ def test_voc_21_background_is_one_class_with_many_names():
     background = Vocabulary.named("pascal_voc_background_39").labels
     assert words.vocabulary.names[0] == ["background", *background] and words.class_of.tolist() == list(range(21))
     assert words.reduction == "max" and len(words.vocabulary.flat_names) == 21 + 39
-    assert Vocabulary.named("pascal_voc_21").names[0] == ["background"]  # nothing of the vocabulary was changed
+    assert Vocabulary.named("pascal_voc_21").names[0] == ["background"]  # the packaged vocabulary is unchanged
 
 
 def test_voc_20b_background_merges_39_classes():
@@ -134,7 +136,7 @@ def test_voc_20b_background_merges_39_classes():
 
 def test_voc_20_ignores_the_background():
     metric = SemanticMetric(20)
-    truth = np.array([[-1, -1, 3, 3]])  # what preparation makes of background and boundary
+    truth = np.array([[-1, -1, 3, 3]])  # background and boundary after preparation
     metric.update(np.array([[3, 7, 3, 5]]), truth)
     assert metric.compute()["miou"] == 0.5 and metric.compute()["iou"][7] is None
 
@@ -159,7 +161,7 @@ def test_seen_classes_share_a_name_with_training():
     assert groups.members == {"seen": [0, 1], "unseen": [2]}
     columns = {"semantic": {"iou": [0.5, None, 0.25], "accuracy": [1.0, None, 0.5]}}
     scores = group_scores(groups, columns)
-    assert scores["seen"]["semantic"] == {"miou": 0.5, "mean_accuracy": 1.0}  # the absent class is left out
+    assert scores["seen"]["semantic"] == {"miou": 0.5, "mean_accuracy": 1.0}  # the absent class is excluded
     assert scores["harmonic mean of seen and unseen"]["semantic"]["miou"] == pytest.approx(1 / 3)
 
 

@@ -24,7 +24,7 @@ MODULES = ROOT / "train" / "metrics" / "modules"
 LOADED = """
 import json, sys
 
-sys.modules["transformers"] = None  # evaluate's pipelines want it, its metrics do not; and it takes long to import
+sys.modules["transformers"] = None  # only the pipelines of `evaluate` need it, and it is slow to import
 import evaluate
 import numpy as np
 
@@ -38,7 +38,7 @@ def score(name, example, **options):
     module.add(prediction=example[0], reference=example[1])
     assert len(module) == 1
     first = module.compute()
-    assert len(module) == 0  # it starts anew
+    assert len(module) == 0  # the module is reset
     second = module.compute(predictions=[example[0]], references=[example[1]])
     assert first == second and module.features.keys() == {"predictions", "references"}
     scores[name] = first

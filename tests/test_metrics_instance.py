@@ -93,14 +93,14 @@ def test_manual_example():
     ids = row("1 1 1 1 2 2 2 2 0 0 0 0")
     truths = [segment(1, 0), segment(2, 0)]
     half = np.zeros(ids.shape, dtype=bool)
-    half[0, 4:7] = True  # 3 of 4: right up to IoU 0.75
+    half[0, 4:7] = True  # 3 of 4 pixels: correct up to IoU 0.75
     detections = [
         found(ids, 1, 0, 0.9),
         found(ids, 0, 0, 0.8),  # on background
         {"category_id": 0, "score": 0.7, "mask": half},
     ]
     scores = scored(("a", detections, ids, truths)).compute()
-    # Precision 1 up to recall 1/2 (51 of 101 recalls), then 2/3 where the third is right, and nothing where it is not.
+    # Precision 1 up to recall 1/2 (51 of 101 recalls), then 2/3 at thresholds where the third is correct, else 0.
     right, wrong = (51 + 50 * 2 / 3) / 101, 51 / 101
     assert scores["ap50"] == pytest.approx(right, abs=ROUNDED)
     assert scores["ap75"] == pytest.approx(right, abs=ROUNDED)
@@ -132,7 +132,7 @@ def test_empty_predictions_empty_truth_and_one_pixel():
     ids, truths = row("1 1 0"), [segment(1, 2)]
     assert scored(("a", [], ids, truths)).compute()["ap"] == 0.0
     assert scored(("a", [], ids * 0, [])).compute()["ap"] is None
-    assert scored(("a", [found(ids, 0, 2, 0.5)], ids * 0, truths)).compute()["ap"] is None  # listed, without a pixel
+    assert scored(("a", [found(ids, 0, 2, 0.5)], ids * 0, truths)).compute()["ap"] is None  # a segment without pixels
     assert scored().compute() == {
         **{name: None for name in ("ap", "ap50", "ap75")},
         "per_class": {name: [None] * CLASSES for name in ("ap", "ap50", "ap75")},
@@ -159,7 +159,7 @@ def test_all_kinds_of_run_lengths_are_accepted():
     ids = np.zeros((5, 6), dtype=np.uint8)
     ids[1:3, 2:5] = 1
     packed = coder.encode(np.asfortranarray(ids))
-    counts = [11, 2, 3, 2, 3, 2, 7]  # down the columns, beginning with background
+    counts = [11, 2, 3, 2, 3, 2, 7]  # in column order, starting with background
     masks = [
         ids.astype(bool),
         packed,

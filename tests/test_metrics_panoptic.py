@@ -99,7 +99,7 @@ def test_manual_example():
     truths = [segment(1, 0), segment(2, 0), segment(3, 2), segment(4, 3)]
     founds = [segment(7, 0), segment(8, 0), segment(9, 2), segment(5, 2)]
     scores = scored((found, founds, truth, truths)).compute()
-    # 7 meets 1 in 3 of 4, 8 meets 2 in 4 of 5, 9 meets 3 in 4 of 6; 5 is stuff of the wrong class, 4 is missed.
+    # 7 meets 1 in 3 of 4, 8 meets 2 in 4 of 5, 9 meets 3 in 4 of 6; 5 is stuff of the wrong class, 4 is missing.
     assert counts(scores, 0) == (2, 0, 0)
     assert counts(scores, 2) == (1, 1, 0)
     assert counts(scores, 3) == (0, 0, 1)
@@ -107,7 +107,7 @@ def test_manual_example():
     assert scores["per_class"][2]["pq"] == pytest.approx((4 / 6) / 1.5)
     assert scores["per_class"][2]["rq"] == pytest.approx(1 / 1.5)
     assert scores["per_class"][3]["pq"] == scores["per_class"][3]["sq"] == 0.0
-    assert scores["per_class"][1]["pq"] is None  # in neither truth nor prediction
+    assert scores["per_class"][1]["pq"] is None  # absent from truth and prediction
     assert scores["pq"] == pytest.approx((0.775 + 4 / 9 + 0) / 3)
     assert scores["things"]["pq"] == pytest.approx(0.775)
     assert scores["stuff"]["pq"] == pytest.approx((4 / 9 + 0) / 2)
@@ -141,9 +141,9 @@ def test_segment_on_void_or_crowd_is_not_a_false_positive():
         return counts(scores, found_class)[1]
 
     assert false_positives(row("0 0 0 3 3")) == 0
-    assert false_positives(row("0 0 3 3")) == 1  # exactly half
+    assert false_positives(row("0 0 3 3")) == 1  # exactly half of the segment
     assert false_positives(row("1 1 1 3 3")) == 0
-    assert false_positives(row("1 0 0 3 3")) == 0  # both together
+    assert false_positives(row("1 0 0 3 3")) == 0  # void and crowd together
     assert false_positives(row("2 2 2 3 3")) == 1  # crowd of another class
     assert false_positives(row("2 2 2 3 3"), 1) == 0
 
@@ -221,7 +221,7 @@ def test_invalid_input_raises():
         metric.update(good * 1.0, one, good, one)
     with pytest.raises(ValueError, match="different is_thing"):
         metric.merge(PanopticMetric([True]))
-    assert metric.compute()["pq"] is None  # nothing was added halfway
+    assert metric.compute()["pq"] is None  # no partial update
 
 
 @settings(max_examples=50, deadline=None)

@@ -56,7 +56,7 @@ def main(folder, *videos):
         score(metrics, int(video))
     for metric in metrics:
         np.savez(f"{folder}/{type(metric).__name__}.npz", **metric.state())
-    assert "torch" not in sys.modules  # the numbers need numpy alone
+    assert "torch" not in sys.modules  # the metrics need numpy only
 
 
 if __name__ == "__main__":

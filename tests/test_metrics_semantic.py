@@ -69,8 +69,8 @@ def test_manual_example():
     truth = np.array([[0, 0, 0, 1], [0, 1, 1, 1], [-1, -1, 2, 2]])
     prediction = np.array([[0, 0, 1, 1], [0, 1, 1, 3], [0, 3, 2, -1]])
     scores = scored([(prediction, truth)], num_classes=4).compute()
-    # Class 0: 3 of 4 found, and taken for nothing else (the void pixel does not count). Class 1: 3 shared of 4 and 4.
-    # Class 2: 1 of 2, the other without a class. Class 3 is not in the truth.
+    # Class 0: 3 of 4 pixels are correct, without false positives (void is ignored). Class 1: 3 correct of 4 and 4.
+    # Class 2: 1 of 2 pixels is correct, the other has no predicted class. Class 3 is not in the truth.
     assert scores["iou"] == [3 / 4, 3 / 5, 1 / 2, None]
     assert scores["accuracy"] == [3 / 4, 3 / 4, 1 / 2, None]
     assert scores["pixels"] == [4, 4, 2, 0]
@@ -84,7 +84,7 @@ def test_conventions_for_classes_without_ground_truth():
     metric = scored([(np.array([[0, 1, 2]]), np.array([[0, 0, -1]]))], num_classes=4)
     assert metric.compute()["miou"] == 1 / 2
     zero = metric.compute(absent="zero")
-    assert zero["miou"] == 1 / 4  # class 1 was predicted on a scored pixel; 2 on a void one only, 3 nowhere
+    assert zero["miou"] == 1 / 4  # class 1 is predicted on a labeled pixel, class 2 on void only, class 3 nowhere
     assert zero["iou"] == [1 / 2, 0.0, None, None]
     with pytest.raises(ValueError, match="absent must be one of"):
         metric.compute(absent="ignore")
@@ -92,7 +92,7 @@ def test_conventions_for_classes_without_ground_truth():
 
 def test_iou_is_computed_over_the_dataset():
     pairs = [(np.array([[0, 0, 0, 0]]), np.array([[0, 0, 0, 1]])), (np.array([[1]]), np.array([[1]]))]
-    assert scored(pairs).compute()["miou"] == pytest.approx((3 / 4 + 1 / 2) / 2)  # a mean over images: 0.6875
+    assert scored(pairs).compute()["miou"] == pytest.approx((3 / 4 + 1 / 2) / 2)  # the mean over images is 0.6875
 
 
 def test_subset_of_classes():
@@ -272,12 +272,12 @@ def test_boundary_iou_manual_example():
     assert band_width((1, 1)) == 1
     truth, prediction = np.zeros((2, 100, 100), dtype=int)
     truth[20:60, 20:60] = 1  # 40 x 40, its band 3 wide: 1600 - 34 x 34 = 444 pixels
-    prediction[20:60, 24:64] = 1  # 4 to the right: only the long sides meet, over 36 columns
+    prediction[20:60, 24:64] = 1  # shifted by 4: only the horizontal sides overlap, in 36 columns
     metric = scored([(prediction, truth)], BoundaryMetric, num_classes=2)
     shared = 2 * 3 * 36
     assert metric.counts[:, 1].tolist() == [shared, 444, 444]
     assert metric.compute()["iou"][1] == shared / (2 * 444 - shared)
-    assert scored([(prediction, truth)], num_classes=2).compute()["iou"][1] > 0.8  # the masks themselves are close
+    assert scored([(prediction, truth)], num_classes=2).compute()["iou"][1] > 0.8  # the IoU of the masks is high
 
 
 def test_predictions_on_void_do_not_change_boundary_bands():
@@ -315,7 +315,7 @@ def test_exact_sums_are_independent_of_order(fractions, random):
 
 
 def test_float_sums_depend_on_order():
-    assert (0.1 + 0.2) + 0.3 != (0.3 + 0.2) + 0.1  # not by sum(), which Python 3.12 compensates
+    assert (0.1 + 0.2) + 0.3 != (0.3 + 0.2) + 0.1  # without sum(), which compensates since Python 3.12
 
 
 def test_descriptions_cover_all_scores():

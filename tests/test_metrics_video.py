@@ -70,7 +70,7 @@ def test_vpq_manual_example():
     frames = video(["5 5 7 7", "5 5 7 7", "6 6 7 7"], founds, ["1 1 2 2"] * 3, truths)
     scores = scored(VideoPanopticMetric(IS_THING, (1, 2, 3)), frames).compute()
     assert scores["windows"]["1"]["pq"] == 1.0
-    # Windows of two: frames 0, 1 match; in frames 1, 2 the tubes 5 and 6 hold half of 1 each, which is no match.
+    # Windows of two: frames 0, 1 match; in frames 1, 2 the tubes 5 and 6 hold half of 1 each, which is not a match.
     things = scores["windows"]["2"]["per_class"][0]
     assert (things["true_positives"], things["false_positives"], things["false_negatives"]) == (1, 2, 1)
     assert things["pq"] == 1 / 2.5
@@ -177,7 +177,7 @@ def test_association_ignores_the_class():
     frames = video(["5 5"] * 2, [segment(5, 1)], ["1 1"] * 2, [segment(1, 0)])
     scores = scored(TrackingQualityMetric(IS_THING), frames).compute()
     assert (scores["aq"], scores["sq"], scores["stq"]) == (1.0, 0.0, 0.0)
-    stuff = video(["5 5"] * 2, [segment(5, 2)], ["1 1"] * 2, [segment(1, 0)])  # stuff tracks nothing
+    stuff = video(["5 5"] * 2, [segment(5, 2)], ["1 1"] * 2, [segment(1, 0)])  # stuff has no tracks
     assert scored(TrackingQualityMetric(IS_THING), stuff).compute()["aq"] == 0.0
 
 
@@ -238,7 +238,7 @@ def random_maps(seed, frames=9, change=0.05):
 
 
 def test_consistency_manual_example():
-    # Three frames of four pixels; the last pixel's truth changes, the third's is void.
+    # Three frames of four pixels; the truth of the last pixel changes, that of the third is void.
     truths = np.array([[[0, 1, -1, 1]], [[0, 1, -1, 1]], [[0, 1, -1, 2]]])
     predictions = np.array([[[0, 1, 0, 1]], [[0, 2, 0, 1]], [[0, 1, 0, 2]]])
     metric = VideoConsistencyMetric((1, 2, 3))

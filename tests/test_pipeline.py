@@ -51,7 +51,7 @@ def folder(tmp_path_factory, processor) -> Path:
     classifier, projection = model.classifier, model.classifier.stage_projections[-1]
     with torch.no_grad():
         queries = model.model(processor(images=noise(80, 120), return_tensors="pt")["pixel_values"]).last_hidden_state
-        # What all queries have in common is taken away, else all of them would be of one class.
+        # The mean over queries is subtracted; otherwise all queries would predict one class.
         projection.bias.copy_(-projection.weight @ classifier.dense(queries).relu().mean(dim=(0, 1)))
         classifier.no_object_embedding.copy_(-projection.weight.mean(dim=1))
     model.set_vocabulary(WORDS, processor)

@@ -153,7 +153,7 @@ def peak_memory(setup: str, call: str) -> float:
         f"{setup}\n"
         "semantic_segmentation(logits[:, :9], masks[:, :8, :8])\n"
         "before = held('VmRSS')\n"
-        "Path('/proc/self/clear_refs').write_text('5')\n"  # forgets the peak so far
+        "Path('/proc/self/clear_refs').write_text('5')\n"  # resets the peak
         f"{call}\n"
         "print(held('VmHWM') - before)\n"
     )
@@ -258,7 +258,7 @@ class TestPanoptic:
         logits = logits_of([[0.9, 0.05, 0.05], [0.05, 0.55, 0.4]])
         masks = torch.stack([mask_of(["####....", "####...."]), mask_of(["..######", "..######"])])
         result = panoptic_segmentation(logits, masks, threshold=0.3, overlap_mask_area_threshold=0.7)
-        # The second mask wins 8 of its 12 pixels; times its class score all 12 would still count as 6.6 or less.
+        # The second mask wins 8 of its 12 pixels; its area weighted by the class score would be at most 6.6.
         assert [segment["label_id"] for segment in result["segments_info"]] == [0]
         assert result["segmentation"].tolist() == [[1] * 4 + [0] * 4] * 2
         result = panoptic_segmentation(logits, masks, threshold=0.3, overlap_mask_area_threshold=0.6)
@@ -335,7 +335,7 @@ class TestInstance:
             [mask_of(["####...."]), mask_of(["..####.."]), mask_of(["...##..."]), mask_of([".....###"])]
         )
         result = instance_segmentation(logits, masks, threshold=0.4)
-        assert [s["label_id"] for s in result["segments_info"]] == [1, 0, 0]  # the third query shows nowhere
+        assert [s["label_id"] for s in result["segments_info"]] == [1, 0, 0]  # the third query is fully covered
         assert result["segmentation"].tolist() == [[2, 2, 1, 1, 1, 1, 3, 3]]
         assert result["segmentation"].dtype == torch.int32
         stricter = instance_segmentation(logits, masks, threshold=0.4, overlap_mask_area_threshold=0.6)
@@ -506,7 +506,7 @@ class TestAutocastAndGradients:
         expected = all_results(logits, masks)
         with torch.autocast("cpu", dtype):
             assert_same(expected, all_results(logits, masks))
-            assert (logits @ logits.T).dtype == dtype  # still on for the caller
+            assert (logits @ logits.T).dtype == dtype  # autocast is still enabled for the caller
 
     def test_results_have_no_gradients(self):
         logits, masks = random_logits(queries=20)
@@ -670,8 +670,8 @@ def test_methods_raise_for_non_finite_logits():
             getattr(GKCImageProcessor(), f"post_process_{task}_segmentation")(outputs)
 
 
-MASK2FORMER_DEFAULTS = {  # where ours differ on purpose
-    # transformers never reads it there; ours drops what the map covers, and by default nothing.
+MASK2FORMER_DEFAULTS = {  # intended differences
+    # transformers ignores this argument; GKC drops covered instances, and none by default.
     ("post_process_instance_segmentation", "overlap_mask_area_threshold"): 0.0,
 }
 

@@ -31,7 +31,7 @@ from .conftest import small_config, word_tokenizer
 
 WORDS = "red disc; blue square, box; lawn, grass"
 ALL_SEGMENTS = {"threshold": 0.0, "overlap_mask_area_threshold": 0.0}
-SECONDS = 30  # that a thread may take before a test fails
+SECONDS = 30  # maximum time of a thread before a test fails
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -52,7 +52,7 @@ def model(processor) -> GKCForOpenVocabSegmentation:
     classifier, projection = model.classifier, model.classifier.stage_projections[-1]
     with torch.no_grad():
         queries = model.model(processor(images=noise(80, 120), return_tensors="pt")["pixel_values"]).last_hidden_state
-        # What all queries have in common is taken away, else all of them would be of one class.
+        # The mean over queries is subtracted; otherwise all queries would predict one class.
         projection.bias.copy_(-projection.weight @ classifier.dense(queries).relu().mean(dim=(0, 1)))
         classifier.no_object_embedding.copy_(-projection.weight.mean(dim=1))
     return model

@@ -211,7 +211,7 @@ class TestText:
             plain = word_tokenizer()
             plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s-]"), "removed")
             GKCProcessor(processor.image_processor, plain)(text=["red disc", "sky", "red-disc"])
-        with pytest.warns(UserWarning, match="does not know"):  # unknown words are another matter
+        with pytest.warns(UserWarning, match="does not know"):  # the warning about unknown words is expected
             processor(text="dog; unicorn; dragon")
 
     def test_label_without_tokens_raises(self, processor):

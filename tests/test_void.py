@@ -94,7 +94,7 @@ class TestSemantic:
         with pytest.raises(ValueError, match=r"`void_id` 2 is a class: choose .* 255"):
             semantic_segmentation(logits, masks, void_id=2)
         labels, _ = semantic_segmentation(logits, masks, void_id=2, void_label_ids=[2])
-        assert labels.max() <= 2  # a void class is never shown, so that its own number is free
+        assert labels.max() <= 2  # a void class is not part of the result, so that its index may be the void value
 
     @pytest.mark.parametrize("void_id", [-1, 255, 3, 2**40])
     @pytest.mark.parametrize("num_classes", [3, 4])
@@ -108,7 +108,7 @@ class TestSemantic:
         shown = sorted(set(labels.unique().tolist()) - {void_id})
         assert (labels == void_id).any() and shown
         assert [(segment["id"], segment["label_id"]) for segment in segments] == [(label, label) for label in shown]
-        assert scores.max() > 1  # sums over queries, of which a segment's score counts at most 1
+        assert scores.max() > 1  # sums over queries, which the score of a segment clips to 1
         for segment in segments:
             pixels = scores[labels == segment["id"]].double().clamp(max=1)
             assert segment["score"] == pytest.approx(pixels.mean().item(), abs=1e-9)
@@ -357,7 +357,7 @@ class TestInstance:
 
     def test_many_masks_are_encoded_in_parts(self):
         logits, masks = random_logits(queries=50, classes=CLASSES)
-        logits[:, 2] -= 5  # a void class that wins seldom
+        logits[:, 2] -= 5  # a void class that rarely wins
         arguments = {"threshold": 0.05, "void_label_ids": [2], "void_threshold": 0.1}
         binary = instance_segmentation(logits, masks, **arguments, return_binary_maps=True)
         encoded = instance_segmentation(logits, masks, **arguments, return_coco_annotation=True)
