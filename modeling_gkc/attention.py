@@ -11,14 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Attention written out, beside the implementations that transformers' `AttentionInterface` offers."""
+"""Eager attention in the form that transformers' `AttentionInterface` expects."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -27,20 +27,22 @@ def eager_attention(
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention whose weights can be looked at, with the signature that `AttentionInterface` asks for.
+    """Compute scaled dot-product attention and return its weights, with the signature of `AttentionInterface`.
 
     Letters: B images, M heads, N queries, T keys, E channels of a head.
 
     Args:
-        module: The attention layer that calls.
-        query: (B, M, N, E).
-        key, value: (B, M, T, E).
-        attention_mask: Boolean, True where seen, broadcast to (B, M, N, T); every query must see something.
-        scaling: Factor of the scores.
-        dropout: Probability of dropping a weight; 0 outside of training.
+        module: The calling attention layer, which is not used.
+        query: (B, M, N, E) queries.
+        key: (B, M, T, E) keys.
+        value: (B, M, T, E) values.
+        attention_mask: Boolean mask that broadcasts to (B, M, N, T), True where a query may attend to a key. Every
+            query must attend to at least one key.
+        scaling: Factor of the dot products.
+        dropout: Probability of dropping an attention weight; 0 outside of training.
 
     Returns:
-        (B, N, M, E) attended values and (B, M, N, T) weights.
+        The attended values (B, N, M, E) and the attention weights (B, M, N, T).
     """
     scores = torch.einsum("bmne,bmte->bmnt", query, key) * scaling
     if attention_mask is not None:
@@ -49,4 +51,4 @@ def eager_attention(
     return torch.einsum("bmnt,bmte->bnme", weights, value), weights
 
 
-__all__ = ["eager_attention"]
+__all__ = ["eager_attention_forward"]

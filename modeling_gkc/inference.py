@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`OptimizedGKC`, the result of `GKCForOpenVocabSegmentation.optimize_for_inference`, and how it is made."""
+"""Optimized model for inference: folded BatchNorm, in-place activations and a compiled image path."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -51,9 +51,16 @@ logger = logging.get_logger(__name__)
 
 
 def fold_batch_norms(model: nn.Module) -> int:
-    """Puts every BatchNorm that follows a convolution into its weights, and says how many.
+    """Fold every BatchNorm that follows a convolution into the weights of the convolution.
 
-    Such pairs are the children `convolution` and `normalization` of one module, as in transformers' ResNets and here.
+    The pairs are found by their names: children `convolution` and `normalization` of one module, as in transformers'
+    ResNet and in `CLIPResNetConvLayer`.
+
+    Args:
+        model: Model to change in place.
+
+    Returns:
+        The number of folded BatchNorm modules.
     """
     folded = 0
     for module in model.modules():
@@ -66,17 +73,17 @@ def fold_batch_norms(model: nn.Module) -> int:
 
 
 def enable_inplace_relu(model: nn.Module) -> None:
-    """Lets the ReLUs of ResNets overwrite what they are given, which nothing else reads."""
+    """Make the ReLU modules of ResNets operate in place, which is safe because nothing else reads their inputs."""
     for module in model.modules():
         if isinstance(module, RESNET_PARTS) and type(module.activation) is nn.ReLU:
             module.activation.inplace = True
 
 
 def compile_image_path(image_path: nn.Module) -> None:
-    """Lets the forward pass be compiled at its first call: one graph for each padded size and number of images.
+    """Enable torch.compile for the forward pass, with one graph for each padded size and batch size.
 
-    On CUDA the graph is recorded as a CUDA graph. On processors the weights stay inputs of the graph: frozen into it,
-    and laid out once as the kernels want them, they made compiling take twice as long and nothing faster.
+    Compilation happens at the first call of each shape, with CUDA graphs on CUDA. On CPUs the weights are not frozen
+    into the graph, because freezing doubled the compilation time and did not make inference faster.
     """
     if next(image_path.parameters()).device.type == "cuda":
         image_path.compile(dynamic=False, mode="reduce-overhead")
@@ -85,13 +92,13 @@ def compile_image_path(image_path: nn.Module) -> None:
 
 
 def run_or_uncompile(image_path: nn.Module, *inputs, **settings) -> object:
-    """Calls the image path. Where it cannot be compiled, this is said once, and it goes on as it is."""
+    """Call the image path; if torch.compile fails, log a warning and continue without compilation."""
     try:
         return image_path(*inputs, **settings)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = error_line(error.inner_exception)
         logger.warning(
-            f"The model runs uncompiled: torch.compile does not work here ({reason}). Install a C++ compiler, or give "
+            f"The model runs uncompiled, because torch.compile failed ({reason}): install a C++ compiler, or give "
             "`compile=False`."
         )
         image_path._compiled_call_impl = None
@@ -101,10 +108,11 @@ def run_or_uncompile(image_path: nn.Module, *inputs, **settings) -> object:
 def check_optimization(
     dtype: torch.dtype | None, sizes: Sequence[tuple[int, int]], batch_size: int
 ) -> list[tuple[int, int]]:
-    """Check the arguments of `optimize_for_inference` before anything is changed; return the sizes.
+    """Check the arguments of `optimize_for_inference` and return the sizes.
 
     Raises:
-        ValueError: If `dtype` is no floating-point type, `sizes` no list of (height, width), or `batch_size` below 1.
+        ValueError: If `dtype` is not a floating-point type, `sizes` is not a list of (height, width), or `batch_size`
+            is below 1.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`dtype` must be a floating-point type such as torch.bfloat16, got {shown(dtype)}.")
@@ -117,24 +125,29 @@ def check_optimization(
 def warm_up(
     run: Callable[[Tensor], object], sizes: Sequence[tuple[int, int]], batch_size: int, device: torch.device
 ) -> None:
-    """Runs blank images (height, width) of each size, padded as images are: what is slow once, such as compiling."""
+    """Run blank images of each size (height, width), so that compilation does not delay the first real images."""
     for height, width in sizes:
         blank = torch.zeros(batch_size, 3, round_up(height), round_up(width), device=device)
-        # A CUDA graph is recorded when a compiled one is called again.
+        # The first call compiles; CUDA graphs are recorded at the second call.
         for _ in range(2 if device.type == "cuda" else 1):
             run(blank)
 
 
 class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
-    """
-    What `GKCForOpenVocabSegmentation.optimize_for_inference` makes: the same results, faster, without training.
+    """Faster model for inference only, created by `GKCForOpenVocabSegmentation.optimize_for_inference`.
 
-    It takes the place of the model in processors, predictors and pipelines. Its forward pass has neither labels nor
-    stages, and it is not saved: keep the model for that.
+    It can replace the original model in processors, predictors and pipelines. Its forward pass takes no labels and
+    returns no intermediate stages, and it cannot be saved; use the original model for both.
 
     Args:
-        model: A `GKCForOpenVocabSegmentation`; it is copied, and stays as it is.
-        dtype, compile, sizes, batch_size: As in `optimize_for_inference`.
+        model: A `GKCForOpenVocabSegmentation`, which is copied and not changed.
+        dtype: As in `optimize_for_inference`.
+        compile: As in `optimize_for_inference`.
+        sizes: As in `optimize_for_inference`.
+        batch_size: As in `optimize_for_inference`.
+
+    Raises:
+        ValueError: As in `check_optimization`.
     """
 
     def __init__(
@@ -163,14 +176,14 @@ class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
         warm_up(self._segment, sizes, batch_size, self.device)
 
     def train(self, mode: bool = True) -> "OptimizedGKC":
-        """Set evaluation mode; an optimized model cannot be trained."""
+        """Set evaluation mode, or raise a ValueError if `mode` is true: an optimized model cannot be trained."""
         if mode:
-            raise ValueError("An optimized model cannot be trained: train the model that it was made of.")
+            raise ValueError("An optimized model cannot be trained: train the original model.")
         return super().train(mode)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Raise a ValueError: an optimized model is not a checkpoint."""
-        raise ValueError("An optimized model cannot be saved: save the model that it was made of.")
+        raise ValueError("An optimized model cannot be saved: save the original model.")
 
     @can_return_tuple
     def forward(
@@ -185,9 +198,15 @@ class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
         """Segment images into the classes of a vocabulary.
 
         Args:
-            pixel_values, pixel_mask, output_hidden_states, output_attentions, original_sizes: As in
-                `GKCForOpenVocabSegmentation.forward`.
-            vocabulary: The arguments of that method from `input_ids` on that concern text.
+            pixel_values: As in `GKCForOpenVocabSegmentation.forward`.
+            pixel_mask: As in `GKCForOpenVocabSegmentation.forward`.
+            output_hidden_states: As in `GKCForOpenVocabSegmentation.forward`.
+            output_attentions: As in `GKCForOpenVocabSegmentation.forward`.
+            original_sizes: As in `GKCForOpenVocabSegmentation.forward`.
+            vocabulary: The arguments of `resolve_vocabulary`, such as `input_ids` or `class_embeds`.
+
+        Returns:
+            The output without losses and stages.
 
         Raises:
             ValueError: As in `GKCForOpenVocabSegmentation.forward`.
@@ -215,7 +234,7 @@ class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
     def _segment(
         self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> GKCModelOutput:
-        """Run the image path in one grad mode and memory format, or it would be compiled for each."""
+        """Run the image path in one grad mode and memory format, since each needs a compiled graph of its own."""
         with torch.inference_mode(False), torch.no_grad():
             pixel_values = pixel_values.to(self.dtype, copy=True, memory_format=torch.channels_last)
             return run_or_uncompile(

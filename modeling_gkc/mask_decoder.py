@@ -13,9 +13,9 @@
 # limitations under the License.
 """Masked-attention transformer decoder of Mask2Former (Cheng et al., CVPR 2022, section 3.2).
 
-At every stage (before the first layer and after each) a query predicts a mask; the next layer's cross-attention sees
-only that mask's inside. A mask at the size of level l is the product of the mask embedding with the mask features
-*resized to that level*: resizing is linear, so this equals resizing the full-size mask, at a fraction of the work.
+Before the first layer and after each layer, every query predicts a mask, to whose inside the cross-attention of the
+next layer is restricted. The attention mask of a level is computed from the mask features resized to that level:
+because resizing is linear, the result equals the resized full-size mask, at a fraction of the cost.
 
 Letters in the comments: B images, Q queries, C hidden, (h, w) size of a level, S stages.
 """
@@ -29,20 +29,23 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import eager_attention
+from .attention import eager_attention_forward
 from .configuration_gkc import NUM_FEATURE_LEVELS, GKCConfig
 
 
 @dataclass
 class GKCMaskDecoderStage:
-    """What one stage of the decoder predicts.
+    """Output of one stage of the mask decoder.
 
     Attributes:
-        queries: (B, Q, C) queries, as the next layer takes them.
-        query_features: (B, Q, C) normalised queries.
-        mask_embeds: (B, Q, mask_feature_size) embeddings whose product with the mask features are the masks.
-        self_attention: (B, heads, Q, Q) weights of the layer before this stage; if asked for, after the first stage.
-        cross_attention: (B, heads, Q, h*w) weights of that layer over one level's map; likewise.
+        queries: (B, Q, C) queries before layer normalization, the input of the next layer.
+        query_features: (B, Q, C) queries after layer normalization.
+        mask_embeds: (B, Q, mask_feature_size) mask embeddings; their products with the mask features are the mask
+            logits.
+        self_attention: (B, heads, Q, Q) self-attention weights of the layer before this stage; None at the first
+            stage and unless attention weights are requested.
+        cross_attention: (B, heads, Q, h*w) cross-attention weights of that layer over the map of one level; None in
+            the same cases.
     """
 
     queries: Tensor
@@ -53,23 +56,23 @@ class GKCMaskDecoderStage:
 
 
 def predict_masks(mask_embeds: Tensor, mask_features: Tensor) -> Tensor:
-    """Mask logits (B, Q, h, w) of mask embeddings (B, Q, C) on mask features (B, C, h, w)."""
+    """Compute mask logits (B, Q, h, w) from mask embeddings (B, Q, C) and mask features (B, C, h, w)."""
     return torch.einsum("bqc,bchw->bqhw", mask_embeds, mask_features.to(mask_embeds.device))
 
 
 def predict_matched_masks(
     mask_embeds: Sequence[Tensor], mask_features: Tensor, counts: Sequence[int], queries: Tensor
 ) -> Tensor:
-    """Mask logits of a few queries of each image only, so that gradients are not computed for all the others.
+    """Compute the mask logits of selected queries only, which saves the gradients of all others.
 
     Args:
-        mask_embeds: For each of the S stages (B, Q, C).
-        mask_features: (B, C, h, w).
-        counts: Queries wanted of each image, M in all.
-        queries: (S, M) which, image after image.
+        mask_embeds: Mask embeddings (B, Q, C) of each of the S stages.
+        mask_features: (B, C, h, w) mask features.
+        counts: Number of selected queries of each image; their sum is M.
+        queries: (S, M) indices of the selected queries of each stage, in the order of the images.
 
     Returns:
-        (S, M, h, w), what `predict_masks` has at these images and queries.
+        (S, M, h, w) mask logits, equal to those of `predict_masks` for these images and queries.
     """
     masks = []
     for image, (features, chosen) in enumerate(zip(mask_features, queries.split(list(counts), dim=1), strict=True)):
@@ -79,14 +82,15 @@ def predict_matched_masks(
 
 
 def pool_under_masks(mask_logits: Tensor, feature_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Averages feature maps under soft masks.
+    """Average feature maps under soft masks.
 
     Args:
-        mask_logits: (B, Q, h, w) at the size of the first map.
-        feature_maps: maps (B, C_i, h_i, w_i), not larger than the first.
+        mask_logits: (B, Q, h, w) mask logits at the size of the first feature map.
+        feature_maps: Feature maps (B, C_i, h_i, w_i), none of them larger than the first.
 
     Returns:
-        (B, Q, sum of C_i) pooled features, and (B, Q) whether a mask holds no pixel.
+        The pooled features (B, Q, sum of C_i), and a boolean tensor (B, Q) that is True where a mask has no positive
+        logit.
     """
     weights = mask_logits.sigmoid()
     pooled = []
@@ -132,21 +136,23 @@ class GKCAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends queries to keys and values.
+        """Apply multi-head attention.
 
         Args:
-            query: (B, N, C).
-            key, value: (B, T, C).
-            attention_mask: (B, 1, N, T), True where seen.
+            query: (B, N, C) queries.
+            key: (B, T, C) keys.
+            value: (B, T, C) values.
+            attention_mask: (B, 1, N, T) boolean mask, True where a query may attend to a key.
 
         Returns:
-            (B, N, C) attended values, and (B, heads, N, T) weights where the attention implementation has them.
+            The attended values (B, N, C) and the attention weights (B, heads, N, T). The weights are None if the
+            attention implementation does not compute them.
         """
         query, key, value = (
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )  # (B, heads, N or T, C / heads)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         scaling = query.shape[-1] ** -0.5
         attended, weights = attend(self, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
@@ -154,7 +160,7 @@ class GKCAttention(nn.Module):
 
 
 class GKCMaskDecoderLayer(GradientCheckpointingLayer):
-    """Masked cross-attention, self-attention, feed-forward network, each followed by normalisation."""
+    """Masked cross-attention, self-attention and feed-forward network, each followed by layer normalization."""
 
     def __init__(self, config: GKCConfig):
         super().__init__()
@@ -171,11 +177,18 @@ class GKCMaskDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, queries: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Updates (B, Q, C) queries from one level's keys and values (B, h*w, C).
+        """Update the queries from the feature map of one level.
+
+        Args:
+            queries: (B, Q, C) queries.
+            query_positions: (1, Q, C) learned position embeddings of the queries.
+            keys: (B, h*w, C) features of the level with position embeddings.
+            values: (B, h*w, C) features of the level.
+            attention_mask: (B, 1, Q, h*w) boolean mask, True inside the predicted masks.
 
         Returns:
-            (B, Q, C) queries, and where the attention implementation has them the weights of self-attention
-            (B, heads, Q, Q) and of cross-attention (B, heads, Q, h*w).
+            The queries (B, Q, C), the self-attention weights (B, heads, Q, Q) and the cross-attention weights
+            (B, heads, Q, h*w). The weights are None if the attention implementation does not compute them.
         """
         attended, cross_attention = self.cross_attn(queries + query_positions, keys, values, attention_mask)
         queries = self.cross_attn_layer_norm(queries + self.dropout(attended))
@@ -187,7 +200,7 @@ class GKCMaskDecoderLayer(GradientCheckpointingLayer):
 
 
 class GKCMaskEmbedder(nn.Module):
-    """Three-layer perceptron from a normalised query to its mask embedding."""
+    """Three-layer perceptron that maps normalized queries to mask embeddings."""
 
     def __init__(self, config: GKCConfig):
         super().__init__()
@@ -197,12 +210,13 @@ class GKCMaskEmbedder(nn.Module):
         )
 
     def forward(self, query_features: Tensor) -> Tensor:
+        """Map normalized queries (B, Q, C) to mask embeddings (B, Q, mask_feature_size)."""
         first, second, last = self.layers
         return last(F.relu(second(F.relu(first(query_features)))))
 
 
 class GKCMaskDecoder(nn.Module):
-    """Learned queries refined by layers of masked attention to strides 32, 16, 8 in turn."""
+    """Transformer decoder whose queries attend to the maps of strides 32, 16 and 8 in turn, inside their masks."""
 
     def __init__(self, config: GKCConfig):
         super().__init__()
@@ -221,18 +235,18 @@ class GKCMaskDecoder(nn.Module):
         position_embeddings: tuple[Tensor, ...],
         output_attentions: bool = False,
     ) -> list[GKCMaskDecoderStage]:
-        """Decodes segments.
+        """Decode the queries, with one mask prediction before the first layer and after each layer.
 
         Args:
-            multi_scale_features: Three maps (B, C, h, w) of strides 32, 16, 8.
-            resized_mask_features: The mask features resized to each of the three maps.
-            position_embeddings: Sine embeddings (h * w, C) of the positions of each map.
-            output_attentions: Keep the attention weights of every layer.
+            multi_scale_features: Feature maps (B, C, h, w) of strides 32, 16 and 8.
+            resized_mask_features: The mask features (B, mask_feature_size, h, w) resized to each of the three maps.
+            position_embeddings: Sine position embeddings (h * w, C) of each map.
+            output_attentions: Whether to return the attention weights of every layer.
 
         Returns:
-            The S = decoder_layers + 1 stages, the last one the prediction.
+            The S = decoder_layers + 1 stages; the last one is the final prediction.
         """
-        # Embeddings are called, not read, so that their weights are there when they are kept elsewhere (offloading).
+        # Calling the embedding modules, instead of reading their weights, runs the hooks that load offloaded weights.
         device = multi_scale_features[0].device
         level_embeddings = self.level_embedding(torch.arange(NUM_FEATURE_LEVELS, device=device))
         values = [
@@ -258,7 +272,7 @@ class GKCMaskDecoder(nn.Module):
     @staticmethod
     @torch.no_grad()
     def _attention_mask(mask_embeds: Tensor, resized_mask_features: Tensor) -> Tensor:
-        """(B, 1, Q, h*w), True inside the predicted mask; a query with an empty mask sees everything."""
+        """Return a mask (B, 1, Q, h*w) that is True inside the predicted mask, or everywhere if that mask is empty."""
         inside = predict_masks(mask_embeds, resized_mask_features).flatten(2) >= 0
         return (inside | ~inside.any(dim=-1, keepdim=True))[:, None]
 

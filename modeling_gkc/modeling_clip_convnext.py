@@ -13,8 +13,8 @@
 # limitations under the License.
 """ConvNeXt image tower of OpenCLIP (Liu et al., *A ConvNet for the 2020s*, CVPR 2022; Ilharco et al., *OpenCLIP*).
 
-Stem and stages are those of transformers' ConvNeXt. Its backbone cannot serve, because it normalizes every feature
-map, while CLIP normalizes only what it has pooled, in the head that maps it to the image-text space.
+Stem and stages are those of transformers' ConvNeXt. Its backbone class is not used, because it normalizes every
+feature map, whereas CLIP normalizes only the pooled features, in the head that maps them to the image-text space.
 
 Letters in the comments: B images, C channels, (H, W) input size, (h, w) size of the last feature map, D projection.
 """
@@ -43,10 +43,10 @@ class CLIPConvNextVisionOutput(ModelOutput):
     Attributes:
         image_embeds: (B, D) image embeddings in CLIP's image-text space, not normalized.
         last_hidden_state: (B, C, h, w) feature map of the last stage, stride 32.
-        dense_embeds: (B, D, h, w) the head applied to every position instead of to their mean; given with
-            `output_dense_embeds=True`.
-        hidden_states: Stem and stage feature maps, (B, C_i, h_i, w_i) of strides 4, 4, 8, 16, 32; given with
-            `output_hidden_states=True`.
+        dense_embeds: (B, D, h, w) embeddings of all positions: the head applied to each position instead of to the
+            mean. Only with `output_dense_embeds=True`.
+        hidden_states: Feature maps (B, C_i, h_i, w_i) of the stem and of the four stages, of strides 4, 4, 8, 16 and
+            32. Only with `output_hidden_states=True`.
     """
 
     image_embeds: Tensor | None = None
@@ -56,7 +56,7 @@ class CLIPConvNextVisionOutput(ModelOutput):
 
 
 class CLIPConvNextHead(nn.Module):
-    """Normalization and projection of pooled features (..., C) to the image-text space (..., D)."""
+    """Layer normalization and projection of pooled features to the image-text space."""
 
     def __init__(self, config: CLIPConvNextConfig):
         super().__init__()
@@ -72,7 +72,7 @@ class CLIPConvNextHead(nn.Module):
             )
 
     def forward(self, pooled_features: Tensor) -> Tensor:
-        """Embed pooled features (..., C): (..., D), not normalized."""
+        """Map pooled features (..., C) to embeddings (..., D), which are not normalized."""
         return self.projection(self.layer_norm(pooled_features))
 
     def embed_regions(self, feature_map: Tensor, masks: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class CLIPConvNextHead(nn.Module):
 
 
 class CLIPConvNextEncoder(nn.Module):
-    """Stem and four stages of transformers' ConvNeXt; returns all five feature maps."""
+    """Stem and four stages of transformers' ConvNeXt."""
 
     def __init__(self, config: CLIPConvNextConfig):
         super().__init__()
@@ -113,6 +113,7 @@ class CLIPConvNextEncoder(nn.Module):
             in_channels = channels
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps of the stem and of the four stages for images (B, 3, H, W)."""
         hidden_states = (self.stem(channels_last(in_dtype_of(self.stem, pixel_values))),)
         for stage in self.stages:
             hidden_states += (stage(hidden_states[-1]),)
@@ -120,23 +121,23 @@ class CLIPConvNextEncoder(nn.Module):
 
 
 class CLIPConvNextPreTrainedModel(GKCModelMixin, ConvNextPreTrainedModel):
-    """Weight initialization and loading."""
+    """Base class of CLIP's ConvNeXt models: weight initialization and loading."""
 
     config_class = CLIPConvNextConfig
     config: CLIPConvNextConfig
     base_model_prefix = "clip_convnext"
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the stem, which first turns pixels into features."""
+        """Return the stem, the first module that is applied to the images."""
         return self.encoder.stem
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the stem by a module that maps (B, 3, H, W) to (B, C, H/4, W/4)."""
+        """Replace the stem by a module that maps images (B, 3, H, W) to features (B, C, H/4, W/4)."""
         self.encoder.stem = value
 
 
 class CLIPConvNextBackbone(BackboneMixin, CLIPConvNextPreTrainedModel):
-    """CLIP's ConvNeXt without its head; feature maps of strides 4, 8, 16, 32, which are not normalized."""
+    """CLIP's ConvNeXt without its head, as a backbone with unnormalized feature maps of strides 4, 8, 16 and 32."""
 
     has_attentions = False
 
@@ -153,9 +154,10 @@ class CLIPConvNextBackbone(BackboneMixin, CLIPConvNextPreTrainedModel):
         """Compute the feature maps named in `config.out_features`.
 
         Args:
-            pixel_values: (B, 3, H, W) normalized images of any size of at least 32 x 32.
-            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
-            output_attentions: Accepted for the common call of backbones; there is no attention here.
+            pixel_values: (B, 3, H, W) normalized images of at least 32 x 32 pixels.
+            output_hidden_states: Whether to also return the feature maps of the stem and of all stages; default: the
+                value of the configuration.
+            output_attentions: Accepted for compatibility with other backbones and ignored: there is no attention.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -167,7 +169,7 @@ class CLIPConvNextBackbone(BackboneMixin, CLIPConvNextPreTrainedModel):
 
 
 class CLIPConvNextVisionModel(CLIPConvNextPreTrainedModel):
-    """CLIP's full ConvNeXt image model: image -> embedding in the image-text space."""
+    """CLIP's ConvNeXt image model, which embeds images in the image-text space."""
 
     def __init__(self, config: CLIPConvNextConfig):
         super().__init__(config)
@@ -186,11 +188,12 @@ class CLIPConvNextVisionModel(CLIPConvNextPreTrainedModel):
         """Embed images.
 
         Args:
-            pixel_values: (B, 3, H, W) images normalized with CLIP's mean and deviation, of any size of at least
-                32 x 32.
-            output_dense_embeds: Also return the embedding at every position of the last feature map.
-            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
-            output_attentions: Accepted for the common call of image models; there is no attention here.
+            pixel_values: (B, 3, H, W) images of at least 32 x 32 pixels, normalized with CLIP's mean and standard
+                deviation.
+            output_dense_embeds: Whether to also return the embeddings of all positions of the last feature map.
+            output_hidden_states: Whether to also return the feature maps of the stem and of all stages; default: the
+                value of the configuration.
+            output_attentions: Accepted for compatibility with other image models and ignored: there is no attention.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""CLIP's ResNet image tower (Radford et al., 2021, section 2.4), as backbone and as full image model.
+"""CLIP's ResNet image tower as a backbone and as an image model (Radford et al., *CLIP*, ICML 2021, section 2.4).
 
-It differs from a plain ResNet in three ways: a stem of three convolutions with average pooling, strides realised by
-average pooling before the last convolution of a block and of its shortcut ("anti-aliased" strides), and attention
-instead of average pooling at the end.
+It differs from a plain ResNet in three ways: the stem has three convolutions and average pooling; blocks downsample by
+average pooling before the last convolution of the block and of its shortcut ("anti-aliased" strides); and attention
+pooling replaces global average pooling.
 
 Letters in the comments: B images, C channels, (H, W) input size, (h, w) size of the last feature map, D projection.
 """
@@ -36,7 +36,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from .attention import eager_attention
+from .attention import eager_attention_forward
 from .configuration_gkc import CLIPResNetConfig
 from .remote_code import CodeRegistrationMixin
 
@@ -48,14 +48,15 @@ class CLIPResNetVisionOutput(ModelOutput):
     """Output of `CLIPResNetVisionModel`.
 
     Attributes:
-        image_embeds: (B, D) image embeddings in CLIP's image-text space, not normalised.
+        image_embeds: (B, D) image embeddings in CLIP's image-text space, not normalized.
         last_hidden_state: (B, C, h, w) feature map of the last stage, stride 32.
-        dense_embeds: (B, D, h, w) the attention pooling asked at every position instead of at the mean; given with
-            `output_dense_embeds=True`.
-        hidden_states: stem and stage feature maps, (B, C_i, h_i, w_i) of strides 4, 4, 8, 16, 32; given with
-            `output_hidden_states=True`.
-        attentions: one tensor, (B, heads, 1 + h*w, 1 + h*w) weights of the attention pooling with dense embeddings,
-            else (B, heads, 1, 1 + h*w); the first row and column are the mean's. Given with `output_attentions=True`.
+        dense_embeds: (B, D, h, w) embeddings of all positions: the attention pooling with each position as a query
+            instead of the mean. Only with `output_dense_embeds=True`.
+        hidden_states: Feature maps (B, C_i, h_i, w_i) of the stem and of the four stages, of strides 4, 4, 8, 16 and
+            32. Only with `output_hidden_states=True`.
+        attentions: Tuple of one tensor, the weights of the attention pooling: (B, heads, 1 + h*w, 1 + h*w) with dense
+            embeddings, otherwise (B, heads, 1, 1 + h*w). The first row and column belong to the mean. Only with
+            `output_attentions=True`.
     """
 
     image_embeds: Tensor | None = None
@@ -66,20 +67,20 @@ class CLIPResNetVisionOutput(ModelOutput):
 
 
 def channels_last(pixel_values: Tensor) -> Tensor:
-    """Images (B, 3, H, W) with the channels of a pixel side by side in memory, where convolutions are faster so."""
+    """Convert images (B, 3, H, W) to channels-last memory format on CPU and CUDA, where convolutions are faster."""
     if pixel_values.device.type not in ("cpu", "cuda"):
         return pixel_values
     return pixel_values.contiguous(memory_format=torch.channels_last)
 
 
 def in_dtype_of(module: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Images in the floating-point type of the module's first weights, which are the ones that take them."""
+    """Cast floating-point images to the dtype of the first floating-point weights of the module."""
     dtype = next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), pixel_values.dtype)
     return pixel_values.to(dtype) if pixel_values.is_floating_point() else pixel_values
 
 
 class CLIPResNetConvLayer(nn.Module):
-    """Convolution, BatchNorm, and ReLU if `activation`."""
+    """Convolution and BatchNorm, followed by a ReLU if `activation` is true."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, activation: bool = True
@@ -97,10 +98,11 @@ class CLIPResNetConvLayer(nn.Module):
         return self.activation(self.normalization(self.convolution(hidden_states)))
 
     def _is_cheaper_folded(self, hidden_states: Tensor) -> bool:
-        """Whether training is cheaper with BatchNorm in the weights: less work, and a map less to keep for gradients.
+        """Return whether folding BatchNorm into the convolution saves time and memory in training.
 
-        Only where BatchNorm's statistics are fixed, and both modules are what they seem: adapters and offloading work
-        by being called. Not in mixed precision, where the factors' gradients would be summed from rounded numbers.
+        Folding requires fixed BatchNorm statistics, and plain modules without hooks, because adapters and offloading
+        need their modules to be called. It is not used in mixed precision, where the gradients of the BatchNorm
+        parameters would be sums of rounded values.
         """
         if not self.training or torch.is_autocast_enabled(hidden_states.device.type):
             return False
@@ -113,7 +115,7 @@ class CLIPResNetConvLayer(nn.Module):
         return pixels >= convolution.weight[0].numel()
 
     def _folded(self, hidden_states: Tensor) -> Tensor:
-        """Convolution with the normalisation's factors in its weights: the map before it is not kept for gradients."""
+        """Convolve with BatchNorm folded into the weights, so that autograd stores one feature map less."""
         convolution, normalization = self.convolution, self.normalization
         dtype = convolution.weight.dtype
         precision = torch.promote_types(dtype, torch.float32)
@@ -128,6 +130,7 @@ class CLIPResNetConvLayer(nn.Module):
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Return whether calling the module runs hooks of torch or accelerate."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -138,7 +141,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class CLIPResNetStem(nn.Module):
-    """Three convolutions and an average pooling: (B, 3, H, W) -> (B, width, H/4, W/4)."""
+    """Three convolutions and average pooling that map images (B, 3, H, W) to features (B, width, H/4, W/4)."""
 
     def __init__(self, config: CLIPResNetConfig):
         super().__init__()
@@ -155,7 +158,7 @@ class CLIPResNetStem(nn.Module):
 
 
 class CLIPResNetBottleneck(GradientCheckpointingLayer):
-    """Bottleneck block whose stride is an average pooling in the branch and in the shortcut."""
+    """Bottleneck block that downsamples by average pooling in the residual branch and in the shortcut."""
 
     expansion = 4
     _recompute = False
@@ -173,9 +176,9 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether the backward pass computes this block again.
+        """Whether the backward pass recomputes the activations of this block.
 
-        Never while BatchNorm learns its statistics: a second forward pass would count the batch twice.
+        False while BatchNorm updates its statistics: the second forward pass would count the batch twice.
         """
         return self._recompute and not self.reduce.normalization.training
 
@@ -188,11 +191,11 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
         if self.shortcut is not None:
             residual = self.shortcut(self.pooler(residual))
         hidden_states = self.expand(self.pooler(self.spatial(self.reduce(hidden_states))))
-        return (hidden_states + residual).relu_()  # the sum is this block's own
+        return (hidden_states + residual).relu_()  # in place, because nothing else refers to the sum
 
 
 class CLIPResNetEncoder(nn.Module):
-    """Stem and four stages; returns all five feature maps."""
+    """Stem and four stages of bottleneck blocks."""
 
     def __init__(self, config: CLIPResNetConfig):
         super().__init__()
@@ -209,6 +212,7 @@ class CLIPResNetEncoder(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps of the stem and of the four stages for images (B, 3, H, W)."""
         hidden_states = (self.stem(channels_last(in_dtype_of(self.stem, pixel_values))),)
         for stage in self.stages:
             hidden_states += (stage(hidden_states[-1]),)
@@ -216,7 +220,7 @@ class CLIPResNetEncoder(nn.Module):
 
 
 class CLIPResNetAttentionPooling(nn.Module):
-    """Multi-head attention of the mean feature (or of every position) over all positions and the mean."""
+    """Multi-head attention pooling: the mean feature, or every position, attends to all positions and the mean."""
 
     is_causal = False
 
@@ -233,11 +237,16 @@ class CLIPResNetAttentionPooling(nn.Module):
         self.out_proj = nn.Linear(width, config.projection_dim)
 
     def forward(self, hidden_states: Tensor, dense: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Pools (B, C, h, w) to (B, 1, D), or to (B, 1 + h*w, D) if `dense`; the first row is the image embedding.
+        """Pool a feature map into embeddings.
+
+        Args:
+            hidden_states: (B, C, h, w) feature map.
+            dense: Whether to also compute the embeddings of all positions.
 
         Returns:
-            The embeddings, and their weights (B, heads, 1 or 1 + h*w, 1 + h*w) where the attention implementation has
-            them.
+            The embeddings (B, 1, D), or (B, 1 + h*w, D) if `dense`, of which the first is the image embedding; and the
+            attention weights (B, heads, 1 or 1 + h*w, 1 + h*w). The weights are None if the attention implementation
+            does not compute them.
         """
         height, width = hidden_states.shape[-2:]
         tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, h*w, C)
@@ -248,7 +257,7 @@ class CLIPResNetAttentionPooling(nn.Module):
             projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, states in ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
         )  # (B, heads, tokens, C / heads)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attend(self, query, key, value, None, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2)), weights
 
@@ -273,12 +282,12 @@ class CLIPResNetAttentionPooling(nn.Module):
         masks = masks.flatten(2)[:, None]  # (B, 1, Q, h*w)
         is_empty = ~masks.any(dim=-1, keepdim=True)  # a softmax over nothing would be NaN
         query = query.expand(-1, -1, masks.shape[2], -1)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(self, query, key, value, masks | is_empty, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2).masked_fill(is_empty[:, 0], 0))
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """Positional table for a map of another size: the mean's row is kept, the grid's rows are resized."""
+        """Return the position embeddings (1 + h*w, C) of the mean and of a map, interpolated to its size."""
         if (height, width) == (self.grid_size, self.grid_size):
             return self.position_embedding
         mean, grid = self.position_embedding[:1], self.position_embedding[1:]
@@ -288,29 +297,35 @@ class CLIPResNetAttentionPooling(nn.Module):
 
 
 class GKCModelMixin(CodeRegistrationMixin):
-    """What all models here share: how they are loaded and initialised, and what a call may ask for."""
+    """Mixin of all models of this library: loading of checkpoints and resolution of requested outputs."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Loads a checkpoint; pickled weights can run code, so they are read only with `use_safetensors=False`."""
+        """Load a checkpoint; pickled weights, which can run code, are loaded only with `use_safetensors=False`."""
         return super().from_pretrained(*args, **({"use_safetensors": True} | kwargs))
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: `_init_weights` leaves loaded weights alone, so transformers need not skip modules on its behalf."""
+        """Return False, because `_init_weights` keeps loaded weights, and transformers need not skip modules."""
         return False
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """Not possible: words are text to be encoded, not rows of a table."""
+        """Raise a ValueError: the classes are encoded from text, and no token embeddings are added for them."""
         raise ValueError(
-            f"{type(self).__name__} has no token table that could be resized: any words can be given as text, and the "
-            "frozen text tower reads CLIP's own tokens."
+            f"{type(self).__name__} has no token embeddings that could be resized: give the words as text, which the "
+            "frozen text tower encodes with CLIP's own tokens."
         )
 
     def requested_outputs(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
-        """What a call asks for; where it says nothing, what the configuration says.
+        """Resolve the optional outputs of a forward pass.
 
-        Attention weights are left out, with a warning, where the implementation does not have them.
+        Args:
+            output_hidden_states: Whether hidden states are requested; None for the value of the configuration.
+            output_attentions: Whether attention weights are requested; None for the value of the configuration.
+
+        Returns:
+            The two values as keyword arguments. `output_attentions` is False, with a warning, if the attention
+            implementation is SDPA, which does not return weights.
         """
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -319,14 +334,14 @@ class GKCModelMixin(CodeRegistrationMixin):
             output_attentions = False
             if not is_tracing():
                 logger.warning_once(
-                    "Attention weights exist only in eager attention, not in 'sdpa', and are left out: call "
-                    "`model.set_attn_implementation('eager')`, or load with `attn_implementation='eager'`."
+                    "Attention weights are not returned, because the attention implementation 'sdpa' does not compute "
+                    "them: call `model.set_attn_implementation('eager')`, or load with `attn_implementation='eager'`."
                 )
         return {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
 
 
 class CLIPResNetPreTrainedModel(GKCModelMixin, PreTrainedModel):
-    """Weight initialisation and loading."""
+    """Base class of CLIP's ResNet models: weight initialization and loading."""
 
     config_class = CLIPResNetConfig
     config: CLIPResNetConfig
@@ -338,11 +353,11 @@ class CLIPResNetPreTrainedModel(GKCModelMixin, PreTrainedModel):
     _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem", "CLIPResNetAttentionPooling"]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The stem: what first turns pixels into features."""
+        """Return the stem, the first module that is applied to the images."""
         return self.encoder.stem
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the stem by a module that maps (B, 3, H, W) to (B, width, H/4, W/4)."""
+        """Replace the stem by a module that maps images (B, 3, H, W) to features (B, width, H/4, W/4)."""
         self.encoder.stem = value
 
     @torch.no_grad()
@@ -358,7 +373,7 @@ class CLIPResNetPreTrainedModel(GKCModelMixin, PreTrainedModel):
 
 
 class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):
-    """CLIP's ResNet without its attention pooling; feature maps of strides 4, 8, 16, 32."""
+    """CLIP's ResNet without its attention pooling, as a backbone with feature maps of strides 4, 8, 16 and 32."""
 
     has_attentions = False
 
@@ -372,12 +387,13 @@ class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
     ) -> BackboneOutput:
-        """Computes the feature maps named in `config.out_features`.
+        """Compute the feature maps named in `config.out_features`.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images of any size of at least 32 x 32.
-            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
-            output_attentions: Accepted for the common call of backbones; there is no attention here.
+            pixel_values: (B, 3, H, W) normalized images of at least 32 x 32 pixels.
+            output_hidden_states: Whether to also return the feature maps of the stem and of all stages; default: the
+                value of the configuration.
+            output_attentions: Accepted for compatibility with other backbones and ignored: there is no attention.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -389,7 +405,7 @@ class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):
 
 
 class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
-    """CLIP's full ResNet image model: image -> embedding in the image-text space."""
+    """CLIP's ResNet image model, which embeds images in the image-text space."""
 
     def __init__(self, config: CLIPResNetConfig):
         super().__init__(config)
@@ -405,15 +421,16 @@ class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> CLIPResNetVisionOutput:
-        """Embeds images.
+        """Embed images.
 
         Args:
-            pixel_values: (B, 3, H, W) images normalised with CLIP's mean and deviation, of any size of at least
-                32 x 32.
-            output_dense_embeds: Also return the embedding at every position of the last feature map.
-            output_hidden_states: Also return the stem's and all stages' feature maps; default: as configured.
-            output_attentions: Also return the weights of the attention pooling; default: as configured. SDPA has
-                none, as a warning says.
+            pixel_values: (B, 3, H, W) images of at least 32 x 32 pixels, normalized with CLIP's mean and standard
+                deviation.
+            output_dense_embeds: Whether to also return the embeddings of all positions of the last feature map.
+            output_hidden_states: Whether to also return the feature maps of the stem and of all stages; default: the
+                value of the configuration.
+            output_attentions: Whether to also return the weights of the attention pooling; default: the value of the
+                configuration. With SDPA there are none, and a warning is logged.
         """
         requested = self.requested_outputs(output_hidden_states, output_attentions)
         hidden_states = self.encoder(pixel_values)

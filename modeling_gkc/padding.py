@@ -11,7 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images of several sizes in one batch: padding, where the images are in it, and masks of several sizes.
+"""Batches of images of different sizes: padding, content sizes, and runs grouped by padded size.
+
+The content size of an image is its size inside the padded input.
 
 Letters: B images, Q queries, N segments of an image, (H, W) padded input size. All sizes are (height, width).
 """
@@ -36,22 +38,21 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 
 def round_up(length: int) -> int:
-    """The next multiple of the coarsest stride."""
+    """Round a length in pixels up to a multiple of the coarsest stride."""
     return math.ceil(length / SIZE_DIVISOR) * SIZE_DIVISOR
 
 
 def content_sizes_of(pixel_mask: Tensor) -> Tensor:
-    """
-    Read where the images are in their padded inputs.
+    """Compute the content sizes of a pixel mask.
 
     Args:
-        pixel_mask: (B, H, W), 1 where there is image.
+        pixel_mask: (B, H, W) mask, 1 inside the image and 0 in the padding.
 
     Returns:
-        (B, 2) height and width of each image.
+        (B, 2) height and width of each image in pixels.
 
     Raises:
-        ValueError: If a mask is no rectangle at the upper left; this is not checked in a graph.
+        ValueError: If a mask is not a rectangle at the upper left; not checked in traced and compiled graphs.
     """
     mask = pixel_mask.bool()
     sizes = torch.stack([mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)], dim=1)
@@ -61,21 +62,21 @@ def content_sizes_of(pixel_mask: Tensor) -> Tensor:
 
 
 def full_content_sizes(pixel_values: Tensor, image_size: tuple[int, int]) -> Tensor | None:
-    """(B, 2) sizes of images that were all padded from one size to `pixel_values`; None if they were not padded."""
+    """Return the content sizes (B, 2) of images that all had one size, or None if they were not padded."""
     if tuple(image_size) == tuple(pixel_values.shape[-2:]):
         return None
     return torch.tensor([image_size], device=pixel_values.device).repeat(len(pixel_values), 1)
 
 
 def check_pixel_values(pixel_values: Tensor, num_channels: int = 3) -> None:
-    """Check the images of a model; in a graph nothing is checked.
+    """Check the images that are given to a model, except in traced and compiled graphs.
 
     Args:
-        pixel_values: (B, num_channels, H, W).
-        num_channels: Channels that the backbone takes.
+        pixel_values: (B, num_channels, H, W) images.
+        num_channels: Number of channels that the backbone expects.
 
     Raises:
-        ValueError: If they are no floating-point tensor of this shape with at least one image and pixel.
+        ValueError: If the images are not a floating-point tensor of this shape with at least one image and one pixel.
     """
     if is_tracing(pixel_values):
         return
@@ -89,7 +90,7 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int = 3) -> None:
 
 
 def rectangles(sizes: Tensor, height: int, width: int) -> Tensor:
-    """(B, height, width), true in the upper left rectangles of (B, 2) sizes."""
+    """Return masks (B, height, width) that are True in upper left rectangles of the given sizes (B, 2)."""
     rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
     columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
     return rows[:, :, None] & columns[:, None]
@@ -98,19 +99,18 @@ def rectangles(sizes: Tensor, height: int, width: int) -> Tensor:
 def pad_to_stride(
     pixel_values: Tensor, pixel_mask: Tensor | None, mask_labels: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
-    """
-    Pad images and masks with zeros, right and below, to multiples of the coarsest stride.
+    """Pad images and masks with zeros at the right and the bottom to multiples of the coarsest stride.
 
     Args:
-        pixel_values: (B, 3, H, W).
-        pixel_mask: (B, H, W) or None.
-        mask_labels: For each image (N, H, W), or None.
+        pixel_values: (B, 3, H, W) images.
+        pixel_mask: (B, H, W) mask, 1 inside the image and 0 in the padding, or None.
+        mask_labels: Masks (N, H, W) of the segments of each image, or None.
 
     Returns:
-        The same, padded.
+        The padded images, pixel mask and masks of segments.
 
     Raises:
-        ValueError: If the pixel mask or, naming the sample, masks are no tensor or have another size than the images.
+        ValueError: If the pixel mask or the masks of a sample are not tensors, or have another size than the images.
     """
     height, width = pixel_values.shape[-2:]
     if mask_labels is not None and not isinstance(mask_labels, Sequence | Tensor):
@@ -137,27 +137,26 @@ def pad_to_stride(
 
 
 def run_by_padded_size(run: Callable[[Tensor], Output], pixel_values: Tensor, content_sizes: Tensor) -> Output:
-    """
-    Run a model once per padded size, so that no image sees padding that is there for its neighbors.
+    """Run a model once for each padded size, so that no result depends on the other images of the batch.
 
     Args:
-        run: Images (b, 3, h, w) of one padded size -> output with (b, Q, h/4, w/4) `masks_queries_logits` and other
-            tensors whose first axis are images; its `stages` are such outputs.
-        pixel_values: (B, 3, H, W), padded to the coarsest stride.
-        content_sizes: (B, 2) height and width of each image.
+        run: Function from images (b, 3, h, w) of one padded size to an output whose `masks_queries_logits` are
+            (b, Q, h/4, w/4), whose other tensors have images as their first axis, and whose `stages` are such outputs.
+        pixel_values: (B, 3, H, W) images, padded to the coarsest stride.
+        content_sizes: (B, 2) height and width of each image in pixels.
 
     Returns:
-        Output for all images, in their order, with masks of (H/4, W/4).
+        The output for all images in their order, with mask logits (B, Q, H/4, W/4).
 
     Raises:
-        ValueError: If an image is empty, or sizes differ and hidden states or attentions are in the output.
+        ValueError: If an image is empty, or if the output has hidden states or attentions and the padded sizes differ.
     """
     if is_tracing(pixel_values):
         return run(only_of_one_size(pixel_values, content_sizes))
     groups: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(content_sizes.tolist()):
         if not (height and width):
-            raise ValueError(f"`pixel_mask` of image {index} is empty: every image needs a pixel.")
+            raise ValueError(f"`pixel_mask` of image {index} is empty: every image must have at least one pixel.")
         groups.setdefault((round_up(height), round_up(width)), []).append(index)
     if list(groups) == [tuple(pixel_values.shape[-2:])]:
         return run(pixel_values)
@@ -165,7 +164,7 @@ def run_by_padded_size(run: Callable[[Tensor], Output], pixel_values: Tensor, co
     if len(parts) > 1 and any(name.endswith(("hidden_states", "attentions")) for name in parts[0]):
         raise ValueError(
             f"Images of the padded sizes {', '.join(map(str, groups))} have hidden states and attentions of "
-            "different shapes: ask for them with images of one size at a time."
+            "different shapes: request them for images of one size at a time."
         )
     order = torch.tensor([index for indices in groups.values() for index in indices], device=pixel_values.device)
     grid = tuple(length // BACKBONE_STRIDES[0] for length in pixel_values.shape[-2:])
@@ -173,7 +172,7 @@ def run_by_padded_size(run: Callable[[Tensor], Output], pixel_values: Tensor, co
 
 
 def _merge(parts: Sequence[Output], order: Tensor, grid: tuple[int, int]) -> Output:
-    """Put outputs for images of different sizes together, in the images' order, on one grid of masks."""
+    """Concatenate the outputs of all padded sizes, in the order of the images, with masks of one size."""
     merged = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
@@ -183,21 +182,24 @@ def _merge(parts: Sequence[Output], order: Tensor, grid: tuple[int, int]) -> Out
             if name == "masks_queries_logits":
                 values = [extend_masks(masks, grid) for masks in values]
             merged[name] = torch.cat(values)[order]
-        else:  # of one part
+        else:  # hidden states or attentions, which only a single part can have
             merged[name] = tuple(torch.cat(states)[order] for states in zip(*values, strict=True))
     return type(parts[0])(**merged)
 
 
 def only_of_one_size(pixel_values: Tensor, content_sizes: Tensor) -> Tensor:
-    """The images for a graph, which computes all of them at their common size, if that is the padded size of each.
+    """Check inside a graph that the padded input has the padded size of every image.
 
-    A graph cannot compute images of different sizes apart, and together an image's result would depend on its
-    neighbours. Graphs of torch.compile and torch.export refuse such images when they run; those of torch.jit.trace,
-    and what is made of them, cannot, and give them NaN.
+    A graph cannot group images by size, and the results of images of different sizes in one batch would depend on the
+    other images. Graphs of torch.compile and torch.export raise an error for such images when they run. Graphs of
+    torch.jit.trace, and exports of them, cannot raise errors and return NaN for the images of other sizes.
 
     Args:
-        pixel_values: (B, 3, H, W), padded to the coarsest stride.
-        content_sizes: (B, 2) height and width of each image.
+        pixel_values: (B, 3, H, W) images, padded to the coarsest stride.
+        content_sizes: (B, 2) height and width of each image in pixels.
+
+    Returns:
+        The images, NaN where an image has another padded size in a graph of torch.jit.trace.
     """
     height, width = pixel_values.shape[-2:]
     padded = -(-content_sizes // SIZE_DIVISOR) * SIZE_DIVISOR
@@ -206,20 +208,20 @@ def only_of_one_size(pixel_values: Tensor, content_sizes: Tensor) -> Tensor:
         return torch.where(fits[:, None, None, None], pixel_values, math.nan)
     torch._assert_async(
         fits.all(),
-        "The images of one call have different padded sizes, which a compiled or exported model cannot compute apart: "
+        "The images of one call have different padded sizes, which a compiled or exported model cannot separate: "
         "give it images of one size at a time, or compile the image path alone (model.optimize_for_inference()).",
     )
     return pixel_values
 
 
 def extend_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Continues (B, Q, h, w) masks by their border values to a larger size; resampling inside never sees the seam."""
+    """Pad masks (B, Q, h, w) to a larger size with their border values, so that resampling does not change inside."""
     height, width = masks.shape[-2:]
     return F.pad(masks, (0, size[1] - width, 0, size[0] - height), mode="replicate")
 
 
 def hide_padding(masks: Tensor, content_sizes: Tensor) -> Tensor:
-    """Empties (B, Q, H/4, W/4) masks in the padding that only larger neighbours (B, 2) need."""
+    """Set mask logits (B, Q, H/4, W/4) to -30 outside of the padded size of each image, given content sizes (B, 2)."""
     seen = rectangles(-(-content_sizes // SIZE_DIVISOR) * CELLS_PER_DIVISOR, *masks.shape[-2:])
     return masks.masked_fill(~seen[:, None], EMPTY_MASK_LOGIT)
 

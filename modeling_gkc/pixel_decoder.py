@@ -13,10 +13,10 @@
 # limitations under the License.
 """Multi-scale deformable pixel decoder of Mask2Former (Cheng et al., CVPR 2022, section 3.3).
 
-Backbone feature maps of strides 4, 8, 16, 32 become three feature maps of strides 32, 16, 8 for the mask decoder, and
-the mask features of stride 4.
+From the backbone's feature maps of strides 4, 8, 16 and 32 it computes feature maps of strides 32, 16 and 8 for the
+mask decoder, and the mask features of stride 4.
 
-Letters in the comments: B images, C hidden, T positions of the three levels together, M heads, R sampling points.
+Letters: B images, C hidden size, T positions of all three levels, M heads, R sampling points per head and level.
 """
 
 import math
@@ -37,9 +37,10 @@ class GKCPixelDecoderOutput(ModelOutput):
     """Output of `GKCPixelDecoder`.
 
     Attributes:
-        mask_features: (B, mask_feature_size, H/4, W/4) features whose product with a mask embedding is a mask.
-        multi_scale_features: feature maps (B, C, h, w) of strides 32, 16 and 8, in this order.
-        position_embeddings: sine embeddings (h * w, C) of the positions of these maps; read-only.
+        mask_features: (B, mask_feature_size, H/4, W/4) features; their products with mask embeddings are mask logits.
+        multi_scale_features: Feature maps (B, C, h, w) of strides 32, 16 and 8, in this order.
+        position_embeddings: Sine position embeddings (h * w, C) of these maps. They are cached and must not be
+            modified.
     """
 
     mask_features: Tensor | None = None
@@ -51,15 +52,16 @@ MAX_CACHED_SHAPES = 4
 
 
 class CachedByShape(nn.Module):
-    """
-    Base of modules without weights whose output is a function of shapes, device and dtype.
+    """Base class of modules without weights that cache their output for each shape, device and dtype.
 
-    The outputs for the last few arguments are kept, because images mostly have one size; they are read-only. They
-    belong to the module: they are freed with it and when it is moved, and copies and pickles start without them. A
-    graph that is traced computes its own.
+    The outputs of the last four sets of arguments are cached, because most images of a data set share few sizes.
+    Cached tensors must not be modified. The cache belongs to the module: it is freed with the module, it is emptied
+    when the module is moved to another device or dtype, and copies and pickles do not contain it. Traced and compiled
+    graphs do not use it.
 
-    `compile_compatible_method_lru_cache` of transformers does not serve here: its cache belongs to the class, so it
-    keeps every module and its outputs alive, and it keeps tensors of inference mode, which training cannot use.
+    transformers' `compile_compatible_method_lru_cache` is not used, because its cache belongs to the class, which
+    keeps all modules and their outputs alive, and because it stores tensors created in inference mode, which cannot
+    be used in training.
     """
 
     def __init__(self):
@@ -67,10 +69,11 @@ class CachedByShape(nn.Module):
         self._outputs: dict[tuple, Tensor] = {}
 
     def compute(self, *arguments) -> Tensor:
-        """Compute the output for hashable arguments."""
+        """Compute the output for hashable arguments; subclasses implement this method."""
         raise NotImplementedError
 
     def forward(self, *arguments) -> Tensor:
+        """Return the cached output for the arguments of `compute`, or compute and cache it."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.compute(*arguments)
         output = self._outputs.get(arguments)
@@ -78,14 +81,14 @@ class CachedByShape(nn.Module):
             # Tensors made in inference mode could not be used in training later.
             with torch.inference_mode(False):
                 output = self.compute(*arguments)
-            if type(output) is Tensor:  # and no tracer's stand-in for one
+            if type(output) is Tensor:  # not a subclass such as a fake tensor
                 self._outputs[arguments] = output
             while len(self._outputs) > MAX_CACHED_SHAPES:
                 self._outputs.pop(next(iter(self._outputs)), None)
         return output
 
     def _apply(self, *args, **kwargs) -> "CachedByShape":
-        self._outputs.clear()  # of another device or dtype than the weights will have
+        self._outputs.clear()  # the device or dtype may change
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
@@ -95,9 +98,19 @@ class CachedByShape(nn.Module):
 def sine_position_embedding(
     height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Two-dimensional sine embedding of normalised positions (Carion et al., *DETR*, ECCV 2020), (H*W, channels).
+    """Compute two-dimensional sine embeddings of normalized positions (Carion et al., *DETR*, ECCV 2020).
 
-    The first half of the channels encodes y, the second x; within a half sine and cosine alternate.
+    The first half of the channels encodes y, the second half x; sine and cosine alternate within each half.
+
+    Args:
+        height: Height of the feature map.
+        width: Width of the feature map.
+        channels: Number of channels, a multiple of 4.
+        device: Device of the result.
+        dtype: Dtype of the result; the computation is in fp32 at least.
+
+    Returns:
+        (height * width, channels) embeddings.
     """
     half = channels // 2
     precision = torch.promote_types(dtype, torch.float32)
@@ -114,7 +127,7 @@ def sine_position_embedding(
 
 
 def reference_points(spatial_shapes: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Centre (x, y) of every position of every level, relative to its map, (T, 2)."""
+    """Compute the centers (x, y) of all positions of all levels, relative to the sizes of their maps: (T, 2)."""
     points = []
     for height, width in spatial_shapes:
         y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
@@ -125,22 +138,22 @@ def reference_points(spatial_shapes: list[tuple[int, int]], device: torch.device
 
 
 class GKCSinePositionEmbedding(CachedByShape):
-    """Sine embeddings of the positions of several maps, (T, C)."""
+    """Sine position embeddings (T, C) of the concatenated levels."""
 
     def __init__(self, config: GKCConfig):
         super().__init__()
         self.channels = config.hidden_size
 
     def compute(self, spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Compute the embeddings for maps of these (height, width)."""
+        """Compute the embeddings of feature maps with the given sizes (height, width)."""
         return torch.cat([sine_position_embedding(*shape, self.channels, device, dtype) for shape in spatial_shapes])
 
 
 class GKCSamplingGrid(CachedByShape):
-    """
-    Reference points and cells written out for all samples of a position, M heads x levels x R points x (x, y).
+    """Reference points and cell sizes, repeated for all sampling points of a position.
 
-    Every layer computes its locations from them in one pass; broadcasting over a few points would be slow.
+    All layers compute their sampling locations from them in one pass. Broadcasting over the few sampling points would
+    be slow.
     """
 
     def __init__(self, config: GKCConfig):
@@ -148,15 +161,15 @@ class GKCSamplingGrid(CachedByShape):
         self.num_heads, self.num_points = config.num_attention_heads, config.encoder_num_points
 
     def compute(self, spatial_shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """
-        Compute the grid for maps of these (height, width).
+        """Compute the sampling grid of feature maps with the given sizes (height, width).
 
         Returns:
-            (T + 1, M * levels * R * 2): for every position the reference points, relative to the map, and in the last
-            row the size of a cell.
+            (T + 1, M * levels * R * 2) coordinates relative to the sizes of the maps: one row of reference points for
+            each position, and the sizes of the cells in the last row. The columns are ordered as M heads x levels x R
+            points x (x, y).
         """
         points = reference_points(list(spatial_shapes), device, dtype)
-        # Each number on its own: a strict export loses a tensor that is made of a list.
+        # One tensor per number, because a strict torch.export loses tensors that are created from lists.
         lengths = [length for height, width in spatial_shapes for length in (width, height)]
         cells = 1 / torch.cat([torch.full((1,), length, device=device, dtype=dtype) for length in lengths])
         cells = cells.unflatten(0, (-1, 2))
@@ -165,7 +178,7 @@ class GKCSamplingGrid(CachedByShape):
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over a short last axis, in fp32 at least; on CPUs torch's own takes three times as long."""
+    """Compute the softmax of a short last axis in fp32 at least, on CPUs in a third of the time of `torch.softmax`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.device.type != "cpu":
         return logits.softmax(-1)
@@ -174,7 +187,7 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 class GKCDeformableAttention(nn.Module):
-    """Self-attention of all positions of all levels, each to a few learned locations per head and level."""
+    """Multi-scale deformable self-attention (Zhu et al., *Deformable DETR*, ICLR 2021)."""
 
     def __init__(self, config: GKCConfig):
         super().__init__()
@@ -191,7 +204,17 @@ class GKCDeformableAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, positions: Tensor, grid: Tensor, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """Attend (B, T, C) states with position embeddings (T, C) around the points of a `GKCSamplingGrid`."""
+        """Attend to sampled locations of all levels.
+
+        Args:
+            hidden_states: (B, T, C) features of the concatenated levels.
+            positions: (T, C) position embeddings.
+            grid: Sampling grid of `GKCSamplingGrid`.
+            spatial_shapes: Size (height, width) of each level.
+
+        Returns:
+            (B, T, C) attended features.
+        """
         queries = hidden_states + positions
         value = self.value_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
         offsets = self.sampling_offsets(queries)  # in cells of the sampled level
@@ -204,7 +227,7 @@ class GKCDeformableAttention(nn.Module):
 
 
 class GKCPixelDecoderLayer(GradientCheckpointingLayer):
-    """Deformable self-attention and feed-forward network, each followed by normalisation."""
+    """Deformable self-attention and feed-forward network, each followed by layer normalization."""
 
     def __init__(self, config: GKCConfig):
         super().__init__()
@@ -219,6 +242,7 @@ class GKCPixelDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, positions: Tensor, grid: Tensor, spatial_shapes: list[tuple[int, int]]
     ) -> Tensor:
+        """Update the features (B, T, C); arguments as in `GKCDeformableAttention.forward`."""
         attended = self.self_attn(hidden_states, positions, grid, spatial_shapes)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
         transformed = self.fc2(self.dropout(F.relu(self.fc1(hidden_states))))
@@ -226,6 +250,7 @@ class GKCPixelDecoderLayer(GradientCheckpointingLayer):
 
 
 def _normalized_convolution(in_channels: int, out_channels: int, kernel_size: int, bias: bool) -> nn.Sequential:
+    """Return a convolution followed by group normalization."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
         nn.GroupNorm(GROUP_NORM_GROUPS, out_channels),
@@ -233,11 +258,11 @@ def _normalized_convolution(in_channels: int, out_channels: int, kernel_size: in
 
 
 class GKCPixelDecoder(nn.Module):
-    """Projection, deformable layers over strides 32, 16, 8, and one feature-pyramid step to stride 4.
+    """Deformable attention layers over the levels of strides 32, 16 and 8, and a feature pyramid step to stride 4.
 
     Args:
         config: The segmenter's configuration.
-        backbone_channels: Channels of the backbone's maps of strides 4, 8, 16, 32.
+        backbone_channels: Numbers of channels of the backbone's maps of strides 4, 8, 16 and 32.
     """
 
     def __init__(self, config: GKCConfig, backbone_channels: list[int]):
@@ -255,7 +280,7 @@ class GKCPixelDecoder(nn.Module):
         self.mask_projection = nn.Conv2d(width, config.mask_feature_size, 1)
 
     def forward(self, feature_maps: tuple[Tensor, ...]) -> GKCPixelDecoderOutput:
-        """Decodes backbone maps of strides 4, 8, 16, 32."""
+        """Decode the backbone's feature maps (B, C_i, h_i, w_i) of strides 4, 8, 16 and 32."""
         finest, *coarser = feature_maps
         levels = [project(level) for project, level in zip(self.input_projections, coarser[::-1], strict=True)]
         spatial_shapes = [tuple(level.shape[-2:]) for level in levels]
@@ -266,11 +291,11 @@ class GKCPixelDecoder(nn.Module):
         positions = torch.cat(
             [sine + level for sine, level in zip(sines, self.level_embedding, strict=True)]
         )  # (T, C)
-        # In fp32 at least: bf16 would be off by up to a cell on a map of 100 x 168.
+        # In fp32 at least: in bf16, locations on a map of 100 x 168 would be wrong by up to one cell.
         grid = self.sampling_grid(tuple(spatial_shapes), device, torch.promote_types(dtype, torch.float32))
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, grid, spatial_shapes)
-        # In this order: one image's map that is transposed first does not pass for channels last when it is resized.
+        # Permute after unflattening: in the other order, interpolate does not detect channels-last in a batch of one.
         levels = tuple(
             level.unflatten(1, shape).permute(0, 3, 1, 2)
             for level, shape in zip(hidden_states.split(lengths, dim=1), spatial_shapes, strict=True)
@@ -280,7 +305,7 @@ class GKCPixelDecoder(nn.Module):
         )
 
     def _merge(self, finest: Tensor, coarser: Tensor) -> Tensor:
-        """Adds the stride-8 map to the stride-4 map and makes mask features of the sum."""
+        """Add the upsampled stride-8 map to the stride-4 map, and compute the mask features of the sum."""
         lateral = self.lateral_projection(finest)
         merged = lateral + F.interpolate(coarser, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
         return self.mask_projection(F.relu(self.output_projection(merged)))

@@ -19,6 +19,7 @@ from modeling_gkc import CLIPResNetConfig, GKCForOpenVocabSegmentation, GKCModel
 from modeling_gkc.conversion import from_mask2former
 from modeling_gkc.mask_decoder import GKCAttention
 from modeling_gkc.modeling_clip_resnet import CLIPResNetAttentionPooling
+from modeling_gkc.pixel_decoder import sine_position_embedding
 
 from .common_models import (
     CASES,
@@ -118,10 +119,12 @@ class TestAttention:
         with torch.no_grad():
             last.weight.zero_()
             last.bias.fill_(1.0)
-        levels = tuple(torch.randn(2, 32, *grid) for grid in [(2, 3), (4, 6), (8, 12)])
+        grids = [(2, 3), (4, 6), (8, 12)]
+        levels = tuple(torch.randn(2, 32, *grid) for grid in grids)
+        positions = tuple(sine_position_embedding(*grid, 32, torch.device("cpu"), torch.float32) for grid in grids)
         resized = [torch.full_like(level, -1.0) for level in levels]
         with torch.no_grad():
-            stages = decoder(levels, resized, output_attentions=implementation == "eager")
+            stages = decoder(levels, resized, positions, output_attentions=implementation == "eager")
         assert all(stage.queries.isfinite().all() for stage in stages)
         if implementation == "eager":
             assert all((stage.cross_attention > 0).all() for stage in stages[1:])

@@ -200,7 +200,7 @@ def export_segmenter(
     """
     folder, (height, width) = Path(folder), check_size(size)
     if isinstance(model, OptimizedGKC):
-        raise ValueError("An optimized model cannot be exported: export the model that it was made of.")
+        raise ValueError("An optimized model cannot be exported: export the original model.")
     check_new_folder(folder)
     compares = check_packages(format, check)
     if format == "onnx" and opset < DEFAULT_OPSET:
