@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Classifiers of queries: by cosines with text embeddings, or by a head that was trained on other classes.
+"""Open-vocabulary classifiers of queries: by cosine similarity, or by a closed-vocabulary head.
 
-Both are used in the same way: a module of stage -> class logits and query embeddings, for any classes that are asked
-for. `GKCConfig.classifier` names one of `CLASSIFIER_CLASSES`.
+Both have the interface `QueryClassifier`, which computes class logits and query embeddings of a decoder stage for the
+classes of any vocabulary. `GKCConfig.classifier` selects one of `CLASSIFIER_CLASSES`.
 
-Letters: B images, Q queries, C hidden, D text-embedding width, S source classes, M their names (M >= S: synonyms),
-K classes that are asked for, P their prompts.
+Letters: B images, Q queries, C hidden size, D text-embedding width, S source classes, M names of the source classes
+(M >= S because of synonyms), K requested classes, P prompts of the requested classes.
 """
 
 import math
@@ -32,29 +32,29 @@ from .class_embeddings import SAME_TEXT, average_class_embeds, reduce_prompt_log
 from .configuration_gkc import GKCConfig
 
 MAX_TEMPERATURE = 100.0
-# A word covers the source class nearest to it fully, others by this power of how much nearer that one is: "puppy"
-# covers dog and hardly cat, while "animal", as near to one as to the other, covers both.
+# A requested class covers the nearest source class, and others by this power of the ratio of the distances: "puppy"
+# covers dog and hardly cat, while "animal", which is equally near to both, covers both.
 COVERAGE_POWER = 4
-# Words compete for a class by a higher power, so that hundreds of remote words do not outweigh the one that is meant.
+# Requested classes compete for a source class by a higher power, so that many distant ones do not outweigh a near one.
 COMPETITION_POWER = 8
-# Keeps logarithms finite; far below what a head is ever sure of, so that its gradients never vanish for it.
+# Lower limit that keeps logarithms finite, far below the probabilities of a head, so that gradients do not vanish.
 SMALLEST_PROBABILITY = 1e-30
-# Steps that correct the rounding of `decoder`; each leaves a tenth or less of what half precision has of it.
+# Number of iterative refinements that correct rounding errors of `decoder`; each reduces them to a tenth or less.
 REFINEMENTS = 2
-# Embeddings of one name in the same templates, also where half precision rounds them; other names are far below.
+# Lower limit of the cosine similarity of two embeddings of one name, which differ by rounding errors.
 SAME_NAME_COSINE = 0.999
-# Directions in which the classes differ less are stretched to it, or rounding would mix up classes with close names.
+# Lower limit of the singular values of the basis, so that rounding errors do not confuse classes with similar names.
 SMALLEST_SINGULAR_VALUE = 0.1
 
 
 class ClassPrompts(NamedTuple):
-    """Checked prompts of the classes that are asked for.
+    """Validated prompts of the requested classes.
 
     Attributes:
-        embeds: (P, D) L2-normalized embeddings.
-        class_ids: (P,) class of each prompt, or None if each is its own.
-        num_classes: K.
-        reduction: How the logits of the prompts of a class become one, `mean` or `max`.
+        embeds: (P, D) L2-normalized embeddings of the prompts.
+        class_ids: (P,) class of each prompt, or None if each prompt is a class of its own.
+        num_classes: Number K of classes.
+        reduction: Reduction of the logits of the prompts of a class, `mean` or `max`.
     """
 
     embeds: Tensor
@@ -64,21 +64,21 @@ class ClassPrompts(NamedTuple):
 
 
 class QueryClassifier(nn.Module):
-    """Interface of the classifiers.
+    """Base class of the classifiers of queries.
 
     Args:
-        config: The segmenter's configuration.
+        config: Configuration of the segmentation model.
     """
 
     def __init__(self, config: GKCConfig):
         super().__init__()
-        # Before the scale, since saved optimizers know parameters by their position.
+        # Registered before the scale, because saved optimizers identify parameters by their order.
         self.register_parameter("no_object_embedding", None)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
     @property
     def temperature(self) -> Tensor:
-        """Factor of the logits, clamped at 100 as in CLIP."""
+        """Factor of the logits, at most 100 as in CLIP."""
         return self.logit_scale.exp().clamp(max=MAX_TEMPERATURE)
 
     def forward(
@@ -88,50 +88,52 @@ class QueryClassifier(nn.Module):
 
         Args:
             stage: Output of the image path for this stage.
-            prompts: The classes.
-            index: Number of the stage, counted as in a list.
-            class_weights: Output of `class_weights(prompts)`, if it is at hand.
+            prompts: Prompts of the requested classes.
+            index: Index of the stage, negative from the last.
+            class_weights: Result of `class_weights(prompts)`, if it was computed before.
 
         Returns:
-            (B, Q, K + 1) class logits, the last column no-object, and (B, Q, D) L2-normalized query embeddings.
+            The class logits (B, Q, K + 1), whose last column is no-object, and the L2-normalized query embeddings
+            (B, Q, D).
         """
         raise NotImplementedError
 
     def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
-        """(B, Q, D) L2-normalized embeddings of the queries of the stage `index`."""
+        """Compute the L2-normalized query embeddings (B, Q, D) of a decoder stage."""
         raise NotImplementedError
 
     def class_weights(self, prompts: ClassPrompts) -> Tensor:
-        """Compute what the classification takes of the prompts; with fixed prompts it is computed once."""
+        """Compute the weights of the classification, which can be reused for other images with the same prompts."""
         raise NotImplementedError
 
     def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
-        """(B, Q, K + 1) class logits of the embeddings (B, Q, D) of an earlier output."""
+        """Compute class logits (B, Q, K + 1) from the query embeddings (B, Q, D) of an earlier output."""
         raise NotImplementedError
 
     def class_embeds(self, prompts: ClassPrompts) -> Tensor:
-        """Reduce the prompts to one embedding per class that gives the same logits.
+        """Reduce the prompts to one embedding per class that results in the same logits.
 
         Returns:
-            (K, D), not normalized where the logits of several prompts are averaged.
+            (K, D) embeddings. They are not normalized if the logits of several prompts are averaged.
 
         Raises:
-            ValueError: The best of several prompts counts, for which there is no such embedding.
+            ValueError: If the maximum over several prompts is used, for which no such embedding exists.
         """
         raise NotImplementedError
 
     def keep_last_stage(self) -> None:
-        """Drop what classifies earlier stages than the last."""
+        """Remove the weights that only classify stages before the last."""
 
 
 class CosineClassifier(QueryClassifier):
-    """Cosines between learned query embeddings and prompts, times a learned temperature; no-object is learned.
+    """Classifier by cosine similarities of query embeddings and prompts, times a learned temperature.
 
-    Queries are embedded by one map C -> C for all stages and one map C -> D per stage.
+    Queries are embedded by a linear layer C -> C that all stages share and a linear layer C -> D for each stage. The
+    embedding of no-object is learned.
 
     Args:
-        config: The segmenter's configuration.
-        num_pooled_features: Width of the features that are pooled under a mask.
+        config: Configuration of the segmentation model.
+        num_pooled_features: Number F of features that are pooled under a mask.
     """
 
     def __init__(self, config: GKCConfig, num_pooled_features: int):
@@ -160,7 +162,7 @@ class CosineClassifier(QueryClassifier):
         return self._cosine_logits(query_embeds, prompts, class_weights), query_embeds
 
     def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
-        """(B, Q, D) L2-normalized embeddings of the queries of a stage."""
+        """Compute the L2-normalized query embeddings (B, Q, D) of a decoder stage."""
         features = stage.last_hidden_state
         if self.pooled_projection is not None:
             pooled = self.pooled_projection(stage.pooled_features)
@@ -170,18 +172,18 @@ class CosineClassifier(QueryClassifier):
         return F.normalize(self.stage_projections[index](F.relu(self.dense(features))), dim=-1)
 
     def class_weights(self, prompts: ClassPrompts) -> Tensor:
-        """(P + 1, D) embeddings of the prompts and of no-object."""
+        """Return the embeddings (P + 1, D) of the prompts and of no-object."""
         no_object = F.normalize(_at_least_fp32(self.no_object_embedding), dim=-1)
         return torch.cat([prompts.embeds.to(no_object), no_object[None]])
 
     def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
-        """(B, Q, K + 1) class logits of the embeddings (B, Q, D) of an earlier output."""
+        """Compute class logits (B, Q, K + 1) from the query embeddings (B, Q, D) of an earlier output."""
         return self._cosine_logits(query_embeds, prompts)
 
     def _cosine_logits(
         self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
     ) -> Tensor:
-        """In fp32 at least: a temperature up to 100 would show the rounding of half precision."""
+        """Compute logits in fp32 at least, because the temperature of up to 100 amplifies rounding errors."""
         with torch.autocast(query_embeds.device.type, enabled=False):
             query_embeds = _at_least_fp32(query_embeds)
             weights = self.class_weights(prompts) if class_weights is None else class_weights
@@ -197,39 +199,40 @@ class CosineClassifier(QueryClassifier):
             return embeds
         if prompts.reduction == "max":
             raise ValueError(_NO_SINGLE_EMBEDDING)
-        # A logit is linear in the embedding, so the mean of the logits is the logit of the mean.
+        # A logit is linear in the embedding, so that the mean of the logits is the logit of the mean embedding.
         sums = embeds.new_zeros(prompts.num_classes, embeds.shape[1]).index_add(0, class_ids, embeds)
         return sums / class_ids.bincount()[:, None]
 
     def keep_last_stage(self) -> None:
-        """Drop the projections of earlier stages than the last."""
+        """Remove the projections of all stages before the last."""
         self.stage_projections = self.stage_projections[-1:]
 
 
 class ConvexClassifier(QueryClassifier):
-    """Class probabilities of a closed-vocabulary head, shared out to the classes that are asked for.
+    """Classifier that distributes the class probabilities of a closed-vocabulary head over the requested classes.
 
-    A head's probabilities of the classes it was trained on (source classes) make a query embedding: the convex
-    combination of the classes' text embeddings (Norouzi et al., *Zero-Shot Learning by Convex Combination of Semantic
-    Embeddings*, ICLR 2014), no-object being one more class with a direction of its own.
+    The query embedding is the convex combination of the text embeddings of the classes that the head was trained on,
+    the source classes, weighted by their probabilities (ConSE: Norouzi et al., *Zero-Shot Learning by Convex
+    Combination of Semantic Embeddings*, ICLR 2014). No-object is one more class with a direction of its own.
 
-    Cosines of that embedding with words would not give back what the head said: CLIP's embeddings of different words
-    have cosines of 0.7 to 0.9, so a mixture leans towards the words that resemble all others. But a combination of
-    linearly independent embeddings still holds its weights (`basis` has the embeddings, pulled apart where they are
-    too close for the arithmetic). The weights are read out of it again, and each source class hands its probability to
-    the words that it is close to: to its own name, asked again, all of it. With the source's own names the
-    probabilities are therefore the source's. What no word claims is no-object: "none of these".
+    Unlike ConSE, the logits are not cosine similarities of these embeddings and the prompts. CLIP embeddings of
+    different words have cosine similarities of 0.7 to 0.9, so that a combination is closest to words that resemble all
+    others. Instead, the probabilities of the source classes are recovered from the embedding, which is possible
+    because the embeddings in `basis` are linearly independent; those that are too close for the numerical precision
+    are moved apart. Each source class then gives its probability to the requested classes that are near to it, and all
+    of it to its own name. With the names of the source, the probabilities therefore equal those of the source.
+    Probability that no requested class takes goes to no-object.
 
-    "Its own name" means the embedding that `set_source` was given. The same name in another prompt template is another
-    text, which gets the less of its class the farther the template moves it: ask in the templates of the conversion.
+    The own name of a class is the embedding given to `set_source`. With another prompt template, a name has another
+    embedding and gets less of the probability of its class, so that the templates of the conversion should be used.
 
-    The head trains; the embeddings of the source's names are part of the checkpoint and do not. Where the head itself
-    is at hand, as in a forward pass, its probabilities are shared as they are; read out of embeddings they differ by
-    rounding, some 1e-5.
+    The head can be trained. The embeddings of the source names are buffers of the checkpoint. A forward pass uses the
+    probabilities of the head directly; those recovered from query embeddings differ by rounding errors of about 1e-5.
 
     Args:
-        config: With `source_vocabulary`, the S classes of the head and their names.
-        num_pooled_features: Not used; pooled features are not classified.
+        config: Configuration of the segmentation model, whose `source_vocabulary` has the S classes of the head and
+            their names.
+        num_pooled_features: Not used, because pooled features are not classified.
     """
 
     def __init__(self, config: GKCConfig, num_pooled_features: int | None = None):
@@ -245,16 +248,16 @@ class ConvexClassifier(QueryClassifier):
 
     @torch.no_grad()
     def set_source(self, class_predictor: nn.Linear, name_embeds: Tensor, name_class_ids: Tensor) -> None:
-        """Take over a source's head and the embeddings of its names.
+        """Copy the head of a source model and the embeddings of its class names.
 
         Args:
-            class_predictor: The head, C -> S + 1, no-object last.
-            name_embeds: (M, D) L2-normalized text embeddings of the source's names, the label of each class first. A
-                synonym that is also a name of another class says nothing and counts as its class's label.
+            class_predictor: Head C -> S + 1, whose last output is no-object.
+            name_embeds: (M, D) L2-normalized text embeddings of the names, the label of each class first. A synonym
+                that is also a name of another class is ambiguous and replaced by the label of its class.
             name_class_ids: (M,) class of each name, 0..S-1.
 
         Raises:
-            ValueError: The text embeddings of some classes cannot be told apart, or a class has no name.
+            ValueError: If two classes have the same text embedding, or a class has no name.
         """
         num_classes = len(self.labels)
         self.class_predictor.load_state_dict(class_predictor.state_dict())
@@ -268,18 +271,19 @@ class ConvexClassifier(QueryClassifier):
         classes = average_class_embeds(self.name_embeds.double(), self.name_class_ids)
         mixtures, values, directions = torch.linalg.svd(classes, full_matrices=True)
         stretched = mixtures * values.clamp(min=SMALLEST_SINGULAR_VALUE) @ directions[:num_classes]
-        # Orthogonal to all classes, so that how sure the head is of no-object moves no class.
+        # Orthogonal to all classes, so that the probability of no-object does not affect those of the classes.
         no_object = directions[num_classes:][:1]
         self.basis.copy_(torch.cat([stretched, no_object]))
         self.decoder.copy_(torch.linalg.pinv(self.basis.double()))
 
     def _check_distinct(self, distances: Tensor) -> None:
+        """Check that no two source classes have the same text embedding, given their distances (S, S)."""
         distances = distances.clone().fill_diagonal_(torch.inf)
         if distances.min() <= 3 * SAME_TEXT:
             pair = divmod(int(distances.argmin()), len(distances))
             first, second = (self.labels[index] for index in pair)
             raise ValueError(
-                f"The text tower cannot tell the classes {first!r} and {second!r} apart: give them names that differ."
+                f"The text tower gives the classes {first!r} and {second!r} one embedding: give them different names."
             )
 
     def forward(
@@ -290,21 +294,21 @@ class ConvexClassifier(QueryClassifier):
         return self._convex_logits(probabilities, prompts, class_weights), self.embed_probabilities(probabilities)
 
     def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
-        """(B, Q, D) L2-normalized embeddings, fp32 at least; the head is the same at every stage."""
+        """Compute the L2-normalized query embeddings (B, Q, D) in fp32 at least; all stages share the head."""
         return self.embed_probabilities(self.head_probabilities(stage))
 
     def class_weights(self, prompts: ClassPrompts) -> Tensor:
-        """(S + 1, K + 1) shares of the source classes and no-object, as `shares`."""
+        """Return the shares (S + 1, K + 1) of `shares` for the prompts."""
         return self.shares(prompts.embeds, prompts.class_ids, prompts.num_classes)
 
     def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
-        """(B, Q, K + 1) class logits of the embeddings (B, Q, D) of an earlier output."""
-        return self._convex_logits(self.read(query_embeds), prompts)
+        """Compute class logits (B, Q, K + 1) from the query embeddings (B, Q, D) of an earlier output."""
+        return self._convex_logits(self.recover_probabilities(query_embeds), prompts)
 
     def _convex_logits(
         self, probabilities: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
     ) -> Tensor:
-        """Log-probabilities, times the temperature, by (B, Q, S + 1) probabilities of the source classes."""
+        """Compute class logits (B, Q, K + 1) from probabilities (B, Q, S + 1) of the source classes."""
         with torch.autocast(probabilities.device.type, enabled=False):
             shares = self.class_weights(prompts) if class_weights is None else class_weights
             logits = (probabilities @ shares.to(probabilities)).clamp(min=SMALLEST_PROBABILITY).log()
@@ -317,42 +321,43 @@ class ConvexClassifier(QueryClassifier):
         return prompts.embeds
 
     def head_probabilities(self, stage: ModelOutput) -> Tensor:
-        """(B, Q, S + 1) probabilities of the source classes and of no-object by the head, fp32 at least."""
+        """Compute the head's probabilities (B, Q, S + 1) of the source classes and no-object in fp32 at least."""
         return _at_least_fp32(self.class_predictor(stage.last_hidden_state)).softmax(dim=-1)
 
     def embed_probabilities(self, probabilities: Tensor) -> Tensor:
-        """(B, Q, D) embeddings of queries by their (B, Q, S + 1) probabilities."""
+        """Compute the query embeddings (B, Q, D) of probabilities (B, Q, S + 1) of the source classes."""
         with torch.autocast(probabilities.device.type, enabled=False):
             return F.normalize(probabilities @ self.basis.to(probabilities), dim=-1)
 
-    def read(self, query_embeds: Tensor) -> Tensor:
-        """(B, Q, S + 1) probabilities that make up (B, Q, D) embeddings; inverts `embed_probabilities`."""
+    def recover_probabilities(self, query_embeds: Tensor) -> Tensor:
+        """Recover the probabilities (B, Q, S + 1) from query embeddings; inverts `embed_probabilities`."""
         with torch.autocast(query_embeds.device.type, enabled=False):
             query_embeds = _at_least_fp32(query_embeds)
             basis, decoder = self.basis.to(query_embeds), self.decoder.to(query_embeds)
             weights = query_embeds @ decoder
             for _ in range(REFINEMENTS):
                 weights = weights + (query_embeds - weights @ basis) @ decoder
-            # What is made of no class at all is no-object.
+            # An embedding without any class is no-object.
             weights = torch.cat(
                 [weights[..., :-1].clamp(min=0), weights[..., -1:].clamp(min=SMALLEST_PROBABILITY)], -1
             )
             return weights / weights.sum(dim=-1, keepdim=True)
 
     def shares(self, class_embeds: Tensor, class_ids: Tensor | None, num_classes: int) -> Tensor:
-        """How much of each source class goes to each class that is asked for.
+        """Compute the shares of the requested classes in the probability of each source class.
 
-        A class covers what is nearest to its names, the less the farther that is: at the distance that is typical
-        between two source classes, half. Classes that cover one source class share it by their distances to it.
+        A requested class covers the source class that is nearest to its names, and less of it with a larger distance:
+        one half at the median distance of two source classes. Requested classes that cover the same source class share
+        it according to their distances.
 
         Args:
-            class_embeds: (P, D) L2-normalized prompts, the label of each class first.
-            class_ids: (P,) class of each, 0..K-1, or None if each is its own.
-            num_classes: K.
+            class_embeds: (P, D) L2-normalized embeddings of the prompts, the label of each class first.
+            class_ids: (P,) class of each prompt, 0..K-1, or None if each prompt is a class of its own.
+            num_classes: Number K of requested classes.
 
         Returns:
-            (S + 1, K + 1) shares in 0..1, whose rows sum to 1. The last column is no-object, which gets what no class
-            covers; the last row, which is no-object, gives nothing to others.
+            (S + 1, K + 1) shares between 0 and 1, whose rows sum to 1. The last column is no-object, which gets the
+            rest that no class covers. The last row is no-object, all of which stays no-object.
         """
         if class_ids is None:
             class_ids = torch.arange(num_classes, device=class_embeds.device)
@@ -368,7 +373,7 @@ class ConvexClassifier(QueryClassifier):
         return torch.cat([shares, F.pad(shares.new_ones(1, 1), (num_classes, 0))])
 
     def _distances(self, class_embeds: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
-        """(S, K) cosine distances of the nearest names of source classes and classes."""
+        """Compute the cosine distances (S, K) of the nearest names of each source class and requested class."""
         embeds, names = _unit_vectors(class_embeds), _unit_vectors(self.name_embeds)
         cosines = names @ embeds.to(names).T  # (M, P)
         cosines = _group_max(cosines, self.name_class_ids, len(self.labels))  # (S, P)
@@ -376,20 +381,21 @@ class ConvexClassifier(QueryClassifier):
 
 
 class FCCLIPClassifier(QueryClassifier):
-    """Classifier of FC-CLIP (Yu et al., *Convolutions Die Hard*, NeurIPS 2023): learned, and by the frozen CLIP head.
+    """Classifier of FC-CLIP (Yu et al., *Convolutions Die Hard*, NeurIPS 2023): ensemble of learned and CLIP logits.
 
-    The learned embedding of a query comes from the query and the mask features inside its mask. `config.ensemble`
-    combines its class probabilities with those of the region's embedding by CLIP, which knows more classes but was not
-    trained on regions: the weight of CLIP is `ensemble_alpha` for classes of `source_vocabulary`, which the learned
-    embedding was trained on (seen classes), and `ensemble_beta` for others. The learned embedding alone decides about
-    no-object.
+    The learned embedding of a query is computed from the query and the mask features inside its mask. With
+    `config.ensemble`, its class probabilities are combined with those of CLIP's embedding of the region, which knows
+    more classes but was not trained on regions. The weight of CLIP is `ensemble_alpha` for seen classes, those of
+    `source_vocabulary` on which the learned embedding was trained, and `ensemble_beta` for other classes. The
+    probability of no-object is that of the learned embedding.
 
-    A class is seen if the text embedding of one of its names is that of a name in `source_vocabulary`, which the
-    checkpoint stores: ask in the prompt templates of the checkpoint. As CLIP's tokenizer ignores case, so does this.
+    A class is seen if one of its names has the text embedding of a name in `source_vocabulary`. These embeddings are
+    stored in the checkpoint, so that the prompt templates of the checkpoint must be used. Case is ignored, as in
+    CLIP's tokenizer.
 
     Args:
-        config: The segmenter's configuration.
-        num_pooled_features: Width of the mask features that are pooled inside a mask.
+        config: Configuration of the segmentation model.
+        num_pooled_features: Number of mask features that are pooled inside a mask.
     """
 
     def __init__(self, config: GKCConfig, num_pooled_features: int):
@@ -410,7 +416,7 @@ class FCCLIPClassifier(QueryClassifier):
     def forward(
         self, stage: ModelOutput, prompts: ClassPrompts, index: int = -1, class_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Classify the queries of a stage; see `QueryClassifier`. With an ensemble embeddings are (B, Q, 2 * D)."""
+        """Classify the queries of a stage; see `QueryClassifier`. With an ensemble, embeddings are (B, Q, 2 * D)."""
         query_embeds = self.embed_queries(stage, index)
         if stage.region_embeds is not None:
             region_embeds = F.normalize(_at_least_fp32(stage.region_embeds), dim=-1)
@@ -418,13 +424,13 @@ class FCCLIPClassifier(QueryClassifier):
         return self._class_logits(query_embeds, prompts, class_weights), query_embeds
 
     def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
-        """(B, Q, D) L2-normalized learned embeddings; they are computed in the same way at every stage."""
+        """Compute the L2-normalized learned query embeddings (B, Q, D); all stages share the layers."""
         first, second, last = self.layers
         features = stage.last_hidden_state + self.pooled_projection(stage.pooled_features)
         return F.normalize(last(F.relu(second(F.relu(first(features))))), dim=-1)
 
     def class_weights(self, prompts: ClassPrompts) -> Tensor:
-        """(P + 1, D + 1) embeddings of the prompts and no-object; the last column is 1 for prompts of seen names."""
+        """Return embeddings (P + 1, D + 1) of the prompts and no-object; the last column is 1 for seen names."""
         no_object = F.normalize(_at_least_fp32(self.no_object_embedding), dim=-1)
         embeds = prompts.embeds.to(no_object)
         is_seen = torch.zeros_like(embeds[:, :1])
@@ -435,12 +441,13 @@ class FCCLIPClassifier(QueryClassifier):
         return torch.cat([torch.cat([embeds, is_seen], dim=1), F.pad(no_object, (0, 1))[None]])
 
     def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
-        """(B, Q, K + 1) class logits of the embeddings of an earlier output, (B, Q, D) or (B, Q, 2 * D)."""
+        """Compute class logits (B, Q, K + 1) from embeddings (B, Q, D) or (B, Q, 2 * D) of an earlier output."""
         return self._class_logits(query_embeds, prompts)
 
     def _class_logits(
         self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
     ) -> Tensor:
+        """Compute class logits (B, Q, K + 1), combined with those of CLIP if the embeddings include CLIP's."""
         with torch.autocast(query_embeds.device.type, enabled=False):
             query_embeds = _at_least_fp32(query_embeds)
             weights = self.class_weights(prompts) if class_weights is None else class_weights
@@ -461,6 +468,7 @@ class FCCLIPClassifier(QueryClassifier):
 
     @staticmethod
     def _reduce(logits: Tensor, prompts: ClassPrompts) -> Tensor:
+        """Reduce logits (B, Q, P + 1) of prompts to logits (B, Q, K + 1) of classes."""
         if prompts.class_ids is None:
             return logits
         return reduce_prompt_logits(logits, prompts.class_ids, prompts.reduction, prompts.num_classes)
@@ -473,20 +481,21 @@ class FCCLIPClassifier(QueryClassifier):
 
 
 def combine_class_logits(logits: Tensor, clip_logits: Tensor, clip_weights: Tensor, ensemble: str) -> Tensor:
-    """Combine the class probabilities of two classifiers; that of no-object stays as the first one gives it.
+    """Combine the class probabilities of two classifiers; the probability of no-object is that of the first.
 
     Args:
-        logits: (..., K + 1) logits of the first classifier, the last column no-object.
+        logits: (..., K + 1) logits of the first classifier; the last column is no-object.
         clip_logits: (..., K) logits of the second classifier.
-        clip_weights: (..., K) weight of the second classifier for each class, 0..1.
-        ensemble: `average` for the arithmetic, `geometric` for the geometric mean of the probabilities of the K
-            classes (of the softmax without no-object), with these weights, normalized to a sum of 1 again.
+        clip_weights: (..., K) weight of the second classifier for each class, between 0 and 1.
+        ensemble: `average` for the arithmetic mean or `geometric` for the geometric mean of the probabilities of the K
+            classes with these weights. The probabilities are those of a softmax without no-object, and their mean is
+            normalized to a sum of 1.
 
     Returns:
         (..., K + 1) logits whose softmax is the combination.
     """
     class_logits, no_object = logits[..., :-1], logits[..., -1:]
-    # In logarithms, a probability that underflows to 0 makes no NaN.
+    # Computed with logarithms, so that probabilities that underflow to 0 do not result in NaN.
     first, second = class_logits.log_softmax(dim=-1), clip_logits.log_softmax(dim=-1)
     if ensemble == "geometric":
         combined = (1 - clip_weights) * first + clip_weights * second
@@ -496,22 +505,23 @@ def combine_class_logits(logits: Tensor, clip_logits: Tensor, clip_weights: Tens
 
 
 _NO_SINGLE_EMBEDDING = (
-    "This model takes the maximum over a class's names, which one embedding per class cannot represent: export with "
-    "`fixed` (--fixed), or give each class one name."
+    "This model takes the maximum over the names of a class, which one embedding per class cannot represent: export "
+    "with `fixed=True` (--fixed), or give each class one name."
 )
 
 
 def _at_least_fp32(values: Tensor) -> Tensor:
+    """Convert half precision to fp32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _unit_vectors(embeds: Tensor) -> Tensor:
-    """Normalise in fp32 at least: what half precision does to their lengths would count as distance."""
+    """Normalize embeddings in fp32 at least, because rounding errors of their lengths would count as distances."""
     return F.normalize(_at_least_fp32(embeds), dim=-1)
 
 
 def _without_shared_synonyms(name_embeds: Tensor, class_ids: Tensor) -> Tensor:
-    """(M, D) names, in which the label of its class stands for every synonym that another class has too."""
+    """Replace every synonym that is also a name of another class by the label of its class in (M, D) embeddings."""
     embeds = _unit_vectors(name_embeds)
     same_text = embeds @ embeds.T > 1 - 10 * SAME_TEXT
     shared = (same_text & (class_ids[:, None] != class_ids)).any(dim=1)
@@ -520,7 +530,7 @@ def _without_shared_synonyms(name_embeds: Tensor, class_ids: Tensor) -> Tensor:
 
 
 def _group_max(values: Tensor, class_ids: Tensor, num_classes: int) -> Tensor:
-    """(P, N) -> (K, N) largest value of each class."""
+    """Reduce values (P, N) of prompts to the maximum (K, N) of each class."""
     index = class_ids.to(values.device)[:, None].expand_as(values)
     largest = values.new_zeros(num_classes, values.shape[1])
     return largest.scatter_reduce(0, index, values, "amax", include_self=False)

@@ -105,11 +105,12 @@ def pool_inside_masks(masks: Tensor, feature_map: Tensor) -> tuple[Tensor, Tenso
     """Average a feature map inside binary masks.
 
     Args:
-        masks: (B, Q, h, w) bool.
-        feature_map: (B, C, h, w).
+        masks: (B, Q, h, w) boolean masks.
+        feature_map: (B, C, h, w) feature map.
 
     Returns:
-        (B, Q, C) pooled features, zero for an empty mask, and (B, Q) whether a mask is empty.
+        The pooled features (B, Q, C), which are zero for empty masks, and a boolean tensor (B, Q) that is True where a
+        mask is empty.
     """
     area = masks.flatten(2).sum(dim=-1)
     shares = masks / area.clamp(min=1)[..., None, None]

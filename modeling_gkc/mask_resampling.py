@@ -98,6 +98,7 @@ class MaskResampler:
         return (band if self._queries is None else band[self._queries]).float()
 
     def _resample_columns(self, band: Tensor) -> Tensor:
+        """Resample rows of the grid (Q, rows, w) to the width of the target (Q, rows, W)."""
         extent, cells, width = self._width_in_cells, band.shape[-1], self.size[1]
         if extent == cells:
             return F.interpolate(band, size=width, mode="linear")
@@ -225,7 +226,7 @@ def make_resampler(
     resampling: str = "direct",
     for_scores: bool = False,
 ) -> MaskResampler:
-    """Create the resampler of a name in `MASK_RESAMPLINGS`.
+    """Create a resampler of mask logits by the name of its method.
 
     Args:
         mask_logits: As in `MaskResampler`.
@@ -251,7 +252,7 @@ def make_resampler(
 
 
 def _two_step_matrix(cells: int, content: int, target: int) -> Tensor:
-    """Weights (target, cells) from cells to input pixels, of which the first `content` are spread over the target."""
+    """Return weights (target, cells) of resampling to input pixels, of which the first `content` span the target."""
     to_input = _interpolation_matrix(cells, cells, MASK_STRIDE * cells)
     return _interpolation_matrix(content, content, target) @ to_input[:content]
 
@@ -261,13 +262,13 @@ def _interpolation_matrix(extent: float, source: int, target: int) -> Tensor:
 
     Pixel centers are at half-integer positions, as with `align_corners=False`.
     """
-    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * (extent / target) - 0.5
-    distance = (centre.clamp(0, source - 1)[:, None] - torch.arange(source)).abs()
+    center = (torch.arange(target, dtype=torch.float64) + 0.5) * (extent / target) - 0.5
+    distance = (center.clamp(0, source - 1)[:, None] - torch.arange(source)).abs()
     return (1 - distance).clamp(min=0).float()
 
 
 def resize_masks(mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None) -> Tensor:
-    """Resample mask logits at once, in fp32 and without gradients.
+    """Resample mask logits in one step, in fp32 and without gradients.
 
     Post-processing resamples tile by tile instead, since the result has Q x H x W values.
 

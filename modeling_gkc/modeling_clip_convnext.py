@@ -76,14 +76,14 @@ class CLIPConvNextHead(nn.Module):
         return self.projection(self.layer_norm(pooled_features))
 
     def embed_regions(self, feature_map: Tensor, masks: Tensor) -> Tensor:
-        """Embed the mean features inside masks.
+        """Embed regions by their mean features.
 
         Args:
             feature_map: (B, C, h, w) last feature map of the tower.
-            masks: (B, Q, h, w) bool.
+            masks: (B, Q, h, w) boolean masks of the regions.
 
         Returns:
-            (B, Q, D) embeddings, not normalized; of an empty mask that of zero features.
+            (B, Q, D) embeddings, which are not normalized. Empty masks have the embedding of zero features.
         """
         pooled_features, _ = pool_inside_masks(masks, feature_map)
         return self(pooled_features)

@@ -262,14 +262,15 @@ class CLIPResNetAttentionPooling(nn.Module):
         return self.out_proj(attended.flatten(2)), weights
 
     def embed_regions(self, feature_map: Tensor, masks: Tensor) -> Tensor:
-        """Embed regions: the query of the whole map's mean attends to the positions inside each mask.
+        """Embed regions by attention of the mean feature of the whole map to the positions inside each mask.
 
         Args:
             feature_map: (B, C, h, w) last feature map of the tower.
-            masks: (B, Q, h, w) bool.
+            masks: (B, Q, h, w) boolean masks of the regions.
 
         Returns:
-            (B, Q, D) embeddings, not normalized; an empty mask attends to nothing, which leaves the output's bias.
+            (B, Q, D) embeddings, which are not normalized. The embedding of an empty mask is the bias of the output
+            projection.
         """
         positions = self._positions(*feature_map.shape[-2:])
         tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C)
@@ -280,7 +281,7 @@ class CLIPResNetAttentionPooling(nn.Module):
             for projection, states in ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
         )  # (B, heads, 1 or h*w, C / heads)
         masks = masks.flatten(2)[:, None]  # (B, 1, Q, h*w)
-        is_empty = ~masks.any(dim=-1, keepdim=True)  # a softmax over nothing would be NaN
+        is_empty = ~masks.any(dim=-1, keepdim=True)  # the softmax of an empty set would be NaN
         query = query.expand(-1, -1, masks.shape[2], -1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(self, query, key, value, masks | is_empty, scaling=query.shape[-1] ** -0.5)

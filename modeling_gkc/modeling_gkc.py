@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The segmenter: image path (`GKCModel`) and open-vocabulary classification (`GKCForOpenVocabSegmentation`).
+"""Open-vocabulary segmentation: the image path `GKCModel`, and `GKCForOpenVocabSegmentation` with classification.
 
-Letters: B images, Q queries, C hidden, D text-embedding width, K classes, P prompts (P >= K: synonyms, templates),
-S decoder stages = decoder_layers + 1, N segments of an image, (H, W) padded input size.
+Letters: B images, Q queries, C hidden size, D text-embedding width, K classes, P prompts (P >= K because of synonyms
+and templates), L tokens of a prompt, S decoder stages = decoder_layers + 1, N segments of an image, (H, W) padded
+input size.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ from .weight_renaming import CHECKPOINT_RENAMINGS
 
 
 class GKCModel(GKCPreTrainedModel):
-    """The image path: backbone -> pixel decoder -> mask decoder; segments without names."""
+    """Image path of the segmenter: backbone, pixel decoder and mask decoder, which predict masks without classes."""
 
     def __init__(self, config: GKCConfig):
         super().__init__(config)
@@ -75,25 +76,25 @@ class GKCModel(GKCPreTrainedModel):
         self.region_head = None
         if config.classifier == "fc_clip":
             self.region_head = _REGION_HEADS[config.backbone_config.model_type](self.backbone.config)
-            self.region_head.config = config  # its attention is computed as that of the segmenter
+            self.region_head.config = config  # for the attention implementation
             self.region_head.requires_grad_(False)
         self.post_init()
         self.train(self.training)
 
     @property
     def num_channels(self) -> int:
-        """Number of channels of the images that the backbone takes."""
+        """Number of image channels that the backbone expects."""
         return getattr(self.backbone.config, "num_channels", 3)
 
     @property
     def num_pooled_features(self) -> int:
-        """Width F of the features pooled under a mask: mask features, or the backbone's strides 8, 16 and 32."""
+        """Number F of features pooled under a mask: mask features, or the backbone's strides 8, 16 and 32."""
         if self.config.class_feature == "query+mask_features":
             return self.config.mask_feature_size
         return sum(self.backbone.channels[1:])
 
     def train(self, mode: bool = True) -> "GKCModel":
-        """Sets training mode; BatchNorm of a backbone with frozen statistics stays in evaluation mode."""
+        """Set the training mode; frozen BatchNorm of the backbone stays in evaluation mode."""
         super().train(mode)
         if self.config.freeze_backbone_batch_norm:
             for module in self.backbone.modules():
@@ -102,11 +103,11 @@ class GKCModel(GKCPreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """What first turns pixels into features: the backbone's."""
+        """Return the backbone's input embeddings, the first module that is applied to the images."""
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the backbone's input embeddings."""
+        """Replace the backbone's input embeddings."""
         self.backbone.set_input_embeddings(value)
 
     @can_return_tuple
@@ -119,24 +120,29 @@ class GKCModel(GKCPreTrainedModel):
         output_attentions: bool | None = None,
         original_sizes: Tensor | None = None,
     ) -> GKCModelOutput:
-        """Segment images.
+        """Predict the masks of images.
 
         Args:
-            pixel_values: (B, 3, H, W) normalized images, cast to the dtype of the weights.
-            pixel_mask: (B, H, W), 1 where there is image, 0 in padding to the right and below. In evaluation mode
-                images of different padded size are computed apart, so that no result depends on its neighbors; a
-                compiled or exported model takes images of one padded size at a time. In training the padding is
-                looked at, as in Mask2Former: the losses see all of it. Default: all is image.
-            output_stages: Give all S stages, not only the last; default: in training.
-            output_hidden_states: Give what backbone and decoders compute; default: as configured. In evaluation mode
-                only for images of one padded size, which the states then have; so are the attentions.
-            output_attentions: Give the mask decoder's attention weights; default: as configured. SDPA has none, as a
-                warning says.
-            original_sizes: Accepted for the common call `model(**inputs)`; they are for post-processing.
+            pixel_values: (B, 3, H, W) normalized images, which are cast to the dtype of the weights.
+            pixel_mask: (B, H, W) mask, 1 inside the image and 0 in the padding at the right and the bottom; default:
+                no padding. In evaluation mode, images of different padded sizes are computed separately, so that no
+                result depends on the other images of the batch; a compiled or exported model takes images of one
+                padded size at a time. In training, the padding is part of the input and of the losses, as in
+                Mask2Former.
+            output_stages: Whether to return all S stages instead of only the last; default: only in training.
+            output_hidden_states: Whether to return the hidden states of backbone and decoders; default: the value of
+                the configuration. In evaluation mode, all images must have the same padded size.
+            output_attentions: Whether to return the mask decoder's attention weights; default: the value of the
+                configuration. In evaluation mode, all images must have the same padded size. With SDPA there are
+                none, and a warning is logged.
+            original_sizes: Accepted for the call `model(**inputs)` and ignored; post-processing uses it.
+
+        Returns:
+            The output of the last stage, and of all stages if requested.
 
         Raises:
-            ValueError: If the backbone's maps have other strides than 4, 8, 16 and 32, the mask does not fit the
-                images or is empty, or the states asked for do not exist.
+            ValueError: If the backbone's maps do not have the strides 4, 8, 16 and 32, the mask does not fit the
+                images or is empty, or hidden states or attentions of images of different padded sizes are requested.
         """
         requested = self.requested_outputs(output_hidden_states, output_attentions)
         check_pixel_values(pixel_values, self.num_channels)
@@ -153,7 +159,7 @@ class GKCModel(GKCPreTrainedModel):
     def _segment(
         self, pixel_values: Tensor, output_stages: bool, output_hidden_states: bool, output_attentions: bool
     ) -> GKCModelOutput:
-        """Segment images of one padded size, all of whose pixels are looked at."""
+        """Predict the masks of images of one padded size, without a pixel mask."""
         pixel_values = in_dtype_of(self.backbone, pixel_values)
         feature_maps = self.backbone(channels_last(pixel_values), return_dict=True).feature_maps
         _check_strides(pixel_values.shape, feature_maps)
@@ -189,6 +195,7 @@ class GKCModel(GKCPreTrainedModel):
         finest_mask_features: Tensor,
         feature_maps: tuple[Tensor, ...],
     ) -> GKCModelOutput:
+        """Compute the mask logits of a stage, and the features pooled under its masks if they are classified."""
         pooled = is_empty = None
         mask_logits = predict_masks(stage.mask_embeds, mask_features)
         if self.config.class_feature == "query+mask_features":
@@ -208,7 +215,7 @@ class GKCModel(GKCPreTrainedModel):
     def _region_embeds(
         self, stage: GKCMaskDecoderStage, coarsest_mask_features: Tensor, feature_map: Tensor
     ) -> Tensor:
-        """(B, Q, D) embeddings of a stage's regions by CLIP's head on the backbone's last map (B, C, h, w)."""
+        """Compute CLIP's embeddings (B, Q, D) of the regions of a stage from the backbone's last map (B, C, h, w)."""
         masks = predict_masks(stage.mask_embeds, coarsest_mask_features) > 0
         region_embeds = self.region_head.embed_regions(feature_map, masks)
         if self.config.ensemble_on_valid_mask:
@@ -216,7 +223,7 @@ class GKCModel(GKCPreTrainedModel):
         return region_embeds
 
 
-# Heads of CLIP's image towers, by the type of the backbone's configuration.
+# Heads of CLIP's image towers by the model type of the backbone.
 _REGION_HEADS = {
     CLIPResNetConfig.model_type: CLIPResNetAttentionPooling,
     CLIPConvNextConfig.model_type: CLIPConvNextHead,
@@ -224,7 +231,11 @@ _REGION_HEADS = {
 
 
 def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """The backbone; the attention implementation asked of the whole model is asked of it only if it has that one."""
+    """Create the backbone, with its default attention implementation if it does not support SDPA.
+
+    Raises:
+        ValueError: If a timm model does not have the requested levels.
+    """
     supported = getattr(MODEL_FOR_BACKBONE_MAPPING.get(type(config), None), "_supports_sdpa", True)
     if config._attn_implementation == "sdpa" and not supported:
         config._attn_implementation = None
@@ -234,34 +245,43 @@ def _make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
         if config.model_type != "timm_backbone":
             raise
         raise ValueError(
-            f"timm's {config.backbone!r} does not have the levels that `out_indices` asks for, {config.out_indices}: "
-            "set `out_indices` of the `backbone_config` to its last four levels, [-4, -3, -2, -1]."
+            f"The timm model {config.backbone!r} does not have the levels `out_indices` {config.out_indices}: set "
+            "`out_indices` of the `backbone_config` to its last four levels, [-4, -3, -2, -1]."
         ) from error
 
 
 def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> None:
-    """Refuses a backbone whose maps are not of strides 4, 8, 16, 32; sizes may be rounded either way."""
+    """Check that the feature maps have the strides 4, 8, 16 and 32; their sizes may be rounded up or down."""
     for stride, feature_map in zip(BACKBONE_STRIDES, feature_maps, strict=True):
         sides = zip(feature_map.shape[2:], image_shape[2:], strict=True)
         if any(abs(cells * stride - side) >= stride for cells, side in sides):
             sizes = [tuple(other.shape[2:]) for other in feature_maps]
             raise ValueError(
-                f"The backbone must give maps of strides 4, 8, 16 and 32, but images of {tuple(image_shape[2:])} give "
-                f"maps of {sizes}: use a hierarchical backbone and its four stages as `out_features`."
+                "The backbone must return feature maps of strides 4, 8, 16 and 32, but it returns maps of "
+                f"{sizes} for images of {tuple(image_shape[2:])}: use a hierarchical backbone and its four stages "
+                "as `out_features`."
             )
 
 
 class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
-    r"""Image path, frozen CLIP text tower, and a classifier of queries by text embeddings.
+    r"""Open-vocabulary segmentation model: image path, frozen CLIP text tower, and classifier by text embeddings.
 
-    Give adapters (PEFT's LoRA) a pattern, such as `target_modules=r".*\.mask_decoder\..*\.(q_proj|v_proj)"`: bare
-    names would also match projections of the text tower, whose adapters never learn, since it runs without gradients.
+    For adapters such as PEFT's LoRA, give the target modules as a pattern, for example
+    `target_modules=r".*\.mask_decoder\..*\.(q_proj|v_proj)"`. Plain module names also match projections of the text
+    tower, whose adapters would not train, because the text tower runs without gradients.
+
+    Args:
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: If the end-of-text token of the text tower is not in its token table, or the backbone does not
+            exist or does not have the requested levels.
     """
 
     def __init__(self, config: GKCConfig):
         super().__init__(config)
         text = config.text_config
-        # 2 stands for the largest token in OpenAI's first conversions. The configuration alone may still be changed.
+        # The first conversions of OpenAI's weights have 2, which stands for the largest token.
         check_whole_number("text_config.eos_token_id", text.eos_token_id, 0, max(text.vocab_size - 1, 2))
         self.model = GKCModel(config)
         self.classifier = CLASSIFIER_CLASSES[config.classifier](config, self.model.num_pooled_features)
@@ -277,12 +297,12 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load a checkpoint of this or an earlier version, as every transformers model; the text tower is frozen."""
+        """Load a checkpoint of this or an earlier version as in transformers, and freeze the text tower."""
         kwargs["key_mapping"] = dict(CHECKPOINT_RENAMINGS) | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.text_model.requires_grad_(False)
-        # Else the model would be saved under the names that it was loaded from.
+        # Otherwise the model would be saved with the parameter names of the earlier version.
         old_names = {pattern for pattern, _ in CHECKPOINT_RENAMINGS}
         model._weight_conversions = [
             conversion for conversion in model._weight_conversions if not old_names & {*conversion.source_patterns}
@@ -292,7 +312,7 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         return loaded
 
     def train(self, mode: bool = True) -> "GKCForOpenVocabSegmentation":
-        """Set training mode; the frozen text tower stays in evaluation mode."""
+        """Set the training mode; the frozen text tower stays in evaluation mode."""
         super().train(mode)
         self.text_model.eval()
         return self
@@ -304,17 +324,24 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         sizes: Sequence[tuple[int, int]] = (),
         batch_size: int = 1,
     ) -> OptimizedGKC:
-        """Make a faster model for inference of this one, which stays as it is.
+        """Return a faster copy of this model for inference.
 
-        BatchNorm goes into the convolutions, what serves only the losses of earlier stages is left out, and the image
-        path is compiled, which takes a minute or two for each size of images and number of them; a model that sees
-        many sizes is better left uncompiled. Results are the same to 1e-4 in fp32.
+        BatchNorm is folded into the convolutions, weights that only the losses of earlier stages use are removed, and
+        the image path is compiled. Compilation takes one to two minutes for each image size and batch size, so that
+        `compile=False` is faster for images of many sizes. In fp32, results differ by at most 1e-4.
 
         Args:
-            dtype: What to compute in, such as `torch.bfloat16`; by default what the weights are. Images are cast.
-            compile: Compile with torch.compile, on CUDA with CUDA graphs. Without a C++ compiler a warning says so.
-            sizes: (height, width) of images to compile for now rather than at their first call.
-            batch_size: How many images of a size come together.
+            dtype: Dtype of weights and computation, such as `torch.bfloat16`; default: that of this model.
+            compile: Whether to use torch.compile, on CUDA with CUDA graphs. If compilation fails, a warning is logged
+                and the model runs uncompiled.
+            sizes: Image sizes (height, width) in pixels that are compiled at once instead of at their first call.
+            batch_size: Number of images in a call, for the compilation of `sizes`.
+
+        Returns:
+            The optimized model. This model is not changed.
+
+        Raises:
+            ValueError: If an argument is invalid.
 
         Example:
             `model = model.optimize_for_inference(torch.bfloat16, sizes=[(512, 512)])`
@@ -341,35 +368,42 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         prompts_per_name: Tensor | None = None,
         original_sizes: Tensor | None = None,
     ) -> GKCForOpenVocabSegmentationOutput:
-        """Segments images into words.
+        """Segment images into the classes of a vocabulary.
 
-        The words come as `input_ids` or as `class_embeds`, not both; with neither, the vocabulary stored in the
-        checkpoint is used.
+        The vocabulary is given as `input_ids` or as `class_embeds`; by default the one stored in the checkpoint is
+        used.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images, cast to the dtype of the weights; padded here to multiples
-                of 32 where they are not.
-            pixel_mask: (B, H, W), 1 where there is image, 0 in padding to the right and below. In evaluation mode
-                images of different padded size are computed apart, so that no result depends on its neighbours; a
-                compiled or exported model takes images of one padded size at a time.
-            input_ids, attention_mask: (P, L) tokenised prompts.
-            class_ids: (P,) class of each prompt; default: each its own class.
-            name_ids: (P,) name of each prompt of `input_ids`; the prompts of a name (templates) are averaged.
-            class_embeds: (P, D) cached prompt embeddings of `get_class_embeddings`.
-            mask_labels: For each image (N, H, W) masks of 0 and 1, of the size of `pixel_values`, as a list or
-                stacked; gives the loss together with `class_labels`.
-            class_labels: For each image (N,) classes.
+            pixel_values: (B, 3, H, W) normalized images, which are cast to the dtype of the weights and padded to
+                multiples of 32 if necessary.
+            pixel_mask: (B, H, W) mask, 1 inside the image and 0 in the padding at the right and the bottom, as in
+                `GKCModel.forward`.
+            input_ids: (P, L) token ids of the prompts.
+            attention_mask: (P, L) mask of the tokens, 0 at padding.
+            class_ids: (P,) class of each prompt; default: each prompt is a class of its own.
+            name_ids: (P,) name of each prompt of `input_ids`; the embeddings of the prompts of a name, which differ
+                by their templates, are averaged.
+            class_embeds: (P, D) prompt embeddings computed by `get_class_embeddings`.
+            mask_labels: Binary masks (N, H, W) of the segments of each image, of the size of `pixel_values`, as a list
+                or as one tensor. Together with `class_labels` they give the loss.
+            class_labels: Classes (N,) of the segments of each image.
             prompt_reduction: `mean`, `max` or `embedding_mean`; default: `config.prompt_reduction`.
-            output_stages: Give all decoder stages; default: in training and with labels.
-            output_hidden_states, output_attentions: As in `GKCModel`. In evaluation mode only for images of one padded
-                size, which the states then have.
-            names_per_class, prompts_per_name: As in `get_class_embeddings`, which returns the former with
-                `class_embeds`; needed in compiled and exported graphs only.
-            original_sizes: Accepted for the common call `model(**inputs)`; they are for post-processing.
+            output_stages: Whether to return all decoder stages; default: only in training. With labels they are
+                always returned.
+            output_hidden_states: As in `GKCModel.forward`.
+            output_attentions: As in `GKCModel.forward`.
+            names_per_class: (K,) number of names of each class, from `get_class_embeddings`; needed only in compiled
+                and exported graphs.
+            prompts_per_name: (N,) number of prompts of each name; needed only in compiled and exported graphs.
+            original_sizes: Accepted for the call `model(**inputs)` and ignored; post-processing uses it.
+
+        Returns:
+            Class and mask logits, with labels also losses and matches.
 
         Raises:
-            ValueError: if both or none of the forms of text are there, labels do not fit, or the states asked for do
-                not exist.
+            ValueError: If `input_ids` and `class_embeds` are given together, or neither is given and the checkpoint
+                stores no vocabulary; if labels or masks do not fit the images; or if hidden states or attentions of
+                images of different padded sizes are requested.
         """
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("`mask_labels` and `class_labels` must be given together.")
@@ -417,6 +451,7 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         )
 
     def _classify(self, stage: GKCModelOutput, prompts: ClassPrompts, index: int = -1) -> GKCStageOutput:
+        """Classify the queries of a stage."""
         logits, query_embeds = self.classifier(stage, prompts, index)
         return GKCStageOutput(
             class_queries_logits=logits,
@@ -434,6 +469,7 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         content_sizes: Tensor | None,
         mask_features: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], list[Matches]]:
+        """Compute the total loss, the losses by name, and the matches of each stage and image."""
         masks = [stage.masks_queries_logits for stage in stages]
         if content_sizes is not None and not self.training:
             masks = [hide_padding(stage, content_sizes) for stage in masks]

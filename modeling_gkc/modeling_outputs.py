@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Outputs of the segmenter's models.
+"""Output classes of the segmentation models.
 
-Letters: B images, Q queries, C hidden, F pooled features, D text-embedding width, K classes, S decoder stages =
+Letters: B images, Q queries, C hidden size, F pooled features, D text-embedding width, K classes, S decoder stages =
 decoder_layers + 1, (H, W) padded input size.
 """
 
@@ -27,28 +27,34 @@ from .loss_gkc import Matches
 
 @dataclass
 class GKCModelOutput(ModelOutput):
-    """Output of the image path.
+    """Output of `GKCModel`, or of one of its decoder stages.
 
     Attributes:
-        last_hidden_state: (B, Q, C) normalized queries of the last stage.
+        last_hidden_state: (B, Q, C) queries of the last stage after layer normalization.
         masks_queries_logits: (B, Q, H/4, W/4) mask logits of the last stage.
-        pooled_features: (B, Q, F) backbone features pooled under the last stage's masks; only if
-            `config.class_feature` asks for them.
-        mask_is_empty: (B, Q) whether the last stage's mask holds no pixel; only with `pooled_features`.
-        region_embeds: (B, Q, D) embeddings of the last stage's regions by the CLIP head of the backbone, not
-            normalized; zero where `config.ensemble_on_valid_mask` leaves them out. Only if `config.ensemble` asks for
-            them, and not in training.
-        mask_embeds: (B, Q, mask_feature_size) embeddings of the last stage; in training only, as the next.
-        mask_features: (B, mask_feature_size, H/4, W/4), whose products with `mask_embeds` are the mask logits.
-        stages: for each of the S stages the same values but the last, if asked for.
-        content_sizes: (B, 2) height and width in pixels of each image inside its padded input; with `pixel_mask`.
-        encoder_hidden_states: four maps (B, C_i, h_i, w_i) of the backbone, of strides 4, 8, 16, 32; this and the next
-            two with `output_hidden_states=True`.
-        pixel_decoder_hidden_states: three maps (B, C, h, w) of strides 32, 16, 8.
-        transformer_decoder_hidden_states: S times (B, Q, C), the queries before the first layer and after each.
-        attentions: for each layer of the mask decoder (B, heads, Q, Q) weights of its self-attention; this and the
-            next with `output_attentions=True`.
-        cross_attentions: for each layer (B, heads, Q, h*w) weights over the map of stride 32, 16 or 8, in turn.
+        pooled_features: (B, Q, F) features pooled under the masks of the last stage. None with
+            `config.class_feature="query"`.
+        mask_is_empty: (B, Q) boolean tensor, True where a mask of the last stage has no positive logit. Only with
+            `pooled_features`.
+        region_embeds: (B, Q, D) embeddings of the regions of the last stage by the backbone's CLIP head, not
+            normalized. They are zero for regions excluded by `config.ensemble_on_valid_mask`. Only with
+            `config.ensemble`, and not in training.
+        mask_embeds: (B, Q, mask_feature_size) mask embeddings of the last stage. Only in training.
+        mask_features: (B, mask_feature_size, H/4, W/4) features; their products with `mask_embeds` are the mask
+            logits. Only in training.
+        stages: Outputs of the S stages, with the fields up to `mask_embeds`. Only if requested.
+        content_sizes: (B, 2) height and width in pixels of each image inside its padded input. Only with a
+            `pixel_mask`.
+        encoder_hidden_states: Four feature maps (B, C_i, h_i, w_i) of the backbone, of strides 4, 8, 16 and 32. Only
+            with `output_hidden_states=True`.
+        pixel_decoder_hidden_states: Three feature maps (B, C, h, w) of strides 32, 16 and 8. Only with
+            `output_hidden_states=True`.
+        transformer_decoder_hidden_states: Queries (B, Q, C) of the S stages before layer normalization. Only with
+            `output_hidden_states=True`.
+        attentions: Self-attention weights (B, heads, Q, Q) of each layer of the mask decoder. Only with
+            `output_attentions=True`.
+        cross_attentions: Cross-attention weights (B, heads, Q, h*w) of each layer over the map of stride 32, 16 or 8
+            in turn. Only with `output_attentions=True`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -67,21 +73,21 @@ class GKCModelOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
 
     def states(self) -> dict[str, tuple[Tensor, ...]]:
-        """Return the hidden states and attentions that were asked for, by name."""
+        """Return the requested hidden states and attentions by name."""
         return {name: value for name, value in self.items() if name.endswith(("hidden_states", "attentions"))}
 
 
 @dataclass
 class GKCStageOutput(ModelOutput):
-    """Predictions of one decoder stage, for losses.
+    """Predictions of one decoder stage, which the losses use.
 
     Attributes:
-        class_queries_logits: (B, Q, K + 1) class logits, the last column no-object.
+        class_queries_logits: (B, Q, K + 1) class logits; the last column is no-object.
         masks_queries_logits: (B, Q, H/4, W/4) mask logits.
-        query_embeds: (B, Q, D) L2-normalized embeddings that are classified.
-        query_features: (B, Q, C) normalized queries.
-        mask_embeds: (B, Q, mask_feature_size), whose products with the output's `mask_features` are the mask logits;
-            in training only.
+        query_embeds: (B, Q, D) L2-normalized embeddings of the queries in the space of the text embeddings.
+        query_features: (B, Q, C) queries after layer normalization.
+        mask_embeds: (B, Q, mask_feature_size) mask embeddings; their products with `mask_features` of the model's
+            output are the mask logits. Only in training.
     """
 
     class_queries_logits: Tensor | None = None
@@ -96,20 +102,25 @@ class GKCForOpenVocabSegmentationOutput(ModelOutput):
     """Output of `GKCForOpenVocabSegmentation`.
 
     Attributes:
-        loss: Scalar, weighted sum of `loss_dict`; given with labels.
-        class_queries_logits: (B, Q, K + 1) class logits, the last column no-object. These and the mask logits come
-            next in `to_tuple()`, as Mask2Former's do.
+        loss: Scalar, the weighted sum of `loss_dict`. Only with labels.
+        class_queries_logits: (B, Q, K + 1) class logits; the last column is no-object. As in Mask2Former, these and
+            the mask logits follow the loss in `to_tuple()`.
         masks_queries_logits: (B, Q, H/4, W/4) mask logits.
-        query_embeds: (B, Q, D) L2-normalized embeddings of the queries in the text space; (B, Q, 2 * D) where
-            `config.ensemble` adds those of CLIP, which are zero for regions that it leaves out.
-        content_sizes: (B, 2) height and width in pixels of each image inside its padded input; None when the whole
-            input is image. Post-processing cuts the padding off with it.
-        loss_dict: Unweighted losses by name; `_0`, `_1`, ... mark stages before the last.
-        mask_features: (B, mask_feature_size, H/4, W/4), see `GKCStageOutput.mask_embeds`; in training only.
-        stages: the S stages' predictions, in training or with `output_stages=True`.
-        matches: for each stage and image the matched (queries, segments); given with labels.
-        encoder_hidden_states, pixel_decoder_hidden_states, transformer_decoder_hidden_states, attentions,
-            cross_attentions: as in `GKCModelOutput`, if asked for.
+        query_embeds: (B, Q, D) L2-normalized embeddings of the queries in the space of the text embeddings. With
+            `config.ensemble` (B, Q, 2 * D), where the second half is CLIP's embeddings of the regions, zero for
+            excluded regions.
+        content_sizes: (B, 2) height and width in pixels of each image inside its padded input, by which
+            post-processing removes the padding. None if the input is not padded.
+        loss_dict: Unweighted losses by name; the suffixes `_0`, `_1`, ... denote stages before the last. Only with
+            labels.
+        mask_features: (B, mask_feature_size, H/4, W/4) features, see `GKCStageOutput.mask_embeds`. Only in training.
+        stages: Predictions of the S stages. Only in training, with labels or with `output_stages=True`.
+        matches: Matched (queries, segments) of each stage and image. Only with labels.
+        encoder_hidden_states: As in `GKCModelOutput`.
+        pixel_decoder_hidden_states: As in `GKCModelOutput`.
+        transformer_decoder_hidden_states: As in `GKCModelOutput`.
+        attentions: As in `GKCModelOutput`.
+        cross_attentions: As in `GKCModelOutput`.
     """
 
     loss: Tensor | None = None

@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The text side of the segmenter: encoding, storing and resolving vocabularies, and classifying queries by them.
+"""Text methods of the segmentation models: encode, store and resolve vocabularies, and classify queries by them.
 
-Letters: B images, Q queries, D text-embedding width, K classes, P prompts (P >= K: synonyms, templates).
+Letters: B images, Q queries, D text-embedding width, K classes, N names, P prompts (P >= N >= K because of templates
+and synonyms), L tokens of a prompt.
 """
 
 import copy
@@ -44,16 +45,26 @@ PROMPTS_PER_PASS = 256
 
 
 class OpenVocabularyMixin:
-    """Text side of a model with a `text_model`, a `text_cache`, a `classifier` and buffers for a stored vocabulary."""
+    """Mixin with the text methods of the segmentation models.
+
+    The model must have a `text_model`, a `text_cache`, a `classifier`, and the buffers `vocabulary_embeds` and
+    `vocabulary_class_ids`.
+    """
 
     @can_return_tuple
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Output of the text tower for tokenized prompts (P, L), as CLIP's method of this name gives it.
+        """Return the output of the text tower, in the form of the method of this name of transformers' CLIP.
 
-        `pooler_output` (P, D) are the projected embeddings, not normalized; `embed_prompts` gives those that are
-        compared with queries. Hidden states and attentions come on request, as `CLIPTextModelWithProjection` has them.
+        Args:
+            input_ids: (P, L) token ids of the prompts.
+            attention_mask: (P, L) mask of the tokens, 0 at padding.
+            **kwargs: Further arguments of `CLIPTextModelWithProjection.forward`, such as `output_hidden_states`.
+
+        Returns:
+            The output of the text tower, whose `pooler_output` (P, D) are the projected embeddings before
+            normalization. `embed_prompts` returns the normalized embeddings.
         """
         output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
@@ -64,15 +75,22 @@ class OpenVocabularyMixin:
         )
 
     def embed_prompts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(P, D) L2-normalized embeddings of tokenized prompts (P, L); the text tower is frozen.
+        """Encode prompts with the frozen text tower.
 
-        Prompts that were asked for before come from `self.text_cache`, whichever vocabulary they stood in. A compiled
-        or exported graph always encodes them, all in one pass.
+        Embeddings of earlier calls are taken from `self.text_cache`. Compiled and exported graphs encode all prompts
+        in one pass and do not use the cache.
+
+        Args:
+            input_ids: (P, L) token ids of the prompts.
+            attention_mask: (P, L) mask of the tokens, 0 at padding.
+
+        Returns:
+            (P, D) L2-normalized embeddings.
         """
         if is_tracing(input_ids):
             with torch.no_grad():
                 return self._encode_pass(input_ids, attention_mask)
-        # Tensors made in inference mode could not be used in training later; those that are kept must be plain ones.
+        # Cached tensors are created outside of inference mode, because its tensors cannot be used in training.
         with torch.inference_mode(False), torch.no_grad():
             state = None if has_adapters(self.text_model) else self._text_state(input_ids.device.type)
             if state is None:
@@ -80,6 +98,7 @@ class OpenVocabularyMixin:
             return self.text_cache.embed(input_ids, attention_mask, self._encode_prompts, state)
 
     def _encode_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Encode prompts in passes of 256, which bounds the memory."""
         masks = [None] * len(input_ids) if attention_mask is None else attention_mask.split(PROMPTS_PER_PASS)
         passes = zip(input_ids.split(PROMPTS_PER_PASS), masks, strict=False)
         return torch.cat([self._encode_pass(ids, mask) for ids, mask in passes])
@@ -88,9 +107,10 @@ class OpenVocabularyMixin:
         return F.normalize(self.get_text_features(input_ids, attention_mask, return_dict=True).pooler_output, dim=-1)
 
     def _text_state(self, device: str) -> tuple | None:
-        """Return the state that text embeddings depend on beside the prompt: weights, device, type and autocast.
+        """Return what text embeddings depend on except for the prompt: autocast settings and weights.
 
-        None if the weights cannot be looked at.
+        Returns:
+            A hashable state, or None if the weights cannot be inspected.
         """
         weights = weights_state(self.text_model)
         if weights is None:
@@ -106,20 +126,23 @@ class OpenVocabularyMixin:
         names_per_class: Tensor | None = None,
         prompts_per_name: Tensor | None = None,
     ) -> GKCClassEmbeddings:
-        """Encode a vocabulary once, for many calls of `forward`.
+        """Encode a vocabulary once for many calls of `forward`.
 
         Args:
-            input_ids: (P, L) tokenized prompts.
-            attention_mask: (P, L), 0 at padding.
-            class_ids: (P,) class of each prompt; default: each name its own class.
-            name_ids: (P,) name of each prompt, 0..N-1, whose prompts (templates) are averaged; default: each prompt is
-                a name of its own.
-            names_per_class: (K,) number of names of each class, as GKCProcessor counts them; this and the next are
-                needed in compiled and exported graphs only.
-            prompts_per_name: (N,) number of prompts of each name.
+            input_ids: (P, L) token ids of the prompts.
+            attention_mask: (P, L) mask of the tokens, 0 at padding.
+            class_ids: (P,) class of each prompt, 0..K-1; default: each name is a class of its own.
+            name_ids: (P,) name of each prompt, 0..N-1; the embeddings of the prompts of a name, which differ by their
+                templates, are averaged. Default: each prompt is a name of its own.
+            names_per_class: (K,) number of names of each class, as counted by `GKCProcessor`; needed only in compiled
+                and exported graphs.
+            prompts_per_name: (N,) number of prompts of each name; needed only in compiled and exported graphs.
+
+        Returns:
+            The embeddings (N, D) of the names, the class of each, and the number of names of each class.
 
         Raises:
-            ValueError: If ids do not fit each other, or leave a class or a name out.
+            ValueError: If the ids do not fit each other, or a class or a name has no prompt.
         """
         check_prompts(input_ids, attention_mask)
         with torch.inference_mode(False), torch.no_grad():  # as for `embed_prompts`
@@ -137,19 +160,20 @@ class OpenVocabularyMixin:
         return GKCClassEmbeddings(class_embeds=embeds, class_ids=class_ids, names_per_class=names_per_class)
 
     def set_vocabulary(self, vocabulary: VocabularyLike, processor) -> None:
-        """Store a vocabulary with the checkpoint; `config.id2label` follows.
+        """Store a vocabulary in the model and its configuration, including `config.id2label`.
 
         Args:
-            vocabulary: Words in any form `GKCProcessor` takes: list, nested list of synonyms, "dog; sofa, couch", the
-                name of a packaged vocabulary ("ade20k_150"), a file, or `Vocabulary`.
+            vocabulary: Vocabulary in any form that `GKCProcessor` accepts: a list of names, a nested list of synonyms,
+                a string such as "dog; sofa, couch", the name of a packaged vocabulary such as "ade20k_150", a file, or
+                a `Vocabulary`.
             processor: `GKCProcessor` of this checkpoint.
 
         Raises:
-            ValueError: Labels that `Vocabulary` refuses, or classes that the text encoder cannot tell apart.
+            ValueError: If `Vocabulary` rejects the names, or the text tower gives two classes the same embedding.
         """
         vocabulary = Vocabulary.parse(vocabulary)
         encoded = EncodedVocabulary.encode(vocabulary, self, processor, distinct=True)
-        # A configuration of its own, so that no other model made from the same one claims these words.
+        # Copy the configuration, because other models may share it and do not have this vocabulary.
         self.config = copy.deepcopy(self.config)
         self.vocabulary_embeds = encoded.class_embeds
         self.vocabulary_class_ids = encoded.class_ids
@@ -163,7 +187,7 @@ class OpenVocabularyMixin:
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """Vocabulary that is stored in the checkpoint, None if there is none."""
+        """Vocabulary that is stored in the checkpoint, or None."""
         config = self.config
         if config.vocabulary is None:
             return None
@@ -176,9 +200,16 @@ class OpenVocabularyMixin:
         return self.classifier.temperature
 
     def class_logits(self, query_embeds: Tensor, class_embeds: Tensor) -> Tensor:
-        """(B, Q, P + 1) logits of normalized queries (B, Q, D) for normalized prompts (P, D) and for no-object.
+        """Compute the logits of query embeddings for prompts, with each prompt as a class of its own.
 
-        They are computed in fp32 at least: a temperature up to 100 would show the rounding of half precision.
+        Logits are computed in fp32 at least, because the temperature of up to 100 amplifies rounding errors.
+
+        Args:
+            query_embeds: (B, Q, D) L2-normalized embeddings of the queries.
+            class_embeds: (P, D) L2-normalized embeddings of the prompts.
+
+        Returns:
+            (B, Q, P + 1) logits; the last column is no-object.
         """
         prompts = ClassPrompts(class_embeds, None, len(class_embeds), "max")
         return self.classifier.classify_embeds(query_embeds, prompts)
@@ -191,17 +222,21 @@ class OpenVocabularyMixin:
         prompt_reduction: str | None = None,
         names_per_class: Tensor | None = None,
     ) -> Tensor:
-        """Classify the queries of an earlier output by another vocabulary, without computing the image again.
+        """Classify the queries of an earlier output by another vocabulary, without running the image path again.
 
         Args:
-            query_embeds: (B, Q, D) of an earlier output; they also tell how much of no-object is in a query.
-            class_embeds: (P, D) embeddings of the prompts; this and the rest as in `forward`.
-            class_ids: (P,) class of each prompt.
-            prompt_reduction: How the logits of the prompts of a class become one.
-            names_per_class: (K,) number of prompts of each class.
+            query_embeds: (B, Q, D) query embeddings of an earlier output.
+            class_embeds: (P, D) prompt embeddings computed by `get_class_embeddings`.
+            class_ids: (P,) class of each prompt; default: each prompt is a class of its own.
+            prompt_reduction: `mean`, `max` or `embedding_mean`; default: `config.prompt_reduction`.
+            names_per_class: (K,) number of names of each class, from `get_class_embeddings`; needed only in compiled
+                and exported graphs.
 
         Returns:
-            (B, Q, K + 1) class logits, the last column no-object.
+            (B, Q, K + 1) class logits; the last column is no-object.
+
+        Raises:
+            ValueError: As in `forward`.
         """
         prompts = self.resolve_vocabulary(
             class_ids=class_ids,
@@ -222,25 +257,25 @@ class OpenVocabularyMixin:
         names_per_class: Tensor | None = None,
         prompts_per_name: Tensor | None = None,
     ) -> ClassPrompts:
-        """Encode or look up the classes that are asked for, and check them; arguments and errors as in `forward`."""
+        """Encode the given prompts, or look up the stored vocabulary; arguments and errors as in `forward`."""
         reduction = prompt_reduction or self.config.prompt_reduction
         if reduction not in PROMPT_REDUCTIONS:
             raise ValueError(f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {reduction!r}.")
         if input_ids is not None and class_embeds is not None:
-            raise ValueError("Give the words as `input_ids` or as `class_embeds`, not both.")
+            raise ValueError("Give the vocabulary as `input_ids` or as `class_embeds`, not both.")
         if input_ids is not None:
             class_embeds, class_ids, names_per_class = self.get_class_embeddings(
                 input_ids, attention_mask, class_ids, name_ids, names_per_class, prompts_per_name
             ).to_tuple()
         elif name_ids is not None or attention_mask is not None:
-            raise ValueError("`attention_mask` and `name_ids` need `input_ids` beside them.")
+            raise ValueError("`attention_mask` and `name_ids` need `input_ids`: give these, too.")
         if class_embeds is None:
             if class_ids is not None:
-                raise ValueError("`class_ids` need `input_ids` or `class_embeds` beside them.")
+                raise ValueError("`class_ids` need `input_ids` or `class_embeds`: give one of them, too.")
             if self.vocabulary_embeds is None:
                 raise ValueError(
-                    "No words to segment into: give `input_ids` or `class_embeds` (GKCProcessor(text=...) makes "
-                    "them), or store a vocabulary with `model.set_vocabulary(...)`."
+                    "There is no vocabulary: give `input_ids`, which `GKCProcessor(text=...)` returns, or "
+                    "`class_embeds`, or store a vocabulary with `model.set_vocabulary(...)`."
                 )
             class_embeds, class_ids = self.vocabulary_embeds, self.vocabulary_class_ids
             num_classes = len(self.config.vocabulary)
@@ -251,7 +286,7 @@ class OpenVocabularyMixin:
             num_classes = len(class_embeds)
             if class_ids is not None:
                 num_classes = count_classes(class_ids, len(class_embeds), counts=names_per_class)
-                if num_classes == len(class_embeds):  # one name each, in the order of the classes or another
+                if num_classes == len(class_embeds):  # one name per class, in any order
                     class_embeds, class_ids = class_embeds[class_ids.argsort()], None
         if class_ids is not None and reduction == "embedding_mean":
             class_embeds, class_ids = average_class_embeds(class_embeds, class_ids, num_classes), None

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`GKCPreTrainedModel`: weight initialization, loading and attention implementations of the segmenter's models."""
+"""Base class of the segmentation models: weight initialization, loading and attention implementations."""
 
 import math
 
@@ -29,7 +29,7 @@ from .pixel_decoder import GKCDeformableAttention, GKCPixelDecoder
 
 
 class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
-    """Base of the segmenter's models: weight initialization, loading and attention implementations."""
+    """Base class of the segmentation models: weight initialization, loading and attention implementations."""
 
     config_class = GKCConfig
     config: GKCConfig
@@ -42,7 +42,7 @@ class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
     _no_split_modules = ["GKCPixelDecoder", "GKCMaskDecoder", "CLIPEncoderLayer"]
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """Set how attention is computed, as in transformers; a backbone that has no SDPA keeps what it has."""
+        """Set the attention implementation as in transformers; with "sdpa", parts without SDPA keep their own."""
         asked, has_text_model = attn_implementation, hasattr(self, "text_model")
         if isinstance(asked, str):
             parts = {"backbone_config": self.base_model.backbone}
@@ -55,7 +55,7 @@ class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
             self.config.text_config._attn_implementation = asked
 
     def enable_input_require_grads(self) -> None:
-        """Let gradients start at the images, which adapters need in re-entrant checkpointing, for any backbone."""
+        """Make the images require gradients, which adapters need in re-entrant gradient checkpointing."""
         self._require_grads_hook = self.base_model.backbone.register_forward_pre_hook(_require_gradients)
         self._require_grads_hooks = [self._require_grads_hook]
 
@@ -78,7 +78,7 @@ class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
         elif isinstance(module, CLIPResNetAttentionPooling):
             init.normal_(module.position_embedding, std=module.q_proj.in_features**-0.5)
         elif isinstance(module, OpenVocabularyMixin):
-            # Last, and not with the rest of the classifier, so that a seed gives the weights that it always gave.
+            # Initialized after the classifier, so that a seed gives the same weights as in earlier versions.
             if not isinstance(module.classifier, ConvexClassifier):
                 init.normal_(module.classifier.no_object_embedding)
             init.constant_(module.classifier.logit_scale, self.config.logit_scale_init_value)
@@ -98,7 +98,10 @@ def _require_gradients(module: nn.Module, args: tuple) -> tuple:
 
 
 def _init_deformable_attention(module: GKCDeformableAttention) -> None:
-    """Offsets start as rings: each head looks into its own direction, its points one cell further each."""
+    """Initialize deformable attention: each head samples points 1, 2, ... cells away in a direction of its own.
+
+    This is the initialization of Deformable DETR (Zhu et al., ICLR 2021). The attention weights start uniform.
+    """
     angles = torch.arange(module.num_heads) * (2 * math.pi / module.num_heads)
     directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
     directions = directions / directions.abs().amax(dim=-1, keepdim=True)

@@ -100,7 +100,7 @@ def test_models_of_timm_itself_run_train_and_load(real_timm, name, tmp_path, wit
 
 def test_levels_that_a_model_of_timm_lacks_are_said(real_timm):
     backbone = TimmBackboneConfig(backbone="convnext_atto", out_indices=(1, 2, 3, 4))
-    with pytest.raises(ValueError, match=r"timm's 'convnext_atto' does not have the levels .* \[1, 2, 3, 4\]: set"):
+    with pytest.raises(ValueError, match=r"model 'convnext_atto' does not have the levels .* \[1, 2, 3, 4\]: set"):
         GKCForOpenVocabSegmentation(tiny_config(backbone_config=backbone))
 
 
@@ -125,5 +125,5 @@ def test_the_last_four_stages_are_taken():
 
 def test_a_backbone_of_one_stride_says_so():
     model = GKCForOpenVocabSegmentation(tiny_config(backbone_config={"model_type": "dinov2", **FLAT})).eval()
-    with pytest.raises(ValueError, match="must give maps of strides 4, 8, 16 and 32"):
+    with pytest.raises(ValueError, match="must return feature maps of strides 4, 8, 16 and 32"):
         model(torch.rand(1, 3, 64, 64), class_embeds=torch.eye(2, 16))

@@ -311,8 +311,8 @@ def test_embeddings_of_nothing_known_are_no_object():
     names = text_space(5, 64, 0.8, generator)
     classifier = classifier_from(names)
     nothing = -F.normalize(names.sum(0), dim=0)[None, None]
-    read = classifier.read(nothing)
-    torch.testing.assert_close(read, torch.eye(6)[5:][None], atol=1e-6, rtol=0)
+    recovered = classifier.recover_probabilities(nothing)
+    torch.testing.assert_close(recovered, torch.eye(6)[5:][None], atol=1e-6, rtol=0)
     assert classifier.classify_embeds(nothing, ClassPrompts(names, None, 5, "max")).isfinite().all()
 
 

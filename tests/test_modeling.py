@@ -85,7 +85,7 @@ def test_text_must_come_in_exactly_one_form(model, tokens, pixel_values):
     embeds = model.get_class_embeddings(**tokens).class_embeds
     with pytest.raises(ValueError, match="not both"):
         model(pixel_values, class_embeds=embeds, **tokens)
-    with pytest.raises(ValueError, match="No words"):
+    with pytest.raises(ValueError, match="There is no vocabulary"):
         model(pixel_values)
     with pytest.raises(ValueError, match=r"\(prompts, 16\)"):
         model(pixel_values, class_embeds=embeds[:, :8])
@@ -132,7 +132,7 @@ def test_cached_queries_can_be_asked_for_other_words(model, tokens, pixel_values
 
 
 def test_useless_and_misspelt_arguments_are_refused(model, tokens, pixel_values):
-    with pytest.raises(ValueError, match="beside them"):
+    with pytest.raises(ValueError, match="need `input_ids`"):
         model(pixel_values, class_ids=CLASS_IDS)
     with pytest.raises(TypeError, match="class_embed"):
         model(pixel_values, class_embed=torch.randn(2, 16))
