@@ -46,6 +46,7 @@ _RENAMED_FIELDS = {
     "grounding_noun_dropout": "grounding.noun_dropout",
     "grounding_max_nouns": "grounding.max_nouns",
 }
+_RENAMED_RECIPES = {"own_folder": "custom"}
 _SIMILARITY = 0.6  # least similarity of a known name that is suggested for an unknown one
 
 
@@ -240,6 +241,8 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None, **short_nam
         ValueError: There is no such recipe or field, or a value is impossible.
     """
     known = recipe_names()
-    Section.require(name in known, f"There is no recipe {name!r}; there are {', '.join(known)}.")
+    renamed = _RENAMED_RECIPES.get(name)
+    hint = f"did you mean {renamed}?" if renamed else f"there are {', '.join(known)}."
+    Section.require(name in known, f"There is no recipe {name!r}; {hint}")
     recipe: Recipe = importlib.import_module(f"{__package__}.recipes.{name}").RECIPE
     return recipe.replace(changes, **short_names)

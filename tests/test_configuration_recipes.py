@@ -15,7 +15,7 @@ from train.engine.command import _attribute_descriptions
 from train.losses import distillation, synonyms
 
 COCO_RECIPES = ("coco_clip_r50", "coco_r101", "coco_clip_r50_opentrans", "coco_convnext_b")
-RECIPES = (*COCO_RECIPES, "miniworld", "own_folder")
+RECIPES = (*COCO_RECIPES, "custom", "miniworld")
 GOLDEN = Path(__file__).parent / "golden"
 ACCELERATE = Path(__file__).parent.parent / "configuration" / "accelerate"
 
@@ -183,8 +183,10 @@ def test_recipes_and_training_know_the_same_choices():
 
 
 def test_unknown_recipes_and_fields_are_refused():
-    with pytest.raises(ValueError, match=r"coco_clip_r50, .*coco_r101, miniworld, own_folder"):
+    with pytest.raises(ValueError, match=r"coco_clip_r50, .*coco_r101, custom, miniworld"):
         load_recipe("coco")
+    with pytest.raises(ValueError, match=r"There is no recipe 'own_folder'; did you mean custom\?"):
+        load_recipe("own_folder")
     with pytest.raises(ValueError, match=r"no field 'stepz'; did you mean optimizer.steps"):
         load_recipe("miniworld", stepz=3)
 

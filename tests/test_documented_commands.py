@@ -55,7 +55,7 @@ PARSED = {
     "gkc export": "takes ten seconds; run in tests/test_cli_export.py",
     "python words-onnx/run.py": "run in tests/test_export.py on the graph that the previous command writes",
     "python -m train coco_": "hours on GPUs, and COCO",
-    "python -m train own_folder dataset=data/my-tools": "run with drawn images by the same command in README",
+    "python -m train custom dataset=data/my-tools": "run with drawn images by the same command in README",
     "gkc segment photo.jpg --model DIR": "run with a trained model by another command in README",
     "python -m train my_recipe.py": "the file is a placeholder",
     "accelerate launch": "starts processes on GPUs; several are run in tests/test_distributed.py",
@@ -85,7 +85,7 @@ PARSED = {
 INLINE_PROGRAMS = r"(GKC_\w+=\S+ )?(gkc|python|make|accelerate|torchrun|pip|pytest) "
 # Appended so that the command takes seconds; the rest runs as typed.
 QUICK = {
-    "python -m train own_folder": (
+    "python -m train custom": (
         "steps=2 batch_size=2 num_workers=0 save_every=1 evaluate_every=2 log_every=1 train_num_points=64"
     ),
     "python -m train.data.drawn_world.examples --out my-shapes": "--masks 12",

@@ -19,7 +19,7 @@ def test_benchmark_is_prepared_trained_evaluated_and_reported(tmp_path, capsys, 
     assert prepare.main(["miniworld", "--source", world, "--out", asked, "--split", "val"]) == 0
 
     changes = ["steps=2", "batch_size=2", "num_workers=0", "log_every=1", "save_every=2", "evaluate_every=2"]
-    assert train(["own_folder", f"dataset={learned}", *changes, "--out", model]) == 0
+    assert train(["custom", f"dataset={learned}", *changes, "--out", model]) == 0
 
     results = [str(tmp_path / f"{name}.json") for name in ("trained", "shipped")]
     for name, result in zip((model, "hub_card/gkc-mini"), results, strict=True):

@@ -99,8 +99,8 @@ def test_names_that_the_checkpoint_cannot_tell_apart(tmp_path, capsys, monkeypat
     assert not (tmp_path / "data").exists()
     assert main(command) == 0
     error = capsys.readouterr().err
-    assert "warning: The recipe own_folder cannot start from" in error and "init_from=CHECKPOINT" in error
-    assert train_main(["own_folder", f"dataset={tmp_path / 'data'}", "--out", str(tmp_path / "run")]) == 2
+    assert "warning: The recipe custom cannot start from" in error and "init_from=CHECKPOINT" in error
+    assert train_main(["custom", f"dataset={tmp_path / 'data'}", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "'hammer', 'spanner'" in error and "Name another with init_from=CHECKPOINT" in error
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -315,7 +315,7 @@ def test_a_new_user_trains_on_a_folder_and_segments(tmp_path, capsys, monkeypatc
     assert main([str(tmp_path / "mine"), "--out", data]) == 0
     assert "5 train, 1 val" in capsys.readouterr().out
     changes = ["steps=2", "batch_size=2", "num_workers=0", "log_every=1", "save_every=2", "evaluate_every=2"]
-    assert train_main(["own_folder", f"dataset={data}", *changes, "--out", out]) == 0
+    assert train_main(["custom", f"dataset={data}", *changes, "--out", out]) == 0
     photo, shown = tmp_path / "mine" / "images" / "photo 0.png", tmp_path / "segmented"
     assert gkc_main(["segment", str(photo), "--model", out, "--out", str(shown)]) == 0
     assert any(path.stat().st_size for path in shown.rglob("*") if path.is_file())

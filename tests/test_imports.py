@@ -247,7 +247,7 @@ def test_help_and_vocabulary_commands_import_no_torch():
 
 # Every command of the repository, with arguments that need no work: help, usage errors and existing output folders.
 USAGE_ONLY = {
-    "train.engine.main": [["--help"], ["no_such_recipe"], ["own_folder", "lerning_rate=1"], ["own_folder", "--show"]],
+    "train.engine.main": [["--help"], ["no_such_recipe"], ["custom", "lerning_rate=1"], ["custom", "--show"]],
     "train.data.prepare": [["--help"], ["ade20k_150", "--help"], ["no_such_benchmark"]],
     "train.data.from_folder": [["--help"], ["tests", "--out", "tests"], ["absent", "--out", "absent-out"]],
     "train.data.view": [["--help"]],

@@ -315,9 +315,9 @@ def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_pat
 
 
 def test_fine_tuning_the_shipped_checkpoint_on_a_folder(workplace, tmp_path, monkeypatch):
-    """Recipe `own_folder` as it stands, but for its length, from another working folder."""
+    """Recipe `custom` as it stands, but for its length, from another working folder."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["own_folder", f"dataset={workplace.data}", "--out", str(tmp_path / "out"), "--report-to", "none"]
+    arguments = ["custom", f"dataset={workplace.data}", "--out", str(tmp_path / "out"), "--report-to", "none"]
     arguments += ["steps=3", "batch_size=2", "num_workers=0", "save_every=2", "train_num_points=64"]
     assert main(arguments) == 0
     before, after = (

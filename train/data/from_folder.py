@@ -265,12 +265,12 @@ def why_indistinct(vocabulary: Vocabulary, checkpoint: str) -> str | None:
 
 
 def _note_of_default(out: Path) -> str | None:
-    """What the recipe `own_folder` will refuse, if no other checkpoint is named."""
-    checkpoint = load_recipe("own_folder").model.init_from
+    """What the recipe `custom` will refuse, if no other checkpoint is named."""
+    checkpoint = load_recipe("custom").model.init_from
     if not (Path(checkpoint) / "config.json").is_file():
         return None
     reason = why_indistinct(Vocabulary.from_file(out / VOCABULARY_NAME), checkpoint)
-    return reason and f"The recipe own_folder cannot start from {reason} Name it with init_from=CHECKPOINT."
+    return reason and f"The recipe custom cannot start from {reason} Name it with init_from=CHECKPOINT."
 
 
 @interruptible("train.data.from_folder", "Nothing was written.")

@@ -25,9 +25,9 @@ DESCRIPTION = (
 )
 EXAMPLES = """\
 examples:
-  python -m train own_folder dataset=data/my-tools                     fine-tune on your own images
-  python -m train own_folder dataset=data/my-tools steps=200 --out runs/try
-  python -m train own_folder dataset=data/my-tools --resume            continue from the last checkpoint
+  python -m train custom dataset=data/my-tools                         fine-tune on your own images
+  python -m train custom dataset=data/my-tools steps=200 --out runs/try
+  python -m train custom dataset=data/my-tools --resume                continue from the last checkpoint
   python -m train coco_clip_r50 --show                                 print the settings without training
   accelerate launch --config_file configuration/accelerate/8gpu.yaml -m train coco_clip_r50
   python -m train my_recipe.py optimizer.learning_rate=1e-4 data.scale_range=0.5,2 model.config.num_queries=50
@@ -38,7 +38,7 @@ too. The value none stands for no value.
 
 A recipe of your own is a .py file that defines RECIPE, for example:
   from configuration import load_recipe
-  RECIPE = load_recipe("own_folder", {"data.dataset": "data/my-tools", "optimizer.steps": 1000})
+  RECIPE = load_recipe("custom", {"data.dataset": "data/my-tools", "optimizer.steps": 1000})
 
 The output folder receives checkpoint-<step> folders, tensorboard/, pictures/ of every evaluation and, at the end, the
 model, which can be used at once:
@@ -154,10 +154,10 @@ def read_recipe(given: str) -> tuple[str, Recipe]:
         ValueError: There is none.
     """
     if not given.endswith(".py"):
-        if given not in recipe_names():
-            listed = ", ".join(recipe_names())
-            raise ValueError(f"There is no recipe {given!r}; there are {listed}. The name of a file must end in .py.")
-        return given, load_recipe(given)
+        try:
+            return given, load_recipe(given)
+        except ValueError as error:
+            raise ValueError(f"{error} The path of a recipe file must end in .py.") from None
     path = Path(given)
     if not path.is_file():
         raise ValueError(f"There is no file {given}.")

@@ -222,7 +222,7 @@ def gate_of(model: MiniCLIP, crops: CropSet) -> dict:
 def save_clip(model: MiniCLIP, out: str | Path) -> None:
     """Save the towers as `vision/` and `text/` (safetensors), the tokenizer with the latter, and the temperature.
 
-    `clip=FOLDER` of a recipe and `--clip FOLDER` of `train.teacher.precompute` read it.
+    `clip=FOLDER` of a recipe and `--clip FOLDER` of `train.cache` read it.
     """
     out = Path(out)
     with atomic_folder(out / "vision", overwrite=True) as unfinished:

@@ -215,7 +215,7 @@ def _watched(
         yield image
 
 
-@interruptible("train.teacher.precompute", "The same command goes on from here.")
+@interruptible("train.cache", "The same command goes on from here.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 2 for an error of the user, which is one line on the error stream.
 
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.run(options, f"python -m train.cache {shlex.join(argv)}")
     except (ValueError, RuntimeError, OSError) as error:
         reason = error_line(error) if isinstance(error, OSError) else error
-        sys.stderr.write(f"train.teacher.precompute: error: {reason}\n")
+        sys.stderr.write(f"train.cache: error: {reason}\n")
         return 2
     return 0
 

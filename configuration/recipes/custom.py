@@ -1,8 +1,8 @@
 """Fine-tune a GKC checkpoint on your own images.
 
 Before:   python -m train.data.from_folder my-tools --out data/my-tools
-Command:  python -m train own_folder data.dataset=data/my-tools
-          python -m train own_folder data.dataset=data/my-tools model.init_from=my-checkpoint data.crop_size=512
+Command:  python -m train custom data.dataset=data/my-tools
+          python -m train custom data.dataset=data/my-tools model.init_from=my-checkpoint data.crop_size=512
 Hardware: any; with the shipped gkc-mini a step takes less than a second on two CPU cores.
 Expect:   segmentation of your classes, with an evaluation and pictures every 100 steps. The score depends on your
           data. Classes that your images do not show may be forgotten: model.clip=FOLDER distillation.weight=10
