@@ -299,9 +299,9 @@ def broken(index: int, row: dict) -> dict:
 def test_broken_pictures_are_left_out_up_to_a_limit(tmp_path, clip, capsys):
     toy_dataset(5, change=broken).save_to_disk(tmp_path / "data")
     assert run(tmp_path / "data", "--clip", clip, "--max-broken-samples", 1) == 2
-    assert "More than 1 pictures cannot be read" in capsys.readouterr().err
+    assert "More than 1 images cannot be read" in capsys.readouterr().err
     assert run(tmp_path / "data", "--clip", clip) == 0
-    assert "left out, cannot be read" in capsys.readouterr().err
+    assert "Skipped an image that cannot be read" in capsys.readouterr().err
     store = TeacherCache.open(folder_of(tmp_path / "data"), fingerprint(tmp_path / "data", clip))
     assert store.lookup(["toy-4"], [torch.tensor([300])])[0].shape == (1, 16)
 
@@ -317,7 +317,7 @@ def test_a_split_of_several_and_a_folder_elsewhere(tmp_path, clip, capsys):
     assert run(tmp_path / "data", "--clip", clip, "--split", "test") == 2
     assert "no split 'test', it has train, val" in capsys.readouterr().err
     assert run(tmp_path / "data", "--clip", tmp_path / "nothing") == 2
-    assert "holds no CLIP" in capsys.readouterr().err
+    assert "contains no CLIP" in capsys.readouterr().err
 
 
 def rss_mb() -> float:
@@ -536,7 +536,7 @@ def test_other_words_or_another_temperature_make_probabilities_stale(tmp_path, c
     with pytest.raises(ValueError, match="does not hold teacher embeddings but 'synonyms'"):
         TeacherCache.open(folder_of(data, "synonyms"), fingerprint(data, clip))
     few = BoxSynonyms(load_clip_towers(clip), Vocabulary([["disc"], ["square"]]))
-    with pytest.raises(ValueError, match=r"category ids \[2\], the vocabulary 2 classes"):
+    with pytest.raises(ValueError, match=r"category ids \[2\], but the vocabulary has 2 classes"):
         few.rows(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.tensor([0, 2]))
     assert len(dataset) == IMAGES
 
@@ -561,7 +561,7 @@ def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data-nouns", "wordnet"]
     capsys.readouterr()
     assert precompute.main(arguments) == 2
-    assert "data-nouns is there already" in capsys.readouterr().err
+    assert "data-nouns exists already" in capsys.readouterr().err
     assert precompute.main(["nouns", str(tmp_path / "nothing")]) == 2
     assert "is not a directory" in capsys.readouterr().err
 
@@ -581,4 +581,4 @@ def test_help_teaches(arguments, capsys):
 def test_an_unknown_place_is_asked_for(clip, monkeypatch, capsys):
     monkeypatch.setattr(load, "load_split", lambda name, split: toy_dataset(1))
     assert run("someone/pictures", "--clip", clip) == 2
-    assert "--out: someone/pictures is not a directory" in capsys.readouterr().err
+    assert "someone/pictures is not a local folder: give the folder of the cache with --out" in capsys.readouterr().err

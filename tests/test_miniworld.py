@@ -41,7 +41,7 @@ from train.miniworld.other_world import draw_other_world
 from train.miniworld.protocols import IGNORED, all_protocols, concepts, seen
 from train.miniworld.settings import CLIPTraining
 from train.miniworld.tokenizer import CONTEXT_LENGTH, build_tokenizer
-from train.teacher.crops import GREY, crop_region
+from train.teacher.crops import GRAY, crop_region
 
 TOY = CLIPTraining(steps=6, scenes=12, batch_size=16, half_size_share=0.5)
 
@@ -82,8 +82,8 @@ def test_crop_is_grey_outside_the_mask_and_keeps_or_stretches():
     mask[2, 3] = False
     stretched, padded = crop_region(image, mask, 16), crop_region(image, mask, 16, keep_aspect=True)
     assert stretched.shape == padded.shape == (16, 16, 3)
-    assert (padded[:6] == GREY).all() and (padded[10:] == GREY).all()
-    assert (padded[7:10] == 255).all() and padded[6, 0, 0] == GREY
+    assert (padded[:6] == GRAY).all() and (padded[10:] == GRAY).all()
+    assert (padded[7:10] == 255).all() and padded[6, 0, 0] == GRAY
     assert (stretched[8:] == 255).all() and stretched[0, 0, 0] < 160  # bicubic resizing overshoots
 
 

@@ -162,11 +162,11 @@ def test_save_and_load_with_explicit_fingerprint(tmp_path):
 def test_text_bank_holds_every_word_once_encoded(capsys):
     model, processor = toy_model(), toy_processor()
     bank = TextBank.from_vocabulary(VOCABULARY, model, processor)
-    assert "Embedding words" in capsys.readouterr().err
-    assert bank.words == ("disc", "round", "square", "block", "box", "grass", "lawn")
+    assert "Embedding names" in capsys.readouterr().err
+    assert bank.names == ("disc", "round", "square", "block", "box", "grass", "lawn")
     assert bank.class_ids.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert bank.name_prompts.tolist() == [0, 2, 5] and bank.num_classes == 3
-    inputs = processor(text=list(bank.words), return_tensors="pt")
+    inputs = processor(text=list(bank.names), return_tensors="pt")
     expected = model.embed_prompts(inputs["input_ids"], inputs["attention_mask"])
     torch.testing.assert_close(bank.embeds, expected, rtol=0, atol=1e-6)
 
@@ -183,7 +183,7 @@ def test_text_bank_averages_templates_and_shares_words_of_several_classes():
     with pytest.warns(UserWarning, match="shared"):
         shared = Vocabulary([["disc", "Round"], ["square", "round"]])
     bank = TextBank.from_vocabulary(shared, model, toy_processor(), progress=False)
-    assert torch.equal(bank.embeds[1], bank.embeds[3]) and bank.words == ("disc", "Round", "square", "round")
+    assert torch.equal(bank.embeds[1], bank.embeds[3]) and bank.names == ("disc", "Round", "square", "round")
 
 
 # ---- crops
@@ -365,7 +365,7 @@ def test_towers_of_gkc_convert(tmp_path):
 
 
 def test_what_is_no_clip_or_lacks_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no CLIP"):
+    with pytest.raises(ValueError, match="contains no CLIP"):
         load_vision_tower(tmp_path)
     model = toy_vision_model()
     state = {name: value for name, value in model.state_dict().items() if "out_proj" not in name}

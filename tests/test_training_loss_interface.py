@@ -166,7 +166,7 @@ def test_the_trainer_names_no_loss():
 def test_arguments_that_no_loss_takes_are_refused(tmp_path):
     recipe = Recipe().replace(distillation_weight=0.0)
     model, args = toy_model(**recipe.model_settings()), recipe.to_training_arguments(tmp_path)
-    with pytest.raises(TypeError, match="no argument noun_banc; losses take noun_bank, word_probabilities"):
+    with pytest.raises(TypeError, match="no argument noun_banc; losses take name_probabilities, noun_bank"):
         GKCTrainer(model, recipe, args, [], VOCABULARY, toy_processor(), noun_banc=None)
 
 

@@ -173,12 +173,12 @@ class Probable:
 
 def test_words_of_boxes_are_drawn_by_their_probabilities(tmp_path, dataset, rows, text_bank, teacher):
     recipe = RECIPE.replace(synonym_probabilities="boxes")
-    with pytest.raises(ValueError, match=r"word_probabilities.*train\.cache synonyms"):
+    with pytest.raises(ValueError, match=r"name_probabilities.*train\.cache synonyms"):
         make_trainer(tmp_path, dataset, teacher, recipe)
     table = synonym_table(text_bank.class_ids)
-    make = step_regions(recipe, text_bank, teacher, word_probabilities=Probable(dataset, table))
+    make = step_regions(recipe, text_bank, teacher, name_probabilities=Probable(dataset, table))
     regions = make([batch_of(rows, range(8))])[0]
-    words = [text_bank.words[prompt] for prompt in regions.prompts.tolist()]
+    words = [text_bank.names[prompt] for prompt in regions.prompts.tolist()]
     assert set(words) == {"round", "box", "lawn"}
     assert hasattr(SynonymProbabilities, "lookup")
 

@@ -1,4 +1,4 @@
-"""Precompute what training looks up instead of running CLIP in every step: `python -m train.cache --help`."""
+"""Entry point of `python -m train.cache`, which precomputes CLIP's outputs for a dataset."""
 
 import sys
 

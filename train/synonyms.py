@@ -1,4 +1,4 @@
-"""Build synonym lists for a vocabulary from WordNet: `python -m train.synonyms --help`."""
+"""Entry point of `python -m train.synonyms`, which builds synonym lists of a vocabulary from WordNet."""
 
 import sys
 

@@ -36,7 +36,7 @@ class SynonymLoss(TrainingLoss):
     """
 
     name = "synonyms"
-    sources = ("word_probabilities",)
+    sources = ("name_probabilities",)
 
     @classmethod
     def is_enabled(cls, recipe: Recipe) -> bool:
@@ -61,7 +61,7 @@ class SynonymLoss(TrainingLoss):
             return {}
         source = BoxSynonyms(caches.require_towers(self.setting_without_clip), caches.vocabulary)
         columns = max(map(len, caches.trained_vocabulary.names))
-        return {"word_probabilities": caches.open(SynonymProbabilities, source, columns)}
+        return {"name_probabilities": caches.open(SynonymProbabilities, source, columns)}
 
     def setup(self, context: LossContext) -> None:
         """Take the probabilities of each region's names, if they are drawn by them.
@@ -70,11 +70,11 @@ class SynonymLoss(TrainingLoss):
             ValueError: Probabilities are needed and were not given.
         """
         super().setup(context)
-        self._word_probabilities = context.sources.get("word_probabilities")
+        self._word_probabilities = context.sources.get("name_probabilities")
         is_boxes = self.settings.mode == "sample" and self.settings.probabilities == "boxes"
         if is_boxes and self._word_probabilities is None:
             raise ValueError(
-                "The recipe needs `word_probabilities`: pass what `python -m train.cache synonyms` made, or set "
+                "The recipe needs `name_probabilities`: pass what `python -m train.cache synonyms` made, or set "
                 f"{self.setting_without_clip}."
             )
 

@@ -1,4 +1,4 @@
-"""Open the caches of a dataset's regions that `python -m train.cache` wrote, as the recipe of a run asks for them."""
+"""Caches of a dataset's regions that `python -m train.cache` wrote, opened as a recipe requires."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,26 +22,26 @@ DATASET_VOCABULARY = "dataset"  # value of `data.vocabulary` that stands for the
 
 @dataclass(frozen=True)
 class JoinedLookup:
-    """Looks an image up in the first of several stores that has it.
+    """Lookup of regions in the first of several stores that contains their image.
 
     Attributes:
         stores: At least one store.
-        columns: Number of first columns that are returned; None for all.
+        columns: Number of leading columns to return; None returns all.
     """
 
     stores: Sequence[RegionStore]
     columns: int | None = None
 
     def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
-        """Rows (N, D) of each image's segments.
+        """Return the rows (N, D) of each image's segments (N,).
 
         Raises:
-            KeyError: No store has them.
+            KeyError: No store contains a segment; the message names it and its image.
         """
         images = zip(image_ids, segment_ids, strict=True)
-        return [self._of_image(image_id, ids)[:, : self.columns] for image_id, ids in images]
+        return [self._lookup_image(image_id, ids)[:, : self.columns] for image_id, ids in images]
 
-    def _of_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
+    def _lookup_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
         for store in self.stores[:-1]:
             try:
                 return store.lookup([image_id], [segment_ids])[0]
@@ -52,14 +52,14 @@ class JoinedLookup:
 
 @dataclass(frozen=True)
 class RegionCaches:
-    """The caches of a recipe's dataset.
+    """Caches of a recipe's dataset.
 
     Attributes:
-        recipe: Names the dataset, the vocabulary and the CLIP.
-        towers: The recipe's CLIP; None where it names none.
-        splits: The dataset as it is stored, which the caches are known by.
+        recipe: Recipe that names the dataset, the vocabulary and the CLIP.
+        towers: Towers of the recipe's CLIP; None if the recipe names none.
+        splits: Stored splits of the dataset, from which the fingerprints of the caches are computed.
         vocabulary: Classes of the dataset.
-        trained_vocabulary: Those of them that are trained.
+        trained_vocabulary: Classes that are trained on.
     """
 
     recipe: Recipe
@@ -69,28 +69,31 @@ class RegionCaches:
     trained_vocabulary: Vocabulary
 
     def require_towers(self, setting_without_clip: str) -> CLIPTowers:
-        """The towers of the recipe's CLIP.
+        """Return the towers of the recipe's CLIP.
+
+        Args:
+            setting_without_clip: Setting with which the recipe needs no CLIP, for the error message.
 
         Raises:
-            ValueError: There are none; the message names the setting with which none are needed.
+            ValueError: The recipe names no CLIP.
         """
         if self.towers is None:
             raise ValueError(
-                "The recipe has a teacher, but names no CLIP: give model.clip=FOLDER, or turn off what needs it with "
-                f"{setting_without_clip}."
+                f"The recipe needs a teacher but names no CLIP: give model.clip=FOLDER, or set {setting_without_clip}."
             )
         return self.towers
 
     def open(self, kind: type[RegionStore], source: RegionSource, columns: int | None = None) -> JoinedLookup:
-        """Open the caches of one kind of all splits.
+        """Open the caches of one kind for all splits.
 
         Args:
-            kind: The kind of store.
-            source: What made the rows; the caches must have its fingerprint.
-            columns: See `JoinedLookup`.
+            kind: Class of the store.
+            source: Source of the rows; the caches must have its fingerprint.
+            columns: Number of leading columns to return; None returns all.
 
         Raises:
-            ValueError: A cache is missing or was made from something else; the message has the command that makes it.
+            ValueError: A cache is missing or was made from other inputs; the message contains the command that
+                writes it.
         """
         dataset_path = self.recipe.data.dataset
         stores = []
@@ -105,7 +108,7 @@ class RegionCaches:
         return JoinedLookup(stores, columns)
 
     def _command(self, kind: type[RegionStore], split: str) -> str:
-        """The command that makes a cache."""
+        """Return the command that writes a cache."""
         dataset, vocabulary = self.recipe.data.dataset, self.recipe.data.vocabulary
         command = ["python", "-m", "train.cache", kind.kind, dataset, "--clip", self.recipe.model.clip]
         command += ["--split", split]
@@ -115,10 +118,10 @@ class RegionCaches:
         return shlex.join(command)
 
     def _check_distinct_images(self) -> None:
-        """Raise a `ValueError` if splits share an image id, by which alone an image is found."""
+        """Raise a `ValueError` if two splits share an image id, because rows are looked up by image id."""
         first, second = (set(dataset["image_id"][:]) for dataset in self.splits.values())
         if common := sorted(first & second):
             raise ValueError(
                 f"The splits {' and '.join(self.splits)} share {len(common)} image ids, such as {common[0]!r}: give "
-                "every image its own id, or set data.eval_split=none."
+                "every image a unique id, or set data.eval_split=none."
             )

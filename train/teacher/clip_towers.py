@@ -1,4 +1,4 @@
-"""Loading the two towers of a CLIP from the folders in which they come."""
+"""Loading of CLIP's image and text towers from folders and Hub repositories."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 CLIP_VOCABULARY_SIZE = 49_408
-CLIP_LOGIT_SCALE = 100.0  # of all that OpenAI published
+CLIP_LOGIT_SCALE = 100.0  # the same in all of OpenAI's checkpoints
 _VISION_CLASSES = {
     "clip_resnet": CLIPResNetVisionModel,
     "clip_vision_model": CLIPVisionModelWithProjection,
@@ -35,7 +35,14 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 class CLIPTowers(NamedTuple):
-    """Both towers of a CLIP, in evaluation mode and fp32, its tokenizer, and the factor of its cosines."""
+    """Image and text tower of a CLIP, in evaluation mode and fp32.
+
+    Attributes:
+        vision_model: Image tower.
+        text_model: Text tower.
+        tokenizer: Tokenizer of the text tower.
+        logit_scale: Factor of the cosine similarities of images and texts.
+    """
 
     vision_model: nn.Module
     text_model: CLIPTextModelWithProjection
@@ -44,19 +51,24 @@ class CLIPTowers(NamedTuple):
 
 
 def load_clip_towers(path: str | Path) -> CLIPTowers:
-    """Load both towers of a CLIP.
+    """Load the image tower, text tower and tokenizer of a CLIP.
+
+    Three layouts are supported: a `CLIPModel` of transformers; a folder that `gkc convert clip-resnet --text` wrote,
+    with the image tower at its top and the text tower in `text/`; and a folder that `train.miniworld` wrote, with
+    `vision/` and `text/`.
+
+    The tokenizer is read from the folder of the text tower. If it has none and its vocabulary has the size of
+    OpenAI's, OpenAI's tokenizer is used. The logit scale is that of the `CLIPModel`, or `logit_scale` in the file
+    `clip.json`, or 100.
 
     Args:
-        path: A folder or the name of a Hub repository, in one of three layouts:
-            a `CLIPModel` of transformers;
-            what `gkc convert clip-resnet --text` writes: the image tower, and the text tower in `text/`;
-            what `train.miniworld` writes: `vision/` and `text/`.
-            The tokenizer lies beside the text tower; where it does not and the tower is of OpenAI's size, it is taken
-            from their repository. The factor of the cosines is that of a `CLIPModel`, or `logit_scale` in a file
-            `clip.json`, or else 100.
+        path: Folder or name of a Hub repository.
+
+    Returns:
+        The towers in evaluation mode and fp32.
 
     Raises:
-        ValueError: a part is missing or something else; the message says what to do.
+        ValueError: A part is missing or cannot be used; the message says what to do.
     """
     vision_model = load_vision_tower(path)
     subfolder, kind = _find(path, ("text", ""), _TEXT_CLASSES)
@@ -65,26 +77,33 @@ def load_clip_towers(path: str | Path) -> CLIPTowers:
     text_model = _load(_TEXT_CLASSES[kind], path, subfolder)
     widths = vision_model.config.projection_dim, text_model.config.projection_dim
     if widths[0] != widths[1]:
-        raise ValueError(f"The towers of {path} do not belong together: they embed in {widths[0]} and {widths[1]}.")
+        raise ValueError(
+            f"The towers of {path} embed in {widths[0]} and {widths[1]} dimensions, which must be equal: "
+            "convert both from one CLIP."
+        )
     return CLIPTowers(vision_model, text_model, _tokenizer(path, subfolder, text_model), _logit_scale(path, kind))
 
 
 def load_vision_tower(path: str | Path) -> nn.Module:
-    """Load the image tower of a CLIP, in evaluation mode and fp32; layouts as of `load_clip_towers`, text not needed.
+    """Load the image tower of a CLIP, in evaluation mode and fp32.
+
+    Args:
+        path: Folder or name of a Hub repository, in a layout of `load_clip_towers`. The text tower may be missing.
 
     Raises:
-        ValueError: there is none, or its weights are not all there.
+        ValueError: There is no image tower, or some of its weights are missing.
     """
     subfolder, kind = _find(path, ("", "vision"), _VISION_CLASSES)
     if kind is None:
         raise ValueError(
-            f"{path} holds no CLIP: name a folder that `gkc convert clip-resnet` wrote, or a transformers CLIPModel."
+            f"{path} contains no CLIP: name a folder that `gkc convert clip-resnet` wrote, or a "
+            "transformers CLIPModel."
         )
     return _load(_VISION_CLASSES[kind], path, subfolder)
 
 
 def _find(path: str | Path, subfolders: tuple[str, ...], kinds: dict) -> tuple[str, str | None]:
-    """The first subfolder with a model of one of the kinds, and its kind."""
+    """Return the first subfolder that contains a model of one of the kinds, and the kind."""
     for subfolder in subfolders:
         try:
             kind = AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=False).model_type
@@ -96,6 +115,7 @@ def _find(path: str | Path, subfolders: tuple[str, ...], kinds: dict) -> tuple[s
 
 
 def _load(model_class: type[PreTrainedModel], path: str | Path, subfolder: str) -> nn.Module:
+    """Load a model in evaluation mode; raise a `ValueError` if a file is damaged or a parameter is missing."""
     try:
         check_shard_paths(path, subfolder)
         model, info = model_class.from_pretrained(
@@ -110,32 +130,32 @@ def _load(model_class: type[PreTrainedModel], path: str | Path, subfolder: str) 
 
 
 def _tokenizer(path: str | Path, subfolder: str, text_model: nn.Module) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a text tower, or OpenAI's if there is none."""
     vocabulary_size = text_model.config.vocab_size
     if any(_has_file(path, subfolder, name) for name in _TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
     elif vocabulary_size == CLIP_VOCABULARY_SIZE:
-        tokenizer = _openai_tokenizer(Path(path) / subfolder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(CLIP_TOKENIZER, trust_remote_code=False)
+        except OSError as error:
+            folder = Path(path) / subfolder
+            save = f"AutoTokenizer.from_pretrained('{CLIP_TOKENIZER}').save_pretrained('{folder}')"
+            raise ValueError(
+                f"{folder} has no tokenizer and {CLIP_TOKENIZER} cannot be reached; where it can, run {save} in "
+                "Python."
+            ) from error
     else:
         raise ValueError(f"{Path(path) / subfolder} has no tokenizer: save it there with `tokenizer.save_pretrained`.")
     if len(tokenizer) > vocabulary_size:
         raise ValueError(
-            f"The tokenizer of {path} has {len(tokenizer)} tokens, its text tower {vocabulary_size}: they do not "
-            "belong together."
+            f"The tokenizer of {path} has {len(tokenizer)} tokens, its text tower only {vocabulary_size}: save "
+            "the tokenizer of this text tower there."
         )
     return tokenizer
 
 
-def _openai_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(CLIP_TOKENIZER, trust_remote_code=False)
-    except OSError as error:
-        save = f"AutoTokenizer.from_pretrained('{CLIP_TOKENIZER}').save_pretrained('{folder}')"
-        raise ValueError(
-            f"{folder} has no tokenizer and {CLIP_TOKENIZER} cannot be reached; where it can, run {save} in Python."
-        ) from error
-
-
 def _logit_scale(path: str | Path, kind: str) -> float:
+    """Return the factor of the cosine similarities."""
     if _has_file(path, "", "clip.json"):
         return float(json.loads(Path(cached_file(path, "clip.json")).read_text())["logit_scale"])
     if kind == "clip":
@@ -144,6 +164,7 @@ def _logit_scale(path: str | Path, kind: str) -> float:
 
 
 def _has_file(path: str | Path, subfolder: str, name: str) -> bool:
+    """Return whether a folder or Hub repository contains a file."""
     found = cached_file(
         path,
         name,

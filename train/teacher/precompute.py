@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 CACHES = "gkc_cache"
 DATA_FINGERPRINT = "data.json"
 DTYPES = ("float32", "bfloat16", "float16")
-_LONGEST_WAIT = timedelta(days=2)  # of a process that is done for those that are not
+_BARRIER_TIMEOUT = timedelta(days=2)  # for which a process that has finished waits for the others
 
-DESCRIPTION = "Precompute what training needs of every annotated region, and store it beside the dataset."
+DESCRIPTION = "Precompute CLIP's outputs and caption nouns of a dataset, so that training need not compute them."
 EXAMPLES = """\
 examples:
   python -m train.cache teacher data/coco --clip clip-rn50
@@ -48,30 +48,30 @@ examples:
 DATASET is a folder that `save_to_disk` or `python -m train.data.prepare` wrote, or a name on the Hub (then --out is
 needed). CLIP is a folder that `gkc convert clip-resnet` wrote, or a CLIPModel of transformers.
 
-A cache is written in shards, each whole or not there. The same command given again goes on where a killed one stopped,
-with any number of processes. A cache of other data, another teacher or other crops is refused, here and in training,
-with what differs; a half-written one is refused in training.
+A cache is written in shards, each of which is written atomically. If the command is interrupted, run it again to
+continue, with any number of processes. A cache of other data, another teacher or other crop settings is rejected with
+a message that names the difference, here and in training. Training also rejects incomplete caches.
 
 `python -m train.cache COMMAND --help` explains each command.
 """
 TEACHER_EXAMPLES = """\
-Recipes with `teacher="cached"` look up the embeddings of CLIP's image tower that this command makes: of every segment
-with a pixel but crowds, grey outside its mask, cut to its box. They take 2 D bytes a region: 3.1 GB for COCO
-(118,000 images, 1.5 million regions, D = 1024).
+Computes the embedding of every annotated region by CLIP's image tower, for recipes with teacher.source=cached. A
+region is cropped to its bounding box, gray outside its mask. Crowds and segments without a pixel have no embedding. An
+embedding of D dimensions takes 2 D bytes: 3.1 GB for COCO (118,000 images, 1.5 million regions, D = 1024).
 
 examples:
   python -m train.cache teacher data/coco --clip clip-rn50
       writes data/coco/gkc_cache/train/teacher
   accelerate launch --num_processes 8 -m train.cache teacher data/coco --clip clip-rn50 --dtype bfloat16
-  python -m train.cache teacher someone/pictures --split validation --clip openai/clip-vit-base-patch32 --out cache
+  python -m train.cache teacher someone/images --split validation --clip openai/clip-vit-base-patch32 --out cache
 """
 SYNONYMS_EXAMPLES = """\
-Recipes with `synonym_mode="sample"` and `synonym_probabilities="boxes"` draw the words of a region among those that
-CLIP finds probable for it. As published: the box of the region with all that is in it, "a photo of" the word, a
-softmax over the words of its class.
+Computes the probability of every name of a region's class by CLIP, for recipes with synonyms.mode=sample and
+synonyms.probabilities=boxes. As published, CLIP compares the region's unmasked bounding box with the texts "a photo of
+NAME", and the softmax is over the names of the region's class.
 
---vocabulary must be the vocabulary that is trained with: the name of a packaged one (`gkc vocab list`), or a .json,
-.csv or .txt file.
+--vocabulary must be the training vocabulary: the name of a packaged one (`gkc vocab list`), or a .json, .csv or .txt
+file.
 
 examples:
   python -m train.cache synonyms data/coco --clip clip-rn50 --vocabulary coco_panoptic_133
@@ -79,8 +79,8 @@ examples:
   python -m train.cache synonyms data/tools --clip clip-rn50 --vocabulary tools.json
 """
 NOUNS_EXAMPLES = """\
-Recipes with `grounding_weight` align regions with the nouns of captions. This command writes the dataset again with a
-column `nouns`; the old one stays as it is. Caches that lie beside it hold for the new one too and are linked there.
+Writes a copy of the dataset with a column `nouns`, the nouns of each image's captions, for recipes with a positive
+grounding.weight. The dataset itself is not changed. Its caches are valid for the copy too and are linked there.
 
 examples:
   python -m train.cache nouns data/coco
@@ -89,18 +89,23 @@ examples:
 
 
 def cache_folder(dataset_folder: str | Path, split: str, kind: str) -> Path:
-    """Where a cache of a dataset lies unless told otherwise: `<dataset folder>/gkc_cache/<split>/<kind>`.
+    """Return the default folder of a cache, `<dataset folder>/gkc_cache/<split>/<kind>`.
 
     Args:
-        dataset_folder: that `save_to_disk` wrote.
-        split: such as `train`, also where the folder holds a single split.
-        kind: `teacher` or `synonyms`.
+        dataset_folder: Folder that `save_to_disk` wrote.
+        split: Name of the split, such as `train`, also if the folder contains a single split.
+        kind: Kind of the cache, `teacher` or `synonyms`.
     """
     return Path(dataset_folder) / CACHES / split / kind
 
 
 def fingerprint_file(dataset_folder: str | Path, split: str) -> Path | None:
-    """Where the data's fingerprint is remembered, for `fingerprint(dataset, remember)`; None without a directory."""
+    """Return the file that stores the hash of a split; None if the dataset is not a local folder.
+
+    Args:
+        dataset_folder: Folder of the dataset, or its name on the Hub.
+        split: Name of the split.
+    """
     return cache_folder(dataset_folder, split, DATA_FINGERPRINT) if Path(dataset_folder).is_dir() else None
 
 
@@ -117,23 +122,24 @@ def write_cache(
     command: str = "",
     progress: bool = True,
 ) -> None:
-    """Write a cache, or what is missing of it; called by all processes of an `accelerate launch` alike.
+    """Write a cache, or its missing shards; all processes of an `accelerate launch` must call this together.
 
     Args:
-        source: makes the rows.
-        dataset: in the schema of `train.data`.
-        folder: of the cache.
-        fingerprint: what the cache is known by, from `source.fingerprint`.
-        batch_size: crops per pass.
-        num_workers: processes that read and crop, for each process.
-        images_per_shard: a killed process loses at most so many; a cache that was begun keeps its own.
-        max_broken_samples: pictures of a process that cannot be read are reported and left out; one more stops.
-        writing: what else must stay the same when a killed run goes on.
-        command: tells users how to complete the cache.
-        progress: show a bar.
+        source: Source of the rows.
+        dataset: Dataset in the schema of `train.data`.
+        folder: Folder of the cache.
+        fingerprint: Hashes that identify the inputs of the cache, from `source.fingerprint`.
+        batch_size: Number of crops in a forward pass.
+        num_workers: Number of data loading processes of each process.
+        images_per_shard: Number of images in a shard, which a killed process repeats at most. An incomplete cache
+            keeps its own number.
+        max_broken_samples: Number of unreadable images that each process reports and skips before it stops.
+        writing: Further settings that must be the same when an incomplete cache is continued.
+        command: Command that completes the cache, for error messages of training.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: the folder holds a cache of something else; there are no regions; too many pictures are broken.
+        ValueError: The folder contains a cache of other inputs, there are no regions, or too many images are broken.
     """
     from ..storage.shards import StoreSettings, StoreWriter
     from .region_rows import embed_images, read_regions
@@ -155,10 +161,10 @@ def write_cache(
     (pending,) = _from_main(state, lambda: writer.pending())
     own = pending[state.process_index :: state.num_processes]
     positions = [position for shard in own for position in writer.settings.images_of(shard)]
-    listed = _listed_regions(dataset)[positions].tolist()
+    listed = _count_segments(dataset)[positions].tolist()
     with _bar(sum(listed), state, progress) as bar:
         read = read_regions(dataset, source, positions, num_workers)
-        images = _watched(read, listed, bar, max_broken_samples)
+        images = _track_progress(read, listed, bar, max_broken_samples)
         for shard in own:
             of_shard = (next(images) for _ in writer.settings.images_of(shard))
             regions = embed_images(of_shard, source, batch_size)
@@ -170,29 +176,29 @@ def write_cache(
 
 
 def _processes() -> PartialState:
-    """Those of an `accelerate launch`, or this one alone."""
+    """Return the state of the processes of an `accelerate launch`, or of the only process."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_LONGEST_WAIT)
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_BARRIER_TIMEOUT)
 
 
 def _from_main(state: PartialState, make: Callable[[], Any]) -> list[Any]:
-    """What the main process makes, in all processes."""
+    """Call a function in the main process and return its result, in a list, in all processes."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([make() if state.is_main_process else None])
 
 
 def _bar(total: int, state: PartialState, progress: bool) -> tqdm:
-    """A bar over the regions that the main process embeds, with their rate."""
+    """Return a progress bar for the regions that the main process embeds."""
     others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     hidden = not progress or not state.is_main_process
     return tqdm(desc=f"Embedding regions{others}", total=total, unit="region", disable=hidden)
 
 
-def _listed_regions(dataset: Dataset) -> np.ndarray:
-    """Segments of every image, with a pixel or not."""
+def _count_segments(dataset: Dataset) -> np.ndarray:
+    """Return the number of segments of every image, empty ones included."""
     import pyarrow.compute as pc
 
     tables = dataset.select_columns("segments").with_format("arrow").iter(10_000)
@@ -200,27 +206,33 @@ def _listed_regions(dataset: Dataset) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype=np.int64), *counts]).astype(np.int64)
 
 
-def _watched(
+def _track_progress(
     images: Iterable[ImageRegions], listed: Iterable[int], bar: tqdm, max_broken: int
 ) -> Iterator[ImageRegions]:
-    """The same images; the bar moves, and broken ones are reported until they are too many."""
+    """Yield images, advance the progress bar, report unreadable images, and raise if there are too many."""
     broken = 0
     for image, count in zip(images, listed, strict=True):
         if image.broken is not None:
             broken += 1
-            tqdm.write(f"left out, cannot be read: {image.broken}", file=sys.stderr)
+            tqdm.write(f"Skipped an image that cannot be read: {image.broken}", file=sys.stderr)
         if broken > max_broken:
-            raise ValueError(f"More than {max_broken} pictures cannot be read, the last: {image.broken}")
+            raise ValueError(
+                f"More than {max_broken} images cannot be read; repair them or raise --max-broken-samples. The last: "
+                f"{image.broken}"
+            )
         bar.update(count)
         yield image
 
 
-@interruptible("train.cache", "The same command goes on from here.")
+@interruptible("train.cache", "Run the same command again to continue.")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 2 for an error of the user, which is one line on the error stream.
+    """Run `python -m train.cache`.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None uses those of the process.
+
+    Returns:
+        The exit code: 0, or 2 for a usage error, which is printed as one line on the error stream.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
@@ -241,12 +253,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    teacher = _add_command(commands, "teacher", "embeddings of all masked regions", TEACHER_EXAMPLES, _teacher)
+    teacher = _add_command(
+        commands, "teacher", "CLIP image embeddings of all annotated regions", TEACHER_EXAMPLES, _teacher
+    )
     _add_cache_options(teacher)
-    aspect = "keep the aspect ratio of a crop, with grey around it (default: stretched to a square, as published)"
+    aspect = "pad crops with gray to a square (default: stretch them to a square, as published)"
     teacher.add_argument("--keep-aspect", action="store_true", help=aspect)
     synonyms = _add_command(
-        commands, "synonyms", "how probable the words of a region are", SYNONYMS_EXAMPLES, _synonyms
+        commands, "synonyms", "CLIP's probabilities of the names of each region's class", SYNONYMS_EXAMPLES, _synonyms
     )
     _add_cache_options(synonyms)
     add = synonyms.add_argument
@@ -257,18 +271,21 @@ def _parser() -> argparse.ArgumentParser:
         help="training vocabulary: a packaged name or a vocabulary file",
     )
     add(
-        "--logit-scale", type=float, metavar="X", help="factor of the cosines (default: CLIP's own; OpenAI's have 100)"
+        "--logit-scale",
+        type=float,
+        metavar="X",
+        help="factor of the cosine similarities (default: CLIP's own; 100 for OpenAI's)",
     )
-    nouns = _add_command(commands, "nouns", "nouns of the captions, for grounding", NOUNS_EXAMPLES, _nouns)
+    nouns = _add_command(commands, "nouns", "nouns of the captions, for caption grounding", NOUNS_EXAMPLES, _nouns)
     add = nouns.add_argument
-    add("--out", type=Path, metavar="DIR", help="new folder of the dataset (default: DATASET-nouns)")
+    add("--out", type=Path, metavar="DIR", help="folder of the new dataset (default: DATASET-nouns)")
     add(
         "--wordnet",
         type=Path,
         metavar="DIR",
-        help="take nouns from this WordNet (default: nltk's tagger, else WordNet)",
+        help="find nouns with this WordNet (default: nltk's tagger if its data is installed, or else WordNet)",
     )
-    add("--num-proc", type=_positive, default=1, metavar="N", help="processes (default: %(default)s)")
+    add("--num-proc", type=_positive, default=1, metavar="N", help="number of processes (default: %(default)s)")
     return parser
 
 
@@ -291,14 +308,18 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", help="dataset split to embed (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="folder of the cache (default: DATASET/gkc_cache/SPLIT/COMMAND)")
     add(
-        "--batch-size", type=_positive, default=256, metavar="N", help="crops in a forward pass (default: %(default)s)"
+        "--batch-size",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="number of crops in a forward pass (default: %(default)s)",
     )
-    workers = "data loading processes of each process (default: %(default)s)"
+    workers = "number of data loading processes of each process (default: %(default)s)"
     add("--num-workers", type=int, default=4, metavar="N", help=workers)
     add("--dtype", choices=DTYPES, default="float32", help="data type in which CLIP computes (default: %(default)s)")
-    broken = "unreadable images to skip before the command stops (default: %(default)s)"
+    broken = "number of unreadable images to skip before the command stops (default: %(default)s)"
     add("--max-broken-samples", type=int, default=100, metavar="N", help=broken)
-    shard = "images in a shard; a killed process repeats at most these (default: %(default)s)"
+    shard = "number of images in a shard, which a killed process repeats at most (default: %(default)s)"
     add("--images-per-shard", type=_positive, default=500, metavar="N", help=shard)
 
 
@@ -309,6 +330,7 @@ def _positive(text: str) -> int:
 
 
 def _teacher(options: argparse.Namespace, command: str) -> None:
+    """Run `train.cache teacher`."""
     from .clip_towers import load_vision_tower
     from .region_teacher import RegionTeacher
 
@@ -317,6 +339,7 @@ def _teacher(options: argparse.Namespace, command: str) -> None:
 
 
 def _synonyms(options: argparse.Namespace, command: str) -> None:
+    """Run `train.cache synonyms`."""
     from .clip_towers import load_clip_towers
     from .synonym_probabilities import BoxSynonyms
 
@@ -330,6 +353,7 @@ def _synonyms(options: argparse.Namespace, command: str) -> None:
 
 
 def _write(source: RegionSource, models: list[nn.Module], options: argparse.Namespace, command: str) -> None:
+    """Write the cache of one source as the command line says."""
     import torch
 
     from ..data.load import load_split
@@ -339,11 +363,11 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
     folder = options.out
     if folder is None:
         if not Path(options.dataset).is_dir():
-            raise ValueError(f"--out: {options.dataset} is not a directory; name one for the cache.")
+            raise ValueError(f"{options.dataset} is not a local folder: give the folder of the cache with --out.")
         folder = cache_folder(options.dataset, options.split, source.kind)
     _check_distinct_ids(dataset)
     remember = fingerprint_file(options.dataset, options.split)
-    # Before the models change their precision: training compares with the weights as they are loaded.
+    # Computed before the models change their precision, because training compares the weights as they are loaded.
     (fingerprint,) = _from_main(state, lambda: source.fingerprint(dataset, remember))
     for model in models:
         model.to(device=state.device, dtype=getattr(torch, options.dtype))
@@ -365,23 +389,25 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
 
 
 def _check_distinct_ids(dataset: Dataset) -> None:
+    """Raise a `ValueError` if two images of a dataset have the same id."""
     image_ids = dataset["image_id"][:]
     if len(set(image_ids)) < len(image_ids):
         repeated = next(image_id for image_id, count in Counter(image_ids).items() if count > 1)
-        raise ValueError(f"Several images of the dataset have the image_id {repeated!r}; give each its own.")
+        raise ValueError(f"Several images of the dataset have the image_id {repeated!r}: give each a unique one.")
 
 
 def _nouns(options: argparse.Namespace, command: str) -> None:
+    """Run `train.cache nouns`."""
     from datasets import DatasetDict
 
-    from ..data.wordnet.caption_nouns import add_nouns  # needs nltk, the others do not
+    from ..data.wordnet.caption_nouns import add_nouns  # needs nltk, which the other commands do not
 
     source = Path(options.dataset)
     if not source.is_dir():
         raise ValueError(f"DATASET: {source} is not a directory; save the dataset first with `save_to_disk`.")
     out = options.out or source.with_name(f"{source.name}-nouns")
     if out.exists():
-        raise ValueError(f"--out: {out} is there already; name a new folder.")
+        raise ValueError(f"--out: {out} exists already; name a new folder.")
     if not _processes().is_main_process:
         return
     from ..data.load import load_splits, write_dataset_checksums
@@ -408,7 +434,7 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """The same file under another name; a copy where the file system has no such links."""
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""From the pictures of a dataset to one row of numbers for each annotated region: reading, cropping, batching.
+"""Reading, cropping and batching of annotated regions, for caches with one row of numbers for each region.
 
 Letters: R regions in all, N regions of an image, S side of a crop, D columns of a row.
 """
@@ -19,13 +19,13 @@ Crop = Callable[[np.ndarray, np.ndarray], np.ndarray]  # image (H, W, 3) uint8 a
 
 
 class RegionSource(Protocol):
-    """What makes rows out of regions.
+    """Interface of objects that compute one row of numbers for each region.
 
     Attributes:
-        kind: of the store that holds the rows, `teacher` or `synonyms`.
-        columns: D.
-        with_crowds: whether crowds have rows too.
-        crop: what is seen of a region; runs in the processes that read.
+        kind: Kind of the store of the rows, `teacher` or `synonyms`.
+        columns: Number D of columns of a row.
+        with_crowds: Whether crowds have rows too.
+        crop: Function that crops a region. It runs in the data loading processes.
     """
 
     kind: str
@@ -34,14 +34,36 @@ class RegionSource(Protocol):
     crop: Crop
 
     def rows(self, crops: Tensor, classes: Tensor) -> Tensor:
-        """Crops (N, S, S, 3) uint8 of regions of some classes (N,) -> (N, D)."""
+        """Compute the rows of regions.
+
+        Args:
+            crops: (N, S, S, 3) uint8 crops of the regions.
+            classes: (N,) classes of the regions.
+
+        Returns:
+            (N, D) rows.
+        """
 
     def fingerprint(self, dataset: Dataset, remember: str | Path | None = None, progress: bool = True) -> dict:
-        """Hash of each thing that the rows are made from, by name; see `train.storage.fingerprints`."""
+        """Return the hash of each input of the rows, by its name.
+
+        Args:
+            dataset: Dataset of the regions.
+            remember: File that stores the hash of the dataset, see `train.storage.fingerprints.data_fingerprint`.
+            progress: Whether to show a progress bar.
+        """
 
 
 class ImageRegions(NamedTuple):
-    """Regions of one image: ids (N,), classes (N,), crops (N, S, S, 3) uint8; why there are none, if it is broken."""
+    """Regions of one image.
+
+    Attributes:
+        image_id: Id of the image.
+        segment_ids: (N,) segment ids.
+        classes: (N,) classes.
+        crops: (N, S, S, 3) uint8 crops.
+        broken: Error message if the image cannot be read; it then has no regions.
+    """
 
     image_id: str
     segment_ids: Tensor
@@ -52,7 +74,14 @@ class ImageRegions(NamedTuple):
 
 @dataclass(frozen=True)
 class RegionRows:
-    """Rows of images one after the other: `counts` regions of each, `segment_ids` (R,), `rows` (R, D)."""
+    """Rows of the regions of several images, concatenated.
+
+    Attributes:
+        image_ids: Ids of the images.
+        counts: Number of regions of each image.
+        segment_ids: (R,) segment ids.
+        rows: (R, D) rows.
+    """
 
     image_ids: list[str]
     counts: list[int]
@@ -61,7 +90,13 @@ class RegionRows:
 
 
 class RegionCrops(torch.utils.data.Dataset):
-    """The regions with a pixel of image `index`, in the order of their ids, as `ImageRegions`."""
+    """Dataset whose sample `index` is the `ImageRegions` of that image: its non-empty regions by ascending id.
+
+    Args:
+        dataset: Dataset in the schema of `train.data`.
+        crop: Function that crops a region.
+        with_crowds: Whether crowds are included.
+    """
 
     def __init__(self, dataset: Dataset, crop: Crop, with_crowds: bool):
         self.dataset, self.crop, self.with_crowds = dataset, crop, with_crowds
@@ -72,7 +107,7 @@ class RegionCrops(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> ImageRegions:
         try:
             return self._read(self.dataset[index])
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken pictures
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken images
             image_id = self.dataset.select_columns("image_id")[index]["image_id"]
             nothing = torch.empty(0, dtype=torch.int64)
             return ImageRegions(image_id, nothing, nothing, torch.empty(0, dtype=torch.uint8), str(error))
@@ -94,13 +129,29 @@ class RegionCrops(torch.utils.data.Dataset):
 def read_regions(
     dataset: Dataset, source: RegionSource, indices: Sequence[int], num_workers: int = 0
 ) -> Iterator[ImageRegions]:
-    """The regions of some images, read and cropped ahead by processes."""
+    """Read and crop the regions of images in data loading processes.
+
+    Args:
+        dataset: Dataset in the schema of `train.data`.
+        source: Source of the rows, which says how regions are cropped.
+        indices: Positions of the images in the dataset.
+        num_workers: Number of data loading processes.
+
+    Returns:
+        Iterator over the images in the order of `indices`.
+    """
     crops = RegionCrops(dataset, source.crop, source.with_crowds)
     return iter(torch.utils.data.DataLoader(crops, batch_size=None, sampler=indices, num_workers=num_workers))
 
 
 def embed_images(images: Iterable[ImageRegions], source: RegionSource, batch_size: int) -> RegionRows:
-    """Rows of the regions of images, in passes of `batch_size` regions; the last one may have fewer."""
+    """Compute the rows of all regions of images, in batches of regions.
+
+    Args:
+        images: Regions of each image.
+        source: Source of the rows.
+        batch_size: Number of regions in a batch. The last batch may have fewer.
+    """
     image_ids, counts, segment_ids, rows = [], [], [], []
     waiting: list[tuple[Tensor, Tensor]] = []
     for image in images:
@@ -109,14 +160,15 @@ def embed_images(images: Iterable[ImageRegions], source: RegionSource, batch_siz
         segment_ids.append(image.segment_ids.numpy())
         waiting += zip(image.crops, image.classes, strict=True)
         while len(waiting) >= batch_size:
-            rows.append(_pass(waiting[:batch_size], source))
+            rows.append(_embed_batch(waiting[:batch_size], source))
             waiting = waiting[batch_size:]
     if waiting:
-        rows.append(_pass(waiting, source))
+        rows.append(_embed_batch(waiting, source))
     rows = np.concatenate(rows) if rows else np.empty((0, source.columns), dtype=np.float32)
     return RegionRows(image_ids, counts, np.concatenate(segment_ids), rows)
 
 
-def _pass(regions: list[tuple[Tensor, Tensor]], source: RegionSource) -> np.ndarray:
+def _embed_batch(regions: list[tuple[Tensor, Tensor]], source: RegionSource) -> np.ndarray:
+    """Compute the rows (batch, D) of one batch of crops and classes."""
     crops, classes = (torch.stack(parts) for parts in zip(*regions, strict=True))
     return source.rows(crops, classes).float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""The frozen CLIP image encoder that embeds annotated regions, and the stores of what it computed before.
+"""The frozen CLIP image encoder that embeds annotated regions, and stores of its embeddings.
 
 Letters: B images, R annotated regions of a dataset, N regions of an image, S side of a crop, D width of the image-text
 space.
@@ -26,7 +26,7 @@ from modeling_gkc.file_checksums import EMPTY_CHECKSUM, verify_checksum, write_c
 
 from ..storage.fingerprints import data_fingerprint, model_fingerprint, settings_fingerprint
 from ..storage.shards import RegionStore, missing_regions
-from .crops import GREY, crop_region, crop_regions, normalize_crops
+from .crops import GRAY, crop_region, crop_regions, normalize_crops
 from .region_rows import ImageRegions, RegionRows, embed_images, read_regions
 
 _CROPS_PER_PASS = 256
@@ -34,13 +34,13 @@ _CROPS_PER_PASS = 256
 
 @dataclass(frozen=True)
 class TeacherEmbeddings:
-    """Unit embeddings of a dataset's regions, found by image id and segment id.
+    """Unit embeddings of a dataset's regions, looked up by image id and segment id.
 
     Attributes:
-        embeddings: (R, D), the regions of an image in neighbouring rows.
-        segment_ids: (R,).
-        rows: for each image id its first row and the one after its last.
-        fingerprint: what the embeddings were made from, see `RegionTeacher.fingerprint`.
+        embeddings: (R, D) embeddings, with the regions of an image in consecutive rows.
+        segment_ids: (R,) segment ids.
+        rows: First row and row after the last one of each image, by image id.
+        fingerprint: Hashes of the inputs of the embeddings, see `RegionTeacher.fingerprint`.
     """
 
     embeddings: Tensor
@@ -50,9 +50,20 @@ class TeacherEmbeddings:
 
     @classmethod
     def from_rows(cls, regions: RegionRows, fingerprint: dict[str, str], dtype: torch.dtype) -> "TeacherEmbeddings":
-        """Keep the rows of images one after the other."""
+        """Make embeddings from the rows of several images.
+
+        Args:
+            regions: Rows of all regions.
+            fingerprint: Hashes of the inputs, see `RegionTeacher.fingerprint`.
+            dtype: Data type of the embeddings.
+
+        Raises:
+            ValueError: There is no region.
+        """
         if not len(regions.rows):
-            raise ValueError("The dataset has no annotated region with a pixel: there is nothing to embed.")
+            raise ValueError(
+                "The dataset has no annotated region with a pixel, so there is nothing to embed: check its annotation."
+            )
         ends = np.cumsum(regions.counts).tolist()
         rows = {
             image_id: (end - count, end)
@@ -62,14 +73,14 @@ class TeacherEmbeddings:
         return cls(embeddings, torch.from_numpy(regions.segment_ids), rows, fingerprint)
 
     def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
-        """Embeddings (N, D) in fp32 of each image's segments (N,).
+        """Return the embeddings (N, D) in fp32 of each image's segments (N,).
 
         Raises:
-            KeyError: naming the image and the segments that were not embedded.
+            KeyError: A segment was not embedded; the message names it and its image.
         """
-        return [self._of_image(image_id, ids.cpu()) for image_id, ids in zip(image_ids, segment_ids, strict=True)]
+        return [self._lookup_image(image_id, ids.cpu()) for image_id, ids in zip(image_ids, segment_ids, strict=True)]
 
-    def _of_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
+    def _lookup_image(self, image_id: str, segment_ids: Tensor) -> Tensor:
         start, stop = self.rows.get(image_id, (0, 0))
         found = segment_ids[:, None] == self.segment_ids[start:stop]
         if not found.any(dim=1).all():
@@ -77,7 +88,7 @@ class TeacherEmbeddings:
         return self.embeddings[start + found.nonzero()[:, 1]].float()
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write the embeddings to one safetensors file."""
         metadata = {"fingerprint": json.dumps(self.fingerprint), "rows": json.dumps(self.rows), **EMPTY_CHECKSUM}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +98,14 @@ class TeacherEmbeddings:
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: Mapping[str, str]) -> "TeacherEmbeddings":
-        """Read a file written by `save`.
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+            fingerprint: Expected hashes of the inputs, see `RegionTeacher.fingerprint`.
 
         Raises:
-            ValueError: it is damaged, or was made from another dataset, by another teacher, or with other crop
+            ValueError: The file is damaged, or was made from another dataset, by another teacher, or with other crop
                 settings.
         """
         verify_checksum(path, f"delete it (`rm {shlex.quote(str(path))}`) to embed again.")
@@ -98,8 +113,8 @@ class TeacherEmbeddings:
             metadata = file.metadata() or {}
             if differing := _differing(metadata.get("fingerprint"), fingerprint):
                 raise ValueError(
-                    f"{path} was made with another {' and another '.join(differing)} than now asked for. Delete it to "
-                    "embed again, or name another file."
+                    f"{path} was made with another {' and another '.join(differing)} than requested. Delete it "
+                    "to embed again, or name another file."
                 )
             tensors = {name: file.get_tensor(name) for name in ("embeddings", "segment_ids")}
         rows = {image_id: tuple(bounds) for image_id, bounds in json.loads(metadata["rows"]).items()}
@@ -107,7 +122,7 @@ class TeacherEmbeddings:
 
 
 def _differing(stored: str | None, fingerprint: Mapping[str, str]) -> list[str]:
-    """Names of the parts of a fingerprint that are others than those stored as JSON."""
+    """Return the names of the hashes that differ from those stored as JSON."""
     try:
         found = dict(json.loads(stored or "{}"))
     except (ValueError, TypeError):
@@ -140,11 +155,14 @@ class SynonymProbabilities(RegionStore):
 
 
 class RegionTeacher:
-    """A frozen CLIP image encoder that embeds regions: grey outside the mask, cropped, resized, CLIP-normalised.
+    """Frozen CLIP image encoder that embeds masked crops of regions.
+
+    A region is cropped to its bounding box with gray outside its mask, resized, and normalized as CLIP's input.
 
     Args:
         vision_model: `CLIPResNetVisionModel` or transformers' `CLIPVisionModelWithProjection`.
-        keep_aspect: keep the aspect ratio of a crop, with grey around it; otherwise it is stretched, as published.
+        keep_aspect: Whether to keep the aspect ratio of a crop by padding it with gray. Otherwise the crop is
+            stretched to a square, as published.
     """
 
     kind = TeacherCache.kind
@@ -166,20 +184,21 @@ class RegionTeacher:
         num_workers: int = 0,
         progress: bool = True,
     ) -> TeacherEmbeddings:
-        """Embed every annotated region of the un-augmented images; crowds and segments without a pixel are left out.
+        """Embed every annotated region of the un-augmented images.
 
-        All is held in memory, which suits thousands of images; `train.cache teacher` is for more.
+        Crowds and segments without a pixel are left out. All embeddings are held in memory, which suits thousands of
+        images; use `python -m train.cache teacher` for larger datasets.
 
         Args:
-            dataset: in the schema of `train.data`.
-            cache_file: read from here if it exists, else written here.
-            batch_size: crops per pass.
-            dtype: type in which the embeddings are kept.
-            num_workers: processes that crop.
-            progress: show a bar.
+            dataset: Dataset in the schema of `train.data`.
+            cache_file: File to read the embeddings from if it exists, and to write them to otherwise.
+            batch_size: Number of crops in a forward pass.
+            dtype: Data type of the stored embeddings.
+            num_workers: Number of data loading processes.
+            progress: Whether to show a progress bar.
 
         Raises:
-            ValueError: the file was made from something else; a picture is broken; there is no region.
+            ValueError: The file was made from other inputs, an image cannot be read, or there is no region.
         """
         fingerprint = self.fingerprint(dataset, progress=progress) if cache_file is not None else {}
         if cache_file is not None and Path(cache_file).exists():
@@ -187,17 +206,23 @@ class RegionTeacher:
         images = read_regions(dataset, self, range(len(dataset)), num_workers)
         bar = tqdm(images, desc="Embedding regions", total=len(dataset), unit="image", disable=not progress)
         if not len(dataset):
-            raise ValueError("The dataset has no row: there is nothing to embed.")
-        embeddings = TeacherEmbeddings.from_rows(embed_images(_whole(bar), self, batch_size), fingerprint, dtype)
+            raise ValueError("The dataset has no image, so there is nothing to embed: give a split with images.")
+        embeddings = TeacherEmbeddings.from_rows(
+            embed_images(_raise_if_broken(bar), self, batch_size), fingerprint, dtype
+        )
         if cache_file is not None:
             embeddings.save(cache_file)
         return embeddings
 
     @torch.no_grad()
     def embed_crops(self, crops: Tensor) -> Tensor:
-        """Crops (N, S, S, 3) uint8 -> unit embeddings (N, D) in fp32, on the device of the teacher.
+        """Embed crops in the precision of the teacher, also within autocast.
 
-        In the teacher's own precision, also where a training step around it has another.
+        Args:
+            crops: (N, S, S, 3) uint8 crops.
+
+        Returns:
+            (N, D) unit embeddings in fp32, on the device of the teacher.
         """
         parameter = next(self.vision_model.parameters())
         if not len(crops):
@@ -207,18 +232,20 @@ class RegionTeacher:
         return F.normalize(embeds.float(), dim=-1)
 
     def rows(self, crops: Tensor, classes: Tensor) -> Tensor:
-        """As `embed_crops`; the classes of the regions do not matter."""
+        """Return the embeddings (N, D) of crops (N, S, S, 3), as `RegionSource` requires; classes are not used."""
         return self.embed_crops(crops)
 
     def fingerprint(
         self, dataset: Dataset, remember: str | Path | None = None, progress: bool = True
     ) -> dict[str, str]:
-        """Hashes of the dataset (`data`), of the weights as they are now (`teacher`) and of the crops' settings.
+        """Return hashes of the dataset (`data`), the current weights (`teacher`) and the crop settings (`crops`).
 
         Args:
-            dataset, remember, progress: see `train.storage.fingerprints.data_fingerprint`.
+            dataset: Dataset of the regions.
+            remember: File that stores the hash of the dataset, see `train.storage.fingerprints.data_fingerprint`.
+            progress: Whether to show a progress bar.
         """
-        crops = {"image_size": self.image_size, "keep_aspect": self.keep_aspect, "grey": GREY}
+        crops = {"image_size": self.image_size, "keep_aspect": self.keep_aspect, "grey": GRAY}
         return {
             "data": data_fingerprint(dataset, remember, progress),
             "teacher": model_fingerprint(self.vision_model),
@@ -226,8 +253,8 @@ class RegionTeacher:
         }
 
 
-def _whole(images: Iterable[ImageRegions]) -> Iterator[ImageRegions]:
-    """The same images; a broken one stops."""
+def _raise_if_broken(images: Iterable[ImageRegions]) -> Iterator[ImageRegions]:
+    """Yield images; raise a `ValueError` at one that cannot be read."""
     for image in images:
         if image.broken is not None:
             raise ValueError(image.broken)
@@ -235,10 +262,10 @@ def _whole(images: Iterable[ImageRegions]) -> Iterator[ImageRegions]:
 
 
 class OnlineTeacher:
-    """Embeds the regions of a batch as it was augmented, in every step.
+    """Teacher that embeds the regions of the augmented images of each batch.
 
     Args:
-        teacher: moved to the device of the batches.
+        teacher: The teacher. It is moved to the device of the batches.
     """
 
     def __init__(self, teacher: RegionTeacher):
@@ -246,17 +273,18 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def embed(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        """Unit embeddings (N, D) in fp32 of each image's regions, on the device of the batch.
-
-        Crops are made on that device as well, without a copy to the CPU.
+        """Embed the regions of a batch, which are cropped on the device of the batch.
 
         Args:
-            batch: `images`, B times (h, w, 3) uint8; `segmentation` (B, H, W) ids, padded to the right and bottom;
-                `segment_ids`, B times (N,); `image_ids`.
+            batch: Batch with `images`, B arrays (h, w, 3) uint8; `segmentation`, (B, H, W) segment ids, padded to the
+                right and bottom; `segment_ids`, B tensors (N,); and `image_ids`, B names.
+
+        Returns:
+            For each image the unit embeddings (N, D) in fp32 of its regions, on the device of the batch.
 
         Raises:
-            KeyError: `batch` has no `images`: the collator must be told to keep them.
-            ValueError: a segment has no pixel; the image is named.
+            KeyError: The batch has no `images`: create the collator with `keep_images=True`.
+            ValueError: A segment has no pixel; the message names its image.
         """
         self.teacher.vision_model.to(batch["segmentation"].device)
         crops = [self._crops(batch, position) for position in range(len(batch["images"]))]

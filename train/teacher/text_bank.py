@@ -1,6 +1,6 @@
-"""Text embeddings of a vocabulary, encoded once before training.
+"""Text embeddings of a vocabulary, computed once before training.
 
-Letters: P prompts (all names of all classes), K classes, D width of the image-text space.
+Letters: P prompts (one for each name of each class), K classes, D width of the image-text space.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
 
-_WORDS_PER_PASS = 256
+_NAMES_PER_PASS = 256
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class TextBank:
     """Unit text embeddings of all prompts of a vocabulary.
 
     Attributes:
-        words: P prompts, class by class, the name of a class before its synonyms.
+        names: Name of each of the P prompts, class by class, the first name of a class before its synonyms.
         class_ids: (P,) class of each prompt.
-        embeds: (P, D) unit vectors.
+        embeds: (P, D) unit text embeddings.
     """
 
-    words: tuple[str, ...]
+    names: tuple[str, ...]
     class_ids: Tensor
     embeds: Tensor
 
@@ -41,26 +41,35 @@ class TextBank:
         processor: GKCProcessor,
         progress: bool = True,
     ) -> "TextBank":
-        """Encode every word once; several prompt templates of a word are averaged."""
-        # One word may belong to several classes; the processor takes each once, whatever its case.
-        distinct = list({word.casefold(): word for word in vocabulary.flat_names}.values())
-        parts = [distinct[start : start + _WORDS_PER_PASS] for start in range(0, len(distinct), _WORDS_PER_PASS)]
+        """Encode every name of a vocabulary once.
+
+        The embeddings of a name with several prompt templates are averaged.
+
+        Args:
+            vocabulary: K classes with their names.
+            model: Model that provides the text encoder.
+            processor: Processor that provides tokenizer and prompt templates.
+            progress: Whether to show a progress bar.
+        """
+        # A name may belong to several classes; the processor takes each once, ignoring case.
+        distinct = list({name.casefold(): name for name in vocabulary.flat_names}.values())
+        parts = [distinct[start : start + _NAMES_PER_PASS] for start in range(0, len(distinct), _NAMES_PER_PASS)]
         embeds = []
-        for part in tqdm(parts, desc="Embedding words", unit=f"{_WORDS_PER_PASS} words", disable=not progress):
+        for part in tqdm(parts, desc="Embedding names", unit=f"{_NAMES_PER_PASS} names", disable=not progress):
             encoded = EncodedVocabulary.encode(part, model, processor)
             embeds.append(average_class_embeds(encoded.class_embeds, encoded.class_ids).float().cpu())
-        position = {word.casefold(): index for index, word in enumerate(distinct)}
-        rows = [position[word.casefold()] for word in vocabulary.flat_names]
+        position = {name.casefold(): index for index, name in enumerate(distinct)}
+        rows = [position[name.casefold()] for name in vocabulary.flat_names]
         return cls(tuple(vocabulary.flat_names), torch.tensor(vocabulary.class_ids), torch.cat(embeds)[rows])
 
     @cached_property
     def name_prompts(self) -> Tensor:
-        """(K,) position of the name of each class, which is the first of its prompts."""
+        """Position (K,) of the prompt of each class's first name."""
         return torch.searchsorted(self.class_ids, torch.arange(self.num_classes, device=self.class_ids.device))
 
     @cached_property
     def num_classes(self) -> int:
-        """Number of classes, K."""
+        """Number K of classes."""
         return int(self.class_ids[-1]) + 1
 
     def to(self, device: torch.device | str) -> "TextBank":
