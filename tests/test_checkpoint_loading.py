@@ -216,7 +216,7 @@ def test_commands_end_with_2_and_leave_nothing_behind(damaged, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.endswith(f"is not a GKC checkpoint: {reason}\n")
     assert not list(out.rglob("*.*"))
-    with pytest.raises(ValueError, match=r"^`init_from`: .* cannot be loaded: `hidden_size`"):
+    with pytest.raises(ValueError, match=r"^`model.init_from`: .* cannot be loaded: `hidden_size`"):
         load_student(Recipe().replace(init_from=str(damaged)), None)
     with pytest.raises(ValueError, match=r"^--model: .* holds no model: `hidden_size`"):
         model_type(str(damaged))

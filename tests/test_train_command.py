@@ -201,9 +201,12 @@ REFUSED = {
     "other settings": (["--resume", "steps=13"], "was trained with optimizer.steps 8 and now 13"),
     "no such split": (["eval_split=test"], "`eval_split`: .* has no split 'test', it has train, val"),
     "no dataset": (["dataset=nowhere"], "`dataset`: nowhere cannot be loaded"),
-    "none named": (["dataset=none"], "names no dataset: give dataset=FOLDER"),
-    "no CLIP": (["clip=none"], "has a teacher, but names no CLIP"),
-    "nothing to start from": (["clip=none", "distillation_weight=0"], "give clip=FOLDER, or init_from=CHECKPOINT"),
+    "none named": (["dataset=none"], "names no dataset: give data.dataset=FOLDER"),
+    "no CLIP": (["clip=none"], "needs a teacher but names no CLIP"),
+    "nothing to start from": (
+        ["clip=none", "distillation_weight=0"],
+        "give model.clip=FOLDER or model.init_from=CHECKPOINT",
+    ),
     "no probabilities": (
         ["synonym_probabilities=boxes"],
         "make them with `python -m train.cache synonyms .*/data --clip .*/clip --split train "
@@ -213,7 +216,7 @@ REFUSED = {
     "batches": (["batch_size=3", "accumulation=2"], "`data.batch_size` = 3 cannot be divided among 2"),
     "no checkpoint": (
         ["init_from=nowhere/at/all"],
-        "`model.config` and `model.backbone` are settled by the checkpoint",
+        "`model.config` and `model.backbone` are determined by the checkpoint",
     ),
     "a value": (["steps=many"], "`optimizer.steps`: Value 'many' of type 'str' could not be converted to Integer"),
 }
@@ -246,7 +249,7 @@ def test_a_missing_teacher_cache_gets_the_command_that_makes_it(workplace, tmp_p
 def test_an_output_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"")
     for resume in (True, False):
-        with pytest.raises(ValueError, match=r"holds holiday.jpg and no complete checkpoint: name an empty or a new"):
+        with pytest.raises(ValueError, match=r"contains holiday.jpg and no complete checkpoint: name an empty or new"):
             check_folder(tmp_path, Recipe(), resume)
 
 
@@ -311,7 +314,7 @@ def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_pat
     first, second = capsys.readouterr().err.partition("train: error: ")[2].splitlines()
     assert first.startswith(f"{shard} is damaged, rows ")
     assert f"`python -m train.cache teacher {workplace.data} --clip" in first and "writes it anew" in first
-    assert second == "There is no checkpoint yet: the same command starts from the beginning."
+    assert second == "There is no checkpoint yet: run the same command again to start from the beginning."
 
 
 def test_fine_tuning_the_shipped_checkpoint_on_a_folder(workplace, tmp_path, monkeypatch):
@@ -440,7 +443,7 @@ def test_nested_changes_of_the_model_keep_what_the_recipe_has():
     ("arguments", "message"),
     [
         (["coco"], "no recipe 'coco'; there are .*coco_r101"),
-        (["nowhere.py"], "no file nowhere.py"),
+        (["nowhere.py"], "recipe file nowhere.py does not exist"),
         (["coco_r101", "stepz=3"], "no field 'stepz'; did you mean optimizer.steps"),
         (["coco_r101", "data.stepz=3"], "no field 'data.stepz'; did you mean optimizer.steps"),
         (["coco_r101", "num_queries=3"], "no field 'num_queries'; did you mean model.config.num_queries"),

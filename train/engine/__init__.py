@@ -1,1 +1,1 @@
-"""Training engine: the Trainer, what a recipe builds, optimization, checkpoints, sharding, logging and the command."""
+"""Training engine: trainer, builders of a recipe's objects, optimization, checkpoints, FSDP, logging and command."""

@@ -1,4 +1,4 @@
-"""Load what a recipe names: dataset, vocabulary, student, and the caches of its teacher and losses."""
+"""Builders of the objects that a recipe names: dataset, vocabulary, student, teacher and the caches of losses."""
 
 import warnings
 from collections.abc import Mapping
@@ -34,17 +34,24 @@ _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def load_data(recipe: Recipe) -> dict[str, Dataset]:
-    """The recipe's splits by their names, as they are stored.
+    """Load the splits of a recipe's dataset as they are stored, without augmentation.
+
+    Returns:
+        Training split and, unless `data.eval_split` is None, evaluation split, by their names.
 
     Raises:
-        ValueError: dataset or split is not there.
+        ValueError: The dataset or a split does not exist.
     """
     if recipe.data.dataset is None:
-        raise ValueError("The recipe names no dataset: give dataset=FOLDER, see README for making one.")
+        raise ValueError(
+            "The recipe names no dataset: give data.dataset=FOLDER. docs/training.md says how to make one."
+        )
     several = not Path(recipe.data.dataset).is_dir() or (Path(recipe.data.dataset) / "dataset_dict.json").exists()
     several = several or is_prepared(recipe.data.dataset)
     if recipe.data.eval_split is not None and not several:
-        raise ValueError(f"{recipe.data.dataset} has one split only, nothing to evaluate on: set eval_split=none.")
+        raise ValueError(
+            f"{recipe.data.dataset} has only one split, so none to evaluate on: set data.eval_split=none."
+        )
     splits = {}
     for field in ("train_split", "eval_split"):
         if (split := recipe.get(field)) is not None:
@@ -52,46 +59,52 @@ def load_data(recipe: Recipe) -> dict[str, Dataset]:
                 splits[split] = load_split(recipe.data.dataset, split)
             except ValueError as error:
                 reason = str(error).replace("DATASET:", "`dataset`:").replace("--split:", f"`{field}`:")
-                reason += " Name another, or set eval_split=none." if field == "eval_split" else ""
+                reason += " Name another, or set data.eval_split=none." if field == "eval_split" else ""
                 raise ValueError(reason) from error
     return splits
 
 
 def load_vocabulary(recipe: Recipe) -> Vocabulary:
-    """The training vocabulary: a packaged one, a file, or the `vocabulary.json` of the dataset's folder.
+    """Load the training vocabulary: a packaged one, a file, or the `vocabulary.json` of the dataset's folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: The vocabulary does not exist or cannot be read.
     """
     if recipe.data.vocabulary not in (None, DATASET_VOCABULARY):
         try:
             return Vocabulary.parse(recipe.data.vocabulary)
         except ValueError as error:
-            raise ValueError(f"`vocabulary`: {error}") from error
+            raise ValueError(f"`data.vocabulary`: {error}") from error
     path = Path(recipe.data.dataset or "") / VOCABULARY_NAME
     if not path.is_file():
-        raise ValueError(f"There is no {path}: name the classes with vocabulary=NAME or vocabulary=FILE.")
+        raise ValueError(f"{path} does not exist: name the classes with data.vocabulary=NAME or data.vocabulary=FILE.")
     return Vocabulary.from_file(path)
 
 
 def load_towers(recipe: Recipe) -> CLIPTowers | None:
-    """The recipe's CLIP, None where it names none."""
+    """Load the towers of the recipe's CLIP; return None if it names none."""
     return None if recipe.model.clip is None else load_clip_towers(recipe.model.clip)
 
 
 def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
-    """The model before training and its processor.
+    """Load or initialize the model that is trained, and its processor.
 
-    It is a checkpoint to start from; or has the text tower of CLIP, random decoders, and as backbone CLIP's image
-    tower or the one that `recipe.backbone` names.
+    The model is the checkpoint `model.init_from`. Without it, the model has CLIP's text tower, randomly initialized
+    decoders, and as backbone the one that `model.backbone` names or else CLIP's image tower.
+
+    Args:
+        recipe: Recipe that names the weights.
+        towers: Towers of the recipe's CLIP; None if the recipe names none.
 
     Raises:
-        ValueError: the recipe names neither, or what does not fit together.
+        ValueError: The recipe names neither a checkpoint nor a CLIP, or its parts do not fit together.
     """
     if recipe.model.init_from is not None:
         return _load_checkpoint(recipe)
     if towers is None:
-        raise ValueError("The recipe names nothing to start from: give clip=FOLDER, or init_from=CHECKPOINT.")
+        raise ValueError(
+            "The recipe names no weights to start from: give model.clip=FOLDER or model.init_from=CHECKPOINT."
+        )
     backbone_config, weights = _backbone(recipe, towers)
     settings = {**recipe.model_settings(), "backbone_config": backbone_config}
     model = GKCForOpenVocabSegmentation(GKCConfig(**settings, text_config=towers.text_model.config))
@@ -102,10 +115,11 @@ def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenV
 
 
 def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+    """Load the checkpoint `model.init_from` with the loss settings of the recipe."""
     if recipe.model.config or recipe.model.backbone:
         raise ValueError(
-            "`model.config` and `model.backbone` are settled by the checkpoint of `model.init_from`: give one or the "
-            "other."
+            "`model.config` and `model.backbone` are determined by the checkpoint `model.init_from`: give either the "
+            "checkpoint or these fields."
         )
     path = recipe.model.init_from
     if not Path(path).exists() and (_ROOT / path / "config.json").is_file():
@@ -115,17 +129,17 @@ def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCPr
     else:
         is_checkpoint = not Path(path).exists() or (Path(path) / "config.json").is_file()
     if not is_checkpoint:
-        raise ValueError(f"`init_from`: {path} is no folder of a GKC checkpoint.")
+        raise ValueError(f"`model.init_from`: {path} is not a GKC checkpoint; name a folder with a config.json.")
     try:
         model, processor = load_checkpoint_parts(path, **recipe.loss_settings())
     except ValueError as error:
-        raise ValueError(f"`init_from`: {path} cannot be loaded: {error}") from error
-    _warn_of_other_sizes(recipe, processor)
+        raise ValueError(f"`model.init_from`: {path} cannot be loaded: {error}") from error
+    _warn_of_crop_size(recipe, processor)
     return model, processor
 
 
-def _warn_of_other_sizes(recipe: Recipe, processor: GKCProcessor) -> None:
-    """Say it if training shows objects at another scale than the checkpoint looks at them later."""
+def _warn_of_crop_size(recipe: Recipe, processor: GKCProcessor) -> None:
+    """Warn if training crops are much larger or smaller than the images at inference."""
     size = processor.image_processor.size
     short, long = size.get("shortest_edge"), size.get("longest_edge")
     if recipe.data.crop_size and short and long and not short / 2 <= recipe.data.crop_size <= 2 * long:
@@ -138,53 +152,67 @@ def _warn_of_other_sizes(recipe: Recipe, processor: GKCProcessor) -> None:
 
 
 def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Tensor] | None]:
-    """Configuration and weights of the backbone; no weights for one that starts at random."""
+    """Return configuration and weights of the backbone; the weights are None if it is initialized at random."""
     wanted = recipe.model.config.get("backbone_config")
     if recipe.model.backbone is not None:
         backbone = _pretrained_backbone(recipe.model.backbone)
         differing = sorted(key for key, value in (wanted or {}).items() if getattr(backbone.config, key) != value)
         if differing:
             raise ValueError(
-                f"`backbone`: {recipe.model.backbone} differs from `model.config.backbone_config` in {differing}."
+                f"`model.backbone` {recipe.model.backbone} differs from `model.config.backbone_config` in "
+                f"{differing}: give only one of them."
             )
         return backbone.config, backbone.state_dict()
     if wanted is not None:
-        warnings.warn("No `backbone` is named: it starts from random weights.", UserWarning, stacklevel=2)
+        warnings.warn(
+            "The recipe names no `model.backbone`, so the backbone is initialized at random.",
+            UserWarning,
+            stacklevel=2,
+        )
         return wanted, None
     if not isinstance(towers.vision_model, CLIPResNetVisionModel):
         raise ValueError(
-            f"The image tower of {recipe.model.clip} gives no maps of four scales: name another `backbone`, such as "
-            "facebook/convnext-base-224-22k."
+            f"The image tower of {recipe.model.clip} has no feature maps at four scales: name a backbone, such as "
+            "model.backbone=facebook/convnext-base-224-22k."
         )
     weights = {f"encoder.{name}": value for name, value in towers.vision_model.encoder.state_dict().items()}
     return towers.vision_model.config.to_dict(), weights
 
 
 def _pretrained_backbone(path: str) -> PreTrainedModel:
+    """Load a pretrained backbone with feature maps of four stages."""
     try:
         check_shard_paths(path)
         config = AutoConfig.from_pretrained(path, out_features=_STAGES, trust_remote_code=False)
-        # Not by AutoBackbone, which knows no folders.
+        # AutoBackbone cannot load from a folder.
         backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
         backbone, info = backbone_class.from_pretrained(
             path, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # a damaged file can make transformers raise errors of any type
-        raise ValueError(f"`backbone`: {path} cannot be loaded: {error_line(error)}") from error
-    # Norms of the feature maps belong to the backbone alone: no classifier was trained with them.
+        raise ValueError(f"`model.backbone`: {path} cannot be loaded: {error_line(error)}") from error
+    # Checkpoints of classifiers have no normalization layers of the feature maps, which only backbones have.
     missing = sorted(key for key in info["missing_keys"] if "hidden_states_norms" not in key)
     if missing:
-        raise ValueError(f"`backbone`: {path} lacks weights: {', '.join(missing[:5])}.")
+        raise ValueError(f"`model.backbone`: {path} lacks weights: {', '.join(missing[:5])}.")
     return backbone
 
 
 def split_classes(
     recipe: Recipe, splits: Mapping[str, Dataset], vocabulary: Vocabulary
 ) -> tuple[dict[str, Dataset], Vocabulary]:
-    """The splits and the vocabulary of the classes that are trained, by the recipe's `category_split`.
+    """Restrict splits and vocabulary to the classes that `data.category_split` trains on.
+
+    Args:
+        recipe: Recipe with the setting.
+        splits: Stored splits by name.
+        vocabulary: Classes of the dataset.
+
+    Returns:
+        The splits and the vocabulary with the trained classes.
 
     Raises:
-        ValueError: the vocabulary marks no class as novel, or no image is left.
+        ValueError: The vocabulary marks no class as novel, or no image is left.
     """
     if recipe.data.category_split == "all":
         return dict(splits), vocabulary
@@ -196,14 +224,17 @@ def split_classes(
 
 
 def load_sources(recipe: Recipe, caches: RegionCaches) -> dict[str, Any]:
-    """The arguments of `GKCTrainer` that say something about regions: a teacher, and those of `TrainingLoss.sources`.
+    """Load the teacher and the further arguments of `GKCTrainer` that the losses of a recipe need.
 
     Args:
-        recipe: The recipe, which decides what is needed.
-        caches: The caches of the recipe's dataset.
+        recipe: Recipe that determines the losses.
+        caches: Caches of the recipe's dataset.
+
+    Returns:
+        Keyword arguments of `GKCTrainer`, see `TrainingLoss.sources`.
 
     Raises:
-        ValueError: A cache is not there or was made from something else; the message has the command that makes it.
+        ValueError: A cache is missing or was made from other inputs; the message contains the command that writes it.
     """
     losses = make_losses(recipe)
     sources = {}

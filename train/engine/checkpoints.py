@@ -67,7 +67,7 @@ def _flush(path: Path) -> None:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a checkpoint has a manifest, and every file of it in its size."""
+    """Return whether a checkpoint has a manifest and all files that it lists, in their sizes."""
     folder = Path(folder)
     try:
         files = _read_manifest(folder)
@@ -77,7 +77,7 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and checksum of each file by its name; manifests of the first form hold sizes alone."""
+    """Return bytes and checksum of each file by its name; manifests of older versions contain only sizes."""
     path, remedy = folder / MANIFEST_NAME, _remedy(folder)
     content = read_json(path, remedy)
     sizes = content["files"] if isinstance(content, dict) and content.keys() == {"files"} else None
@@ -87,18 +87,21 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _remedy(folder: Path) -> str:
+    """Return the instruction for a damaged checkpoint."""
     return f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) to resume from the checkpoint before it."
 
 
 def verify_checkpoint(folder: str | Path) -> Path:
-    """
-    Compare all files of a complete checkpoint with their checksums, which reads them once.
+    """Compare all files of a complete checkpoint with their checksums.
+
+    Args:
+        folder: Folder of the checkpoint.
 
     Returns:
         The folder.
 
     Raises:
-        DamagedFileError: A file does not hold what was written; the message names the first one.
+        DamagedFileError: The content of a file has changed; the message names the first one.
     """
     folder = Path(folder)
     files = {name: file for name, file in _read_manifest(folder).items() if "xxh3" in file}
@@ -107,17 +110,17 @@ def verify_checkpoint(folder: str | Path) -> Path:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders of checkpoints, complete or not, in ascending order of their steps."""
+    """Return the folders of all checkpoints, complete or not, in ascending order of their steps."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path:
-    """The complete checkpoint of the most steps.
+    """Return the complete checkpoint of the most steps.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no complete checkpoint.
     """
     for path in reversed(checkpoints(output_dir)):
         if is_complete(path):
@@ -134,8 +137,13 @@ def delete_checkpoint(folder: Path) -> None:
 def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = None) -> None:
     """Delete old checkpoints: keep the newest `limit` complete ones and the best, and delete older incomplete ones.
 
-    Without a limit nothing is deleted. A folder of more steps than the newest complete one is left alone: it is
-    deleted when its step is saved again.
+    An incomplete folder of more steps than the newest complete one is not deleted, but replaced when its step is saved
+    again.
+
+    Args:
+        output_dir: Folder of the checkpoints.
+        limit: Number of complete checkpoints to keep. None or zero deletes nothing.
+        best: Folder of the best checkpoint, which is kept too.
     """
     folders = checkpoints(output_dir)
     complete = [path for path in folders if is_complete(path)]
@@ -149,11 +157,19 @@ def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = 
 
 @contextmanager
 def crash_safe_checkpoint(args: TrainingArguments, step: int, best: str | None = None) -> Iterator[Path]:
-    """Context for the Trainer to write a checkpoint in; after it, write the manifest and delete old checkpoints.
+    """Context in which the Trainer writes a checkpoint, after which its manifest is written and old ones are deleted.
 
-    What a killed run left in the folder is deleted first. The Trainer's own rotation is turned off, because it would
-    delete the last complete checkpoint before the new one has a manifest. All processes must enter the context: the
-    manifest is written when the last of them has written its part.
+    An incomplete checkpoint of the same step is deleted first. The Trainer's own rotation is turned off, because it
+    would delete the last complete checkpoint before the new one has a manifest. All processes must enter the context,
+    because the manifest is written after all of them have written their files.
+
+    Args:
+        args: Training arguments of the run.
+        step: Number of optimizer steps.
+        best: Folder of the best checkpoint, which is not deleted.
+
+    Yields:
+        Folder of the new checkpoint.
     """
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     if args.should_save and folder.exists():
@@ -163,7 +179,7 @@ def crash_safe_checkpoint(args: TrainingArguments, step: int, best: str | None =
     try:
         yield folder
     except Exception:
-        # It would never count as complete, and on a full disk its space is needed.
+        # The checkpoint would never count as complete, and its space may be needed on a full disk.
         if args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -173,18 +189,18 @@ def crash_safe_checkpoint(args: TrainingArguments, step: int, best: str | None =
     if args.should_save:
         write_manifest(folder)
         rotate(args.output_dir, limit, best)
-    # No process continues, and perhaps is told to stop, before the checkpoint counts.
+    # No process may continue, and possibly be stopped, before the checkpoint is complete.
     _wait_for_all()
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Tell whether a file could not be written because the disk, a quota or the largest file size is exhausted.
+    """Return whether an error means that the disk, a quota or the largest file size is exhausted.
 
-    safetensors and torch write by themselves and report it in their own exceptions.
+    safetensors and torch report such errors as exceptions of their own types.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    # The last two are how torch's writer of archives fails on any file that it cannot write to its end.
+    # The last two are in the message of torch if it cannot write an archive to its end for any reason.
     parts = ("No space left", "File too large", "quota exceeded", "iostream error", "inline_container.cc")
     return any(part in str(error) for part in parts)
 

@@ -1,4 +1,4 @@
-"""The command line of training: a recipe by name or file, and changes of its fields as `section.field=value`."""
+"""Command line of training: the name or file of a recipe, and changes of its fields as `section.field=value`."""
 
 import argparse
 import dataclasses
@@ -20,8 +20,8 @@ from configuration import Recipe, load_recipe, recipe_names, recipes
 from configuration.sections import Section
 
 DESCRIPTION = (
-    "Train a segmentation model by a recipe. This command starts one process; `accelerate launch -m train ...` starts "
-    "any number of them."
+    "Train a segmentation model with a recipe. This command starts one process, `accelerate launch -m train ...` "
+    "several."
 )
 EXAMPLES = """\
 examples:
@@ -34,23 +34,23 @@ examples:
 
 A field is given as section.field=value. The section may be left out where only one section has a field of that name:
 steps=200 is short for optimizer.steps=200. Names from before recipes had sections, such as synonym_mode, are accepted
-too. The value none stands for no value.
+too. The value none unsets a field.
 
 A recipe of your own is a .py file that defines RECIPE, for example:
   from configuration import load_recipe
   RECIPE = load_recipe("custom", {"data.dataset": "data/my-tools", "optimizer.steps": 1000})
 
 The output folder receives checkpoint-<step> folders, tensorboard/, pictures/ of every evaluation and, at the end, the
-model, which can be used at once:
+model, which can then be used:
   gkc segment photo.jpg --model DIR
 """
 _INDENT = "      "
 _MODEL_CONFIG = "model.config"
-_ALMOST_EQUAL = 0.8  # similarity from which a field of the recipe is meant, not one of the model
+_ALMOST_EQUAL = 0.8  # similarity above which an unknown name is taken for a misspelled field
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of an `accelerate launch`, which prints for all of them."""
+    """Return whether this is the first process of an `accelerate launch`, the only one that prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -66,11 +66,12 @@ class Command:
 
     Attributes:
         name: Name of the recipe.
-        recipe: The recipe with the changes.
-        changed: Names of the fields that were given, as `section.field`.
+        recipe: Recipe with the changed fields.
+        changed: Names of the changed fields, as `section.field`.
         out: Output folder.
-        resume, show: Whether the flags were given.
-        report_to: Reporters, as `TrainingArguments.report_to`.
+        resume: Whether `--resume` was given.
+        show: Whether `--show` was given.
+        report_to: Where metrics are logged, as in `TrainingArguments.report_to`.
     """
 
     name: str
@@ -84,6 +85,9 @@ class Command:
 
 def parse(argv: Sequence[str] | None) -> Command:
     """Parse a command line.
+
+    Args:
+        argv: Arguments without the program's name; None uses those of the process.
 
     Raises:
         ValueError: There is no such recipe or field, or a value is impossible.
@@ -122,13 +126,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe_list() -> str:
+    """Return a line for every recipe with its name and the first line of its docstring."""
     modules = {name: importlib.import_module(f"{recipes.__name__}.{name}") for name in recipe_names()}
     width = max(map(len, modules))
     return "\n".join(f"  {name:<{width}}  {module.__doc__.splitlines()[0]}" for name, module in modules.items())
 
 
 def _field_list() -> str:
-    """Every section with its summary, and every field with its default and its description."""
+    """Return the summary of every section, and the default and description of every field."""
     lines = []
     for each in dataclasses.fields(Recipe):
         section = each.default_factory()
@@ -141,17 +146,23 @@ def _field_list() -> str:
 
 
 def _attribute_descriptions(doc: str) -> Iterator[tuple[str, str]]:
-    """Name and description of each entry under `Attributes:` of a docstring."""
+    """Yield name and description of each entry under `Attributes:` of a docstring."""
     for entry in re.split(r"\n(?= {4}\S)", doc.partition("Attributes:\n")[2].rstrip()):
         name, _, text = re.sub(r"\s+", " ", entry).strip().partition(": ")
         yield name, text
 
 
 def read_recipe(given: str) -> tuple[str, Recipe]:
-    """Name and recipe of a packaged name or of a .py file that defines `RECIPE`.
+    """Load a recipe.
+
+    Args:
+        given: Name of a recipe in `configuration/recipes`, or path of a .py file that defines `RECIPE`.
+
+    Returns:
+        Name of the recipe, and the recipe.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such recipe or file, or the file does not define `RECIPE`.
     """
     if not given.endswith(".py"):
         try:
@@ -160,7 +171,7 @@ def read_recipe(given: str) -> tuple[str, Recipe]:
             raise ValueError(f"{error} The path of a recipe file must end in .py.") from None
     path = Path(given)
     if not path.is_file():
-        raise ValueError(f"There is no file {given}.")
+        raise ValueError(f"The recipe file {given} does not exist: give the path of a .py file that defines RECIPE.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -174,9 +185,9 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
     """Parse arguments of the form `section.field=value`.
 
     Args:
-        recipe: The recipe that is changed.
-        arguments: `name=value`, see `Recipe.full_name` for the names; or `model.config.<field>=value`, also nested,
-            for a field of `GKCConfig`.
+        recipe: Recipe whose fields are changed.
+        arguments: Texts of the form `name=value` with a name that `Recipe.full_name` accepts, or
+            `model.config.<field>=value` for a field of `GKCConfig` or a nested value of one.
 
     Returns:
         Values by `section.field`.
@@ -192,7 +203,7 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"{argument!r} does not have the form section.field=value, such as optimizer.steps=1000.")
         path = _full_path(recipe, name)
         if path in given:
-            raise ValueError(f"`{path}` is given twice.")
+            raise ValueError(f"`{path}` is given twice: give it once.")
         given.add(path)
         if path.startswith(f"{_MODEL_CONFIG}."):
             config = changes.get(_MODEL_CONFIG, recipe.model.config)
@@ -204,7 +215,7 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def _full_path(recipe: Recipe, name: str) -> str:
-    """`section.field` or `model.config.field` of a name; the latter may be shortened to `model.field`."""
+    """Return the `section.field` or `model.config.field` of a name, such as `model.field`."""
     head, _, rest = name.partition(".")
     if head == "model" and rest and f"{head}.{rest}" not in recipe.field_names():
         rest = rest.removeprefix("config.")
@@ -224,7 +235,7 @@ def _full_path(recipe: Recipe, name: str) -> str:
 
 
 def _parse_field(section: type[Section], section_name: str, name: str, text: str) -> Any:
-    """Convert a text to the type of a field of a section."""
+    """Convert a text to the type of a section's field."""
     kind = next(each.type for each in dataclasses.fields(section) if each.name == name)
     value: Any = text
     if text.lower() == "none" and get_origin(kind) is UnionType and NoneType in get_args(kind):
@@ -235,7 +246,7 @@ def _parse_field(section: type[Section], section_name: str, name: str, text: str
 
 
 def _parse_model_field(config: Mapping[str, Any], path: str, text: str) -> dict[str, Any]:
-    """The fields of `GKCConfig` with one of them, or a value at any depth of one, set to what a text says."""
+    """Return fields of `GKCConfig` with one field, or a value nested in one, set to the value of a text."""
     from omegaconf import OmegaConf
 
     field, _, nested = path.partition(".")
@@ -247,7 +258,7 @@ def _parse_model_field(config: Mapping[str, Any], path: str, text: str) -> dict[
 
 
 def _convert(schema: type, prefix: str, name: str, value: Any) -> Any:
-    """Convert a value to the type of a field of a dataclass; the errors of OmegaConf say what is wrong."""
+    """Convert a value to the type of a dataclass field; raise a `ValueError` if it is impossible."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -262,8 +273,8 @@ def _convert(schema: type, prefix: str, name: str, value: Any) -> Any:
 
 
 def _model_config_class() -> type:
-    """A dataclass with the fields of `GKCConfig`; those that are not of simple types take any value."""
-    from modeling_gkc.configuration_gkc import GKCConfig  # needs torch, which help and most errors do without
+    """Return a dataclass with the fields of `GKCConfig`, where fields of other than simple types accept any value."""
+    from modeling_gkc.configuration_gkc import GKCConfig  # imported here, because it needs torch
 
     def checked(kind: Any) -> Any:
         return kind | None if {*(get_args(kind) or (kind,))} <= {int, float, bool, str, NoneType} else Any
@@ -274,7 +285,7 @@ def _model_config_class() -> type:
 
 
 def format_recipe(command: Command) -> str:
-    """All settings in the form in which they can be given, with a mark on those that were."""
+    """Return all settings in the form of command line arguments, with a mark on those that were given."""
     lines = [f"Settings of {command.name}; output folder: {command.out}"]
     for name in command.recipe.field_names():
         lines.append(
@@ -284,6 +295,7 @@ def format_recipe(command: Command) -> str:
 
 
 def _as_argument(name: str, value: Any) -> str:
+    """Return the command line argument that sets a field to a value."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}.{key}={json.dumps(part, default=str)}" for key, part in value.items()) or f"{name}.*"
     if isinstance(value, tuple):

@@ -1,6 +1,6 @@
-"""Weights of a model that may be sharded over processes (FSDP), whole.
+"""State dictionaries of models that may be sharded over processes (FSDP).
 
-PyTorch shards a parameter along its first axis and refuses scalars.
+FSDP shards a parameter along its first axis and does not support scalar parameters.
 """
 
 import torch
@@ -10,8 +10,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 _SCALARS = "scalar_parameters"
 
 
-def give_scalars_a_dimension(model: nn.Module) -> None:
-    """Make every scalar parameter of a model one of shape (1,); `full_state_dict` gives them back as scalars."""
+def reshape_scalar_parameters(model: nn.Module) -> None:
+    """Reshape all scalar parameters of a model to (1,); `full_state_dict` returns them as scalars."""
     scalars = []
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -23,32 +23,44 @@ def give_scalars_a_dimension(model: nn.Module) -> None:
 
 
 def full_state_dict(model: nn.Module, is_sharded: bool = False) -> dict[str, Tensor]:
-    """All weights by their plain names.
+    """Return the unsharded weights of a model by their names without wrappers.
 
-    If they are sharded, all processes must call this together; the first gets them, on its CPU, the others nothing.
+    Args:
+        model: The model, possibly wrapped for several processes.
+        is_sharded: Whether the model is sharded. All processes must then call this together.
+
+    Returns:
+        The weights. For a sharded model they are on the CPU of the first process, and the other processes get an
+        empty dictionary.
     """
     if not is_sharded:
-        return _bare(model).state_dict()
+        return _unwrap(model).state_dict()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    scalars = getattr(_bare(model), _SCALARS, ())
+    scalars = getattr(_unwrap(model), _SCALARS, ())
     return {name: value.reshape(()) if name in scalars else value for name, value in state.items()}
 
 
 def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], is_sharded: bool = False) -> None:
-    """Load what `full_state_dict` gave; every process reads it for itself.
+    """Load weights that `full_state_dict` returned.
+
+    Args:
+        model: The model, possibly wrapped for several processes.
+        state: The unsharded weights, in every process.
+        is_sharded: Whether the model is sharded. All processes must then call this together.
 
     Raises:
-        RuntimeError: listing the keys that are missing or too many.
+        RuntimeError: Keys are missing or unexpected; the message lists them.
     """
     if not is_sharded:
-        _bare(model).load_state_dict(state)
+        _unwrap(model).load_state_dict(state)
         return
-    scalars = getattr(_bare(model), _SCALARS, ())
+    scalars = getattr(_unwrap(model), _SCALARS, ())
     state = {name: value.reshape(1) if name in scalars else value for name, value in state.items()}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers of DDP and FSDP."""
     wrappers = torch.nn.parallel.DistributedDataParallel, torch.distributed.fsdp.FullyShardedDataParallel
     while isinstance(model, wrappers):
         model = model.module

@@ -1,4 +1,4 @@
-"""Logging: means of losses, throughput, and log lines on the console."""
+"""Logging of mean losses and throughput, and log lines on the console."""
 
 import time
 from collections.abc import Iterable
@@ -46,7 +46,7 @@ class Averages:
 
 
 class ThroughputLogger(TrainerCallback):
-    """Logs images per second, the fraction of the time spent waiting for data, and the hours to the end.
+    """Callback that logs images per second, the fraction of time spent waiting for data, and the hours to the end.
 
     Images per second count steps and waiting for data since the last log line, without evaluations and saving; the
     hours to the end count all. Waiting for data is the time between the end of a step and the start of the next one.
@@ -64,6 +64,7 @@ class ThroughputLogger(TrainerCallback):
         self._waited = self._worked = 0.0
 
     def _lap(self) -> float:
+        """Return the seconds since the last call."""
         now = self.clock()
         seconds, self._mark = now - self._mark, now
         return seconds
@@ -107,7 +108,7 @@ class ThroughputLogger(TrainerCallback):
 
 
 class ConsoleLogger(ProgressCallback):
-    """Shows a progress bar and prints one short line for each log."""
+    """Progress bar that also prints one short line for each log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print the line above the progress bar."""
@@ -117,13 +118,14 @@ class ConsoleLogger(ProgressCallback):
 
 
 def _as_text(name: str, value: float) -> str:
+    """Format one value for a log line."""
     if name == "eta_hours":
         return f"ends in {timedelta(seconds=round(value * 3600))}"
     return f"{name} {value:.4g}"
 
 
 def extra_log_values(callbacks: Iterable[TrainerCallback]) -> dict[str, float]:
-    """Values that callbacks with a method `log_values` add to a log, before reporters receive it."""
+    """Return the values that callbacks with a method `log_values` add to a log."""
     values = {}
     for callback in callbacks:
         if hasattr(callback, "log_values"):
@@ -132,7 +134,7 @@ def extra_log_values(callbacks: Iterable[TrainerCallback]) -> dict[str, float]:
 
 
 class LastEvaluation(TrainerCallback):
-    """Evaluates after the last step too, unless evaluation is turned off."""
+    """Callback that also evaluates after the last step, unless evaluation is turned off."""
 
     def on_step_end(self, args, state, control, **kwargs):
         """Request an evaluation after the last step."""
@@ -141,5 +143,11 @@ class LastEvaluation(TrainerCallback):
 
 
 def logging_callbacks(recipe: Recipe) -> list[TrainerCallback]:
-    """Callbacks of every run. Add them last: `ThroughputLogger` leaves out the time of the callbacks before it."""
+    """Return the logging callbacks of a run.
+
+    They must be added last, because `ThroughputLogger` does not count the time of earlier callbacks.
+
+    Args:
+        recipe: Recipe of the run.
+    """
     return [LastEvaluation(), ThroughputLogger(recipe.data.batch_size)]

@@ -1,4 +1,4 @@
-"""Run `python -m train`: its messages, signals and exit codes."""
+"""Entry point of `python -m train` with its messages, signals and exit codes."""
 
 import shlex
 import signal
@@ -21,17 +21,17 @@ class _Terminated(KeyboardInterrupt):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run `python -m train`.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None uses those of the process.
 
     Returns:
-        The exit code: 0 after training, 1 if training had to stop, 2 for an error of the user, 128 + the number of the
-        signal that stopped it.
+        The exit code: 0 after training, 1 if training had to stop, 2 for a usage error, and 128 plus the number of
+        the signal that stopped it.
 
     Raises:
-        SystemExit: with code 2 for arguments that cannot be parsed, with 0 for `--help`.
+        SystemExit: The arguments cannot be parsed (code 2), or `--help` was given (code 0).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -49,11 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(command: Command, argv: Sequence[str]) -> int:
+    """Train while the output folder is locked against other runs."""
     with lock_output(command.out) if is_main_process() else nullcontext():
         return _train_locked(command, argv)
 
 
 def _train_locked(command: Command, argv: Sequence[str]) -> int:
+    """Train and return the exit code; the output folder must be locked."""
     from .checkpoints import is_disk_full
     from .logging import TrainingStopped
     from .run import build_trainer, check_folder, train
@@ -84,6 +86,8 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
+    """Raise `_Terminated` at SIGTERM within the context."""
+
     def stop(number: int, frame: object) -> None:
         raise _Terminated
 
@@ -95,13 +99,13 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def resume_hint(command: Command, argv: Sequence[str]) -> str:
-    """Message with the command that resumes a stopped run."""
+    """Return a message with the command that resumes a stopped run."""
     from .checkpoints import last_complete_checkpoint
 
     try:
         checkpoint = last_complete_checkpoint(command.out)
     except ValueError:
-        return "There is no checkpoint yet: the same command starts from the beginning."
+        return "There is no checkpoint yet: run the same command again to start from the beginning."
     again = shlex.join(["python", "-m", "train", *(part for part in argv if part != "--resume"), "--resume"])
     return f"The last checkpoint is {checkpoint}. Resume with:\n  {again}"
 

@@ -1,4 +1,4 @@
-"""The module that is trained: the student, and the heads of the losses."""
+"""Module that is trained: the student and the heads of the losses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from .optimization import freeze_stages, freeze_unused
 
 
 class TrainingModel(nn.Module):
-    """The student and the heads of the losses, in one module for optimizer, gradient clipping and processes.
+    """Module with the student and the heads of the losses, for the optimizer and for distributed wrappers.
 
     Only `student` is saved as a model. Frozen stages of its backbone get no gradients and stay in evaluation mode, so
     that statistics of their BatchNorm do not change.
 
     Args:
-        student: The model.
-        losses: The losses, of which each may have a head.
+        student: The segmentation model that is trained and saved.
+        losses: Losses of the run; each may have a head.
         frozen_stages: Number of backbone stages that are not trained; the stem is frozen with the first.
     """
 
@@ -45,17 +45,17 @@ class TrainingModel(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Blocks that are sharded each as a whole; accelerate reads them here and refuses any that are not there."""
+        """Names of the blocks that FSDP shards as units; accelerate rejects names of blocks that do not exist."""
         student = self.student
         named = {*student._no_split_modules, *(student.model.backbone._no_split_modules or ())}
         return sorted(named & {type(module).__name__ for module in self.modules()})
 
     def forward(self, head_inputs: Mapping[str, Mapping[str, Tensor]] | None = None, **inputs: Any) -> TrainingOutput:
-        """Run the student and, on all of its stages, the heads.
+        """Run the student and the heads of the losses on the outputs of all its stages.
 
         Args:
-            head_inputs: `TrainingLoss.head_inputs` by the name of the loss; None runs the student alone.
-            inputs: Inputs of the student.
+            head_inputs: Result of `TrainingLoss.head_inputs` by the name of the loss; None runs only the student.
+            inputs: Keyword arguments of the student.
         """
         student = self.student(**inputs, output_stages=True)
         heads = None

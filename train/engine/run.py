@@ -1,4 +1,4 @@
-"""Build a trainer from a recipe, and start or resume a run."""
+"""Construction of the trainer of a recipe, and start or resumption of a run."""
 
 import json
 import os
@@ -31,7 +31,16 @@ _FREE_FIELDS = {"run.save_every", "run.evaluate_every", "run.log_every", "run.co
 
 
 def run(recipe: Recipe, output_dir: str | Path, resume: bool = False, **training_arguments: Any) -> GKCTrainer:
-    """Train by a recipe; at the end `output_dir` is a GKC checkpoint.
+    """Train a model with a recipe and save it in `output_dir`.
+
+    Args:
+        recipe: Recipe of the run.
+        output_dir: Folder of checkpoints, pictures and reports, and of the trained model.
+        resume: Whether to continue from the last complete checkpoint in `output_dir`.
+        training_arguments: Further `TrainingArguments`, such as `report_to`.
+
+    Returns:
+        The trainer after training.
 
     Raises:
         ValueError: The recipe cannot be run, or `output_dir` contains files that the run would mix with.
@@ -54,11 +63,16 @@ def train(trainer: GKCTrainer, checkpoint: Path | None = None) -> None:
 
 
 def check_folder(output_dir: str | Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Return the checkpoint to resume from; None to start from the beginning.
+    """Return the checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        output_dir: Output folder of the run.
+        recipe: Recipe of the run.
+        resume: Whether the run is to be resumed.
 
     Raises:
-        ValueError: There are checkpoints and `resume` is false; or checkpoints of another recipe, or files that no run
-            wrote. The message says what to do.
+        ValueError: The folder contains checkpoints and `resume` is false, checkpoints of another recipe, or files that
+            no run wrote. The message says what to do.
     """
     folder, found = Path(output_dir), checkpoints(output_dir)
     if not resume and (found or (folder / "config.json").exists()):
@@ -84,7 +98,7 @@ def _check_same_recipe(checkpoint: Path, recipe: Recipe) -> None:
         stored = type(recipe).from_dict(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a recipe: {error}") from error
-    # The workers of a streamed dataset share its samples out among them.
+    # The samples of a streamed dataset are divided among the workers, so that their number changes the batches.
     free = _FREE_FIELDS if recipe.data.streaming else _FREE_FIELDS | {"data.num_workers"}
     differing = [name for name in recipe.field_names() if name not in free and stored.get(name) != recipe.get(name)]
     if differing:
@@ -96,12 +110,12 @@ def _check_same_recipe(checkpoint: Path, recipe: Recipe) -> None:
 
 
 def _check_other_files(folder: Path) -> None:
-    """Raise a `ValueError` if a folder contains other files than a run writes before its first checkpoint."""
+    """Raise a `ValueError` if a folder contains files that no run writes before its first checkpoint."""
     left = {RECIPE_NAME, TENSORBOARD_FOLDER, PICTURES_FOLDER, *(path.name for path in checkpoints(folder))}
     others = sorted(path.name for path in folder.iterdir() if path.name not in left) if folder.exists() else []
     if others:
         raise ValueError(
-            f"{folder} holds {', '.join(others[:5])} and no complete checkpoint: name an empty or a new folder with "
+            f"{folder} contains {', '.join(others[:5])} and no complete checkpoint: name an empty or new folder with "
             "--out."
         )
 
@@ -110,7 +124,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
     """Build the trainer of a recipe with its dataset, model and losses.
 
     Args:
-        recipe: The recipe.
+        recipe: Recipe of the run.
         output_dir: Folder of checkpoints, pictures and reports.
         training_arguments: Further `TrainingArguments`, such as `report_to`.
 
@@ -127,7 +141,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
     towers = load_towers(recipe)
     sources = load_sources(recipe, RegionCaches(recipe, towers, stored, all_classes, vocabulary))
     model, processor = load_student(recipe, towers)
-    # Stored now, so that every checkpoint has this vocabulary; the text encoder does not change.
+    # The vocabulary is encoded now, so that every checkpoint contains it; the text encoder is frozen.
     try:
         model.set_vocabulary(vocabulary, processor)
     except ValueError as error:
@@ -154,7 +168,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
 
 
 def check_all_processes(arguments: TrainingArguments) -> None:
-    """Raise a `ValueError` if launched processes do not form one group: each would train by itself."""
+    """Raise a `ValueError` if launched processes do not form one group, because each would train a model by itself."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != arguments.world_size:
         raise ValueError(
@@ -164,7 +178,7 @@ def check_all_processes(arguments: TrainingArguments) -> None:
 
 
 def _arguments_of(recipe: Recipe) -> dict[str, Any]:
-    """`TrainingArguments` that `Recipe.to_training_arguments` leaves at their defaults."""
+    """Return the `TrainingArguments` that `Recipe.to_training_arguments` does not set."""
     return {
         "save_strategy": "steps",
         "save_steps": recipe.run.save_every,
@@ -172,14 +186,14 @@ def _arguments_of(recipe: Recipe) -> dict[str, Any]:
         "logging_steps": recipe.run.log_every,
         "eval_strategy": "no" if recipe.data.eval_split is None else "steps",
         "eval_steps": recipe.run.evaluate_every,
-        "use_cpu": not torch.accelerator.is_available(),  # without it, processes on CPUs do not form a group
-        "per_device_eval_batch_size": 1,  # every image counts the same, and no incomplete batch is dropped
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise processes on CPUs do not form a group
+        "per_device_eval_batch_size": 1,  # all images have the same weight, and no incomplete batch is dropped
         "dataloader_num_workers": recipe.data.num_workers,
     }
 
 
 def _place_reports(trainer: GKCTrainer) -> None:
-    """Let TensorBoard write to the output folder, and the console show one line for each log."""
+    """Make TensorBoard write to the output folder, and the console show one line for each log."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = os.path.join(trainer.args.output_dir, TENSORBOARD_FOLDER)

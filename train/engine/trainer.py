@@ -1,6 +1,8 @@
-"""`GKCTrainer`: transformers' Trainer with the paper's losses; with cached texts and teacher, a step runs no CLIP.
+"""`GKCTrainer`: transformers' Trainer with the paper's losses.
 
-Letters: B images, Q queries, N regions of a micro-batch, D width of the image-text space, P words of the vocabulary,
+With cached embeddings of texts and regions, a training step does not run CLIP.
+
+Letters: B images, Q queries, N regions of a micro-batch, D width of the image-text space, P prompts of the vocabulary,
 S decoder stages.
 """
 
@@ -42,7 +44,7 @@ from ..losses.registry import loss_classes, make_losses
 from ..teacher.region_teacher import TeacherEmbeddings
 from ..teacher.text_bank import TextBank
 from .checkpoints import crash_safe_checkpoint, is_complete, last_complete_checkpoint, verify_checkpoint
-from .fsdp import full_state_dict, give_scalars_a_dimension, load_full_state_dict
+from .fsdp import full_state_dict, load_full_state_dict, reshape_scalar_parameters
 from .logging import Averages, TrainingStopped, extra_log_values
 from .model import TrainingModel
 from .optimization import learning_rate_factor, parameter_groups
@@ -50,38 +52,38 @@ from .optimization import learning_rate_factor, parameter_groups
 HEADS_NAME = "training_heads.safetensors"
 RECIPE_NAME = "recipe.json"
 _STUDENT = "student."
-# Below this the loss scaling of fp16 has met gradients that no scale makes finite.
+# If gradients overflow at a smaller loss scale of fp16, no scale makes them finite.
 _LEAST_LOSS_SCALE = 1.0
 
 
 class GKCTrainer(Trainer):
-    """Trains a `GKCForOpenVocabSegmentation` by a recipe.
+    """Trainer of a `GKCForOpenVocabSegmentation` according to a recipe.
 
-    Losses are averages over all images of an optimiser step: how these are split over processes and accumulated
-    micro-batches changes neither loss nor gradient, nor what is drawn for an image, nor which regions are distilled.
-    There is one exception: grounding compares the images of a micro-batch, of all processes, with each other, so
-    accumulated micro-batches have fewer to compare. BatchNorm of the backbone must be frozen, as it is by default.
+    Losses are averages over all images of an optimizer step. How these are split over processes and accumulated
+    micro-batches changes neither losses nor gradients nor the random draws of an image. The exception is grounding,
+    which compares the images of a micro-batch of all processes with each other, so that accumulated micro-batches
+    have fewer images to compare. BatchNorm layers of the backbone must be frozen, as they are by default.
 
-    A loss or gradient that is not finite stops all processes with `TrainingStopped`; the last checkpoint stays as it
-    is.
+    A loss or gradient that is not finite stops all processes with `TrainingStopped`. The last checkpoint stays
+    intact.
 
     Args:
-        model: the student; its config must have the recipe's `loss_settings`.
-        recipe: what is trained and how.
-        args: from `recipe.to_training_arguments`.
-        train_dataset: in the schema of `train.data`, which see for `check_dataset`; or samples that are augmented
-            already, such as those of `train.data.AugmentedDataset`.
-        vocabulary: the classes that `category_id` counts; with a `category_split`, the base classes alone.
-        processor: normalises pixels, tokenises words, and is saved with the model.
-        teacher_embeddings: of the regions of `train_dataset`, for losses that need a teacher with
-            `teacher.source=cached`.
-        text_bank: embeddings of the vocabulary's words; computed here if not given.
-        eval_dataset: its losses are reported, without augmentation; its regions must be in `teacher_embeddings` too.
-        callbacks: as in transformers.
-        online_teacher: embeds regions of the augmented images, for `teacher.source=online`.
-        loss_sources: further arguments of losses, see `TrainingLoss.sources`: `word_probabilities` of synonyms for
-            every region, for `synonyms.probabilities=boxes`; `noun_bank`, embeddings of the captions' nouns, for
-            grounding, computed here if not given.
+        model: Student, whose config must have the recipe's `loss_settings`.
+        recipe: Recipe of the run.
+        args: Training arguments, from `recipe.to_training_arguments`.
+        train_dataset: Dataset in the schema that `train.data.check_dataset` checks; or augmented samples, such as
+            those of `train.data.AugmentedDataset`.
+        vocabulary: Classes that `category_id` refers to. With a `category_split` these are the base classes only.
+        processor: Processor of the student, which is saved with it.
+        teacher_embeddings: Embeddings of the regions of `train_dataset` and `eval_dataset`, for losses that need a
+            teacher with `teacher.source=cached`.
+        text_bank: Embeddings of the vocabulary's prompts. Computed if not given.
+        eval_dataset: Dataset whose losses are reported, without augmentation.
+        callbacks: Callbacks, as in transformers.
+        online_teacher: Teacher that embeds regions of the augmented images, for `teacher.source=online`.
+        loss_sources: Further arguments of losses, see `TrainingLoss.sources`: `name_probabilities`, the probabilities
+            of the names of every region's class, for `synonyms.probabilities=boxes`; and `noun_bank`, the embeddings
+            of the captions' nouns, for grounding, which are computed if not given.
     """
 
     def __init__(
@@ -130,8 +132,8 @@ class GKCTrainer(Trainer):
         )
         for loss in losses:
             loss.setup(context)
-        # After the texts of the losses, which is the order of earlier versions: a word is encoded once, in the batch
-        # in which it comes first, and its rounding must be the same in a resumed run.
+        # Created after the texts of the losses, as in earlier versions: a name is encoded once, in the batch in which
+        # it comes first, and its rounding must be the same in a resumed run.
         text_bank = text_bank or TextBank.from_vocabulary(vocabulary, model, processor)
         context.text_bank = self.text_bank = text_bank.to(self.args.device)
         self.step_regions = StepRegions(losses, self.text_bank, recipe.data.region_dropout)
@@ -140,29 +142,31 @@ class GKCTrainer(Trainer):
         self._image_ids: list[str] = []
         self._latest: dict[str, Tensor] = {}
         if self.is_fsdp_enabled:
-            give_scalars_a_dimension(self.model)
+            reshape_scalar_parameters(self.model)
         if recipe.run.compile:
-            # In place: the keys of checkpoints stay as they are. The losses, which match on the CPU, stay outside.
+            # Compiled in place, so that the keys of checkpoints do not change. The losses are not compiled, because
+            # they match queries and regions on the CPU.
             model.model.compile()
 
     def _check_size(self, samples: torch.utils.data.Dataset) -> None:
+        """Raise a `ValueError` if a dataset has fewer images than a batch."""
         if hasattr(samples, "__len__") and len(samples) < self.args.train_batch_size * self.args.world_size:
             raise ValueError(
-                f"The dataset has {len(samples)} images, fewer than one batch: make the recipe's `batch_size` smaller."
+                f"The dataset has {len(samples)} images, fewer than one batch: choose a smaller data.batch_size."
             )
 
     @property
     def training_model(self) -> TrainingModel:
-        """Student and heads, without what wraps them for several processes."""
+        """Student and heads without wrappers for several processes."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
     def student(self) -> GKCForOpenVocabSegmentation:
-        """The model that is trained and saved."""
+        """Model that is trained and saved."""
         return self.training_model.student
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Batches of this process; a streamed dataset shares itself out among processes and workers."""
+        """Return the data loader of this process; a streamed dataset is divided among processes and workers."""
         if not isinstance(self.train_dataset, StreamingDataset):
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
@@ -176,9 +180,9 @@ class GKCTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], StepDivisors | None]:
-        """The micro-batches of a step, each with its `regions`, and what their losses are divided by."""
+        """Return the micro-batches of a step, each with its `regions`, and the divisors of their losses."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = batches[: self._least(len(batches))]
+        batches = batches[: self._common_count(len(batches))]
         if not batches:
             return batches, None
         self._image_ids = [image_id for batch in batches for image_id in batch["image_ids"]]
@@ -186,8 +190,8 @@ class GKCTrainer(Trainer):
         batches = [{**batch, "regions": regions} for batch, regions in zip(batches, step, strict=True)]
         return batches, self.criterion.divisors(step)
 
-    def _least(self, count: int) -> int:
-        """The least count of all processes: a stream may give one of them less."""
+    def _common_count(self, count: int) -> int:
+        """Return the smallest count of all processes, because a streamed dataset may end earlier in one of them."""
         if self.args.world_size == 1 or not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             return count
         least = torch.tensor(count, device=self.args.device)
@@ -201,7 +205,7 @@ class GKCTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: StepDivisors | None = None,
     ) -> Tensor | tuple[Tensor, TrainingOutput]:
-        """All losses at every stage, from the same matches; a batch of its own where no step was prepared."""
+        """Compute all losses at every stage from the same matches; an evaluation batch forms a step by itself."""
         regions, divisors = inputs.get("regions"), num_items_in_batch
         if regions is None:
             step = self.step_regions([inputs], training=model.training)
@@ -227,6 +231,7 @@ class GKCTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: nn.Module, inputs: Batch) -> TrainingOutput:
+        """Run the student and the heads of the losses on a batch."""
         return model(
             pixel_values=inputs["pixel_values"],
             pixel_mask=inputs.get("pixel_mask"),
@@ -235,12 +240,13 @@ class GKCTrainer(Trainer):
         )
 
     def _stop_together(self, problem: str | None, image_ids: list[str], everywhere: bool = False) -> None:
-        """Stop all processes if one has a problem, so that none waits for it; all must call this.
+        """Raise `TrainingStopped` in all processes if one has a problem; all processes must call this together.
 
         Args:
-            problem: of this process, if any.
-            image_ids: what it was looking at.
-            everywhere: the problem is known to be the same in all processes: they need not ask each other.
+            problem: Problem of this process, or None.
+            image_ids: Images of this process.
+            everywhere: Whether the problem is known to be the same in all processes, which then need not
+                communicate.
         """
         several = self.args.world_size > 1
         if several and not everywhere:
@@ -259,19 +265,19 @@ class GKCTrainer(Trainer):
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """The gradient's norm; training stops if it is not finite, which is then so in all processes."""
+        """Return the norm of the gradients, which is the same in all processes; stop training if it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaler = self.accelerator.scaler
-        # With loss scaling a step that overflows is skipped, and the scale halved.
+        # Loss scaling skips a step that overflows and halves the scale.
         overflows = scaler is not None and scaler.is_enabled() and scaler.get_scale() >= _LEAST_LOSS_SCALE
         if not overflows and not torch.as_tensor(norm).isfinite():
             losses = {name: round(float(value), 4) for name, value in self._latest.items() if "loss" in name}
-            problem = f"the gradient's norm is {float(norm)}, of finite losses: {losses}"
+            problem = f"the norm of the gradients is {float(norm)}, with finite losses: {losses}"
             self._stop_together(problem, self._image_ids, everywhere=True)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss by name, averaged over micro-batches and processes, broken samples, and words of callbacks."""
+        """Log the means of all losses over micro-batches and processes, broken samples, and values of callbacks."""
         if "loss" in logs:
             logs |= self._averages.take() | extra_log_values(self.callback_handler.callbacks)
             if hasattr(self.train_dataset, "broken_count"):
@@ -281,12 +287,12 @@ class GKCTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys=None
     ) -> tuple[Tensor, None, None]:
-        """The loss of a batch; metrics are `train.evaluate`'s matter."""
+        """Return the loss of a batch without predictions; `python -m train.evaluate` computes metrics."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The recipe's optimiser on `parameter_groups`."""
+        """Create the optimizer with the groups of `parameter_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -296,7 +302,7 @@ class GKCTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The recipe's steps at its milestones."""
+        """Create the learning rate schedule of the recipe."""
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,
@@ -306,10 +312,14 @@ class GKCTrainer(Trainer):
         return self.lr_scheduler
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train; `resume_from_checkpoint=True` continues from the last checkpoint that was written to its end.
+        """Train from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint, or True for the last complete one.
+            kwargs: Further arguments of `Trainer.train`.
 
         Raises:
-            DamagedFileError: a file of the checkpoint holds other bytes than when it was written.
+            DamagedFileError: The content of a file of the checkpoint has changed since it was written.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
@@ -318,7 +328,7 @@ class GKCTrainer(Trainer):
                 verify_checkpoint(resume_from_checkpoint)
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= self.args.max_steps:
-                # transformers would take one step more.
+                # transformers would take another step.
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
@@ -329,16 +339,20 @@ class GKCTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student and its processor; a checkpoint gets the training heads and the recipe beside them.
+        """Save the student and its processor, and in a checkpoint also the heads of the losses and the recipe.
 
-        All processes must call this: a sharded model is gathered.
+        All processes must call this together, because a sharded model is gathered.
+
+        Args:
+            output_dir: Folder to write to; None uses the output folder of the run.
+            _internal_call: Whether the Trainer writes a checkpoint.
         """
         folder = output_dir or self.args.output_dir
         state = full_state_dict(self.model, is_sharded=self.is_fsdp_enabled)
         if self.args.should_save:
             self._save(folder, state)
             if _internal_call:
-                self._save_rest(Path(folder), state)
+                self._save_heads_and_recipe(Path(folder), state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -349,8 +363,8 @@ class GKCTrainer(Trainer):
         self.student.save_pretrained(folder, state_dict=student)
         self.processing_class.save_pretrained(folder)
 
-    def _save_rest(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """What a checkpoint has beside the model: heads and recipe."""
+    def _save_heads_and_recipe(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Save the heads of the losses and the recipe in a checkpoint."""
         heads = {key: value.contiguous() for key, value in state.items() if not key.startswith(_STUDENT)}
         if heads:
             save_file(heads, folder / HEADS_NAME)
@@ -371,7 +385,7 @@ class GKCTrainer(Trainer):
 def _log_values(
     losses: dict[str, Tensor], outputs: TrainingOutput, regions: Regions, matches: list
 ) -> dict[str, Tensor]:
-    """Scalars of a micro-batch: each loss at the last stage and, averaged, at the auxiliary ones before it."""
+    """Return scalars of a micro-batch to log: each loss at the last stage, and its mean over the earlier stages."""
     counts = {
         "regions": sum(regions.counts),
         "matched_regions": sum(len(queries) for queries, _ in matches[-1]),
@@ -386,19 +400,19 @@ def _log_values(
 
 
 def _not_finite(losses: dict[str, Tensor]) -> str | None:
-    """Which losses are not finite; None if all are."""
+    """Return a message that names the losses that are not finite, or None if all are finite."""
     if not losses or torch.cat(list(losses.values())).isfinite().all():
         return None
     return f"not finite, by stage: { {name: v.tolist() for name, v in losses.items() if not v.isfinite().all()} }"
 
 
 def _augmented(dataset: Any, recipe: Recipe, training: bool) -> torch.utils.data.Dataset:
-    """Samples of a dataset as it is stored; what is augmented already stays as it is."""
+    """Return augmented samples of a stored dataset; return a dataset of augmented samples unchanged."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
     streams = isinstance(dataset, IterableDataset)
     if streams and not training:
-        raise ValueError("`eval_dataset` cannot be streamed: load it with random access.")
+        raise ValueError("`eval_dataset` cannot be streamed: load it with `streaming=False`.")
     changes = (recipe.data.scale_range, recipe.data.flip_probability) if training else ((1.0, 1.0), 0.0)
     kind = StreamingDataset if streams or (recipe.data.streaming and training) else AugmentedDataset
     return kind(
@@ -407,6 +421,7 @@ def _augmented(dataset: Any, recipe: Recipe, training: bool) -> torch.utils.data
 
 
 def _check_agreement(model: GKCForOpenVocabSegmentation, recipe: Recipe) -> None:
+    """Raise a `ValueError` if the loss settings of model and recipe differ."""
     settings = recipe.loss_settings()
     made_with = {name: getattr(model.config, name) for name in settings}
     differing = [name for name in settings if made_with[name] != settings[name]]
@@ -425,6 +440,7 @@ def _check_sources(
     teacher: RegionLookup | RegionEmbedder | None,
     loss_sources: dict[str, Any],
 ) -> None:
+    """Raise an error if an argument of a loss is unknown or a teacher is missing."""
     known = {name for each in loss_classes() for name in each.sources}
     if unknown := sorted(loss_sources.keys() - known):
         raise TypeError(f"GKCTrainer has no argument {', '.join(unknown)}; losses take {', '.join(sorted(known))}.")
@@ -439,7 +455,7 @@ def _check_sources(
 
 
 class _EpochSetter(TrainerCallback):
-    """Tells the dataset which epoch it is, also in a resumed run."""
+    """Callback that sets the epoch of the dataset, also in a resumed run."""
 
     def __init__(self, dataset: torch.utils.data.Dataset):
         self.dataset = dataset
