@@ -25,8 +25,8 @@ from .sections import (
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Names from before recipes had sections whose field is called otherwise today. All other old names are the names of
-# fields that one section alone has, which are accepted without their section.
+# Names from before recipes had sections whose fields have other names now. All other old names are names of fields
+# that only one section has, which are accepted without the section.
 _RENAMED_FIELDS = {
     "model": "model.config",
     "teacher": "teacher.source",
@@ -47,12 +47,12 @@ _RENAMED_FIELDS = {
     "grounding_max_nouns": "grounding.max_nouns",
 }
 _RENAMED_RECIPES = {"own_folder": "custom"}
-_SIMILARITY = 0.6  # least similarity of a known name that is suggested for an unknown one
+_SIMILARITY = 0.6  # smallest similarity of a known name that is suggested for an unknown one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training run.
+    """Settings of a training run.
 
     The defaults are the settings of the paper's R-50 row except for six, which its recipe `coco_clip_r50` sets:
     `optimizer.precision` (published: mixed), `synonyms.probabilities` (published: those of CLIP for the region's box),
@@ -75,7 +75,7 @@ class Recipe:
 
     @classmethod
     def field_names(cls) -> list[str]:
-        """Every `section.field`, in the order of the sections."""
+        """Return all names `section.field`, in the order of the sections."""
         default = cls()
         return [
             f"{section.name}.{each.name}"
@@ -85,10 +85,10 @@ class Recipe:
 
     @classmethod
     def full_name(cls, name: str) -> str:
-        """`section.field` of a name.
+        """Return the `section.field` that a name refers to.
 
         Args:
-            name: `section.field`; or the name of a field that one section alone has, such as `steps`; or a name from
+            name: `section.field`; or the name of a field that only one section has, such as `steps`; or a name from
                 before recipes had sections, such as `synonym_mode`.
 
         Raises:
@@ -115,16 +115,16 @@ class Recipe:
         raise ValueError(f"A recipe has no field {name!r}{hint}")
 
     def get(self, name: str) -> Any:
-        """Value of a field by any name that `full_name` knows."""
+        """Return the value of a field by any name that `full_name` accepts."""
         section, _, each = self.full_name(name).partition(".")
         return getattr(getattr(self, section), each)
 
     def replace(self, changes: Mapping[str, Any] | None = None, **short_names: Any) -> Self:
-        """This recipe with some fields changed.
+        """Return a copy of the recipe with some fields changed.
 
         Args:
-            changes: Values by name, such as `{"synonyms.mode": "max"}`; see `full_name` for the names.
-            short_names: The same for names without a dot, such as `steps=100`.
+            changes: Values by any name that `full_name` accepts, such as `{"synonyms.mode": "max"}`.
+            short_names: Values by names without a dot, such as `steps=100`.
 
         Raises:
             ValueError: There is no such field, or a value is impossible.
@@ -137,19 +137,22 @@ class Recipe:
         return dataclasses.replace(self, **sections)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Values by section and field, as plain types that JSON can hold."""
+        """Return the values by section and field, as types that JSON can represent."""
         return {section.name: _plain(getattr(self, section.name)) for section in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The recipe that `to_dict` gave, also in the flat form from before recipes had sections.
+        """Create a recipe from a dictionary.
+
+        Args:
+            values: Result of `to_dict`, or its flat form from before recipes had sections.
 
         Raises:
             ValueError: A name or value is impossible.
         """
         sections = {section.name for section in dataclasses.fields(cls)}
         changes = {}
-        # A flat recipe has a `model` and a `teacher` too: the first is `model.config`, the second is text.
+        # The names `model` and `teacher` occur in flat recipes too, for `model.config` and `teacher.source`.
         is_flat = bool(values.keys() - sections)
         for name, value in values.items():
             if is_flat:
@@ -162,21 +165,21 @@ class Recipe:
         )
 
     def model_settings(self) -> dict[str, Any]:
-        """Fields of the `GKCConfig` that this recipe trains: `GKCConfig(**recipe.model_settings(), ...)`."""
+        """Return the arguments of `GKCConfig` that the recipe sets: `GKCConfig(**recipe.model_settings(), ...)`."""
         return {**self.model.config, **self.loss_settings()}
 
     def loss_settings(self) -> dict[str, Any]:
-        """Those of `model_settings` that belong to matching and losses."""
+        """Return the arguments of `GKCConfig` for matching and losses."""
         return dict(sorted(vars(self.matching).items()))
 
     def to_training_arguments(self, output_dir: str | os.PathLike, **overrides: Any) -> "TrainingArguments":
-        """Arguments for `GKCTrainer`.
+        """Return the `TrainingArguments` of the recipe for `GKCTrainer`.
 
-        The batch is divided among processes and accumulated micro-batches; gradients do not depend on the division.
+        The batch is divided among processes and accumulated micro-batches. Gradients do not depend on the division.
 
         Args:
             output_dir: Folder of the checkpoints.
-            overrides: Any further `TrainingArguments`, such as `save_steps`.
+            overrides: Further `TrainingArguments`, such as `save_steps`.
 
         Raises:
             ValueError: The batch cannot be divided among processes and accumulated batches.
@@ -213,7 +216,7 @@ class Recipe:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and configurations of transformers as dictionaries, tuples as lists, at any depth."""
+    """Convert nested sections and transformers configurations to dictionaries, and tuples to lists."""
     if dataclasses.is_dataclass(value) and isinstance(value, Section):
         value = vars(value)
     elif hasattr(value, "to_dict"):
@@ -224,18 +227,19 @@ def _plain(value: Any) -> Any:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes in `configuration/recipes`."""
+    """Return the names of the recipes in `configuration/recipes`."""
     from . import recipes
 
     return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
 
 
 def load_recipe(name: str, changes: Mapping[str, Any] | None = None, **short_names: Any) -> Recipe:
-    """The recipe of `configuration/recipes/<name>.py`, with some fields changed.
+    """Load the recipe of `configuration/recipes/<name>.py`, with some fields changed.
 
     Args:
         name: Name of the recipe.
-        changes, short_names: See `Recipe.replace`.
+        changes: Values by name, see `Recipe.replace`.
+        short_names: Values by names without a dot, see `Recipe.replace`.
 
     Raises:
         ValueError: There is no such recipe or field, or a value is impossible.

@@ -43,7 +43,7 @@ class Section:
 
     @classmethod
     def label(cls, name: str) -> str:
-        """Name of a field in messages, such as `optimizer.steps` in backquotes."""
+        """Return the name of a field for messages, such as `optimizer.steps` in backquotes."""
         return f"`{cls.__name__.removesuffix('Section').lower()}.{name}`"
 
     @staticmethod
@@ -55,7 +55,17 @@ class Section:
     def require_numbers(
         self, names: Iterable[str], low: float = 0, high: float = math.inf, low_is_allowed: bool = True
     ) -> None:
-        """Check that fields are finite numbers within bounds; fields that are None are skipped."""
+        """Check that fields are finite numbers within bounds; fields that are None are skipped.
+
+        Args:
+            names: Names of the fields.
+            low: Lower bound.
+            high: Upper bound.
+            low_is_allowed: Whether a value may equal the lower bound.
+
+        Raises:
+            ValueError: A value is out of bounds; the message names the field.
+        """
         wanted = f"must lie between {low} and {high}" if high < math.inf else "must not be negative"
         for name in names:
             value = getattr(self, name)
@@ -216,10 +226,10 @@ class RunSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingSection(Section):
-    """Matching of queries with annotated regions, and the losses of names and masks; as in `GKCConfig`.
+    """Matching of queries with annotated regions, and the classification and mask losses; as in `GKCConfig`.
 
     Attributes:
-        class_weight: Weight of the cross-entropy of class names, in the loss and in the matching cost.
+        class_weight: Weight of the cross-entropy over classes, in the loss and in the matching cost.
         mask_weight: Weight of the binary cross-entropy of masks, in the loss and in the matching cost.
         dice_weight: Weight of the dice loss of masks, in the loss and in the matching cost.
         no_object_weight: Weight of the no-object class in every cross-entropy over classes.

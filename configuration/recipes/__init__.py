@@ -1,1 +1,1 @@
-"""The recipes, one module each, with the recipe as `RECIPE`."""
+"""Training recipes: one module each, which defines `RECIPE`."""

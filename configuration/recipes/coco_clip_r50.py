@@ -6,7 +6,7 @@ Before:   gkc convert clip-resnet RN50.pt --text --out clip-rn50
           python -m train.cache synonyms data/coco-nouns --clip clip-rn50 --vocabulary coco_panoptic_133
           (each cache also with --split val; the published probabilities are those of CLIP ViT-B/32)
 Command:  accelerate launch --config_file configuration/accelerate/8gpu.yaml -m train coco_clip_r50
-Hardware: 8 GPUs, 14 images of 512 x 512 on each. Not run here, so no hours.
+Hardware: 8 GPUs, 14 images of 512 x 512 on each. Not run here; the duration is unknown.
 Expect:   mIoU 49.8 COCO, 78.7 PAS-20, 34.3 Cityscapes, 17.5 A-150, 3.2 A-847, 41.9 PC-59, 6.5 PC-459
           (Han, Liu et al., ICCV 2023, Table 1; settings of the released configuration).
 

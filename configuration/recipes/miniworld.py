@@ -1,8 +1,8 @@
-"""The procedural mini-world: the paper's claim in minutes.
+"""Mini-world: the paper's main ablation on drawn images, in minutes.
 
 Command:  python -m train.miniworld
 Hardware: two CPU cores, about three quarters of a second per step.
-Expect:   the table of the mini checkpoint's card; finer words (color, fill) are answered only with distillation.
+Expect:   the results in the model card of gkc-mini; names of color and fill are recognized only with distillation.
 """
 
 from configuration.recipe import Recipe

@@ -1,4 +1,4 @@
-"""The interface of a training loss, and what all losses share.
+"""Interface of a training loss, and the data structures that all losses share.
 
 A new loss is one file of this package with a subclass of `TrainingLoss`, and one section of the recipe that has the
 name of the loss. `train.losses.registry` finds it; model, trainer and command need no change.
@@ -28,33 +28,33 @@ Batch = Mapping[str, Any]
 
 
 class RegionLookup(Protocol):
-    """Stored values of regions, such as `TeacherEmbeddings` or probabilities of synonyms."""
+    """Interface of stored values of regions, such as `TeacherEmbeddings` or probabilities of synonyms."""
 
     def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
-        """For each image the values (N, ...) of its segments (N,)."""
+        """Return for each image the values (N, ...) of its segments (N,)."""
 
 
 class RegionEmbedder(Protocol):
-    """A teacher that embeds the regions of a batch itself, such as `OnlineTeacher`."""
+    """Interface of a teacher that embeds the regions of a batch, such as `OnlineTeacher`."""
 
     def embed(self, batch: Batch) -> list[Tensor]:
-        """For each image the unit embeddings (N, D) of the segments named in `segment_ids`."""
+        """Return for each image the unit embeddings (N, D) of the segments in `segment_ids`."""
 
 
 @dataclass
 class Regions:
-    """The annotated regions of a micro-batch, one after the other, and what was drawn for them.
+    """Annotated regions of a micro-batch, concatenated over its images, and the random draws for them.
 
     Attributes:
         counts: Number of regions of each image.
         classes: (N,) classes as positions in the vocabulary.
-        prompts: (N,) prompt that stands for each region in this step: the name of its class unless a loss draws
-            another.
+        prompts: (N,) prompt that describes each region in this step, that of the first name of its class unless a loss
+            draws another.
         kept: (N,) bool, false for the regions that region dropout leaves out.
         priorities: (N,) sampling priorities on the CPU: of several regions, those with the lowest are chosen.
-        teacher: (N, D) the teacher's embeddings; None until a loss looks them up. They may be zero where no loss needs
-            them.
-        prepared: What each loss prepared for itself, by the name of the loss.
+        teacher: (N, D) embeddings by the teacher; None until a loss looks them up. They may be zero for regions that
+            no loss needs.
+        prepared: Results of `draw` and `prepare` of each loss, by the name of the loss.
     """
 
     counts: list[int]
@@ -66,7 +66,15 @@ class Regions:
     prepared: dict[str, Any] = field(default_factory=dict)
 
     def pairs(self, matches: Matches, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Matched (image, query, region), each (pairs,), of the regions for which `chosen` (N,) is true."""
+        """Return the matches of some regions as indices.
+
+        Args:
+            matches: Matched queries and regions of each image.
+            chosen: (N,) bool mask of the regions to return.
+
+        Returns:
+            Image, query and region of each match, each (number of matches,).
+        """
         device = self.classes.device
         first = 0
         images, queries, regions = [], [], []
@@ -85,7 +93,7 @@ class TrainingOutput(ModelOutput):
     """Output of `TrainingModel`.
 
     Attributes:
-        heads: Output of each loss's `run_head`, by the name of the loss; None where the student ran alone.
+        heads: Output of each loss's `run_head`, by the name of the loss; None if only the student was run.
         temperature: Factor of the cosine similarities of queries and prompts.
         student: Output of the student, with all stages and without losses.
     """
@@ -97,7 +105,7 @@ class TrainingOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class StepDivisors:
-    """Divisors of the sums of a micro-batch: means over the micro-batches and processes of a step.
+    """Divisors of the loss sums of a micro-batch: their means over the micro-batches and processes of a step.
 
     The trainer averages micro-batches, and processes average their gradients; with these divisors the result is that
     of one batch of all images, however they are split.
@@ -113,16 +121,16 @@ class StepDivisors:
 
 @dataclass
 class LossContext:
-    """What losses can use; tensors are on the device of the losses.
+    """Objects that losses can use, with tensors on the device of the losses.
 
     Attributes:
         recipe: The recipe of the run.
         device: Device of the losses.
-        text_bank: Embeddings of the vocabulary's prompts. They are there in a step, but not yet in `setup`.
-        teacher: Looks up or computes embeddings of regions; None where no loss needs a teacher.
+        text_bank: Embeddings of the vocabulary's prompts. None during `setup`.
+        teacher: Teacher that looks up or computes embeddings of regions; None if no loss needs one.
         student: The model that is trained.
         processor: Processor of the student.
-        datasets: Training and evaluation datasets as they were given to the trainer, those that are None left out.
+        datasets: Training and evaluation datasets that were given to the trainer.
         sources: Further arguments of the trainer by name, see `TrainingLoss.sources`.
     """
 
@@ -136,7 +144,16 @@ class LossContext:
     sources: Mapping[str, Any] = field(default_factory=dict)
 
     def teacher_embeds(self, batch: Batch, wanted: Tensor, counts: list[int]) -> Tensor:
-        """(N, D) embeddings by the teacher of the wanted (N,) regions, zeros elsewhere."""
+        """Look up or compute the teacher's embeddings of some regions.
+
+        Args:
+            batch: The micro-batch.
+            wanted: (N,) bool mask of the regions.
+            counts: Number of regions of each image.
+
+        Returns:
+            (N, D) unit embeddings, zero for the other regions.
+        """
         chosen = wanted.cpu().split(counts)
         segment_ids = [ids.cpu()[mask] for ids, mask in zip(batch["segment_ids"], chosen, strict=True)]
         if self.recipe.teacher.source == "online":
@@ -149,7 +166,7 @@ class LossContext:
 
 
 class TrainingLoss(ABC):
-    """A loss of a training step that uses the matches of the losses of names and masks.
+    """Base of all losses that use the matches of the classification and mask losses.
 
     A step calls the methods in this order: `draw` for each micro-batch, `prepare` and `divisor_counts` for the step,
     then for each micro-batch `run_head` within the model's forward pass and the loss itself.
@@ -159,7 +176,7 @@ class TrainingLoss(ABC):
             `TrainingOutput.heads` and `StepDivisors.losses`.
         sources: Names of further arguments of `GKCTrainer` that the loss reads from `LossContext.sources`.
         is_collective: Whether computing the loss needs all processes at once. It is then computed after all of them
-            have found their other losses to be finite, so that none waits for a process that stopped.
+            have checked that their other losses are finite, so that none waits for a process that stopped.
         needs_teacher: Whether the loss uses `LossContext.teacher`.
         setting_without_clip: Change of the recipe with which the loss needs no CLIP, for messages.
 
@@ -179,34 +196,40 @@ class TrainingLoss(ABC):
 
     @classmethod
     def is_enabled(cls, recipe: Recipe) -> bool:
-        """Whether a recipe uses the loss: its section is there and has a positive `weight`."""
+        """Return whether a recipe uses the loss: it has the loss's section with a positive `weight`."""
         section = getattr(recipe, cls.name, None)
         return section is not None and section.weight > 0
 
     @property
     def head_name(self) -> str:
-        """Attribute of `TrainingModel` that holds the head; it is part of the names in checkpoints."""
+        """Attribute of `TrainingModel` with the head, which is part of the names of parameters in checkpoints."""
         return f"{self.name}_head"
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each value of the loss that is learned from, by the value's name; other values are only logged."""
+        """Weight of each value of the loss in the total loss, by the value's name; other values are only logged."""
         return {f"loss_{self.name}": self.settings.weight}
 
     def load_sources(self, caches: RegionCaches) -> dict[str, Any]:
-        """Load what a run needs beside the teacher, by the names in `sources`.
+        """Load the further arguments of `GKCTrainer` that the loss needs.
+
+        Args:
+            caches: Caches of the recipe's dataset.
+
+        Returns:
+            Arguments by the names in `sources`.
 
         Raises:
-            ValueError: Something is not there; the message has the command that makes it.
+            ValueError: A cache is missing; the message contains the command that writes it.
         """
         return {}
 
     def make_head(self, student: GKCForOpenVocabSegmentation) -> nn.Module | nn.Parameter | None:
-        """Make what the loss alone trains, with initial weights that depend on the recipe's seed alone."""
+        """Return the parameters of the loss, with initial weights that depend only on the recipe's seed, or None."""
         return None
 
     def head_inputs(self) -> dict[str, Tensor]:
-        """Tensors that `run_head` takes as keyword arguments; they pass through the model's forward pass."""
+        """Return the keyword arguments of `run_head`, which pass through the model's forward pass."""
         return {}
 
     def run_head(
@@ -216,9 +239,15 @@ class TrainingLoss(ABC):
         outputs: GKCForOpenVocabSegmentationOutput,
         **inputs: Tensor,
     ) -> Any:
-        """Compute what the loss needs parameters for, within the model's forward pass.
+        """Compute the outputs of the loss's head, within the model's forward pass.
 
-        A parameter itself must not be returned: sharded ones are whole only while the model runs.
+        A parameter itself must not be returned, because a sharded one is gathered only during the forward pass.
+
+        Args:
+            head: Result of `make_head`.
+            student: The model that is trained.
+            outputs: Output of the student with all stages.
+            inputs: Result of `head_inputs`.
 
         Returns:
             Tensors, or dictionaries and tuples of them.
@@ -226,25 +255,26 @@ class TrainingLoss(ABC):
         return None
 
     def setup(self, context: LossContext) -> None:
-        """Take what the loss needs from the context; called once before training."""
+        """Store the context; called once before training."""
         self.context = context
 
     def draw(  # noqa: B027 - losses that draw nothing need not define it
         self, batch: Batch, regions: Regions, generators: Sequence[torch.Generator]
     ) -> None:
-        """Draw what is random for a micro-batch.
+        """Make the random draws for a micro-batch.
 
         Args:
             batch: The micro-batch.
-            regions: Its regions; results go to `regions.prepared[self.name]`, or replace `regions.prompts`.
-            generators: One for each image, seeded by the image's own seed.
+            regions: Regions of the micro-batch. Results are stored in `regions.prepared[self.name]` or
+                `regions.prompts`.
+            generators: Generator of each image, seeded by the image's own seed.
         """
 
     def prepare(self, step: Sequence[Regions], batches: Sequence[Batch]) -> None:  # noqa: B027 - optional too
         """Prepare the micro-batches of a step together; all processes call this together."""
 
     def divisor_counts(self, regions: Regions) -> Sequence[float]:
-        """Numbers of a micro-batch that the loss divides by, always as many; see `StepDivisors`."""
+        """Return the counts of a micro-batch that the loss divides by, a fixed number of them; see `StepDivisors`."""
         return ()
 
     @abstractmethod
@@ -261,7 +291,7 @@ class TrainingLoss(ABC):
         Args:
             outputs: Output of the model; `outputs.heads[self.name]` is what `run_head` returned.
             batch: The micro-batch.
-            regions: Its regions, with what `draw` and `prepare` added.
+            regions: Regions of the micro-batch, with the results of `draw` and `prepare`.
             matches: Matches of each decoder stage.
             divisors: Divisors of the step.
 
@@ -270,5 +300,5 @@ class TrainingLoss(ABC):
         """
 
     def log_values(self, outputs: TrainingOutput, regions: Regions) -> dict[str, Tensor]:
-        """Further scalars to log."""
+        """Return further scalars to log."""
         return {}

@@ -1,4 +1,4 @@
-"""The criterion of training: the losses of names and masks, whose matches all other losses use.
+"""Training criterion: the classification and mask losses, whose matches all other losses use.
 
 Letters: B images, S decoder stages.
 """
@@ -19,18 +19,18 @@ from .base import Batch, Regions, StepDivisors, TrainingLoss, TrainingOutput
 
 
 class TrainingCriterion:
-    """Computes all losses of a recipe.
+    """Criterion that computes all losses of a recipe.
 
     Args:
-        recipe: Weights of the losses of names and masks.
-        criterion: The student's criterion.
-        losses: The further losses.
+        recipe: Recipe with the weights of the classification and mask losses.
+        criterion: Criterion of the student.
+        losses: Further losses.
     """
 
     def __init__(self, recipe: Recipe, criterion: GKCCriterion, losses: Sequence[TrainingLoss]):
         self.criterion = criterion
-        # From the last name to the first: the order of runs from before losses had an interface. A sum of floats
-        # depends on it, and a resumed run must come to the same one.
+        # Sorted from the last name to the first, as in earlier versions: a sum of floats depends on the order, and a
+        # resumed run must compute the same sum.
         self.losses = [*reversed(losses)]
         matching = recipe.matching
         weights = (matching.class_weight, matching.mask_weight, matching.dice_weight)
@@ -39,7 +39,7 @@ class TrainingCriterion:
             self.weights |= loss.weights
 
     def divisors(self, step: Sequence[Regions]) -> StepDivisors:
-        """Divisors of a step, counted in all its micro-batches; all processes must call this together."""
+        """Return the divisors of a step, counted in its micro-batches; all processes must call this together."""
         config, device = self.criterion.config, step[0].classes.device
         sums = torch.zeros(1, dtype=torch.float64)
         for regions in step:
@@ -60,7 +60,7 @@ class TrainingCriterion:
             Values by name, each (S,), and the matches of each stage.
 
         Raises:
-            ValueError: Something cannot be matched; the message names the sample's place in the batch.
+            ValueError: A sample cannot be matched; the message names its position in the batch.
         """
         losses, matches = self._label_losses(outputs, batch, divisors, training)
         for loss in self.losses:
@@ -84,16 +84,16 @@ class TrainingCriterion:
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum over losses and stages."""
+        """Return the weighted sum over losses and stages."""
         return sum(weight * losses[name].sum() for name, weight in self.weights.items())
 
     def _label_losses(
         self, outputs: TrainingOutput, batch: Batch, divisors: StepDivisors, training: bool
     ) -> tuple[dict[str, Tensor], list[Matches]]:
-        """Compute the losses of names and masks as `GKCForOpenVocabSegmentation` does, but with these divisors."""
+        """Compute classification and mask losses as `GKCForOpenVocabSegmentation` does, with the step's divisors."""
         stages, content_sizes = outputs.student.stages, outputs.student.content_sizes
         masks = [stage.masks_queries_logits for stage in stages]
-        # The student padded its input. Training teaches it that padding is empty, evaluation does not count it.
+        # The student pads its input. Training counts padding as empty, evaluation ignores it.
         padded = [4 * side for side in masks[-1].shape[-2:]]
         if content_sizes is not None and not training:
             masks = [hide_padding(stage, content_sizes) for stage in masks]
@@ -117,5 +117,5 @@ class TrainingCriterion:
 
 
 def point_seeds(batch: Batch) -> list[int]:
-    """Seed of the points at which the masks of each image are compared, apart from the image's other draws."""
+    """Return the seed of the points at which each image's masks are compared, distinct from its other draws."""
     return [seed ^ 1 for seed in batch["draw_seeds"]]

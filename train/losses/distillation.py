@@ -25,11 +25,11 @@ from .base import Batch, Regions, StepDivisors, TrainingLoss, TrainingOutput
 class DistillationLoss(TrainingLoss):
     """Text-guided distillation of matched regions, at every decoder stage.
 
-    `Regions.prepared` holds a (N,) bool, true for the regions that are distilled. Of the regions of a step, over its
-    micro-batches and all processes, these are those with the lowest priorities, `max_regions` at most.
+    `Regions.prepared` is a (N,) bool mask of the distilled regions. These are at most the `max_regions` regions with
+    the lowest priorities among all micro-batches and processes of a step.
 
-    The divisors are the number of distilled regions and of their pairs. Annotated regions are counted: with more
-    segments than queries, those that stay unmatched count as residuals of zero.
+    The divisors are the number of distilled regions and of their pairs. They count annotated regions, so that regions
+    that no query is matched with, as an image has more regions than queries, count as residuals of zero.
     """
 
     name = "distillation"
@@ -38,7 +38,7 @@ class DistillationLoss(TrainingLoss):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each term that is learned from."""
+        """Weight of each term in the total loss."""
         terms = {"split": ("feature", "relation")}.get(self.settings.terms, (self.settings.terms,))
         weights = {f"loss_distillation_{term}": self.settings.weight for term in terms}
         if self.settings.terms == "split" and self.settings.relation_weight is not None:
@@ -46,13 +46,13 @@ class DistillationLoss(TrainingLoss):
         return weights
 
     def make_head(self, student: GKCForOpenVocabSegmentation) -> "DistillationHead":
-        """The scale and the map that the section asks for."""
+        """Return the scale and the linear maps of the recipe, with initial weights from its seed."""
         config = student.config
         stages = config.decoder_layers + 1 if self.settings.heads == "per_stage" else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.run.seed)
             head = DistillationHead(self.settings.embedding, config.hidden_size, config.projection_dim, stages)
-        # A parameter that no loss reaches would stop distributed training.
+        # Parameters without gradients stop distributed training.
         head.scale.requires_grad_(self.settings.terms != "feature")
         return head
 
@@ -62,11 +62,11 @@ class DistillationLoss(TrainingLoss):
         student: GKCForOpenVocabSegmentation,
         outputs: GKCForOpenVocabSegmentationOutput,
     ) -> dict[str, tuple[Tensor, ...] | Tensor]:
-        """For each stage unit `embeds` (B, Q, D), and the learned `scale`."""
+        """Return the unit embeddings `embeds` (B, Q, D) of each stage, and the learned `scale`."""
         return {"embeds": head(outputs.stages), "scale": head.scale * 1}
 
     def prepare(self, step: Sequence[Regions], batches: Sequence[Batch]) -> None:
-        """Choose the regions that are distilled, and look up the teacher's embeddings of them."""
+        """Choose the regions that are distilled, and look up their embeddings by the teacher."""
         limit = self.settings.max_regions
         priorities = [regions.priorities.masked_fill(~regions.kept.cpu(), torch.inf) for regions in step]
         first_out = _lowest_over_processes(torch.cat([*priorities, torch.empty(0, dtype=torch.float64)]), limit + 1)[
@@ -79,7 +79,7 @@ class DistillationLoss(TrainingLoss):
                 regions.teacher = self.context.teacher_embeds(batch, distilled, regions.counts)
 
     def divisor_counts(self, regions: Regions) -> tuple[int, int]:
-        """Distilled regions, and pairs of those that are in one image, each also with itself."""
+        """Return the number of distilled regions and of their pairs within an image, including each with itself."""
         per_image = [int(part.sum()) for part in regions.prepared[self.name].cpu().split(regions.counts)]
         return sum(per_image), sum(count**2 for count in per_image)
 
@@ -91,7 +91,7 @@ class DistillationLoss(TrainingLoss):
         matches: Sequence[Matches],
         divisors: StepDivisors,
     ) -> dict[str, Tensor]:
-        """All three terms of every stage."""
+        """Compute the three terms (S,) for every stage."""
         head = outputs.heads[self.name]
         losses = []
         for embeds, of_stage in zip(head["embeds"], matches, strict=True):
@@ -110,7 +110,7 @@ class DistillationLoss(TrainingLoss):
         return dict(zip(names, torch.stack(losses, dim=1), strict=True))
 
     def log_values(self, outputs: TrainingOutput, regions: Regions) -> dict[str, Tensor]:
-        """The number of distilled regions, and the scale."""
+        """Return the number of distilled regions and the scale."""
         return {
             "distilled_regions": regions.prepared[self.name].sum().float(),
             "distillation_scale": outputs.heads[self.name]["scale"],
@@ -118,13 +118,13 @@ class DistillationLoss(TrainingLoss):
 
 
 def _lowest_over_processes(values: Tensor, count: int) -> Tensor:
-    """(count,) lowest of the values (any number,) of all processes in ascending order, padded with infinity."""
+    """Return the lowest `count` values (number,) of all processes in ascending order, padded with infinity."""
     lowest = torch.full((count,), torch.inf, dtype=values.dtype)
     own = values.sort().values[:count]
     lowest[: len(own)] = own
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return lowest
-    # NCCL moves tensors of its GPU only.
+    # NCCL supports only tensors on a GPU.
     sent = lowest.to("cuda") if torch.distributed.get_backend() == "nccl" else lowest
     received = [torch.empty_like(sent) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(received, sent)
@@ -140,7 +140,7 @@ def text_guided_distillation_loss(
     relation: str = "cosine",
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Distance to the teacher's embeddings, and of the student-teacher relations to those of the regions' names.
+    """Compute the distance to the teacher's embeddings, and that of relations between regions to those between names.
 
     With v, c, t the rows of `student`, `teacher`, `text`, and s the scale:
 
@@ -150,16 +150,18 @@ def text_guided_distillation_loss(
       is also paired with itself, and the pairs of all images are averaged together;
     * joint term: all residuals of both terms averaged together.
 
-    Without regions all three are exact zeros that still back-propagate. Over several processes the averages are those
-    of the whole batch, in the sense that the processes' gradients average to its gradient.
+    Without regions all three are exact zeros with gradients of zero. Over several processes the averages are those of
+    the whole batch: the mean of the processes' gradients is its gradient.
 
     Args:
-        student, teacher, text: (N, D) unit vectors.
-        image_index: (N,) which image a region belongs to.
-        scale: the learned scalar s.
-        relation: `cosine` as in the released code or `euclidean` as in the paper.
-        counts: (2,) regions and pairs that the sums are divided by; by default those that are there, averaged over
-            processes.
+        student: (N, D) unit embeddings of the matched queries.
+        teacher: (N, D) unit embeddings of the regions by the teacher.
+        text: (N, D) unit embeddings of the regions' prompts.
+        image_index: (N,) index of the image of each region.
+        scale: Learned scalar s.
+        relation: `cosine` as in the released code, or `euclidean` as in the paper.
+        counts: (2,) number of regions and of pairs by which the sums are divided. By default, the numbers of given
+            regions and pairs, averaged over processes.
 
     Returns:
         The feature term, the relation term and the joint term.
@@ -181,27 +183,27 @@ def text_guided_distillation_loss(
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) Euclidean distances of the rows of two matrices."""
-    # The matrix-product form loses the small distances to rounding.
+    """Return the (N, M) Euclidean distances of the rows of two matrices."""
+    # Computing distances by a matrix product would round small distances to zero.
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class DistillationHead(nn.Module):
-    """The scale s, and the map from the student's query to the distilled embedding; only training has them.
+    """Head of the distillation loss: the scale s, and linear maps from queries to distilled embeddings.
 
     Args:
-        embedding: `shared` distils the class embedding itself; `query` a linear map of the query feature (as
-            published); `projected` a linear map of the class embedding.
-        hidden_size: C, width of the query features.
-        projection_dim: D.
-        num_stages: S for a map of its own for every decoder stage; None for one map.
+        embedding: Embedding that is distilled: the class embedding itself (`shared`), a linear map of the query
+            feature (`query`, as published), or a linear map of the class embedding (`projected`).
+        hidden_size: Width C of the query features.
+        projection_dim: Width D of the embeddings.
+        num_stages: Number S of decoder stages for one map per stage; None for one map in common.
     """
 
     def __init__(self, embedding: str, hidden_size: int, projection_dim: int, num_stages: int | None = None):
         super().__init__()
         if embedding not in DISTILLATION_EMBEDDINGS:
             raise ValueError(
-                f"`distillation_embedding` must be one of {', '.join(DISTILLATION_EMBEDDINGS)}, got {embedding!r}."
+                f"`distillation.embedding` must be one of {', '.join(DISTILLATION_EMBEDDINGS)}, got {embedding!r}."
             )
         self.embedding = embedding
         self.scale = nn.Parameter(torch.ones(()))
@@ -214,7 +216,7 @@ class DistillationHead(nn.Module):
             self.projections = nn.ModuleList(nn.Linear(width, projection_dim) for _ in range(num_stages))
 
     def forward(self, stages: Sequence[GKCStageOutput]) -> tuple[Tensor, ...]:
-        """For each decoder stage distillation embeddings (B, Q, D), L2-normalised."""
+        """Return the L2-normalized distillation embeddings (B, Q, D) of each decoder stage."""
         if self.embedding == "shared":
             return tuple(stage.query_embeds for stage in stages)
         common = getattr(self, "projection", None)

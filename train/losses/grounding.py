@@ -1,6 +1,6 @@
 """Caption grounding: contrastive alignment of the nouns of captions with the regions of their images.
 
-The loss is that of captions in Zareian et al., *Open-Vocabulary Object Detection Using Captions*, CVPR 2021, between
+The loss is the grounding loss of Zareian et al., *Open-Vocabulary Object Detection Using Captions*, CVPR 2021, between
 nouns and matched queries.
 
 Letters: B images, T nouns of a caption, R regions of an image (both padded), D width of the image-text space.
@@ -24,10 +24,10 @@ INITIAL_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # as in CLIP
 
 
 class GroundingLoss(TrainingLoss):
-    """Caption grounding of the class embeddings of the last stage, which inference compares with prompts.
+    """Caption grounding of the class embeddings of the last stage, which are compared with prompts at inference.
 
-    The loss compares the images of a micro-batch, of all processes, with each other. `Regions.prepared` holds the
-    drawn nouns of each image. The head is the logarithm of the learned scale.
+    The loss compares the images of a micro-batch, of all processes, with each other. `Regions.prepared` contains
+    the drawn nouns of each image. The head is the logarithm of the learned scale.
     """
 
     name = "grounding"
@@ -39,7 +39,7 @@ class GroundingLoss(TrainingLoss):
         """Encode the nouns of the captions unless their embeddings were given.
 
         Raises:
-            ValueError: A dataset has no nouns.
+            ValueError: A dataset has no column `nouns`.
         """
         super().setup(context)
         noun_bank = context.sources.get("noun_bank")
@@ -49,7 +49,7 @@ class GroundingLoss(TrainingLoss):
         self._noun_bank = noun_bank.to(context.device)
 
     def make_head(self, student: GKCForOpenVocabSegmentation) -> nn.Parameter:
-        """Logarithm of the scale."""
+        """Return the initial logarithm of the scale."""
         return nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
 
     def run_head(
@@ -58,7 +58,7 @@ class GroundingLoss(TrainingLoss):
         student: GKCForOpenVocabSegmentation,
         outputs: GKCForOpenVocabSegmentationOutput,
     ) -> Tensor:
-        """The scale."""
+        """Return the scale, limited to `LARGEST_SCALE`."""
         return head.clamp(max=math.log(LARGEST_SCALE)).exp()
 
     def draw(self, batch: Batch, regions: Regions, generators: Sequence[torch.Generator]) -> None:
@@ -76,7 +76,7 @@ class GroundingLoss(TrainingLoss):
         matches: Sequence[Matches],
         divisors: StepDivisors,
     ) -> dict[str, Tensor]:
-        """`loss_grounding` (1,)."""
+        """Compute `loss_grounding` (1,) at the last stage."""
         image, query, _ = regions.pairs(matches[-1], regions.kept)
         per_image = torch.bincount(image, minlength=len(regions.counts)).tolist()
         embeds = outputs.student.stages[-1].query_embeds[image, query].split(per_image)
@@ -89,33 +89,34 @@ class GroundingLoss(TrainingLoss):
         return {"loss_grounding": grounding_loss(*gathered, outputs.heads[self.name])[None]}
 
     def log_values(self, outputs: TrainingOutput, regions: Regions) -> dict[str, Tensor]:
-        """The scale."""
+        """Return the scale."""
         return {"grounding_scale": outputs.heads[self.name]}
 
 
 def grounding_loss(
     word_embeds: Tensor, region_embeds: Tensor, word_mask: Tensor, region_mask: Tensor, scale: Tensor | float
 ) -> Tensor:
-    """Contrast of the captions and images of a batch.
+    """Compute the contrastive loss between the captions and images of a batch.
 
-    With cosines of the nouns of caption c and the regions of image i, times the scale:
+    The similarity of caption c and image i is computed from the scaled cosines of their nouns and regions in two ways:
+    each noun attends to the regions by softmax, and the attended similarities are averaged over nouns; or each region
+    attends to the nouns, and they are averaged over regions. For both similarities there is a cross-entropy of
+    captions over images and one of images over captions. The loss is the mean of the four.
 
-    * each noun attends to the regions by softmax; the mean over nouns of what it finds says how near i is to c;
-    * each region attends to the nouns likewise, and the mean over regions is taken;
-    * for both, the captions choose among the images and the images among the captions by softmax: four
-      cross-entropies, which are averaged.
-
-    Images without a noun or without a region take no part; without any image that does, the loss is an exact zero that
-    still back-propagates. It compares all images it is given: over several processes pass what
-    `gather_with_gradients` returns. Over accumulated micro-batches it is the mean of their losses, each with fewer
-    images to choose from, and not the loss of one large batch.
+    Images without nouns or without regions are left out. If all are left out, the loss is an exact zero with gradients
+    of zero. All given images are compared: with several processes, pass the results of `gather_with_gradients`. With
+    accumulated micro-batches, the result is the mean of the losses of micro-batches, which have fewer images to
+    compare, and not the loss of one large batch.
 
     Args:
-        word_embeds: (B, T, D), of any length.
-        region_embeds: (B, R, D), of any length.
-        word_mask: (B, T) bool, which of them are nouns and no padding.
-        region_mask: (B, R) bool.
-        scale: scalar, the inverse temperature.
+        word_embeds: (B, T, D) embeddings of nouns, which are normalized here.
+        region_embeds: (B, R, D) embeddings of regions, which are normalized here.
+        word_mask: (B, T) bool mask, true for nouns and false for padding.
+        region_mask: (B, R) bool mask, true for regions and false for padding.
+        scale: Inverse temperature.
+
+    Returns:
+        The loss, a scalar.
     """
     taking_part = word_mask.any(dim=1) & region_mask.any(dim=1)
     word_mask, region_mask = word_mask[taking_part], region_mask[taking_part]
@@ -125,38 +126,45 @@ def grounding_loss(
         if len(words) == 0:
             return words.sum() + regions.sum() + 0 * scale
         own = torch.arange(len(words), device=words.device)
-        nearness = _nearness(scale * torch.einsum("ctd,ird->citr", words, regions), word_mask, region_mask)
-        losses = [F.cross_entropy(logits, own) for each in nearness for logits in (each, each.T)]
+        attended = _attended_similarities(
+            scale * torch.einsum("ctd,ird->citr", words, regions), word_mask, region_mask
+        )
+        losses = [F.cross_entropy(logits, own) for each in attended for logits in (each, each.T)]
     return torch.stack(losses).mean()
 
 
 def _unit_vectors(embeds: Tensor, mask: Tensor) -> Tensor:
-    """Embeddings of length one in at least fp32, zero in padding, whatever is there."""
+    """Normalize embeddings in at least fp32, and set padding to zero."""
     embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
     return F.normalize(embeds.masked_fill(~mask[..., None], 0), dim=-1)
 
 
-def _nearness(similarities: Tensor, word_mask: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(captions, images) means over nouns and over regions of what they attend to, from (captions, images, T, R)."""
+def _attended_similarities(similarities: Tensor, word_mask: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Average attended similarities (captions, images, T, R) over nouns and over regions, to (captions, images)."""
     compared = word_mask[:, None, :, None] & region_mask[None, :, None, :]
-    # The least number, not minus infinity: rows of padding alone would give NaN in the gradient.
+    # The lowest finite number instead of minus infinity, because rows with only padding would have NaN gradients.
     scores = similarities.masked_fill(~compared, torch.finfo(similarities.dtype).min)
-    found = similarities * compared
-    by_words = (scores.softmax(dim=3) * found).sum(dim=(2, 3)) / word_mask.sum(dim=1)[:, None]
-    by_regions = (scores.softmax(dim=2) * found).sum(dim=(2, 3)) / region_mask.sum(dim=1)[None]
+    masked = similarities * compared
+    by_words = (scores.softmax(dim=3) * masked).sum(dim=(2, 3)) / word_mask.sum(dim=1)[:, None]
+    by_regions = (scores.softmax(dim=2) * masked).sum(dim=(2, 3)) / region_mask.sum(dim=1)[None]
     return by_words, by_regions
 
 
 def gather_with_gradients(tensor: Tensor) -> Tensor:
-    """Tensors of all processes one after the other along the first axis; itself where there is one process.
+    """Concatenate the tensors of all processes along the first axis, with gradients for the own process's tensor.
 
-    The first axis and all others may differ in length: each of the others is padded with zeros (False) to the longest.
-    All processes must call this the same number of times, also those that have nothing to give.
+    All axes may differ in length between processes. All but the first are padded with zeros (False) to the longest.
+    All processes must call this the same number of times, also with empty tensors.
 
-    Gradients flow to the own process's part, multiplied by the number of processes. When all of them compute the same
-    loss from what was gathered, the mean of their gradients (as `DistributedDataParallel` takes it) is then the
-    gradient of that one loss; also for parameters that enter it without being gathered, such as its scale, whose
-    gradient is whole in every process.
+    The gradient of the own tensor is multiplied by the number of processes. If all processes compute the same loss
+    from the gathered tensors, the mean of their gradients, as `DistributedDataParallel` computes it, is then the
+    gradient of that loss, also for parameters that enter the loss without being gathered, such as its scale.
+
+    Args:
+        tensor: Tensor of this process.
+
+    Returns:
+        The concatenated tensor; with one process, the tensor itself.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
@@ -166,7 +174,7 @@ def gather_with_gradients(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """`gather_with_gradients` over at least two processes."""
+    """Autograd function of `gather_with_gradients` for at least two processes."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -174,7 +182,7 @@ class _Gather(torch.autograd.Function):
         rank, longest = torch.distributed.get_rank(), [max(lengths) for lengths in zip(*shapes, strict=True)]
         counts = [shape[0] for shape in shapes]
         ctx.shape, ctx.start, ctx.processes = tensor.shape, sum(counts[:rank]), len(counts)
-        # Gloo has no bool.
+        # Gloo does not support bool.
         sent = tensor.new_zeros(longest, dtype=torch.uint8 if tensor.dtype == torch.bool else None)
         sent[tuple(map(slice, tensor.shape))] = tensor
         received = _all_gather(sent)
@@ -187,7 +195,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
-    """Tensors of one shape, of all processes."""
+    """Gather tensors of the same shape from all processes."""
     parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, tensor)
     return parts

@@ -1,7 +1,7 @@
-"""The annotated regions of an optimizer step, and what is drawn for them.
+"""Annotated regions of an optimizer step, and the random draws for them.
 
-Every draw about a sample comes from the sample's own seed. A step therefore draws the same however its images are
-split over processes and accumulated micro-batches, and a resumed run draws what an undisturbed one would have drawn.
+Every draw for a sample uses the sample's own seed. Draws therefore depend neither on how the images of a step are
+split over processes and accumulated micro-batches, nor on whether the run was resumed.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .base import Batch, Regions, TrainingLoss
 
 
 class StepRegions:
-    """Makes the `Regions` of all micro-batches of a step.
+    """Callable that returns the `Regions` of all micro-batches of a step.
 
     Args:
         losses: The losses of the run after `setup`, in the order in which they draw.
@@ -27,9 +27,11 @@ class StepRegions:
         self.region_dropout = region_dropout
 
     def __call__(self, batches: Sequence[Batch], training: bool = True) -> list[Regions]:
-        """Regions of each micro-batch of one step; all processes must call this together.
+        """Return the regions of each micro-batch of one step; all processes must call this together.
 
-        Without `training` no region is left out.
+        Args:
+            batches: Micro-batches of this process.
+            training: Whether regions are left out by region dropout.
         """
         step = [self._draw(batch, training) for batch in batches]
         for loss in self.losses:
@@ -37,11 +39,12 @@ class StepRegions:
         return step
 
     def _draw(self, batch: Batch, training: bool) -> Regions:
+        """Make all random draws for a micro-batch."""
         device = self.text_bank.embeds.device
         counts = [len(labels) for labels in batch["class_labels"]]
         classes = torch.cat(list(batch["class_labels"])).to(device)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["draw_seeds"]]
-        # In double precision two regions of a step hardly ever draw the same priority.
+        # In double precision, equal priorities of two regions of a step are very unlikely.
         pairs = zip(counts, generators, strict=True)
         draws = [torch.rand(2, count, generator=own, dtype=torch.float64) for count, own in pairs]
         priorities, dropout = torch.cat(draws, dim=1)

@@ -1,4 +1,4 @@
-"""Find the losses: every subclass of `TrainingLoss` in a module of this package."""
+"""Registry of losses: all subclasses of `TrainingLoss` in the modules of this package."""
 
 import importlib
 import pkgutil
@@ -10,7 +10,7 @@ from .base import TrainingLoss
 
 
 def loss_classes() -> list[type[TrainingLoss]]:
-    """All losses, sorted by name."""
+    """Return all classes of losses, sorted by name."""
     package = sys.modules[__package__]
     modules = [
         importlib.import_module(f"{__package__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)
@@ -25,5 +25,5 @@ def loss_classes() -> list[type[TrainingLoss]]:
 
 
 def make_losses(recipe: Recipe) -> list[TrainingLoss]:
-    """The losses that a recipe uses, sorted by name."""
+    """Return the losses that a recipe uses, sorted by name."""
     return [each(recipe) for each in loss_classes() if each.is_enabled(recipe)]

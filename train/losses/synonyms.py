@@ -1,7 +1,8 @@
 """Text diversification: classification of regions under other names of their classes.
 
-Letters: B images, Q queries, N annotated regions of an image, K classes, P prompts (all names of all classes),
-M most names of a class, S slots of an image (K of the classes, then extra ones). Logits end with the no-object column.
+Letters: B images, Q queries, N annotated regions of an image, K classes, P prompts (one for each name of each class),
+M most names of a class, S slots of an image (one for each class, then extra ones). The last column of logits is
+no-object.
 """
 
 from collections.abc import Sequence
@@ -29,10 +30,10 @@ SYNONYM_MODES = (*CLUSTER_REDUCTIONS, "sample")
 
 
 class SynonymLoss(TrainingLoss):
-    """Cross-entropy over classes that go by several names, at every decoder stage.
+    """Cross-entropy over classes with several names, at every decoder stage.
 
-    With `mode=sample`, `Regions.prepared` holds the prompts in the slots of each image and the slots of its regions,
-    see `assign_slots`.
+    With `mode=sample`, `Regions.prepared` contains the prompts of each image's slots and the slots of its regions, see
+    `assign_slots`.
     """
 
     name = "synonyms"
@@ -40,7 +41,7 @@ class SynonymLoss(TrainingLoss):
 
     @classmethod
     def is_enabled(cls, recipe: Recipe) -> bool:
-        """Whether the mode is not `none`. With a weight of zero, distillation still uses the sampled names."""
+        """Return whether the mode is not `none`; distillation uses sampled names even if the weight is zero."""
         return recipe.synonyms.mode != "none"
 
     @property
@@ -56,7 +57,7 @@ class SynonymLoss(TrainingLoss):
     setting_without_clip = "synonyms.probabilities=uniform"
 
     def load_sources(self, caches: RegionCaches) -> dict[str, Any]:
-        """Open the stored probabilities of each region's names, if they are drawn by them."""
+        """Open the cached probabilities of names if the recipe uses them."""
         if self.settings.mode != "sample" or self.settings.probabilities != "boxes":
             return {}
         source = BoxSynonyms(caches.require_towers(self.setting_without_clip), caches.vocabulary)
@@ -64,27 +65,27 @@ class SynonymLoss(TrainingLoss):
         return {"name_probabilities": caches.open(SynonymProbabilities, source, columns)}
 
     def setup(self, context: LossContext) -> None:
-        """Take the probabilities of each region's names, if they are drawn by them.
+        """Store the context and the cached probabilities of names.
 
         Raises:
-            ValueError: Probabilities are needed and were not given.
+            ValueError: The recipe uses the probabilities, but they were not given.
         """
         super().setup(context)
         self._word_probabilities = context.sources.get("name_probabilities")
         is_boxes = self.settings.mode == "sample" and self.settings.probabilities == "boxes"
         if is_boxes and self._word_probabilities is None:
             raise ValueError(
-                "The recipe needs `name_probabilities`: pass what `python -m train.cache synonyms` made, or set "
+                "The recipe needs `name_probabilities`: pass the cache of `python -m train.cache synonyms`, or set "
                 f"{self.setting_without_clip}."
             )
 
     @cached_property
     def _table(self) -> Tensor:
-        """(K, M) prompts of each class, see `synonym_table`."""
+        """Prompts of each class (K, M), see `synonym_table`."""
         return synonym_table(self.context.text_bank.class_ids)
 
     def head_inputs(self) -> dict[str, Tensor]:
-        """All prompts of the vocabulary."""
+        """Return the embeddings of all prompts of the vocabulary."""
         return {"prompt_embeds": self.context.text_bank.embeds}
 
     def run_head(
@@ -94,7 +95,7 @@ class SynonymLoss(TrainingLoss):
         outputs: GKCForOpenVocabSegmentationOutput,
         prompt_embeds: Tensor,
     ) -> tuple[Tensor, ...]:
-        """For each stage (B, Q, P + 1) logits of all prompts and no-object."""
+        """Return the logits (B, Q, P + 1) of all prompts and no-object for each stage."""
         return tuple(student.class_logits(stage.query_embeds, prompt_embeds) for stage in outputs.stages)
 
     def draw(self, batch: Batch, regions: Regions, generators: Sequence[torch.Generator]) -> None:
@@ -114,7 +115,7 @@ class SynonymLoss(TrainingLoss):
         regions.prepared[self.name] = tuple(map(list, zip(*slots, strict=True)))
 
     def _probabilities(self, batch: Batch, regions: Regions) -> Sequence[Tensor | None]:
-        """For each image (N, M) of the names of its regions' classes; None where all names count the same."""
+        """Return for each image the probabilities (N, M) of the names of its regions' classes; None if uniform."""
         if self.settings.probabilities == "boxes":
             return self._word_probabilities.lookup(batch["image_ids"], batch["segment_ids"])
         if self.settings.probabilities == "uniform":
@@ -137,7 +138,7 @@ class SynonymLoss(TrainingLoss):
         matches: Sequence[Matches],
         divisors: StepDivisors,
     ) -> dict[str, Tensor]:
-        """`loss_synonym` of every stage."""
+        """Compute `loss_synonym` (S,) for every stage."""
         mode, no_object_weight = self.settings.mode, self.recipe.matching.no_object_weight
         text_bank, divisor = self.context.text_bank, divisors.labels.class_weight
         losses = []
@@ -162,17 +163,17 @@ def clustered_synonym_loss(
     num_classes: int | None = None,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy over the per-class mean (`average`) or maximum (`max`) of the logits of a class's words.
+    """Compute the cross-entropy over the mean (`average`) or maximum (`max`) of the logits of each class's prompts.
 
     Args:
-        prompt_logits: (B, Q, P + 1).
+        prompt_logits: (B, Q, P + 1) logits of prompts and no-object.
         class_ids: (P,) class of each prompt.
-        class_labels: per image (N,) classes of the regions.
-        matches: per image the matched queries and regions.
-        no_object_weight: weight of the no-object class.
-        mode: `average` or `max`.
-        num_classes: K, if it is known: a training step then need not count and check `class_ids` at every stage.
-        divisor: see `modeling_gkc.loss_gkc.classification_loss`.
+        class_labels: For each image the classes (N,) of its regions.
+        matches: Matched queries and regions of each image.
+        no_object_weight: Weight of the no-object class.
+        mode: Reduction, `average` or `max`.
+        num_classes: Number K of classes. If it is given, `class_ids` are neither counted nor checked.
+        divisor: Divisor of the sum, see `modeling_gkc.loss_gkc.classification_loss`.
     """
     if mode not in CLUSTER_REDUCTIONS:
         raise ValueError(f"`mode` must be one of {', '.join(CLUSTER_REDUCTIONS)}, got {mode!r}.")
@@ -188,22 +189,31 @@ def sampled_synonym_loss(
     no_object_weight: float,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy over each image's own slots.
+    """Compute the cross-entropy over the slots of each image.
 
     Args:
-        prompt_logits: (B, Q, P + 1).
-        slot_prompts: per image (S,) the prompt in each slot, from `assign_slots`.
-        slot_labels: per image (N,) the slot of each region.
-        matches: per image the matched queries and regions.
-        no_object_weight: weight of the no-object class.
-        divisor: see `modeling_gkc.loss_gkc.classification_loss`.
+        prompt_logits: (B, Q, P + 1) logits of prompts and no-object.
+        slot_prompts: For each image the prompt (S,) of each slot, from `assign_slots`.
+        slot_labels: For each image the slot (N,) of each region.
+        matches: Matched queries and regions of each image.
+        no_object_weight: Weight of the no-object class.
+        divisor: Divisor of the sum, see `modeling_gkc.loss_gkc.classification_loss`.
     """
     logits = gather_slot_logits(prompt_logits, slot_prompts)
     return classification_loss(logits, slot_labels, matches, no_object_weight, divisor)
 
 
 def gather_slot_logits(prompt_logits: Tensor, slot_prompts: list[Tensor]) -> Tensor:
-    """(B, Q, P + 1) -> (B, Q, S + 1); slots that only other images have can never be chosen."""
+    """Gather the logits of each image's slots.
+
+    Args:
+        prompt_logits: (B, Q, P + 1) logits of prompts and no-object.
+        slot_prompts: For each image the prompt (number of its slots,) of each slot.
+
+    Returns:
+        (B, Q, S + 1) logits of slots and no-object, where S is the largest number of slots. Missing slots of an image
+        have the lowest finite logit.
+    """
     slots = torch.nn.utils.rnn.pad_sequence(slot_prompts, batch_first=True, padding_value=-1)  # (B, S)
     slots = slots.to(prompt_logits.device)[:, None].expand(-1, prompt_logits.shape[1], -1)
     logits = prompt_logits.gather(2, slots.clamp(min=0))
@@ -218,44 +228,44 @@ def draw_synonyms(
     probabilities: Tensor | None = None,
     threshold: float = 0.1,
 ) -> Tensor:
-    """Draw one word for each region, uniformly among those that are probable enough for this region.
+    """Draw one name for each region, uniformly among the names whose probability exceeds a threshold.
 
     Args:
         class_labels: (N,) classes of the regions.
-        table: (K, M) prompts of each class, -1 where it has fewer, from `synonym_table`.
-        generator: source of all randomness; on the CPU.
-        probabilities: (N, M) probability of each word of the region's class for the region; all words count as
-            probable without it. Where none exceeds the threshold the most probable word is taken.
-        threshold: what a probability must exceed.
+        table: (K, M) prompts of each class, padded with -1, from `synonym_table`.
+        generator: Source of randomness on the CPU.
+        probabilities: (N, M) probability of each name of the region's class. Without it, all names may be drawn. If
+            none exceeds the threshold, the most probable name is used.
+        threshold: Probability that a name must exceed.
 
     Returns:
-        (N,) the drawn prompts.
+        (N,) prompts of the drawn names.
     """
-    words = table.cpu()[class_labels.cpu()]  # (N, M)
-    eligible = words >= 0
+    prompts = table.cpu()[class_labels.cpu()]  # (N, M)
+    eligible = prompts >= 0
     if probabilities is not None:
         probabilities = probabilities.cpu().masked_fill(~eligible, -1)
         best = torch.zeros_like(eligible).scatter(1, probabilities.argmax(dim=1, keepdim=True), True)
         probable = eligible & (probabilities > threshold)
         eligible = torch.where(probable.any(dim=1, keepdim=True), probable, best)
-    # The highest of independent uniform numbers is a uniform draw, and works without rows too.
-    priorities = torch.rand(words.shape, generator=generator).masked_fill(~eligible, -1)
-    return words.gather(1, priorities.argmax(dim=1, keepdim=True)).flatten().to(class_labels.device)
+    # The position of the highest of independent uniform numbers is a uniform draw, also for tensors without rows.
+    priorities = torch.rand(prompts.shape, generator=generator).masked_fill(~eligible, -1)
+    return prompts.gather(1, priorities.argmax(dim=1, keepdim=True)).flatten().to(class_labels.device)
 
 
 def assign_slots(class_labels: Tensor, prompts: Tensor, name_prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the regions of one image slots that hold their words.
+    """Assign the regions of one image to slots, each of which has the prompt of one name.
 
-    Every class starts with one slot that holds its name. The first region of a class puts its word there; a later
-    region with another word takes a new slot, one with a word that its class already holds shares that slot.
+    Every class has one slot, at first with the prompt of its first name. The first region of a class replaces it with
+    its own prompt. A later region of the class shares the slot that has its prompt, or gets a new slot.
 
     Args:
         class_labels: (N,) classes of the regions.
-        prompts: (N,) their words.
-        name_prompts: (K,) prompt of each class's name.
+        prompts: (N,) prompts of the regions.
+        name_prompts: (K,) prompt of each class's first name.
 
     Returns:
-        (S,) the prompt in each slot, S >= K, and (N,) the slot of each region.
+        (S,) prompt of each slot, with S >= K, and (N,) slot of each region.
     """
     slots: list[int] = name_prompts.tolist()
     slot_of: dict[tuple[int, int], int] = {}
