@@ -1,4 +1,4 @@
-"""`python -m train.cache`: written in shards by any number of processes, killed at any moment, never used if stale."""
+"""Tests of `python -m train.cache`: shards of several processes, interrupted runs and stale caches."""
 
 import json
 import os
@@ -296,7 +296,7 @@ def broken(index: int, row: dict) -> dict:
     return {**row, "image": {"bytes": b"no picture", "path": None}} if index in (2, 3) else row
 
 
-def test_broken_pictures_are_left_out_up_to_a_limit(tmp_path, clip, capsys):
+def test_unreadable_images_are_skipped_up_to_a_limit(tmp_path, clip, capsys):
     toy_dataset(5, change=broken).save_to_disk(tmp_path / "data")
     assert run(tmp_path / "data", "--clip", clip, "--max-broken-samples", 1) == 2
     assert "More than 1 images cannot be read" in capsys.readouterr().err
@@ -306,7 +306,7 @@ def test_broken_pictures_are_left_out_up_to_a_limit(tmp_path, clip, capsys):
     assert store.lookup(["toy-4"], [torch.tensor([300])])[0].shape == (1, 16)
 
 
-def test_a_split_of_several_and_a_folder_elsewhere(tmp_path, clip, capsys):
+def test_split_and_output_folder_can_be_chosen(tmp_path, clip, capsys):
     DatasetDict(train=toy_dataset(2), val=toy_dataset(4)).save_to_disk(tmp_path / "data")
     assert run(tmp_path / "data", "--clip", clip, "--split", "val") == 0
     assert (tmp_path / "data" / "gkc_cache" / "val" / "teacher" / shards.shard_name(1)).exists()
@@ -524,7 +524,7 @@ def test_probabilities_are_those_of_one_region_and_one_word_at_a_time(tmp_path, 
     assert compared == len(store) >= 20
 
 
-def test_other_words_or_another_temperature_make_probabilities_stale(tmp_path, clip, data, capsys):
+def test_other_names_or_another_temperature_make_probabilities_stale(tmp_path, clip, data, capsys):
     arguments = data, "--clip", clip
     (tmp_path / "words.json").write_text(WORDS)
     (tmp_path / "fewer.json").write_text(WORDS.replace(', "box"', ""))
@@ -544,7 +544,7 @@ def test_other_words_or_another_temperature_make_probabilities_stale(tmp_path, c
 # ---- nouns
 
 
-def test_nouns_are_written_into_a_new_folder_where_the_caches_still_hold(tmp_path, clip, capsys):
+def test_nouns_are_written_to_a_new_dataset_that_keeps_its_caches(tmp_path, clip, capsys):
     wordnet = write_wordnet(tmp_path / "wordnet")
     captioned = toy_dataset(4, change=change_of(1, captions=["a dog and a dog", "on it"]))
     DatasetDict(train=captioned).save_to_disk(tmp_path / "data")
@@ -578,7 +578,7 @@ def test_help_teaches(arguments, capsys):
     assert max(map(len, text.splitlines())) < 120
 
 
-def test_an_unknown_place_is_asked_for(clip, monkeypatch, capsys):
+def test_a_dataset_of_the_hub_needs_an_output_folder(clip, monkeypatch, capsys):
     monkeypatch.setattr(load, "load_split", lambda name, split: toy_dataset(1))
     assert run("someone/pictures", "--clip", clip) == 2
     assert "someone/pictures is not a local folder: give the folder of the cache with --out" in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_recipes_and_training_know_the_same_choices():
     assert ("none", *synonyms.SYNONYM_MODES) == sections.SYNONYM_MODES
 
 
-def test_unknown_recipes_and_fields_are_refused():
+def test_unknown_recipes_and_fields_are_rejected():
     with pytest.raises(ValueError, match=r"coco_clip_r50, .*coco_r101, custom, miniworld"):
         load_recipe("coco")
     with pytest.raises(ValueError, match=r"There is no recipe 'own_folder'; did you mean custom\?"):

@@ -159,7 +159,7 @@ def test_save_and_load_with_explicit_fingerprint(tmp_path):
     assert loaded.rows == embeddings.rows and torch.equal(loaded.embeddings, torch.eye(3))
 
 
-def test_text_bank_holds_every_word_once_encoded(capsys):
+def test_text_bank_encodes_every_name_once(capsys):
     model, processor = toy_model(), toy_processor()
     bank = TextBank.from_vocabulary(VOCABULARY, model, processor)
     assert "Embedding names" in capsys.readouterr().err
@@ -364,7 +364,7 @@ def test_towers_of_gkc_convert(tmp_path):
     )
 
 
-def test_what_is_no_clip_or_lacks_weights_is_refused(tmp_path):
+def test_folders_without_a_clip_or_with_missing_weights_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="contains no CLIP"):
         load_vision_tower(tmp_path)
     model = toy_vision_model()

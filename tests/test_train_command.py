@@ -223,7 +223,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_run_is_refused_in_one_line(continued, workplace, tmp_path, capsys, case):
+def test_invalid_runs_are_rejected_in_one_line(continued, workplace, tmp_path, capsys, case):
     changes, message = REFUSED[case]
     fresh = [] if case in ("an earlier run", "other settings") else ["--out", str(tmp_path / "new")]
     steps = [] if any(change.startswith("steps") for change in changes) else ["steps=8"]
@@ -236,7 +236,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(continued, workplace, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
-def test_a_missing_teacher_cache_gets_the_command_that_makes_it(workplace, tmp_path, capsys):
+def test_the_error_for_a_missing_teacher_cache_contains_the_command_that_writes_it(workplace, tmp_path, capsys):
     data = save_toy_dataset(tmp_path / "data")
     assert main([workplace.recipe, f"dataset={data}", "--out", str(tmp_path / "out")]) == 2
     command = f"python -m train.cache teacher {data} --clip {workplace.clip} --split train"
@@ -246,7 +246,7 @@ def test_a_missing_teacher_cache_gets_the_command_that_makes_it(workplace, tmp_p
     assert "--split val`" in capsys.readouterr().err
 
 
-def test_an_output_folder_with_other_files_is_left_alone(tmp_path):
+def test_output_folders_with_other_files_are_rejected(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"")
     for resume in (True, False):
         with pytest.raises(ValueError, match=r"contains holiday.jpg and no complete checkpoint: name an empty or new"):
@@ -462,7 +462,7 @@ def test_nested_changes_of_the_model_keep_what_the_recipe_has():
         (["coco_r101", "precision=int8"], r"`optimizer.precision`: Invalid value 'int8', .*'fp32', 'bf16', 'fp16'"),
     ],
 )
-def test_what_cannot_be_read_is_named(arguments, message):
+def test_errors_name_the_invalid_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         parse(arguments)
 
