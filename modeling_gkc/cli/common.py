@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Helpers of the `gkc` commands: one-line errors, loading of checkpoints, choice of the device."""
+"""Functions shared by the `gkc` commands: one-line errors, loading of checkpoints, choice of the device."""
 
 import argparse
 import functools
@@ -47,14 +47,13 @@ class UserError(Exception):
 
 
 def default_model_path() -> Path:
-    """
-    Return the folder of the default checkpoint, without network access.
+    """Return the folder of the default checkpoint, without network access.
 
     It is the folder in the environment variable GKC_MODEL; otherwise `hub_card/gkc-mini` beside this package, as in a
     clone; otherwise `share/gkc/gkc-mini` of the Python environment, where the wheel installs it.
 
     Raises:
-        UserError: GKC_MODEL is not a directory, or no checkpoint was found.
+        UserError: If GKC_MODEL is not a directory, or no checkpoint was found.
     """
     named = os.environ.get(MODEL_VARIABLE)
     if named:
@@ -69,12 +68,14 @@ def default_model_path() -> Path:
 
 
 def interruptible(program: str, hint: str = "") -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """
-    Decorate the `main` function of a command so that Ctrl-C ends it with one line and exit code 130.
+    """Return a decorator of `main` functions, with which Ctrl-C prints one line and returns exit code 130.
 
     Args:
-        program: Name of the command, the beginning of the line.
-        hint: Sentence on how to continue.
+        program: Name of the command, which starts the line.
+        hint: Sentence on how to continue, which ends the line.
+
+    Returns:
+        The decorator.
     """
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
@@ -94,7 +95,7 @@ def interruptible(program: str, hint: str = "") -> Callable[[Callable[..., int]]
 def add_parser(
     commands: argparse._SubParsersAction, name: str, summary: str, description: str, examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command whose `--help` ends with the given examples, without re-wrapping them."""
+    """Add a command whose `--help` ends with the given examples, and return its parser."""
     return commands.add_parser(
         name,
         help=summary,
@@ -105,25 +106,24 @@ def add_parser(
 
 
 def add_templates_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option --templates, whose value is for `resolve_templates`."""
+    """Add the option --templates, whose value `resolve_templates` reads."""
     sets = ", ".join(PROMPT_TEMPLATES)
     templates_help = f"prompt templates for the words: {sets} (default: those of the checkpoint)"
     parser.add_argument("--templates", metavar="SET", help=templates_help)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options --model and --device, for `default_model_path` and `pick_device`."""
+    """Add the options --model and --device, whose values `load_checkpoint` and `pick_device` read."""
     model_help = f"folder or Hub repository of the checkpoint (default: ${MODEL_VARIABLE}, or the shipped checkpoint)"
     parser.add_argument("--model", metavar="DIR", help=model_help)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: %(default)s)")
 
 
 def load_checkpoint(path: str | Path) -> tuple[Any, "GKCProcessor"]:
-    """
-    Load the model, in evaluation mode, and the processor from a folder or a Hub repository `owner/name`.
+    """Load the model, in evaluation mode, and the processor from a folder or a Hub repository `owner/name`.
 
     Raises:
-        UserError: The path does not exist, or it is not a GKC checkpoint.
+        UserError: If the path does not exist or is not a GKC checkpoint.
     """
     from ..checkpoint_loading import load_checkpoint_parts
 
@@ -138,12 +138,11 @@ def load_checkpoint(path: str | Path) -> tuple[Any, "GKCProcessor"]:
 
 
 def pick_device(name: str) -> "torch.device":
-    """
-    Return the device with a name such as cpu, cuda:1 or mps; "auto" is the first GPU, if there is one.
+    """Return the device with a name such as cpu, cuda:1 or mps; "auto" is the first GPU, or the CPU without a GPU.
 
     Raises:
-        ValueError: This machine does not have the device.
-        RuntimeError: torch does not know the name.
+        ValueError: If this machine does not have the device.
+        RuntimeError: If torch does not know the name.
     """
     import torch
 
@@ -157,7 +156,7 @@ def pick_device(name: str) -> "torch.device":
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Hide transformers' progress bars while a checkpoint is loaded."""
+    """Hide transformers' progress bars within the block."""
     from transformers.utils import logging as transformers_logging
 
     shows_bars = transformers_logging.is_progress_bar_enabled()
@@ -171,7 +170,7 @@ def without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def user_errors(option: str) -> Iterator[None]:
-    """Convert errors caused by the value of an option to a `UserError` that names the option."""
+    """Convert errors within the block to a `UserError` that names the option."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -180,7 +179,7 @@ def user_errors(option: str) -> Iterator[None]:
 
 @contextmanager
 def warnings_as_lines(program: str = "gkc") -> Iterator[None]:
-    """Print user warnings as one line each to the error stream, after the block has finished."""
+    """Collect user warnings within the block, and print each as one line to the error stream after it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield

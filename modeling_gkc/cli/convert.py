@@ -113,19 +113,21 @@ def _load(
 
 
 def _check_folder(path: str, option: str) -> None:
-    """Check that a path that cannot be a repository `name` or `owner/name` is a directory."""
+    """Check that a path is a directory, unless it can be the name of a repository."""
     is_repository = path.count("/") <= 1 and not path.endswith("/") and not path.startswith((".", "/", "~"))
     if not is_repository and not Path(path).is_dir():
         raise UserError(f"{option}: {path} is not a directory")
 
 
 def _load_image_processor(path: str) -> GKCImageProcessor:
+    """Load the image processor of a Mask2Former as one of this library."""
     with user_errors("MASK2FORMER"):
         settings, _ = GKCImageProcessor.get_image_processor_dict(path)
         return image_processor_from_mask2former(settings)
 
 
 def _load_tokenizer(arguments: argparse.Namespace) -> Any:
+    """Load the tokenizer given by --tokenizer, or that of --text-model."""
     path = arguments.tokenizer or arguments.text_model
     option = "--tokenizer" if arguments.tokenizer else "--text-model"
     _check_folder(path, option)
@@ -137,6 +139,7 @@ def _load_tokenizer(arguments: argparse.Namespace) -> Any:
 
 
 def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> None:
+    """Print a summary of the converted checkpoint and commands to try."""
     old_names = [str(source.config.id2label.get(index, "")) for index in range(len(vocabulary))]
     renamed = [
         f"{old!r} is {new!r}" for old, new in zip(old_names, vocabulary.labels, strict=True) if old and old != new
@@ -151,6 +154,7 @@ def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> No
 
 
 def _listed(items: list[str]) -> str:
+    """Join the first items, followed by the number of the others."""
     rest = len(items) - MAX_LISTED_NAMES
     return "; ".join(items[:MAX_LISTED_NAMES]) + (f"; and {rest} more" if rest > 0 else "")
 
@@ -213,6 +217,7 @@ def convert_fc_clip(arguments: argparse.Namespace) -> int:
 
 
 def _read_weights(path: str, option: str) -> dict[str, Any]:
+    """Read a file of weights; errors name the option."""
     try:
         with warnings_as_lines():
             return read_weights(path)
@@ -223,7 +228,7 @@ def _read_weights(path: str, option: str) -> dict[str, Any]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and loading reports, which list the towers that are left out on purpose."""
+    """Silence transformers' progress bars and loading reports, which list weights that are not used on purpose."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

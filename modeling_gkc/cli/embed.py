@@ -66,6 +66,7 @@ def embed(arguments: argparse.Namespace) -> int:
 
 
 def _prepare_output(text: str) -> Path:
+    """Return the path of the output file, and create its folder."""
     path = Path(text)
     if path.suffix != ".safetensors":
         raise UserError(f"--out: the file name must end in .safetensors, got {text}")

@@ -49,7 +49,7 @@ def export(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out)
     with user_errors("--size"):
         size = check_size(_parse_size(arguments.size))
-    vocabulary = _typed(arguments)
+    vocabulary = _parse_vocabulary(arguments)
     try:
         compares = check_packages(arguments.format, arguments.check)
     except ImportError as error:
@@ -80,13 +80,14 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
+    """Parse `SIDE` or `HEIGHTxWIDTH` in pixels."""
     sides = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text.strip().lower())
     if sides is None:
         raise ValueError(f"give one side or HEIGHTxWIDTH in pixels, such as 512 or 480x640, got {text!r}")
     return int(sides[1]), int(sides[2] or sides[1])
 
 
-def _typed(arguments: argparse.Namespace) -> Vocabulary | None:
+def _parse_vocabulary(arguments: argparse.Namespace) -> Vocabulary | None:
     """Return the typed vocabulary, or None if it is encoded in a file or stored in the checkpoint."""
     is_encoded = (arguments.vocab or "").endswith(ENCODED_SUFFIX)
     if arguments.templates and (arguments.vocab is None or is_encoded):
@@ -101,6 +102,7 @@ def _typed(arguments: argparse.Namespace) -> Vocabulary | None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Load model and processor of the checkpoint."""
     try:
         return load_checkpoint(arguments.model or default_model_path())
     except UserError as error:
@@ -109,15 +111,19 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _report(exported: ExportedSegmenter, model: Any) -> None:
+    """Print a summary of the exported graph and the command or code that runs it."""
     settings, folder = exported.settings, exported.folder
     height, width = settings["size"]
     num_classes = len(settings["classes"])
     where = "stored in the graph" if settings["words"] == "fixed" else f"in {CLASS_EMBEDS_FILE}, any number of classes"
     kind = f"opset {settings['opset']}, " if "opset" in settings else ""
     megabytes = exported.graph.stat().st_size / 1e6
+    comparison = "not compared with the model"
+    if exported.difference is not None:
+        comparison = f"masks within {exported.difference:.1g} of the model's"
     print(
         f"{exported.graph}: {kind}{megabytes:.1f} MB, images of {height} x {width}, {num_classes} classes ({where}), "
-        f"{_comparison(exported)}"
+        f"{comparison}"
     )
     if (dtype := str(model.dtype).removeprefix("torch.")) != settings["dtype"]:
         print(f"the checkpoint's weights are {dtype}, the graph's {settings['dtype']}")
@@ -127,12 +133,6 @@ def _report(exported: ExportedSegmenter, model: Any) -> None:
     else:
         inputs = ", ".join(f"{name}={name}" for name in settings["inputs"])
         print(f"  torch.export.load({str(exported.graph)!r}).module()({inputs})")
-
-
-def _comparison(exported: ExportedSegmenter) -> str:
-    if exported.difference is None:
-        return "not compared with the model"
-    return f"masks within {exported.difference:.1g} of the model's"
 
 
 __all__ = ["export"]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The `gkc` command: open-vocabulary segmentation from the command line."""
+"""Entry point of the `gkc` command, and its top-level argument parser."""
 
 import argparse
 import sys
@@ -38,17 +38,16 @@ exit codes: 0 success; 1 some inputs failed (each is named); 2 wrong arguments; 
 
 @interruptible("gkc")
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run the `gkc` command.
+    """Run the `gkc` command.
 
     Args:
-        argv: Arguments without the program name; default: those of the process.
+        argv: Arguments without the program name; default: `sys.argv[1:]`.
 
     Returns:
-        Exit code: 0 success, 1 some inputs failed, 2 wrong arguments, 130 interrupted by Ctrl-C.
+        Exit code: 0 for success, 1 if some inputs failed, 2 for wrong arguments, 130 if interrupted by Ctrl-C.
 
     Raises:
-        SystemExit: With code 2 if the arguments cannot be parsed, with code 0 for `--help`.
+        SystemExit: With code 2 if the arguments cannot be parsed, and with code 0 for `--help`.
     """
     arguments = _parser().parse_args(argv)
     try:

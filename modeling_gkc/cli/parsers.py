@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Arguments of the commands of `gkc`, without the packages that the commands need.
+"""Argument parsers of the `gkc` commands.
 
-Help and argument errors are answered without importing torch and transformers, which takes seconds: the module of a
-command is imported when the command runs.
+The module of a command is imported only when the command runs, so that `--help` and argument errors do not import
+torch and transformers, which takes seconds.
 """
 
 import argparse
@@ -51,7 +51,7 @@ output files for each image NAME.jpg:
   NAME.json          size as [height, width] and, for each segment, its label, score, area in pixels, bounding box
                      [x, y, width, height] and COCO run-length encoding
 
-Two images with the same NAME are refused, because their results would overwrite each other: use two --out folders.
+Two images with the same NAME are an error, because their results would overwrite each other: use two --out folders.
 
 exit codes: 0 all images segmented; 1 some images failed (each is named); 2 wrong arguments, or results cannot be
 written; 130 interrupted by Ctrl-C. The files of an image are written completely or not at all.
@@ -87,7 +87,7 @@ examples:
 See also `gkc convert mask2former --help`, `gkc convert fc-clip --help` and `gkc convert clip-resnet --help`.
 """
 MASK2FORMER_EXAMPLES = """\
-The masks stay those of the source model. Each segment's class probabilities become a convex combination of the CLIP
+The masks are those of the source model. Each segment's class probabilities become a convex combination of the CLIP
 text embeddings of the source's classes, which is compared with the embeddings of your words (ConSE, Norouzi et al.,
 ICLR 2014). Nothing is trained. With the source's own class names the result equals the source; other words get the
 masks of the closest classes, so that "puppy" gets all of "dog". Pixels that fit none of the words have low scores:
@@ -124,11 +124,11 @@ use the result in Python:
   CLIPTextModelWithProjection.from_pretrained("clip-rn50/text")
 """
 FC_CLIP_EXAMPLES = """\
-The result computes what FC-CLIP's published code computes, with its 14 prompts per name. No code in the files is run.
+The result equals that of FC-CLIP's published code with its 14 prompts per name. No code in the files is run.
 
 CHECKPOINT is one of FC-CLIP's published files. That of ConvNeXt-L holds no CLIP weights: give OpenCLIP's file of
 convnext_large_d_320 (laion2b_s29b_b131k_ft_soup) with --clip. For the ResNets, OpenAI's archive or OpenCLIP's file
-serves where the checkpoint holds none.
+can be given if the checkpoint holds none.
 
 --class-names are the names of the classes that the checkpoint was trained on, with their synonyms. They become the
 stored words, and with --ensemble the seen classes. For FC-CLIP's own synonyms, give its list of names
@@ -206,6 +206,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
 
 
 def _fraction(text: str) -> float:
+    """Parse a number between 0 and 1."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
@@ -213,6 +214,7 @@ def _fraction(text: str) -> float:
 
 
 def _count(text: str) -> int:
+    """Parse an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -273,7 +275,7 @@ def _add_mask2former(sources: argparse._SubParsersAction) -> None:
     mask2former = add_parser(
         sources,
         "mask2former",
-        "a Mask2Former of transformers to an open-vocabulary segmenter",
+        "convert a Mask2Former of transformers to an open-vocabulary segmenter",
         "Convert a Mask2Former to an open-vocabulary segmenter, without training.",
         MASK2FORMER_EXAMPLES,
     )
@@ -297,7 +299,7 @@ def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
     clip_resnet = add_parser(
         sources,
         "clip-resnet",
-        "a CLIP ResNet of OpenAI to backbone, teacher and text tower",
+        "convert a CLIP ResNet of OpenAI to a backbone, a teacher and a text tower",
         "Convert OpenAI's weights of a CLIP ResNet to checkpoints.",
         CLIP_EXAMPLES,
     )
@@ -313,7 +315,7 @@ def _add_fc_clip(sources: argparse._SubParsersAction) -> None:
     fc_clip = add_parser(
         sources,
         "fc-clip",
-        "an FC-CLIP checkpoint to an open-vocabulary segmenter",
+        "convert an FC-CLIP checkpoint to an open-vocabulary segmenter",
         "Convert a published FC-CLIP checkpoint to an open-vocabulary segmenter.",
         FC_CLIP_EXAMPLES,
     )

@@ -46,7 +46,7 @@ IMAGES_AHEAD = 1
 
 def segment(arguments: argparse.Namespace) -> int:
     """Run `gkc segment` with arguments that passed `check_segment`, and return the exit code."""
-    folder, (images, left_out) = Path(arguments.out), arguments.found
+    folder, (images, skipped) = Path(arguments.out), arguments.found
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     predictor = _load(arguments)
@@ -54,7 +54,7 @@ def segment(arguments: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot create the folder: {error_line(error)}") from error
-    for line in left_out:
+    for line in skipped:
         print(f"gkc: {line}", file=sys.stderr)
 
     options = {"task": arguments.task, "return_images": True, "void_threshold": arguments.void_threshold}
@@ -88,8 +88,10 @@ def segment(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> GKCPredictor:
+    """Load the checkpoint, and return its predictor with the vocabulary of the arguments."""
     # Arguments are checked before the model is loaded, so that a typing error is reported at once.
-    labels, void_labels = _typed("--labels", arguments.labels), _typed("--void-labels", arguments.void_labels)
+    labels = _parse_vocabulary("--labels", arguments.labels)
+    void_labels = _parse_vocabulary("--void-labels", arguments.void_labels)
     templates = None
     if arguments.templates:
         with user_errors("--templates"):
@@ -109,7 +111,8 @@ def _load(arguments: argparse.Namespace) -> GKCPredictor:
     return predictor
 
 
-def _typed(option: str, text: str | None) -> Vocabulary | None:
+def _parse_vocabulary(option: str, text: str | None) -> Vocabulary | None:
+    """Parse the vocabulary of an option; warnings and errors name the option."""
     if text is None:
         return None
     with user_errors(option), warnings_as_lines():
@@ -135,15 +138,15 @@ def _write_result(result: Result, predictor: GKCPredictor, path: Path, target: P
         "segments": [_describe(segment, segmentation) for segment in result.segments],
     }
     colors = {segment.id: segment.color for segment in drawn}
-    pictures = (
+    output_images = (
         draw_overlay(result.image, segmentation, drawn),
         label_map(segmentation, colors, max_id=result.void_id),
     )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for picture, suffix in zip(pictures, OUTPUT_SUFFIXES, strict=True):
+        for image, suffix in zip(output_images, OUTPUT_SUFFIXES, strict=True):
             with atomic_path(f"{target}{suffix}") as temporary:
-                picture.save(temporary)
+                image.save(temporary)
         atomic_write_json(f"{target}.json", description, indent=1)
     except OSError as error:  # the folder or disk is at fault, so that the next image would fail too
         raise UserError(f"--out: cannot write the results of {path}: {error_line(error)}") from error
@@ -152,19 +155,20 @@ def _write_result(result: Result, predictor: GKCPredictor, path: Path, target: P
 
 def _drawn_segments(segments: list[Segment], vocabulary: Vocabulary, is_semantic: bool) -> list[DrawnSegment]:
     """Choose the color of each segment: that of its class, or a distinct one if the classes have no colors."""
-    spread = None if is_semantic or vocabulary.colors else color_palette(len(segments))
+    segment_colors = None if is_semantic or vocabulary.colors else color_palette(len(segments))
     palette, label_ids = vocabulary.palette, [segment.label_id for segment in segments]
     drawn = []
     for index, segment in enumerate(segments):
         label, earlier = segment.label, label_ids[:index].count(segment.label_id)
         if label_ids.count(segment.label_id) > 1:
             label += f" {earlier + 1}"
-        color = spread[index] if spread else shade(palette[segment.label_id], earlier)
+        color = segment_colors[index] if segment_colors else shade(palette[segment.label_id], earlier)
         drawn.append(DrawnSegment(segment.id, label, color, None if is_semantic else segment.score))
     return drawn
 
 
 def _describe(segment: Segment, segmentation: np.ndarray) -> dict[str, Any]:
+    """Return the entry of a segment in the JSON file; boxes are [x, y, width, height] in pixels."""
     inside = segmentation == segment.id
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     top, left = int(rows[0]), int(columns[0])

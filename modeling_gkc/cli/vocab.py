@@ -53,7 +53,7 @@ def show_vocabulary(arguments: argparse.Namespace) -> int:
         else:
             vocabulary, facts = Vocabulary.named(text), packaged_facts(text)
     if arguments.json:
-        _print_lines(_json_lines(facts or {"classes": _described(vocabulary)}))
+        _print_lines(_json_lines(facts or {"classes": _class_entries(vocabulary)}))
     else:
         head = [facts["description"], f"source: {facts['source']}"] if facts else [text]
         _print_lines([*head, f"{len(vocabulary)} classes", "", *_class_table(vocabulary, sys.stdout.isatty())])
@@ -61,6 +61,7 @@ def show_vocabulary(arguments: argparse.Namespace) -> int:
 
 
 def _class_table(vocabulary: Vocabulary, has_colors: bool) -> list[str]:
+    """Return the lines of a table of the classes, with color swatches if the terminal shows colors."""
     kinds = vocabulary.is_thing or [None] * len(vocabulary)
     rows = [
         [str(index), KINDS[kind], "#{:02x}{:02x}{:02x}".format(*color), names[0], ", ".join(names[1:])]
@@ -86,7 +87,7 @@ def _table(head: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) 
     return lines
 
 
-def _described(vocabulary: Vocabulary) -> list[dict[str, Any]]:
+def _class_entries(vocabulary: Vocabulary) -> list[dict[str, Any]]:
     """Return the classes as entries of a vocabulary file."""
     none = [None] * len(vocabulary)
     columns = (vocabulary.is_thing or none, vocabulary.colors or none, vocabulary.templates or none)
@@ -109,6 +110,7 @@ def _dump(value: Any) -> str:
 
 
 def _print_lines(lines: list[str]) -> None:
+    """Print lines; a pipe that was closed by its reader is not an error."""
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:
