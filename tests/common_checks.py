@@ -17,7 +17,7 @@ OWN_FILES = ("test_common", "test_attention", "test_gradients", "test_save_load_
 NO_GPU = "needs accelerators, which the suite does not use; "
 NO_FLASH = (
     "flash attention does not support the masks of masked attention (a query attends to the inside of its mask), so "
-    "it raises an error: test_implementations_that_take_no_masks_are_refused"
+    "it raises an error: test_attention_implementations_without_masks_raise_errors"
 )
 NO_TOKENS = "the input is an image; class names are passed as text or embeddings, and the text tower is frozen"
 NO_DEEPSPEED = "there are no token embeddings to resize, and DeepSpeed is not supported"
@@ -80,17 +80,17 @@ MODELING = {
     "test_training_gradient_checkpointing_use_reentrant_true": covered_by("test_training_gradient_checkpointing"),
     "test_attention_outputs": covered_by(
         "test_attention_outputs",
-        "test_weights_of_an_attention_that_has_none_are_left_out",
-        "test_cross_attention_stays_inside_the_mask_that_was_predicted_before",
+        "test_sdpa_returns_no_attention_weights",
+        "test_cross_attention_is_restricted_to_the_previous_mask",
     ),
     "test_hidden_states_output": covered_by(
         "test_hidden_states_output",
         "test_hidden_states_do_not_change_outputs",
-        "test_states_equal_those_of_mask2former",
-        "test_head_gives_the_states_of_the_image_path",
-        "test_images_of_several_sizes_have_no_common_states",
-        "test_states_have_the_size_of_the_images_not_of_the_padding",
-        "test_training_looks_at_the_padding_too",
+        "test_hidden_states_equal_those_of_mask2former",
+        "test_segmenter_returns_the_hidden_states_of_the_image_path",
+        "test_hidden_states_of_several_image_sizes_raise_errors",
+        "test_hidden_states_exclude_the_padding",
+        "test_hidden_states_include_the_padding_in_training",
     ),
     "test_retain_grad_hidden_states_attentions": covered_by("test_retain_grad_hidden_states_attentions"),
     "test_feed_forward_chunking": not_covered(
@@ -142,7 +142,7 @@ MODELING = {
     "test_flash_attn_3_inference_equivalence": not_covered(NO_FLASH),
     "test_flash_attn_3_inference_equivalence_right_padding": not_covered(NO_FLASH),
     "test_flash_attn_2_can_dispatch_composite_models": covered_by(
-        "test_implementations_that_take_no_masks_are_refused", but=NO_FLASH
+        "test_attention_implementations_without_masks_raise_errors", but=NO_FLASH
     ),
     "test_flash_attn_3_can_dispatch_composite_models": not_covered(NO_FLASH),
     "test_flash_attn_2_fp32_ln": not_covered(NO_FLASH),
@@ -158,7 +158,7 @@ MODELING = {
         "test_eager_matches_sdpa_inference",
         "test_eager_matches_sdpa_inference_in_half_precision",
         "test_eager_matches_sdpa_gradients",
-        "test_query_whose_mask_is_empty_sees_everything",
+        "test_query_with_an_empty_mask_attends_to_all_positions",
     ),
     "test_eager_matches_batched_and_grouped_inference": not_covered("there are no experts"),
     "test_sdpa_can_dispatch_on_flash": not_covered(NO_FLASH),
@@ -169,7 +169,7 @@ MODELING = {
     "test_sliding_window_mask": not_covered("no sliding window: attention is restricted by masks"),
     "test_torch_compile_for_training": covered_by("test_image_path_compiles_without_graph_break"),
     "test_flex_attention_with_grads": covered_by(
-        "test_implementations_that_take_no_masks_are_refused", but="masks are predicted at every layer"
+        "test_attention_implementations_without_masks_raise_errors", but="masks are predicted at every layer"
     ),
     "test_generation_tester_mixin_inheritance": covered_by("test_models_cannot_generate"),
     "test_can_be_initialized_on_meta": covered_by("test_can_be_initialized_on_meta"),

@@ -1,4 +1,4 @@
-"""Attention weights and hidden states, and how attention is computed."""
+"""Tests of attention weights, hidden states and attention implementations."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def attentive(request) -> Case:
 
 
 class TestAttention:
-    """Attention weights, and how attention is computed."""
+    """Tests of attention weights and attention implementations."""
 
     def test_attention_outputs(self, attentive):
         inputs = attentive.inputs()
@@ -65,7 +65,7 @@ class TestAttention:
         assert set(by_argument) - set(plain) == set(expected_attentions(attentive))
         assert largest_difference(plain, {name: by_argument[name] for name in plain}) == 0
 
-    def test_weights_of_an_attention_that_has_none_are_left_out(self, attentive, transformers_log):
+    def test_sdpa_returns_no_attention_weights(self, attentive, transformers_log):
         model, inputs = attentive.model(), attentive.inputs()
         assert model.config._attn_implementation == "sdpa"
         logging.get_logger("transformers").warning_once.cache_clear()
@@ -78,7 +78,7 @@ class TestAttention:
 
     @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
     def test_eager_matches_sdpa_inference(self, attentive, dtype, bound, within):
-        """In double precision our own layers only: some of transformers' take every softmax in single precision."""
+        """Double precision is tested only for layers of this library, because some of transformers compute in fp32."""
         model, inputs = attentive.model().to(dtype), attentive.inputs()
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         sdpa = run(model, inputs, output_hidden_states=True)
@@ -88,7 +88,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_eager_matches_sdpa_inference_in_half_precision(self, dtype, within):
-        """One layer's attention: through more, hard masks would flip where a logit lies within rounding of zero."""
+        """Test a single layer: with several, rounding errors would change the binary attention masks."""
         layer = GKCAttention(CASES["segmenter"].model().config).to(dtype)
         query, states = torch.randn(2, 10, 32, dtype=dtype), torch.randn(2, 24, 32, dtype=dtype)
         mask = torch.rand(2, 1, 10, 24) > 0.5
@@ -111,8 +111,8 @@ class TestAttention:
         within("gradients, eager against SDPA, float64, max abs", largest_difference(*gradients), 1e-12)
 
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-    def test_query_whose_mask_is_empty_sees_everything(self, implementation):
-        """A row that masks everything would make the softmax undefined."""
+    def test_query_with_an_empty_mask_attends_to_all_positions(self, implementation):
+        """The softmax of a row without any visible position would be undefined."""
         decoder = CASES["segmenter"].model().model.mask_decoder
         decoder.layers[0].cross_attn.config._attn_implementation = implementation
         last = decoder.mask_embedder.layers[-1]
@@ -129,7 +129,7 @@ class TestAttention:
         if implementation == "eager":
             assert all((stage.cross_attention > 0).all() for stage in stages[1:])
 
-    def test_cross_attention_stays_inside_the_mask_that_was_predicted_before(self):
+    def test_cross_attention_is_restricted_to_the_previous_mask(self):
         model = GKCModel._from_config(tiny_config(), attn_implementation="eager").eval()
         inputs = image_inputs()
         outputs = run(model, inputs, output_attentions=True, output_stages=True)
@@ -138,7 +138,7 @@ class TestAttention:
             for index, weights in enumerate(outputs.cross_attentions):
                 grid = [(2, 3), (4, 6), (8, 12)][index % 3]
                 embeds = model.mask_decoder.mask_embedder(outputs.stages[index].last_hidden_state)
-                # Resized as a full-size mask: interpolation is linear, so this is what the decoder computes.
+                # Interpolation is linear, so that resizing the full-size mask equals the decoder's computation.
                 masks = torch.einsum("bqc,bchw->bqhw", embeds, features)
                 logits = nn.functional.interpolate(masks, size=grid, mode="bilinear").flatten(2)
                 sure = logits.abs() > 1e-4
@@ -159,7 +159,7 @@ class TestAttention:
             assert largest_difference(expected, run(loaded, inputs)) < 1e-5
 
     def test_attn_implementation_composite_models(self, segmenter, tmp_path):
-        """One implementation for all parts, or one each; a backbone that has no SDPA keeps what it has."""
+        """Set one implementation for all parts or one for each part; a backbone without SDPA keeps its own."""
         segmenter.model().save_pretrained(tmp_path)
         backbone = "eager" if segmenter.config is resnet_config else "sdpa"
         for asked, expected in (
@@ -204,12 +204,12 @@ class TestAttention:
         assert model.text_model.config is model.config.text_config
 
     @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
-    def test_implementations_that_take_no_masks_are_refused(self, attentive, implementation):
+    def test_attention_implementations_without_masks_raise_errors(self, attentive, implementation):
         with pytest.raises((ValueError, ImportError)):
             attentive.model().set_attn_implementation(implementation)
 
     def test_registered_attention_is_used(self, attentive):
-        """`AttentionInterface.register` is how users bring their own."""
+        """Users add attention implementations with `AttentionInterface.register`."""
         calls = []
 
         def counted(module, query, key, value, attention_mask, **kwargs):
@@ -248,7 +248,7 @@ def implementations_of(config: Any) -> list[str]:
 
 
 def implementations_in_use(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[str]:
-    """Seen from what the layers give: only eager attention has weights."""
+    """Return the implementations that the layers use: only eager attention returns weights."""
     seen, hooks = set(), []
     for layer in model.modules():
         if isinstance(layer, ATTENTION_LAYERS):
@@ -261,9 +261,9 @@ def implementations_in_use(model: PreTrainedModel, inputs: dict[str, Tensor]) ->
 
 
 class TestHiddenStates:
-    """What is given is what transformers' Mask2Former calls by the same name, and honest about images' sizes."""
+    """Tests of the hidden states, which have the names and values of transformers' Mask2Former."""
 
-    def test_states_equal_those_of_mask2former(self, within):
+    def test_hidden_states_equal_those_of_mask2former(self, within):
         source = mask2former()
         text = CLIPTextModelWithProjection(tiny_config().text_config)
         model = from_mask2former(source, text_model=text).model.double()
@@ -279,7 +279,7 @@ class TestHiddenStates:
         error = largest_difference(queries, ours.transformer_decoder_hidden_states)
         within("transformer_decoder_hidden_states against transformers' Mask2Former, float64, max abs", error, 1e-9)
 
-    def test_head_gives_the_states_of_the_image_path(self):
+    def test_segmenter_returns_the_hidden_states_of_the_image_path(self):
         model, inputs = eager_segmenter(), segmenter_inputs()
         asked = {"output_hidden_states": True, "output_attentions": True}
         whole, path = run(model, inputs, **asked), run(model.model, {"pixel_values": inputs["pixel_values"]}, **asked)
@@ -290,7 +290,7 @@ class TestHiddenStates:
         torch.testing.assert_close(features, path.last_hidden_state, rtol=0, atol=0)
 
     @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
-    def test_images_of_several_sizes_have_no_common_states(self, asked):
+    def test_hidden_states_of_several_image_sizes_raise_errors(self, asked):
         model, inputs = eager_segmenter(), segmenter_inputs()
         pixel_mask = torch.ones(2, 64, 96)
         pixel_mask[1, :, 60:] = 0
@@ -298,7 +298,7 @@ class TestHiddenStates:
         with pytest.raises(ValueError, match=r"\(64, 96\), \(64, 64\).*images of one size"):
             run(model, inputs, pixel_mask=pixel_mask, **asked)
 
-    def test_states_have_the_size_of_the_images_not_of_the_padding(self):
+    def test_hidden_states_exclude_the_padding(self):
         model, inputs = eager_segmenter(), segmenter_inputs()
         asked = {"output_hidden_states": True, "output_attentions": True, "output_stages": True}
         pixel_mask = torch.zeros(2, 64, 96)
@@ -311,7 +311,7 @@ class TestHiddenStates:
         assert largest_difference({n: padded[n] for n in names}, {n: expected[n] for n in names}) == 0
         assert largest_difference(padded.class_queries_logits, expected.class_queries_logits) == 0
 
-    def test_training_looks_at_the_padding_too(self):
+    def test_hidden_states_include_the_padding_in_training(self):
         model, inputs = eager_segmenter().train(), segmenter_inputs()
         pixel_mask = torch.ones(2, 64, 96)
         pixel_mask[1, :, 60:] = 0

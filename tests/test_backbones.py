@@ -1,4 +1,4 @@
-"""Backbones of transformers and timm, by their configurations."""
+"""Tests of backbones of transformers and timm."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ FLAT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "im
 
 
 class StubLevels(nn.Module):
-    """Stands for a model of timm: five levels of strides 2 to 32, of which some are given."""
+    """Replacement of a timm model, which returns selected levels of strides 2 to 32."""
 
     def __init__(self, out_indices):
         super().__init__()
@@ -43,7 +43,7 @@ class StubLevels(nn.Module):
 
 @pytest.fixture
 def stub_timm(monkeypatch):
-    """Stands in for timm, which is not among the packages of the tests."""
+    """Replace timm, which is not installed for the tests."""
     timm = SimpleNamespace(create_model=lambda name, out_indices, **kwargs: StubLevels(out_indices))
     monkeypatch.setattr(modeling_timm_backbone, "timm", timm, raising=False)
     monkeypatch.setattr(modeling_timm_backbone, "requires_backends", lambda *args: None)
@@ -58,7 +58,7 @@ def stub_timm(monkeypatch):
     ],
     ids=["a dict", "a dict with levels", "a configuration"],
 )
-def test_backbones_of_timm(stub_timm, backbone, tmp_path):
+def test_timm_backbones(stub_timm, backbone, tmp_path):
     model = GKCForOpenVocabSegmentation(tiny_config(backbone_config=backbone)).eval()
     call = {"pixel_values": torch.rand(1, 3, 64, 64), "class_embeds": torch.eye(2, 16)}
     expected = model(**call).masks_queries_logits
@@ -74,8 +74,8 @@ def real_timm():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnext_atto"])
-def test_models_of_timm_itself_run_train_and_load(real_timm, name, tmp_path, within):
-    """A ResNet, one whose BatchNorm holds the activation too, and one of four levels without BatchNorm."""
+def test_timm_models_run_train_and_load(real_timm, name, tmp_path, within):
+    """Test a ResNet, a model with fused BatchNorm and activation, and a model of four levels without BatchNorm."""
     config = tiny_config(
         backbone_config={"model_type": "timm_backbone", "backbone": name}, freeze_backbone_batch_norm=True
     )
@@ -98,32 +98,32 @@ def test_models_of_timm_itself_run_train_and_load(real_timm, name, tmp_path, wit
         within("a model of timm, optimised: masks_queries_logits", (optimized - expected).abs().max(), 1e-4)
 
 
-def test_levels_that_a_model_of_timm_lacks_are_said(real_timm):
+def test_missing_levels_of_timm_models_raise_an_error(real_timm):
     backbone = TimmBackboneConfig(backbone="convnext_atto", out_indices=(1, 2, 3, 4))
     with pytest.raises(ValueError, match=r"model 'convnext_atto' does not have the levels .* \[1, 2, 3, 4\]: set"):
         GKCForOpenVocabSegmentation(tiny_config(backbone_config=backbone))
 
 
 @pytest.mark.parametrize("levels", [[-1], [0, 1, 2, 3, 4]])
-def test_other_levels_of_timm_are_refused(levels):
+def test_other_timm_levels_raise_errors(levels):
     with pytest.raises(ValueError, match=r"`out_indices` is \[.*\]; set `out_indices` to its last four levels"):
         tiny_config(backbone_config=TimmBackboneConfig(backbone="resnet18", out_indices=levels))
 
 
 @pytest.mark.parametrize("model_type", NO_BACKBONES)
 @pytest.mark.parametrize("as_dict", [True, False])
-def test_what_is_no_backbone_is_refused_by_name(model_type, as_dict):
+def test_models_that_are_not_backbones_raise_errors(model_type, as_dict):
     config = {"model_type": model_type} if as_dict else CONFIG_MAPPING[model_type](out_features=["stage1"] * 4)
     with pytest.raises(ValueError, match=f"`backbone_config` of type '{model_type}' is no backbone"):
         tiny_config(backbone_config=config)
 
 
-def test_the_last_four_stages_are_taken():
+def test_the_last_four_stages_are_used_by_default():
     assert tiny_config(backbone_config={"model_type": "resnet"}).backbone_config.out_indices == [1, 2, 3, 4]
     assert tiny_config(backbone_config={"model_type": "pp_lcnet"}).backbone_config.out_indices == [2, 3, 4, 5]
 
 
-def test_a_backbone_of_one_stride_says_so():
+def test_a_backbone_of_one_stride_raises_an_error():
     model = GKCForOpenVocabSegmentation(tiny_config(backbone_config={"model_type": "dinov2", **FLAT})).eval()
     with pytest.raises(ValueError, match="must return feature maps of strides 4, 8, 16 and 32"):
         model(torch.rand(1, 3, 64, 64), class_embeds=torch.eye(2, 16))

@@ -1,4 +1,4 @@
-"""The convex classifier: with a head's own names the head's probabilities, with other words what they are close to."""
+"""Tests of the convex classifier: probabilities of the names of the source, and of other names."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from modeling_gkc.configuration_gkc import GKCConfig
 from .conftest import small_config
 
 MARGIN = 0.1
-# (classes, width of the text space, cosine of unrelated names); CLIP's names have cosines of 0.7 to 0.9.
+# (classes, width of the text space, cosine similarity of unrelated names), which is 0.7 to 0.9 for CLIP.
 SPACES = [
     (1, 16, 0.0),
     (2, 512, 0.9),
@@ -27,7 +27,7 @@ TWIN_COSINE = 0.97
 
 
 def text_space(num_classes: int, width: int, cosine: float, generator: torch.Generator) -> Tensor:
-    """(S, D) embeddings of names with a common part; every fourth has a twin with a cosine of 0.97."""
+    """Return embeddings (S, D) with a common component; every fourth has one of cosine similarity 0.97."""
     common = F.normalize(torch.randn(1, width, generator=generator), dim=-1)
     own = F.normalize(torch.randn(num_classes, width, generator=generator), dim=-1)
     embeds = F.normalize(cosine**0.5 * common + (1 - cosine) ** 0.5 * own, dim=-1)
@@ -39,7 +39,7 @@ def text_space(num_classes: int, width: int, cosine: float, generator: torch.Gen
 
 
 def near(embed: Tensor, cosine: float, generator: torch.Generator) -> Tensor:
-    """Return a unit vector with the given cosine to another one."""
+    """Return a unit vector with the given cosine similarity to another one."""
     step = torch.randn(embed.shape, generator=generator)
     step = F.normalize(step - step @ embed * embed, dim=0)
     return cosine * embed + (1 - cosine**2) ** 0.5 * step
@@ -67,13 +67,13 @@ def classifier_from(names: Tensor, class_ids: Tensor | None = None) -> ConvexCla
 
 
 def query_embeds(classifier: ConvexClassifier, probabilities: Tensor) -> Tensor:
-    """Embeddings of queries (Q, S + 1) about which the head says what is asked."""
+    """Return the query embeddings for which the head gives the probabilities (Q, S + 1)."""
     logits = probabilities.clamp(min=1e-30).log().to(classifier.basis.dtype)
     return classifier.embed_queries(SimpleNamespace(last_hidden_state=logits[None]))
 
 
 def ask(classifier: ConvexClassifier, probabilities: Tensor, words: Tensor, class_ids=None) -> Tensor:
-    """(Q, K + 1) probabilities of words and of no-object, of query embeddings without more."""
+    """Return the probabilities (Q, K + 1) of names and no-object, computed from query embeddings."""
     num_classes = len(words) if class_ids is None else int(class_ids.max()) + 1
     with torch.no_grad():
         prompts = ClassPrompts(words, class_ids, num_classes, "max")
@@ -86,10 +86,10 @@ def random_probabilities(num_classes: int, generator: torch.Generator) -> Tensor
 
 
 def adversarial_probabilities(names: Tensor) -> Tensor:
-    """Winners by little more than the margin over what pulls a mixture of embeddings away from them most.
+    """Return probabilities whose largest class leads by little more than the margin over its strongest competitor.
 
-    The rival is the winner's closest name, or no-object, or all others at once; the rest goes to the names closest to
-    the average name.
+    The competitor is the nearest name, no-object, or all others together. The rest of the probability goes to the
+    names nearest to the mean of all names.
     """
     num_classes = len(names)
     if num_classes == 1:
@@ -121,7 +121,7 @@ def margins(probabilities: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("num_classes", "width", "cosine"), SPACES)
-def test_own_names_give_the_heads_probabilities(num_classes, width, cosine, within):
+def test_source_names_get_the_probabilities_of_the_head(num_classes, width, cosine, within):
     generator = torch.Generator().manual_seed(num_classes)
     names = text_space(num_classes, width, cosine, generator)
     probabilities = torch.cat([random_probabilities(num_classes, generator), adversarial_probabilities(names)])
@@ -132,8 +132,8 @@ def test_own_names_give_the_heads_probabilities(num_classes, width, cosine, with
     assert torch.equal(answered[clear].argmax(-1), probabilities[clear].argmax(-1))
 
 
-def test_cosines_of_the_same_embeddings_would_not(within):
-    """What the classifier is for: temperature x cosine loses winners by a clear margin."""
+def test_cosine_similarities_do_not_give_the_probabilities_of_the_head(within):
+    """Cosine similarities of the same embeddings change the most probable class by a clear margin."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(133, 512, 0.85, generator)
     classifier, probabilities = classifier_from(names), adversarial_probabilities(names)
@@ -157,14 +157,14 @@ def test_half_precision(dtype, within):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_names_that_are_nearly_the_same(dtype, within):
-    """Cosines up to 0.99999, as a text tower with random weights gives them."""
+def test_nearly_equal_names_get_the_probabilities_of_the_head(dtype, within):
+    """A text tower with random weights gives cosine similarities up to 0.99999."""
     generator = torch.Generator().manual_seed(0)
     name = F.normalize(torch.randn(16, generator=generator), dim=0)
     names = torch.stack([name, *(near(name, 1 - distance, generator) for distance in torch.logspace(-5, -2, 12))])
     probabilities = random_probabilities(13, generator)
     classifier = classifier_from(names)
-    # Names rounded to half precision would be the same; what makes and reads the embeddings must not need more.
+    # Only basis and decoder are rounded, because rounded names would be equal.
     classifier.basis, classifier.decoder = (
         buffer.to(dtype).float() for buffer in (classifier.basis, classifier.decoder)
     )
@@ -185,8 +185,8 @@ def test_query_embeddings_are_convex_combinations():
     torch.testing.assert_close(embeds, F.normalize(expected, dim=-1), atol=1e-6, rtol=0)
 
 
-def test_order_and_selection_of_own_names():
-    """Each name keeps its probability whatever is asked beside it; what is not asked for is none of these."""
+def test_order_and_selection_of_source_names():
+    """A name has the same probability in every vocabulary; that of missing names goes to no-object."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(80, 512, 0.8, generator)
     classifier, probabilities = classifier_from(names), random_probabilities(80, generator)
@@ -196,8 +196,8 @@ def test_order_and_selection_of_own_names():
     torch.testing.assert_close(answered[:, -1], 1 - probabilities[:, chosen].sum(-1), atol=1e-4, rtol=0)
 
 
-def test_synonyms_even_shared_ones():
-    """Classes of one to three names, of which one belongs to two classes, asked by all or by first names."""
+def test_synonyms_including_shared_ones():
+    """Classes have one to three names, one of which belongs to two classes; all or only first names are requested."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(8, 64, 0.8, generator)
     class_ids = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 4])
@@ -212,9 +212,9 @@ def test_synonyms_even_shared_ones():
     torch.testing.assert_close(by_synonym[:, :2], probabilities[:, [0, 3]], atol=1e-3, rtol=0)
 
 
-def test_a_word_close_to_a_class_gets_its_probability():
+def test_a_name_close_to_a_source_class_gets_its_probability():
     generator = torch.Generator().manual_seed(0)
-    names = text_space(100, 512, 0.8, generator)[::2]  # without twins
+    names = text_space(100, 512, 0.8, generator)[::2]  # without near duplicates
     classifier = classifier_from(names)
     words = torch.stack([near(names[index], 0.93, generator) for index in (4, 11, 30)])
     sure = torch.full((3, 51), 0.1 / 50)
@@ -224,8 +224,8 @@ def test_a_word_close_to_a_class_gets_its_probability():
     assert (ask(classifier, sure, words[:1])[1:, 0] < 0.1).all(), "what is something else is not this word"
 
 
-def test_a_word_between_classes_gets_all_of_them():
-    """As "animal" to dog, cat and horse: also where the head hesitates between them."""
+def test_a_name_between_source_classes_gets_all_their_probabilities():
+    """For example "animal" between dog, cat and horse, also where the head is uncertain between them."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]
     kind = F.normalize(names[:3].sum(dim=0), dim=0)
@@ -237,8 +237,8 @@ def test_a_word_between_classes_gets_all_of_them():
     assert answered[0, 0] > 0.8 and answered[1, 0] < 0.1
 
 
-def test_an_unrelated_word_stays_below_one_half():
-    """A word as far from a class as its fellows typically are gets half of it at most, one half as far nearly all."""
+def test_an_unrelated_name_gets_less_than_one_half():
+    """A name at the median distance of two source classes gets at most half of a class, at half of it nearly all."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]
     classifier = classifier_from(names)
@@ -256,7 +256,7 @@ def test_an_unrelated_word_stays_below_one_half():
         assert is_far.any() and (ask(classifier, sure, word[None])[is_far, 0] <= 0.5001).all()
 
 
-def test_many_remote_words_do_not_outweigh_a_close_one():
+def test_many_distant_names_do_not_outweigh_a_close_one():
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]
     remote = text_space(300, 512, 0.0, generator) * 0.2**0.5 + F.normalize(names.mean(dim=0), dim=0) * 0.8**0.5
@@ -264,8 +264,8 @@ def test_many_remote_words_do_not_outweigh_a_close_one():
     assert ask(classifier_from(names), torch.eye(51)[:1], words)[0, -2] > 0.85
 
 
-def test_what_the_head_holds_for_no_object_stays_so():
-    """Whatever the words: of no-object's probability nothing goes to them."""
+def test_the_probability_of_no_object_does_not_depend_on_the_names():
+    """The head's probability of no-object is not given to any name."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(50, 512, 0.8, generator)
     probabilities = random_probabilities(50, generator)
@@ -276,8 +276,8 @@ def test_what_the_head_holds_for_no_object_stays_so():
 
 
 @pytest.mark.parametrize("scale", [1, 8])
-def test_logits_and_gradients_are_those_of_the_head(scale, within):
-    """Cross-entropy of the source's own names trains the head as its own would, also where it is surely wrong."""
+def test_logits_and_gradients_equal_those_of_the_head(scale, within):
+    """Cross-entropy over the source names has the gradients of the head's own loss, also for confident errors."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(19, 64, 0.8, generator)
     classifier = classifier_from(names)
@@ -291,7 +291,7 @@ def test_logits_and_gradients_are_those_of_the_head(scale, within):
     within("gradients against the head's own, relative", (actual - expected).norm() / expected.norm(), 1e-4)
 
 
-def test_names_that_cannot_be_told_apart_are_refused():
+def test_source_classes_of_equal_embeddings_raise_an_error():
     names = text_space(5, 64, 0.8, torch.Generator().manual_seed(0))
     names[3] = names[1]
     classifier = ConvexClassifier(
@@ -306,7 +306,7 @@ def test_names_that_cannot_be_told_apart_are_refused():
         classifier.set_source(torch.nn.Linear(8, 6), names, torch.arange(5))
 
 
-def test_embeddings_of_nothing_known_are_no_object():
+def test_embeddings_of_no_source_class_are_no_object():
     generator = torch.Generator().manual_seed(0)
     names = text_space(5, 64, 0.8, generator)
     classifier = classifier_from(names)
@@ -316,7 +316,7 @@ def test_embeddings_of_nothing_known_are_no_object():
     assert classifier.classify_embeds(nothing, ClassPrompts(names, None, 5, "max")).isfinite().all()
 
 
-def test_a_class_without_names_is_refused():
+def test_a_class_without_names_raises_an_error():
     names = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     classifier = classifier_from(names)
     with pytest.raises(ValueError, match=r"`class_ids` must contain every number from 0: .* missing \[1\]"):
@@ -337,7 +337,7 @@ def test_a_class_without_names_is_refused():
         ({"classifier": "convex_combination", "source_vocabulary": [["a"]] * 16}, "at most 15 source classes, got 16"),
     ],
 )
-def test_configurations_that_cannot_be(overrides, message):
+def test_invalid_classifier_configurations_raise_errors(overrides, message):
     with pytest.raises(ValueError, match=message):
         small_config(**overrides)
 

@@ -1,4 +1,4 @@
-"""The `gkc` command as a user meets it: files, lines, exit codes."""
+"""Tests of `gkc segment` and of the `gkc` command: result files, printed lines and exit codes."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def pictures(tmp_path) -> Path:
 
 @pytest.fixture
 def stripes(monkeypatch):
-    """Let the model find ten upright stripes, of the classes in turn."""
+    """Replace the forward pass of the model by one that segments ten vertical stripes of alternating classes."""
     original = GKCForOpenVocabSegmentation.forward
 
     def forward(self, *args, **kwargs):
@@ -123,7 +123,7 @@ class TestSegment:
                 np.testing.assert_array_equal(decode_rle(segment["segmentation"]), inside)
                 assert 0.9 < segment["score"] < 1.1
 
-    def test_result_is_that_of_the_library(self, checkpoint, pictures, tmp_path):
+    def test_result_equals_that_of_the_library(self, checkpoint, pictures, tmp_path):
         assert main(["segment", str(pictures / "a.png"), "--labels", LABELS, "--model", str(checkpoint),
                      "--out", str(tmp_path)]) == 0  # fmt: skip
         processor = GKCProcessor.from_pretrained(checkpoint)
@@ -143,7 +143,7 @@ class TestSegment:
         labels = [segment["label"] for segment in result["segments"]]
         assert [labels.count(label) for label in result["labels"]] == [4, 3, 1]  # stuff is one segment
 
-    def test_typed_words_take_the_kind_of_the_stored_ones(self, checkpoint, pictures, tmp_path, monkeypatch):
+    def test_typed_names_take_is_thing_from_the_checkpoint(self, checkpoint, pictures, tmp_path, monkeypatch):
         seen = []
         original = GKCProcessor.post_process_panoptic_segmentation
 
@@ -159,11 +159,11 @@ class TestSegment:
         main(["embed", "--labels", "grass; disc", "--model", str(checkpoint), "--out", vocab])
         main([*command, "--task", "panoptic", "--vocab", vocab])
         (tmp_path / "words.csv").write_text("name,is_thing\ngrass,true\ndisc,false\n")
-        main([*command, "--task", "panoptic", "--labels", str(tmp_path / "words.csv")])  # which brings its own kinds
+        main([*command, "--task", "panoptic", "--labels", str(tmp_path / "words.csv")])  # the file states is_thing
         assert seen == [{1}, {2}, {0}, {1}]
 
     @pytest.mark.parametrize("task", ["instance", "panoptic"])
-    def test_segments_have_shades_of_their_classes_colours(self, checkpoint, pictures, tmp_path, stripes, task):
+    def test_segments_have_shades_of_their_class_colors(self, checkpoint, pictures, tmp_path, stripes, task):
         (tmp_path / "words.csv").write_text("name,is_thing,color\ndisc,true,#0000c8\nlawn,false,#00c800\n")
         command = ["segment", str(pictures / "a.png"), "--model", str(checkpoint), "--out", str(tmp_path)]
         assert main([*command, "--task", task, "--labels", str(tmp_path / "words.csv")]) == 0
@@ -181,7 +181,7 @@ class TestSegment:
         assert read_result(tmp_path, "a")[0]["segments"]
         assert main([*command, "--task", task, "--void-threshold", "1"]) == 0
         result, ids, _ = read_result(tmp_path, "a")
-        # Of a semantic map pixels remain where several queries agree, whose scores sum to 1 and more.
+        # In a semantic map, pixels remain where the scores of several queries sum to at least 1.
         assert all(segment["score"] == 1 for segment in result["segments"])
         assert task == "semantic" or result["segments"] == []
         assert (ids == result["void_id"]).any()
@@ -199,11 +199,11 @@ class TestSegment:
         assert result["labels"] == ["disc", "box", "lawn"]
         assert result["void_labels"] == ["sky", "star"]
         assert {segment["label"] for segment in result["segments"]} == set(result["labels"])
-        stripe = np.arange(ids.shape[1]) * 10 // ids.shape[1] % 5  # five classes in turn, the last two of them void
+        stripe = np.arange(ids.shape[1]) * 10 // ids.shape[1] % 5  # of five classes, two void
         assert (ids[:, np.isin(stripe, [3, 4])] == result["void_id"]).mean() > 0.8
         assert (ids[:, np.isin(stripe, [0, 1, 2])] != result["void_id"]).mean() > 0.8
 
-    def test_encoded_words_give_the_same_as_typed_ones(self, checkpoint, pictures, tmp_path):
+    def test_encoded_and_typed_vocabularies_give_equal_results(self, checkpoint, pictures, tmp_path):
         vocab, image = tmp_path / "words.safetensors", str(pictures / "a.png")
         common = ["--model", str(checkpoint), "--out"]
         assert main(["embed", "--labels", LABELS, *common, str(vocab)]) == 0
@@ -212,7 +212,7 @@ class TestSegment:
         files = [read_result(tmp_path / name, "a") for name in ("file", "typed")]
         assert files[0][0] == files[1][0]
 
-    def test_a_packaged_vocabulary_brings_its_colours(self, checkpoint, pictures, tmp_path, stripes):
+    def test_packaged_vocabularies_have_colors(self, checkpoint, pictures, tmp_path, stripes):
         image = str(pictures / "a.png")
         command = ["segment", image, "--labels", "pascal_voc_20", "--model", str(checkpoint), "--out", str(tmp_path)]
         assert main(command) == 0
@@ -245,7 +245,7 @@ class TestSegment:
         main(["segment", str(pictures), "--labels", LABELS, "--model", str(checkpoint), "--out", str(tmp_path)])
         assert calls == [1]
 
-    def test_a_picture_without_a_find_is_told(self, checkpoint, pictures, tmp_path, capsys):
+    def test_images_without_segments_are_reported(self, checkpoint, pictures, tmp_path, capsys):
         image = str(pictures / "a.png")
         command = ["segment", image, "--model", str(checkpoint), "--task", "panoptic", "--out", str(tmp_path)]
         assert main([*command, "--threshold", "1"]) == 0
@@ -263,7 +263,7 @@ class TestSegment:
         for line, name in zip(errors, ["b.jpg", "gone.png", "notes.txt"], strict=False):
             assert line.startswith("gkc: skipped: ") and name in line
 
-    def test_as_a_program_with_the_model_of_the_environment(self, checkpoint, pictures, tmp_path):
+    def test_program_with_the_model_of_the_environment_variable(self, checkpoint, pictures, tmp_path):
         (pictures / "broken.png").write_bytes(b"hello")
         environment = os.environ | {"GKC_MODEL": str(checkpoint)}
         command = [
@@ -329,11 +329,11 @@ class TestUserErrors:
         assert printed.err.startswith(f"gkc: error: {message}")
         assert not (tmp_path / "out").exists()
 
-    def test_a_checkpoint_without_words_needs_labels(self, bare_checkpoint, pictures, capsys):
+    def test_a_checkpoint_without_vocabulary_needs_labels(self, bare_checkpoint, pictures, capsys):
         assert main(["segment", str(pictures), "--model", str(bare_checkpoint)]) == 2
         assert capsys.readouterr().err == ("gkc: error: the checkpoint stores no vocabulary: give one with --labels\n")
 
-    def test_a_folder_that_is_no_checkpoint(self, pictures, capsys):
+    def test_a_folder_that_is_not_a_checkpoint(self, pictures, capsys):
         assert main(["segment", str(pictures), "--model", str(pictures)]) == 2
         assert f"--model: {pictures} is not a GKC checkpoint" in capsys.readouterr().err
 
@@ -366,11 +366,11 @@ class TestUserErrors:
         assert damage != "missing" or last.endswith("lacks weights: model.mask_decoder.query_features.weight.")
         assert not (tmp_path / "out").exists()
 
-    def test_a_folder_without_pictures(self, checkpoint, tmp_path, capsys):
+    def test_a_folder_without_images(self, checkpoint, tmp_path, capsys):
         assert main(["segment", str(tmp_path), "--model", str(checkpoint)]) == 2
         assert f"{tmp_path} contains no images" in capsys.readouterr().err
 
-    def test_an_output_folder_that_cannot_be(self, checkpoint, pictures, capsys):
+    def test_an_output_folder_that_cannot_be_created(self, checkpoint, pictures, capsys):
         command = ["segment", str(pictures), "--model", str(checkpoint), "--out", str(pictures / "notes.txt")]
         assert main(command) == 2
         assert "cannot create the folder" in capsys.readouterr().err
@@ -389,7 +389,7 @@ class TestUserErrors:
         assert "usage: gkc" in capsys.readouterr().err
 
     @pytest.mark.parametrize("command", [["--help"], ["segment", "--help"]])
-    def test_help_teaches_with_examples(self, command, capsys):
+    def test_help_shows_examples(self, command, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(command)
         assert stopped.value.code == 0
@@ -411,7 +411,7 @@ class TestDefaultModel:
         (folder / "config.json").write_text("{}")
         return folder
 
-    def test_order(self, package, tmp_path, monkeypatch):
+    def test_order_of_the_default_checkpoints(self, package, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no checkpoint is installed"):
             default_model_path()
         installed = self.make(tmp_path / "environment" / "share" / "gkc" / "gkc-mini")
@@ -425,7 +425,7 @@ class TestDefaultModel:
         with pytest.raises(UserError, match="GKC_MODEL is not a directory"):
             default_model_path()
 
-    def test_none_found_is_one_line(self, package, pictures, capsys):
+    def test_missing_default_checkpoint_is_one_line(self, package, pictures, capsys):
         assert main(["segment", str(pictures), "--labels", "dog"]) == 2
         assert (
             capsys.readouterr()
@@ -435,7 +435,7 @@ class TestDefaultModel:
 
 
 class TestNames:
-    def test_images_come_once_and_in_order(self, pictures):
+    def test_images_are_listed_once_and_in_order(self, pictures):
         (pictures / "a.overlay.png").write_bytes(b"")
         (pictures / "a.labels.png").write_bytes(b"")
         (pictures / "deeper.png").mkdir()
@@ -447,7 +447,7 @@ class TestNames:
         ]
 
     @pytest.mark.parametrize("others", [["x/b.png"], ["y/a.b.png", "y/c.png"]])
-    def test_a_name_depends_on_no_other_image(self, tmp_path, others):
+    def test_result_names_do_not_depend_on_other_images(self, tmp_path, others):
         for path in ["x/a.png", *others]:
             (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).touch()
@@ -457,7 +457,7 @@ class TestNames:
         ]
 
     @pytest.mark.parametrize("paths", [["x/a.png", "y/a.png"], ["x/a.png", "x/a.jpg"], ["x/a.png", "x/A.png"]])
-    def test_equal_names_are_refused(self, tmp_path, paths):
+    def test_equal_result_names_raise_errors(self, tmp_path, paths):
         for path in paths:
             (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).touch()
@@ -470,16 +470,16 @@ class TestNames:
             find_images([str(tmp_path / "x"), str(tmp_path / "x" / ".." / "x" / "a.webp")], recursive=True)
 
     @pytest.mark.parametrize("url", ["http://x/a.png", "HTTPS://x/a.png", "file:///a.png", "data:image/png;base64,AA"])
-    def test_urls_are_refused_as_such(self, pictures, url):
+    def test_urls_raise_errors(self, pictures, url):
         for inputs in ([url], [str(pictures / "a.png"), url]):
             with pytest.raises(UserError, match=f"IMAGE: {url} is a URL: give a file, and download an image"):
                 find_images(inputs)
 
-    def test_what_is_not_looked_at_is_said(self, pictures):
+    def test_skipped_files_are_reported(self, pictures):
         for name in ("below/d.png", "below/deep/a.png", "gkc-out/x.png", "notes.txt", "a.json", ".hidden/e.png"):
             (pictures / name).parent.mkdir(parents=True, exist_ok=True)
             (pictures / name).touch()
-        (pictures / "a.overlay.png").touch()  # so a.json is a result
+        (pictures / "a.overlay.png").touch()  # which makes a.json a result
         found, said = find_images([str(pictures)])
         folders = "2 sub-folders (use --recursive to include them): below, gkc-out"
         assert len(found) == 3 and said[0] == f"{pictures}: skipped {folders}"
@@ -506,13 +506,13 @@ class TestEnds:
             main(["--version"])
         assert ended.value.code == 0 and capsys.readouterr().out == f"gkc {modeling_gkc.__version__}\n"
 
-    def test_the_module_is_the_command_too(self, monkeypatch, capsys):
+    def test_the_package_can_be_run_as_a_module(self, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["gkc", "vocab", "list"])
         with pytest.raises(SystemExit) as ended:
             runpy.run_module("modeling_gkc.cli", run_name="__main__")
         assert ended.value.code == 0 and "ade20k_150" in capsys.readouterr().out
 
-    def test_nothing_that_is_named_is_there(self, capsys):
+    def test_missing_inputs_are_reported(self, capsys):
         assert main(["segment", "absent.jpg", "absent-too.jpg", "--labels", "cat"]) == 2
         assert capsys.readouterr().err == "gkc: error: IMAGE: absent.jpg does not exist\n"
 
@@ -531,8 +531,8 @@ class TestEnds:
         assert main(command) == 130
         assert capsys.readouterr().err.splitlines()[-1] == "gkc: stopped."
 
-    def test_a_full_disk_leaves_whole_results_only(self, checkpoint, pictures, tmp_path, capsys, monkeypatch):
-        """The file system takes the first result of the second image, and only half of the next."""
+    def test_a_full_disk_leaves_only_complete_results(self, checkpoint, pictures, tmp_path, capsys, monkeypatch):
+        """The disk is full after the first file of the second image and half of the next."""
         out = tmp_path / "out"
         written = []
         save = Image.Image.save
@@ -555,8 +555,8 @@ class TestEnds:
             Image.open(path).load()
 
     @pytest.mark.parametrize("after", range(4))
-    def test_a_kill_leaves_whole_results_only(self, checkpoint, pictures, tmp_path, monkeypatch, after):
-        """SIGKILL once a number of bytes of a result are in its file, wherever it is written."""
+    def test_a_kill_leaves_only_complete_results(self, checkpoint, pictures, tmp_path, monkeypatch, after):
+        """Kill the process by SIGKILL after a number of bytes of a result were written."""
         out = tmp_path / "out"
         out.mkdir()
         saved = []
@@ -592,7 +592,7 @@ class TestPictures:
         overlay = draw_overlay(Image.new("L", size[::-1], 128), segmentation, segments)
         assert overlay.mode == "RGB" and max(overlay.size) <= 4096
 
-    def test_colours_are_those_of_the_legend(self):
+    def test_colors_equal_those_of_the_legend(self):
         segmentation = np.zeros((100, 100), dtype=np.uint8)
         segmentation[:, 50:] = 1
         segmentation[90:] = 9
@@ -605,7 +605,7 @@ class TestPictures:
         assert void[1] > 100 and void[0] == void[2] == 0
         assert (overlay[:, 480:].reshape(-1, 3) == [255, 0, 0]).all(axis=1).any()  # the legend's swatch
 
-    def test_overlay_needs_the_picture_s_size(self):
+    def test_overlay_needs_the_size_of_the_image(self):
         with pytest.raises(ValueError, match=r"\(4, 5\).*\(5, 4\)"):
             draw_overlay(Image.new("RGB", (4, 5)), np.zeros((4, 5), dtype=int), [])
 

@@ -1,4 +1,4 @@
-"""`gkc convert` as a user meets it: folders in, folders out, lines, errors."""
+"""Tests of `gkc convert`: converted checkpoints, printed lines and errors."""
 
 import argparse
 import json
@@ -119,7 +119,7 @@ def gkc(*arguments) -> int:
 
 class TestMask2Former:
     @torch.no_grad()
-    def test_the_result_answers_as_the_source(self, source, clip, tmp_path, capsys, within):
+    def test_the_result_equals_the_source(self, source, clip, tmp_path, capsys, within):
         out = tmp_path / "words model"
         assert gkc("mask2former", source, "--text-model", clip, "--out", out) == 0
         printed = capsys.readouterr()
@@ -143,7 +143,7 @@ class TestMask2Former:
         within("masks of a converted folder, max abs", error, 1e-4)
         assert list(processor.image_processor.image_mean) == PREPROCESSOR["image_mean"]
 
-    def test_class_names_from_a_file_and_their_kinds(self, source, clip, tmp_path, capsys):
+    def test_class_names_and_is_thing_from_a_file(self, source, clip, tmp_path, capsys):
         names = tmp_path / "names.csv"
         names.write_text(
             "name,synonyms,is_thing\nred,,thing\nblue,,thing\ndisc,star|dog,thing\ngrass,lawn,stuff\nsky,air,stuff\n"
@@ -155,8 +155,8 @@ class TestMask2Former:
         assert model.config.source_vocabulary[2:4] == [["disc", "star", "dog"], ["grass", "lawn"]]
         assert model.config.vocabulary_is_thing == [True, True, True, False, False]
 
-    def test_names_and_processor_are_plain(self, source, clip, tmp_path, capsys):
-        """So that the typed names are those of the conversion."""
+    def test_names_are_encoded_without_templates(self, source, clip, tmp_path, capsys):
+        """The processor encodes typed names like the conversion."""
         names = tmp_path / "names.json"
         names.write_text(json.dumps([{"name": name, "templates": ["dog {}"]} for name in NAMES]))
         arguments = ("--text-model", clip, "--class-names", names, "--out", tmp_path / "out")
@@ -176,12 +176,12 @@ class TestMask2Former:
             (("--tokenizer", "./nowhere"), "--tokenizer: ./nowhere is not a directory"),
         ],
     )
-    def test_what_is_wrong_is_named(self, source, clip, tmp_path, arguments, message):
+    def test_errors_name_the_argument(self, source, clip, tmp_path, arguments, message):
         with pytest.raises(UserError, match=message):
             gkc("mask2former", source, "--text-model", clip, *arguments, "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    def test_folders_of_something_else(self, source, clip, tmp_path):
+    def test_folders_of_other_models_raise_errors(self, source, clip, tmp_path):
         out = ("--out", tmp_path / "out")
         with pytest.raises(UserError, match=r"MASK2FORMER: \./nowhere/at/all is not a directory"):
             gkc("mask2former", "./nowhere/at/all", "--text-model", clip, *out)
@@ -195,7 +195,7 @@ class TestMask2Former:
         with pytest.raises(UserError, match=r"--out: .* already exists"):
             gkc("mask2former", source, "--text-model", clip, "--out", source)
 
-    def test_missing_weights_are_not_made_up(self, source, clip, tmp_path):
+    def test_missing_weights_raise_an_error(self, source, clip, tmp_path):
         folder = tmp_path / "source"
         folder.mkdir()
         (folder / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -206,8 +206,8 @@ class TestMask2Former:
             gkc("mask2former", folder, "--text-model", clip, "--out", tmp_path / "out")
 
     @pytest.mark.parametrize("length", [4, 1000, -8])
-    def test_damaged_files_of_weights(self, source, clip, tmp_path, length):
-        """Cut in the length of the header, in the header, and in the numbers; a damaged pickle."""
+    def test_damaged_weight_files_raise_errors(self, source, clip, tmp_path, length):
+        """Truncate the file in the length of the header, in the header and in the values; damage a pickle."""
         folder = tmp_path / "source"
         folder.mkdir()
         (folder / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -241,8 +241,8 @@ class TestMask2Former:
         assert gkc(*arguments, "--tokenizer", clip) == 0
 
 
-def test_image_settings_of_every_age():
-    """Of today's files, and of those whose size was a number."""
+def test_image_settings_of_all_formats():
+    """Test current files, and earlier ones whose size is a number."""
     kept = image_processor_from_mask2former(PREPROCESSOR)
     assert dict(kept.size) == {"shortest_edge": 64, "longest_edge": 96} and list(kept.image_std) == [0.2, 0.25, 0.3]
     assert dict(image_processor_from_mask2former({"size": 640, "max_size": 2560}).size) == {
@@ -282,7 +282,7 @@ class TestCLIPResNet:
         assert gkc("clip-resnet", archive, "--out", tmp_path / "out", "--allow-jit") == 0
         assert "gkc: warning: " in (printed := capsys.readouterr().err) and "runs code of the file" in printed
 
-    def test_what_is_wrong_is_named(self, archive, tmp_path):
+    def test_errors_name_the_argument(self, archive, tmp_path):
         out = ("--out", tmp_path / "out")
         with pytest.raises(UserError, match=r"WEIGHTS: The file nothing\.pt does not exist"):
             gkc("clip-resnet", "nothing.pt", *out)
@@ -346,7 +346,7 @@ class TestFCCLIP:
         model = GKCForOpenVocabSegmentation.from_pretrained(tmp_path / "out")
         assert model.config.ensemble == "none" and model.vocabulary.labels == ["cat", "couch", "road"]
 
-    def test_what_is_wrong_is_named(self, files, tmp_path):
+    def test_errors_name_the_argument(self, files, tmp_path):
         out = ("--out", tmp_path / "out")
         with pytest.raises(UserError, match=r"^CHECKPOINT: .*fcclip\.pth holds no CLIP weights: give those"):
             self.convert(files, "fcclip.pth", *out)

@@ -1,4 +1,4 @@
-"""`gkc export` as a user meets it: folders in, folders out, lines, errors."""
+"""Tests of `gkc export`: passed options, printed lines and errors."""
 
 import argparse
 import json
@@ -52,7 +52,7 @@ def calls(monkeypatch) -> list[dict]:
     return asked
 
 
-def test_torch_export_from_start_to_end(checkpoint, tmp_path, capsys):
+def test_torch_export_end_to_end(checkpoint, tmp_path, capsys):
     out = tmp_path / "two words"
     arguments = ("--vocab", "dog; sofa, couch", "--format", "torch-export", "--size", "64x96", "--out", out)
     assert gkc("export", checkpoint, *arguments) == 0
@@ -71,7 +71,7 @@ def test_torch_export_from_start_to_end(checkpoint, tmp_path, capsys):
     assert settings["inputs"]["pixel_values"] == ["batch", 3, 64, 96]
 
 
-def test_the_line_at_the_end_can_be_pasted(checkpoint, tmp_path, calls, capsys):
+def test_the_printed_command_can_be_run(checkpoint, tmp_path, calls, capsys):
     out = tmp_path / "two words"
     assert gkc("export", checkpoint, "--labels", "dog; lamp", "--out", out) == 0
     graph, _, _, hint = capsys.readouterr().out.splitlines()
@@ -80,7 +80,7 @@ def test_the_line_at_the_end_can_be_pasted(checkpoint, tmp_path, calls, capsys):
     assert Path(shlex.split(hint)[1]).is_file()
 
 
-def test_settings_arrive(checkpoint, tmp_path, calls):
+def test_options_are_passed_to_the_exporter(checkpoint, tmp_path, calls):
     options = ("--size", "480×640", "--fixed", "--opset", "20", "--templates", "photo", "--no-check")
     assert gkc("export", checkpoint, "--vocab", "dog; lamp", *options, "--out", tmp_path / "new") == 0
     (asked,) = calls
@@ -89,7 +89,7 @@ def test_settings_arrive(checkpoint, tmp_path, calls):
     assert asked["vocabulary"].labels == ["dog", "lamp"]
 
 
-def test_words_that_embed_has_written(checkpoint, tmp_path, calls):
+def test_vocabulary_encoded_by_gkc_embed(checkpoint, tmp_path, calls):
     model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint).eval()
     encoded = EncodedVocabulary.encode("star; air, sky", model, GKCProcessor.from_pretrained(checkpoint))
     encoded.save(tmp_path / "words.safetensors", model)
@@ -133,14 +133,14 @@ def test_errors_are_one_line_and_write_nothing(checkpoint, tmp_path, options, me
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_output_stays(checkpoint, tmp_path):
+def test_existing_output_is_not_overwritten(checkpoint, tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(UserError, match=r"--out: .* already exists: name a new folder"):
         gkc("export", checkpoint, "--vocab", "dog", "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_an_empty_folder_may_be_there(checkpoint, tmp_path, calls):
+def test_an_empty_output_folder_is_accepted(checkpoint, tmp_path, calls):
     (tmp_path / "new").mkdir()
     assert gkc("export", checkpoint, "--vocab", "dog", "--out", tmp_path / "new") == 0
     assert (tmp_path / "new" / "run.py").is_file()
@@ -158,7 +158,7 @@ def test_no_checkpoint(tmp_path):
         gkc("export", tmp_path / "absent", "--vocab", "dog", "--out", tmp_path / "new")
 
 
-def test_the_command_is_known(capsys):
+def test_export_is_listed_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     printed = capsys.readouterr().out

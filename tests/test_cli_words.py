@@ -1,4 +1,4 @@
-"""`gkc vocab` and `gkc embed` as a user meets them: what is printed, what is written."""
+"""Tests of `gkc vocab` and `gkc embed`: printed lines, written files and errors."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ def gkc(*arguments) -> int:
 
 
 def table(text: str) -> list[list[str]]:
-    """Cells of the lines below the heading, which begins with INDEX."""
+    """Return the cells of a printed table below its header, which begins with INDEX."""
     lines = text.splitlines()
     start = next(number for number, line in enumerate(lines) if line.lstrip().startswith("INDEX"))
     starts = [lines[start].index(word) for word in ("KIND", "COLOR", "LABEL", "SYNONYMS")]
@@ -46,7 +46,7 @@ def table(text: str) -> list[list[str]]:
 
 
 class TestList:
-    def test_every_packaged_vocabulary_has_a_line_that_explains_it(self, capsys):
+    def test_every_packaged_vocabulary_has_a_description(self, capsys):
         assert gkc("vocab", "list") == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["NAME", "CLASSES", "DESCRIPTION"]
@@ -60,7 +60,7 @@ class TestList:
 
 
 class TestShow:
-    def test_a_packaged_one(self, capsys):
+    def test_a_packaged_vocabulary(self, capsys):
         assert gkc("vocab", "show", "cityscapes_19") == 0
         output = capsys.readouterr().out
         assert (
@@ -75,7 +75,7 @@ class TestShow:
         assert [row[3] for row in table(output)] == Vocabulary.named("cityscapes_19").labels
 
     @pytest.mark.parametrize("name", ["ade20k_847", "coco_panoptic_133"])
-    def test_nothing_is_cut_off(self, capsys, name):
+    def test_names_are_not_truncated(self, capsys, name):
         assert gkc("vocab", "show", name) == 0
         rows = table(capsys.readouterr().out)
         assert [[row[3], *filter(None, row[4].split(", "))] for row in rows] == Vocabulary.named(name).names
@@ -88,7 +88,7 @@ class TestShow:
         assert rows[0] == ["0", "thing", "#010203", "dog", "hound, puppy"]
         assert [row[1] for row in rows] == ["thing", "stuff", ""]
 
-    def test_colours_are_painted_on_a_terminal_only(self, capsys, monkeypatch):
+    def test_colors_are_shown_only_on_a_terminal(self, capsys, monkeypatch):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
         assert gkc("vocab", "show", "pascal_voc_20") == 0
         lines = capsys.readouterr().out.splitlines()
@@ -99,14 +99,14 @@ class TestShow:
         assert all(line[heading.index("LABEL") - 3 :].strip() for line in painted)
 
     @pytest.mark.parametrize("name", Vocabulary.packaged_names())
-    def test_json_of_a_packaged_one_is_its_file(self, capsys, tmp_path, name):
+    def test_json_of_a_packaged_vocabulary_equals_its_file(self, capsys, tmp_path, name):
         assert gkc("vocab", "show", name, "--json") == 0
         output = capsys.readouterr().out
         assert json.loads(output) == packaged_facts(name)
         (tmp_path / "copy.json").write_text(output)
         assert Vocabulary.parse(tmp_path / "copy.json") == Vocabulary.named(name)
 
-    def test_json_of_a_file_says_the_same(self, capsys, tmp_path):
+    def test_json_of_a_file_is_equivalent(self, capsys, tmp_path):
         vocabulary = Vocabulary(
             [["dog", "草"], ["sky"]], is_thing=[True, None], colors=[None, (1, 2, 3)], templates=[["my {}"], None]
         )
@@ -124,32 +124,32 @@ class TestShow:
             ("gone.txt", "gone.txt cannot be read: No such file"),
         ],
     )
-    def test_what_is_not_there(self, text, message):
+    def test_missing_vocabularies_raise_errors(self, text, message):
         with pytest.raises(UserError, match=message):
             gkc("vocab", "show", text)
 
-    def test_a_file_with_another_ending(self, tmp_path):
+    def test_a_file_with_another_suffix(self, tmp_path):
         (tmp_path / "words.md").write_text("dog")
         with pytest.raises(UserError, match=r"words\.md is not a vocabulary file: .*\.json, \.csv or \.txt"):
             gkc("vocab", "show", tmp_path / "words.md")
 
-    def test_a_warning_is_a_line(self, capsys, tmp_path):
+    def test_warnings_are_one_line(self, capsys, tmp_path):
         (tmp_path / "words.txt").write_text("stool, seat\nchair, seat\n")
         assert gkc("vocab", "show", tmp_path / "words.txt") == 0
         assert capsys.readouterr().err.startswith("gkc: warning: A name is shared by several classes: 'seat'")
 
-    def test_a_reader_that_has_seen_enough(self, monkeypatch):
-        """As in `gkc vocab show ade20k_847 | head`."""
+    def test_a_closed_pipe_is_not_an_error(self, monkeypatch):
+        """For example, in `gkc vocab show ade20k_847 | head`."""
         reading, writing = os.pipe()
         os.close(reading)
         with os.fdopen(writing, "w") as stream:
             monkeypatch.setattr(sys, "stdout", stream)
             assert gkc("vocab", "show", "ade20k_847") == 0
-            stream.write("more")  # goes nowhere, also when the stream is closed
+            stream.write("more")  # must not raise an error
 
 
 class TestEmbed:
-    def test_the_file_holds_what_the_model_gives(self, checkpoint, tmp_path, capsys, within):
+    def test_the_file_contains_the_embeddings_of_the_model(self, checkpoint, tmp_path, capsys, within):
         out = tmp_path / "new" / "words.safetensors"
         assert gkc("embed", "--labels", "dog; sofa, couch; sky", "--model", checkpoint, "--out", out) == 0
         printed = capsys.readouterr()
@@ -182,14 +182,14 @@ class TestEmbed:
         assert embeddings.class_embeds.shape == (4, 16)
         within("gkc embed", (embeddings.class_embeds - expected.class_embeds).abs().max(), 1e-6)
 
-    def test_a_packaged_vocabulary_keeps_kinds_and_colours(self, checkpoint, tmp_path, capsys):
+    def test_a_packaged_vocabulary_keeps_is_thing_and_colors(self, checkpoint, tmp_path, capsys):
         out = tmp_path / "words.safetensors"
         assert gkc("embed", "--labels", "cityscapes_19", "--model", checkpoint, "--out", out) == 0
         assert capsys.readouterr().err.startswith("gkc: warning: The text encoder does not know these words: 'road'")
         model = GKCForOpenVocabSegmentation.from_pretrained(checkpoint)
         assert EncodedVocabulary.load(out, model).vocabulary == Vocabulary.named("cityscapes_19")
 
-    def test_what_was_understood_is_said_where_it_is_one_class(self, checkpoint, tmp_path, capsys):
+    def test_ambiguous_single_classes_cause_a_warning(self, checkpoint, tmp_path, capsys):
         command = ["embed", "--model", checkpoint, "--out", tmp_path / "words.safetensors", "--labels"]
         assert gkc(*command, "red disc, sky") == 0
         assert capsys.readouterr().err.splitlines() == [
@@ -201,7 +201,7 @@ class TestEmbed:
         with pytest.raises(UserError, match=r"--labels: Classes are separated by ';' .*, not by '\|'"):
             gkc(*command, "red disc | sky")
 
-    def test_the_bar_moves_on_a_terminal(self, checkpoint, tmp_path, capsys, monkeypatch):
+    def test_progress_bar_on_a_terminal(self, checkpoint, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         command = ["embed", "--labels", "dog; sky", "--model", checkpoint, "--out", tmp_path / "w.safetensors"]
         assert gkc(*command) == 0

@@ -102,7 +102,7 @@ def test_single_projection(golden):
         torch.testing.assert_close(tower.head(pooled), expected)
 
 
-def test_weights_of_something_else_are_refused(golden):
+def test_weights_of_other_models_raise_an_error(golden):
     weights = golden.clip_weights()
     with pytest.raises(ValueError, match="not the weights of a CLIP ConvNeXt"):
         clip_convnext_from_open_clip(recording("rn").clip_weights())
@@ -124,6 +124,6 @@ def test_weights_of_something_else_are_refused(golden):
         ({"layer_norm_eps": -1.0}, "`layer_norm_eps` must"),
     ],
 )
-def test_configuration_that_cannot_work_is_refused(values, message):
+def test_invalid_configurations_raise_errors(values, message):
     with pytest.raises(ValueError, match=message):
         CLIPConvNextConfig(**values)

@@ -1,4 +1,4 @@
-"""CLIP's ResNet against recorded outputs of the published tower."""
+"""Tests of CLIP's ResNet against recorded outputs of the published image tower."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def assert_golden(within):
     return check
 
 
-def test_configuration_is_read_off_the_weights(model, golden):
+def test_configuration_is_derived_from_the_weights(model, golden):
     width, *depths, image_size, projection_dim = golden["meta"].tolist()
     config = model.config
     assert (config.width, config.depths, config.image_size, config.projection_dim) == (
@@ -56,7 +56,7 @@ def test_stages_and_embeddings(model, golden, assert_golden):
 
 
 @torch.no_grad()
-def test_other_size_resizes_positions(model, golden, assert_golden):
+def test_position_embeddings_are_resized_for_other_sizes(model, golden, assert_golden):
     outputs = model(golden["input_large"], output_dense_embeds=True)
     assert_golden(outputs.last_hidden_state, golden["large_res5"])
     assert_golden(outputs.image_embeds, golden["large_attn_g"])
@@ -64,12 +64,12 @@ def test_other_size_resizes_positions(model, golden, assert_golden):
 
 
 @torch.no_grad()
-def test_image_embedding_without_dense_is_the_same(model, golden, assert_golden):
+def test_dense_embeddings_do_not_change_the_image_embedding(model, golden, assert_golden):
     assert_golden(model(golden["input"]).image_embeds, golden["out_attn_g"])
 
 
 @torch.no_grad()
-def test_backbone_gives_the_stages(model, golden, assert_golden):
+def test_backbone_returns_the_feature_maps_of_the_stages(model, golden, assert_golden):
     backbone = AutoBackbone.from_config(model.config).eval()
     assert isinstance(backbone, CLIPResNetBackbone)
     backbone.encoder.load_state_dict(model.encoder.state_dict())
@@ -92,7 +92,7 @@ def test_save_and_load(model, tmp_path, golden):
 
 
 def test_published_parameter_counts():
-    """Image towers of OpenAI's archives: RN50 38.3 M, RN101 56.3 M parameters (without BatchNorm statistics)."""
+    """OpenAI's image towers have 38.3 M (RN50) and 56.3 M (RN101) parameters, without BatchNorm statistics."""
     published = {(3, 4, 6, 3, 1024): 38_316_896, (3, 4, 23, 3, 512): 56_259_936}
     for (*depths, projection_dim), count in published.items():
         with torch.device("meta"):
@@ -100,7 +100,7 @@ def test_published_parameter_counts():
         assert sum(parameter.numel() for parameter in tower.parameters()) == count
 
 
-def test_weights_of_something_else_are_refused(golden):
+def test_weights_of_other_models_raise_an_error(golden):
     with pytest.raises(ValueError, match="not the weights of a CLIP ResNet"):
         clip_resnet_from_openai({"visual.conv1.weight": golden["visual.conv1.weight"]})
     weights = {name: value for name, value in golden.items() if name.startswith("visual.")}
@@ -111,7 +111,7 @@ def test_weights_of_something_else_are_refused(golden):
 
 
 class TestFolding:
-    """In training, BatchNorm with fixed statistics goes into the convolution's weights where that is less work."""
+    """Tests of folding BatchNorm with fixed statistics into convolutions during training."""
 
     @pytest.fixture
     def layer(self) -> CLIPResNetConvLayer:
@@ -123,7 +123,7 @@ class TestFolding:
             nn.init.normal_(statistic)
         return layer.double()
 
-    def test_it_changes_neither_values_nor_gradients(self, layer, monkeypatch):
+    def test_folding_changes_neither_values_nor_gradients(self, layer, monkeypatch):
         pixels = torch.randn(2, 4, 32, 32, dtype=torch.float64, requires_grad=True)
         leaves = [pixels, *layer.parameters()]
         results = []
@@ -134,7 +134,7 @@ class TestFolding:
         for folded, apart in zip(*results, strict=True):
             torch.testing.assert_close(folded, apart, rtol=1e-10, atol=1e-10)
 
-    def test_it_is_done_where_it_is_less_work(self, layer):
+    def test_folding_is_used_only_where_it_is_cheaper(self, layer):
         large, small = torch.zeros(1, 4, 32, 32), torch.zeros(8, 4, 6, 6)
         assert layer._is_cheaper_folded(large) and not layer._is_cheaper_folded(small)
         with torch.autocast("cpu", torch.bfloat16):
@@ -142,7 +142,7 @@ class TestFolding:
         assert not layer.train()._is_cheaper_folded(large), "the statistics are learned"
         assert not layer.eval()._is_cheaper_folded(large), "results are the same wherever the weights are kept"
 
-    def test_modules_that_must_be_called_are(self, layer):
+    def test_modules_with_hooks_are_called(self, layer):
         large = torch.zeros(1, 4, 32, 32, dtype=torch.float64)
         called = []
         hook = layer.convolution.register_forward_hook(lambda *args: called.append(args))

@@ -1,4 +1,4 @@
-"""Optimized for inference: the same results, and what an optimized model refuses."""
+"""Tests of `optimize_for_inference`: equal results, compilation, and unsupported uses of an optimized model."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def case(request) -> Case:
 
 
 def random_statistics(model: torch.nn.Module) -> torch.nn.Module:
-    """BatchNorms that do something: those of a new model change nothing."""
+    """Set random BatchNorm statistics, because the initial ones have no effect."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -35,7 +35,7 @@ def outputs(model: GKCForOpenVocabSegmentation, inputs: dict) -> tuple[torch.Ten
     return output.class_queries_logits.softmax(-1), output.masks_queries_logits
 
 
-def test_results_stay(case, within):
+def test_optimization_does_not_change_results(case, within):
     model, inputs = random_statistics(case.model().eval()), case.inputs()
     before = outputs(model, inputs)
     folds = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
@@ -49,7 +49,7 @@ def test_results_stay(case, within):
         assert torch.equal(one, other), "the model itself is as it was"
 
 
-def test_half_precision_takes_images_as_they_come(within):
+def test_half_precision_model_accepts_fp32_images(within):
     case = CASES["segmenter"]
     model, inputs = random_statistics(case.model().eval()), case.inputs()
     before = outputs(model, inputs)
@@ -59,15 +59,15 @@ def test_half_precision_takes_images_as_they_come(within):
     within("probabilities of a model optimised for bf16, max abs", (probabilities - before[0]).abs().max(), 0.05)
 
 
-def test_only_the_last_stage_is_kept():
+def test_projections_of_earlier_stages_are_removed():
     model = CASES["segmenter"].model()
     optimized = model.optimize_for_inference(compile=False)
     stages, kept = (len(each.classifier.stage_projections) for each in (model, optimized))
     assert stages > 1 and kept == 1
 
 
-def test_every_call_looks_the_same_to_a_compiler(monkeypatch):
-    """With gradients on or off, in inference mode, in either memory format: or each would be compiled anew."""
+def test_calls_in_all_grad_modes_and_memory_formats_share_one_graph(monkeypatch):
+    """Otherwise each grad mode and memory format would be compiled separately."""
     case = CASES["segmenter"]
     model = case.model().eval().optimize_for_inference(compile=False)
     seen = []
@@ -94,8 +94,8 @@ def test_every_call_looks_the_same_to_a_compiler(monkeypatch):
     assert len(seen) == 4 and len(set(seen)) == 1
 
 
-def test_it_is_compiled_once_for_a_size(monkeypatch):
-    """For each size given, and only then; with the compiler's front end alone, which does not take a minute."""
+def test_each_size_is_compiled_once(monkeypatch):
+    """Only the front end of the compiler is used, because compilation takes a minute."""
     graphs = []
 
     def count(graph, example_inputs):
@@ -118,7 +118,7 @@ def test_it_is_compiled_once_for_a_size(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [[(64, 64)], []], ids=["found when warming up", "found at the first call"])
-def test_without_a_compiler_it_runs_all_the_same(sizes, monkeypatch, transformers_log):
+def test_without_a_compiler_the_model_runs_uncompiled(sizes, monkeypatch, transformers_log):
     def fail(graph, example_inputs):
         raise RuntimeError("no C++ compiler found")
 
@@ -144,7 +144,7 @@ def test_without_a_compiler_it_runs_all_the_same(sizes, monkeypatch, transformer
         ("export", lambda model, folder: export_segmenter(model, None, folder / "graph")),
     ],
 )
-def test_what_an_optimized_model_refuses(purpose, use, tmp_path):
+def test_optimized_models_cannot_be_trained_saved_or_exported(purpose, use, tmp_path):
     model = CASES["segmenter"].model().optimize_for_inference(compile=False)
     with pytest.raises(ValueError, match=f"{purpose} the original model"):
         use(model, tmp_path)
@@ -153,14 +153,14 @@ def test_what_an_optimized_model_refuses(purpose, use, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{"output_stages": True}, {"mask_labels": [torch.ones(1, 64, 64)]}])
-def test_an_optimized_model_takes_neither_stages_nor_labels(arguments):
+def test_optimized_models_accept_neither_stages_nor_labels(arguments):
     model = CASES["segmenter"].model().optimize_for_inference(compile=False)
     with pytest.raises(TypeError, match=next(iter(arguments))):
         model(**CASES["segmenter"].inputs(), **arguments)
 
 
-def test_it_takes_images_of_several_sizes_and_other_vocabularies(within):
-    """In double precision, in which batches of other sizes do not round differently."""
+def test_images_of_several_sizes_and_other_vocabularies(within):
+    """Compare in double precision, because rounding errors depend on the batch size."""
     model = random_statistics(CASES["segmenter"].model().double())
     optimized = model.optimize_for_inference(compile=False)
     pixel_values, pixel_mask = torch.randn(2, 3, 64, 96, dtype=torch.float64), torch.ones(2, 64, 96)
@@ -176,7 +176,7 @@ def test_it_takes_images_of_several_sizes_and_other_vocabularies(within):
         within(f"optimized, two sizes, {name}, max abs", (found[name] - expected[name]).abs().max(), 1e-4)
 
 
-def test_predictor_and_pipelines_take_it():
+def test_predictor_and_pipelines_accept_an_optimized_model():
     folder = "hub_card/gkc-mini"
     model, processor = load_checkpoint_parts(folder)
     optimized = model.optimize_for_inference(compile=False)
@@ -192,8 +192,8 @@ def test_predictor_and_pipelines_take_it():
     assert segmenter(image, labels="red disc; sky")
 
 
-def test_weights_of_the_original_are_its_own():
-    """What is folded is this model's; another of the same configuration is not touched."""
+def test_optimization_does_not_change_the_original_model():
+    """Folding changes neither the original model nor others of its configuration."""
     config = tiny_config()
     one, other = (GKCForOpenVocabSegmentation(config).eval() for _ in range(2))
     one.optimize_for_inference(compile=False)

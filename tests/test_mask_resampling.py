@@ -1,4 +1,4 @@
-"""Masks at any size against interpolation and against their own coordinates."""
+"""Tests of mask resampling against `interpolate` and against masks that are linear functions of the coordinates."""
 
 import pytest
 import torch
@@ -37,8 +37,8 @@ def test_equals_interpolate_when_the_content_fills_the_input(target, content, ti
     st.tuples(st.integers(0, 9), st.integers(0, 9)),
     st.tuples(st.integers(1, 90), st.integers(1, 90)),
 )
-def test_content_of_any_size_is_stretched_over_the_target(grid, padding, target):
-    """Each pixel samples the plane at its own place in the content, whatever the padding."""
+def test_content_of_any_size_is_resampled_to_the_target(grid, padding, target):
+    """Each pixel has the value of a linear function at its position, independent of the padding."""
     content = tuple(max(1, 4 * side - cut) for side, cut in zip(grid, padding, strict=True))
     cells = [
         ((torch.arange(target[axis]) + 0.5) * content[axis] / target[axis] / 4 - 0.5).clamp(
@@ -52,14 +52,14 @@ def test_content_of_any_size_is_stretched_over_the_target(grid, padding, target)
     torch.testing.assert_close(resize_masks(padded, content, target)[0], expected, rtol=1e-6, atol=2e-3)
 
 
-def test_without_a_target_the_grid_is_cut():
+def test_without_a_target_the_padding_is_removed():
     _, masks = random_logits()
     assert torch.equal(resize_masks(masks, (29, 48)), masks[:, :8])
     labels, _ = semantic_segmentation(*random_logits(), content_size=(29, 41))
     assert labels.shape == (8, 11)
 
 
-def test_padding_does_not_matter():
+def test_results_do_not_depend_on_the_padding():
     logits, masks = random_logits()
     for content in ((30, 40), (32, 40)):
         results = [
@@ -70,12 +70,12 @@ def test_padding_does_not_matter():
 
 
 @pytest.mark.parametrize(("content", "target"), [((0, 4), (3, 3)), ((40, 52), None), ((4, 4), (0, 3))])
-def test_impossible_sizes(content, target):
+def test_invalid_sizes_raise_errors(content, target):
     with pytest.raises(ValueError, match=r"must fit into|at least 1"):
         MaskResampler(torch.zeros(2, 10, 12), content, target)
 
 
-def test_masks_may_be_chosen_twice():
+def test_masks_can_be_selected_repeatedly():
     _, masks = random_logits()
     chosen = MaskResampler(masks, None, (20, 31)).select(torch.tensor([5, 1, 3])).select(torch.tensor([2, 0]))
     assert chosen.num_masks == 2
@@ -87,7 +87,7 @@ def resize(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class TestTwoSteps:
-    """The ways of Mask2Former: to the pixels of the padded input, then of the content in it to the target."""
+    """Tests of Mask2Former's resampling: to the padded input, and then from its content to the target."""
 
     TARGETS = [(60, 75), (9, 12), (33, 44), (1, 1), (200, 3)]
 
@@ -130,14 +130,14 @@ class TestTwoSteps:
             assert (expected["two_step"] - expected["two_step_scores"]).abs().max() > 1e-4
 
     def test_many_classes(self):
-        """Leaving out classes that win nowhere is for masks at the target only."""
+        """Classes that win at no pixel are skipped only when masks are resampled directly to the target."""
         masks, classes = random_logits()[1], 3 * torch.randn(len(random_logits()[1]), 201)
         scores = semantic_scores(classes, masks, (33, 44), (50, 60), resampling="two_step_scores")
         labels, _ = semantic_segmentation(classes, masks, (33, 44), (50, 60), resampling="two_step_scores")
         assert torch.equal(labels, scores.argmax(dim=0))
 
     @pytest.mark.parametrize("segment", [panoptic_segmentation, instance_segmentation])
-    def test_segments_are_those_of_masks_at_the_target(self, segment):
+    def test_segments_equal_those_of_two_step_resampling(self, segment):
         classes, masks = random_logits()
         content, target = (33, 44), (60, 75)
         settings = {"threshold": 0.1, "return_binary_maps": True}
@@ -147,7 +147,7 @@ class TestTwoSteps:
         assert len(got["segments_info"]) == len(expected["segments_info"]) > 0
         assert (got["segmentation"] != expected["segmentation"]).float().mean() < 1e-3
 
-    def test_setting_of_the_image_processor(self, tmp_path):
+    def test_image_processor_setting(self, tmp_path):
         classes, masks = random_logits()
         outputs = {
             "class_queries_logits": classes[None],
@@ -166,7 +166,7 @@ class TestTwoSteps:
         direct = semantic_segmentation(classes, masks, (33, 44))
         assert torch.equal(two_step[0], direct[0]), "without a target masks stay on their grid"
 
-    def test_what_does_not_exist_is_refused(self):
+    def test_unknown_resamplings_raise_errors(self):
         classes, masks = random_logits()
         with pytest.raises(ValueError, match="`resampling` must be one of direct, two_step, two_step_scores"):
             semantic_scores(classes, masks, resampling="cubic")

@@ -1,4 +1,4 @@
-"""What the model refuses in the arguments of its calls, by name, before torch would."""
+"""Tests that invalid arguments of the model raise errors that name the argument."""
 
 import math
 
@@ -44,7 +44,7 @@ def inputs() -> dict[str, torch.Tensor]:
         (lambda images: images.to_sparse(), "a dense tensor"),
     ],
 )
-def test_images_of_another_kind(model, inputs, change, message):
+def test_invalid_images_raise_errors(model, inputs, change, message):
     images = change(inputs["pixel_values"])
     for call in (lambda: model(images, class_embeds=inputs["class_embeds"]), lambda: model.model(images)):
         with pytest.raises(ValueError, match=f"^`pixel_values` must .*{message}"):
@@ -63,17 +63,17 @@ def test_images_of_another_kind(model, inputs, change, message):
         (3, "`class_labels` must be a list with a tensor for each image, got a int"),
     ],
 )
-def test_classes_that_are_no_integers(model, inputs, classes, message):
+def test_class_labels_must_be_integers(model, inputs, classes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         model(**inputs, mask_labels=[torch.ones(2, 64, 64)], class_labels=classes)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
-def test_classes_of_every_integer_type(model, inputs, dtype):
+def test_class_labels_of_every_integer_dtype(model, inputs, dtype):
     masks, classes = [torch.ones(2, 64, 64)], torch.tensor([0, 2])
     losses = []
     for labels in (classes, classes.to(dtype)):
-        torch.manual_seed(0)  # of the points at which masks are compared
+        torch.manual_seed(0)  # for the points sampled by the losses
         losses.append(model(**inputs, mask_labels=masks, class_labels=[labels]).loss)
     assert losses[0] == losses[1]
 
@@ -90,7 +90,7 @@ def test_classes_of_every_integer_type(model, inputs, dtype):
         (3, "`mask_labels` must be a list of tensors"),
     ],
 )
-def test_masks_of_another_kind(model, inputs, masks, message):
+def test_invalid_mask_labels_raise_errors(model, inputs, masks, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         model(**inputs, mask_labels=masks, class_labels=[torch.tensor([0, 1])])
 
@@ -110,7 +110,7 @@ def test_masks_of_another_kind(model, inputs, masks, message):
         ({"pixel_mask": torch.ones(1, 64, 64).tolist()}, r"`pixel_mask` must be a tensor \(1, 64, 64\), got a list"),
     ],
 )
-def test_words_of_another_kind(model, inputs, changes, message):
+def test_invalid_vocabulary_arguments_raise_errors(model, inputs, changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         model(**inputs | changes)
 
@@ -128,13 +128,13 @@ def test_words_of_another_kind(model, inputs, changes, message):
         ),
     ],
 )
-def test_prompts_of_another_kind(model, inputs, prompts, message):
+def test_invalid_prompts_raise_errors(model, inputs, prompts, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         model(inputs["pixel_values"], **prompts)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_embeddings_that_are_not_finite(model, inputs, value):
+def test_embeddings_must_be_finite(model, inputs, value):
     embeds = inputs["class_embeds"].clone()
     embeds[1, 3] = value
     message = "^`class_embeds` must be finite, but 1 of 3 rows hold NaN or infinity, such as row 1"
@@ -148,7 +148,7 @@ def test_embeddings_that_are_not_finite(model, inputs, value):
             call()
 
 
-def test_a_text_encoder_without_finite_weights_makes_no_vocabulary(model):
+def test_vocabularies_of_a_non_finite_text_tower_raise_an_error(model):
     processor = GKCProcessor(GKCImageProcessor(), word_tokenizer())
     model.text_model.text_projection.weight.data.fill_(math.nan)
     for encode in (
@@ -163,7 +163,7 @@ def test_a_text_encoder_without_finite_weights_makes_no_vocabulary(model):
 
 def test_embeddings_on_another_device_are_read_only_on_request():
     embeds = torch.empty(3, 16, device="meta")
-    check_class_embeds(embeds)  # no value can be read there
+    check_class_embeds(embeds)  # values on the meta device cannot be read
     with pytest.raises(ValueError, match=r"`class_embeds` must be \(prompts, 8\), got \(3, 16\)"):
         check_class_embeds(embeds, 8)
 
@@ -185,7 +185,7 @@ def test_embeddings_on_another_device_are_read_only_on_request():
         ({"dtype": torch.int8}, r"`dtype` must .* got torch\.int8"),
     ],
 )
-def test_settings_of_the_optimization_are_checked_before_the_model_is_changed(model, settings, message):
+def test_optimization_arguments_are_checked_first(model, settings, message):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"^{message}"):
         model.optimize_for_inference(**settings)

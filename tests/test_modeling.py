@@ -1,4 +1,4 @@
-"""The segmenter as a transformers model: text in every form, freezing, stages, saving, batching."""
+"""Tests of the segmentation model: vocabularies, frozen modules, stages, saving and loading, batches and padding."""
 
 import copy
 import gc
@@ -81,7 +81,7 @@ def test_many_prompts_are_encoded_in_passes(model, tokens, monkeypatch):
         torch.testing.assert_close(model.embed_prompts(tokens["input_ids"], mask), expected)
 
 
-def test_text_must_come_in_exactly_one_form(model, tokens, pixel_values):
+def test_vocabulary_must_be_given_in_one_form(model, tokens, pixel_values):
     embeds = model.get_class_embeddings(**tokens).class_embeds
     with pytest.raises(ValueError, match="not both"):
         model(pixel_values, class_embeds=embeds, **tokens)
@@ -109,7 +109,7 @@ def test_reduction_of_unordered_and_single_prompts():
     torch.testing.assert_close(swapped, logits[:, [1, 2, 0, 3]])
 
 
-def test_reduction_errors(model, pixel_values):
+def test_invalid_reductions_raise_errors(model, pixel_values):
     with pytest.raises(ValueError, match="'sum'"):
         reduce_prompt_logits(torch.zeros(1, 4), torch.arange(3), "sum")
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
@@ -121,7 +121,7 @@ def test_reduction_errors(model, pixel_values):
             model(pixel_values, class_embeds=torch.randn(2, 16), class_ids=torch.tensor(class_ids))
 
 
-def test_cached_queries_can_be_asked_for_other_words(model, tokens, pixel_values):
+def test_cached_queries_can_be_classified_by_another_vocabulary(model, tokens, pixel_values):
     embeds = model.get_class_embeddings(**tokens)
     with torch.no_grad():
         outputs = model(pixel_values, **tokens)
@@ -131,7 +131,7 @@ def test_cached_queries_can_be_asked_for_other_words(model, tokens, pixel_values
             torch.testing.assert_close(again, direct, rtol=0, atol=1e-5)
 
 
-def test_useless_and_misspelt_arguments_are_refused(model, tokens, pixel_values):
+def test_unused_and_misspelled_arguments_raise_errors(model, tokens, pixel_values):
     with pytest.raises(ValueError, match="need `input_ids`"):
         model(pixel_values, class_ids=CLASS_IDS)
     with pytest.raises(TypeError, match="class_embed"):
@@ -142,7 +142,7 @@ def test_useless_and_misspelt_arguments_are_refused(model, tokens, pixel_values)
 
 
 def test_initial_weights(config):
-    """The published starts: offsets in rings, no attention preferred, embeddings of unit deviation."""
+    """Check the published initialization: rings of offsets, uniform attention, embeddings of unit variance."""
     model = GKCForOpenVocabSegmentation(config)
     attention = model.model.pixel_decoder.layers[0].self_attn
     assert (attention.sampling_offsets.weight == 0).all() and (attention.attention_weights.weight == 0).all()
@@ -153,7 +153,7 @@ def test_initial_weights(config):
         assert 0.6 < embedding.std() < 1.4
 
 
-def test_pickled_weights_are_refused_unless_asked_for(model, tmp_path):
+def test_pickled_weights_are_loaded_only_on_request(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
@@ -162,7 +162,7 @@ def test_pickled_weights_are_refused_unless_asked_for(model, tmp_path):
     assert torch.equal(loaded.classifier.no_object_embedding, model.classifier.no_object_embedding)
 
 
-def test_weights_that_a_checkpoint_lacks_are_initialised(config, tmp_path):
+def test_missing_weights_are_initialized(config, tmp_path):
     GKCForOpenVocabSegmentation(config).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if "mask_decoder" not in name and "text" not in name}
@@ -174,7 +174,7 @@ def test_weights_that_a_checkpoint_lacks_are_initialised(config, tmp_path):
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
 
 
-def test_models_of_one_configuration_do_not_share_words(config, tmp_path):
+def test_models_of_one_configuration_do_not_share_vocabularies(config, tmp_path):
     processor = GKCProcessor(GKCImageProcessor(), word_tokenizer())
     first, second = GKCForOpenVocabSegmentation(config), GKCForOpenVocabSegmentation(config)
     first.set_vocabulary("red disc; lawn, grass", processor)
@@ -193,7 +193,7 @@ def test_reference_points_keep_their_precision_in_bf16(tokens):
     assert seen[0].dtype == torch.float32
 
 
-def test_backbone_of_other_strides_is_refused(tokens, pixel_values):
+def test_backbone_of_other_strides_raises_an_error(tokens, pixel_values):
     flat = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], layer_type="basic")
     flat.downsample_in_first_stage = True
     flat.out_features = ["stage1", "stage2", "stage3", "stage4"]
@@ -242,7 +242,7 @@ def test_training_freezes_the_text_tower_and_batch_norm(model, tokens, pixel_val
     assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, statistics, strict=True))
 
 
-def test_what_is_frozen_is_frozen_from_construction(config):
+def test_frozen_modules_are_frozen_after_construction(config):
     for model in (GKCForOpenVocabSegmentation(config), GKCModel(config).train()):
         norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         assert model.training and norms and not any(norm.training for norm in norms)
@@ -251,7 +251,7 @@ def test_what_is_frozen_is_frozen_from_construction(config):
     assert all(m.training for m in trained.modules())
 
 
-def test_batch_norm_trains_when_asked(tokens, pixel_values):
+def test_batch_norm_can_be_trained(tokens, pixel_values):
     model = GKCForOpenVocabSegmentation(small_config(freeze_backbone_batch_norm=False)).train()
     norm = next(m for m in model.model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
     before = norm.running_mean.clone()
@@ -299,7 +299,7 @@ def test_stacked_labels_equal_lists_of_them(model, tokens, training, size):
     assert torch.equal(*losses)
 
 
-def test_text_features_are_the_towers_output(model, tokens):
+def test_text_features_equal_the_text_towers_output(model, tokens):
     words = {name: tokens[name] for name in ("input_ids", "attention_mask")}
     features = model.get_text_features(**words, output_hidden_states=True)
     expected = model.text_model(**words, output_hidden_states=True)
@@ -323,7 +323,7 @@ def test_last_stage_equals_inference(model, tokens, pixel_values):
 
 
 def padded_batch(sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random images of these sizes in one batch of 96 x 96, and its pixel mask; in double precision."""
+    """Return random images of these sizes in one batch of 96 x 96 in double precision, and its pixel mask."""
     pixel_values = torch.zeros(len(sizes), 3, 96, 96, dtype=torch.float64)
     pixel_mask = torch.zeros(len(sizes), 96, 96, dtype=torch.long)
     for index, (height, width) in enumerate(sizes):
@@ -334,8 +334,8 @@ def padded_batch(sizes: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 @pytest.mark.parametrize("output_stages", [False, True])
-def test_padding_and_neighbours_do_not_change_a_result(model, tokens, output_stages, within):
-    """In double precision: different batch sizes round differently, which is not what this test is about."""
+def test_results_do_not_depend_on_padding_and_batch(model, tokens, output_stages, within):
+    """Compare in double precision, because rounding errors depend on the batch size."""
     model.double()
     sizes = [(64, 96), (50, 90), (96, 64), (33, 20)]
     pixel_values, pixel_mask = padded_batch(sizes)
@@ -355,8 +355,8 @@ def test_padding_and_neighbours_do_not_change_a_result(model, tokens, output_sta
             within("a batch against its single images, double precision, max abs", error, 1e-9)
 
 
-def test_losses_of_evaluation_do_not_grow_with_padding(tokens, within):
-    """Points are drawn over the padded input, so that the losses are near each other, not equal."""
+def test_evaluation_losses_do_not_depend_on_padding(tokens, within):
+    """Points are sampled from the padded input, so that the losses are close, but not equal."""
     model = GKCForOpenVocabSegmentation(small_config(train_num_points=200000, oversample_ratio=1.0)).eval()
     image, mask = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64)
     mask[:, 16:48, 16:48] = 1
@@ -378,12 +378,12 @@ def test_losses_of_evaluation_do_not_grow_with_padding(tokens, within):
         (torch.cat([torch.ones(2, 64, 40), torch.zeros(2, 64, 16), torch.ones(2, 64, 40)], dim=2), "rectangle"),
     ],
 )
-def test_pixel_mask_that_fits_no_images_is_refused(model, tokens, pixel_values, pixel_mask, message):
+def test_invalid_pixel_masks_raise_errors(model, tokens, pixel_values, pixel_mask, message):
     with pytest.raises(ValueError, match=message):
         model(pixel_values, pixel_mask, **tokens)
 
 
-def test_image_without_a_pixel_is_refused(model, tokens):
+def test_empty_images_raise_errors(model, tokens):
     pixel_values, pixel_mask = padded_batch([(64, 96), (32, 32)])
     pixel_mask[1] = 0
     with pytest.raises(ValueError, match="image 1 is empty"):
@@ -402,7 +402,7 @@ def test_inputs_of_any_size_are_padded_and_post_processed_at_their_size(model, t
 
 
 @torch.no_grad()
-def test_padding_here_equals_padding_by_the_processor(model, tokens):
+def test_padding_by_the_model_equals_padding_by_the_processor(model, tokens):
     image = torch.randn(1, 3, 70, 50)
     padded = F.pad(image, (0, 14, 0, 26))
     mask = F.pad(torch.ones(1, 70, 50), (0, 14, 0, 26))
@@ -413,7 +413,7 @@ def test_padding_here_equals_padding_by_the_processor(model, tokens):
 
 @pytest.mark.parametrize("class_feature", ["query", "pooled", "query+pooled"])
 def test_class_features(class_feature, pixel_values):
-    """What is classified depends on the query, on the pooled features, or on both."""
+    """The class logits depend on the query, on the pooled features, or on both."""
     model = GKCForOpenVocabSegmentation(small_config(class_feature=class_feature)).eval()
     stage = model.model(pixel_values, output_stages=False)
     if class_feature != "query":
@@ -462,7 +462,7 @@ def test_eager_and_sdpa_attention_agree(config, tokens, pixel_values, tmp_path):
     torch.testing.assert_close(outputs[0].masks_queries_logits, outputs[1].masks_queries_logits, rtol=0, atol=1e-5)
 
 
-def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, transformers_log):
+def test_save_and_load_with_auto_classes(model, tokens, pixel_values, tmp_path, transformers_log):
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     with torch.no_grad():
@@ -481,8 +481,8 @@ def test_save_and_load_every_door(model, tokens, pixel_values, tmp_path, transfo
     assert [record for record in transformers_log.records if record.levelno >= logging.WARNING] == []
 
 
-def test_words_encoded_after_loading_differ_by_rounding_alone(model, pixel_values, tmp_path, within):
-    """A word alone is a product of a matrix and a vector: its last bits depend on where the weights lie in memory."""
+def test_text_embeddings_after_loading_differ_only_by_rounding(model, pixel_values, tmp_path, within):
+    """A single prompt is a matrix-vector product, whose rounding depends on the memory alignment of the weights."""
     model.save_pretrained(tmp_path)
     mapped, copied = (GKCForOpenVocabSegmentation.from_pretrained(tmp_path).eval() for _ in range(2))
     aligned(copied)
@@ -496,7 +496,7 @@ def test_words_encoded_after_loading_differ_by_rounding_alone(model, pixel_value
         within(f"{name} of mapped against aligned weights", (near[name] - expected[name]).abs().max(), 2e-5)
 
 
-def test_loading_reports_every_weight_that_does_not_fit(model, tmp_path, caplog):
+def test_loading_reports_mismatched_weights(model, tmp_path, caplog):
     model.save_pretrained(tmp_path)
     other = small_config(num_queries=12)
     with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -512,7 +512,7 @@ def test_swin_backbone(tokens, pixel_values):
         assert model(pixel_values, **tokens).masks_queries_logits.shape == (2, 10, 16, 24)
 
 
-def test_default_configuration_is_the_papers_r50_row():
+def test_default_configuration_equals_the_papers_r50_model():
     config = GKCConfig()
     assert isinstance(config.backbone_config, CLIPResNetConfig) and config.projection_dim == 1024
     with torch.device("meta"):
@@ -542,7 +542,7 @@ def test_default_configuration_is_the_papers_r50_row():
         ({"vocabulary": [["dog"]]}, "set_vocabulary"),
     ],
 )
-def test_configuration_that_cannot_work_is_refused(values, message):
+def test_invalid_configurations_raise_errors(values, message):
     with pytest.raises(ValueError, match=message):
         small_config(**values)
 
@@ -551,12 +551,12 @@ def test_configuration_that_cannot_work_is_refused(values, message):
     ("values", "message"),
     [({"depths": [1, 1, 1]}, "four positive"), ({"width": 7}, "even"), ({"num_attention_heads": 7}, "divisible")],
 )
-def test_clip_resnet_configuration_that_cannot_work_is_refused(values, message):
+def test_invalid_clip_resnet_configurations_raise_errors(values, message):
     with pytest.raises(ValueError, match=message):
         CLIPResNetConfig(**values)
 
 
-def test_saved_configuration_tells_no_path(tmp_path):
+def test_saved_configuration_contains_no_path(tmp_path):
     CLIPResNetConfig(width=8, depths=[1, 1, 1, 1], num_attention_heads=4).save_pretrained(tmp_path / "vision")
     CLIPTextConfig(projection_dim=16, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "text")
     vision, text = AutoConfig.from_pretrained(tmp_path / "vision"), CLIPTextConfig.from_pretrained(tmp_path / "text")
@@ -574,7 +574,7 @@ def test_configuration_round_trip(config, tmp_path):
 
 
 class TestCachedByShape:
-    """Positions depend on shapes alone, so they are computed once; they belong to their module."""
+    """Tests of the cache of position embeddings and sampling grids."""
 
     @pytest.fixture
     def made(self) -> list[tuple]:
@@ -589,25 +589,25 @@ class TestCachedByShape:
 
         return Ramp()
 
-    def test_each_shape_and_type_is_computed_once(self, ramp, made):
+    def test_each_shape_and_dtype_is_computed_once(self, ramp, made):
         first = ramp(3, torch.float32)
         assert ramp(3, torch.float32) is first and ramp(3, torch.float64).dtype == torch.float64
         assert ramp(4, torch.float32).tolist() == [0, 1, 2, 3]
         assert made == [(3, torch.float32), (3, torch.float64), (4, torch.float32)]
 
-    def test_only_the_last_shapes_are_kept(self, ramp, made):
+    def test_only_the_last_shapes_are_cached(self, ramp, made):
         for length in (*range(MAX_CACHED_SHAPES + 1), MAX_CACHED_SHAPES, 0):
             ramp(length, torch.float32)
         assert [length for length, _ in made] == [*range(MAX_CACHED_SHAPES + 1), 0]
 
-    def test_outputs_of_inference_mode_serve_training(self, ramp):
+    def test_outputs_cached_in_inference_mode_can_be_used_in_training(self, ramp):
         with torch.inference_mode():
             ramp(3, torch.float32)
         weight = torch.ones(3, requires_grad=True)
         (weight * ramp(3, torch.float32)).sum().backward()
         assert weight.grad.tolist() == [0, 1, 2]
 
-    def test_tracers_leave_nothing_behind(self, ramp, made):
+    def test_tracing_leaves_no_outputs_in_the_cache(self, ramp, made):
         with FakeTensorMode():
             assert type(ramp(3, torch.float32)) is FakeTensor
         assert type(ramp(3, torch.float32)) is torch.Tensor
@@ -626,7 +626,7 @@ class TestCachedByShape:
         ],
         ids=["deleted", "moved", "cast", "copied", "pickled"],
     )
-    def test_what_a_model_keeps_is_freed_with_it(self, pixel_values, end):
+    def test_cached_outputs_are_freed_with_the_model(self, pixel_values, end):
         model = GKCModel(small_config()).eval()
         with torch.no_grad():
             model(pixel_values)
