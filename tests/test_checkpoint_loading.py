@@ -160,8 +160,11 @@ DAMAGES = {
     "zeros": (write("config.json", bytes(100)), "is not a GKC checkpoint"),
     "half a character": (set_value("config.json", "dtype", "\ud800"), "no attribute '\\ud800'"),
     "an added weight": (weights(lambda t: t.update(extra=torch.ones(2))), "no place for: extra"),
-    "a lost weight": (weights(lambda t: t.pop("logit_scale")), "lacks weights: logit_scale"),
-    "weights of another length": (weights(lambda t: t.update(logit_scale=torch.ones(2))), "another shape"),
+    "a lost weight": (weights(lambda t: t.pop("classifier.logit_scale")), "lacks weights: classifier.logit_scale"),
+    "weights of another length": (
+        weights(lambda t: t.update({"classifier.logit_scale": torch.ones(2)})),
+        "another shape",
+    ),
     "cut weights": (write("model.safetensors", b"\x10\0\0\0\0\0\0\0{}"), "is not a GKC checkpoint"),
     "no weights": (remove("model.safetensors"), "is not a GKC checkpoint"),
     "no tokenizer": (remove("tokenizer.json"), "is not a GKC checkpoint"),

@@ -102,7 +102,7 @@ def test_names_that_the_checkpoint_cannot_tell_apart(tmp_path, capsys, monkeypat
     assert "warning: The recipe custom cannot start from" in error and "init_from=CHECKPOINT" in error
     assert train_main(["custom", f"dataset={tmp_path / 'data'}", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert "'hammer', 'spanner'" in error and "Name another with init_from=CHECKPOINT" in error
+    assert "'hammer', 'spanner'" in error and "Name another checkpoint with model.init_from=" in error
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

@@ -441,7 +441,7 @@ class OracleProcessor:
     def __init__(self, rows):
         self.rows = {row["image"].tobytes(): row for row in rows}
 
-    def __call__(self, images=None, text=None, return_tensors=None):
+    def __call__(self, images=None, text=None, prompt_templates=None, return_tensors=None):
         if text is None:
             return _Inputs(rows=[self.rows[image.tobytes()] for image in images])
         return _Inputs(words=[word for words in text.names for word in words])

@@ -149,7 +149,7 @@ def test_publishing_writes_a_checkpoint_its_card_and_the_page(finished, tmp_path
 
 
 def test_publishing_what_was_not_run_is_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match="seed-7/both/model is not there"):
+    with pytest.raises(ValueError, match="seed-7/both/model does not exist"):
         publish(finished[0].out.parent, tmp_path / "gkc-mini", seed=7)
     assert not (tmp_path / "gkc-mini").exists()
 
