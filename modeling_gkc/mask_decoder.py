@@ -75,8 +75,8 @@ def predict_matched_masks(
         (S, M, h, w) mask logits, equal to those of `predict_masks` for these images and queries.
     """
     masks = []
-    for image, (features, chosen) in enumerate(zip(mask_features, queries.split(list(counts), dim=1), strict=True)):
-        embeds = torch.stack([stage[image, each] for stage, each in zip(mask_embeds, chosen, strict=True)])
+    for image, (features, selected) in enumerate(zip(mask_features, queries.split(list(counts), dim=1), strict=True)):
+        embeds = torch.stack([stage[image, indices] for stage, indices in zip(mask_embeds, selected, strict=True)])
         masks.append(torch.einsum("smc,chw->smhw", embeds, features.to(embeds.device)))
     return torch.cat(masks, dim=1)
 

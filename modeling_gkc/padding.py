@@ -222,8 +222,8 @@ def extend_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 def hide_padding(masks: Tensor, content_sizes: Tensor) -> Tensor:
     """Set mask logits (B, Q, H/4, W/4) to -30 outside of the padded size of each image, given content sizes (B, 2)."""
-    seen = rectangles(-(-content_sizes // SIZE_DIVISOR) * CELLS_PER_DIVISOR, *masks.shape[-2:])
-    return masks.masked_fill(~seen[:, None], EMPTY_MASK_LOGIT)
+    inside = rectangles(-(-content_sizes // SIZE_DIVISOR) * CELLS_PER_DIVISOR, *masks.shape[-2:])
+    return masks.masked_fill(~inside[:, None], EMPTY_MASK_LOGIT)
 
 
 __all__ = [

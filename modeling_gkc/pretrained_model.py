@@ -43,16 +43,16 @@ class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Set the attention implementation as in transformers; with "sdpa", parts without SDPA keep their own."""
-        asked, has_text_model = attn_implementation, hasattr(self, "text_model")
-        if isinstance(asked, str):
+        requested, has_text_model = attn_implementation, hasattr(self, "text_model")
+        if isinstance(requested, str):
             parts = {"backbone_config": self.base_model.backbone}
             if has_text_model:
                 parts["text_config"] = self.text_model
-            able = [name for name, part in parts.items() if part._supports_sdpa or asked != "sdpa"]
-            attn_implementation = {"": asked} | dict.fromkeys(able, asked)
+            supporting = [name for name, part in parts.items() if part._supports_sdpa or requested != "sdpa"]
+            attn_implementation = {"": requested} | dict.fromkeys(supporting, requested)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        if isinstance(asked, str) and not has_text_model:
-            self.config.text_config._attn_implementation = asked
+        if isinstance(requested, str) and not has_text_model:
+            self.config.text_config._attn_implementation = requested
 
     def enable_input_require_grads(self) -> None:
         """Make the images require gradients, which adapters need in re-entrant gradient checkpointing."""

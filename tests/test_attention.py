@@ -70,8 +70,8 @@ class TestAttention:
         assert model.config._attn_implementation == "sdpa"
         logging.get_logger("transformers").warning_once.cache_clear()
         plain = run(model, inputs)
-        asked = run(model, inputs, output_attentions=True)
-        assert list(asked) == list(plain) and largest_difference(plain, asked) == 0
+        requested = run(model, inputs, output_attentions=True)
+        assert list(requested) == list(plain) and largest_difference(plain, requested) == 0
         assert "set_attn_implementation('eager')" in transformers_log.text
         model.set_attn_implementation("eager")
         assert "attentions" in run(model, inputs, output_attentions=True)
@@ -162,12 +162,12 @@ class TestAttention:
         """Set one implementation for all parts or one for each part; a backbone without SDPA keeps its own."""
         segmenter.model().save_pretrained(tmp_path)
         backbone = "eager" if segmenter.config is resnet_config else "sdpa"
-        for asked, expected in (
+        for requested, expected in (
             ({"": "eager", "text_config": "sdpa", "backbone_config": "eager"}, ["eager", "eager", "sdpa"]),
             ("eager", ["eager"] * 3),
             ("sdpa", ["sdpa", backbone, "sdpa"]),
         ):
-            loaded = segmenter.model_class.from_pretrained(tmp_path, attn_implementation=asked)
+            loaded = segmenter.model_class.from_pretrained(tmp_path, attn_implementation=requested)
             assert implementations_of(loaded.config) == expected
 
     def test_can_set_attention_dynamically(self, segmenter, transformers_log):
@@ -270,8 +270,8 @@ class TestHiddenStates:
         source.double()
         model.set_attn_implementation({"": "eager"})
         pixel_values = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-        asked = {"output_hidden_states": True, "output_attentions": True}
-        theirs, ours = (run(module, {"pixel_values": pixel_values}, **asked) for module in (source.model, model))
+        requested = {"output_hidden_states": True, "output_attentions": True}
+        theirs, ours = (run(module, {"pixel_values": pixel_values}, **requested) for module in (source.model, model))
         for name in ("encoder_hidden_states", "pixel_decoder_hidden_states", "attentions"):
             error = largest_difference(theirs[name], ours[name])
             within(f"{name} against transformers' Mask2Former, float64, max abs", error, 1e-9)
@@ -281,31 +281,34 @@ class TestHiddenStates:
 
     def test_segmenter_returns_the_hidden_states_of_the_image_path(self):
         model, inputs = eager_segmenter(), segmenter_inputs()
-        asked = {"output_hidden_states": True, "output_attentions": True}
-        whole, path = run(model, inputs, **asked), run(model.model, {"pixel_values": inputs["pixel_values"]}, **asked)
+        requested = {"output_hidden_states": True, "output_attentions": True}
+        whole, path = (
+            run(model, inputs, **requested),
+            run(model.model, {"pixel_values": inputs["pixel_values"]}, **requested),
+        )
         names = [name for name in path if name.endswith(("hidden_states", "attentions"))]
         assert len(names) == 5
         assert largest_difference({n: whole[n] for n in names}, {n: path[n] for n in names}) == 0
         features = model.model.mask_decoder.layer_norm(path.transformer_decoder_hidden_states[-1])
         torch.testing.assert_close(features, path.last_hidden_state, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
-    def test_hidden_states_of_several_image_sizes_raise_errors(self, asked):
+    @pytest.mark.parametrize("requested", [{"output_hidden_states": True}, {"output_attentions": True}])
+    def test_hidden_states_of_several_image_sizes_raise_errors(self, requested):
         model, inputs = eager_segmenter(), segmenter_inputs()
         pixel_mask = torch.ones(2, 64, 96)
         pixel_mask[1, :, 60:] = 0
         run(model, inputs, pixel_mask=pixel_mask)
         with pytest.raises(ValueError, match=r"\(64, 96\), \(64, 64\).*images of one size"):
-            run(model, inputs, pixel_mask=pixel_mask, **asked)
+            run(model, inputs, pixel_mask=pixel_mask, **requested)
 
     def test_hidden_states_exclude_the_padding(self):
         model, inputs = eager_segmenter(), segmenter_inputs()
-        asked = {"output_hidden_states": True, "output_attentions": True, "output_stages": True}
+        requested = {"output_hidden_states": True, "output_attentions": True, "output_stages": True}
         pixel_mask = torch.zeros(2, 64, 96)
         pixel_mask[:, :50, :60] = 1
-        padded = run(model, inputs, pixel_mask=pixel_mask, **asked)
+        padded = run(model, inputs, pixel_mask=pixel_mask, **requested)
         alone = inputs | {"pixel_values": inputs["pixel_values"][..., :64]}
-        expected = run(model, alone, pixel_mask=pixel_mask[..., :64], **asked)
+        expected = run(model, alone, pixel_mask=pixel_mask[..., :64], **requested)
         names = [name for name in expected if name.endswith(("hidden_states", "attentions"))]
         assert len(names) == 5 and padded.masks_queries_logits.shape[-1] == 24
         assert largest_difference({n: padded[n] for n in names}, {n: expected[n] for n in names}) == 0

@@ -72,11 +72,13 @@ def query_embeds(classifier: ConvexClassifier, probabilities: Tensor) -> Tensor:
     return classifier.embed_queries(SimpleNamespace(last_hidden_state=logits[None]))
 
 
-def ask(classifier: ConvexClassifier, probabilities: Tensor, words: Tensor, class_ids=None) -> Tensor:
+def class_probabilities(
+    classifier: ConvexClassifier, probabilities: Tensor, requested: Tensor, class_ids=None
+) -> Tensor:
     """Return the probabilities (Q, K + 1) of names and no-object, computed from query embeddings."""
-    num_classes = len(words) if class_ids is None else int(class_ids.max()) + 1
+    num_classes = len(requested) if class_ids is None else int(class_ids.max()) + 1
     with torch.no_grad():
-        prompts = ClassPrompts(words, class_ids, num_classes, "max")
+        prompts = ClassPrompts(requested, class_ids, num_classes, "max")
         return classifier.classify_embeds(query_embeds(classifier, probabilities), prompts)[0].softmax(dim=-1)
 
 
@@ -125,11 +127,11 @@ def test_source_names_get_the_probabilities_of_the_head(num_classes, width, cosi
     generator = torch.Generator().manual_seed(num_classes)
     names = text_space(num_classes, width, cosine, generator)
     probabilities = torch.cat([random_probabilities(num_classes, generator), adversarial_probabilities(names)])
-    answered = ask(classifier_from(names), probabilities, names)
-    within("probabilities of a head's own names, max abs", (answered - probabilities).abs().max(), 1e-4)
+    actual = class_probabilities(classifier_from(names), probabilities, names)
+    within("probabilities of a head's own names, max abs", (actual - probabilities).abs().max(), 1e-4)
     clear = margins(probabilities) > MARGIN
     assert clear.sum() > 1 and (probabilities[clear].argmax(-1) == num_classes).any()
-    assert torch.equal(answered[clear].argmax(-1), probabilities[clear].argmax(-1))
+    assert torch.equal(actual[clear].argmax(-1), probabilities[clear].argmax(-1))
 
 
 def test_cosine_similarities_do_not_give_the_probabilities_of_the_head(within):
@@ -141,7 +143,7 @@ def test_cosine_similarities_do_not_give_the_probabilities_of_the_head(within):
     clear = (probabilities[:, -1] < 0.01) & (margins(probabilities) > MARGIN)
     by_cosine = (query_embeds(classifier, probabilities)[0] @ names.T).argmax(-1)
     assert (by_cosine != named)[clear].float().mean() > 0.05
-    assert torch.equal(ask(classifier, probabilities, names)[clear].argmax(-1), named[clear])
+    assert torch.equal(class_probabilities(classifier, probabilities, names)[clear].argmax(-1), named[clear])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -151,8 +153,8 @@ def test_half_precision(dtype, within):
     probabilities = torch.cat([random_probabilities(150, generator), adversarial_probabilities(names)])
     classifier = classifier_from(names).to(dtype)
     rounded = probabilities.clamp(min=1e-30).log().to(dtype).float().softmax(dim=-1)
-    answered = ask(classifier, probabilities, names.to(dtype))
-    error = (answered - rounded).abs().max()
+    actual = class_probabilities(classifier, probabilities, names.to(dtype))
+    error = (actual - rounded).abs().max()
     within(f"probabilities of a head's own names, {str(dtype).removeprefix('torch.')}, max abs", error, 0.01)
 
 
@@ -168,7 +170,7 @@ def test_nearly_equal_names_get_the_probabilities_of_the_head(dtype, within):
     classifier.basis, classifier.decoder = (
         buffer.to(dtype).float() for buffer in (classifier.basis, classifier.decoder)
     )
-    error = (ask(classifier, probabilities, names) - probabilities).abs().max()
+    error = (class_probabilities(classifier, probabilities, names) - probabilities).abs().max()
     within(f"probabilities of nearly equal names, {str(dtype).removeprefix('torch.')}, max abs", error, 1e-3)
 
 
@@ -191,9 +193,9 @@ def test_order_and_selection_of_source_names():
     names = text_space(80, 512, 0.8, generator)
     classifier, probabilities = classifier_from(names), random_probabilities(80, generator)
     chosen = torch.tensor([7, 3, 61, 0])
-    answered = ask(classifier, probabilities, names[chosen])
-    torch.testing.assert_close(answered[:, :-1], probabilities[:, chosen], atol=1e-4, rtol=0)
-    torch.testing.assert_close(answered[:, -1], 1 - probabilities[:, chosen].sum(-1), atol=1e-4, rtol=0)
+    actual = class_probabilities(classifier, probabilities, names[chosen])
+    torch.testing.assert_close(actual[:, :-1], probabilities[:, chosen], atol=1e-4, rtol=0)
+    torch.testing.assert_close(actual[:, -1], 1 - probabilities[:, chosen].sum(-1), atol=1e-4, rtol=0)
 
 
 def test_synonyms_including_shared_ones():
@@ -204,11 +206,11 @@ def test_synonyms_including_shared_ones():
     rows = torch.tensor([0, 1, 2, 3, 4, 0, 5, 6, 7])  # class 2 has the first name of class 0 as synonym
     names = names[rows]
     classifier, probabilities = classifier_from(names, class_ids), random_probabilities(5, generator)
-    by_all = ask(classifier, probabilities, names, class_ids)
+    by_all = class_probabilities(classifier, probabilities, names, class_ids)
     torch.testing.assert_close(by_all, probabilities, atol=1e-4, rtol=0)
-    by_first = ask(classifier, probabilities, names[[0, 3, 4, 6, 8]])
+    by_first = class_probabilities(classifier, probabilities, names[[0, 3, 4, 6, 8]])
     torch.testing.assert_close(by_first, probabilities, atol=1e-4, rtol=0)
-    by_synonym = ask(classifier, probabilities, names[[2, 7]])
+    by_synonym = class_probabilities(classifier, probabilities, names[[2, 7]])
     torch.testing.assert_close(by_synonym[:, :2], probabilities[:, [0, 3]], atol=1e-3, rtol=0)
 
 
@@ -216,12 +218,14 @@ def test_a_name_close_to_a_source_class_gets_its_probability():
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]  # without near duplicates
     classifier = classifier_from(names)
-    words = torch.stack([near(names[index], 0.93, generator) for index in (4, 11, 30)])
-    sure = torch.full((3, 51), 0.1 / 50)
-    sure[range(3), [4, 11, 30]] += 0.9
-    answered = ask(classifier, sure, words)
-    assert (answered[range(3), range(3)] > 0.85).all()
-    assert (ask(classifier, sure, words[:1])[1:, 0] < 0.1).all(), "what is something else is not this word"
+    requested = torch.stack([near(names[index], 0.93, generator) for index in (4, 11, 30)])
+    confident = torch.full((3, 51), 0.1 / 50)
+    confident[range(3), [4, 11, 30]] += 0.9
+    actual = class_probabilities(classifier, confident, requested)
+    assert (actual[range(3), range(3)] > 0.85).all()
+    assert (class_probabilities(classifier, confident, requested[:1])[1:, 0] < 0.1).all(), (
+        "other classes get little of this name"
+    )
 
 
 def test_a_name_between_source_classes_gets_all_their_probabilities():
@@ -229,12 +233,12 @@ def test_a_name_between_source_classes_gets_all_their_probabilities():
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]
     kind = F.normalize(names[:3].sum(dim=0), dim=0)
-    hesitating = torch.zeros(2, 51)
-    hesitating[0, :3] = torch.tensor([0.5, 0.3, 0.15])
-    hesitating[0, -1] = 0.05
-    hesitating[1, 10] = 1.0
-    answered = ask(classifier_from(names), hesitating, kind[None])
-    assert answered[0, 0] > 0.8 and answered[1, 0] < 0.1
+    uncertain = torch.zeros(2, 51)
+    uncertain[0, :3] = torch.tensor([0.5, 0.3, 0.15])
+    uncertain[0, -1] = 0.05
+    uncertain[1, 10] = 1.0
+    actual = class_probabilities(classifier_from(names), uncertain, kind[None])
+    assert actual[0, 0] > 0.8 and actual[1, 0] < 0.1
 
 
 def test_an_unrelated_name_gets_less_than_one_half():
@@ -243,25 +247,25 @@ def test_an_unrelated_name_gets_less_than_one_half():
     names = text_space(100, 512, 0.8, generator)[::2]
     classifier = classifier_from(names)
     typical = float(classifier.typical_distance)
-    sure = torch.eye(51)[:50]
+    confident = torch.eye(51)[:50]
     for distance, lowest, highest in ((2 * typical, 0, 0.1), (typical, 0, 0.5001), (typical / 2, 0.9, 1)):
         for index in range(10):
             word = near(names[index], 1 - distance, generator)
-            assert lowest <= ask(classifier, sure, word[None])[index, 0] <= highest
+            assert lowest <= class_probabilities(classifier, confident, word[None])[index, 0] <= highest
     common = F.normalize(names.mean(dim=0), dim=0)
     for _ in range(20):
         own = F.normalize(torch.randn(512, generator=generator), dim=0)
         word = F.normalize(0.8**0.5 * common + 0.2**0.5 * own, dim=0)
         is_far = 1 - names @ word >= typical
-        assert is_far.any() and (ask(classifier, sure, word[None])[is_far, 0] <= 0.5001).all()
+        assert is_far.any() and (class_probabilities(classifier, confident, word[None])[is_far, 0] <= 0.5001).all()
 
 
 def test_many_distant_names_do_not_outweigh_a_close_one():
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]
     remote = text_space(300, 512, 0.0, generator) * 0.2**0.5 + F.normalize(names.mean(dim=0), dim=0) * 0.8**0.5
-    words = torch.cat([F.normalize(remote, dim=-1), near(names[0], 0.93, generator)[None]])
-    assert ask(classifier_from(names), torch.eye(51)[:1], words)[0, -2] > 0.85
+    requested = torch.cat([F.normalize(remote, dim=-1), near(names[0], 0.93, generator)[None]])
+    assert class_probabilities(classifier_from(names), torch.eye(51)[:1], requested)[0, -2] > 0.85
 
 
 def test_the_probability_of_no_object_does_not_depend_on_the_names():
@@ -270,9 +274,9 @@ def test_the_probability_of_no_object_does_not_depend_on_the_names():
     names = text_space(50, 512, 0.8, generator)
     probabilities = random_probabilities(50, generator)
     for count in (1, 5, 200):
-        words = torch.cat([names[: count // 2], text_space(count - count // 2, 512, 0.5, generator)])
-        answered = ask(classifier_from(names), probabilities, words)
-        assert (answered[:, -1] >= probabilities[:, -1] - 1e-4).all()
+        requested = torch.cat([names[: count // 2], text_space(count - count // 2, 512, 0.5, generator)])
+        actual = class_probabilities(classifier_from(names), probabilities, requested)
+        assert (actual[:, -1] >= probabilities[:, -1] - 1e-4).all()
 
 
 @pytest.mark.parametrize("scale", [1, 8])
@@ -284,9 +288,9 @@ def test_logits_and_gradients_equal_those_of_the_head(scale, within):
     logits = (scale * torch.randn(1, 100, 20, generator=generator)).requires_grad_()
     labels = torch.randint(20, (100,), generator=generator)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits[0], labels), logits)
-    answered, _ = classifier(SimpleNamespace(last_hidden_state=logits), ClassPrompts(names, None, 19, "max"))
-    (actual,) = torch.autograd.grad(F.cross_entropy(answered[0], labels), logits)
-    error = (answered - logits.log_softmax(-1)).detach().abs().max()
+    class_logits, _ = classifier(SimpleNamespace(last_hidden_state=logits), ClassPrompts(names, None, 19, "max"))
+    (actual,) = torch.autograd.grad(F.cross_entropy(class_logits[0], labels), logits)
+    error = (class_logits - logits.log_softmax(-1)).detach().abs().max()
     within("log-probabilities against the head's own, max abs", error, 1e-4)
     within("gradients against the head's own, relative", (actual - expected).norm() / expected.norm(), 1e-4)
 

@@ -45,7 +45,7 @@ class Int8Weight(Tensor):
         self.values, self.factors = values, factors
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Int8Weight":
+    def from_float(cls, weight: Tensor) -> "Int8Weight":
         factors = weight.abs().amax(dim=1, keepdim=True) / 127
         return cls((weight / factors).round().to(torch.int8), factors)
 
@@ -131,7 +131,7 @@ def prompts() -> Tensor:
 
 def put(model: GKCForOpenVocabSegmentation, kind: type[Int8Weight]) -> Int8Weight:
     projection = model.text_model.text_projection
-    weight = kind.of(projection.weight.detach())
+    weight = kind.from_float(projection.weight.detach())
     projection.weight = nn.Parameter(weight, requires_grad=False)
     return weight
 

@@ -87,14 +87,14 @@ examples:
 See also `gkc convert mask2former --help`, `gkc convert fc-clip --help` and `gkc convert clip-resnet --help`.
 """
 MASK2FORMER_EXAMPLES = """\
-The masks are those of the source model. Each segment's class probabilities become a convex combination of the CLIP
-text embeddings of the source's classes, which is compared with the embeddings of your words (ConSE, Norouzi et al.,
-ICLR 2014). Nothing is trained. With the source's own class names the result equals the source; other words get the
+The masks are those of the source model. The class probabilities of each segment are distributed over your words by
+the distances of their CLIP text embeddings to those of the source's classes (based on ConSE, Norouzi et al., ICLR
+2014). Nothing is trained. With the source's own class names, the result equals that of the source. Other words get the
 masks of the closest classes, so that "puppy" gets all of "dog". Pixels that fit none of the words have low scores:
 `gkc segment --void-threshold 0.3` leaves them void.
 
-Names are encoded without a prompt template, here and by the processor that is written. With templates ("a photo of a
-dog") the result is close to the source's, but not equal.
+Names are encoded without a prompt template, both here and by the processor of the new checkpoint. With templates ("a
+photo of a dog"), the result is close to that of the source, but not equal.
 
 Use --class-names if the source's own names are codes ("wall-other-merged"). Type the names, separated by ";" between
 classes and "," between synonyms, or give a packaged vocabulary (`gkc vocab list`) or a .json, .csv or .txt file. They
@@ -192,7 +192,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     words = segment.add_mutually_exclusive_group().add_argument
     words("--labels", metavar="WORDS", help="words to segment (default: those stored in the checkpoint)")
     words("--vocab", metavar="FILE", help="vocabulary encoded by `gkc embed`, instead of --labels")
-    add("--void-labels", metavar="WORDS", help="words for other content; pixels where they win become void")
+    add("--void-labels", metavar="WORDS", help="words for other content; pixels that they fit best become void")
     void_help = "lowest score, 0 to 1, of a pixel's best class; other pixels become void"
     add("--void-threshold", type=_fraction, metavar="SCORE", help=void_help)
     add_templates_option(segment)
@@ -200,8 +200,9 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     add("--task", choices=TASKS, default="semantic", help=task_help)
     add("--recursive", action="store_true", help="include the images in sub-folders")
     add("--out", metavar="DIR", default="gkc-out", help="output folder (default: %(default)s)")
-    add("--threshold", type=_fraction, help="lowest score, 0 to 1, of an instance or panoptic segment (default: 0.5)")
-    add("--threads", type=_count, help="number of CPU threads (default: number of cores)")
+    threshold_help = "lowest score, 0 to 1, of an instance or panoptic segment (default: 0.5)"
+    add("--threshold", type=_fraction, metavar="SCORE", help=threshold_help)
+    add("--threads", type=_count, metavar="N", help="number of CPU threads (default: number of cores)")
     add_model_options(segment)
 
 
