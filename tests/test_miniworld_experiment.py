@@ -120,7 +120,7 @@ def test_a_second_run_does_nothing(finished):
 
 def test_other_settings_in_the_same_folder_are_refused(finished):
     experiment, _ = finished
-    with pytest.raises(ValueError, match="other settings of train_scenes"):
+    with pytest.raises(ValueError, match=r"results of other settings \(train_scenes\)"):
         run(replace(experiment, train_scenes=13))
     with pytest.raises(ValueError, match="nonsense"):
         replace(experiment, ablations=("nonsense",))

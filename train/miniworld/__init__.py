@@ -1,1 +1,1 @@
-"""A procedural world with its own tiny CLIP, on which GKC is trained and measured in minutes on a CPU."""
+"""Mini-world experiment: synthetic images and a tiny CLIP for training and evaluating GKC on a CPU in minutes."""

@@ -1,11 +1,11 @@
-"""The mini-world experiment: draw the world, train a tiny CLIP and its segmenters, print and draw what was learned.
+"""Run the mini-world experiment: draw synthetic scenes, train a tiny CLIP and segmenters, and report their scores.
 
     python -m train.miniworld                                    the paper's method, one seed, about half an hour
-    python -m train.miniworld --ablations all --seeds 0 1 2      the whole ablation, 2 to 4 hours on two CPU cores
+    python -m train.miniworld --ablations all --seeds 0 1 2      all ablations, 2 to 4 hours on two CPU cores
     python -m train.miniworld --out runs/toy --clip-steps 9 --warmup-steps 9 --steps 9 --train-scenes 60
 
-A killed run continues where it last saved when the same command is given again. Several seeds can also be run side by
-side, each by a command of its own with the same --out; the last to finish has the whole table.
+Repeat the command to resume an interrupted run from its last checkpoint. Several seeds can also run in parallel, each
+with its own command and the same --out; the last one to finish writes the complete tables.
 """
 
 import argparse
@@ -23,37 +23,47 @@ GROUPS = {"main": tuple(MAIN_ABLATIONS), "all": tuple(ABLATIONS)}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.miniworld", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     clip, recipe, defaults = CLIPTraining(), load_recipe("miniworld"), Experiment(Path("runs/miniworld"))
-    parser.add_argument("--out", type=Path, default=defaults.out, help="folder of all results (%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of world, CLIP, segmenter (%(default)s)")
+    parser.add_argument("--out", type=Path, default=defaults.out, help="output folder (default: %(default)s)")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="random seeds; each runs the whole experiment (default: %(default)s)",
+    )
     parser.add_argument(
         "--ablations",
         nargs="+",
         choices=[*GROUPS, *ABLATIONS],
         metavar="ABLATION",
         default=list(defaults.ablations),
-        help=f"`main`: {', '.join(MAIN_ABLATIONS)}; `all`: also {', '.join(VARIANTS)}; or some of them (both)",
+        help=f"ablations to run: `main` ({', '.join(MAIN_ABLATIONS)}), `all` (also {', '.join(VARIANTS)}) or single "
+        "names (default: both)",
     )
-    parser.add_argument("--train-scenes", type=int, default=defaults.train_scenes, help="pictures (%(default)s)")
-    parser.add_argument("--test-scenes", type=int, default=defaults.test_scenes, help="pictures (%(default)s)")
-    parser.add_argument("--clip-steps", type=int, default=clip.steps, help="steps of the tiny CLIP (%(default)s)")
-    parser.add_argument("--clip-scenes", type=int, default=clip.scenes, help="pictures for CLIP (%(default)s)")
+    for option, default, meaning in (
+        ("--train-scenes", defaults.train_scenes, "number of training images of the segmenter"),
+        ("--test-scenes", defaults.test_scenes, "number of test images"),
+        ("--clip-steps", clip.steps, "training steps of the tiny CLIP"),
+        ("--clip-scenes", clip.scenes, "number of training images of the tiny CLIP"),
+        ("--warmup-steps", defaults.warmup_steps, "mask-only training steps that all ablations start from"),
+        ("--steps", recipe.optimizer.steps, "training steps of each ablation"),
+        ("--num-proc", 1, "number of processes that draw scenes"),
+    ):
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{meaning} (default: %(default)s)")
     parser.add_argument(
-        "--warmup-steps", type=int, default=defaults.warmup_steps, help="steps that all ablations share (%(default)s)"
+        "--threads", type=int, metavar="N", help="PyTorch CPU threads (default: PyTorch's); 1 suits a busy machine"
     )
-    parser.add_argument("--steps", type=int, default=recipe.optimizer.steps, help="steps of an ablation (%(default)s)")
-    parser.add_argument("--num-proc", type=int, default=1, help="processes that draw scenes (%(default)s)")
-    parser.add_argument("--threads", type=int, help="threads of torch; beside other jobs, 1 is often faster than 2")
     return parser.parse_args(arguments)
 
 
-@interruptible("train.miniworld", "Give the same command again to continue.")
+@interruptible("train.miniworld", "Repeat the command to resume.")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the experiment of the command line; the exit code."""
+    """Run the command line and return its exit code."""
     options = parse(arguments)
 
     import torch

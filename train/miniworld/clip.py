@@ -1,4 +1,4 @@
-"""The tiny CLIP of the mini-world: model, training, gate.
+"""Tiny CLIP model of the mini-world and its training.
 
 python -m train.miniworld.clip --out run/clip --steps 3000 --scenes 8000 --seed 0
 """
@@ -23,16 +23,20 @@ from ..teacher.crops import normalize_crops
 from .clip_data import CaptionedBatches, CropSet, collect_crops, collect_other_world
 from .gate import format_gate, measure_gate, save_gate
 from .lexicon import Lexicon
-from .settings import CLIPTraining
+from .settings import SETTING_HELP, CLIPTraining
 from .tokenizer import CONTEXT_LENGTH, build_tokenizer
 
-TRAINING_SPLIT, GATE_SPLIT, OTHER_WORLD_SPLIT = 10, 11, 12  # with the seed, they name independent worlds
+TRAINING_SPLIT, GATE_SPLIT, OTHER_WORLD_SPLIT = (
+    10,
+    11,
+    12,
+)  # combined with the seed, they select independent random streams
 CROP_SIZE = 64  # pixels
-OTHER_WORLD_PICTURES = 600  # of every kind
+OTHER_WORLD_PICTURES = 600  # number of images of each kind
 
 
 class MiniCLIP(nn.Module):
-    """Image and text tower with a common embedding space of width D = 96."""
+    """CLIP model with image and text towers and a joint embedding space of dimension D = 96."""
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class MiniCLIP(nn.Module):
 
     @classmethod
     def from_scratch(cls, seed: int) -> "MiniCLIP":
-        """A small model with random weights."""
+        """Create a model with random weights from a seed."""
         tokenizer = build_tokenizer()
         vision_config = CLIPResNetConfig(
             width=24, depths=[1, 1, 1, 1], num_attention_heads=8, image_size=CROP_SIZE, projection_dim=96
@@ -70,27 +74,27 @@ class MiniCLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.logit_scale.device
 
     def embed_images(self, crops: Tensor) -> Tensor:
-        """Crops (N, size, size, 3) uint8 -> (N, D), normalised."""
+        """Embed crops (N, size, size, 3) uint8 as unit vectors (N, D)."""
         return F.normalize(self.vision(normalize_crops(crops, self.logit_scale)).image_embeds.float(), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> (N, D), normalised."""
+        """Embed N texts as unit vectors (N, D)."""
         tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(self.device)
         return F.normalize(self.text(**tokens).text_embeds.float(), dim=-1)
 
 
 def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, captions: Sequence[str], scale: Tensor) -> Tensor:
-    """Symmetric contrastive loss of N pictures and their captions; pictures with equal captions share them.
+    """Return the symmetric contrastive loss of N images and captions; images with equal captions are all positives.
 
     Args:
-        image_embeds: (N, D), normalised.
-        text_embeds: (N, D), normalised.
-        captions: the N captions.
-        scale: scalar that multiplies the cosines.
+        image_embeds: Unit vectors (N, D) of the images.
+        text_embeds: Unit vectors (N, D) of the captions.
+        captions: The N captions.
+        scale: Scalar factor of the cosine similarities.
     """
     numbers = {caption: number for number, caption in enumerate(captions)}
     caption_ids = torch.tensor([numbers[caption] for caption in captions], device=image_embeds.device)
@@ -109,14 +113,31 @@ def train_clip(
     show_progress: bool = True,
     device: str = "cpu",
 ) -> MiniCLIP:
-    """Train a tiny CLIP, measure it, and save both in `out`; an interrupted run continues where it last saved."""
+    """Train and evaluate a tiny CLIP, resuming from the last checkpoint of an interrupted run.
+
+    Args:
+        out: Output folder of the model and its `gate.json`.
+        settings: Training settings. None takes the defaults.
+        num_proc: Number of processes that draw scenes.
+        save_every: Number of steps between checkpoints.
+        gate_scenes: Number of scenes for the evaluation.
+        show_progress: Whether to show progress bars.
+        device: Device to train on.
+
+    Returns:
+        The trained model in evaluation mode.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+        ValueError: If the checkpoint in `out` has other settings.
+    """
     settings, out = settings or CLIPTraining(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     model = MiniCLIP.from_scratch(settings.seed).to(device)
     batches = _batches(settings, num_proc, show_progress)
     _fit(model, batches, settings, out / "checkpoint.pt", save_every, show_progress)
     gate_crops = collect_crops((settings.seed, GATE_SPLIT), gate_scenes, CROP_SIZE, num_proc, show_progress)
-    gate = gate_of(model, gate_crops)
+    gate = evaluate_clip(model, gate_crops)
     save_clip(model, out)
     save_gate(gate | {"settings": asdict(settings)}, out / "gate.json")
     tqdm.write(format_gate(gate))
@@ -142,7 +163,7 @@ def _fit(
     save_every: int,
     show_progress: bool,
 ) -> None:
-    """The training loop: AdamW with a one-cycle schedule."""
+    """Train with AdamW and a one-cycle schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
@@ -159,7 +180,10 @@ def _fit(
         half_size = step < settings.half_size_share * settings.steps
         loss = _step(model, batches, optimizer, schedule, settings, half_size)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"The contrastive loss is {loss} at step {step}; the last good step is saved.")
+            raise FloatingPointError(
+                f"The contrastive loss is {loss} at step {step}: lower --learning-rate. The last checkpoint is "
+                f"{checkpoint}."
+            )
         average = loss if average is None else 0.98 * average + 0.02 * loss
         progress.set_postfix(loss=f"{average:.3f}", refresh=False)
         if (step + 1) % save_every == 0 and step + 1 < settings.steps:
@@ -187,19 +211,19 @@ def _step(
 
 
 def _save_checkpoint(path: Path, parts: dict, settings: CLIPTraining, step: int) -> None:
-    """All that the run needs to go on, in one file that is complete or not there."""
+    """Write all training states atomically to one checkpoint file."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic_path(path) as temporary:
         torch.save({"step": step, "settings": asdict(settings), **state}, temporary)
 
 
 def _resume(path: Path, parts: dict, settings: CLIPTraining) -> int:
-    """Load the checkpoint, if there is one, and return the number of steps already done."""
+    """Load the checkpoint, if it exists, and return the number of finished steps."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
     if state["settings"] != asdict(settings):
-        raise ValueError(f"{path} was made with other settings ({state['settings']}). Delete it to start anew.")
+        raise ValueError(f"{path} was written with other settings ({state['settings']}). Delete it to start again.")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
@@ -207,22 +231,22 @@ def _resume(path: Path, parts: dict, settings: CLIPTraining) -> int:
 
 @torch.no_grad()
 def embed_crops(model: MiniCLIP, crops: Tensor, batch_size: int = 256) -> Tensor:
-    """Crops (N, size, size, 3) uint8 -> (N, D), normalised, in evaluation mode and on the CPU."""
+    """Embed crops (N, size, size, 3) uint8 in evaluation mode as unit vectors (N, D) on the CPU."""
     model.eval()
     return torch.cat([model.embed_images(part).cpu() for part in crops.split(batch_size)])
 
 
 @torch.no_grad()
-def gate_of(model: MiniCLIP, crops: CropSet) -> dict:
-    """The gate's numbers of a model, see `gate.measure_gate`."""
+def evaluate_clip(model: MiniCLIP, crops: CropSet) -> dict:
+    """Measure a model on region crops with `gate.measure_gate`."""
     embeds = embed_crops(model, crops.crops)
     return measure_gate(embeds, crops.attributes, lambda texts: model.embed_texts(texts).cpu())
 
 
 def save_clip(model: MiniCLIP, out: str | Path) -> None:
-    """Save the towers as `vision/` and `text/` (safetensors), the tokenizer with the latter, and the temperature.
+    """Save the towers to `vision/` and `text/`, the tokenizer to `text/`, and the temperature to `clip.json`.
 
-    `clip=FOLDER` of a recipe and `--clip FOLDER` of `train.cache` read it.
+    A recipe's `clip=FOLDER` and the `--clip FOLDER` of `train.cache` read the folder.
     """
     out = Path(out)
     with atomic_folder(out / "vision", overwrite=True) as unfinished:
@@ -235,7 +259,7 @@ def save_clip(model: MiniCLIP, out: str | Path) -> None:
 
 
 def load_clip(path: str | Path) -> MiniCLIP:
-    """Load what `save_clip` saved, in evaluation mode."""
+    """Load a model that `save_clip` wrote, in evaluation mode."""
     path = Path(path)
     vision = CLIPResNetVisionModel.from_pretrained(path / "vision")
     text = CLIPTextModelWithProjection.from_pretrained(path / "text")
@@ -243,15 +267,20 @@ def load_clip(path: str | Path) -> MiniCLIP:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m train.miniworld.clip", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for vision/, text/ and gate.json")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="output folder, which receives vision/, text/ and gate.json"
+    )
     for field in fields(CLIPTraining):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, default=field.default, help="default: %(default)s", **kind)
-    parser.add_argument("--num-proc", type=int, default=1, help="processes that draw scenes")
-    parser.add_argument("--threads", type=int, help="threads of torch; beside other jobs, 1 is often faster than 2")
+        meaning = f"{SETTING_HELP[field.name]} (default: %(default)s)"
+        parser.add_argument(option, default=field.default, help=meaning, **kind)
+    parser.add_argument(
+        "--num-proc", type=int, default=1, help="number of processes that draw scenes (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="PyTorch CPU threads (default: PyTorch's); 1 suits a busy machine")
     options = vars(parser.parse_args(arguments))
     out, num_proc, threads = (options.pop(name) for name in ("out", "num_proc", "threads"))
     if threads:

@@ -1,4 +1,4 @@
-"""What the tiny CLIP looks at and reads: region crops, other-world pictures, captions."""
+"""Training data of the tiny CLIP: region crops, distractor images and captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .other_world import draw_other_world
 
 @dataclass(frozen=True)
 class CropSet:
-    """Crops (N, size, size, 3) uint8 of the regions of some scenes, and what the regions are."""
+    """Region crops (N, size, size, 3) uint8 with the attributes of the N regions."""
 
     crops: Tensor
     attributes: list[Attributes]
@@ -28,7 +28,7 @@ class CropSet:
 def collect_crops(
     seed: Sequence[int], scenes: int, size: int, num_proc: int = 1, show_progress: bool = True
 ) -> CropSet:
-    """Draw scenes of all concepts and cut out every region, grey around it, its aspect kept."""
+    """Draw scenes of all concepts and crop every region, with its aspect ratio kept and a gray background."""
     crops, attributes = [], []
     crop_one = partial(_crops_of_scene, tuple(seed), size)
     for scene_crops, regions in map_scenes(crop_one, scenes, num_proc, "crops", show_progress):
@@ -44,16 +44,16 @@ def _crops_of_scene(seed: tuple[int, ...], size: int, index: int) -> tuple[np.nd
 
 
 def collect_other_world(seed: Sequence[int], count: int, size: int) -> Tensor:
-    """Pictures (6, count, size, size, 3) uint8: `count` of every other-world kind."""
+    """Draw `count` distractor images of each of the six kinds: (6, count, size, size, 3) uint8."""
     generator = np.random.default_rng(list(seed))
     kinds = [[draw_other_world(kind, generator, size) for _ in range(count)] for kind in range(OTHER_WORLD_KINDS)]
     return torch.from_numpy(np.array(kinds))
 
 
 class CaptionedBatches:
-    """An endless, resumable stream of random pictures with captions.
+    """Infinite, resumable stream of random batches of images and captions.
 
-    A share of every batch are stuff regions, another share other-world pictures that give words a second sense.
+    A fraction of every batch are stuff regions, another fraction distractor images that give words a second sense.
     """
 
     def __init__(
@@ -77,21 +77,21 @@ class CaptionedBatches:
         self.random = Random(seed)
 
     def draw(self) -> tuple[Tensor, list[str]]:
-        """Pictures (B, size, size, 3) uint8, flipped and transposed at random, and their B captions."""
+        """Return a batch of randomly flipped and transposed images (B, size, size, 3) uint8 and their B captions."""
         picked = torch.cat([self._pick(self.shapes, self.shape_count), self._pick(self.stuffs, self.stuff_count)])
         captions = [self.lexicon.caption(self.crops.attributes[index], self.random) for index in picked.tolist()]
         pictures = self.crops.crops[picked]
         if self.other_count:
             other_pictures, other_captions = self._draw_other_world()
             pictures, captions = torch.cat([pictures, other_pictures]), captions + other_captions
-        return self._turned(pictures), captions
+        return self._augment(pictures), captions
 
     def state_dict(self) -> dict:
-        """The state of both random generators."""
+        """Return the state of both random generators."""
         return {"generator": self.generator.get_state(), "random": self.random.getstate()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore the state of both random generators."""
         self.generator.set_state(state["generator"])
         version, internal, gauss = state["random"]
         self.random.setstate((version, tuple(internal), gauss))
@@ -105,8 +105,8 @@ class CaptionedBatches:
         captions = [self.lexicon.second_sense(kind, self.random) for kind in kinds.tolist()]
         return self.other_world[kinds, numbers], captions
 
-    def _turned(self, pictures: Tensor) -> Tensor:
-        """Flip and transpose every picture independently; both axes are 1 (rows) and 2 (columns)."""
+    def _augment(self, pictures: Tensor) -> Tensor:
+        """Randomly flip and transpose every image; axes 1 and 2 are rows and columns."""
         for turn in (lambda part: part.flip(1), lambda part: part.flip(2), lambda part: part.transpose(1, 2)):
             chosen = torch.rand(len(pictures), generator=self.generator) < 0.5
             pictures = torch.where(chosen[:, None, None, None], turn(pictures), pictures)

@@ -1,6 +1,6 @@
-"""How well a segmenter finds what the mini-world's vocabularies ask for.
+"""Evaluation of a segmenter on the vocabularies of the mini-world.
 
-Letters: Q queries, D text width, K classes and P prompts of one vocabulary, (H, W) a picture, N its regions.
+Shapes: Q queries, D embedding dimension, K classes, P prompts, (H, W) image size, N regions of an image.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from .protocols import IGNORED, Protocol, all_protocols
 
 @dataclass
 class _Image:
-    """One picture as the segmenter and as the world see it."""
+    """Predictions and ground truth of one image."""
 
     image_id: str
     query_embeds: Tensor  # (Q, D)
@@ -36,7 +36,7 @@ class _Image:
 
 
 class ProtocolScore:
-    """Running score of one vocabulary: mIoU by `train.metrics`, and the share of regions that get their own class."""
+    """Metric of one vocabulary: mIoU, and the fraction of regions whose best query has the correct class."""
 
     def __init__(self, protocol: Protocol, class_embeds: Tensor, class_ids: Tensor):
         self.protocol, self.class_embeds, self.class_ids = protocol, class_embeds, class_ids
@@ -44,15 +44,15 @@ class ProtocolScore:
         self.regions = torch.zeros(2, len(protocol.prompts), dtype=torch.int64)  # correct regions, all regions
 
     def update(self, image: _Image, class_scores: Tensor, best_queries: Tensor) -> None:
-        """Add one picture.
+        """Add one image.
 
         Args:
-            image: the picture.
-            class_scores: (Q, K) class probabilities.
-            best_queries: (N,) the query whose mask fits a region best.
+            image: Predictions and ground truth of the image.
+            class_scores: Class probabilities (Q, K) of the queries.
+            best_queries: Index (N,) of the query whose mask has the highest IoU with each region.
         """
         classes = [self.protocol.class_of(attributes) for attributes in image.attributes]
-        labels = torch.tensor([*classes, IGNORED])  # the last entry serves region index -1
+        labels = torch.tensor([*classes, IGNORED])  # the last entry is for region index -1
         truth = labels[image.region_index]
         if (truth == IGNORED).all():
             return
@@ -64,7 +64,7 @@ class ProtocolScore:
             self.regions[row] += torch.bincount(labels[:-1][kept], minlength=self.regions.shape[1])
 
     def result(self) -> dict[str, dict[str, float | None]]:
-        """Group of classes -> its `miou` and `region_accuracy`, both 0..1, None without ground truth."""
+        """Return `miou` and `region_accuracy` of each group of classes, in 0..1, or None without ground truth."""
         scores = {}
         for group, classes in self.protocol.groups.items():
             correct, total = self.regions[:, list(classes)].sum(dim=1).tolist()
@@ -87,24 +87,25 @@ def evaluate(
     distillation_head: DistillationHead | None = None,
     show_progress: bool = True,
 ) -> dict:
-    """Measure a segmenter under every vocabulary; each picture passes through it once.
+    """Evaluate a segmenter with every vocabulary, with one forward pass per image.
 
     Args:
-        model: `GKCForOpenVocabSegmentation`.
-        processor: its `GKCProcessor`.
-        dataset: a test set of `dataset.build_dataset`.
-        protocols: vocabularies; all of the mini-world's by default.
-        prompt_reduction: as in the model's `forward`; its configured one by default.
-        batch_size: pictures at a time.
-        teacher: embeddings of the dataset's regions, to compare the segmenter's with.
-        distillation_head: of training; if given, queries are classified by the mean of class and distillation
-            embedding.
-        show_progress: show a progress bar.
+        model: `GKCForOpenVocabSegmentation` to evaluate.
+        processor: `GKCProcessor` of the model.
+        dataset: Test set from `drawn_world.dataset.build_dataset`.
+        protocols: Vocabularies to evaluate. None takes all vocabularies of the mini-world.
+        prompt_reduction: Reduction over the prompts of a class, as in the model's `forward`. None takes the model's.
+        batch_size: Number of images in a forward pass.
+        teacher: Teacher embeddings of the regions, to compare with the embeddings of the queries.
+        distillation_head: Distillation head of training. If given, queries are classified by the mean of the class
+            embedding and the distillation embedding.
+        show_progress: Whether to show a progress bar.
 
     Returns:
-        `{"scores": {group: {"miou", "region_accuracy"}}, "harmonic_mean": of the mIoU of seen and novel concepts when
-        all are asked at once, "teacher_cosine": mean cosine of the best query's embedding and the teacher's over all
-        regions, "images": their number}`; all scores 0..1, None where there is no ground truth or no teacher.
+        A dictionary of `scores`, the `miou` and `region_accuracy` of each group of classes; `harmonic_mean` of the
+        mIoU of seen and novel concepts in the vocabulary of all concepts; `teacher_cosine`, the mean cosine similarity
+        of the best query and the teacher over all regions; and `images`, the number of images. Scores are in 0..1,
+        and None without ground truth or teacher.
     """
     model.eval()
     scores = [_score(model, processor, protocol) for protocol in protocols or all_protocols()]
@@ -135,7 +136,7 @@ def _seen_and_novel(results: Mapping[str, Mapping[str, float | None]]) -> float 
 
 
 def _score(model, processor, protocol: Protocol) -> ProtocolScore:
-    """Encode a vocabulary once."""
+    """Encode the prompts of a vocabulary and create its metric."""
     encoded = EncodedVocabulary.encode([list(prompts) for prompts in protocol.prompts], model, processor)
     return ProtocolScore(protocol, encoded.class_embeds, encoded.class_ids)
 
@@ -143,8 +144,8 @@ def _score(model, processor, protocol: Protocol) -> ProtocolScore:
 def _segmented(
     model, processor, dataset: Sequence[Mapping], batch_size: int, distillation_head: DistillationHead | None
 ) -> Iterator[_Image]:
-    """The pictures of a dataset with the model's masks and query embeddings, at the pictures' own size."""
-    some_words = torch.eye(1, model.config.projection_dim, device=model.device)  # the words are asked later
+    """Yield the predictions of a dataset's images, with masks resized to the original image size."""
+    some_words = torch.eye(1, model.config.projection_dim, device=model.device)  # queries are classified later
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
         inputs = processor(images=[row["image"] for row in rows], return_tensors="pt").to(model.device)
@@ -160,14 +161,14 @@ def _segmented(
 
 
 def _embeds(outputs, distillation_head: DistillationHead | None) -> Tensor:
-    """(B, Q, D) unit vectors: what is classified."""
+    """Return the query embeddings to classify, unit vectors (B, Q, D)."""
     if distillation_head is None:
         return outputs.query_embeds
     return F.normalize(outputs.query_embeds + distillation_head(outputs.stages)[-1], dim=-1)
 
 
 def _region_index(row: Mapping) -> Tensor:
-    """(H, W) position of every pixel's segment in `row["segments"]`, -1 for none."""
+    """Return the index (H, W) of every pixel's segment in `row["segments"]`, or -1 for none."""
     _, ids = read_row(row)
     present, inverse = np.unique(ids, return_inverse=True)
     positions = {segment["id"]: position for position, segment in enumerate(row["segments"])}
@@ -176,7 +177,7 @@ def _region_index(row: Mapping) -> Tensor:
 
 
 def _best_queries(image: _Image) -> Tensor:
-    """(N,) for every region the query whose mask (probability over 0.5) has the highest IoU with it."""
+    """Return the index (N,) of the query whose mask (probability above 0.5) has the highest IoU with each region."""
     regions = image.region_index[None] == torch.arange(len(image.attributes))[:, None, None]  # (N, H, W)
     regions, masks = regions.flatten(1).float(), (image.masks > 0.5).flatten(1).float()
     intersection = regions @ masks.T  # (N, Q)
@@ -185,8 +186,8 @@ def _best_queries(image: _Image) -> Tensor:
 
 
 def format_scores(result: Mapping) -> str:
-    """The scores as a table for people, in per cent."""
-    lines = [f"{'words asked':<20}{'mIoU':>8}{'regions named rightly':>24}"]
+    """Format the scores as a readable table in percent."""
+    lines = [f"{'vocabulary':<20}{'mIoU':>8}{'region accuracy':>24}"]
     for group, values in result["scores"].items():
         lines.append(f"{group:<20}{per_cent(values['miou']):>8}{per_cent(values['region_accuracy']):>24}")
     if result["harmonic_mean"] is not None:
@@ -195,5 +196,5 @@ def format_scores(result: Mapping) -> str:
 
 
 def per_cent(score: float | None) -> str:
-    """A score of 0..1 in per cent, `-` without ground truth."""
+    """Format a score in 0..1 in percent, or `-` if it is None."""
     return "-" if score is None else f"{100 * score:.1f}"

@@ -1,6 +1,6 @@
-"""The mini-world experiment of one seed: pictures -> tiny CLIP -> gate -> warm-up -> segmenter by ablation -> scores.
+"""Mini-world experiment of one seed: datasets, tiny CLIP, warm-up, and training and evaluation of each ablation.
 
-Finished parts are kept: a run that was killed goes on where it stopped.
+Finished stages are reused, so that an interrupted run resumes.
 """
 
 import json
@@ -33,14 +33,25 @@ from .clip import MiniCLIP, load_clip, train_clip
 from .evaluate import evaluate
 from .settings import ABLATIONS, NO_DISTILLATION, NO_SYNONYMS, Experiment
 
-SCENE_SIZE = 96  # side in pixels of the pictures
+SCENE_SIZE = 96  # side of the images in pixels
 
 WARM_UP = "warmup"
-WARM_UP_WORD = "thing"  # a word of the tiny CLIP that says nothing about what a region is
+WARM_UP_WORD = "thing"  # a word of the tiny CLIP that fits every region
 
 
 def run(experiment: Experiment) -> dict:
-    """Run what is missing and return `{"gate", "minutes", "arms": {ablation: scores}}`, also in `results.json`."""
+    """Run the unfinished stages of an experiment and write `results.json`.
+
+    Args:
+        experiment: Settings of the experiment.
+
+    Returns:
+        The results: `gate`, the evaluation of the tiny CLIP; `settings`; `minutes`, the run time of each stage; and
+        `arms`, the scores of each finished ablation.
+
+    Raises:
+        ValueError: If the output folder has results of other settings.
+    """
     out = Path(experiment.out)
     out.mkdir(parents=True, exist_ok=True)
     _check_same_settings(experiment)
@@ -65,7 +76,7 @@ def run(experiment: Experiment) -> dict:
 
 @dataclass(frozen=True)
 class Parts:
-    """What all ablations of a seed share; embeddings are the teacher's, of the regions of either set."""
+    """CLIP, datasets and teacher embeddings of their regions, which all ablations of a seed share."""
 
     clip: MiniCLIP
     train_set: Dataset
@@ -100,7 +111,7 @@ def _clip(experiment: Experiment) -> MiniCLIP:
 
 
 def _ablation(experiment: Experiment, name: str, parts: Parts) -> None:
-    """Train and measure one ablation, unless that is done."""
+    """Train and evaluate one ablation, unless its scores exist."""
     folder, ablation = Path(experiment.out) / name, ABLATIONS[name]
     if not (folder / "scores.json").exists():
         trained_as = ablation.trained_as or name
@@ -117,7 +128,7 @@ def _ablation(experiment: Experiment, name: str, parts: Parts) -> None:
 
 
 def _train_ablation(experiment: Experiment, name: str, parts: Parts, start: Path) -> GKCTrainer:
-    """Train an ablation from the weights of the file `start`."""
+    """Train an ablation from the warm-up weights in the file `start`."""
     ablation = ABLATIONS[name]
     recipe = experiment.recipe.replace({"run.seed": experiment.seed, **ablation.changes})
     if ablation.class_feature is not None:
@@ -134,7 +145,7 @@ def _needs_teacher(recipe: Recipe) -> bool:
 
 
 def _warm_up(experiment: Experiment, parts: Parts) -> Path:
-    """Weights that every ablation starts from: trained to find regions, all of them under one word."""
+    """Return the weights that all ablations start from, trained on masks with a single class."""
     weights = Path(experiment.out) / WARM_UP / "model.safetensors"
     if not weights.exists():
         changes = {"run.seed": experiment.seed, "synonyms.probabilities": "uniform"}
@@ -162,7 +173,7 @@ def _without_classes(row: dict) -> dict:
 
 
 def _load_warm_up(model: GKCForOpenVocabSegmentation, weights: Path) -> None:
-    """Load all that fits: another `class_feature` has class heads of other shapes, which start anew."""
+    """Load the weights of matching shape; class heads of another `class_feature` keep their initialization."""
     own = model.state_dict()
     saved = {
         name: value for name, value in load_file(weights).items() if name in own and own[name].shape == value.shape
@@ -179,7 +190,7 @@ def _train(
     embeddings: TeacherEmbeddings | None,
     folder: Path,
 ) -> GKCTrainer:
-    """Train a segmenter; a killed training continues at its last checkpoint."""
+    """Train a segmenter, resuming from the last checkpoint."""
     set_seed(recipe.run.seed)
     arguments = recipe.to_training_arguments(
         folder,
@@ -202,7 +213,7 @@ def _checkpoint(folder: Path) -> str | None:
 
 
 def make_student(clip: MiniCLIP, recipe: Recipe) -> GKCForOpenVocabSegmentation:
-    """A segmenter that starts from the tiny CLIP: its image tower as backbone, its text tower."""
+    """Create a segmenter whose backbone and text encoder are initialized from the tiny CLIP."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.run.seed)
         model = _random_student(clip, recipe)
@@ -219,7 +230,7 @@ def _random_student(clip: MiniCLIP, recipe: Recipe) -> GKCForOpenVocabSegmentati
 
 
 def make_processor(clip: MiniCLIP) -> GKCProcessor:
-    """Pictures at the size of the mini-world, normalised as the backbone was trained."""
+    """Create the processor of a segmenter, with the image size and normalization of the tiny CLIP."""
     image_processor = GKCImageProcessor(
         size={"shortest_edge": SCENE_SIZE, "longest_edge": 2 * SCENE_SIZE},
         image_mean=list(OPENAI_CLIP_MEAN),
@@ -229,14 +240,14 @@ def make_processor(clip: MiniCLIP) -> GKCProcessor:
 
 
 def all_concepts() -> Vocabulary:
-    """Every concept of the world under all its words; stored with a checkpoint."""
+    """Return the vocabulary of all concepts with all their words, which is stored with a checkpoint."""
     return Vocabulary(
         [list(WORDS[concept]) for concept in CONCEPTS], is_thing=[concept in SHAPES for concept in CONCEPTS]
     )
 
 
 def _check_same_settings(experiment: Experiment) -> None:
-    """Refuse to mix parts made with other settings; ablations may be added."""
+    """Raise if the output folder has results of other settings; the list of ablations may differ."""
     settings = {
         "seed": experiment.seed,
         "train_scenes": experiment.train_scenes,
@@ -247,19 +258,19 @@ def _check_same_settings(experiment: Experiment) -> None:
     }
     path = Path(experiment.out) / "settings.json"
     made_with = _read(path) if path.exists() else settings
-    # Converts a recipe from before recipes had sections.
+    # Converts a recipe without sections, as written by older versions.
     made_with |= {"recipe": Recipe.from_dict(made_with["recipe"]).to_dict()}
     if made_with != settings:
         differing = sorted(key for key in settings if made_with.get(key) != settings[key])
         raise ValueError(
-            f"{experiment.out} was made with other settings of {', '.join(differing)}; choose another folder, or "
-            "delete it to start anew."
+            f"{experiment.out} has results of other settings ({', '.join(differing)}): choose another --out, or "
+            "delete the folder to start again."
         )
     _write(path, settings)
 
 
 def _timed(out: str | Path, name: str, make: Callable):
-    """Make something and add the seconds to `seconds.json`."""
+    """Call `make` and add its run time in seconds to `seconds.json`."""
     start = perf_counter()
     made = make()
     path = Path(out) / "seconds.json"

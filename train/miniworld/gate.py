@@ -1,7 +1,7 @@
-"""The gate: what the tiny CLIP knows, measured before any segmenter is trained on it.
+"""Quality gate of the tiny CLIP: its zero-shot accuracy and embedding collapse on region crops.
 
-A teacher that cannot tell fills apart cannot teach them, and one whose region embeddings have collapsed onto their
-class (cosine to the class mean near 1) knows nothing that the label does not say.
+The gate is measured before a segmenter is trained. A teacher that cannot distinguish fills cannot teach them, and one
+whose region embeddings have collapsed (cosine similarity to the class mean near 1) adds nothing to the class labels.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modeling_gkc.atomic_files import atomic_write_json
 
-from ..data.drawn_world.words import COARSE, COLOURS, CONCEPTS, FILLS, HELD_OUT_WORDS, WORDS, Attributes
+from ..data.drawn_world.words import COARSE, COLORS, CONCEPTS, FILLS, HELD_OUT_WORDS, WORDS, Attributes
 from .protocols import Protocol, all_protocols
 
 LEAST_ACCURACY = 0.85
@@ -32,16 +32,17 @@ TextEncoder = Callable[[Sequence[str]], Tensor]
 
 
 def measure_gate(image_embeds: Tensor, attributes: Sequence[Attributes], encode_texts: TextEncoder) -> dict:
-    """Measure a CLIP on masked regions.
+    """Evaluate a CLIP model on region crops.
 
     Args:
-        image_embeds: (N, D) embeddings of the regions' crops.
-        attributes: what the N regions are.
-        encode_texts: words -> (M, D).
+        image_embeds: Embeddings (N, D) of the crops of N regions.
+        attributes: Attributes of the N regions.
+        encode_texts: Function that maps M texts to embeddings (M, D).
 
     Returns:
-        `{"rows": {row: {"accuracy", "collapse", "regions"}}, "synonyms": {...}, "misses": [...]}`; accuracy is
-        zero-shot by names, collapse is the mean cosine of a region to the mean embedding of its class.
+        A dictionary of `rows`, the zero-shot `accuracy`, the `collapse` (mean cosine similarity of a region to the
+        mean embedding of its class) and the number of `regions` of each group of classes; `synonyms`, the mean cosine
+        similarities of names and synonyms; and `misses`, descriptions of the missed targets.
     """
     image_embeds = F.normalize(image_embeds.float(), dim=-1)
     protocols = {protocol.name: protocol for protocol in all_protocols()}
@@ -72,9 +73,9 @@ def _measure_row(
 
 
 def _synonym_cosines(encode_texts: TextEncoder) -> dict[str, float]:
-    """Mean cosine between a name and its synonyms, per kind of concept."""
+    """Return the mean cosine similarity of a name and its synonyms for each kind of concept."""
     cosines = {}
-    for kind, names in {"coarse": COARSE, "concepts": CONCEPTS, "colours": COLOURS, "fills": FILLS}.items():
+    for kind, names in {"coarse": COARSE, "concepts": CONCEPTS, "colours": COLORS, "fills": FILLS}.items():
         embeds = torch.stack([F.normalize(encode_texts(WORDS[name]).float(), dim=-1) for name in names])  # (K, 6, D)
         similarity = torch.einsum("kd,ksd->ks", embeds[:, 0], embeds)
         cosines[kind] = similarity[:, 1:].mean().item()
@@ -83,7 +84,7 @@ def _synonym_cosines(encode_texts: TextEncoder) -> dict[str, float]:
 
 
 def _misses(rows: dict[str, dict]) -> list[str]:
-    """Every target that is not reached (or could not be measured), in words."""
+    """Describe every target that is missed or could not be measured."""
     misses = []
     for row, measured in rows.items():
         if row in WITHOUT_TARGET:
@@ -99,7 +100,7 @@ def _misses(rows: dict[str, dict]) -> list[str]:
 
 
 def format_gate(gate: dict) -> str:
-    """The gate as a table for people."""
+    """Format the gate as a readable table."""
     lines = [f"{'region names':<14}{'zero-shot':>12}{'':6}{'cos(image, class mean)':>24}{'':6}{'regions':>9}"]
     for row, measured in gate["rows"].items():
         accuracy, collapse = measured["accuracy"], measured["collapse"]
@@ -126,5 +127,5 @@ def _mark(row: str, reached: bool) -> str:
 
 
 def save_gate(gate: dict, path: str | Path) -> None:
-    """Write the gate as JSON."""
+    """Write the gate to a JSON file."""
     atomic_write_json(path, gate)

@@ -1,45 +1,49 @@
-"""Who says which word when: the tiny CLIP's captions."""
+"""Random captions for training the tiny CLIP."""
 
 from random import Random
 
 import numpy as np
 
-from ..data.drawn_world.words import COLOURS, CONCEPTS, FILLS, HYPERNYMS, SHAPES, WORD_PRIOR, WORDS, Attributes
+from ..data.drawn_world.words import COLORS, CONCEPTS, FILLS, HYPERNYMS, SHAPES, WORD_PRIOR, WORDS, Attributes
 
 OTHER_WORLD_KINDS = 6
 MEDIUM_RADIUS = 14.0
 
-# Slots of the feature vector that words lean on.
+# Slots of the region feature vector that the choice of a word depends on.
 _LATENTS = slice(0, 3)
 _RADIUS, _ASPECT = 3, 4
 _FILL = slice(5, 9)
-_COLOUR = slice(9, 17)
+_COLOR = slice(9, 17)
 _SHAPE = slice(17, 29)
 _FEATURES = 29
 
 
 class Lexicon:
-    """Draws words for regions: p(word | region) = softmax(log prior + lean . features of the region).
+    """Random choice of words for regions: p(word | region) = softmax(log prior + lean · features of the region).
 
-    Every word is a homonym. The six words of a concept are spread at random over six registers, and the words of
-    register j also name pictures of other-world kind j, which never occur in scenes.
+    Every word is a homonym. The six words of a concept are assigned at random to six registers, and the words of
+    register j also describe distractor images of kind j, which never occur in scenes.
+
+    Args:
+        seed: Random seed.
+        lean: Standard deviation of a word's preference per feature. 0 makes synonyms interchangeable.
+        hypernym_share: Probability that a caption uses the hypernym of a concept.
     """
 
     def __init__(self, seed: int = 0, lean: float = 0.35, hypernym_share: float = 0.4):
-        """`lean`: standard deviation of a word's preference per feature; 0 makes all synonyms interchangeable."""
         generator = np.random.default_rng([seed, 1])
         self.hypernym_share = hypernym_share
         self.leans = {name: lean * generator.standard_normal((len(words), _FEATURES)) for name, words in WORDS.items()}
         self.registers = {name: generator.permutation(OTHER_WORLD_KINDS) for name in WORDS}
 
     def word(self, concept: str, attributes: Attributes, random: Random) -> str:
-        """One of the six words of `concept`, as somebody would say it of this region."""
+        """Sample one of the six words of `concept` for a region."""
         logits = np.log(WORD_PRIOR) + self.leans[concept] @ _features(concept, attributes)
         weights = np.exp(logits - logits.max())
         return random.choices(WORDS[concept], weights)[0]
 
     def second_sense(self, kind: int, random: Random) -> str:
-        """Caption of an other-world picture: a shape or stuff word whose register is `kind` (0-5)."""
+        """Sample the caption of a distractor image: a shape or stuff word whose register is `kind` (0 to 5)."""
         senses = [
             (words[position], WORD_PRIOR[position])
             for name, words in WORDS.items()
@@ -50,7 +54,7 @@ class Lexicon:
         return _with_prefix(random.choices(words, weights)[0], random)
 
     def caption(self, attributes: Attributes, random: Random) -> str:
-        """A caption of one region, such as `dotted crimson disc` or `photo of a lawn`."""
+        """Sample a caption of one region, such as `dotted crimson disc` or `photo of a lawn`."""
         concept = attributes["concept"]
         if concept in HYPERNYMS and random.random() < self.hypernym_share:
             concept = HYPERNYMS[concept]
@@ -60,7 +64,7 @@ class Lexicon:
 
 
 def _named_concepts(concept: str, attributes: Attributes, random: Random) -> list[str]:
-    """What a caption of a shape mentions, in the order of speech: 25 % bare nouns, else a mixture of attributes."""
+    """Sample the concepts in a shape's caption, in word order: the noun alone (25 %), or with some attributes."""
     if random.random() < 0.25:
         return [concept]
     size = "small" if attributes["radius"] < MEDIUM_RADIUS else "large"
@@ -74,7 +78,7 @@ def _with_prefix(words: str, random: Random) -> str:
 
 
 def _features(concept: str, attributes: Attributes) -> np.ndarray:
-    """Feature vector (29,) of a region, without the slots that `concept` itself is about."""
+    """Return the feature vector (29,) of a region, with the slots that `concept` describes set to zero."""
     features = np.zeros(_FEATURES)
     features[_LATENTS] = attributes["latents"]
     if attributes["kind"] == "stuff":
@@ -83,8 +87,8 @@ def _features(concept: str, attributes: Attributes) -> np.ndarray:
     features[_ASPECT] = attributes["aspect"]
     if concept not in FILLS:
         features[_FILL.start + FILLS.index(attributes["fill"])] = 1.0
-    if concept not in COLOURS:
-        features[_COLOUR.start + COLOURS.index(attributes["colour"])] = 1.0
-    if concept in FILLS or concept in COLOURS:
+    if concept not in COLORS:
+        features[_COLOR.start + COLORS.index(attributes["colour"])] = 1.0
+    if concept in FILLS or concept in COLORS:
         features[_SHAPE.start + SHAPES.index(attributes["concept"])] = 0.7
     return features

@@ -1,4 +1,4 @@
-"""Pictures that never occur in scenes; they carry the second senses of the words (see `lexicon`)."""
+"""Distractor images that never occur in scenes and give the words of captions a second sense (see `lexicon`)."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from ..data.drawn_world.textures import WORLD_SIDE, Grid
 
 
 def draw_other_world(kind: int, generator: np.random.Generator, size: int) -> np.ndarray:
-    """A picture (size, size, 3) uint8 of kind 0-5: rings, spokes, plasma, maze, ramp, spiral."""
-    grid = Grid.of_size(size)
-    centre = WORLD_SIDE / 2 + generator.uniform(-15, 15, 2)
-    x, y = grid.x - centre[0], grid.y - centre[1]
+    """Draw an image (size, size, 3) uint8 of kind 0 to 5: rings, spokes, plasma, maze, ramp, spiral."""
+    grid = Grid.from_size(size)
+    center = WORLD_SIDE / 2 + generator.uniform(-15, 15, 2)
+    x, y = grid.x - center[0], grid.y - center[1]
     pattern = np.atleast_3d(_KINDS[kind](generator, grid, x, y))
     tint = np.array([1.0]) if pattern.shape[2] == 3 else generator.normal(0.9, 0.4, 3)
     shaded = 1.2 * pattern * tint + generator.normal(0, 0.4, 3) + 0.15 * generator.standard_normal((size, size, 3))

@@ -1,4 +1,4 @@
-"""The vocabularies of evaluation: which words are asked, and which region is right for which of them."""
+"""Evaluation vocabularies of the mini-world, with the ground-truth class of every region."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from ..data.drawn_world.words import (
     COARSE,
     COARSE_SHAPES,
     COARSE_STUFFS,
-    COLOURS,
+    COLORS,
     CONCEPTS,
     FILLS,
     KEPT,
@@ -24,12 +24,13 @@ IGNORED = -1
 
 @dataclass(frozen=True)
 class Protocol:
-    """One vocabulary.
+    """Evaluation vocabulary with the ground truth of regions.
 
     Attributes:
-        prompts: for every class the words that ask for it (K classes, one or more prompts each).
-        class_of: attributes of a region -> its class, or -1 if the protocol leaves the region out.
-        groups: name of a score -> the classes it is the mean of.
+        name: Name of the protocol.
+        prompts: Prompts of each of the K classes, one or more per class.
+        class_of: Function that maps the attributes of a region to its class, or to -1 if the region is ignored.
+        groups: Names of scores, with the classes that each score averages.
     """
 
     name: str
@@ -39,13 +40,13 @@ class Protocol:
 
 
 def seen(name: str = "seen", word: int = 0) -> Protocol:
-    """The labels of training, asked by their word number `word` (4 and 5 were held out of training)."""
+    """Return the protocol of the training labels, prompted with word `word` (4 and 5 are held out of training)."""
     prompts = tuple((WORDS[concept][word],) for concept in COARSE)
     return _protocol(name, COARSE, prompts, lambda attributes: coarse_label(attributes["concept"]))
 
 
 def finer(attribute: str, values: Sequence[str]) -> Protocol:
-    """Every pair of an attribute's value and a training label, such as `red round`; the stuffs of training beside."""
+    """Return the protocol of attribute and shape pairs, such as `red round`, and the training labels of stuff."""
     pairs = [(value, shape) for shape in COARSE_SHAPES for value in values]
 
     def key(attributes: Attributes):
@@ -57,7 +58,7 @@ def finer(attribute: str, values: Sequence[str]) -> Protocol:
 
 
 def concepts(name: str, chosen: Sequence[str], groups: dict[str, Sequence[str]] | None = None) -> Protocol:
-    """Some concepts under their own names; `groups` as names of concepts."""
+    """Return the protocol of chosen concepts, prompted with their own names; `groups` lists names of concepts."""
     numbered = {
         group: [chosen.index(concept) for concept in members] for group, members in (groups or {name: chosen}).items()
     }
@@ -66,9 +67,10 @@ def concepts(name: str, chosen: Sequence[str], groups: dict[str, Sequence[str]] 
 
 
 def all_protocols() -> list[Protocol]:
-    """Every vocabulary that the mini-world is measured on; `all` asks for every concept at once.
+    """Return all evaluation protocols of the mini-world.
 
-    In `all`, `seen` are the concepts that training labels by their own name, `novel` all others.
+    The protocol `all` has every concept as a class. Its group `seen` contains the concepts that are labeled with their
+    own name in training, and `novel` all others.
     """
     novel = SUB + VOID + NEVER_SEEN
     joined = {"all/seen": KEPT, "all/novel": novel, "all/sub": SUB, "all/void": VOID, "all/never": NEVER_SEEN}
@@ -76,7 +78,7 @@ def all_protocols() -> list[Protocol]:
         seen(),
         seen("seen by 5th word", word=4),
         seen("seen by 6th word", word=5),
-        finer("colour", COLOURS),
+        finer("colour", COLORS),
         finer("fill", FILLS),
         concepts("sub", SUB),
         concepts("void", VOID),
@@ -86,7 +88,7 @@ def all_protocols() -> list[Protocol]:
 
 
 def _protocol(name, keys, prompts, key_of, groups=None) -> Protocol:
-    """Protocol whose class is the position of the region's key among `keys`."""
+    """Create a protocol where the class of a region is the position of its key in `keys`."""
     positions = {key: position for position, key in enumerate(keys)}
     groups = groups or {name: range(len(keys))}
     return Protocol(

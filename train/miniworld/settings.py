@@ -1,4 +1,4 @@
-"""Settings of the mini-world experiment: its ablations, the training of its tiny CLIP, and its sizes."""
+"""Settings of the mini-world experiment: its ablations, the training of its tiny CLIP and its dataset sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,30 +10,44 @@ from configuration import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class CLIPTraining:
-    """All that decides the weights of a tiny CLIP."""
+    """Training settings of a tiny CLIP; `SETTING_HELP` describes them."""
 
     steps: int = 3000
     scenes: int = 8000
     seed: int = 0
     batch_size: int = 128
     learning_rate: float = 1e-3
-    lean: float = 0.35  # how much the choice of a word depends on the region, see Lexicon
-    other_world_share: float = 0.2  # share of a batch that gives words a second sense
+    lean: float = 0.35
+    other_world_share: float = 0.2
     logit_scale_cap: float = 11.0
-    half_size_share: float = 0.7  # share of the steps, the first ones, on pictures of half the side: 4 times cheaper
-    bfloat16: bool = False  # only faster where the processor has bfloat16 units
+    half_size_share: float = 0.7
+    bfloat16: bool = False
+
+
+SETTING_HELP = {
+    "steps": "number of training steps",
+    "scenes": "number of scenes to crop training regions from",
+    "seed": "random seed",
+    "batch_size": "number of images in a batch",
+    "learning_rate": "maximum learning rate",
+    "lean": "dependence of the words in captions on the region, see lexicon.Lexicon",
+    "other_world_share": "fraction of distractor images in a batch, which give words a second sense",
+    "logit_scale_cap": "maximum of the learned logit scale",
+    "half_size_share": "fraction of the steps, at the start, with images of half the side, at a quarter of the cost",
+    "bfloat16": "train in bfloat16, which is faster only on processors with bfloat16 units",
+}
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One ablation of the ablation: its title and what it changes.
+    """One ablation of the method, as changes to the recipe.
 
     Attributes:
-        title: For tables.
-        changes: Values of the recipe's fields by `section.field`.
-        class_feature: Field of the model's configuration, None for the recipe's own.
-        test_on_both: Classify by the mean of class and distillation embedding, which must be different ones.
-        trained_as: The ablation whose weights are tested, where this one only tests differently.
+        title: Title in tables.
+        changes: New values of recipe fields by `section.field`.
+        class_feature: Value of the model configuration's `class_feature`. None keeps the recipe's value.
+        test_on_both: Whether to classify by the mean of class and distillation embeddings in the test.
+        trained_as: Name of the ablation whose weights are tested, if this one differs in the test only.
     """
 
     title: str
@@ -45,14 +59,14 @@ class Ablation:
 
 NO_SYNONYMS, NO_DISTILLATION = {"synonyms.mode": "none"}, {"distillation.weight": 0.0}
 OWN_HEAD = {"distillation.embedding": "query"}
-# `both` is the method of the paper; these four are the ablation.
+# The ablations of the paper's table; `both` is the paper's method.
 MAIN_ABLATIONS = {
     "baseline": Ablation("plain names only", NO_SYNONYMS | NO_DISTILLATION),
     "synonyms": Ablation("+ text diversification", NO_DISTILLATION),
     "distillation": Ablation("+ distillation", NO_SYNONYMS),
     "both": Ablation("+ both"),
 }
-# Further questions: one thing changed in one of the four.
+# Variants that change one setting of a main ablation.
 VARIANTS = {
     "synonyms-unfiltered": Ablation(
         "synonyms, drawn from all words", NO_DISTILLATION | {"synonyms.probabilities": "uniform"}
@@ -83,17 +97,18 @@ ABLATIONS = MAIN_ABLATIONS | VARIANTS
 
 @dataclass(frozen=True)
 class Experiment:
-    """All that decides the result.
+    """Settings of the experiment with one seed.
 
     Attributes:
-        out: Folder of everything that is made.
-        seed: Of world, CLIP and segmenter.
-        train_scenes, test_scenes: Pictures.
-        clip: Training of the tiny CLIP.
-        recipe: Training of the segmenter, before an ablation's changes.
-        warmup_steps: Steps that all ablations share, before their own: masks alone, every region under the same word.
-        ablations: Names of `ABLATIONS`.
-        num_proc: Processes that draw scenes.
+        out: Output folder.
+        seed: Random seed of scenes, CLIP and segmenter.
+        train_scenes: Number of training images of the segmenter.
+        test_scenes: Number of test images.
+        clip: Training settings of the tiny CLIP.
+        recipe: Training recipe of the segmenter, before the changes of an ablation.
+        warmup_steps: Number of mask-only training steps with a single class, which all ablations start from.
+        ablations: Names of the ablations to run, keys of `ABLATIONS`.
+        num_proc: Number of processes that draw scenes.
     """
 
     out: Path
@@ -109,4 +124,4 @@ class Experiment:
     def __post_init__(self):
         unknown = sorted(set(self.ablations) - ABLATIONS.keys())
         if unknown or not self.ablations:
-            raise ValueError(f"Unknown ablations {unknown}; choose some of {', '.join(ABLATIONS)}.")
+            raise ValueError(f"Unknown ablations {unknown}: choose from {', '.join(ABLATIONS)}.")

@@ -1,4 +1,4 @@
-"""The tiny CLIP's tokenizer: one token a word."""
+"""Word-level tokenizer of the tiny CLIP."""
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +12,7 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<unk>", "<eos>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows every word of the mini-world; case and punctuation do not matter."""
+    """Build a tokenizer with all words of the mini-world that ignores case and punctuation."""
     words = sorted({word for words in WORDS.values() for word in words} | set(CAPTION_WORDS))
     ids = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *words))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""The mini-world as a Hugging Face dataset, in the schema that all training data has."""
+"""Synthetic mini-world as a Hugging Face dataset in the schema of training data."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .world import TRAINING_SHAPES, TRAINING_STUFFS, Scene, draw_scene
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-SPLITS = {"train": 0, "test": 1}  # with the seed, they name independent worlds
+SPLITS = {"train": 0, "test": 1}  # combined with the seed, they select independent random streams
 
 
 def training_vocabulary() -> Vocabulary:
-    """The ten coarse labels of training, each with the four words that training may use."""
+    """Return the vocabulary of the ten coarse training labels, each with its four training words."""
     names = [list(WORDS[label][TRAINING_WORDS]) for label in COARSE]
     return Vocabulary(names, is_thing=[label in COARSE_SHAPES for label in COARSE])
 
 
 def test_vocabulary() -> Vocabulary:
-    """Every concept under its own name."""
+    """Return the vocabulary of all concepts, each with its own name."""
     return Vocabulary([[concept] for concept in CONCEPTS], is_thing=[concept in SHAPES for concept in CONCEPTS])
 
 
 def miniworld_features() -> Features:
-    """The schema of training data, and the column `attributes`: what the world knows of every segment, in order."""
+    """Return the schema of training data with a column `attributes`, the ground-truth properties of each segment."""
     from datasets import Features, Value
 
     attributes = {
@@ -53,18 +53,18 @@ def miniworld_features() -> Features:
 def build_dataset(
     split: str, scenes: int, seed: int = 0, size: int = 96, num_proc: int = 1, show_progress: bool = True
 ) -> Dataset:
-    """Draw a dataset.
+    """Draw the scenes of a split as a dataset.
 
-    `train` has no never-seen concepts, labels of `training_vocabulary`, and leaves what has no such label void;
-    `test` has every concept, labels of `test_vocabulary`. Only evaluation may read the column `attributes`.
+    `train` omits the never-seen concepts, has the labels of `training_vocabulary`, and marks other regions as void.
+    `test` contains all concepts, with the labels of `test_vocabulary`. The column `attributes` is for evaluation only.
 
     Args:
         split: `train` or `test`.
-        scenes: number of rows; row i is the same whatever their number.
-        seed: the world.
-        size: side of the pictures in pixels.
-        num_proc: processes that draw.
-        show_progress: show a progress bar.
+        scenes: Number of rows. Row i does not depend on it.
+        seed: Random seed.
+        size: Side of the images in pixels.
+        num_proc: Number of processes that draw scenes.
+        show_progress: Whether to show a progress bar.
     """
     from datasets import Dataset
 
@@ -84,9 +84,9 @@ def _draw_row(split: str, seed: int, size: int, index: int) -> dict:
 
 
 def _row(scene: Scene, labels: Sequence[str | None], classes: Sequence[str]) -> dict:
-    """One row without its `image_id`; the labelled regions become segments 1, 2, ..., the others void."""
+    """Return one row without its `image_id`; labeled regions become segments 1, 2, ..., the others void."""
     labelled = [number for number, label in enumerate(labels) if label is not None]
-    ids = np.zeros(len(labels) + 1, dtype=np.int64)  # the last entry serves region index -1
+    ids = np.zeros(len(labels) + 1, dtype=np.int64)  # the last entry is for region index -1
     ids[labelled] = np.arange(1, len(labelled) + 1)
     segments = [
         {"id": int(ids[number]), "category_id": classes.index(labels[number]), "iscrowd": False} for number in labelled
@@ -103,7 +103,7 @@ def _row(scene: Scene, labels: Sequence[str | None], classes: Sequence[str]) -> 
 
 
 def _png(picture: np.ndarray) -> dict:
-    """(H, W, 3) uint8 -> the form in which `datasets.Image` stores a picture."""
+    """Encode an image (H, W, 3) uint8 as `datasets.Image` stores it."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}

@@ -1,7 +1,9 @@
-"""Draw pictures to try a checkpoint on, or with masks to try training on; those in `examples/` come from here.
+"""Draw synthetic example images for inference, or with masks for training.
 
-python -m train.data.drawn_world.examples --out examples --scenes 2 10 11
-python -m train.data.drawn_world.examples --out my-shapes --masks 80
+    python -m train.data.drawn_world.examples --out examples --scenes 2 10 11
+    python -m train.data.drawn_world.examples --out my-shapes --masks 80
+
+The first command draws the images of the folder examples/.
 """
 
 import argparse
@@ -17,19 +19,19 @@ from .words import WORDS
 from .world import draw_scene
 
 ANNOTATED_SPLIT = 21
-# What masks name: three concepts that the shipped checkpoint never had labels for, and two grounds.
+# Annotated classes: three shapes that were unlabeled in the training of the shipped checkpoint, and two backgrounds.
 ANNOTATED = ("heart", "arrow", "hexagon", "water", "sand")
-EXAMPLES_SPLIT = 20  # with the seed, it names a world of its own: no training or test set holds these pictures
+EXAMPLES_SPLIT = 20  # seeds scenes that no training or test set contains
 
 
 def draw_examples(out: Path, scenes: Sequence[int], seed: int = 0, size: int = 288) -> list[Path]:
     """Write the scenes of these numbers as `scene-1.png`, `scene-2.png`, ... and return their paths.
 
     Args:
-        out: Folder, made if it is not there.
-        scenes: Numbers of scenes.
-        seed: The world.
-        size: Side of the pictures in pixels.
+        out: Output folder, created if it does not exist.
+        scenes: Scene numbers.
+        seed: Random seed of the scenes.
+        size: Side of the images in pixels.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"scene-{position}.png" for position in range(1, len(scenes) + 1)]
@@ -40,13 +42,15 @@ def draw_examples(out: Path, scenes: Sequence[int], seed: int = 0, size: int = 2
 
 
 def draw_annotated(out: Path, count: int, seed: int = 0, size: int = 96) -> None:
-    """Write pictures with masks as people draw them: `images/`, `masks/` and `names.json`, all else being void.
+    """Write images with masks of the classes in `ANNOTATED` to `images/`, `masks/` and `names.json`.
+
+    All other regions have the mask value 0, which is void.
 
     Args:
-        out: Folder, made if it is not there.
-        count: Pictures, each with one of `ANNOTATED` at least.
-        seed: The world.
-        size: Side of the pictures in pixels.
+        out: Output folder, created if it does not exist.
+        count: Number of images, each with at least one region of `ANNOTATED`.
+        seed: Random seed of the scenes.
+        size: Side of the images in pixels.
     """
     for name in ("images", "masks"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -67,17 +71,19 @@ def draw_annotated(out: Path, count: int, seed: int = 0, size: int = 96) -> None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.data.drawn_world.examples",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
-    parser.add_argument("--scenes", type=int, nargs="+", default=[2, 10, 11], help="their numbers (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the world (%(default)s)")
-    parser.add_argument("--size", type=int, help="side in pixels (288, with --masks 96)")
-    parser.add_argument("--masks", type=int, metavar="N", help="draw N pictures with masks and names.json instead")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument(
+        "--scenes", type=int, nargs="+", default=[2, 10, 11], help="scene numbers (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="image side in pixels (default: 288, or 96 with --masks)")
+    parser.add_argument("--masks", type=int, metavar="N", help="draw N images with masks and a names.json instead")
     options = parser.parse_args(arguments)
     if options.masks is not None:
         draw_annotated(options.out, options.masks, options.seed, options.size or 96)

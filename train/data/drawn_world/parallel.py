@@ -1,4 +1,4 @@
-"""Drawing many scenes with several processes."""
+"""Parallel drawing of scenes with several processes."""
 
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
@@ -16,7 +16,15 @@ def map_scenes(
     title: str = "scenes",
     show_progress: bool = True,
 ) -> Iterator[Result]:
-    """`function(index)` for every scene in order, with a progress bar; `num_proc` > 1 needs a picklable function."""
+    """Yield `function(index)` of every scene in order, with a progress bar.
+
+    Args:
+        function: Function of the scene index. It must be picklable if `num_proc` is above 1.
+        scenes: Number of scenes.
+        num_proc: Number of processes.
+        title: Title of the progress bar.
+        show_progress: Whether to show the progress bar.
+    """
     progress = {"desc": title, "total": scenes, "unit": "scene", "disable": not show_progress}
     if num_proc <= 1:
         yield from tqdm(map(function, range(scenes)), **progress)

@@ -1,4 +1,4 @@
-"""Outlines of the mini-world's shapes and their rasterised masks."""
+"""Outlines and rasterized masks of the mini-world's shapes."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -34,7 +34,7 @@ def _drop() -> np.ndarray:
 
 _ARROW = np.array([(-1.1, -0.25), (0.1, -0.25), (0.1, -0.8), (1.15, 0), (0.1, 0.8), (0.1, 0.25), (-1.1, 0.25)])
 
-# Polygons (points (N, 2) around the origin for radius 1, painted or erased), drawn one after another.
+# Polygons that are drawn in order: points (N, 2) around the origin for radius 1, and whether to fill or to erase.
 OUTLINES: dict[str, list[tuple[np.ndarray, bool]]] = {
     "circle": [(_regular(40, 0.9), True)],
     "ring": [(_regular(40, 1.0), True), (_regular(40, 0.55), False)],
@@ -52,14 +52,26 @@ OUTLINES: dict[str, list[tuple[np.ndarray, bool]]] = {
 
 
 def shape_mask(
-    shape: str, centre: tuple[float, float], radius: float, angle: float, aspect: float, size: int
+    shape: str, center: tuple[float, float], radius: float, angle: float, aspect: float, size: int
 ) -> np.ndarray:
-    """A shape as (size, size) bool mask; `centre` (x, y) and `radius` in pixels, `angle` in radians."""
+    """Rasterize a shape.
+
+    Args:
+        shape: Name of the shape, a key of `OUTLINES`.
+        center: Position (x, y) of the shape in pixels.
+        radius: Size of the shape in pixels.
+        angle: Rotation in radians.
+        aspect: Stretch along the shape's axis; 0 does not stretch.
+        size: Side of the mask in pixels.
+
+    Returns:
+        The mask (size, size) bool.
+    """
     canvas = Image.new("L", (size * SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     stretch = 1 + 0.16 * aspect
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     for points, painted in OUTLINES[shape]:
-        placed = (points * (stretch, 1 / stretch)) @ rotation * radius + centre
+        placed = (points * (stretch, 1 / stretch)) @ rotation * radius + center
         draw.polygon([tuple(point) for point in placed * SUPERSAMPLING], fill=255 if painted else 0)
     return np.asarray(canvas.reduce(SUPERSAMPLING)) > 127

@@ -1,4 +1,4 @@
-"""Colours, fills and stuff textures of the mini-world, as functions of a pixel grid in world units."""
+"""Colors, fills and stuff textures of the mini-world, as functions of a pixel grid in world units."""
 
 import colorsys
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from PIL import Image
 WORLD_SIDE = 96.0  # a scene is 96 world units wide, whatever its size in pixels
 
 # Hue, saturation, value.
-COLOUR_VALUES = {
+COLOR_VALUES = {
     "red": (0.0, 0.85, 0.85),
     "orange": (0.075, 0.9, 0.95),
     "yellow": (0.155, 0.85, 0.95),
@@ -31,36 +31,36 @@ STUFF_VALUES = {
 
 @dataclass(frozen=True)
 class Grid:
-    """Pixel centres of a square picture in world units: `x` and `y` are (size, size) float32."""
+    """Pixel centers of a square image in world units: `x` and `y` are (size, size) float32."""
 
     size: int
     x: np.ndarray
     y: np.ndarray
 
     @classmethod
-    def of_size(cls, size: int) -> "Grid":
-        """The grid of a picture `size` pixels wide."""
+    def from_size(cls, size: int) -> "Grid":
+        """Return the grid of an image with sides of `size` pixels."""
         steps = ((np.arange(size) + 0.5) * WORLD_SIDE / size).astype(np.float32)
         x, y = np.meshgrid(steps, steps)
         return cls(size, x, y)
 
     def noise(self, generator: np.random.Generator, cell_height: float, cell_width: float | None = None) -> np.ndarray:
-        """Smooth standard noise (size, size) whose blobs are about one cell (world units) large."""
+        """Sample smooth Gaussian noise (size, size) with a correlation length of one cell, in world units."""
         cells = [int(WORLD_SIDE / cell) + 2 for cell in (cell_height, cell_width or cell_height)]
         coarse = generator.standard_normal(cells).astype(np.float32)
         return np.asarray(Image.fromarray(coarse).resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
 def rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    """HSV -> (3,) float32 RGB in 0..1; hue wraps, the others are clipped."""
+    """Convert HSV to RGB (3,) float32 in 0..1; the hue is periodic, the other values are clipped."""
     clipped = np.clip([saturation, value], 0, 1)
     return np.array(colorsys.hsv_to_rgb(hue % 1, *clipped), dtype=np.float32)
 
 
-def fill_pattern(fill: str, grid: Grid, centre: tuple[float, float], angle: float, period: float) -> np.ndarray:
-    """Dark part (size, size) bool of a fill; `centre`, `period` in world units, `angle` in radians."""
-    along = (grid.x - centre[0]) * np.cos(angle) + (grid.y - centre[1]) * np.sin(angle)
-    across = -(grid.x - centre[0]) * np.sin(angle) + (grid.y - centre[1]) * np.cos(angle)
+def fill_pattern(fill: str, grid: Grid, center: tuple[float, float], angle: float, period: float) -> np.ndarray:
+    """Return the dark part (size, size) bool of a fill; `center` and `period` in world units, `angle` in radians."""
+    along = (grid.x - center[0]) * np.cos(angle) + (grid.y - center[1]) * np.sin(angle)
+    across = -(grid.x - center[0]) * np.sin(angle) + (grid.y - center[1]) * np.cos(angle)
     if fill == "solid":
         return np.zeros_like(along, dtype=bool)
     if fill == "striped":
@@ -73,12 +73,12 @@ def fill_pattern(fill: str, grid: Grid, centre: tuple[float, float], angle: floa
 
 
 def _wrapped(coordinate: np.ndarray, period: float) -> np.ndarray:
-    """Signed distance to the nearest multiple of `period`."""
+    """Return the signed distance to the nearest multiple of `period`."""
     return (coordinate + period / 2) % period - period / 2
 
 
 def stuff_texture(stuff: str, latents: np.ndarray, grid: Grid, generator: np.random.Generator) -> np.ndarray:
-    """A textured surface (size, size, 3) float; `latents` (3,) move its brightness, its hue and its scale."""
+    """Draw a stuff texture (size, size, 3) float; `latents` (3,) shift its brightness, hue and scale."""
     hue, saturation, value = STUFF_VALUES[stuff]
     base = rgb(hue + 0.012 * latents[1], saturation, value) * (1 + 0.13 * latents[0])
     relief = _RELIEFS[stuff](grid, float(np.exp(0.22 * latents[2])), generator)

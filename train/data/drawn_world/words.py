@@ -1,7 +1,7 @@
-"""The concepts of the mini-world, the six words of each, and which of them training may use.
+"""Concepts of the mini-world, with six words each.
 
-The first word of a concept is its name. Words 0-3 may be used in training the segmenter, words 4-5 are held out:
-only the tiny CLIP ever reads them.
+The first word of a concept is its name. Words 0 to 3 are for training the segmenter. Words 4 and 5 are held out: only
+the tiny CLIP is trained on them.
 """
 
 from typing import TypedDict
@@ -10,24 +10,24 @@ import numpy as np
 
 
 class Attributes(TypedDict):
-    """What the world knows of one region (never shown to the segmenter); `None` where stuff has no such attribute."""
+    """Ground-truth properties of one region, never shown to the segmenter; None where they do not apply to stuff."""
 
     kind: str  # "shape" or "stuff"
     concept: str  # one of SHAPES or STUFFS
     colour: str | None
     fill: str | None
-    radius: float | None  # in world units, of which a scene is 96 wide
-    aspect: float | None  # standard normal, clipped; 0 is not stretched
-    latents: list[float]  # three standard normals, clipped, that no word names
+    radius: float | None  # in world units; a scene is 96 world units wide
+    aspect: float | None  # stretch from a clipped standard normal; 0 is not stretched
+    latents: list[float]  # three clipped standard normal values that no word describes
 
 
 def _table(text: str) -> dict[str, tuple[str, ...]]:
-    """Rows of six words -> name of the row (its first word) -> its words."""
+    """Parse rows of six words into a mapping from the first word of each row to its words."""
     rows = [tuple(line.split()) for line in text.strip().splitlines()]
     return {words[0]: words for words in rows}
 
 
-COLOUR_WORDS = _table("""
+COLOR_WORDS = _table("""
     red crimson scarlet ruby cherry vermilion
     orange tangerine apricot rust amber carrot
     yellow golden lemon mustard canary blond
@@ -73,26 +73,28 @@ SIZE_WORDS = _table("""
     small little tiny compact petite minute
     large big huge giant bulky massive
 """)
-WORDS = COLOUR_WORDS | FILL_WORDS | SHAPE_WORDS | STUFF_WORDS | HYPERNYM_WORDS | SIZE_WORDS
+WORDS = COLOR_WORDS | FILL_WORDS | SHAPE_WORDS | STUFF_WORDS | HYPERNYM_WORDS | SIZE_WORDS
 WORD_PRIOR = np.array([0.34, 0.18, 0.15, 0.12, 0.11, 0.10])
 TRAINING_WORDS = slice(0, 4)
 HELD_OUT_WORDS = slice(4, 6)
-CAPTION_WORDS = ("a", "the", "of", "on", "photo", "picture", "thing")  # belong to no concept
+CAPTION_WORDS = ("a", "the", "of", "on", "photo", "picture", "thing")  # words without a concept
 
-COLOURS, FILLS = tuple(COLOUR_WORDS), tuple(FILL_WORDS)
+COLORS, FILLS = tuple(COLOR_WORDS), tuple(FILL_WORDS)
 SHAPES, STUFFS = tuple(SHAPE_WORDS), tuple(STUFF_WORDS)
 CONCEPTS = SHAPES + STUFFS
 HYPERNYMS = {"circle": "round", "ring": "round", "brick": "wall", "wood": "wall"}
 
 COARSE_SHAPES = ("round", "square", "triangle", "star", "cross", "crescent", "bar")
 COARSE_STUFFS = ("grass", "sky", "wall")
-COARSE = COARSE_SHAPES + COARSE_STUFFS  # the labels of training
-SUB = tuple(HYPERNYMS)  # labelled by their hypernym in training
-VOID = ("heart", "arrow", "water")  # drawn in training scenes, never labelled
-NEVER_SEEN = ("hexagon", "drop", "sand")  # not even drawn in training scenes
-KEPT = tuple(concept for concept in CONCEPTS if concept not in SUB + VOID + NEVER_SEEN)  # their own training label
+COARSE = COARSE_SHAPES + COARSE_STUFFS  # training labels
+SUB = tuple(HYPERNYMS)  # labeled with their hypernym in training
+VOID = ("heart", "arrow", "water")  # drawn in training scenes, but never labeled
+NEVER_SEEN = ("hexagon", "drop", "sand")  # never drawn in training scenes
+KEPT = tuple(
+    concept for concept in CONCEPTS if concept not in SUB + VOID + NEVER_SEEN
+)  # labeled with their own name in training
 
 
 def coarse_label(concept: str) -> str | None:
-    """The training label of a concept; None for one that training leaves unlabelled."""
+    """Return the training label of a concept, or None if it is unlabeled in training."""
     return None if concept in VOID + NEVER_SEEN else HYPERNYMS.get(concept, concept)

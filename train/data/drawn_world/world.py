@@ -1,6 +1,6 @@
 """Scenes of the mini-world: two to five shapes on one or two kinds of stuff, with full ground truth.
 
-Scene `index` of a `seed` is always the same picture, however many others are drawn.
+A scene is determined by its seed and index alone.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from .shapes import shape_mask
-from .textures import COLOUR_VALUES, WORLD_SIDE, Grid, fill_pattern, rgb, stuff_texture
-from .words import COLOURS, FILLS, NEVER_SEEN, SHAPES, STUFFS, Attributes
+from .textures import COLOR_VALUES, WORLD_SIDE, Grid, fill_pattern, rgb, stuff_texture
+from .words import COLORS, FILLS, NEVER_SEEN, SHAPES, STUFFS, Attributes
 
-SMALLEST_AREA = 40.0  # world units squared; less than this is left of a hidden region: it is not annotated
+SMALLEST_AREA = 40.0  # in squared world units; regions with a smaller visible area are not annotated
 TRAINING_SHAPES = tuple(shape for shape in SHAPES if shape not in NEVER_SEEN)
 TRAINING_STUFFS = tuple(stuff for stuff in STUFFS if stuff not in NEVER_SEEN)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, (size, size, 3) uint8, and its regions; `region_index` (size, size) int64 holds -1 for none."""
+    """Image (size, size, 3) uint8 with its regions; `region_index` (size, size) int64 is -1 outside of regions."""
 
     image: np.ndarray
     region_index: np.ndarray
@@ -33,22 +33,30 @@ def draw_scene(
     shapes: Sequence[str] = SHAPES,
     stuffs: Sequence[str] = STUFFS,
 ) -> Scene:
-    """Draw one scene, `size` pixels wide, out of the given concepts."""
+    """Draw one scene of the given concepts.
+
+    Args:
+        seed: Random seed.
+        index: Scene number.
+        size: Side of the image in pixels.
+        shapes: Shape concepts to choose from.
+        stuffs: Kinds of stuff to choose from.
+    """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     generator = np.random.default_rng([*seeds, index])
-    grid = Grid.of_size(size)
-    picture, region_index, regions = _ground(generator, grid, stuffs)
+    grid = Grid.from_size(size)
+    picture, region_index, regions = _background(generator, grid, stuffs)
     placed: list[tuple[float, float, float]] = []
     for shape in generator.choice(shapes, generator.integers(2, 6)):
         mask, paint, attributes = _object(generator, grid, str(shape), placed)
         picture = np.where(mask[..., None], paint, picture)
         region_index[mask] = len(regions)
         regions.append(attributes)
-    return Scene(_photograph(generator, grid, picture), *_visible(region_index, regions, size))
+    return Scene(_expose(generator, grid, picture), *_drop_occluded(region_index, regions, size))
 
 
-def _ground(generator: np.random.Generator, grid: Grid, stuffs: Sequence[str]):
-    """One stuff, or two that share a wavy border: picture (size, size, 3), region index (size, size), regions."""
+def _background(generator: np.random.Generator, grid: Grid, stuffs: Sequence[str]):
+    """Draw one or two kinds of stuff: image (size, size, 3), region index (size, size) and regions."""
     chosen = generator.choice(stuffs, generator.integers(1, min(2, len(stuffs)) + 1), replace=False)
     region_index = np.zeros((grid.size, grid.size), dtype=np.int64)
     if len(chosen) > 1:
@@ -67,7 +75,7 @@ def _ground(generator: np.random.Generator, grid: Grid, stuffs: Sequence[str]):
 
 
 def _beyond_border(generator: np.random.Generator, grid: Grid) -> np.ndarray:
-    """The far side (size, size) bool of a wavy line near the middle."""
+    """Return one side (size, size) bool of a wavy line near the image center."""
     angle, wavelength, offset = generator.uniform([0, 6, -18], [2 * np.pi, 14, 18])
     x, y = grid.x - WORLD_SIDE / 2, grid.y - WORLD_SIDE / 2
     distance = x * np.cos(angle) + y * np.sin(angle)
@@ -75,7 +83,7 @@ def _beyond_border(generator: np.random.Generator, grid: Grid) -> np.ndarray:
 
 
 def _object(generator: np.random.Generator, grid: Grid, shape: str, placed: list[tuple[float, float, float]]):
-    """One shape: its mask (size, size), its paint (size, size, 3) and its attributes; `placed` gets its place."""
+    """Draw one shape: mask (size, size), paint (size, size, 3) and attributes; its position is added to `placed`."""
     radius = float(generator.uniform(9, 19))
     aspect = float(np.clip(generator.standard_normal(), -1.6, 1.6))
     x, y = _free_place(generator, radius, placed)
@@ -83,17 +91,17 @@ def _object(generator: np.random.Generator, grid: Grid, shape: str, placed: list
     pixels = grid.size / WORLD_SIDE
     angle = generator.uniform(0, 2 * np.pi)
     mask = shape_mask(shape, (x * pixels, y * pixels), radius * pixels, angle, aspect, grid.size)
-    colour, fill = str(generator.choice(COLOURS)), str(generator.choice(FILLS))
+    color, fill = str(generator.choice(COLORS)), str(generator.choice(FILLS))
     latents = _latents(generator)
-    paint = _paint(generator, grid, (x, y, radius), colour, fill, latents)
+    paint = _paint(generator, grid, (x, y, radius), color, fill, latents)
     attributes = Attributes(
-        kind="shape", concept=shape, colour=colour, fill=fill, radius=radius, aspect=aspect, latents=latents.tolist()
+        kind="shape", concept=shape, colour=color, fill=fill, radius=radius, aspect=aspect, latents=latents.tolist()
     )
     return mask, paint, attributes
 
 
 def _free_place(generator: np.random.Generator, radius: float, placed: list[tuple[float, float, float]]):
-    """A centre (x, y) in world units; after a few attempts shapes may overlap more."""
+    """Sample a center (x, y) in world units that avoids large overlap, with a limited number of attempts."""
     for _ in range(12):
         x, y = generator.uniform(10, WORLD_SIDE - 10, 2)
         if all(np.hypot(x - a, y - b) > 0.75 * (radius + c) for a, b, c in placed):
@@ -101,10 +109,10 @@ def _free_place(generator: np.random.Generator, radius: float, placed: list[tupl
     return float(x), float(y)
 
 
-def _paint(generator: np.random.Generator, grid: Grid, place, colour: str, fill: str, latents: np.ndarray):
-    """The coloured, filled and shaded plane (size, size, 3) that a shape is cut from."""
+def _paint(generator: np.random.Generator, grid: Grid, place, color: str, fill: str, latents: np.ndarray):
+    """Return the colored, filled and shaded plane (size, size, 3) from which a shape is cut."""
     x, y, radius = place
-    hue, saturation, value = COLOUR_VALUES[colour]
+    hue, saturation, value = COLOR_VALUES[color]
     light = rgb(hue + 0.010 * latents[0], saturation * (1 + 0.12 * latents[1]), value * (1 + 0.13 * latents[2]))
     angle = generator.uniform(0, np.pi)
     period = max(4.5, radius * generator.uniform(0.42, 0.58))
@@ -117,8 +125,8 @@ def _latents(generator: np.random.Generator) -> np.ndarray:
     return np.clip(generator.standard_normal(3), -1.8, 1.8)
 
 
-def _photograph(generator: np.random.Generator, grid: Grid, picture: np.ndarray) -> np.ndarray:
-    """Light that falls off, exposure and sensor noise: float 0..1 -> uint8, both (size, size, 3)."""
+def _expose(generator: np.random.Generator, grid: Grid, picture: np.ndarray) -> np.ndarray:
+    """Apply a light gradient, exposure and sensor noise: float 0..1 to uint8, both (size, size, 3)."""
     slope = generator.uniform(-0.12, 0.12, 2)
     half = WORLD_SIDE / 2
     light = 1 + slope[0] * (grid.x - half) / half + slope[1] * (grid.y - half) / half
@@ -127,8 +135,8 @@ def _photograph(generator: np.random.Generator, grid: Grid, picture: np.ndarray)
     return (np.clip(noisy, 0, 1) * 255).astype(np.uint8)
 
 
-def _visible(region_index: np.ndarray, regions: list[Attributes], size: int):
-    """Drop regions of which too little is left to see, and number the others consecutively."""
+def _drop_occluded(region_index: np.ndarray, regions: list[Attributes], size: int):
+    """Drop regions with a small visible area, and number the others consecutively."""
     areas = np.bincount(region_index.ravel(), minlength=len(regions)) * (WORLD_SIDE / size) ** 2
     kept = np.flatnonzero(areas >= SMALLEST_AREA)
     renumbered = np.full(len(regions), -1, dtype=np.int64)
