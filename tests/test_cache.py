@@ -147,7 +147,7 @@ def test_a_killed_writer_goes_on_and_the_reader_waits_for_it(bare, clip, undistu
 
     assert in_child(killed) == -signal.SIGKILL
     command = f"python -m train.cache teacher {bare} --clip {clip}"
-    with pytest.raises(ValueError, match=rf"teacher is half-written, \d of 3 shards .* complete it with `{command} "):
+    with pytest.raises(ValueError, match=rf"teacher is incomplete, \d of 3 shards .* complete it with `{command} "):
         TeacherCache.open(folder_of(bare), fingerprint(bare, clip))
     assert in_child(lambda: run(bare, "--clip", clip)) == 0
     assert contents(folder_of(bare)) == undisturbed
@@ -221,7 +221,7 @@ def test_a_stale_cache_is_refused_by_what_differs(tmp_path, data, clip, differin
     capsys.readouterr()
     assert run(other_data, "--clip", other_clip, "--out", folder, *options) == 2
     message = capsys.readouterr().err
-    assert f"{folder} was made with another {differing} than now asked for" in message and f"rm -r {folder}" in message
+    assert f"{folder} was made with another {differing} than now requested" in message and f"rm -r {folder}" in message
     with pytest.raises(ValueError, match=rf"{folder} was made with another {differing} than"):
         TeacherCache.open(folder, fingerprint(other_data, other_clip, bool(options)))
     assert contents(folder) == before

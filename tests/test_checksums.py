@@ -62,7 +62,7 @@ def test_a_rewritten_parquet_file_is_refused_and_made_again(prepared, loaded_bef
     table = pq.read_table(path)
     pq.write_table(table.take([1, 0, 2]), path)
     advice = (
-        r"copy/data/val-00000-of-00002.parquet is missing, damaged or was rewritten, .*: give `python -m train.data"
+        r"copy/data/val-00000-of-00002.parquet is missing, damaged or was rewritten, .*: run `python -m train.data"
     )
     with pytest.raises(DamagedFileError, match=advice):
         load_prepared(prepared, "val")
@@ -96,7 +96,7 @@ def test_other_classes_under_the_same_data_are_refused(prepared):
 def test_an_edited_prepared_json_is_refused(prepared):
     path = prepared / "prepared.json"
     path.write_text(path.read_text().replace('"benchmark": "toy"', '"benchmark": "ade20k_150"'))
-    with pytest.raises(DamagedFileError, match=rf"{path} is damaged or was edited, .*delete {prepared}"):
+    with pytest.raises(DamagedFileError, match=rf"{path} is damaged or was edited .*delete {prepared}"):
         load_prepared(prepared, "val")
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_dataset_is_refused_when_the_split_is_used(dataset):
     assert len(load_split(dataset, "val")) == 1
     for load in (lambda: load_split(dataset, "train"), lambda: load_splits(dataset)):
         with pytest.raises(
-            ValueError, match=rf"{path} is damaged, .*make it again with `python -m train.data.from_fold"
+            ValueError, match=rf"{path} is damaged .*create it again with `python -m train.data.from_fold"
         ):
             load()
     (dataset / CHECKSUMS_NAME).unlink()
@@ -150,7 +150,9 @@ def test_a_damaged_shard_is_refused_when_its_rows_are_read_and_written_again(tmp
     store, ids = TeacherCache.open(tmp_path, {"data": "d"}), [torch.tensor([1, 2])]
     for image in (0, 1, 3, 4, 5):
         assert store.lookup([f"i{image}"], ids)[0].tolist() == rows[2 * image : 2 * image + 2].tolist()
-    with pytest.raises(DamagedFileError, match=rf"{path} is damaged, rows 4 to 6 .*: `again` writes it anew"):
+    with pytest.raises(
+        DamagedFileError, match=rf"{path} is damaged, the checksum of rows 4 to 6 .*: `again` writes it again"
+    ):
         store.lookup(["i2"], ids)
     written = write_store(tmp_path, rows)
     assert sorted(written.shards._verified) == [0, 1, 2]
@@ -199,7 +201,7 @@ def test_json_with_a_checksum_is_read_as_written_and_in_its_shape(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text())))  # laid out in another way
     assert read_checksummed_json(path, shape, "x")["counts"] == {"9": 1, "10": 2}
     for text, problem in [
-        (path.read_text().replace("2}", "3}"), "its checksum is another"),
+        (path.read_text().replace("2}", "3}"), "checksum mismatch"),
         (path.read_text().replace('"names"', '"nouns"'), "names: is missing"),
         (path.read_text().replace("2}", "true}"), "counts.10: must be int, got True"),
         ("[" * 100_000, "it cannot be read as JSON: it is nested too deeply"),

@@ -209,7 +209,7 @@ REFUSED = {
     ),
     "no probabilities": (
         ["synonym_probabilities=boxes"],
-        "make them with `python -m train.cache synonyms .*/data --clip .*/clip --split train "
+        "create them with `python -m train.cache synonyms .*/data --clip .*/clip --split train "
         "--vocabulary .*/data/vocabulary.json`",
     ),
     "another vocabulary": (["vocabulary=disc"], "category ids .* are not in the vocabulary of 1 classes"),
@@ -240,7 +240,7 @@ def test_the_error_for_a_missing_teacher_cache_contains_the_command_that_writes_
     data = save_toy_dataset(tmp_path / "data")
     assert main([workplace.recipe, f"dataset={data}", "--out", str(tmp_path / "out")]) == 2
     command = f"python -m train.cache teacher {data} --clip {workplace.clip} --split train"
-    assert f"make them with `{command}`" in capsys.readouterr().err
+    assert f"create them with `{command}`" in capsys.readouterr().err
     assert precompute.main(command.split()[3:]) == 0
     assert main([workplace.recipe, f"dataset={data}", "--out", str(tmp_path / "out")]) == 2
     assert "--split val`" in capsys.readouterr().err
@@ -313,7 +313,7 @@ def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_pat
     assert main(given) == 1
     first, second = capsys.readouterr().err.partition("train: error: ")[2].splitlines()
     assert first.startswith(f"{shard} is damaged, rows ")
-    assert f"`python -m train.cache teacher {workplace.data} --clip" in first and "writes it anew" in first
+    assert f"`python -m train.cache teacher {workplace.data} --clip" in first and "writes it again" in first
     assert second == "There is no checkpoint yet: run the same command again to start from the beginning."
 
 

@@ -1,9 +1,8 @@
-"""Checks of stored files: JSON of a known shape with a checksum of itself, and checksums of other files.
+"""Integrity checks of stored files: JSON files with a schema and their own checksum, and checksums of other files.
 
-Every damage becomes a `DamagedFileError` of one line, which names the file and says how to make it again. Checksums
-find damage, and files that were exchanged or written by something else. They are no signatures: whoever rewrites a
-file on purpose can write its checksum too. SHA-256 stands where a result tells which data it was measured on, xxHash
-(xxh3, 128 bits) where speed matters: 24 GB a second from memory on one core, SHA-256 1.6.
+A damaged file raises a one-line `DamagedFileError` that names the file and how to restore it. The checksums detect
+damaged and exchanged files, not deliberate manipulation. SHA-256 identifies the data of a result; xxHash (xxh3, 128
+bits) is used where speed matters (24 GB/s from memory on one core, compared with 1.6 GB/s for SHA-256).
 """
 
 import hashlib
@@ -22,11 +21,10 @@ SUM = "checksum"
 
 
 class Each:
-    """
-    Shape of an object with any keys, whose values are alike.
+    """Schema of a JSON object with arbitrary keys and values of one schema.
 
     Args:
-        value: shape of the values.
+        value: Schema of the values.
     """
 
     def __init__(self, value: Any):
@@ -34,11 +32,10 @@ class Each:
 
 
 class Perhaps:
-    """
-    Shape of an entry that may be missing.
+    """Schema of an optional entry of a JSON object.
 
     Args:
-        value: its shape where it is there.
+        value: Schema of the entry, if it is present.
     """
 
     def __init__(self, value: Any):
@@ -46,14 +43,13 @@ class Perhaps:
 
 
 def shape_problems(value: Any, shape: Any, place: str = "") -> list[str]:
-    """
-    List how a JSON value differs from a shape, one line each.
+    """Validate a JSON value against a schema and return its problems, one line each.
 
     Args:
-        value: what `json.loads` gave.
-        shape: a type, a tuple of types, a list of one shape, `Each`, or an object of shapes, whose further keys are
-            not looked at. A number must be finite, and true is no number.
-        place: of the value, for the messages.
+        value: Value that `json.loads` returned.
+        shape: Schema: a type, a tuple of types, a list of one schema, `Each`, or a dictionary of schemas by key, where
+            further keys are ignored. Numbers must be finite, and booleans do not count as numbers.
+        place: Path of the value in the file, for the messages.
     """
     if isinstance(shape, Each | dict):
         return _object_problems(value, shape, place)
@@ -94,37 +90,36 @@ def _join(place: str, key: str) -> str:
 
 
 def write_checksummed_json(path: str | Path, content: Mapping[str, Any], sync: bool = False) -> None:
-    """
-    Write an object atomically as a JSON file with a checksum of itself.
+    """Write an object atomically to a JSON file that includes its own checksum.
 
     Args:
-        path: file to write.
-        content: what JSON can hold; NaN and Infinity are refused.
-        sync: bring it to the disk before it gets its name.
+        path: File to write.
+        content: Object that is serializable as JSON, without NaN and Infinity.
+        sync: Whether to flush the file to disk before renaming it.
 
     Raises:
-        ValueError: the content holds NaN or Infinity.
-        OSError: the file cannot be written.
+        ValueError: If the content contains NaN or Infinity.
+        OSError: If the file cannot be written.
     """
-    content = json.loads(json.dumps(content))  # as it will be read: keys are strings
-    sealed = {**content, SUM: _json_sum(content)}
-    atomic_write(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n", sync=sync)
+    content = json.loads(json.dumps(content))  # converts keys to strings, as they will be read
+    with_sum = {**content, SUM: _json_sum(content)}
+    atomic_write(path, json.dumps(with_sum, indent=1, ensure_ascii=False, allow_nan=False) + "\n", sync=sync)
 
 
 def read_json(path: str | Path, remedy: str | None = None, shape: Any = None, unique_keys: bool = False) -> Any:
-    """
-    Read a JSON file in UTF-8.
+    """Read and validate a JSON file in UTF-8.
 
     Args:
-        path: The file.
-        remedy: How to make a file that a command wrote again, the end of a sentence. None for files of users.
-        shape: Shape of the content, as in `shape_problems`; None accepts any.
-        unique_keys: Refuse an object that has a key twice, of which JSON's reader would keep the last.
+        path: File to read.
+        remedy: Instruction that ends the error message about a damaged file that a command wrote. None for files that
+            users wrote.
+        shape: Schema of the content, as in `shape_problems`. None accepts any content.
+        unique_keys: Whether to reject objects with duplicate keys, of which Python's reader keeps the last.
 
     Raises:
-        DamagedFileError: with a remedy, if the file is missing, cannot be read, is invalid JSON or of another shape.
-        OSError: without a remedy, if the file is missing or cannot be read.
-        ValueError: without a remedy, if it is invalid JSON or of another shape; file and line are named.
+        DamagedFileError: If `remedy` is given, and the file is missing, unreadable or invalid.
+        OSError: If `remedy` is None, and the file is missing or unreadable.
+        ValueError: If `remedy` is None, and the file is invalid.
     """
     place = str(path) if remedy is None else f"{path} is damaged"
     try:
@@ -162,37 +157,44 @@ def _file_error(problem: str, remedy: str | None) -> ValueError:
 
 
 def read_checksummed_json(path: str | Path, shape: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """
-    Read what `write_checksummed_json` wrote, without its checksum.
+    """Read and verify a file that `write_checksummed_json` wrote, and return its content without the checksum.
 
     Args:
-        path: the file.
-        shape: of its content, as in `shape_problems`.
-        remedy: what to do about a damaged file, the end of a sentence.
+        path: File to read.
+        shape: Schema of the content, as in `shape_problems`.
+        remedy: Instruction that ends the error message about a damaged file.
 
     Raises:
-        DamagedFileError: it is missing, invalid JSON, of another shape or edited; the message says which.
+        DamagedFileError: If the file is missing, invalid or edited.
     """
     content = read_json(path, remedy, {**shape, SUM: str})
     stored = content.pop(SUM)
     if stored != _json_sum(content):
-        raise DamagedFileError(f"{path} is damaged or was edited, its checksum is another than when written: {remedy}")
+        raise DamagedFileError(f"{path} is damaged or was edited (checksum mismatch): {remedy}")
     return content
 
 
 def _json_sum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of an object, however it is laid out in its file."""
+    """Return the SHA-256 of an object, independent of the formatting and key order of its file."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file; raises OSError if it cannot be read."""
+    """Return the SHA-256 of a file as a hexadecimal string.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_xxh3(path: str | Path) -> str:
-    """The 128 bits of xxh3 of a file in hexadecimal digits; raises OSError if it cannot be read."""
+    """Return the 128-bit xxh3 hash of a file as a hexadecimal string.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK_BYTES):
@@ -200,12 +202,12 @@ def file_xxh3(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-# Shape of what `describe_files` gives.
+# Schema of the result of `describe_files`.
 FILES = Each({"bytes": int, "xxh3": str})
 
 
 def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size in bytes and xxh3 of files, by their paths within a folder."""
+    """Return the size in bytes and the xxh3 hash of files, by their relative paths in a folder."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": file_xxh3(path)}
         for path in sorted(paths)
@@ -213,16 +215,15 @@ def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, A
 
 
 def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: str) -> None:
-    """
-    Compare files with what `describe_files` gave of them; all of them are read.
+    """Verify files against the result of `describe_files`, by reading all of them.
 
     Args:
-        folder: where they are.
-        files: what `describe_files` gave.
-        remedy: what to do about a damaged file, the end of a sentence.
+        folder: Folder of the files.
+        files: Result of `describe_files`.
+        remedy: Instruction that ends the error message about a damaged file.
 
     Raises:
-        DamagedFileError: naming the first file that is missing or does not hold what was written.
+        DamagedFileError: If a file is missing or has changed.
     """
     for name, file in files.items():
         path = folder / name
@@ -231,4 +232,4 @@ def require_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: 
         except OSError as error:
             raise DamagedFileError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
         if not is_whole:
-            raise DamagedFileError(f"{path} is damaged, its checksum is another than when written: {remedy}")
+            raise DamagedFileError(f"{path} is damaged (checksum mismatch): {remedy}")

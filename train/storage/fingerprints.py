@@ -1,6 +1,6 @@
-"""Fingerprints: short hashes by which a cache knows the dataset and the model that it was made from.
+"""Fingerprints of datasets, models and settings, by which a cache detects that its inputs have changed.
 
-They are made to notice changes, not to withstand someone who looks for two datasets with one hash (xxHash, 128 bits).
+Fingerprints are 128-bit xxHash values, which are not cryptographically secure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PICTURES = ("image", "segmentation")
 _ROWS_PER_PASS = 256
-# What weights do not tell about a CLIP tower. Other fields of a configuration come and go with versions.
+# Settings of a CLIP tower that its weights do not determine. Other configuration fields vary with library versions.
 _ARCHITECTURE = (
     "model_type",
     "image_size",
@@ -40,18 +40,16 @@ _ARCHITECTURE = (
 
 
 def data_fingerprint(dataset: Dataset, remember: str | Path | None = None, progress: bool = True) -> str:
-    """Hash of the rows of a dataset, in their order: of all image ids, segments, images and segmentations.
+    """Return a hash of the image ids, segments, images and segmentations of a dataset, in row order.
 
-    Of pictures stored in the dataset every encoded byte enters; of those that it only refers to, the path, the size
-    and the time of the last change of the file. Captions and further columns do not enter, nor does how the rows are
-    divided into files.
+    Embedded images are hashed by all their encoded bytes, and referenced image files by path, size and modification
+    time. The hash does not depend on captions, on further columns or on the division into files.
 
     Args:
-        dataset: in the schema of `train.data`, as it was loaded: not filtered or shuffled.
-        remember: a file in which the result is kept, so that the pictures are read only once. It is used again as
-            long as the names, sizes and times of the dataset's Arrow files and datasets' own fingerprint are the same:
-            an Arrow file changed in place to the same size under its old time would not be seen.
-        progress: show a bar where the pictures have to be read.
+        dataset: Dataset in the schema of `train.data.schema` as loaded, not filtered or shuffled.
+        remember: File that caches the result. The cached value is valid while the names, sizes and modification times
+            of the Arrow files and the fingerprint of `datasets` do not change.
+        progress: Whether to show a progress bar while images are read.
     """
     key = _files_key(dataset) if remember is not None else None
     if key is not None and (known := _recall(Path(remember), key)):
@@ -68,7 +66,7 @@ def data_fingerprint(dataset: Dataset, remember: str | Path | None = None, progr
 
 
 def model_fingerprint(*models: nn.Module) -> str:
-    """Hash of the weights of models and of what decides how CLIP towers use them."""
+    """Return a hash of the weights of models and of the settings of CLIP towers that affect their outputs."""
     import torch
 
     digest = xxhash.xxh3_128()
@@ -82,12 +80,12 @@ def model_fingerprint(*models: nn.Module) -> str:
 
 
 def settings_fingerprint(settings: Any) -> str:
-    """Hash of anything that JSON can hold."""
+    """Return a hash of settings that are serializable as JSON."""
     return xxhash.xxh3_128(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 class _RowsDigest:
-    """Hashes each stream of values apart, so that it does not matter how Arrow divides them."""
+    """Incremental hash of dataset rows that is independent of the division into Arrow chunks."""
 
     def __init__(self):
         self._streams: dict[str, xxhash.xxh3_128] = {}
@@ -128,7 +126,7 @@ class _RowsDigest:
             self._add(f"{name}.files", _file_state(path))
 
     def _add_bytes(self, name: str, array: pa.Array) -> None:
-        """Lengths and contents of binary values."""
+        """Hash the lengths and contents of binary values."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -153,12 +151,12 @@ def _file_state(path: str | None) -> bytes:
     try:
         state = os.stat(path)
     except (OSError, TypeError) as error:
-        raise ValueError(f"The dataset refers to a picture {path!r}, which cannot be read: {error}.") from error
+        raise ValueError(f"The dataset refers to an image {path!r}, which cannot be read: {error}.") from error
     return json.dumps([path, state.st_size, state.st_mtime_ns]).encode()
 
 
 def _files_key(dataset: Dataset) -> dict[str, Any] | None:
-    """By what a dataset is known again without reading it; None if it is not a folder's rows as they stand."""
+    """Return a key that identifies an unmodified dataset on disk without reading it, or None if rows are selected."""
     files = [Path(file["filename"]) for file in dataset.cache_files]
     if not files or dataset._indices is not None:
         return None
@@ -172,7 +170,7 @@ _REMEMBERED = {"key": {"files": [list], "rows": int, "datasets": str}, "fingerpr
 def _recall(path: Path, key: Mapping[str, Any]) -> str | None:
     try:
         known = read_checksummed_json(path, _REMEMBERED, "")
-    except DamagedFileError:  # or it is not there: the data are read again
+    except DamagedFileError:  # or missing: the fingerprint is computed again
         return None
     return known["fingerprint"] if known["key"] == key else None
 
@@ -181,5 +179,5 @@ def _keep(path: Path, key: Mapping[str, Any], fingerprint: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_checksummed_json(path, {"key": key, "fingerprint": fingerprint})
-    except OSError as error:  # a dataset that cannot be written to is read again each time
-        logging.getLogger(__name__).warning("The data's fingerprint cannot be kept: %s", error)
+    except OSError as error:  # the fingerprint of a read-only dataset is computed every time
+        logging.getLogger(__name__).warning("Cannot store the fingerprint of the dataset: %s", error)

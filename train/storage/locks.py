@@ -1,4 +1,4 @@
-"""A lock on an output folder or file, so that two runs never write into one place."""
+"""Lock on an output folder or file that prevents two runs from writing to the same place."""
 
 import os
 import shlex
@@ -11,27 +11,26 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where the workshop runs without this lock
+except ImportError:  # Windows, where training runs without this lock
     fcntl = None
 
 
 class OutputInUseError(ValueError):
-    """Another process is writing into the same output."""
+    """Error raised when another process is writing to the same output."""
 
 
 @contextmanager
 def lock_output(path: str | Path) -> Iterator[None]:
-    """
-    Hold an output folder or file for this process while the block runs.
+    """Lock an output folder or file for this process within a `with` block.
 
-    The lock is a file `.NAME.lock` beside the output. The operating system releases it when the process ends, however
-    it ends, so that a killed run never blocks the next one.
+    The lock is a file `.NAME.lock` next to the output. The operating system releases it when the process ends, so that
+    a killed run does not block the next one.
 
     Args:
-        path: Output folder or file; its parent folders are made.
+        path: Output folder or file. Its parent folders are created.
 
     Raises:
-        OutputInUseError: another process holds it; the message names that process, its computer and its command.
+        OutputInUseError: If another process holds the lock. The message names the process, its host and its command.
     """
     if fcntl is None:
         yield
@@ -48,18 +47,18 @@ def lock_output(path: str | Path) -> Iterator[None]:
         os.pwrite(descriptor, holder.encode(), 0)
         yield
     finally:
-        # Removed before it is released: whoever waits for the old file finds that it is gone and takes a new one.
+        # Removed before the release, so that a process that opened the old file notices and opens a new one.
         with suppress(OSError):
             lock.unlink()
         os.close(descriptor)
 
 
 def _acquire(lock: Path, path: Path) -> int:
-    """Descriptor of the lock file, locked."""
+    """Open and lock the lock file, and return its descriptor."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Not `flock`: its locks go on in forked workers, which may outlive a killed run.
+            # `flock` locks would be inherited by forked workers, which may outlive a killed run.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             holder = os.pread(descriptor, 4096, 0).decode(errors="replace") or "another process"

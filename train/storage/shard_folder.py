@@ -1,8 +1,8 @@
-"""Numbered shard files of a store, each whole or absent, so that a killed writer goes on at the first missing one.
+"""Crash-safe folder of numbered shard files, each complete or absent, so that an interrupted writer resumes.
 
-Every store of this project that is written in shards keeps them by this class: rows of regions (`shards`), Parquet
-files of prepared benchmarks (`train.data.prepared_shards`) and counts of an evaluation (`train.evaluate.chunks`). What
-stands in a shard, and how damage is found, belongs to the store.
+All sharded stores of this project use it: region rows (`shards`), Parquet files of prepared benchmarks
+(`train.data.prepared_shards`) and evaluation counts (`train.evaluate.chunks`). The stores define the content of a
+shard and how damage is detected.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,34 +14,33 @@ from modeling_gkc.atomic_files import atomic_path, remove_leftovers
 
 
 class ShardFolder:
-    """
-    Shard files of one store.
+    """Folder of the shard files of one store.
 
-    A shard is written under a temporary name, brought to the disk and then renamed: what has its final name is whole.
-    Any number of processes may each write their own shards.
+    A shard is written to a temporary file, flushed to disk and then renamed, so that a file with its final name is
+    complete. Several processes may write different shards.
 
     Args:
-        folder: Folder of the files; made when the first shard is written.
+        folder: Folder of the shards. It is created when the first shard is written.
         names: File name of each shard, in order.
-        verify: Number of a shard whose file exists -> what is known of it, None where it is damaged. Without it every
-            file that exists counts as whole. It is asked once as long as the file stays as it is.
+        verify: Function that maps the number of an existing shard to information about it, or to None if it is
+            damaged. Results are cached until the file changes. None accepts every existing file.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], verify: Callable[[int], Any] | None = None):
         self.folder, self.names, self.verify = Path(folder), list(names), verify
-        self._verified: dict[int, tuple[tuple[int, int, int], Any]] = {}  # state of the file, what is known of it
+        self._verified: dict[int, tuple[tuple[int, int, int], Any]] = {}  # file state and result of `verify`
 
     def path(self, shard: int) -> Path:
-        """File of a shard."""
+        """Return the path of a shard."""
         return self.folder / self.names[shard]
 
     def finished(self) -> dict[int, Any]:
-        """Numbers of the shards that are whole, each with what `verify` tells of it."""
+        """Return the numbers of the complete shards, each with the result of `verify`."""
         found = {shard: self._known(shard) for shard in range(len(self.names))}
         return {shard: known for shard, known in found.items() if known is not None}
 
     def pending(self) -> list[int]:
-        """Numbers of the shards that are missing or damaged."""
+        """Return the numbers of the missing or damaged shards."""
         finished = self.finished()
         return [shard for shard in range(len(self.names)) if shard not in finished]
 
@@ -59,11 +58,11 @@ class ShardFolder:
 
     @contextmanager
     def writing(self, shard: int) -> Iterator[Path]:
-        """Yield the temporary path of a shard, which gets its name when the block succeeds."""
+        """Yield the temporary path of a shard, which is renamed when the block succeeds."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path(shard), sync=True) as temporary:
             yield temporary
 
     def remove_leftovers(self) -> None:
-        """Delete temporary files of killed writers; by one process, while no other writes into the folder."""
+        """Delete temporary files of killed writers; call it from one process while no other writes to the folder."""
         remove_leftovers(self.folder)

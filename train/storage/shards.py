@@ -1,20 +1,20 @@
-"""A store of one row of numbers for each region of a dataset, written in shards and read without loading them.
+"""Crash-safe store of one vector per region of a dataset, written in shards and read by memory mapping.
 
 A store is a folder:
 
-    manifest.json            what the rows are made from; once all is written, also every file with its size
-    shard-00000.safetensors  of some images: `rows` (R, D) fp16, `segment_ids` (R,), `counts` (I,), `images` (I,)
-                             and `sums` (I,), the xxh3 of 64 bits of each image's rows
-    index.safetensors        of all images: where their rows are, and their `sums`
+    manifest.json            fingerprints of the inputs and, when the store is complete, the sizes of all shards
+    shard-00000.safetensors  images of one shard: `rows` (R, D) fp16, `segment_ids` (R,), `counts` (I,), `images` (I,)
+                             and `sums` (I,), the 64-bit xxh3 hashes of the rows of each image
+    index.safetensors        positions and `sums` of the rows of all images
 
-The shards are kept by `shard_folder.ShardFolder`: a killed writer goes on at the first shard that is missing or
-damaged. An image is known by 64 bits of the hash of its id.
+The shards are managed by `shard_folder.ShardFolder`, so that an interrupted writer resumes. Images are identified by a
+64-bit hash of their id.
 
-Every file carries a checksum. A writer compares those of all files, and writes damaged shards anew; a reader compares
-those of the manifest and the index when it opens a store, and that of an image's rows whenever it reads them, which
-takes a microsecond for 13 regions and leaves nothing to be read in advance.
+Every file has a checksum. A writer verifies all files and writes damaged shards again. A reader verifies the manifest
+and the index when it opens a store, and the rows of an image whenever it reads them, which takes a microsecond for 13
+regions.
 
-Letters: I images, R regions, S shards, N regions of an image, D columns.
+Shapes: I images, R regions, S shards, N regions of an image, D columns.
 """
 
 import hashlib
@@ -59,16 +59,16 @@ _NUMPY_TYPES = {"F16": "<f2", "I32": "<i4", "I64": "<i8", "U64": "<u8"}
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What a store holds.
+    """Content and origin of a store.
 
     Attributes:
         kind: `teacher` or `synonyms`.
-        fingerprint: by its name, a hash of each thing that the rows are made from.
-        columns: D.
-        images: I of the dataset.
-        images_per_shard: I of a shard; the last one may have fewer.
-        writing: what else must stay the same while a store is written, such as the precision of the teacher.
-        command: writes the rest of a half-written store.
+        fingerprint: Hash of each input of the rows, by name.
+        columns: Number D of columns.
+        images: Number of images in the dataset.
+        images_per_shard: Number I of images in a shard; the last shard may have fewer.
+        writing: Further settings that must not change while a store is written, such as the teacher's precision.
+        command: Command that completes an unfinished store.
     """
 
     kind: str
@@ -81,29 +81,29 @@ class StoreSettings:
 
     @property
     def num_shards(self) -> int:
-        """S."""
+        """Number S of shards."""
         return -(-self.images // self.images_per_shard)
 
     def images_of(self, shard: int) -> range:
-        """Positions in the dataset of the images of a shard."""
+        """Return the dataset positions of the images of a shard."""
         start = shard * self.images_per_shard
         return range(start, min(start + self.images_per_shard, self.images))
 
     def mark(self, shard: int) -> str:
-        """Stands in a shard, so that one of another store is never taken for it."""
+        """Return the identifier that is stored in a shard, which distinguishes it from shards of other stores."""
         decisive = {name: value for name, value in asdict(self).items() if name != "command"}
         return hashlib.sha256(json.dumps([decisive, shard], sort_keys=True).encode()).hexdigest()[:32]
 
 
 class StoreWriter:
-    """Writes a store, or what is missing of it. Any number of processes may each write their own shards.
+    """Writer of a store, which resumes an unfinished store; several processes may write different shards.
 
     Args:
-        folder: of the store.
-        settings: what it holds.
+        folder: Folder of the store.
+        settings: Content and origin of the store.
 
     Raises:
-        ValueError: the folder holds a store made from something else; the message says from what.
+        ValueError: If the folder contains a store of other inputs.
     """
 
     def __init__(self, folder: str | Path, settings: StoreSettings):
@@ -117,14 +117,14 @@ class StoreWriter:
         self.shards = ShardFolder(self.folder, names, self._verify)
 
     def begin(self) -> None:
-        """Make the folder ready; by one process, before any shard is written."""
+        """Prepare the folder; call it from one process before any shard is written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shards.remove_leftovers()
         if self.pending() or not self._is_finished():
             self._write_manifest({})
 
     def pending(self) -> list[int]:
-        """Shards that are not there yet, or damaged."""
+        """Return the numbers of the missing or damaged shards."""
         return self.shards.pending()
 
     def write(
@@ -133,14 +133,14 @@ class StoreWriter:
         """Write one shard.
 
         Args:
-            shard: its number.
-            image_ids: of its I images.
-            counts: (I,) regions of each.
-            segment_ids: (R,) of the regions, image after image.
-            rows: (R, D).
+            shard: Number of the shard.
+            image_ids: Ids of its I images.
+            counts: Number of regions of each image (I,).
+            segment_ids: Segment ids of the regions (R,), image by image.
+            rows: Vectors of the regions (R, D).
 
         Raises:
-            ValueError: a row is not finite.
+            ValueError: If a row is not finite.
         """
         _require_finite(image_ids, counts, rows)
         tensors = {
@@ -154,10 +154,10 @@ class StoreWriter:
             _save(temporary, tensors, {"mark": self.settings.mark(shard)})
 
     def finish(self) -> None:
-        """Write the index and seal the store; by one process, after all shards have been written.
+        """Write the index and the manifest; call it from one process after all shards have been written.
 
         Raises:
-            ValueError: shards are missing; images share an id; no image has a region.
+            ValueError: If shards are missing, images share an id, or no image has a region.
         """
         if missing := self.pending():
             raise ValueError(f"{self.folder} still lacks the shards {missing[:10]}: {_complete(self.settings)}")
@@ -168,7 +168,7 @@ class StoreWriter:
             self._write_manifest({"shards": shards, "index": verify_checksum(self.folder / INDEX, "write it again.")})
 
     def _verify(self, shard: int) -> bool | None:
-        """True if a shard has its checksum and belongs to this store, else None; all of it is read."""
+        """Return True if a shard is undamaged and belongs to this store, else None, by reading the whole file."""
         path = self.folder / shard_name(shard)
         try:
             verify_checksum(path, "")
@@ -183,8 +183,8 @@ class StoreWriter:
             return False
         return not _damaged_file(self.folder, manifest)
 
-    def _write_manifest(self, sealed: Mapping[str, Any]) -> None:
-        content = {"format": FORMAT, **asdict(self.settings), **sealed}
+    def _write_manifest(self, files: Mapping[str, Any]) -> None:
+        content = {"format": FORMAT, **asdict(self.settings), **files}
         write_checksummed_json(self.folder / MANIFEST, content, sync=True)
 
     def _describe(self, shard: int) -> dict[str, int]:
@@ -203,7 +203,7 @@ class StoreWriter:
         sums = np.concatenate([shard["sums"] for shard in shards])
         images = joined["images"][order]
         if (images[1:] == images[:-1]).any():
-            raise ValueError("Several images of the dataset have one image_id; give each its own.")
+            raise ValueError("Several images of the dataset have the same image_id: make the ids unique.")
         ends = np.cumsum(joined["counts"], dtype=np.int64)
         return {
             "images": images,
@@ -216,10 +216,10 @@ class StoreWriter:
 
 
 class RegionStore:
-    """Reads a sealed store: only the rows that are asked for are ever read.
+    """Reader of a complete store, which reads only the requested rows.
 
-    The index is mapped into memory, 32 bytes an image and 4 a region; nothing else stays there. The rows of an image
-    are compared with their checksum whenever they are read.
+    The index is memory-mapped, with 32 bytes per image and 4 bytes per region. The rows of an image are verified
+    whenever they are read.
     """
 
     kind: ClassVar[str]
@@ -235,15 +235,19 @@ class RegionStore:
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: Mapping[str, str]) -> "RegionStore":
-        """Open a store that was made from what the fingerprint says.
+        """Open a store of the given inputs.
+
+        Args:
+            folder: Folder of the store.
+            fingerprint: Expected hash of each input.
 
         Raises:
-            ValueError: there is none; it is stale, half-written or damaged. The message says what to do.
+            ValueError: If the store is missing, incomplete, damaged or of other inputs.
         """
         folder = Path(folder)
         command = f"python -m train.cache {cls.kind} DATASET --clip CLIP"
         if not (folder / MANIFEST).exists():
-            raise ValueError(f"There are no {cls.holds} in {folder}: make them with `{command}`.")
+            raise ValueError(f"There are no {cls.holds} in {folder}: create them with `{command}`.")
         manifest = read_manifest(folder)
         command = manifest["command"] or command
         if manifest["kind"] != cls.kind:
@@ -253,25 +257,29 @@ class RegionStore:
         if "shards" not in manifest:
             done, all_shards = len(list(folder.glob("shard-*.safetensors"))), StoreSettings(**_settings(manifest))
             raise ValueError(
-                f"{folder} is half-written, {done} of {all_shards.num_shards} shards are there: complete it with "
+                f"{folder} is incomplete, {done} of {all_shards.num_shards} shards exist: complete it with "
                 f"`{command}`."
             )
         if damaged := _damaged_file(folder, manifest):
-            raise DamagedFileError(f"{folder / damaged} is missing or damaged: `{command}` writes it anew.")
+            raise DamagedFileError(f"{folder / damaged} is missing or damaged: `{command}` writes it again.")
         return cls(folder, manifest)
 
     def __reduce__(self):
         return type(self).open, (self.folder, self.fingerprint)
 
     def __len__(self) -> int:
-        """R."""
+        """Return the number R of regions."""
         return len(self._index["segment_ids"])
 
     def lookup(self, image_ids: Sequence[str], segment_ids: Sequence[Tensor]) -> list[Tensor]:
-        """Rows (N, D) in fp32 of each image's segments (N,).
+        """Return the fp32 rows (N, D) of the segments (N,) of each image.
+
+        Args:
+            image_ids: Ids of the images.
+            segment_ids: Segment ids (N,) of each image.
 
         Raises:
-            KeyError: naming the image and the segments that the store does not have.
+            KeyError: If the store lacks a segment.
         """
         return [self._of_image(image_id, ids.cpu()) for image_id, ids in zip(image_ids, segment_ids, strict=True)]
 
@@ -286,7 +294,7 @@ class RegionStore:
         return torch.from_numpy(self._rows(start, stop, checksum)[found.argmax(axis=1)])
 
     def _range(self, image_id: str) -> tuple[int, int, int]:
-        """First row of an image, the one after its last, and the checksum of its rows."""
+        """Return the start, stop and checksum of the rows of an image."""
         key = np.uint64(_hash(image_id))
         place = int(np.searchsorted(self._index["images"], key))
         if place == len(self._index["images"]) or self._index["images"][place] != key:
@@ -295,9 +303,9 @@ class RegionStore:
         return start, stop, checksum
 
     def _rows(self, start: int, stop: int, checksum: int) -> np.ndarray:
-        """Rows of one image in fp32, whose bytes have this checksum.
+        """Read and verify the rows of one image in fp32.
 
-        The mapping lives only for this call: the pages of one that stays would count as used memory.
+        The memory mapping is closed after each call, since its pages would count as used memory.
         """
         shard = int(np.searchsorted(self._index["shard_starts"], start, side="right")) - 1
         row_bytes = 2 * self.columns
@@ -312,31 +320,31 @@ class RegionStore:
             stored = pages[offset - page_start :]
         if xxhash.xxh3_64_intdigest(stored) != checksum:
             raise DamagedFileError(
-                f"{path} is damaged, rows {start} to {stop} have another checksum than when written: "
-                f"`{self.command}` writes it anew."
+                f"{path} is damaged, the checksum of rows {start} to {stop} has changed since writing: "
+                f"`{self.command}` writes it again."
             )
         return np.frombuffer(stored, "<f2").astype(np.float32).reshape(-1, self.columns)
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def missing_regions(holds: str, image_id: str, segments: list[int]) -> KeyError:
-    """The error for segments that a cache does not have."""
+    """Return the error for segments that a store lacks."""
     return KeyError(
-        f"There are no {holds} of the segments {segments} of image {image_id!r}. Embed the dataset that is trained on."
+        f"There are no {holds} of the segments {segments} of image {image_id!r}. Embed the training dataset."
     )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store.
+    """Read the manifest of a store.
 
     Raises:
-        ValueError: it is not one that can be read.
+        ValueError: If the manifest is missing, damaged or of an older format.
     """
-    path, remedy = folder / MANIFEST, f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) and write it anew."
+    path, remedy = folder / MANIFEST, f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) and write it again."
     found = read_json(path, remedy)
     if isinstance(found, dict) and found.get("format") in _OLDER_FORMATS:
         raise ValueError(f"{folder} has the format {found['format']!r}, not {FORMAT!r}, and no checksums: {remedy}")
@@ -344,10 +352,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_not_stale(folder: Path, manifest: Mapping[str, Any], settings: StoreSettings) -> None:
-    """Refuse to go on with a store that was begun from something else.
+    """Check that an unfinished store has the same inputs as the settings.
+
+    Args:
+        folder: Folder of the store, for the error.
+        manifest: Manifest of the store.
+        settings: Content and origin of the store to write.
 
     Raises:
-        ValueError: saying what differs.
+        ValueError: If an input differs.
     """
     if manifest["kind"] != settings.kind:
         raise ValueError(
@@ -370,8 +383,8 @@ def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]
 
 def _stale(folder: Path, differing: list[str]) -> str:
     return (
-        f"{folder} was made with another {' and another '.join(differing)} than now asked for. Delete it to write it "
-        f"anew (`rm -r {shlex.quote(str(folder))}`), or name another folder."
+        f"{folder} was made with another {' and another '.join(differing)} than now requested. Delete it to write it "
+        f"again (`rm -r {shlex.quote(str(folder))}`), or name another folder."
     )
 
 
@@ -380,7 +393,7 @@ def _complete(settings: StoreSettings) -> str:
 
 
 def _damaged_file(folder: Path, manifest: Mapping[str, Any]) -> str | None:
-    """The first file of a sealed store that is missing, of another length, or an index of another checksum."""
+    """Return the name of a missing or damaged file of a complete store, checking shards by size only, or None."""
     for number, shard in enumerate(manifest["shards"]):
         path = folder / shard_name(number)
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -392,16 +405,16 @@ def _damaged_file(folder: Path, manifest: Mapping[str, Any]) -> str | None:
 
 
 def mapped_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file by name, mapped into memory and not read.
+    """Return the memory-mapped tensors of a safetensors file by name.
 
     Raises:
-        ValueError: the file is shorter than its header says.
+        ValueError: If the file is shorter than its header states.
     """
     return {name: _map(path, *place) for name, place in _places(path).items()}
 
 
 def _places(path: Path) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-    """Type, position in the file and shape of the tensors of a safetensors file."""
+    """Return the type, file offset and shape of each tensor of a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -421,7 +434,7 @@ def _hash(image_id: str) -> int:
 
 
 def _require_finite(image_ids: Sequence[str], counts: Sequence[int], rows: np.ndarray) -> None:
-    wrong = np.flatnonzero(~(np.abs(rows) <= np.finfo(np.float16).max).all(axis=1))  # true of NaN as well
+    wrong = np.flatnonzero(~(np.abs(rows) <= np.finfo(np.float16).max).all(axis=1))  # also true for NaN
     if len(wrong):
         image = image_ids[int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))]
         raise ValueError(
@@ -430,7 +443,7 @@ def _require_finite(image_ids: Sequence[str], counts: Sequence[int], rows: np.nd
 
 
 def _sums_of_images(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(I,) checksums of the rows (R, D) of each of I images, which follow one another."""
+    """Return the checksums (I,) of the consecutive rows (R, D) of each of I images."""
     ends = np.cumsum(counts)
     parts = (rows[end - count : end] for end, count in zip(ends, counts, strict=True))
     return np.array([xxhash.xxh3_64_intdigest(np.ascontiguousarray(part)) for part in parts], dtype=np.uint64)
