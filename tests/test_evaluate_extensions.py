@@ -162,7 +162,7 @@ def test_duplicate_score_names_raise(extended, tmp_path):
     folder = Path(train.metrics.__path__[-1])
     (folder / "twin_metric.py").write_text("from train.metrics.toy_metric import SCORES\n")
     all_scores.cache_clear()
-    with pytest.raises(RuntimeError, match="Two scores are called 'void_of_model'"):
+    with pytest.raises(RuntimeError, match="Two scores have the name 'void_of_model'"):
         all_scores()
 
 
@@ -173,9 +173,11 @@ def test_unavailable_scores_are_omitted_or_raise():
     assert list(make_scores(["video"], plain)) == ["video"]
     assert set(make_scores(["video"], kinds)) == {"video", "video_panoptic", "tracking"}
     assert list(make_scores(["video"], kinds, ("classes",))) == ["video"]  # for a model without segments
-    with pytest.raises(ValueError, match=r"panoptic results need things and stuff.*ask for semantic"):
+    with pytest.raises(
+        ValueError, match=r"panoptic results require classes divided into things and stuff.*use the task semantic"
+    ):
         make_scores(["semantic", "panoptic"], plain)
-    with pytest.raises(ValueError, match="the model, as it is asked, gives no panoptic, instance results"):
+    with pytest.raises(ValueError, match="the model with these options does not predict panoptic, instance results"):
         make_scores(["semantic", "panoptic", "instance"], kinds, ("classes",))
 
 

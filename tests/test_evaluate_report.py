@@ -59,9 +59,9 @@ def cells(text: str) -> dict[str, list[str]]:
     ("share", "predicted", "lines"),
     [
         (0.9, [60, 40], []),
-        (0.05, [60, 40], ["only 5.0 % of the pixels have a class and are scored"]),
-        (0.9, [97, 3], ["'sky' takes 97.0 % of the predictions, and is 70.0 % of the truth"]),
-        (0.05, [0, 100], ["only 5.0 %", "'tree' takes 100.0 % of the predictions, and is 30.0 % of the truth"]),
+        (0.05, [60, 40], ["Only 5.0 % of the pixels have a class and are scored"]),
+        (0.9, [97, 3], ["'sky' has 97.0 % of the predictions and 70.0 % of the ground truth"]),
+        (0.05, [0, 100], ["Only 5.0 %", "'tree' has 100.0 % of the predictions and 30.0 % of the ground truth"]),
         (None, [0, 0], []),
     ],
 )

@@ -262,7 +262,7 @@ def test_invalid_input_raises():
             metric.update("b", [found(ids, 1, category_id, score)], ids, truths)
     with pytest.raises(ValueError, match=r"Ids \[1\] of the truth are not in its segments \[5\]"):
         metric.update("b", [], ids, [segment(5, 2)])
-    with pytest.raises(ValueError, match="is_thing tells of 1 classes"):
+    with pytest.raises(ValueError, match="`is_thing` has 1 entries"):
         InstanceMetric(2, [True])
     with pytest.raises(ValueError, match="it lacks"):
         InstanceMetric.from_state({"num_classes": np.array(2)})

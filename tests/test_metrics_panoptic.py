@@ -213,11 +213,11 @@ def test_invalid_input_raises():
         metric.update(good, one, good, [*one, *one])
     with pytest.raises(ValueError, match="Ids of the prediction must be positive"):
         metric.update(good, [segment(0, 0)], good, one)
-    with pytest.raises(ValueError, match=r"Classes of the prediction must lie between -1 \(none\) and 3"):
+    with pytest.raises(ValueError, match=r"Classes of the prediction must be from -1 \(none\) to 3"):
         metric.update(good, [segment(1, 4)], good, one)
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="the same size"):
         metric.update(good.T, one, good, one)
-    with pytest.raises(ValueError, match="ids of the prediction must be whole numbers"):
+    with pytest.raises(ValueError, match="ids of the prediction must be integers"):
         metric.update(good * 1.0, one, good, one)
     with pytest.raises(ValueError, match="different is_thing"):
         metric.merge(PanopticMetric([True]))

@@ -86,7 +86,7 @@ def test_conventions_for_classes_without_ground_truth():
     zero = metric.compute(absent="zero")
     assert zero["miou"] == 1 / 4  # class 1 is predicted on a labeled pixel, class 2 on void only, class 3 nowhere
     assert zero["iou"] == [1 / 2, 0.0, None, None]
-    with pytest.raises(ValueError, match="absent must be one of"):
+    with pytest.raises(ValueError, match="`absent` must be one of"):
         metric.compute(absent="ignore")
 
 
@@ -105,7 +105,7 @@ def test_subset_of_classes():
     among = np.isin(truth, [1, 3])
     assert novel["pixel_accuracy"] == (truth == prediction)[among].mean()
     for wrong in ([5], [-1], [1, 1]):
-        with pytest.raises(ValueError, match="different numbers from 0 to 4"):
+        with pytest.raises(ValueError, match="different integers from 0 to 4"):
             scored(pairs).compute(classes=wrong)
 
 
@@ -177,13 +177,13 @@ def test_847_classes():
 @pytest.mark.parametrize("metric_class", [SemanticMetric, BoundaryMetric])
 def test_invalid_input_raises(metric_class):
     metric, good = metric_class(CLASSES), np.zeros((2, 3), dtype=int)
-    with pytest.raises(ValueError, match=r"holds 255, but there are 5 classes"):
+    with pytest.raises(ValueError, match=r"contains class 255, but there are 5 classes"):
         metric.update(good, good + 255)
-    with pytest.raises(ValueError, match=r"one size, got \(2, 3\) and \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"same size .*, got \(2, 3\) and \(3, 2\)"):
         metric.update(good, good.T)
-    with pytest.raises(ValueError, match="prediction must hold whole numbers, got float64"):
+    with pytest.raises(ValueError, match="prediction must contain integers, got float64"):
         metric.update(good * 1.0, good)
-    with pytest.raises(ValueError, match="num_classes must be at least 1"):
+    with pytest.raises(ValueError, match="`num_classes` must be at least 1"):
         metric_class(0)
     with pytest.raises(ValueError, match="different num_classes cannot be merged: 5 and 6"):
         metric.merge(metric_class(6))
@@ -290,7 +290,7 @@ def test_predictions_on_void_do_not_change_boundary_bands():
 
 @pytest.mark.parametrize("width", [0, 1, -0.1, math.nan])
 def test_invalid_boundary_width_raises(width):
-    with pytest.raises(ValueError, match="share of the image's diagonal"):
+    with pytest.raises(ValueError, match="fraction of the image diagonal"):
         BoundaryMetric(2, width)
 
 

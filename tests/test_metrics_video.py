@@ -119,7 +119,7 @@ def test_invalid_videos_raise():
     frames = [(row("1"), one, row("1"), one), (row("1"), [segment(1, 1)], row("1"), one)]
     with pytest.raises(ValueError, match="Id 1 of the prediction has the classes 0 and 1 in one video"):
         VideoPanopticMetric(IS_THING).update(frames)
-    with pytest.raises(ValueError, match="windows must be different numbers of frames"):
+    with pytest.raises(ValueError, match="`windows` must be different numbers of frames"):
         VideoPanopticMetric(IS_THING, (2, 0))
     with pytest.raises(ValueError, match="different windows cannot be merged"):
         VideoPanopticMetric(IS_THING).merge(VideoPanopticMetric(IS_THING, (1,)))
@@ -281,11 +281,11 @@ def test_consistency_without_constant_pixels_is_none():
 
 def test_invalid_class_maps_raise():
     metric, good = VideoConsistencyMetric(), np.zeros((3, 2, 2), int)
-    with pytest.raises(ValueError, match="There are 3 predictions and 2 truths of one video"):
+    with pytest.raises(ValueError, match="A video has 3 predictions and 2 ground truth maps"):
         metric.update(good, good[:2])
-    with pytest.raises(ValueError, match="frames of a video must be of one size"):
+    with pytest.raises(ValueError, match="frames of a video must have the same size"):
         metric.update([good[0], good[0, :1]], [good[0], good[0, :1]])
-    with pytest.raises(ValueError, match="windows must be different"):
+    with pytest.raises(ValueError, match="`windows` must be different"):
         VideoConsistencyMetric(())
 
 

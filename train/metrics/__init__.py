@@ -1,13 +1,13 @@
-"""The numbers by which segmentation is judged, taken over whole datasets.
+"""Segmentation metrics over whole datasets.
 
     metric = SemanticMetric(num_classes=150)
     for prediction, truth in ...:
-        metric.update(prediction, truth)     # streams: memory does not grow with the images
-    metric.merge(metric_of_another_process)  # exactly: the same bits in any order
+        metric.update(prediction, truth)     # memory does not grow with the number of images
+    metric.merge(metric_of_another_process)  # exact: bit-identical in any order
     np.savez("state.npz", **metric.state()); SemanticMetric.from_state(np.load("state.npz"))
     metric.compute()["miou"]
 
-| class | numbers | paper | all conventions |
+| class | scores | paper | conventions |
 | --- | --- | --- | --- |
 | `SemanticMetric` | mIoU, accuracies, frequency-weighted IoU | Long et al., CVPR 2015 | `train.metrics.semantic` |
 | `BoundaryMetric` | boundary IoU | Cheng et al., CVPR 2021 | `train.metrics.boundary` |
@@ -17,10 +17,10 @@
 | `TrackingQualityMetric` | STQ, SQ, AQ | Weber et al., NeurIPS 2021 | `train.metrics.tracking` |
 | `VideoConsistencyMetric` | mVC8, mVC16 | Miao et al., CVPR 2021 | `train.metrics.consistency` |
 
-All scores are 0 to 1; None stands where nothing is to be scored. A prediction has the size of its truth. Sums are
-whole numbers: pixels, or multiples of 2**-52 where shares are summed, which costs at most 2**-52 per summand.
-`describe()` gives all tables. A new metric is a file of this folder, see `train.metrics.score`. The folders below
-`train/metrics/modules` are the same for `evaluate.load`.
+All scores are in 0..1, and None if there is nothing to score. A prediction has the size of its ground truth. Sums are
+integers: pixels, or multiples of 2**-52 for sums of fractions, with an error of at most 2**-52 per summand.
+`describe()` returns the conventions of all metrics. A new metric is one file in this folder, see
+`train.metrics.score`. The folders in `train/metrics/modules` provide the metrics for `evaluate.load`.
 """
 
 import sys
@@ -59,6 +59,6 @@ __all__ = [
 
 
 def describe() -> str:
-    """Which convention each number follows, as Markdown."""
+    """Return the conventions of all metrics in Markdown."""
     modules = dict.fromkeys(score.__module__ for score in all_scores().values())
     return "\n\n".join(sys.modules[module].__doc__.strip() for module in modules) + "\n"

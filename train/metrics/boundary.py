@@ -1,15 +1,15 @@
 """Boundary IoU (Cheng et al., "Boundary IoU: improving object-centric image segmentation evaluation", CVPR 2021).
 
-| question | how it is done |
+| aspect | convention |
 | --- | --- |
-| band of a class | pixels of the class within d of its contour: the mask less its erosion by a square of 2 d + 1 |
-| d | 2 % of the image's diagonal, rounded, at least one pixel |
-| edge of the image | a contour, as in the paper: beyond it nothing belongs to the mask |
-| score of a class | pixels that are in both bands / pixels that are in either, each summed over all images |
-| pixels with negative truth | void in the prediction too before the bands are taken, then not counted |
+| band of a class | pixels of the class within d of its contour: the mask minus its erosion by a square of 2 d + 1 |
+| d | 2 % of the image diagonal, rounded, at least one pixel |
+| image border | a contour, as in the paper: the mask ends at the border |
+| score of a class | pixels in both bands / pixels in either band, each summed over all images |
+| pixels with negative ground truth | set to void in the prediction before computing bands, and not counted |
 | class without ground truth | as in `train.metrics.semantic` |
 
-The paper scores masks one by one (for AP and PQ); here the classes' bands are summed over the dataset as mIoU does.
+The paper scores individual masks (for AP and PQ); here the bands of classes are summed over the dataset, as for mIoU.
 """
 
 import math
@@ -36,19 +36,19 @@ _VOID = -1
 
 
 def boundary_band(classes: np.ndarray, distance: int) -> np.ndarray:
-    """Where a map of classes has another class, or the outside of the image, within a distance.
+    """Return the pixels of a class map with another class or the image border within a distance.
 
     Args:
-        classes: (H, W) ints, at least -1.
-        distance: d in pixels, along rows and columns (the square of 2 d + 1 pixels around the pixel is looked at).
+        classes: Class map (H, W) of integers of at least -1.
+        distance: Distance d in pixels, along rows and columns (a square of 2 d + 1 pixels).
 
     Returns:
-        (H, W) bool: for every class, its band is where this holds within its mask.
+        A mask (H, W) bool. The band of a class is its part within the mask of the class.
     """
     height, width = classes.shape
     band = np.ones((height, width), dtype=bool)
     if min(height, width) > 2 * distance:
-        # A square is of one class if no two neighbours in it differ: all classes at once, at one price for every d.
+        # A square has one class if no neighbors in it differ. This handles all classes at once, in constant time in d.
         across = _window_sums(classes[:, 1:] != classes[:, :-1], 2 * distance + 1, 2 * distance)
         down = _window_sums(classes[1:] != classes[:-1], 2 * distance, 2 * distance + 1)
         band[distance:-distance, distance:-distance] = (across + down) > 0
@@ -56,7 +56,7 @@ def boundary_band(classes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _window_sums(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """(H - rows + 1, W - columns + 1) sums over all windows that lie within (H, W)."""
+    """Return the sums (H - rows + 1, W - columns + 1) over all windows within (H, W)."""
     totals = np.zeros((values.shape[0] + 1, values.shape[1] + 1), dtype=np.int32)
     np.cumsum(values, axis=0, dtype=np.int32, out=totals[1:, 1:])
     np.cumsum(totals, axis=1, out=totals)
@@ -65,24 +65,24 @@ def _window_sums(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def band_width(shape: tuple[int, int], width: float = 0.02) -> int:
-    """d in pixels: a share of the diagonal of an image (height, width), at least one."""
+    """Return d in pixels, a fraction of the diagonal of an image (height, width), at least one."""
     return max(1, round(width * math.hypot(*shape)))
 
 
 def boundary_counts(prediction: np.ndarray, truth: np.ndarray, num_classes: int, width: float = 0.02) -> np.ndarray:
-    """Count the pixels of every class's bands.
+    """Count the pixels in the boundary bands of every class.
 
     Args:
-        prediction: (H, W) ints; what is no class is void.
-        truth: (H, W) ints; pixels with a negative one are left out.
-        num_classes: K.
-        width: d as a share of the image's diagonal.
+        prediction: Predicted classes (H, W). Values outside 0..K - 1 are void.
+        truth: Ground truth classes (H, W). Pixels with a negative value are ignored.
+        num_classes: Number K of classes.
+        width: Width d of the bands as a fraction of the image diagonal.
 
     Returns:
-        (3, K) int64: pixels in both bands, in the band of the truth, in that of the prediction.
+        Pixel counts (3, K) int64: in both bands, in the ground truth band and in the predicted band.
 
     Raises:
-        ValueError: the sizes differ, an array does not hold whole numbers, or the truth holds K or more.
+        ValueError: If the sizes differ, an array is not of integers, or the ground truth has a value of K or more.
     """
     prediction, truth = check_maps(prediction, truth)
     check_truth(truth, num_classes)
@@ -99,11 +99,11 @@ def boundary_counts(prediction: np.ndarray, truth: np.ndarray, num_classes: int,
 
 
 class BoundaryMetric(Metric):
-    """Boundary IoU over a dataset; see the table of this module.
+    """Boundary IoU over a dataset, with the conventions of this module.
 
     Args:
-        num_classes: K.
-        width: of the bands, as a share of the image's diagonal.
+        num_classes: Number K of classes.
+        width: Width of the bands as a fraction of the image diagonal.
     """
 
     settings = ("num_classes", "width")
@@ -111,18 +111,23 @@ class BoundaryMetric(Metric):
 
     def __init__(self, num_classes: int, width: float = 0.02):
         if not 0 < width < 1:
-            raise ValueError(f"width must be a share of the image's diagonal between 0 and 1, got {width}.")
+            raise ValueError(f"`width` must be a fraction of the image diagonal between 0 and 1, got {width}.")
         self.num_classes, self.width = check_num_classes(num_classes), float(width)
         self.counts = np.zeros((3, num_classes), dtype=np.int64)
 
     def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        """Add one image; arguments and errors as of `boundary_counts`."""
+        """Add one image, with the first two arguments and the errors of `boundary_counts`."""
         self.counts += boundary_counts(prediction, truth, self.num_classes, self.width)
 
     def compute(self, absent: str = "left_out", classes: Sequence[int] | None = None) -> dict[str, Any]:
-        """The mean `boundary_iou` over the classes (all for None), and the list `iou` over all K classes.
+        """Compute the boundary IoU.
 
-        `absent` is as in `semantic_scores`; a class without ground truth has None.
+        Args:
+            absent: Treatment of classes without ground truth, as in `semantic_scores`.
+            classes: Classes to average over. None takes all classes.
+
+        Returns:
+            `boundary_iou`, the mean over the classes, and `iou`, a list over all K classes, None without ground truth.
         """
         check_absent(absent)
         both, true, found = self.counts.tolist()
@@ -141,11 +146,11 @@ class BoundaryScore(Score):
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """See `Score`."""
+        """Create an empty score for the classes of a benchmark."""
         return cls(BoundaryMetric(len(vocabulary)))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """See `Score`."""
+        """Add one image."""
         self.metric.update(prediction.classes, sample.truth)
 
 

@@ -1,12 +1,12 @@
 """Video consistency (Miao et al., "VSPW: a large-scale dataset for video scene parsing in the wild", CVPR 2021).
 
-| question | how it is done |
+| aspect | convention |
 | --- | --- |
-| window of n | n consecutive frames, from every start that has n frames left |
-| pixels of a window | those whose truth is one class in all n frames; a negative truth is none |
-| score of a window | the share of those pixels whose prediction is that class in all n frames |
-| score of a video | mean over its windows that have such pixels |
-| mVCn | mean over the videos that have such a window; videos shorter than n frames have none |
+| window of n | n consecutive frames, at every start with n frames left |
+| pixels of a window | pixels whose ground truth is one class (non-negative) in all n frames |
+| score of a window | the fraction of those pixels whose prediction is that class in all n frames |
+| score of a video | mean over its windows with such pixels |
+| mVCn | mean over the videos with such a window; videos shorter than n frames have none |
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,28 +23,32 @@ from .score import Prediction, ReportedScore, Sample, VideoScore
 def video_consistency(
     predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], windows: Sequence[int] = (8, 16)
 ) -> list[int | None]:
-    """The consistency of one video.
+    """Return the video consistency of one video.
 
     Args:
-        predictions: T maps (H, W) ints, or an array (T, H, W).
-        truths: likewise; negative where nothing is to be scored.
-        windows: numbers of frames.
+        predictions: Predicted class maps (T, H, W) of T frames.
+        truths: Ground truth class maps (T, H, W), negative for ignored pixels.
+        windows: Window lengths in frames.
 
     Returns:
-        For each number of frames a multiple of 2**-52 (see `train.metrics.base`), None where the video has no window.
+        The consistency for each window length as a multiple of 2**-52 (see `train.metrics.base`), or None if the video
+        has no window.
 
     Raises:
-        ValueError: numbers or sizes of the maps differ, or they do not hold whole numbers.
+        ValueError: If the number or size of the maps differs, or they are not integers.
     """
     if len(predictions) != len(truths):
-        raise ValueError(f"There are {len(predictions)} predictions and {len(truths)} truths of one video.")
+        raise ValueError(
+            f"A video has {len(predictions)} predictions and {len(truths)} ground truth maps: pass one of each per "
+            "frame."
+        )
     shares: list[list[int]] = [[] for _ in windows]
     for same, right in _streaks(predictions, truths):
         for window, shares_of_window in zip(windows, shares, strict=True):
             constant = same >= window
             pixels = int(np.count_nonzero(constant))
             if pixels:
-                # Right in so many frames of constant truth: the prediction was constant, too.
+                # A prediction that is correct in all frames of constant ground truth is constant, too.
                 shares_of_window.append(as_fixed(np.count_nonzero(constant & (right >= window)), pixels))
     return [sum(listed) // len(listed) if listed else None for listed in shares]
 
@@ -52,7 +56,7 @@ def video_consistency(
 def _streaks(
     predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of every frame (H, W): how many frames the truth has stayed, and the prediction been right, up to this one."""
+    """Yield for each frame the numbers of frames (H, W) with constant ground truth and correct prediction up to it."""
     same = right = before = None
     for prediction, truth in zip(predictions, truths, strict=True):
         prediction, truth = check_maps(prediction, truth)
@@ -60,7 +64,7 @@ def _streaks(
         if before is None:
             same, right = (np.zeros(truth.shape, dtype=np.int32) for _ in range(2))
         elif truth.shape != before.shape:
-            raise ValueError(f"The frames of a video must be of one size, got {before.shape} and {truth.shape}.")
+            raise ValueError(f"The frames of a video must have the same size, got {before.shape} and {truth.shape}.")
         else:
             same *= truth == before
         same, right = (same + 1) * known, (right + 1) * (prediction == truth)
@@ -69,10 +73,10 @@ def _streaks(
 
 
 class VideoConsistencyMetric(Metric):
-    """Video consistency over a dataset of videos; see the table of this module.
+    """Video consistency over a dataset of videos, with the conventions of this module.
 
     Args:
-        windows: numbers of frames.
+        windows: Window lengths in frames.
     """
 
     settings = ("windows",)
@@ -85,14 +89,14 @@ class VideoConsistencyMetric(Metric):
         self.videos = np.zeros(len(self.windows), dtype=np.int64)
 
     def update(self, predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray]) -> None:
-        """Add one whole video; arguments and errors as of `video_consistency`."""
+        """Add one whole video, with the arguments and errors of `video_consistency`."""
         for place, value in enumerate(video_consistency(predictions, truths, self.windows)):
             if value is not None:
                 add_fixed(self.consistency_sums, place, value)
                 self.videos[place] += 1
 
     def compute(self) -> dict[str, Any]:
-        """`mVC8`, `mVC16` and so on (0 to 1, None without a window), and the `videos` that each is a mean over."""
+        """Return `mVC8`, `mVC16`, ... in 0..1, or None without a window, and the number of `videos` of each mean."""
         sums, videos = exact_values(self.consistency_sums), self.videos.tolist()
         scores = {
             f"mVC{window}": total / number if number else None
@@ -113,7 +117,7 @@ class VideoConsistencyScore(VideoScore):
         return cls(VideoConsistencyMetric())
 
     def frame(self, sample: Sample, prediction: Prediction) -> tuple:
-        """Class maps of prediction and truth, in 16 bits."""
+        """Return the class maps of prediction and ground truth as 16-bit integers."""
         return prediction.classes.astype(np.int16), sample.truth.astype(np.int16)
 
     def update_video(self, frames: list[tuple]) -> None:

@@ -1,10 +1,10 @@
-"""The metrics as modules of the library `evaluate`.
+"""Base class for metric modules of Hugging Face's `evaluate` library.
 
     metric = evaluate.load("train/metrics/modules/mean_iou", num_classes=150)
     metric.add(prediction=prediction, reference=truth)
     metric.compute(absent="left_out")["miou"]
 
-Run from the root of the clone, so that the modules find `train`; nothing is downloaded.
+Run it from the root of the repository, so that the modules can import `train`. Nothing is downloaded.
 """
 
 from abc import ABC, abstractmethod
@@ -27,10 +27,10 @@ _EVALUATE_OPTIONS |= {"timeout"}
 
 
 class StreamingModule(evaluate.Metric, ABC):
-    """An `evaluate.Metric` that scores every example as it comes, where evaluate's own stores all until `compute`.
+    """`evaluate.Metric` that updates its sums with every example, instead of storing all examples until `compute`.
 
-    Subclasses say which metric they make, what an example looks like and how it is added. Arguments of the metric are
-    given to `evaluate.load`; those of its `compute` to `compute`, after which the module starts anew.
+    Subclasses define the metric, the features of an example and how an example is added. `evaluate.load` accepts the
+    arguments of the metric, and `compute` those of its `compute`. After `compute` the module is reset.
     """
 
     metric_class: type[Metric]
@@ -39,8 +39,8 @@ class StreamingModule(evaluate.Metric, ABC):
     def __init__(self, config_name: str | None = None, num_process: int = 1, process_id: int = 0, **options: Any):
         if num_process != 1:
             raise ValueError(
-                f"num_process must be 1, got {num_process}: give every process its own `{self.metric_class.__name__}` "
-                "of train.metrics and merge them, which is exact."
+                f"num_process must be 1, got {num_process}: create a `{self.metric_class.__name__}` of train.metrics "
+                "in every process and merge them, which is exact."
             )
         evaluate_own = {name: options.pop(name) for name in _EVALUATE_OPTIONS & options.keys()}
         super().__init__(config_name, **evaluate_own)
@@ -75,7 +75,13 @@ class StreamingModule(evaluate.Metric, ABC):
     def compute(
         self, *, predictions: Sequence[Any] | None = None, references: Sequence[Any] | None = None, **options: Any
     ) -> dict[str, Any]:
-        """The scores of all that was added, and of these examples; further arguments as of the metric's `compute`."""
+        """Compute the scores of all added examples and reset the metric.
+
+        Args:
+            predictions: Predictions of further examples to add first.
+            references: Ground truth of the further examples.
+            **options: Arguments of the metric's `compute`.
+        """
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         scores = self.metric.compute(**options)
@@ -84,12 +90,12 @@ class StreamingModule(evaluate.Metric, ABC):
 
 
 def class_map(example: Any) -> np.ndarray:
-    """A map of classes or ids from an array, a tensor or lists."""
+    """Convert an array, a tensor or lists to a map of classes or ids."""
     return np.asarray(example)
 
 
 def segment_frames(prediction: Mapping[str, Any], reference: Mapping[str, Any]) -> list[tuple]:
-    """The frames of a video from its maps of ids (T, H, W) and its segments of every frame."""
+    """Return the frames of a video from its ids (T, H, W) and the segments of every frame."""
     columns = (prediction["ids"], prediction["segments"], reference["ids"], reference["segments"])
     return [
         (class_map(ids), segments, class_map(truth_ids), truth_segments)

@@ -1,15 +1,15 @@
-"""Average precision of objects (Lin et al., "Microsoft COCO: common objects in context", ECCV 2014), by pycocotools.
+"""Mask average precision (Lin et al., "Microsoft COCO: common objects in context", ECCV 2014), with pycocotools.
 
-| question | how it is done |
+| aspect | convention |
 | --- | --- |
 | `ap` | mean over IoU 0.50, 0.55, ..., 0.95 of masks, over 101 recalls and over the classes with ground truth |
-| `ap50`, `ap75` | at IoU 0.50 and 0.75 alone |
-| detections | the 100 of highest score of each class in each image; equal scores keep the order they were given in |
-| crowd of the truth | `iscrowd`: detections on it are neither right nor wrong |
-| void of the truth | ordinary background, as COCO has none: a detection on it is wrong |
-| classes | those of `is_thing` (all by default); the others' truth and detections are left out |
+| `ap50`, `ap75` | AP at IoU 0.50 and 0.75 |
+| detections | the 100 detections of each class and image with the highest scores; the order of equal scores is kept |
+| ground truth crowds | detections on segments with `iscrowd` are ignored |
+| ground truth void | background, since COCO has no void: a detection on it is a false positive |
+| classes | those of `is_thing` (all by default); ground truth and detections of other classes are ignored |
 
-Scores of detections are ranked over the whole dataset, so all are kept, as run lengths: memory grows with the images.
+Detections are ranked over the whole dataset and are stored as run lengths, so that memory grows with the images.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _KINDS = ("detections", "truths")
 
 @dataclass
 class _Image:
-    """One image: its size, and each object as class, score, crowd and run lengths."""
+    """Image size (height, width) and the objects of an image as tuples of class, score, crowd and run lengths."""
 
     shape: tuple[int, int]
     detections: list[tuple[int, float, bool, bytes]] = field(default_factory=list)
@@ -42,11 +42,11 @@ class _Image:
 
 
 class InstanceMetric(Metric):
-    """AP of objects over a dataset; see the table of this module.
+    """Mask AP over a dataset, with the conventions of this module.
 
     Args:
-        num_classes: K.
-        is_thing: of each class, whether it is scored; all if None.
+        num_classes: Number K of classes.
+        is_thing: Whether each class is scored. None scores all classes.
     """
 
     settings = ("num_classes", "is_thing")
@@ -55,7 +55,7 @@ class InstanceMetric(Metric):
         self.num_classes = check_num_classes(num_classes)
         self.is_thing = [True] * num_classes if is_thing is None else [bool(thing) for thing in is_thing]
         if len(self.is_thing) != num_classes:
-            raise ValueError(f"is_thing tells of {len(self.is_thing)} classes, num_classes is {num_classes}.")
+            raise ValueError(f"`is_thing` has {len(self.is_thing)} entries, but `num_classes` is {num_classes}.")
         self.images: dict[str, _Image] = {}
 
     def update(
@@ -68,19 +68,20 @@ class InstanceMetric(Metric):
         """Add one image.
 
         Args:
-            image_id: its name, unique.
-            detections: `category_id`, `score` and `mask` of each: (H, W) bool, or run lengths as COCO writes them.
-            truth_ids: (H, W) ints, id of the segment of each pixel, 0 void.
-            truth_segments: `id`, `category_id` and `iscrowd` of each; left out are those of class -1 and without
-                a pixel.
+            image_id: Unique id of the image.
+            detections: Detections with `category_id`, `score` and `mask`, a mask (H, W) bool or COCO run lengths.
+            truth_ids: Ground truth segment id of each pixel (H, W), 0 for void.
+            truth_segments: Ground truth segments with `id`, `category_id` and `iscrowd`. Segments of class -1 or
+                without pixels are ignored.
 
         Raises:
-            ValueError: an image given twice, masks of another size, unknown ids or classes, a score that is no number.
-            RuntimeError: pycocotools is missing.
+            ValueError: If the image was added before, a mask has another size, an id or class is unknown, or a score
+                is not finite.
+            RuntimeError: If pycocotools is not installed.
         """
         image_id, truth_ids = str(image_id), np.asarray(truth_ids)
         if image_id in self.images:
-            raise ValueError(f"Image {image_id!r} was added before; every image counts once.")
+            raise ValueError(f"Image {image_id!r} was added before: add every image once.")
         image = _Image(tuple(truth_ids.shape))
         for segment in self._scored(truth_ids, truth_segments):
             mask = truth_ids == segment["id"]
@@ -101,14 +102,14 @@ class InstanceMetric(Metric):
     def _scored(self, truth_ids: np.ndarray, segments: Segments) -> list[Mapping[str, Any]]:
         SegmentList(segments, self.num_classes, "truth").places(
             shared_runs(truth_ids, truth_ids)[0]
-        )  # refuses ids not listed
+        )  # raises if an id is not listed
         return [s for s in segments if s["category_id"] != NO_CLASS and self.is_thing[s["category_id"]]]
 
     def merge(self, other: Self) -> None:
         """Add all images of another metric.
 
         Raises:
-            ValueError: an image is in both, or the metrics differ in kind or settings.
+            ValueError: If an image is in both metrics, or their types or settings differ.
         """
         self._check_like(other)
         both = sorted(self.images.keys() & other.images.keys())
@@ -117,9 +118,9 @@ class InstanceMetric(Metric):
         self.images.update(other.images)
 
     def state(self) -> State:
-        """Settings, names and sizes of the images, and of both kinds of objects their columns and joined run lengths.
+        """Return the settings, the image names and sizes, and the columns and joined run lengths of all objects.
 
-        The images stand in the order of their names, so that the state does not depend on the order they came in.
+        Images are sorted by name, so that the state does not depend on the order of updates.
         """
         names = sorted(self.images)
         state = super().state()
@@ -135,10 +136,10 @@ class InstanceMetric(Metric):
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """See `Metric.from_state`."""
+        """Restore a metric from its state."""
         parts = ["images", "shapes", *(f"{kind}_{column}" for kind in _KINDS for column in (*_COLUMNS, "runs"))]
         if missing := sorted(set(parts) - set(state)):
-            raise ValueError(f"This is no state of {cls.__name__}: it lacks {missing}.")
+            raise ValueError(f"Invalid state of {cls.__name__}: it lacks {missing}.")
         metric = cls._from_settings(state)
         names, shapes = state["images"].tolist(), state["shapes"].tolist()
         metric.images = {name: _Image(tuple(shape)) for name, shape in zip(names, shapes, strict=True)}
@@ -154,10 +155,14 @@ class InstanceMetric(Metric):
         return metric
 
     def compute(self, classes: Sequence[int] | None = None) -> dict[str, Any]:
-        """The scores, 0 to 1, over these classes (all for None).
+        """Compute the scores of classes in 0..1.
+
+        Args:
+            classes: Classes to average over. None takes all classes.
 
         Returns:
-            `ap`, `ap50`, `ap75` (None without ground truth), `per_class`: lists of the same three over all classes.
+            `ap`, `ap50` and `ap75`, or None without ground truth, and `per_class`, lists of the same scores for all
+            classes.
         """
         precision = _precision(self.images, [k for k in range(self.num_classes) if self.is_thing[k]])
         chosen = [k for k in chosen_classes(classes, self.num_classes) if self.is_thing[k]]
@@ -174,7 +179,7 @@ def _class_ap(precision: np.ndarray | None) -> dict[str, float | None]:
 
 
 def _mean_precision(parts: list[np.ndarray]) -> float | None:
-    """The mean of all precisions; those of classes without ground truth are -1."""
+    """Return the mean of all precisions, ignoring classes without ground truth, whose precisions are -1."""
     scored = [part for part in parts if (part > -1).any()]
     return math.fsum(np.stack(scored).flat) / sum(part.size for part in scored) if scored else None
 
@@ -183,12 +188,12 @@ def _coder() -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise RuntimeError("AP is taken by pycocotools: pip install pycocotools") from error
+        raise RuntimeError("AP requires pycocotools: pip install pycocotools") from error
     return mask
 
 
 def _run_lengths(mask: Any, shape: tuple[int, int]) -> bytes:
-    """COCO's compressed run lengths of a mask (H, W) or of any run lengths."""
+    """Return the compressed COCO run lengths of a mask (H, W) or of uncompressed run lengths."""
     if isinstance(mask, Mapping):
         runs, counts = checked_runs(mask, shape), mask["counts"]
         if not isinstance(counts, str | bytes | bytearray):
@@ -207,7 +212,7 @@ def _annotations(images: Mapping[str, _Image], names: Sequence[str], kind: str) 
             code = {"size": list(images[name].shape), "counts": counts}
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # 0 would be taken for "no match"
+                    "id": len(annotations) + 1,  # pycocotools treats 0 as "no match"
                     "image_id": place,
                     "category_id": index,
                     "score": score,
@@ -221,7 +226,7 @@ def _annotations(images: Mapping[str, _Image], names: Sequence[str], kind: str) 
 
 
 def _precision(images: Mapping[str, _Image], classes: Sequence[int]) -> dict[int, np.ndarray]:
-    """Precision (10 IoUs, 101 recalls) of each class, -1 where it has no ground truth."""
+    """Return the precision (10 IoUs, 101 recalls) of each class, -1 without ground truth."""
     if not images:
         return {index: np.full((10, 101), -1.0) for index in classes}
     _coder()
@@ -243,7 +248,7 @@ def _precision(images: Mapping[str, _Image], classes: Sequence[int]) -> dict[int
             side.createIndex()
             sides.append(side)
         evaluation = COCOeval(*sides, "segm")
-        # Only the numbers over all sizes with 100 detections are asked for: a quarter of the work.
+        # Computing only the scores over all sizes with 100 detections takes a quarter of the time.
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [100]
         evaluation.evaluate()
@@ -253,7 +258,7 @@ def _precision(images: Mapping[str, _Image], classes: Sequence[int]) -> dict[int
 
 
 class InstanceScore(Score):
-    """Average precision of objects."""
+    """Mask average precision."""
 
     name = task = "instance"
     needs = ("instances",)
@@ -263,11 +268,11 @@ class InstanceScore(Score):
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """See `Score`."""
+        """Create an empty score for the classes of a benchmark."""
         return cls(InstanceMetric(len(vocabulary), vocabulary.is_thing))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """See `Score`."""
+        """Add one image."""
         self.metric.update(sample.image_id, prediction.instances, sample.ids, sample.segments)
 
 

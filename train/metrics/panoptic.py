@@ -1,15 +1,15 @@
 """Panoptic quality (Kirillov et al., "Panoptic segmentation", CVPR 2019).
 
-| question | how it is done |
+| aspect | convention |
 | --- | --- |
-| match | same class and IoU > 0.5, so every segment has at most one |
-| void pixels of the truth | id 0 and segments of no class (-1): they leave the union |
-| crowd of the truth | never matched and never missed; its pixels stay in the union |
-| false positive | a segment without match, unless more than half of it lies on void and on crowd of its class |
+| match | same class and IoU > 0.5, so that every segment has at most one match |
+| ground truth void | id 0 and segments without a class (-1) are removed from the union |
+| ground truth crowds | never matched and never false negatives; their pixels stay in the union |
+| false positive | a segment without match, unless over half of it is on void and on crowds of its class |
 | scores of a class | SQ = mean IoU of its matches (0 without one), RQ = TP / (TP + FP / 2 + FN / 2), PQ = SQ x RQ |
-| mean over classes | those with a TP, FP or FN: a class without ground truth that is predicted counts, with 0 |
-| things, stuff | the same mean over the classes of each kind |
-| segments that are listed but have no pixel | are not there, in truth and prediction |
+| mean over classes | classes with a TP, FP or FN; a predicted class without ground truth counts as 0 |
+| things, stuff | the same mean over the thing or stuff classes |
+| listed segments without pixels | ignored in ground truth and prediction |
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,12 +32,12 @@ Segments = Sequence[Mapping[str, Any]]
 
 @dataclass
 class Matches:
-    """What one image, or one window of a video, adds to a quality.
+    """Matches of predicted and ground truth segments in one image or one window of a video.
 
     Attributes:
-        true_positives: (class, intersection, union) of every match.
-        false_positives: class of every predicted segment that counts as one.
-        false_negatives: class of every segment of the truth that was missed.
+        true_positives: Class, intersection and union of every match.
+        false_positives: Class of every false positive.
+        false_negatives: Class of every missed ground truth segment.
     """
 
     true_positives: list[tuple[int, int, int]]
@@ -48,14 +48,14 @@ class Matches:
 def match_segments(
     overlap: np.ndarray, truth_classes: Sequence[int], truth_crowd: Sequence[bool], classes: Sequence[int]
 ) -> Matches:
-    """Match the segments of truth and prediction.
+    """Match predicted and ground truth segments.
 
     Args:
-        overlap: (T + 1, P + 1) pixels that a segment of the truth shares with a predicted one; row 0 is the void of
-            the truth, column 0 that of the prediction.
-        truth_classes: (T,) class of every segment of the truth.
-        truth_crowd: (T,) whether it is a crowd.
-        classes: (P,) class of every predicted segment.
+        overlap: Shared pixels (T + 1, P + 1) of ground truth and predicted segments. Row 0 is the ground truth void,
+            column 0 the predicted void.
+        truth_classes: Class of every ground truth segment (T,).
+        truth_crowd: Whether every ground truth segment is a crowd (T,).
+        classes: Class of every predicted segment (P,).
     """
     truth_classes, classes = (np.asarray(values, dtype=np.int64) for values in (truth_classes, classes))
     crowd = np.asarray(truth_crowd, dtype=bool)
@@ -77,15 +77,15 @@ def match_segments(
 
 
 class SegmentList:
-    """The segments of an image or video: their ids, rising, with class and crowd; those of no class are void.
+    """Checked segments of an image or video, sorted by id; segments without a class are void.
 
     Args:
-        segments: `id`, `category_id` and, of the truth, `iscrowd` of each, as in `train.data.schema`.
-        num_classes: K.
-        name: what the errors call them.
+        segments: Segments with `id`, `category_id` and, for the ground truth, `iscrowd`, as in `train.data.schema`.
+        num_classes: Number K of classes.
+        name: Name of the segments in error messages.
 
     Raises:
-        ValueError: an id is not positive or listed twice, or a class is not in -1..K-1.
+        ValueError: If an id is not positive or is repeated, or a class is not in -1..K - 1.
     """
 
     def __init__(self, segments: Segments, num_classes: int, name: str):
@@ -97,22 +97,22 @@ class SegmentList:
             raise ValueError(f"Ids of the {name} must be positive and different, got {self.listed.tolist()}.")
         if ((classes < NO_CLASS) | (classes >= num_classes)).any():
             raise ValueError(
-                f"Classes of the {name} must lie between -1 (none) and {num_classes - 1}, got {classes.tolist()}."
+                f"Classes of the {name} must be from -1 (none) to {num_classes - 1}, got {classes.tolist()}."
             )
         has_class = classes != NO_CLASS
         self.classes = classes[has_class]
         self.crowd = np.array([bool(segment.get("iscrowd", False)) for segment in ordered], dtype=bool)[has_class]
-        # Place 0 is void; the others are numbered in the order of their ids.
+        # Position 0 is void; segments are numbered in the order of their ids.
         self._places = np.where(has_class, np.cumsum(has_class), 0)
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def places(self, ids: np.ndarray) -> np.ndarray:
-        """Ids (N,) -> 1 + the place of their segment, 0 for void.
+        """Return 1 + the position of the segment of each id (N,), or 0 for void.
 
         Raises:
-            ValueError: an id is not listed.
+            ValueError: If an id is not listed.
         """
         places = np.zeros(len(ids), dtype=np.int64)
         drawn = ids != VOID
@@ -127,19 +127,25 @@ class SegmentList:
 
 
 def shared_runs(ids: np.ndarray, truth_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut two maps (H, W) into runs on which both are constant: id, id of the truth and length of each run.
+    """Divide two id maps (H, W) into runs where both are constant.
 
-    Looking ids up once a run instead of once a pixel takes a tenth of the time.
+    Looking up ids once per run instead of once per pixel takes a tenth of the time.
+
+    Returns:
+        The predicted id, the ground truth id and the length of each run.
+
+    Raises:
+        ValueError: If the maps differ in size or are not of integers.
     """
     ids, truth_ids = np.asarray(ids), np.asarray(truth_ids)
     if ids.ndim != 2 or ids.shape != truth_ids.shape:
         raise ValueError(
-            f"Ids of prediction and truth must be (height, width) and of one size, got {ids.shape} and "
-            f"{truth_ids.shape}; resize the prediction to the truth."
+            f"Ids of prediction and ground truth must have the same size (height, width), got {ids.shape} and "
+            f"{truth_ids.shape}: resize the prediction to the ground truth."
         )
-    for name, array in (("prediction", ids), ("truth", truth_ids)):
+    for name, array in (("prediction", ids), ("ground truth", truth_ids)):
         if not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"The ids of the {name} must be whole numbers, got {array.dtype}.")
+            raise ValueError(f"The ids of the {name} must be integers, got {array.dtype}.")
     ids, truth_ids = ids.ravel(), truth_ids.ravel()
     changes = np.flatnonzero((ids[1:] != ids[:-1]) | (truth_ids[1:] != truth_ids[:-1])) + 1
     edges = np.concatenate([[0], changes, [len(ids)]]) if len(ids) else np.zeros(1, dtype=np.int64)
@@ -147,7 +153,7 @@ def shared_runs(ids: np.ndarray, truth_ids: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def overlap_of(ids: np.ndarray, found: SegmentList, truth_ids: np.ndarray, truth: SegmentList) -> np.ndarray:
-    """(T + 1, P + 1) int64 pixels shared by every pair of segments, see `match_segments`."""
+    """Return the shared pixels (T + 1, P + 1) int64 of every pair of segments, for `match_segments`."""
     run_ids, run_truths, lengths = shared_runs(ids, truth_ids)
     overlap = np.zeros((len(truth) + 1, len(found) + 1), dtype=np.int64)
     np.add.at(overlap, (truth.places(run_truths), found.places(run_ids)), lengths)
@@ -157,17 +163,18 @@ def overlap_of(ids: np.ndarray, found: SegmentList, truth_ids: np.ndarray, truth
 def match_image(
     ids: np.ndarray, segments: Segments, truth_ids: np.ndarray, truth_segments: Segments, num_classes: int
 ) -> Matches:
-    """Match the segments of one image; arguments and errors as of `PanopticMetric.update`."""
+    """Match the segments of one image, with the arguments and errors of `PanopticMetric.update`."""
     found = SegmentList(segments, num_classes, "prediction")
     truth = SegmentList(truth_segments, num_classes, "truth")
     return match_segments(overlap_of(ids, found, truth_ids, truth), truth.classes, truth.crowd, found.classes)
 
 
 class QualityCounts(Metric):
-    """Matches of each class, added up; (N, K) for N different qualities.
+    """Accumulated matches of K classes for N qualities.
 
     Args:
-        is_thing: of each class, whether it is a thing.
+        is_thing: Whether each class is a thing.
+        num_qualities: Number N of qualities, such as window lengths.
     """
 
     sums = ("counts", "iou_sums")
@@ -175,7 +182,7 @@ class QualityCounts(Metric):
 
     def __init__(self, is_thing: Sequence[bool], num_qualities: int):
         if not len(is_thing):
-            raise ValueError("is_thing must tell of at least one class.")
+            raise ValueError("`is_thing` must have at least one class.")
         self.is_thing = [bool(thing) for thing in is_thing]
         self.counts = np.zeros((num_qualities, 3, len(self.is_thing)), dtype=np.int64)
         self.iou_sums = exact_sum(num_qualities, len(self.is_thing))
@@ -220,10 +227,10 @@ def _means(per_class: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 class PanopticMetric(QualityCounts):
-    """PQ, SQ and RQ over a dataset; see the table of this module.
+    """PQ, SQ and RQ over a dataset, with the conventions of this module.
 
     Args:
-        is_thing: of each class, whether it is a thing.
+        is_thing: Whether each class is a thing.
     """
 
     settings = ("is_thing",)
@@ -235,22 +242,25 @@ class PanopticMetric(QualityCounts):
         """Add one image.
 
         Args:
-            ids: (H, W) ints, id of the predicted segment of each pixel, 0 void.
-            segments: `id` and `category_id` of each predicted segment.
-            truth_ids: (H, W) ints, likewise of the truth.
-            truth_segments: `id`, `category_id` (-1: none, which is void) and `iscrowd`.
+            ids: Predicted segment id of each pixel (H, W), 0 for void.
+            segments: Predicted segments with `id` and `category_id`.
+            truth_ids: Ground truth segment id of each pixel (H, W), 0 for void.
+            truth_segments: Ground truth segments with `id`, `category_id` (-1 for none, which is void) and `iscrowd`.
 
         Raises:
-            ValueError: the sizes differ, an id is not listed, is listed twice or is 0, or a class is none of them.
+            ValueError: If the sizes differ, an id is not listed, repeated or 0, or a class is unknown.
         """
         self._add(0, match_image(ids, segments, truth_ids, truth_segments, len(self.is_thing)))
 
     def compute(self, classes: Sequence[int] | None = None) -> dict[str, Any]:
-        """The scores, 0 to 1, over these classes (all for None).
+        """Compute the scores of classes in 0..1.
+
+        Args:
+            classes: Classes to average over. None takes all classes.
 
         Returns:
-            `pq`, `sq`, `rq`; `things` and `stuff` with the same three (None where nothing is to be scored);
-            `per_class`, a list over all classes with the same three and `true_positives`, `false_positives`,
+            `pq`, `sq` and `rq`; `things` and `stuff` with the same scores, or None if there is nothing to score; and
+            `per_class`, a list over all classes of the same scores and `true_positives`, `false_positives` and
             `false_negatives`.
         """
         return self._scores(0, classes)
@@ -267,11 +277,11 @@ class PanopticScore(Score):
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """See `Score`."""
+        """Create an empty score for the classes of a benchmark."""
         return cls(PanopticMetric(vocabulary.is_thing))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """See `Score`."""
+        """Add one image."""
         self.metric.update(prediction.ids, prediction.segments, sample.ids, sample.segments)
 
 

@@ -1,8 +1,8 @@
-"""Metrics as the evaluation of a model uses them, and the registry that finds them.
+"""Interface between metrics and model evaluation, and the registry of metrics.
 
-A metric is one file of `train/metrics`: its `Metric` of sums, and a `Score` that says which task asks for it, what it
-needs of a prediction and how it is reported. The module lists its scores in `SCORES`; nothing else has to know it by
-name:
+A metric is one file of `train/metrics` with a `Metric`, which contains the sums, and a `Score`, which defines its
+task, the predictions that it requires and how it is reported. The module lists its scores in `SCORES`, where the
+registry finds them:
 
     class ToyScore(Score):
         name = task = "toy"
@@ -17,7 +17,7 @@ name:
 
     SCORES = (ToyScore,)
 
-The module's docstring states the metric's conventions and is part of `train.metrics.describe()`.
+The docstring of the module states the conventions of the metric and is part of `train.metrics.describe()`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -34,20 +34,21 @@ from modeling_gkc.vocabulary import Vocabulary
 from .base import Metric, State
 
 PER_CLASS = "per_class"
-PREDICTION_FIELDS = ("classes", "ids", "instances")  # of `Prediction`, that a model may give
+PREDICTION_FIELDS = ("classes", "ids", "instances")  # fields of `Prediction` that a model may provide
 
 
 @dataclass
 class Sample:
-    """
-    One image with its ground truth, at the size that is scored.
+    """Image with its ground truth, at the size of the evaluation.
 
     Attributes:
-        image: (H, W, 3) uint8.
-        ids: (H, W) int32 segment ids, 0 void.
-        truth: (H, W) int32 class of every pixel, crowds too; -1 where there is none.
-        segments: `id`, `category_id` (-1: no class) and `iscrowd` of each.
-        image_id, video_id, frame: As in `train.data.schema`.
+        image: Image (H, W, 3) uint8.
+        ids: Segment ids (H, W) int32, 0 for void.
+        truth: Class of every pixel (H, W) int32, including crowds, -1 for none.
+        segments: Segments with `id`, `category_id` (-1 for no class) and `iscrowd`.
+        image_id: Unique id of the image.
+        video_id: Id of the video of a frame, or "" for a still image.
+        frame: Index of the frame in its video.
     """
 
     image: np.ndarray
@@ -66,14 +67,13 @@ class Sample:
 
 @dataclass
 class Prediction:
-    """
-    Prediction of a model for one image, in the benchmark's classes; fields that no task needs are None or empty.
+    """Prediction of a model for one image, in the classes of the benchmark; unused fields are None or empty.
 
     Attributes:
-        classes: (H, W) int32, -1 where the model found none.
-        ids: (H, W) int32 ids of panoptic segments, 0 void.
-        segments: `id` and `category_id` of each panoptic segment.
-        instances: `category_id`, `score` and `mask` of each object.
+        classes: Predicted class of every pixel (H, W) int32, -1 for none.
+        ids: Ids of panoptic segments (H, W) int32, 0 for void.
+        segments: Panoptic segments with `id` and `category_id`.
+        instances: Objects with `category_id`, `score` and `mask`.
     """
 
     classes: np.ndarray | None = None
@@ -84,14 +84,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ReportedScore:
-    """
-    A number that reports and model cards show.
+    """Score that reports and model cards show.
 
     Attributes:
-        name: Its key in the result of `Score.compute`.
-        type: Its metric type in the `model-index` of a model card.
-        label: Its heading for people.
-        table_note: For the one score that the table of published results is about: how it is taken, a sentence.
+        name: Key in the result of `Score.compute`.
+        type: Metric type in the `model-index` of a model card.
+        label: Displayed name.
+        table_note: Description of how the score is computed, for the one score in the table of published results.
     """
 
     name: str
@@ -101,22 +100,21 @@ class ReportedScore:
 
 
 class Score:
-    """
-    A metric of one task over the samples of a benchmark.
+    """Metric of one task over the samples of a benchmark.
 
     Args:
-        metric: The sums.
+        metric: Metric that accumulates the sums.
 
     Attributes:
         name: Key of the score in a result file.
-        task: Value of `--tasks` that asks for it. Several scores may share a task.
+        task: Value of `--tasks` that selects it. Several scores may share a task.
         needs: Fields of `Prediction` that it reads.
-        needs_kinds: Whether it needs to know things from stuff; a task without any other score is then refused.
-        needs_videos: Whether it is defined on videos only.
-        class_means: Scores that are means over classes -> the list per class that each is the mean of.
-        report: Numbers of reports and model cards.
-        task_type: Task of a model card.
-        details: Prefixes of numbers that stand in the result file only.
+        needs_kinds: Whether it requires the division of classes into things and stuff.
+        needs_videos: Whether it is defined for videos only.
+        class_means: Per-class list that each mean score averages, by name of the mean score.
+        report: Scores to show in reports and model cards.
+        task_type: Task type in a model card.
+        details: Prefixes of scores that are written to the result file only.
     """
 
     name: ClassVar[str]
@@ -134,7 +132,7 @@ class Score:
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """Make an empty score of a benchmark's classes."""
+        """Create an empty score for the classes of a benchmark."""
         raise NotImplementedError
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
@@ -142,37 +140,36 @@ class Score:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Add what is held back until the end of a chunk, such as the frames of a video."""
+        """Add buffered data at the end of a chunk, such as the frames of a video."""
 
     def state(self) -> State:
-        """Arrays that hold everything that was added, fit for `np.savez`."""
+        """Return the accumulated sums as arrays for `np.savez`."""
         return self.metric.state()
 
     def merge_state(self, state: State) -> None:
-        """Add what another process or run has counted."""
+        """Add the state of another process or run."""
         self.metric.merge(type(self.metric).from_state(state))
 
     def compute(self) -> tuple[dict[str, float | None], dict[str, list]]:
-        """Scores 0..1 by name, and lists with one entry per class by name; None without ground truth."""
+        """Return scores in 0..1 by name and per-class lists by name; values are None without ground truth."""
         return flatten(self.metric.compute())
 
     @classmethod
     def warnings(
         cls, scores: Mapping[str, float | None], columns: Mapping[str, Sequence], labels: Sequence[str]
     ) -> list[str]:
-        """
-        Reasons why a score may look better than the predictions are, one sentence each.
+        """Return warnings about misleading scores, one sentence each.
 
         Args:
-            scores: Numbers that `compute` gave.
-            columns: Lists per class that `compute` gave.
+            scores: Scores that `compute` returned.
+            columns: Per-class lists that `compute` returned.
             labels: Names of the classes.
         """
         return []
 
 
 class VideoScore(Score):
-    """A score of whole videos: frames are held until the last one of their video, then `update_video` adds them."""
+    """Score of whole videos, which buffers the frames of a video and adds them with `update_video`."""
 
     needs_videos = True
     task_type = "video-segmentation"
@@ -182,20 +179,20 @@ class VideoScore(Score):
         self._video, self._frames = "", []
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """Hold one frame; the frames of a video follow one another."""
+        """Buffer one frame; the frames of a video must be consecutive."""
         if sample.video_id != self._video:
             self.finish()
             self._video = sample.video_id
         self._frames.append(self.frame(sample, prediction))
 
     def finish(self) -> None:
-        """Add the video that is held."""
+        """Add the buffered video."""
         if self._frames:
             self.update_video(self._frames)
             self._frames = []
 
     def frame(self, sample: Sample, prediction: Prediction) -> tuple:
-        """What is held of a frame."""
+        """Return the data of a frame to buffer."""
         raise NotImplementedError
 
     def update_video(self, frames: list[tuple]) -> None:
@@ -204,12 +201,15 @@ class VideoScore(Score):
 
 
 def flatten(computed: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, float | None], dict[str, list]]:
-    """
-    Flatten the nested result of a metric.
+    """Flatten the nested result of a metric.
+
+    Args:
+        computed: Result of `Metric.compute`.
+        prefix: Prefix of the names.
 
     Returns:
-        Numbers by name, those of inner dicts as `outer_inner` (how many videos were scored is no score and left out);
-        and by name the lists of one number per class, `per_class` taken apart. Lists within other dicts are left out.
+        Scores by name, where those of nested dictionaries are named `outer_inner`, and per-class lists by name, where
+        `per_class` is split into its columns. Counts of videos and nested lists are omitted.
     """
     numbers: dict[str, float | None] = {}
     columns: dict[str, list] = {}
@@ -220,38 +220,38 @@ def flatten(computed: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, fl
             numbers |= flatten(value, f"{prefix}{name}_")[0]
         elif isinstance(value, list):
             columns[name] = list(value)
-        elif value is None or isinstance(value, float):  # counts are no scores
+        elif value is None or isinstance(value, float):  # counts are not scores
             numbers[f"{prefix}{name}"] = value
     return numbers, columns
 
 
 @cache
 def all_scores() -> dict[str, type[Score]]:
-    """Every score that a module of this package lists in `SCORES`, by its name; tasks in the order of their names."""
+    """Return the scores in the `SCORES` of all modules of this package, by name and sorted by task."""
     package = __package__ or ""
     found: dict[str, type[Score]] = {}
     for module in sorted(module.name for module in iter_modules(import_module(package).__path__)):
-        if module == "evaluate_module":  # needs the library `evaluate`
+        if module == "evaluate_module":  # requires the library `evaluate`
             continue
         for score in getattr(import_module(f"{package}.{module}"), "SCORES", ()):
             if score.name in found:
-                raise RuntimeError(f"Two scores are called {score.name!r}.")
+                raise RuntimeError(f"Two scores have the name {score.name!r}.")
             found[score.name] = score
     return dict(sorted(found.items(), key=lambda item: item[1].task))
 
 
 def all_tasks() -> list[str]:
-    """Every task that some score belongs to."""
+    """Return all tasks."""
     return list(dict.fromkeys(score.task for score in all_scores().values()))
 
 
 def scores_of_task(task: str) -> dict[str, type[Score]]:
-    """The scores of a task by their names."""
+    """Return the scores of a task by name."""
     return {name: score for name, score in all_scores().items() if score.task == task}
 
 
 def needs_segments(task: str) -> bool:
-    """Whether every score of a task reads segments or objects, which cannot be merged from several views."""
+    """Return whether all scores of a task require segments or objects, which cannot be merged from several views."""
     return not any(_fits(score, ("classes",)) for score in scores_of_task(task).values())
 
 
@@ -262,22 +262,21 @@ def _fits(score: type[Score], provided: Collection[str]) -> bool:
 def make_scores(
     tasks: Sequence[str], vocabulary: Vocabulary, provided: Collection[str] = PREDICTION_FIELDS
 ) -> dict[str, Score]:
-    """
-    Make empty scores of tasks; those of a task that cannot be computed are left out where another one can be.
+    """Create empty scores of tasks, omitting scores that cannot be computed if the task has another one.
 
     Args:
-        tasks: Names of tasks.
-        vocabulary: The classes, with or without their kinds (things and stuff).
-        provided: Fields of `Prediction` that the model gives.
+        tasks: Names of the tasks.
+        vocabulary: Classes, with or without their division into things and stuff.
+        provided: Fields of `Prediction` that the model provides.
 
     Raises:
-        ValueError: no score of a task can be computed; the message says what is missing.
+        ValueError: If no score of a task can be computed. The message names what is missing.
     """
     knows_kinds = vocabulary.is_thing is not None and None not in vocabulary.is_thing
     made: dict[str, Score] = {}
     impossible = [task for task in tasks if not any(_fits(score, provided) for score in scores_of_task(task).values())]
     if impossible:
-        raise ValueError(f"--tasks: the model, as it is asked, gives no {', '.join(impossible)} results.")
+        raise ValueError(f"--tasks: the model with these options does not predict {', '.join(impossible)} results.")
     for task in tasks:
         possible = {
             name: score
@@ -286,13 +285,13 @@ def make_scores(
         }
         if not possible:
             raise ValueError(
-                f"--tasks: {task} results need things and stuff, which the benchmark's classes are not divided into; "
-                "ask for semantic results."
+                f"--tasks: {task} results require classes divided into things and stuff, which the benchmark lacks: "
+                "use the task semantic."
             )
         made |= {name: score.from_vocabulary(vocabulary) for name, score in possible.items()}
     return made
 
 
 def table_score() -> tuple[type[Score], ReportedScore]:
-    """The score that the table of published results is about."""
+    """Return the score in the table of published results."""
     return next((score, shown) for score in all_scores().values() for shown in score.report if shown.table_note)

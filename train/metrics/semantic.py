@@ -1,18 +1,18 @@
-"""Semantic segmentation: mIoU and its relatives, from one confusion matrix over the whole dataset.
+"""Semantic segmentation: mIoU and accuracies, from one confusion matrix over the whole dataset.
 
-| number | how it is taken |
+| score | convention |
 | --- | --- |
 | `miou` | mean over classes of TP / (TP + FP + FN), counted over all pixels of all images (not a mean over images) |
 | class without ground truth | `absent="left_out"`: not in the mean, even if predicted; `"zero"`: 0 if predicted |
-| `pixel_accuracy` | right pixels / all pixels |
-| `mean_accuracy` | mean over the classes with ground truth of right pixels / pixels of the class |
-| `frequency_weighted_iou` | IoU weighted by the class's share of the pixels |
-| pixels with negative truth | left out of everything, whatever is predicted there |
-| `scored_share` | scored pixels / all pixels: what the numbers above say nothing of is void |
-| pixels without prediction | missed pixels of their class; no class is charged with them |
+| `pixel_accuracy` | correct pixels / all pixels |
+| `mean_accuracy` | mean over the classes with ground truth of correct pixels / pixels of the class |
+| `frequency_weighted_iou` | IoU weighted by the fraction of pixels of the class |
+| pixels with negative ground truth | ignored, regardless of the prediction |
+| `scored_share` | scored pixels / all pixels; the other pixels are void |
+| pixels without prediction | false negatives of their class, and false positives of none |
 
-The four means are those of Long et al., "Fully convolutional networks for semantic segmentation" (CVPR 2015), on the
-dataset's confusion matrix as in the PASCAL VOC challenge.
+The four means are defined by Long et al., "Fully convolutional networks for semantic segmentation" (CVPR 2015), on the
+confusion matrix of the dataset as in the PASCAL VOC challenge.
 """
 
 import math
@@ -26,22 +26,22 @@ from modeling_gkc.vocabulary import Vocabulary
 from .base import Metric, check_absent, check_maps, check_num_classes, check_truth, chosen_classes, mean, ratio
 from .score import Prediction, ReportedScore, Sample, Score
 
-LEAST_SCORED, MOST_PREDICTED = 0.5, 0.95  # shares of pixels beyond which scores are warned of
+LEAST_SCORED, MOST_PREDICTED = 0.5, 0.95  # fractions of pixels beyond which a warning is reported
 
 
 def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
     """Count the pixels of every pair of true and predicted class.
 
     Args:
-        prediction: (H, W) ints; what is no class (negative, or `num_classes` and beyond) counts as void.
-        truth: (H, W) ints; pixels with a negative one are left out.
-        num_classes: K.
+        prediction: Predicted classes (H, W). Values outside 0..K - 1 count as void.
+        truth: Ground truth classes (H, W). Pixels with a negative value are ignored.
+        num_classes: Number K of classes.
 
     Returns:
-        (K, K + 1) int64: truth by prediction, the last column for void predictions.
+        The confusion matrix (K, K + 1) int64 of ground truth by prediction, with void predictions in the last column.
 
     Raises:
-        ValueError: the sizes differ, an array does not hold whole numbers, or the truth holds K or more.
+        ValueError: If the sizes differ, an array is not of integers, or the ground truth has a value of K or more.
     """
     prediction, truth = check_maps(prediction, truth)
     check_truth(truth, num_classes)
@@ -55,21 +55,22 @@ def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, num_classes: int
 def semantic_scores(
     confusion: np.ndarray, absent: str = "left_out", classes: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The scores of a confusion matrix.
+    """Compute the scores of a confusion matrix.
 
     Args:
-        confusion: (K, K + 1) int64, see `confusion_matrix`.
-        absent: what a class without ground truth does to the mean IoU, `left_out` or `zero` (0 where it is predicted).
-        classes: those that the means are taken over, such as the novel ones; all for None. Confusions with the other
-            classes count, and the pixels are those whose truth is among the classes.
+        confusion: Confusion matrix (K, K + 1) int64 from `confusion_matrix`.
+        absent: Treatment of classes without ground truth in the mean IoU: `left_out` ignores them, `zero` counts them
+            as 0 if they are predicted.
+        classes: Classes to average over, such as the novel classes. None takes all classes. Confusions with other
+            classes count, and pixels are those whose ground truth is one of the classes.
 
     Returns:
-        `miou`, `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou` (0 to 1; None where nothing is to be
-        scored), and lists over all K classes: `iou`, `accuracy` (None without ground truth), `pixels` and
-        `predicted`, the pixels that a class takes of those that are scored.
+        `miou`, `pixel_accuracy`, `mean_accuracy` and `frequency_weighted_iou` in 0..1, or None if there is nothing to
+        score, and lists over all K classes: `iou` and `accuracy` (None without ground truth), `pixels` of the ground
+        truth, and `predicted`, the number of scored pixels with this prediction.
 
     Raises:
-        ValueError: an unknown convention or class.
+        ValueError: If `absent` or a class is unknown.
     """
     check_absent(absent)
     confusion = np.asarray(confusion, dtype=np.int64)
@@ -96,10 +97,10 @@ def semantic_scores(
 
 
 class SemanticMetric(Metric):
-    """Scores of semantic segmentation over a dataset; see the table of this module.
+    """Semantic segmentation scores over a dataset, with the conventions of this module.
 
     Args:
-        num_classes: K.
+        num_classes: Number K of classes.
     """
 
     settings = ("num_classes",)
@@ -111,18 +112,18 @@ class SemanticMetric(Metric):
         self.all_pixels = np.zeros(1, dtype=np.int64)
 
     def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        """Add one image; arguments and errors as of `confusion_matrix`."""
+        """Add one image, with the arguments and errors of `confusion_matrix`."""
         self.confusion += confusion_matrix(prediction, truth, self.num_classes)
         self.all_pixels += np.asarray(truth).size
 
     def compute(self, absent: str = "left_out", classes: Sequence[int] | None = None) -> dict[str, Any]:
-        """See `semantic_scores`; and `scored_share`, the share of all pixels that have a class, None if none has."""
+        """Compute `semantic_scores` and `scored_share`, the fraction of pixels with a class, or None without any."""
         scores = semantic_scores(self.confusion, absent, classes)
         return scores | {"scored_share": ratio(int(self.confusion.sum()), int(self.all_pixels[0])) or None}
 
 
 class SemanticScore(Score):
-    """Dataset-level mIoU and its relatives."""
+    """Dataset-level mIoU and accuracies."""
 
     name = task = "semantic"
     class_means = {"miou": "iou", "mean_accuracy": "accuracy"}
@@ -131,39 +132,39 @@ class SemanticScore(Score):
             "miou",
             "mean_iou",
             "mIoU",
-            table_note="mIoU in per cent: one confusion matrix over the split, classes without ground truth left out.",
+            table_note="mIoU in percent: one confusion matrix over the split, ignoring classes without ground truth.",
         ),
         ReportedScore("pixel_accuracy", "accuracy", "pixel accuracy"),
     )
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """See `Score`."""
+        """Create an empty score for the classes of a benchmark."""
         return cls(SemanticMetric(len(vocabulary)))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """See `Score`."""
+        """Add one image."""
         self.metric.update(prediction.classes, sample.truth)
 
     @classmethod
     def warnings(
         cls, scores: Mapping[str, float | None], columns: Mapping[str, Sequence], labels: Sequence[str]
     ) -> list[str]:
-        """Warn if much of the truth is void, or if one class takes nearly all predictions."""
+        """Warn if most of the ground truth is void, or if one class has nearly all predictions."""
         lines = []
         share = scores.get("scored_share")
         if share is not None and share < LEAST_SCORED:
             lines.append(
-                f"only {100 * share:.1f} % of the pixels have a class and are scored: what the model shows on the "
-                "others counts for nothing, however wrong."
+                f"Only {100 * share:.1f} % of the pixels have a class and are scored: predictions on the other pixels "
+                "do not affect the scores."
             )
         predicted, true = ([value or 0 for value in columns.get(name, ())] for name in ("predicted", "pixels"))
         largest = max(range(len(predicted)), key=predicted.__getitem__, default=0)
         if len(labels) > 1 and sum(predicted) and predicted[largest] >= MOST_PREDICTED * sum(predicted):
             lines.append(
-                f"{labels[largest]!r} takes {100 * predicted[largest] / sum(predicted):.1f} % of the predictions, and "
-                f"is {100 * true[largest] / max(sum(true), 1):.1f} % of the truth: look at the maps before you trust "
-                "pixel accuracy."
+                f"{labels[largest]!r} has {100 * predicted[largest] / sum(predicted):.1f} % of the predictions and "
+                f"{100 * true[largest] / max(sum(true), 1):.1f} % of the ground truth: check the predictions before "
+                "relying on pixel accuracy."
             )
         return lines
 

@@ -1,17 +1,17 @@
 """Segmentation and tracking quality (Weber et al., "STEP: segmenting and tracking every pixel", NeurIPS 2021).
 
-| number | how it is taken |
+| score | convention |
 | --- | --- |
 | SQ | mean IoU of the classes, from one confusion matrix over all frames of all videos (`train.metrics.semantic`) |
-| track | all pixels of an id in a video: of the truth, things that are no crowd; of the prediction, things |
-| AQ of a true track g | sum over predicted tracks p of TPA(p, g) x IoU(p, g), divided by the pixels of g |
-| AQ | mean over all true tracks of all videos |
-| TPA, IoU | pixels that p and g share; TPA / (TPA + FPA + FNA) = shared / (p or g), over the whole video |
-| class of p | does not matter to AQ: a track of the wrong class still tracks; SQ pays for the class |
-| void and crowd of the truth | void pixels leave SQ and AQ; crowd pixels leave AQ and count in SQ |
-| STQ | square root of SQ x AQ; None where the truth has no track |
+| track | all pixels of an id in a video: non-crowd things of the ground truth, things of the prediction |
+| AQ of a ground truth track g | sum over predicted tracks p of TPA(p, g) x IoU(p, g), divided by the pixels of g |
+| AQ | mean over all ground truth tracks of all videos |
+| TPA, IoU | TPA = pixels shared by p and g; IoU = TPA / (TPA + FPA + FNA), over the whole video |
+| class of p | irrelevant for AQ; SQ scores the class |
+| ground truth void and crowds | void pixels are ignored in SQ and AQ; crowd pixels are ignored in AQ only |
+| STQ | square root of SQ x AQ; None if the ground truth has no track |
 
-The mean over classes of SQ leaves classes without ground truth out; `absent="zero"` scores them 0 if predicted.
+The mean over classes of SQ ignores classes without ground truth; `absent="zero"` counts them as 0 if predicted.
 """
 
 import math
@@ -28,7 +28,7 @@ from .video_panoptic import Frame, LinkedVideoScore
 
 
 class _Runs:
-    """Runs of one frame: class and id of the truth and of the prediction, and how many pixels."""
+    """Runs of one frame, with class and id of ground truth and prediction, and their numbers of pixels."""
 
     def __init__(self, frame: Frame, is_thing: np.ndarray):
         ids, segments, truth_ids, truth_segments = frame
@@ -39,20 +39,21 @@ class _Runs:
         self.classes = np.append(-1, found.classes)[places]
         self.truth_classes = np.append(-1, truth.classes)[truth_places]
         self.crowd = np.append(False, truth.crowd)[truth_places]
-        things = np.append(is_thing, False)  # the last for -1
+        things = np.append(is_thing, False)  # the last entry is for class -1
         counted = (self.truth_classes >= 0) & ~(things[self.truth_classes] & self.crowd)
         self.on_track = things[self.truth_classes] & counted
         self.found_track = things[self.classes] & counted
 
 
 def association(runs_of_frames: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[int, int]:
-    """The association quality of one video, summed over the tracks of its truth.
+    """Return the association quality of one video, summed over its ground truth tracks.
 
     Args:
-        runs_of_frames: ids of truth and prediction, 0 where there is no track, and numbers of pixels, (N,) each.
+        runs_of_frames: For each frame the ground truth and predicted track ids of N runs (0 for none) and their
+            numbers of pixels, each (N,).
 
     Returns:
-        The sum as a multiple of 2**-52 (see `train.metrics.base`), and the number of tracks.
+        The sum as a multiple of 2**-52 (see `train.metrics.base`), and the number of ground truth tracks.
     """
     truths, ids, pixels = (np.concatenate(parts) for parts in zip(*runs_of_frames, strict=True))
     truth_names, truth_index = np.unique(truths, return_inverse=True)
@@ -74,10 +75,10 @@ def _sums(index: np.ndarray, pixels: np.ndarray, length: int) -> list[int]:
 
 
 class TrackingQualityMetric(Metric):
-    """STQ over a dataset of videos; see the table of this module.
+    """STQ over a dataset of videos, with the conventions of this module.
 
     Args:
-        is_thing: of each class, whether it is a thing.
+        is_thing: Whether each class is a thing.
     """
 
     settings = ("is_thing",)
@@ -86,7 +87,7 @@ class TrackingQualityMetric(Metric):
 
     def __init__(self, is_thing: Sequence[bool]):
         if not len(is_thing):
-            raise ValueError("is_thing must tell of at least one class.")
+            raise ValueError("`is_thing` must have at least one class.")
         self.is_thing = [bool(thing) for thing in is_thing]
         self.confusion = np.zeros((len(self.is_thing), len(self.is_thing) + 1), dtype=np.int64)
         self.association_sum = exact_sum(1)
@@ -96,11 +97,11 @@ class TrackingQualityMetric(Metric):
         """Add one whole video.
 
         Args:
-            frames: ids (H, W), segments, ids of the truth, segments of the truth, as of `PanopticMetric.update`; an id
-                means the same object in all frames.
+            frames: Predicted ids (H, W), predicted segments, ground truth ids and ground truth segments of each frame,
+                as for `PanopticMetric.update`. An id is the same object in all frames.
 
         Raises:
-            ValueError: as `PanopticMetric.update`.
+            ValueError: If `PanopticMetric.update` would reject a frame.
         """
         if not len(frames):
             return
@@ -108,7 +109,7 @@ class TrackingQualityMetric(Metric):
         for frame in frames:
             runs = _Runs(frame, things)
             known = runs.truth_classes >= 0
-            # The last column of the confusion matrix, place -1, is that of void predictions.
+            # The last column of the confusion matrix, index -1, is for void predictions.
             np.add.at(confusion, (runs.truth_classes[known], runs.classes[known]), runs.lengths[known])
             truths, ids = np.where(runs.on_track, runs.truth_ids, 0), np.where(runs.found_track, runs.ids, 0)
             tracks.append((truths, ids, runs.lengths))
@@ -118,9 +119,15 @@ class TrackingQualityMetric(Metric):
         self.tracks += number
 
     def compute(self, absent: str = "left_out", classes: Sequence[int] | None = None) -> dict[str, Any]:
-        """`stq`, `sq`, `aq` (0 to 1; None where nothing is to be scored), number of `tracks`, `iou` of every class.
+        """Compute the scores in 0..1.
 
-        `absent` and `classes` bear on SQ alone, as in `semantic_scores`.
+        Args:
+            absent: Treatment of classes without ground truth in SQ, as in `semantic_scores`.
+            classes: Classes to average over in SQ. None takes all classes.
+
+        Returns:
+            `stq`, `sq` and `aq`, or None if there is nothing to score; the number of `tracks`; and `iou` of every
+            class.
         """
         scores, tracks = semantic_scores(self.confusion, absent, classes), int(self.tracks[0])
         sq, aq = scores["miou"], exact_values(self.association_sum)[0] / tracks if tracks else None

@@ -1,15 +1,15 @@
 """Video panoptic quality (Kim et al., "Video panoptic segmentation", CVPR 2020).
 
-| question | how it is done |
+| aspect | convention |
 | --- | --- |
-| tube | all pixels of a segment's id within a window of k consecutive annotated frames |
-| windows | every start that has k frames left; a video of fewer frames than k adds nothing to that k |
-| match, void, crowd, false positives | of tubes, as `train.metrics.panoptic` does it of segments |
-| VPQ of one k | sums of TP, FP, FN and IoU per class over all windows of all videos, then the classes' mean PQ |
-| VPQ | mean over k = 1, 2, 4, 6 frames, as VIPSeg (Miao et al., CVPR 2022) reports it |
+| tube | all pixels of a segment id within a window of k consecutive annotated frames |
+| windows | every start with k frames left; a video with fewer than k frames does not count for that k |
+| match, void, crowd, false positives | those of `train.metrics.panoptic`, for tubes instead of segments |
+| VPQ of one k | mean PQ over classes, from TP, FP, FN and IoU per class summed over all windows of all videos |
+| VPQ | mean over k = 1, 2, 4, 6 frames, as in VIPSeg (Miao et al., CVPR 2022) |
 
-Variants in print that this is not: a mean over videos of each video's VPQ; the windows 0, 5, 10, 15 of Cityscapes-VPS,
-which are frames of a video with a truth at every fifth and so 1, 2, 3, 4 here (`windows=(1, 2, 3, 4)`).
+Other published variants take the mean of the VPQ of each video, or the windows 0, 5, 10, 15 of Cityscapes-VPS, which
+annotates every fifth frame; these are `windows=(1, 2, 3, 4)` here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,19 +31,19 @@ def match_windows(frames: Sequence[Frame], window: int, num_classes: int) -> Ite
     """Match the tubes of every window of a video.
 
     Args:
-        frames: ids (H, W), segments, ids of the truth, segments of the truth, as of `PanopticMetric.update`; an id
-            means the same object in all frames.
-        window: number of frames.
-        num_classes: K.
+        frames: Predicted ids (H, W), predicted segments, ground truth ids and ground truth segments of each frame, as
+            for `PanopticMetric.update`. An id is the same object in all frames.
+        window: Window length in frames.
+        num_classes: Number K of classes.
 
     Raises:
-        ValueError: as `PanopticMetric.update`, or an id has several classes in one video.
+        ValueError: If `PanopticMetric.update` would reject a frame, or an id has several classes in a video.
     """
     yield from _slide(*_overlaps(frames, num_classes), window)
 
 
 def _overlaps(frames: Sequence[Frame], num_classes: int) -> tuple[Overlaps, SegmentList, SegmentList]:
-    """The pixels shared by pairs of segments in every frame, numbered through the video."""
+    """Return the shared pixels of segment pairs in every frame, with segments numbered over the video."""
     found = SegmentList(_all_segments([frame[1] for frame in frames], "prediction"), num_classes, "prediction")
     truth = SegmentList(_all_segments([frame[3] for frame in frames], "truth"), num_classes, "truth")
     overlaps = []
@@ -59,7 +59,7 @@ def _overlaps(frames: Sequence[Frame], num_classes: int) -> tuple[Overlaps, Segm
 
 
 def _all_segments(frames: Sequence[Segments], name: str) -> list[Mapping[str, Any]]:
-    """The segments of a whole video; one that is a crowd in some frame is a crowd."""
+    """Merge the segments of all frames of a video; a segment that is a crowd in any frame is a crowd."""
     merged: dict[int, dict[str, Any]] = {}
     for segments in frames:
         if len({segment["id"] for segment in segments}) < len(segments):
@@ -87,11 +87,11 @@ def _slide(overlaps: Overlaps, truth: SegmentList, found: SegmentList, window: i
 
 
 class VideoPanopticMetric(QualityCounts):
-    """VPQ over a dataset of videos; see the table of this module.
+    """VPQ over a dataset of videos, with the conventions of this module.
 
     Args:
-        is_thing: of each class, whether it is a thing.
-        windows: numbers of frames.
+        is_thing: Whether each class is a thing.
+        windows: Window lengths in frames.
     """
 
     settings = ("is_thing", "windows")
@@ -101,18 +101,21 @@ class VideoPanopticMetric(QualityCounts):
         super().__init__(is_thing, len(self.windows))
 
     def update(self, frames: Sequence[Frame]) -> None:
-        """Add one whole video; arguments and errors as of `match_windows`."""
+        """Add one whole video, with the frames and errors of `match_windows`."""
         overlaps = _overlaps(frames, len(self.is_thing))
         for quality, window in enumerate(self.windows):
             for matches in _slide(*overlaps, window):
                 self._add(quality, matches)
 
     def compute(self, classes: Sequence[int] | None = None) -> dict[str, Any]:
-        """The scores, 0 to 1, over these classes (all for None).
+        """Compute the scores of classes in 0..1.
+
+        Args:
+            classes: Classes to average over. None takes all classes.
 
         Returns:
-            `vpq`, the mean over the windows, and `vpq_things`, `vpq_stuff` (a window without anything to score is left
-            out, None if all are); `windows`: of each k what `PanopticMetric.compute` gives.
+            `vpq`, `vpq_things` and `vpq_stuff`, means over the window lengths with something to score, or None without
+            any; and `windows`, the result of `PanopticMetric.compute` for each window length.
         """
         windows = {str(k): self._scores(quality, classes) for quality, k in enumerate(self.windows)}
         return {
@@ -123,14 +126,13 @@ class VideoPanopticMetric(QualityCounts):
 
 
 class LinkedVideoScore(VideoScore):
-    """
-    A score of segments through a video, for models of images, which number the segments of every frame from the start.
+    """Score of segments over a video, for image models, whose segment ids are not consistent over frames.
 
-    Objects are followed by `link_segments`; segments of stuff have one id per class.
+    Objects are tracked by `link_segments`, and stuff segments have one id per class.
 
     Args:
-        metric: Its `update` gets the frames of a video.
-        is_thing: Of each class, whether it is a thing.
+        metric: Metric whose `update` accepts the frames of a video.
+        is_thing: Whether each class is a thing.
     """
 
     task = "video"
@@ -144,15 +146,15 @@ class LinkedVideoScore(VideoScore):
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """See `Score`."""
+        """Create an empty score for the classes of a benchmark."""
         return cls(cls.metric_class(vocabulary.is_thing), vocabulary.is_thing)
 
     def frame(self, sample: Sample, prediction: Prediction) -> Frame:
-        """Ids and segments of prediction and truth."""
+        """Return the ids and segments of prediction and ground truth."""
         return prediction.ids, prediction.segments, sample.ids, sample.segments
 
     def update_video(self, frames: list[tuple]) -> None:
-        """See `VideoScore`."""
+        """Link the segments of a video and add it."""
         linked = link_segments([frame[:2] for frame in frames], self.is_thing)
         self.metric.update([(*new, *old[2:]) for new, old in zip(linked, frames, strict=True)])
 
@@ -170,18 +172,17 @@ class VideoPanopticScore(LinkedVideoScore):
 def link_segments(
     frames: Sequence[tuple[np.ndarray, list[dict[str, Any]]]], is_thing: Sequence[bool]
 ) -> list[tuple[np.ndarray, list[dict[str, Any]]]]:
-    """
-    Ids that stay the same over the frames of a video.
+    """Assign consistent segment ids over the frames of a video.
 
-    An object is the one of its class in the frame before with which it has the highest IoU above 0, each taken once,
-    best pairs first; else it is new. Stuff has the id class + 1.
+    Objects are matched greedily by decreasing IoU (above 0) with objects of the same class in the previous frame;
+    unmatched objects get new ids. Stuff segments have the id class + 1.
 
     Args:
-        frames: ids (H, W) and `id` and `category_id` of each segment.
-        is_thing: of every class.
+        frames: Ids (H, W) and segments with `id` and `category_id` of each frame.
+        is_thing: Whether each class is a thing.
 
     Returns:
-        The frames with new ids.
+        The frames with consistent ids.
     """
     following, linked = len(is_thing) + 1, []
     before: tuple[np.ndarray, dict[int, int]] = (np.zeros((0, 0)), {})  # new ids, and the class of each object
@@ -206,7 +207,7 @@ def link_segments(
 def _followed(
     ids: np.ndarray, things: Mapping[int, int], before: np.ndarray, known: Mapping[int, int]
 ) -> dict[int, int]:
-    """The earlier id of each object that has one."""
+    """Return the id in the previous frame of each matched object."""
     if before.shape != ids.shape:
         return {}
     pairs, shared = np.unique(np.stack([ids.ravel(), before.ravel()]), axis=1, return_counts=True)
