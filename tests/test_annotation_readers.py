@@ -105,7 +105,7 @@ class TestSizes:
         save_picture(folder / "images" / "b.png")
         assert main([str(folder), "--out", str(tmp_path / "data")]) == 1
         shown = capsys.readouterr().out
-        assert "b.png: it is (40, 60) (height, width), its image (20, 30): the picture was resized" in shown
+        assert "b.png: it is (40, 60) (height, width), its image (20, 30): the image was resized" in shown
         assert "1 train" in shown and "Read as COCO JSON, 1 file: annotations/instances_train.json" in shown
 
     def test_a_size_that_is_not_said_is_told_of(self, tmp_path):
@@ -114,7 +114,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("height", ["20", 20.5, math.nan, -20, True, None])
     def test_a_size_that_is_none_is_refused(self, tmp_path, height):
-        with pytest.raises(ValueError, match="image 7: height and width must be whole numbers"):
+        with pytest.raises(ValueError, match="image 7: height and width must be positive integers"):
             find_source(coco_folder(tmp_path, images=[image(height=height)]))
 
     def test_masks_are_turned_like_their_pictures(self, tmp_path):
@@ -353,7 +353,7 @@ class TestOutlines:
         folder = coco_folder(tmp_path / "mine", [annotation(), annotation(2, segmentation=None)])
         assert main([str(folder), "--out", str(tmp_path / "data")]) == 1
         shown = capsys.readouterr().out
-        assert "1 train" in shown and "Left out of annotations, their pictures are kept, 1 in all" in shown
+        assert "1 train" in shown and "Skipped annotations of images that are kept, 1 in total" in shown
         assert prepare(["folder", "--source", str(folder), "--out", str(tmp_path / "prepared")]) == 0
         assert "annotation 2: it has no segmentation" in capsys.readouterr().out
 
@@ -434,13 +434,13 @@ class TestReports:
         save_picture(tmp_path / "images" / "a.png")
         save_mask(tmp_path / "masks" / "a.png", 255)
         (tmp_path / "names.json").write_text('{"1": "road"}')
-        with pytest.raises(ValueError, match=r"No picture has a segment of any class.*need a name for 255"):
+        with pytest.raises(ValueError, match=r"No image has a segment of any class.*add a name for 255"):
             convert(tmp_path, tmp_path / "data")
         assert not (tmp_path / "data").exists()
 
     def test_objects_that_are_all_marked_as_crowds_are_told_of(self, tmp_path, capsys):
         main([str(coco_folder(tmp_path / "mine", [annotation(iscrowd=1)])), "--out", str(tmp_path / "data")])
-        assert "1 of 1 segments are crowds (iscrowd 1), of which training learns nothing" in capsys.readouterr().out
+        assert "1 of 1 segments are crowds (iscrowd 1), which training ignores" in capsys.readouterr().out
 
     def test_masks_in_jpeg_are_refused(self, tmp_path):
         save_picture(tmp_path / "images" / "a.png")
@@ -730,7 +730,7 @@ class TestLayouts:
 
     def test_a_folder_of_no_known_layout_is_told_of(self, tmp_path):
         shutil.copytree(Path(__file__).parent / "golden", tmp_path / "mine", dirs_exist_ok=True)
-        with pytest.raises(ValueError, match="has neither folders images and masks"):
+        with pytest.raises(ValueError, match="neither the folders images and masks"):
             find_source(tmp_path / "mine")
         with pytest.raises(ValueError, match="is not a directory"):
             find_source(tmp_path / "none")

@@ -275,7 +275,7 @@ def test_batch_with_a_class_outside_the_vocabulary_is_refused():
 
 def test_a_segmentation_that_is_no_rgb_picture_is_refused():
     grey = {**toy_row(0), "segmentation": Image.new("L", (64, 64), 7)}
-    with pytest.raises(ValueError, match="'toy-0': it is a picture of mode L; segment ids are stored in RGB"):
+    with pytest.raises(ValueError, match="'toy-0': it has mode L; store segment ids as an RGB image"):
         read_row(grey)
 
 

@@ -160,9 +160,9 @@ def test_too_few_images_and_an_unknown_length_are_refused(dataset):
     with pytest.raises(ValueError, match="44 images, too few for a batch of 12 in each of 4 streams"):
         stream.share(0, 2, workers=2, batch_size=12)
     unknown = IterableDataset.from_generator(lambda: iter(dataset), features=dataset_features())
-    with pytest.raises(ValueError, match="give `num_rows`"):
+    with pytest.raises(ValueError, match="set `num_rows`"):
         StreamingDataset(unknown, TRANSFORM, seed=0)
-    with pytest.raises(ValueError, match="told of 1 workers, but there are 2"):
+    with pytest.raises(ValueError, match="called with 1 workers, but the loader has 2"):
         list(loader_of(StreamingDataset(dataset, TRANSFORM, seed=0), 2))
 
 

@@ -76,7 +76,7 @@ PARSED = {
     "make bench": "runs `python -m benchmarks`, see there",
     "python benchmarks/training_step.py": "a quarter of an hour; run on toys in tests/test_benchmarks_training.py",
     "python -m benchmarks": "minutes to an hour; run on toys in tests/test_benchmarks_inference.py",
-    "python -m train.data.from_folder my_pictures": "a placeholder; an example in README runs",
+    "python -m train.data.from_folder my_images": "a placeholder; an example in README runs",
     "python -m train.data.benchmarks.miniworld": "draws 800 scenes, a minute; run in tests/test_evaluate.py",
     "python -m train.data.prepare miniworld": "needs the command before it; run in tests/test_evaluate.py",
     "python -m train.evaluate --model hub_card/gkc-mini --benchmark miniworld": "needs the two previous commands",

@@ -75,21 +75,21 @@ def test_images_and_masks_become_a_dataset(tmp_path, capsys):
     assert not [path.name for path in tmp_path.iterdir() if ".part" in path.name]
 
 
-def test_void_pixels_are_counted_with_what_becomes_of_them(tmp_path, capsys):
+def test_void_pixels_are_counted_and_reported(tmp_path, capsys):
     mask = np.zeros_like(PIXELS)
     mask[:6, :16] = 1  # an eighth
     write_folder(tmp_path / "mine", {"1": "circle"}, {0: Image.fromarray(mask)}, pictures=1)
     assert main([str(tmp_path / "mine"), "--out", str(tmp_path / "data")]) == 0
     said = capsys.readouterr().out
-    assert "87.5 % of the pixels are void" in said and "a semantic result fills them" in said
+    assert "87.5 % of the pixels are void" in said and "a semantic prediction assigns them" in said
     assert json.loads((tmp_path / "data" / "report.json").read_text())["void_share"] == 0.875
     (tmp_path / "mine" / "names.json").write_text('{"1": "circle", "0": "background"}')
     assert main([str(tmp_path / "mine"), "--out", str(tmp_path / "named")]) == 0
     assert "0.0 % of the pixels are void." in capsys.readouterr().out
 
 
-def test_names_that_the_checkpoint_cannot_tell_apart(tmp_path, capsys, monkeypatch):
-    """Said for the recipe's own checkpoint, refused for the one that is named, and by training in any case."""
+def test_classes_that_the_checkpoint_cannot_distinguish(tmp_path, capsys, monkeypatch):
+    """Warn for the recipe's default checkpoint; fail for a named checkpoint and in training."""
     monkeypatch.chdir(ROOT)
     masks = {number: Image.fromarray(np.minimum(PIXELS, 2)) for number in (0, 1)}
     write_folder(tmp_path / "mine", {"1": "hammer", "2": ["spanner", "wrench"]}, masks, pictures=2)
@@ -211,9 +211,9 @@ def test_nothing_half_written_looks_finished(tmp_path, monkeypatch, capsys):
     assert len(all_rows(tmp_path / "data")) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [".others-ab12cd_9.part", "data", "mine"]
     assert main([str(folder), "--out", str(tmp_path / "data")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([str(tmp_path), "--out", str(tmp_path / "new")]) == 2
-    assert "neither folders images and masks" in capsys.readouterr().err
+    assert "neither the folders images and masks" in capsys.readouterr().err
 
 
 def test_the_help_shows_the_layouts(capsys):

@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_with_its_finished_shards(num_proc, tmp_path):
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     assert not (out / "val-00002-of-00004.parquet").exists() and not read_manifest(out)["splits"]["val"]["complete"]
-    with pytest.raises(ValueError, match=r"half-written: finish it with `python -m train.data.prepare toy"):
+    with pytest.raises(ValueError, match=r"incomplete: finish it with `python -m train.data.prepare toy"):
         load_prepared(out, "val")
     # Processes of the killed one end by themselves.
     wait_for(lambda: not any(is_running(int(path.name[8:])) for path in source.glob("process-*")))
@@ -184,20 +184,20 @@ def test_a_worker_that_is_killed_is_told_of(tmp_path):
     assert files_of(out) == files_of(tmp_path / "undisturbed")
 
 
-def test_the_second_run_does_nothing_and_says_so(tmp_path, capsys):
+def test_second_run_reports_that_nothing_is_left_to_do(tmp_path, capsys):
     mini = minis.ade20k(tmp_path / "ade")
     typed = ["ade20k_150", "--source", str(mini.source), "--out", str(tmp_path / "out"), "--any-count"]
     assert main(typed) == 0
     printed = capsys.readouterr().out
     assert "ade20k_150 val: finished, 2 images of 2000 published" in printed
-    assert "2 images were found, 2000 are published." in printed
+    assert "Found 2 images, but 2000 are published." in printed
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     mini.source.rename(tmp_path / "elsewhere")  # not even the source is looked at
     assert main(typed) == 0
-    assert "train, val is finished already, nothing to do" in capsys.readouterr().out
+    assert "train, val is already finished and every file is undamaged" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "val-00000-of-00001.parquet").unlink()
-    with pytest.raises(ValueError, match=r"lacks val-00000-of-00001.parquet: give .* again"):
+    with pytest.raises(ValueError, match=r"lacks val-00000-of-00001.parquet: run .* again"):
         load_prepared(tmp_path / "out", "val")
     assert main(typed) == 2 and "is not a directory" in capsys.readouterr().err
     (tmp_path / "elsewhere").rename(mini.source)
@@ -208,7 +208,7 @@ def test_splits_join_one_by_one(tmp_path):
     mini, benchmark = minis.ade20k(tmp_path / "ade"), benchmark_named("ade20k_150")
     settings = Settings(any_count=True, progress=False)
     assert list(prepare(benchmark, mini.source, tmp_path / "out", ["val"], settings)) == ["val"]
-    with pytest.raises(ValueError, match=r"no split 'train', but val: make it with .*--split train"):
+    with pytest.raises(ValueError, match=r"no split 'train', only val: create it with .*--split train"):
         load_prepared(tmp_path / "out", "train")
     prepare(benchmark, mini.source, tmp_path / "out", None, settings)
     prepare(benchmark, mini.source, tmp_path / "both", None, settings)
@@ -217,7 +217,7 @@ def test_splits_join_one_by_one(tmp_path):
     assert [len(load_prepared(tmp_path / "out", split).dataset) for split in ("train", "val")] == [1, 2]
 
 
-def test_a_source_that_changed_is_read_anew(tmp_path):
+def test_a_source_that_changed_is_read_again(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     benchmark, settings = toy(source), Settings(**QUICK)
     (source / "009.broken").touch()
@@ -284,13 +284,13 @@ def test_counts_are_compared_with_the_published_ones(tmp_path):
         return record["complete"], record["notes"]
 
     complete, notes = outcome("strict")
-    assert not complete and notes[0].startswith("11 images were found, 13 are published. Two were withdrawn.")
+    assert not complete and notes[0].startswith("Found 11 images, but 13 are published. Two were withdrawn.")
     assert "--any-count" in notes[0]
     assert not outcome("one", skip_broken=1)[0] and outcome("two", skip_broken=2)[0]
-    assert outcome("any", any_count=True) == (True, ["11 images were found, 13 are published. Two were withdrawn."])
+    assert outcome("any", any_count=True) == (True, ["Found 11 images, but 13 are published. Two were withdrawn."])
     assert outcome("limit", limit=4) == (True, [])
     minis.write_photo(source / "images" / "011.jpg", (6, 6))
-    assert outcome("known") == (True, ["12 images were found, 13 are published. Two were withdrawn."])
+    assert outcome("known") == (True, ["Found 12 images, but 13 are published. Two were withdrawn."])
     minis.write_photo(source / "images" / "012.jpg", (6, 6))
     assert outcome("right") == (True, [])
 
@@ -301,7 +301,10 @@ def test_other_options_for_the_same_folder_are_refused(tmp_path, capsys):
     assert main(["ade20k_150", *typed, "--limit", "1"]) == 0
     capsys.readouterr()
     assert main(["ade20k_150", *typed]) == 2
-    assert f"{out} was begun with limit 1, now None: give the same, or name another --out." in capsys.readouterr().err
+    assert (
+        f"{out} was started with limit 1, now None: repeat the original options, or name another --out."
+        in capsys.readouterr().err
+    )
     assert main(["ade20k_150", *typed, "--limit", "1", "--images-per-shard", "7"]) == 2
     assert "images_per_shard 500, now 7" in capsys.readouterr().err
     assert main(["pascal_voc_20", *typed, "--limit", "1"]) == 2
@@ -309,7 +312,7 @@ def test_other_options_for_the_same_folder_are_refused(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     assert main(["ade20k_150", "--source", str(mini.source), "--out", str(tmp_path / "full")]) == 2
-    assert "holds other files" in capsys.readouterr().err and (tmp_path / "full" / "thesis.txt").exists()
+    assert "contains other files" in capsys.readouterr().err and (tmp_path / "full" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -317,12 +320,12 @@ def test_other_options_for_the_same_folder_are_refused(tmp_path, capsys):
     [
         (["imagenet", "--source", "a", "--out", "b"], "invalid choice: 'imagenet'"),
         (["ade20k_150", "--source", "a", "--out", "b", "--split", "test"], "invalid choice: 'test'"),
-        (["ade20k_150", "--source", "a", "--out", "b", "--num-proc", "0"], "positive whole number, got '0'"),
+        (["ade20k_150", "--source", "a", "--out", "b", "--num-proc", "0"], "positive integer, got '0'"),
         (["ade20k_150", "--source", "a", "--out", "b", "--strict", "--skip-broken", "3"], "not allowed with"),
         (["ade20k_150", "--out", "b"], "required: --source"),
     ],
 )
-def test_misuse_is_told(typed, said, capsys):
+def test_usage_errors(typed, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(typed)
     assert said in capsys.readouterr().err
@@ -334,14 +337,14 @@ def test_folders_that_are_not_there_are_told_of(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["ade20k_150", "--source", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
     assert f"There is no {tmp_path / 'empty' / 'images' / 'training'}" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"is no prepared benchmark.*python -m train.data.prepare BENCHMARK"):
+    with pytest.raises(ValueError, match=r"is not a prepared benchmark.*python -m train.data.prepare BENCHMARK"):
         load_prepared(tmp_path / "empty", "val")
 
 
 def test_images_of_one_name_are_refused(tmp_path):
     benchmark = Benchmark("toy", "pascal_voc_20", "A toy.", lambda *_: find_toy(tmp_path, "val") * 2, {"val": None})
     toy(tmp_path)
-    with pytest.raises(ValueError, match="Several images are called '000' \\(11 names are repeated in all\\)"):
+    with pytest.raises(ValueError, match="Several images have the id '000' \\(11 repeated ids in total\\)"):
         prepare(benchmark, tmp_path, tmp_path / "out", None, Settings(**QUICK))
 
 
@@ -364,7 +367,7 @@ def test_recipes_and_caches_take_a_prepared_folder(tmp_path, capsys):
     benchmark = benchmark_named("coco_panoptic_133")
     prepare(benchmark, mini.source, out, ["val"], Settings(any_count=True, progress=False))
     assert is_prepared(out)
-    with pytest.raises(ValueError, match=r"`dataset`: .* has no split 'train', but val"):
+    with pytest.raises(ValueError, match=r"`dataset`: .* has no split 'train', only val"):
         load_data(Recipe().replace(dataset=str(out), eval_split="val"))
     prepare(benchmark, mini.source, out, None, Settings(any_count=True, progress=False))
     recipe = Recipe().replace(dataset=str(out), eval_split="val", vocabulary="dataset")

@@ -240,7 +240,7 @@ def test_the_command_names_broken_files_and_goes_on_only_when_told(tmp_path, cap
     assert run("cityscapes_19", source, out, "--any-count") == 1
     told = capsys.readouterr().out
     assert all(str(path) in told for path in (damaged["labelIds"], missing["labelIds"], alone["image"]))
-    with pytest.raises(ValueError, match="half-written"):
+    with pytest.raises(ValueError, match="incomplete"):
         load_prepared(out, "val")
     assert run("cityscapes_19", source, out, "--any-count", "--skip-broken", "3") == 1
     assert list(load_prepared(out, "val").dataset["image_id"]) == ["ulm_000000_000019"]
@@ -249,4 +249,4 @@ def test_the_command_names_broken_files_and_goes_on_only_when_told(tmp_path, cap
 def test_the_command_refuses_another_number_of_images_than_the_published_one(tmp_path, capsys):
     write_pair(tmp_path / "source", "ulm_000000_000019")
     assert run("cityscapes_19", tmp_path / "source", tmp_path / "out") == 1
-    assert "1 images were found, 500 are published" in capsys.readouterr().out
+    assert "Found 1 images, but 500 are published" in capsys.readouterr().out

@@ -310,7 +310,7 @@ def test_vipseg_raw_masks_at_720p_are_taken_before_those_of_full_size(tmp_path):
     [
         (lambda c: c["categories"].pop(), "its category 123 is None, but in VIPSeg 'train'"),
         (lambda c: [x.update(id=x["id"] + 1) for x in c["categories"]], "its category 0 is None, but .* 'wall'"),
-        (lambda c: c.pop("categories"), r"categories: is missing: make it with the owners' script"),
+        (lambda c: c.pop("categories"), r"categories: is missing: create it again with the authors' script"),
     ],
     ids=["a class too few", "counted from 1", "no categories"],
 )
@@ -332,8 +332,8 @@ def first_infos(content: dict) -> list[dict]:
     [
         (lambda c: first_infos(c)[0].update(category_id=124), r"categories \[124\], expected 0 to 123"),
         (lambda c: first_infos(c)[0].update(category_id=1), r"segments \[7\] have another category in other frames"),
-        (lambda c: first_infos(c).pop(), rf"ids in the picture alone \[{BIG}\]"),
-        (lambda c: first_infos(c).append({"id": 99, "category_id": 0, "iscrowd": 0}), r"alone \[99\]"),
+        (lambda c: first_infos(c).pop(), rf"ids only in the image \[{BIG}\]"),
+        (lambda c: first_infos(c).append({"id": 99, "category_id": 0, "iscrowd": 0}), r"only in .* \[99\]"),
         (lambda c: c["annotations"][0]["annotations"].pop(0), "does not describe this frame"),
     ],
     ids=["category counted from 1", "other class in another frame", "unlisted", "no pixel", "frame left out"],
@@ -363,7 +363,9 @@ def test_vipseg_damaged_and_missing_files_are_named(tmp_path):
             picture.read(SHAPE)
     assert not pictures[3].image.exists()
     path.write_text(path.read_text()[:200])
-    with pytest.raises(ValueError, match=r"VIPSeg_val.json is damaged, line 1: invalid JSON: .*make it with the own"):
+    with pytest.raises(
+        ValueError, match=r"VIPSeg_val.json is damaged, line 1: invalid JSON: .*create it again with the auth"
+    ):
         VIPSEG.find(tmp_path, "val")
 
 

@@ -134,7 +134,7 @@ class TestRules:
         assert corrected("dog", words=("hound",)) == ["dog", "hound"]
         with pytest.raises(ValueError, match=r"'dog' the sense 'dog\.n\.07', which WordNet does not have"):
             corrected("dog", synset="dog.n.07")
-        with pytest.raises(ValueError, match="give 'Cars' to 'dog', but it is a word of 'car'"):
+        with pytest.raises(ValueError, match="add 'Cars' to 'dog', but it is a word of 'car'"):
             built(wordnet, NamedClass("dog", correction=Correction(add=("Cars",))), "car")
 
     @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ class TestCommand:
         assert [row.word for row in rows] == vocabulary.flat_names
         text = capsys.readouterr().out
         assert "3 classes, 6 words: the labels, 1 given, 1 hyponym, 1 lemma" in text
-        assert "2 classes have their label only: kite, unicorn" in text
+        assert "2 classes have only their label: kite, unicorn" in text
         assert sorted(path.name for path in out.parent.iterdir()) == ["words.json", "words.provenance.csv"]
 
     def test_the_same_again_and_again(self, folder, tmp_path):
@@ -186,11 +186,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("content", "expected"),
         [
-            ('{"cat": {}}', r"corrects \['cat'\], which the vocabulary does not have"),
-            ('{"dog": {"sense": null}}', "'dog'.*some of synset, words, add, drop"),
+            ('{"cat": {}}', r"corrects \['cat'\], which are not labels of the vocabulary"),
+            ('{"dog": {"sense": null}}', "'dog'.*any of synset, words, add, drop"),
             ('{"dog": {"add": "hound"}}', "'add' must be a list of words"),
             ('{"dog": {"synset": 7}}', "'synset' must be a name"),
-            ("[]", "must hold an object"),
+            ("[]", "must contain an object"),
             ("{", "line 1: invalid JSON"),
         ],
     )

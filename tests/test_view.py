@@ -228,7 +228,7 @@ def test_a_dataset_without_vocabulary_takes_the_one_that_is_named(tmp_path, caps
     folder = save_dataset(tmp_path / "data", [row("i0")], vocabulary=None)
     out = tmp_path / "sheet.png"
     assert run(folder, "--out", out) == 2
-    assert "no vocabulary.json: say with --vocabulary" in capsys.readouterr().err and not out.exists()
+    assert "no vocabulary.json: name its classes with --vocabulary" in capsys.readouterr().err and not out.exists()
     assert run(folder, "--out", out, "--vocabulary", "cityscapes_19", "--split", "train") == 0
     colors = {color for _, color in Image.open(out).getcolors(maxcolors=2**24)}
     assert CITY.palette[ROAD] in colors and CITY.palette[CAR] in colors
@@ -247,11 +247,11 @@ def test_broken_samples_are_named_and_the_others_drawn(tmp_path, capsys):
     folder = save_dataset(tmp_path / "data", rows)
     assert run(folder, "--out", tmp_path / "sheet.png") == 1
     told = capsys.readouterr().out
-    assert "image of sample 'cut'" in told and "'odd': ids [7]" in told and "'far': the classes [19]" in told
+    assert "image of sample 'cut'" in told and "'odd': ids [7]" in told and "'far' has class ids [19]" in told
     assert Image.open(tmp_path / "sheet.png").height > 480
 
 
-def test_misuse_is_told_in_one_line(tmp_path, capsys):
+def test_usage_errors_are_one_line(tmp_path, capsys):
     folder = save_dataset(tmp_path / "data", [row("i0")])
     prepared = save_prepared(tmp_path / "prepared", [row("i0")])
     manifest = read_manifest(prepared)
@@ -259,11 +259,11 @@ def test_misuse_is_told_in_one_line(tmp_path, capsys):
     write_manifest(prepared, manifest)
     (tmp_path / "empty").mkdir()
     for arguments, message in [
-        ([tmp_path / "nowhere"], "there is not a directory"),
+        ([tmp_path / "nowhere"], "is not a directory"),
         ([tmp_path / "empty", "--vocabulary", "cityscapes_19"], "neither a prepared benchmark nor"),
-        ([folder, "--split", "test"], "no split 'test', but train, val"),
+        ([folder, "--split", "test"], "no split 'test'. Its splits are: train, val"),
         ([folder, "--ids", "i5"], "no image or video i5"),
-        ([prepared], "half-written: finish it with `python -m train.data.prepare cityscapes_19"),
+        ([prepared], "incomplete: finish it with `python -m train.data.prepare cityscapes_19"),
     ]:
         assert run(*arguments, "--out", tmp_path / "sheet.png") == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "train.data.view" in line]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .streaming import StreamingDataset, streaming_loader
     from .transforms import JointTransform
 
-# Module of each public name: most need torch, which the help of `train.data.prepare` does without.
+# Modules of the public names. They are imported lazily, since most need torch and --help must not.
 _MODULES = {
     "AugmentedDataset": "samples",
     "JointTransform": "transforms",
@@ -30,7 +30,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported at its first use."""
+    """Import a public name at its first use."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULES[name]}", __name__), name)

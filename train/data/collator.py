@@ -1,4 +1,4 @@
-"""Rows -> one batch of tensors for the model and the trainer; masks stay ids until they are on the training device."""
+"""Collation of training samples to batches; masks are stored as ids until they are on the training device."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from .schema import VOID, ids_within
 
 @dataclass
 class SegmentationCollator:
-    """Turns rows of an `AugmentedDataset` or a `StreamingDataset` into a batch.
+    """Collator that builds a batch from rows of an `AugmentedDataset` or a `StreamingDataset`.
 
-    The batch has `pixel_values` (B, 3, H, W) float, `pixel_mask` (B, H, W), `segmentation` (B, H, W) int32, the
-    segment of every pixel, 0 for void and padding; lists over the images of `segment_ids` (N,) and `class_labels` (N,)
-    int64, where N segments are those with a pixel left, in the order of the row; `image_ids`, strings; `draw_seeds`,
-    integers that every random draw about a sample starts from; `nouns`, lists of strings. `expand_masks` makes masks.
+    The batch contains `pixel_values` (B, 3, H, W) float; `pixel_mask` (B, H, W); `segmentation` (B, H, W) int32, the
+    segment id of every pixel, 0 for void and padding; lists over the images of `segment_ids` (N,) and `class_labels`
+    (N,) int64 of the N visible segments, in row order; `image_ids`; `draw_seeds`, the integer seeds of all random
+    draws about a sample; and `nouns`, lists of strings. `expand_masks` converts `segmentation` to masks.
 
     Attributes:
-        image_processor: Normalises and pads; its resizing is not used.
-        num_classes: Size of the vocabulary.
-        keep_images: Also give `images`, the augmented pictures (h, w, 3) uint8 before normalisation and padding.
+        image_processor: Image processor that normalizes and pads; its resizing is not used.
+        num_classes: Number of classes in the vocabulary.
+        keep_images: Whether to add `images`, the augmented images (h, w, 3) uint8 before normalization and padding.
     """
 
     image_processor: BaseImageProcessor
@@ -32,14 +32,14 @@ class SegmentationCollator:
     keep_images: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Batch rows.
+        """Collate rows to a batch.
 
         Raises:
-            ValueError: a class is not in the vocabulary; the sample is named.
+            ValueError: If a class is not in the vocabulary.
         """
         images = [row["image"] for row in rows]
         batch = dict(self.image_processor(images=images, do_resize=False, return_tensors="pt"))
-        del batch["original_sizes"]  # no use in training
+        del batch["original_sizes"]  # unused in training
         segmentation = np.full((len(rows), *batch["pixel_values"].shape[-2:]), VOID, dtype=np.int32)
         for padded, row in zip(segmentation, rows, strict=True):
             height, width = row["ids"].shape
@@ -56,7 +56,7 @@ class SegmentationCollator:
         return batch
 
     def _targets(self, row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Ids (N,) and classes (N,) of the segments that are still there."""
+        """Return the ids (N,) and classes (N,) of the segments that are visible after augmentation."""
         self._check_classes(row)
         present = set(ids_within(row["ids"]).tolist())
         visible = [segment for segment in row["segments"] if segment["id"] in present]
@@ -69,18 +69,18 @@ class SegmentationCollator:
         if outside:
             raise ValueError(
                 f"Sample {row['image_id']!r}: category ids {outside} are not in the vocabulary of {self.num_classes} "
-                "classes."
+                "classes. Name the vocabulary of the dataset."
             )
 
 
 def expand_masks(segmentation: Tensor, segment_ids: Sequence[Tensor]) -> list[Tensor]:
-    """Masks of the segments of a batch, on the device that its segmentation is on.
+    """Return the masks of the segments of a batch, on the device of its segmentation.
 
     Args:
-        segmentation: (B, H, W) integers, the segment of every pixel.
-        segment_ids: For each image (N,).
+        segmentation: Segment id of every pixel (B, H, W).
+        segment_ids: Segment ids (N,) of each image.
 
     Returns:
-        For each image (N, H, W) bool.
+        Boolean masks (N, H, W) of each image.
     """
     return [ids[None] == wanted.to(ids)[:, None, None] for ids, wanted in zip(segmentation, segment_ids, strict=True)]

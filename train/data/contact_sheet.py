@@ -1,4 +1,4 @@
-"""A picture of samples for people: images, overlays and legends, so that names and colours can be checked."""
+"""Contact sheet of dataset samples with overlays and legends, for visual checks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Color = tuple[int, int, int]
 
 @dataclass
 class Sample:
-    """An image (H, W, 3) uint8, its segment ids (H, W) and its segments as in `train.data.schema`."""
+    """Image (H, W, 3) uint8 with its segment ids (H, W) and its segments as in `train.data.schema`."""
 
     image: np.ndarray
     ids: np.ndarray
@@ -29,13 +29,13 @@ class Sample:
 
     @property
     def classes(self) -> dict[int, int]:
-        """Class by segment id, of the segments that have one."""
+        """Class of each segment id that has a class."""
         return {segment["id"]: segment["category_id"] for segment in self.segments if segment["category_id"] >= 0}
 
 
 @dataclass
 class SheetRow:
-    """One or more samples, such as frames of a video, with one legend."""
+    """Row of one or more samples, such as frames of a video, with one legend."""
 
     title: str
     samples: Sequence[Sample] = ()
@@ -44,7 +44,7 @@ class SheetRow:
 
 @dataclass
 class LegendEntry:
-    """A class, its colour (None: void), its share of the pixels of a row, its objects and crowds."""
+    """Legend entry: a class, its color (None for void), its fraction of the pixels, and its objects and crowds."""
 
     label: str
     color: Color | None
@@ -54,7 +54,7 @@ class LegendEntry:
 
     @property
     def text(self) -> str:
-        """The entry in words."""
+        """Text of the entry."""
         parts = [self.label, f"{100 * self.share:.0f} %" if self.share >= 0.01 else "< 1 %"]
         parts += [f"{self.objects} objects"] if self.objects > 1 else []
         parts += [f"{self.crowds} crowd"] if self.crowds else []
@@ -62,18 +62,18 @@ class LegendEntry:
 
 
 def draw_sheet(heading: str, rows: Sequence[SheetRow], vocabulary: Vocabulary) -> Image.Image:
-    """Draw rows below each other.
+    """Draw rows of samples as one image.
 
-    A row shows images and, at their right or below them, overlays with outlines and names. Classes have the colours of
-    the vocabulary, further objects of a class shades of it; void is hatched and listed apart.
+    A row shows images and, to the right or below, overlays with outlines and names. Classes have the colors of the
+    vocabulary, and further objects of a class have shades of its color. Void is hatched and listed separately.
 
     Args:
-        heading: a line above all.
-        rows: what to show.
-        vocabulary: names and colours of the classes.
+        heading: Heading of the sheet.
+        rows: Rows to draw, from top to bottom.
+        vocabulary: Names and colors of the classes.
 
     Returns:
-        An RGB picture.
+        The sheet as an RGB image.
     """
     drawn = [_draw_row(row, vocabulary) for row in rows]
     heading_height = _LINE + 2 * _MARGIN
@@ -88,11 +88,11 @@ def draw_sheet(heading: str, rows: Sequence[SheetRow], vocabulary: Vocabulary) -
 
 
 def legend(samples: Sequence[Sample], vocabulary: Vocabulary) -> list[LegendEntry]:
-    """What is in some samples, the largest class first and void, pixels without a class, last.
+    """Return the legend entries of samples, sorted by decreasing area, with void (pixels without a class) last.
 
     Args:
-        samples: one image, or frames of one video: an object has the same id in all of them.
-        vocabulary: names and colours.
+        samples: One image, or frames of one video in which an object has the same id.
+        vocabulary: Names and colors of the classes.
     """
     areas, objects, crowds = Counter(), {}, {}
     for sample in samples:
@@ -120,21 +120,21 @@ def legend(samples: Sequence[Sample], vocabulary: Vocabulary) -> list[LegendEntr
 
 
 def overlay(sample: Sample, vocabulary: Vocabulary, shades: Mapping[int, int] | None = None) -> Image.Image:
-    """A sample's image with its segments, outlines and names, void hatched.
+    """Draw the segments of a sample over its image, with outlines, names and hatched void.
 
     Args:
-        sample: what to draw.
-        vocabulary: names and colours.
-        shades: by segment id, which shade of its class's colour it has; None: as `shade_steps` of this sample.
+        sample: Sample to draw.
+        vocabulary: Names and colors of the classes.
+        shades: Shade of the class color by segment id. None takes the `shade_steps` of the sample.
 
     Returns:
-        An RGB picture as large as `enlarged` makes the image.
+        An RGB image of the size that `enlarged` returns.
     """
     shades = shade_steps([sample]) if shades is None else shades
     image = enlarged(sample.image)
     size = image.size
     classes, palette = sample.classes, vocabulary.palette
-    # Ids are as large as 2**24; those that are there are counted from 0.
+    # Ids can be as large as 2**24; the present ones are renumbered from 0.
     present = [number for number in ids_within(sample.ids).tolist() if number in classes]
     small = np.full(sample.ids.shape, len(present), dtype=np.int32)
     for index, number in enumerate(present):
@@ -150,12 +150,12 @@ def overlay(sample: Sample, vocabulary: Vocabulary, shades: Mapping[int, int] | 
         for index, number in enumerate(present)
     ]
     hatched = np.where((small == len(present))[..., None] & _hatching(size)[..., None], 255, np.asarray(image))
-    # Of this size, the picture is neither enlarged nor reduced again; its legend is left off.
+    # `draw_overlay` does not resize an image of this size; the crop removes its legend.
     return draw_overlay(Image.fromarray(hatched.astype(np.uint8)), small, drawn).crop((0, 0, *size))
 
 
 def shade_steps(samples: Sequence[Sample]) -> dict[int, int]:
-    """By segment id its place among the objects of its class, the same in all frames of a video."""
+    """Return the rank of each segment id among the objects of its class, the same in all frames of a video."""
     classes = {number: category for sample in samples for number, category in sample.classes.items()}
     earlier: Counter[int] = Counter()
     steps = {}
@@ -166,14 +166,14 @@ def shade_steps(samples: Sequence[Sample]) -> dict[int, int]:
 
 
 def enlarged(image: np.ndarray) -> Image.Image:
-    """An image at the size at which `draw_overlay` keeps it: its short side `MIN_SIDE`, or its long one `MAX_SIDE`."""
+    """Resize an image so that its short side is `MIN_SIDE` or its long side `MAX_SIDE`, as `draw_overlay` does."""
     picture = Image.fromarray(image)
     scale = min(MIN_SIDE / min(picture.size), MAX_SIDE / max(picture.size))
     return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
 
 
 def _hatching(size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: diagonal lines."""
+    """Return a mask (H, W) bool of diagonal lines."""
     columns, rows = np.arange(size[0]), np.arange(size[1])
     return (columns[None] + rows[:, None]) % _HATCH_STEP < _HATCH_WIDTH
 
@@ -184,7 +184,7 @@ def _areas(ids: np.ndarray) -> dict[int, int]:
 
 
 def _draw_row(row: SheetRow, vocabulary: Vocabulary) -> Image.Image:
-    """Title, images beside or above their overlays, and the legend."""
+    """Draw the title, images, overlays and legend of a row."""
     pictures = _pictures(row.samples, vocabulary)
     entries = legend(row.samples, vocabulary) if row.samples else []
     body = max(pictures.height, 8 * _LINE if entries else 0)
@@ -203,7 +203,7 @@ def _draw_row(row: SheetRow, vocabulary: Vocabulary) -> Image.Image:
 
 
 def _pictures(samples: Sequence[Sample], vocabulary: Vocabulary) -> Image.Image:
-    """One sample as image and overlay side by side; several as a line of images and one of overlays."""
+    """Draw one sample as image and overlay side by side, or several as a line of images above a line of overlays."""
     if not samples:
         return Image.new("RGB", (1, 1), PAPER)
     shades = shade_steps(samples)
@@ -226,7 +226,7 @@ def _line_up(pictures: Sequence[Image.Image], downwards: bool = False) -> Image.
 
 
 def _draw_legend(entries: Sequence[LegendEntry], height: int) -> Image.Image:
-    """Entries in as many columns as the height asks for."""
+    """Draw legend entries in as many columns as the height requires."""
     if not entries:
         return Image.new("RGB", (1, 1), PAPER)
     per_column = max(1, height // _LINE)

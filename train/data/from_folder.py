@@ -1,8 +1,8 @@
-"""Turn a folder of annotated pictures into a dataset to train on.
+"""Convert a folder of annotated images to a training dataset.
 
-    python -m train.data.from_folder my_pictures --out my_dataset
+    python -m train.data.from_folder my_images --out my_dataset
 
-The folder is one of
+The folder must have one of these layouts:
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ _SHOWN = 20
 
 
 def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
-    """The annotated pictures of a folder.
+    """Detect the annotation format of a folder and return its annotated images.
+
+    Args:
+        folder: Folder of images and annotations, in one of the layouts that `--help` lists.
+        instances: Classes whose masks are split into connected components, one object each (mask folders only).
 
     Raises:
-        ValueError: it is laid out in no way that is known, or holds no annotated picture.
+        ValueError: If the layout is unknown, or the folder has no annotated image.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a directory.")
@@ -54,7 +58,9 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
         source = mask_folder.read_mask_folder(masks, instances)
         return _not_empty(folder, source)
     if instances:
-        raise ValueError("Only masks do not say where their objects end: leave `--instances` out.")
+        raise ValueError(
+            f"--instances applies to folders of masks only, but {folder} has no masks. Remove the option."
+        )
     files, notes = coco_json.find_coco_files(folder)
     if files:
         source = coco_json.read_coco(folder, files)
@@ -65,41 +71,42 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
         source = yolo_text.read_yolo(folder, names)
     else:
         raise ValueError(
-            f"{folder} has neither folders images and masks with a file {mask_folder.NAMES_FILE}, nor COCO's or "
-            "labelme's JSON, nor YOLO's text files with their names; `python -m train.data.from_folder --help` shows "
-            "the layouts." + "".join(f"\n  {note}" for note in notes[:_SHOWN])
+            f"{folder} contains no supported annotations: neither the folders images and masks with a file "
+            f"{mask_folder.NAMES_FILE}, nor COCO or labelme JSON files, nor YOLO text files with class names. "
+            "`python -m train.data.from_folder --help` shows the layouts."
+            + "".join(f"\n  {note}" for note in notes[:_SHOWN])
         )
     return _not_empty(folder, source)
 
 
 def _not_empty(folder: Path, source: Source) -> Source:
     if not source.pictures:
-        raise ValueError("\n  ".join([f"{folder} has no annotated picture.", *source.problems[:10]]))
+        raise ValueError("\n  ".join([f"{folder} has no annotated image.", *source.problems[:10]]))
     return source
 
 
 def convert(
     folder: Path, out: Path, val_share: float = 0.1, instances: Sequence[str] = (), init_from: str | None = None
 ) -> dict[str, Any]:
-    """Write a dataset, its vocabulary and a report into a new folder, which appears only when all is written.
+    """Write the dataset, vocabulary and report of an annotated folder atomically into a new folder.
 
-    Pictures that cannot be used are left out and named in the report.
+    Images that cannot be used are skipped and listed in the report.
 
     Args:
-        folder: see `--help`.
-        out: where to write.
-        val_share: share of the pictures that becomes the split `val`, where the folder has no splits of its own.
-        instances: see `mask_folder.read_mask_folder`.
-        init_from: checkpoint that is to be trained on the dataset, and must tell its classes apart.
+        folder: Folder of images and annotations, in one of the layouts that `--help` lists.
+        out: Output folder, which must not exist.
+        val_share: Fraction of the images for the split `val`, if the folder does not define splits.
+        instances: Classes whose masks are split into connected components; see `mask_folder.read_mask_folder`.
+        init_from: Checkpoint to be trained on the dataset; its text encoder must distinguish the classes.
 
     Returns:
-        The report: `layout`, as what the folder was read; `images` of each split; for each class its `segments` and
-        `images`; `void_share` of the pixels; `problems`, pictures left out; `left_out`, what was left out of the
-        annotations of others; `notes`.
+        The report: `layout`, the detected annotation format; `images`, their number in each split; `classes`, the
+        numbers of `segments` and `images` of each class; `void_share`, the fraction of void pixels; `problems`, the
+        skipped images; `left_out`, skipped annotations of other images; and `notes`.
 
     Raises:
-        ValueError: `out` is there already or being written by another process, no picture can be used, or the
-            checkpoint cannot tell classes apart.
+        ValueError: If `out` already exists or is being written by another process, no image can be used, or the
+            checkpoint cannot distinguish classes.
     """
     with lock_output(out):
         return _convert(folder, out, val_share, instances, init_from)
@@ -111,7 +118,7 @@ def _convert(
     from datasets import DatasetDict
 
     if out.exists():
-        raise ValueError(f"{out} is there already: choose another folder, or remove it.")
+        raise ValueError(f"{out} already exists: choose another folder, or remove it.")
     source = find_source(folder, instances)
     if init_from is not None and (reason := why_indistinct(source.vocabulary, init_from)):
         raise ValueError(f"--init-from: {reason}")
@@ -123,17 +130,17 @@ def _convert(
             for split, pictures in shares(source, val_share)
         }
         if not any(map(len, splits.values())):
-            raise ValueError("\n  ".join(["No picture can be used.", *source.problems[:10]]))
+            raise ValueError("\n  ".join(["No image can be used.", *source.problems[:10]]))
         if not writer.segments.any():
             raise ValueError(
-                "No picture has a segment of any class, all pixels are void: nothing could be learned. Masks of 0 and "
-                f'255 need a name for 255 in {mask_folder.NAMES_FILE}, such as {{"255": "cat"}}.'
+                "No image has a segment of any class: all pixels are void. For masks with the values 0 and 255, add a "
+                f'name for 255 to {mask_folder.NAMES_FILE}, such as {{"255": "cat"}}.'
             )
         DatasetDict({split: rows for split, rows in splits.items() if len(rows)}).save_to_disk(unfinished)
         for split in splits:
             (unfinished / f"{split}.arrow").unlink()
         command = shlex.join(["python", "-m", "train.data.from_folder", str(folder), "--out", str(out)])
-        remedy = f"delete {out} (`rm -r {shlex.quote(str(out))}`) and make it again with `{command}`."
+        remedy = f"delete {out} (`rm -r {shlex.quote(str(out))}`) and create it again with `{command}`."
         write_dataset_checksums(unfinished, remedy)
         atomic_write_json(unfinished / VOCABULARY_NAME, vocabulary_json(source.vocabulary))
         report = writer.report({split: len(rows) for split, rows in splits.items() if len(rows) or split != "test"})
@@ -142,8 +149,8 @@ def _convert(
 
 
 def shares(source: Source, val_share: float) -> Iterator[tuple[str, list[Picture]]]:
-    """The pictures of each split; drawn by their names, so that a picture stays where it is when others join."""
-    from .samples import stable_number  # needs torch, which the command's help does without
+    """Yield the images of each split, sampled by a hash of the image id so that adding images moves few others."""
+    from .samples import stable_number  # imports torch, which --help must not need
 
     free = sorted((p for p in source.pictures if p.split is None), key=lambda p: stable_number(p.image_id))
     has_own = any(picture.split == "val" for picture in source.pictures)
@@ -154,7 +161,7 @@ def shares(source: Source, val_share: float) -> Iterator[tuple[str, list[Picture
 
 
 class _Writer:
-    """Writes rows and counts what is in them."""
+    """Dataset writer that counts images, segments and void pixels."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -203,8 +210,8 @@ class _Writer:
         notes = list(self.source.notes)
         if self.crowds:
             notes.append(
-                f"{self.crowds} of {self.segments.sum()} segments are crowds (iscrowd 1), of which training learns "
-                "nothing; where they are single objects, as in CVAT's masks, set iscrowd to 0"
+                f"{self.crowds} of {self.segments.sum()} segments are crowds (iscrowd 1), which training ignores; "
+                "set iscrowd to 0 if they are single objects, as in masks from CVAT"
             )
         counts = zip(labels, self.segments.tolist(), self.images.tolist(), strict=True)
         return {
@@ -219,19 +226,19 @@ class _Writer:
 
 
 def describe(report: dict[str, Any], out: Path) -> str:
-    """The report for people."""
+    """Return the report of `convert` as readable text."""
     sizes = ", ".join(f"{number} {split}" for split, number in report["images"].items())
     lines = [f"Read as {report['layout']}", f"{out}: {sizes}", f"{'class':<30}{'segments':>10}{'images':>10}"]
     for label, counts in report["classes"].items():
-        note = "   in no picture" if counts["segments"] == 0 else ""
+        note = "   in no image" if counts["segments"] == 0 else ""
         lines.append(f"{label:<30}{counts['segments']:>10}{counts['images']:>10}{note}")
     lines += [_void_line(report), *report["notes"]]
     for part, title in (
-        ("problems", "Left out"),
-        ("left_out", "Left out of annotations, their pictures are kept"),
+        ("problems", "Skipped images"),
+        ("left_out", "Skipped annotations of images that are kept"),
     ):
         if report[part]:
-            lines.append(f"{title}, {len(report[part])} in all (see {out / REPORT_NAME}):")
+            lines.append(f"{title}, {len(report[part])} in total (see {out / REPORT_NAME}):")
             lines += [f"  {line}" for line in report[part][:_SHOWN]]
     return "\n".join(lines)
 
@@ -241,22 +248,23 @@ def _void_line(report: dict[str, Any]) -> str:
     if report["void_share"] == 0 or any(label.casefold() == "background" for label in report["classes"]):
         return f"{share}."
     return (
-        f"{share}, which training and scores leave out: a semantic result fills them with the classes above. To keep "
-        "them apart name them in the annotations, such as background, or ask with --void-labels or --void-threshold."
+        f"{share}, which training and evaluation ignore; a semantic prediction assigns them to the classes above. To "
+        "predict them separately, annotate them with a class such as background, or segment with --void-labels or "
+        "--void-threshold."
     )
 
 
 def why_indistinct(vocabulary: Vocabulary, checkpoint: str) -> str | None:
-    """Why a checkpoint cannot be trained on classes, or None if its text encoder tells them apart.
+    """Return why the text encoder of a checkpoint cannot distinguish classes, or None if it can.
 
     Raises:
-        UserError: it is no checkpoint.
+        UserError: If `checkpoint` cannot be loaded.
     """
     from modeling_gkc.encoded_vocabulary import EncodedVocabulary
 
     model, processor = load_checkpoint(checkpoint)
     try:
-        with warnings.catch_warnings():  # words that are unknown without harm are warned of in training
+        with warnings.catch_warnings():  # training warns about harmless unknown words
             warnings.simplefilter("ignore", UserWarning)
             EncodedVocabulary.encode(vocabulary, model, processor, distinct=True)
     except ValueError as error:
@@ -265,7 +273,7 @@ def why_indistinct(vocabulary: Vocabulary, checkpoint: str) -> str | None:
 
 
 def _note_of_default(out: Path) -> str | None:
-    """What the recipe `custom` will refuse, if no other checkpoint is named."""
+    """Return a warning if the default checkpoint of the recipe `custom` cannot distinguish the classes."""
     checkpoint = load_recipe("custom").model.init_from
     if not (Path(checkpoint) / "config.json").is_file():
         return None
@@ -275,30 +283,32 @@ def _note_of_default(out: Path) -> str | None:
 
 @interruptible("train.data.from_folder", "Nothing was written.")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit code is 1 if pictures were left out, 2 if nothing was written, 130 after Ctrl-C."""
+    """Run the command line and return its exit code: 1 if images were skipped, 2 on failure, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m train.data.from_folder",
         description=f"{__doc__}\n{LAYOUTS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"DATASET also holds {VOCABULARY_NAME}, to which synonyms may be added by hand, and {REPORT_NAME}.",
+        epilog=f"DATASET also contains {VOCABULARY_NAME}, which may be edited to add synonyms, and {REPORT_NAME}.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the pictures")
-    parser.add_argument("--out", type=Path, required=True, metavar="DATASET", help="folder to make")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of images and annotations")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DATASET", help="output folder, which must not exist"
+    )
     parser.add_argument(
         "--val-share",
         type=float,
         default=0.1,
-        help="share of the pictures set aside as the split val, if the folder has no splits (%(default)s)",
+        help="fraction of the images for validation if the folder does not define splits (default: %(default)s)",
     )
     parser.add_argument(
         "--instances",
         nargs="+",
         default=(),
         metavar="CLASS",
-        help="of these classes each connected part of a mask is an object; of the others a mask is one region",
+        help="classes whose masks are split into connected components, one object each (mask folders only)",
     )
     parser.add_argument(
-        "--init-from", metavar="CHECKPOINT", help="that is to be trained: refuse classes that it cannot tell apart"
+        "--init-from", metavar="CHECKPOINT", help="fail if the text encoder of this checkpoint cannot separate classes"
     )
     options = parser.parse_args(arguments)
     if not 0 <= options.val_share < 1:

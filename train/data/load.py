@@ -1,7 +1,7 @@
-"""Datasets by the place where they are stored: folders of `save_to_disk`, prepared benchmarks, the Hub.
+"""Loading of datasets from `save_to_disk` folders, prepared benchmarks and the Hugging Face Hub.
 
-A folder that a command of this project saved has a file of checksums, with which its files are compared when a split
-is loaded, as fast as they can be read. Without that file nothing is compared.
+The commands of this project save a file of checksums with a dataset. The files of a split are compared with it when
+the split is loaded. A folder without the file is not checked.
 """
 
 from __future__ import annotations
@@ -24,32 +24,31 @@ _SHAPE = {"files": FILES, "remedy": str}
 
 
 def write_dataset_checksums(folder: Path, remedy: str) -> None:
-    """
-    Write the checksums of a dataset that was just saved.
+    """Write the checksums of a dataset that was just saved.
 
     Args:
-        folder: that `save_to_disk` wrote.
-        remedy: how to make it again, the end of a sentence.
+        folder: Folder that `save_to_disk` wrote.
+        remedy: Instruction that ends the error message about a damaged file.
     """
     paths = [*folder.rglob("*.arrow"), *folder.rglob("state.json"), *folder.rglob("dataset_*.json")]
     write_checksummed_json(folder / CHECKSUMS_NAME, {"files": describe_files(folder, paths), "remedy": remedy})
 
 
 def load_saved(folder: str | Path, split: str | None = None) -> Dataset | DatasetDict:
-    """Load a folder of `save_to_disk` after comparing its files with their checksums, where it has them.
+    """Load a dataset that `save_to_disk` wrote, after comparing its files with their checksums, if present.
 
     Args:
-        folder: the folder.
-        split: the only one that is going to be used; None for all.
+        folder: Folder of the dataset.
+        split: Name of the only split to check. None checks all splits.
 
     Raises:
-        ValueError: it is no such folder, or a file is damaged.
+        ValueError: If the folder cannot be loaded, or a file is damaged.
     """
     from datasets import load_from_disk
 
     folder = Path(folder)
     if (folder / CHECKSUMS_NAME).exists():
-        own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
+        own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or create the dataset again.")
         others = [
             name for name in own["files"] if "/" in name and split is not None and not name.startswith(f"{split}/")
         ]
@@ -64,12 +63,11 @@ def load_split(dataset: str | Path, split: str) -> Dataset:
     """Load one split of a dataset.
 
     Args:
-        dataset: folder that `save_to_disk` or `train.data.prepare` wrote, with one split or several; or a name on the
-            Hub.
-        split: of a folder with a single one, any name will do.
+        dataset: Folder that `save_to_disk` or `train.data.prepare` wrote, or the name of a dataset on the Hub.
+        split: Name of the split. It is ignored for a folder that holds a single dataset without splits.
 
     Raises:
-        ValueError: there is no such dataset or split, or it is damaged.
+        ValueError: If the dataset or split does not exist or is damaged.
     """
     from datasets import DatasetDict
 
@@ -81,7 +79,9 @@ def load_split(dataset: str | Path, split: str) -> Dataset:
         raise ValueError(f"DATASET: {error}") from error
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
-            raise ValueError(f"--split: {dataset} has no split {split!r}, it has {', '.join(loaded)}.")
+            raise ValueError(
+                f"--split: {dataset} has no split {split!r}, it has {', '.join(loaded)}. Name one of these."
+            )
         return loaded[split]
     return loaded
 
@@ -96,26 +96,30 @@ def _from_hub(name: str | Path, split: str) -> Dataset:
 
 
 def load_judged(folder: str | Path, split: str) -> Prepared:
-    """A split to evaluate on: of a prepared benchmark, or of a dataset that `train.data.from_folder` made.
+    """Load a split to evaluate on, from a prepared benchmark or a dataset that `train.data.from_folder` wrote.
+
+    Args:
+        folder: Folder of the dataset.
+        split: Name of the split.
 
     Raises:
-        ValueError: there is none, or a file is damaged.
+        ValueError: If the dataset or split does not exist, or a file is damaged.
     """
     folder = Path(folder)
     if is_prepared(folder) or not (folder / CHECKSUMS_NAME).is_file():
         return load_prepared(folder, split)
     dataset = load_split(folder, split)
-    own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or make the dataset again.")
+    own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or create the dataset again.")
     files = [file for name, file in sorted(own["files"].items()) if name.startswith(f"{split}/")]
     info = {"shards": [{"sha256": settings_fingerprint(file)} for file in files], "expected": None}
     return Prepared(dataset, Vocabulary.from_file(folder / VOCABULARY_NAME), "folder", info)
 
 
 def load_splits(folder: str | Path) -> Dataset | DatasetDict:
-    """All that a folder holds: several splits, or the rows of a single one without a name.
+    """Load all finished splits in a folder, or a single dataset without splits.
 
     Raises:
-        ValueError: it is not the directory of a dataset, or a file is damaged.
+        ValueError: If the folder is not a dataset, or a file is damaged.
     """
     from datasets import DatasetDict
 

@@ -1,13 +1,13 @@
-"""Turn a benchmark, as it is published, into a dataset of Parquet files that training and evaluation read.
+"""Convert a published benchmark to a dataset of Parquet files for training and evaluation.
 
     python -m train.data.prepare ade20k_150 --source ADEChallengeData2016 --out data/ade20k_150
     python -m train.data.prepare coco_panoptic_133 --source coco --out data/coco --split val --num-proc 8
 
-Images are stored as the bytes of their files, labels without loss. Every value of every annotation is checked; files
-that are missing, damaged, of another size than their image or with unexpected values are listed by name, and nothing
-counts as finished while there is one, unless --skip-broken allows it. A killed command, given again, goes on with
-the files that are finished; given once more after that, it compares every file with its SHA-256, and writes the split
-anew if one is missing or damaged.
+Images are stored as their original file bytes and labels are stored losslessly. Every value of every annotation is
+checked. Files that are missing, damaged, differ in size from their image or contain unexpected values are listed by
+name, and the dataset is not finished while there is one, unless --skip-broken permits it. Repeat an interrupted
+command to resume after the shards that are complete. Repeat a finished command to compare every shard with its
+SHA-256 checksum; a split with a missing or damaged shard is written again.
 """
 
 import argparse
@@ -46,24 +46,24 @@ from .sources import Picture
 IMAGES_PER_SHARD = 500
 _SHOWN_PROBLEMS = 50
 _EPILOG = """\
-OUT then holds vocabulary.json, prepared.json (what was found, class by class) and SPLIT-00000-of-00007.parquet, ...;
-name it as the dataset of a recipe or as --data of `python -m train.evaluate`.
+The output folder contains vocabulary.json, prepared.json (image and segment counts of each class) and the shards
+SPLIT-00000-of-00007.parquet, ... Name it as the dataset of a recipe or as --data of `python -m train.evaluate`.
 
-`python -m train.data.prepare BENCHMARK --help` shows how the published folder must be laid out.
+`python -m train.data.prepare BENCHMARK --help` shows the expected layout of the published folder.
 """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to prepare.
+    """Options of a benchmark preparation.
 
     Attributes:
-        num_proc: processes; nothing that is written depends on them.
-        skip_broken: go on though so many images at most cannot be used or are missing; None allows none.
-        limit: only the first images of each split, for a trial.
-        any_count: do not compare the number of images with the published one.
-        images_per_shard: of each Parquet file.
-        progress: show progress bars.
+        num_proc: Number of worker processes. The output does not depend on it.
+        skip_broken: Maximum number of unusable or missing images to tolerate. None tolerates none.
+        limit: Number of leading images of each split to prepare, for a trial. None prepares all.
+        any_count: Whether to accept a number of images that differs from the published number.
+        images_per_shard: Number of images in each Parquet file.
+        progress: Whether to show progress bars.
     """
 
     num_proc: int = 1
@@ -74,7 +74,7 @@ class Settings:
     progress: bool = True
 
     def stored(self) -> dict[str, Any]:
-        """What of them decides about what is written."""
+        """Return the options that the output depends on, as stored in the manifest."""
         return {"limit": self.limit, "images_per_shard": self.images_per_shard}
 
 
@@ -85,21 +85,22 @@ def prepare(
     splits: Sequence[str] | None = None,
     settings: Settings | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Prepare splits of a benchmark; see the module.
+    """Convert splits of a benchmark to Parquet files with a vocabulary and a manifest.
 
     Args:
-        benchmark: one of `train.data.benchmarks`.
-        source: its folder, as it is published.
-        out: folder to make, or to go on with.
-        splits: which; None for all that the benchmark has.
-        settings: see `Settings`.
+        benchmark: The benchmark, one of `train.data.benchmarks`.
+        source: Folder of the benchmark as published.
+        out: Output folder. It is created, or resumed if it holds an unfinished preparation.
+        splits: Names of the splits to prepare. None prepares all splits of the benchmark.
+        settings: Options of the preparation. None takes the defaults.
 
     Returns:
-        For each split what `prepared.json` holds of it; where `complete` is false, `problems` say why.
+        The entry of each split in `prepared.json`. Where `complete` is false, `problems` lists the reasons.
 
     Raises:
-        ValueError: `source` is not laid out as published, or `out` holds something else; what to do is said.
-        RuntimeError: a library is missing, or a worker process was killed.
+        ValueError: If `source` does not have the published layout, or `out` holds other files or was started with
+            other options.
+        RuntimeError: If a library is missing, or a worker process was killed.
     """
     settings, source, out = settings or Settings(), Path(source), Path(out)
     splits = _check_splits(benchmark, splits)
@@ -117,17 +118,19 @@ def prepare(
 def _check_splits(benchmark: Benchmark, splits: Sequence[str] | None) -> list[str]:
     wrong = sorted(set(splits or ()) - set(benchmark.splits))
     if wrong:
-        raise ValueError(f"{benchmark.name} has no split {', '.join(wrong)}, but {', '.join(benchmark.splits)}.")
+        raise ValueError(
+            f"{benchmark.name} has no split {', '.join(wrong)}. Choose from: {', '.join(benchmark.splits)}."
+        )
     return list(dict.fromkeys(splits or benchmark.splits))
 
 
 def _damaged_files(out: Path, split: dict[str, Any]) -> list[str]:
-    """Files of a finished split that are missing, damaged or rewritten; all are read."""
+    """Return the shards of a finished split whose checksum is wrong, by reading every file."""
     return [shard["file"] for shard in split["shards"] if is_damaged(out / shard["file"], shard["sha256"])]
 
 
 def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settings) -> dict[str, Any]:
-    """The manifest to go on with, or that of a new folder."""
+    """Return the manifest of an output folder, creating the folder if it does not exist."""
     if (out / MANIFEST_NAME).is_file():
         manifest = read_manifest(out)
         wanted = {"benchmark": benchmark.name} | settings.stored()
@@ -136,14 +139,16 @@ def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settin
             f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found[name] != value
         ]
         if differing:
-            raise ValueError(f"{out} was begun with {'; '.join(differing)}: give the same, or name another --out.")
+            raise ValueError(
+                f"{out} was started with {'; '.join(differing)}: repeat the original options, or name another --out."
+            )
         if is_damaged(out / VOCABULARY_NAME, manifest["vocabulary_sha256"]):
             _restore_vocabulary(benchmark, source, out, manifest["vocabulary_sha256"])
         return manifest
     if not source.is_dir():
         raise ValueError(f"--source: {source} is not a directory.")
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out: {out} holds other files: name an empty or a new folder.")
+        raise ValueError(f"--out: {out} contains other files. Name an empty or a new folder.")
     vocabulary = benchmark.classes(source)
     out.mkdir(parents=True, exist_ok=True)
     atomic_write_json(out / VOCABULARY_NAME, vocabulary_json(vocabulary), indent=1)
@@ -158,12 +163,12 @@ def _open_folder(benchmark: Benchmark, source: Path, out: Path, settings: Settin
 
 
 def _restore_vocabulary(benchmark: Benchmark, source: Path, out: Path, sha256: str) -> None:
-    """Write a vocabulary again that was lost, damaged or edited."""
+    """Write the vocabulary file of an output folder again after it was lost, damaged or edited."""
     if not source.is_dir():
         raise ValueError(f"--source: {source} is not a directory.")
     atomic_write_json(out / VOCABULARY_NAME, vocabulary_json(benchmark.classes(source)), indent=1)
     if is_damaged(out / VOCABULARY_NAME, sha256):
-        raise ValueError(f"{source} has other classes than {out} was begun with: name another --out.")
+        raise ValueError(f"{source} has other classes than those that {out} was started with: name another --out.")
 
 
 def _prepare_split(
@@ -198,11 +203,13 @@ def _unchanged_classes(benchmark: Benchmark, source: Path, out: Path) -> Vocabul
 def _check_ids_differ(pictures: Sequence[Picture]) -> None:
     repeated = [name for name, count in Counter(picture.image_id for picture in pictures).items() if count > 1]
     if repeated:
-        raise ValueError(f"Several images are called {repeated[0]!r} ({len(repeated)} names are repeated in all).")
+        raise ValueError(
+            f"Several images have the id {repeated[0]!r} ({len(repeated)} repeated ids in total): rename their files."
+        )
 
 
 def _digest(source: Path, pictures: Sequence[Picture]) -> str:
-    """By which pictures of the same names in the same order are known again."""
+    """Return a digest of the image ids and paths in order, which detects a changed source on resume."""
     digest = hashlib.sha256(str(source.resolve()).encode())
     for picture in pictures:
         path = picture.image.relative_to(source) if picture.image.is_relative_to(source) else picture.image
@@ -218,18 +225,18 @@ def _forget(out: Path, split: str) -> None:
 
 
 def _write(work: Work, settings: Settings) -> list[ShardReport]:
-    """The reports of all files, those of finished ones from the earlier run."""
+    """Write the unfinished shards of a split and return the reports of all its shards."""
     shards = work.shards
     shards.remove_leftovers()
     remove_leftovers(work.out / PROGRESS_FOLDER)
     for path in (work.out / PROGRESS_FOLDER).glob(f"{work.split}-*.parquet.*[0-9]"):
-        path.unlink()  # half a file of a killed run of version 0.1.0 or older
+        path.unlink()  # partial shard of a killed run of version 0.1.0 or older
     found = shards.finished()
     rest = [plan for plan in work.plans if plan.number not in found]
     finished = sum(plan.stop - plan.start for plan in work.plans if plan.number in found)
     label = f"{work.benchmark.name} {work.split}"
     if found:
-        tqdm.write(f"{label}: going on with {finished} of {len(work.pictures)} images finished", file=sys.stderr)
+        tqdm.write(f"{label}: resuming with {finished} of {len(work.pictures)} images finished", file=sys.stderr)
     total = len(work.pictures)
     with tqdm(total=total, initial=finished, desc=label, unit="image", disable=not settings.progress) as bar:
         written = write_shards(work, rest, settings.num_proc, bar.update)
@@ -245,7 +252,7 @@ def _record(
     vocabulary: Vocabulary,
     settings: Settings,
 ) -> dict[str, Any]:
-    """What `prepared.json` says of a split."""
+    """Return the entry of a split in `prepared.json`."""
     problems = [problem for report in reports for problem in report.problems]
     missing, notes = _compare_counts(benchmark, split, found, settings)
     segments, images = Counter(), Counter()
@@ -269,19 +276,19 @@ def _record(
 
 
 def _compare_counts(benchmark: Benchmark, split: str, found: int, settings: Settings) -> tuple[int, list[str]]:
-    """How many images too few or too many there are, and what is to be said about it."""
+    """Return the deviation from the published number of images, and notes that explain it."""
     expected, others = benchmark.splits[split], benchmark.other_counts.get(split, ())
     if settings.limit is not None or expected is None or found == expected:
         return 0, []
-    note = f"{found} images were found, {expected} are published."
+    note = f"Found {found} images, but {expected} are published."
     note += f" {benchmark.discrepancy}" if benchmark.discrepancy else ""
     if found in others or settings.any_count:
         return 0, [note]
-    return abs(expected - found), [f"{note} If the folder is meant to hold others, give --any-count."]
+    return abs(expected - found), [f"{note} Add --any-count to accept a different number."]
 
 
 def _settle(out: Path, split: str, reports: Sequence[ShardReport], complete: bool) -> None:
-    """Of a finished split drop the notes for going on, of another the files that are not in order."""
+    """Delete the resume notes of a finished split, or the faulty shards of an unfinished one."""
     for report in reports:
         note = out / PROGRESS_FOLDER / f"{report.file}.json"
         if complete or report.problems:
@@ -291,22 +298,22 @@ def _settle(out: Path, split: str, reports: Sequence[ShardReport], complete: boo
 
 
 def describe(benchmark: Benchmark, splits: dict[str, dict[str, Any]], out: Path) -> str:
-    """The outcome for people."""
+    """Return a readable summary of the prepared splits."""
     lines = []
     for split, record in splits.items():
         expected = f" of {record['expected']} published" if record["expected"] is not None else ""
-        left_out = f", {record['left_out']} left out by the rule of the variant" if record["left_out"] else ""
+        left_out = f", {record['left_out']} excluded by the rules of the benchmark" if record["left_out"] else ""
         state = "finished" if record["complete"] else "NOT finished"
         lines.append(f"{benchmark.name} {split}: {state}, {record['images']} images{expected}{left_out}, in {out}")
         lines += [f"  {note}" for note in record["notes"][:_SHOWN_PROBLEMS]]
         if len(record["notes"]) > _SHOWN_PROBLEMS:
-            lines.append(f"  ... and {len(record['notes']) - _SHOWN_PROBLEMS} more, all in {out / MANIFEST_NAME}")
+            lines.append(f"  ... and {len(record['notes']) - _SHOWN_PROBLEMS} more (see {out / MANIFEST_NAME})")
         if not record["found"]:
             continue
         absent = [label for label, counts in record["classes"].items() if counts["images"] == 0]
         if absent:
             shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-            lines.append(f"  {len(absent)} of {len(record['classes'])} classes are in no image: {shown}")
+            lines.append(f"  {len(absent)} of {len(record['classes'])} classes occur in no image: {shown}")
         lines += _problem_lines(record, out)
     return "\n".join(lines)
 
@@ -317,9 +324,9 @@ def _problem_lines(record: dict[str, Any], out: Path) -> list[str]:
         return []
     lines = [f"  {len(problems)} images cannot be used:", *(f"    {line}" for line in problems[:_SHOWN_PROBLEMS])]
     if len(problems) > _SHOWN_PROBLEMS:
-        lines.append(f"    ... and {len(problems) - _SHOWN_PROBLEMS} more, all in {out / MANIFEST_NAME}")
+        lines.append(f"    ... and {len(problems) - _SHOWN_PROBLEMS} more (see {out / MANIFEST_NAME})")
     if not record["complete"]:
-        lines.append(f"  Mend the files and give the command again, or leave them out: --skip-broken {len(problems)}")
+        lines.append(f"  Repair the files and repeat the command, or skip them with --skip-broken {len(problems)}")
     return lines
 
 
@@ -349,37 +356,37 @@ def _layout_help(benchmark: Benchmark) -> str:
 
 def _add_arguments(command: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     add = command.add_argument
-    add("--source", type=Path, required=True, metavar="DIR", help="the published folder")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to make, or to go on with")
-    add("--split", nargs="+", choices=list(benchmark.splits), help="which splits (default: all)")
-    add("--num-proc", type=_positive, default=1, metavar="N", help="worker processes (%(default)s)")
+    add("--source", type=Path, required=True, metavar="DIR", help="folder of the benchmark as published")
+    add("--out", type=Path, required=True, metavar="DIR", help="output folder, created or resumed")
+    add("--split", nargs="+", choices=list(benchmark.splits), help="splits to prepare (default: all)")
+    add("--num-proc", type=_positive, default=1, metavar="N", help="number of worker processes (default: %(default)s)")
     strictness = command.add_mutually_exclusive_group()
     strictness.add_argument(
-        "--strict", action="store_true", help="the default: check everything, report all that is wrong, then stop"
+        "--strict", action="store_true", help="check all images, report every problem and fail on any (default)"
     )
     strictness.add_argument(
-        "--skip-broken", type=_positive, metavar="N", help="go on if at most N images are wrong or missing"
+        "--skip-broken", type=_positive, metavar="N", help="skip up to N unusable or missing images instead of failing"
     )
-    add("--any-count", action="store_true", help="accept another number of images than the published one")
-    add("--limit", type=_positive, metavar="N", help="only the first N images of each split, for a trial")
+    add("--any-count", action="store_true", help="accept a number of images that differs from the published number")
+    add("--limit", type=_positive, metavar="N", help="prepare only the first N images of each split, for a trial")
     add(
         "--images-per-shard",
         type=_positive,
         default=IMAGES_PER_SHARD,
         metavar="N",
-        help="images in each Parquet file (%(default)s)",
+        help="number of images in each Parquet file (default: %(default)s)",
     )
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"it must be a positive whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
-@interruptible("train.data.prepare", "The same command goes on from here.")
+@interruptible("train.data.prepare", "Repeat the command to resume.")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit code is 1 if an image cannot be used or is missing, 2 if nothing could be done."""
+    """Run the command line and return its exit code: 1 if an image is unusable or missing, 2 if the run failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     benchmark = benchmark_named(options.benchmark)
@@ -401,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _finished(benchmark: Benchmark, options: argparse.Namespace, settings: Settings) -> bool:
-    """Whether there is nothing left to do, which is said."""
+    """Report and return whether all requested splits are already prepared and undamaged."""
     if not (options.out / MANIFEST_NAME).is_file():
         return False
     known = _open_folder(benchmark, options.source, options.out, settings)["splits"]
@@ -411,7 +418,7 @@ def _finished(benchmark: Benchmark, options: argparse.Namespace, settings: Setti
     ):
         return False
     splits = ", ".join(wanted)
-    tqdm.write(f"{options.out}: {benchmark.name} {splits} is finished already, nothing to do; every file is undamaged")
+    tqdm.write(f"{options.out}: {benchmark.name} {splits} is already finished and every file is undamaged")
     return True
 
 

@@ -1,18 +1,18 @@
-"""A prepared benchmark in its folder: how it is laid out, and how it is loaded.
+"""Format and loading of prepared benchmarks.
 
-    FOLDER/vocabulary.json                 the classes, in the order that `category_id` counts
-    FOLDER/prepared.json                   what was prepared, see below
-    FOLDER/val-00000-of-00010.parquet      rows as in `train.data.schema`, a fixed number of images a file
-    FOLDER/.arrow/                         the same rows as Arrow, made when they are first loaded
+    FOLDER/vocabulary.json                 classes, in the order of `category_id`
+    FOLDER/prepared.json                   manifest, see below
+    FOLDER/val-00000-of-00010.parquet      rows as in `train.data.schema`, a fixed number of images per file
+    FOLDER/.arrow/                         cache of the rows in Arrow format, written on first use
 
-`prepared.json` has `benchmark`, `source`, `options`, `vocabulary_sha256` and `splits`; of each split `complete`,
-`images`, `expected` (the published number, null where there is none), `found` (images of the source), `left_out` (by
-the rule of a base or novel variant), `classes` (`segments` and `images` by label), `problems` (one line for each image
-left out), `notes` and `shards` (`file`, `images`, `sha256`).
+The manifest `prepared.json` contains `benchmark`, `source`, `options`, `vocabulary_sha256` and `splits`. The entry of
+a split contains `complete`, `images`, `expected` (the published number of images or null), `found` (images in the
+source), `left_out` (images excluded by the rules of a base or novel variant), `classes` (`segments` and `images` by
+label), `problems` (one line per unusable image), `notes` and `shards` (`file`, `images`, `sha256`).
 
-A result names its data by these SHA-256. So `prepared.json` has a checksum of itself; Parquet files are compared with
-theirs when they are made into Arrow, and whenever their size or time has changed since; and the Arrow file, from which
-all rows are read, is compared with its own each time it is opened, as fast as it can be read.
+Evaluation results identify their data by these checksums. `prepared.json` has its own checksum, Parquet files are
+verified when they are converted to Arrow and whenever their size or modification time changes, and the Arrow file is
+verified each time it is opened.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ _ARROW = {"bytes": int, "xxh3": str, "parquet": Each([int])}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A split of a prepared benchmark.
+    """Split of a prepared benchmark.
 
     Attributes:
-        dataset: its rows, in the schema of `train.data.schema`.
-        vocabulary: its classes.
-        benchmark: its name, such as `ade20k_150`.
-        info: what `prepared.json` holds of the split.
+        dataset: Rows in the schema of `train.data.schema`.
+        vocabulary: Classes of the benchmark.
+        benchmark: Name of the benchmark, such as `ade20k_150`.
+        info: Entry of the split in `prepared.json`.
     """
 
     dataset: Dataset
@@ -81,50 +81,58 @@ class Prepared:
 
 
 def is_prepared(folder: str | Path) -> bool:
-    """Whether a folder is one that `train.data.prepare` writes, finished or not."""
+    """Return whether `train.data.prepare` wrote a folder, finished or not."""
     return (Path(folder) / MANIFEST_NAME).is_file()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The content of `prepared.json`.
+    """Read the manifest `prepared.json`.
 
     Raises:
-        ValueError: there is none, it cannot be read, or it is of another version of this code.
+        ValueError: If the manifest is missing or damaged, or has another format version.
     """
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no prepared benchmark, it has no {MANIFEST_NAME}: make it with `python -m "
+            f"{folder} is not a prepared benchmark, it has no {MANIFEST_NAME}: create it with `python -m "
             f"train.data.prepare BENCHMARK --source DIR --out {folder}`."
         )
-    remedy = f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) and prepare the benchmark anew."
+    remedy = f"delete {folder} (`rm -r {shlex.quote(str(folder))}`) and prepare the benchmark again."
     manifest = read_checksummed_json(path, _MANIFEST, remedy)
     if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} is of another version of this code: {remedy}")
+        raise ValueError(f"{path} was written by another version of this code: {remedy}")
     return manifest
 
 
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Write `prepared.json` with its checksum and format, and with the vocabulary's SHA-256 where it lacks it."""
+    """Write `prepared.json` with its checksum, its format version and the SHA-256 of the vocabulary."""
     if "vocabulary_sha256" not in manifest:
         manifest = {**manifest, "vocabulary_sha256": file_sha256(Path(folder) / VOCABULARY_NAME)}
     write_checksummed_json(Path(folder) / MANIFEST_NAME, {**manifest, "format": FORMAT})
 
 
 def finished_splits(folder: str | Path) -> list[str]:
-    """The splits that are completely there; raises as `read_manifest`."""
+    """Return the names of the complete splits of a prepared benchmark.
+
+    Raises:
+        ValueError: If the manifest is missing or damaged, or has another format version.
+    """
     return [name for name, split in read_manifest(folder)["splits"].items() if split["complete"]]
 
 
 def load_prepared(folder: str | Path, split: str) -> Prepared:
     """Load a split that `python -m train.data.prepare` wrote.
 
-    On first use the Parquet files become an Arrow file, which is mapped into memory: it takes the same room once more,
-    in the folder itself or, where that cannot be written to, in the cache of `datasets`.
+    On first use the Parquet files are converted to a memory-mapped Arrow file of the same size, in the folder itself
+    or, if the folder is read-only, in the cache of `datasets`.
+
+    Args:
+        folder: Folder of the prepared benchmark.
+        split: Name of the split.
 
     Raises:
-        ValueError: the folder, the split or a file is not there, half-written or damaged; the message says what to
-            run.
+        ValueError: If the folder, the split or a file is missing, incomplete or damaged. The message names the command
+            to run.
     """
     from datasets import Dataset, NamedSplit
 
@@ -134,12 +142,12 @@ def load_prepared(folder: str | Path, split: str) -> Prepared:
     command = f"`{prepare_command(manifest, folder, split)}`"
     if info is None:
         there = ", ".join(manifest["splits"]) or "none"
-        raise ValueError(f"{folder} has no split {split!r}, but {there}: make it with {command}.")
+        raise ValueError(f"{folder} has no split {split!r}, only {there}: create it with {command}.")
     if not info["complete"]:
-        raise ValueError(f"The split {split!r} of {folder} is half-written: finish it with {command}.")
+        raise ValueError(f"The split {split!r} of {folder} is incomplete: finish it with {command}.")
     files = [folder / shard["file"] for shard in info["shards"]]
     if missing := [path.name for path in files if not path.is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(missing[:3])}: give {command} again.")
+        raise ValueError(f"{folder} lacks {', '.join(missing[:3])}: run {command} again.")
     vocabulary = _vocabulary(folder, manifest["vocabulary_sha256"], command)
     dataset = Dataset.from_file(str(_arrow_file(folder, split, info, command)), split=NamedSplit(split))
     if len(dataset) != info["images"]:
@@ -153,13 +161,13 @@ def _vocabulary(folder: Path, sha256: str, command: str) -> Vocabulary:
             f"{folder / VOCABULARY_NAME} is missing, damaged or was edited, its SHA-256 is not that of "
             f"{MANIFEST_NAME}: give {command} again."
         )
-    with warnings.catch_warnings():  # words of several classes: whoever packed the vocabulary knows
+    with warnings.catch_warnings():  # words of several classes are intended in packaged vocabularies
         warnings.simplefilter("ignore", UserWarning)
         return Vocabulary.from_file(folder / VOCABULARY_NAME)
 
 
 def is_damaged(path: Path, sha256: str) -> bool:
-    """Whether a file is missing or has another SHA-256; all of it is read."""
+    """Return whether a file is missing or its SHA-256 differs, by reading the whole file."""
     try:
         return file_sha256(path) != sha256
     except OSError:
@@ -167,21 +175,25 @@ def is_damaged(path: Path, sha256: str) -> bool:
 
 
 def require_parquet(path: Path, sha256: str, command: str) -> None:
-    """
-    Compare a Parquet file with its SHA-256.
+    """Verify the SHA-256 of a Parquet file.
+
+    Args:
+        path: Parquet file.
+        sha256: Expected SHA-256 as a hexadecimal string.
+        command: Command that repairs the file, for the error.
 
     Raises:
-        DamagedFileError: it is missing or was damaged or rewritten.
+        DamagedFileError: If the file is missing or its SHA-256 differs.
     """
     if is_damaged(path, sha256):
         raise DamagedFileError(
-            f"{path} is missing, damaged or was rewritten, its SHA-256 is not that of {MANIFEST_NAME}: give {command} "
+            f"{path} is missing, damaged or was rewritten, its SHA-256 differs from {MANIFEST_NAME}: run {command} "
             "again."
         )
 
 
 def _arrow_file(folder: Path, split: str, info: Mapping[str, Any], command: str) -> Path:
-    """The Arrow file of a split's rows, made anew if it is missing, damaged or made from other Parquet files."""
+    """Return the Arrow file of a split, after writing it if it is missing, damaged or out of date."""
     path = _arrow_place(folder, f"{split}-{settings_fingerprint([FORMAT, info['shards']])}.arrow")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -212,7 +224,7 @@ def _arrow_place(folder: Path, name: str) -> Path:
 
 
 def _known_arrow(path: Path) -> dict[str, Any] | None:
-    """What was noted of an Arrow file, if it is still as it was written."""
+    """Return the stored record of an Arrow file, or None if the file has changed."""
     try:
         known = read_checksummed_json(path.with_suffix(".json"), _ARROW, "")
         return known if path.stat().st_size == known["bytes"] and file_xxh3(path) == known["xxh3"] else None
@@ -236,14 +248,14 @@ def _write_arrow(files: list[Path], path: Path) -> None:
 
 
 def prepare_command(manifest: dict[str, Any], folder: Path, split: str) -> str:
-    """The command that makes a split of a prepared benchmark."""
+    """Return the command that prepares a split of a benchmark."""
     given = {"--source": manifest["source"], "--out": str(folder), "--split": split}
     options = [part for option in given.items() for part in option]
     return shlex.join(["python", "-m", "train.data.prepare", manifest["benchmark"], *options])
 
 
 def vocabulary_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """A vocabulary in the form that `Vocabulary.from_file` reads."""
+    """Return a vocabulary in the JSON format that `Vocabulary.from_file` reads."""
     nothing = [None] * len(vocabulary)
     kinds, colors, templates = (
         column or nothing for column in (vocabulary.is_thing, vocabulary.colors, vocabulary.templates)

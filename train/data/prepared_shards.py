@@ -1,7 +1,7 @@
-"""Parquet files of a prepared benchmark, the same bytes from any number of processes.
+"""Deterministic, parallel writing of the Parquet shards of a prepared benchmark.
 
-The files are kept by `train.storage.shard_folder.ShardFolder`. While a split is unfinished, `PROGRESS_FOLDER` holds a
-report of every file, from which a killed command goes on.
+The shards are managed by `train.storage.shard_folder.ShardFolder`. While a split is unfinished, `PROGRESS_FOLDER`
+contains a report of every finished shard, from which an interrupted command resumes.
 """
 
 import io
@@ -30,7 +30,7 @@ from .schema import NO_CLASS, dataset_features, encode_ids
 from .sources import Picture, check_classes, read_annotated
 
 PROGRESS_FOLDER = ".unfinished"
-_ROWS_PER_GROUP = 32  # that are held in memory
+_ROWS_PER_GROUP = 32  # number of rows in memory
 _SECONDS_BETWEEN_LOOKS = 0.2
 _REPORT = {
     "file": str,
@@ -46,7 +46,7 @@ _REPORT = {
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which pictures of a split go into a file."""
+    """Range of the images of a split that one shard contains."""
 
     number: int
     file: str
@@ -56,16 +56,17 @@ class ShardPlan:
 
 @dataclass
 class ShardReport:
-    """What became of a file.
+    """Report on a written shard.
 
     Attributes:
-        file: its name.
-        images: rows in it.
-        left_out: images that the benchmark's rule leaves out.
-        problems: images that could not be used, one line each.
-        notes: what was left out of the annotations of others, one line each.
-        segments, class_images: how many of each class, by train id.
-        sha256: of the file.
+        file: File name of the shard.
+        images: Number of rows.
+        left_out: Number of images that the rules of the benchmark exclude.
+        problems: Unusable images, one line each.
+        notes: Skipped annotations of other images, one line each.
+        segments: Number of segments of each train id.
+        class_images: Number of images with each train id.
+        sha256: SHA-256 of the file as a hexadecimal string.
     """
 
     file: str
@@ -88,7 +89,7 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class Work:
-    """The pictures of a split, and the files that they go into."""
+    """Images of a split, with the shards to write."""
 
     benchmark: Benchmark
     split: str
@@ -99,13 +100,13 @@ class Work:
 
     @property
     def shards(self) -> ShardFolder:
-        """The files; those that are finished have a `ShardReport`."""
+        """Shards of the split; finished ones have a `ShardReport`."""
         files = [plan.file for plan in self.plans]
         return ShardFolder(self.out, files, lambda number: finished_report(self.out, self.plans[number]))
 
 
 def plan_shards(split: str, images: int, per_shard: int) -> list[ShardPlan]:
-    """The files of a split."""
+    """Divide the images of a split into shards."""
     number = max(1, -(-images // per_shard))
     starts = [index * per_shard for index in range(number)]
     return [
@@ -115,14 +116,14 @@ def plan_shards(split: str, images: int, per_shard: int) -> list[ShardPlan]:
 
 
 def finished_report(out: Path, plan: ShardPlan) -> ShardReport | None:
-    """The report of a file that an earlier run finished without a problem; None if either is missing or damaged."""
+    """Return the report of a shard that an earlier run finished without problems, or None if either is invalid."""
     try:
         found = ShardReport(**read_checksummed_json(_report_path(out, plan.file), _REPORT, ""))
     except DamagedFileError:
         return None
     if found.problems or is_damaged(out / plan.file, found.sha256):
         return None
-    # Keys of JSON are strings.
+    # JSON keys are strings.
     found.segments, found.class_images = (
         Counter({int(key): value for key, value in counts.items()}) for counts in (found.segments, found.class_images)
     )
@@ -136,20 +137,26 @@ def _report_path(out: Path, file: str) -> Path:
 def write_shards(
     work: Work, plans: Sequence[ShardPlan], num_proc: int, advance: Callable[[int], Any]
 ) -> list[ShardReport]:
-    """Write files, each by one process, and tell of every image that is done.
+    """Write shards in parallel, each with one process.
 
     Args:
-        work: the split.
-        plans: the files.
-        num_proc: processes; the files do not depend on it.
-        advance: is told of so many images more.
+        work: Images of the split.
+        plans: Shards to write.
+        num_proc: Number of processes. The output does not depend on it.
+        advance: Progress callback that receives the number of newly processed images.
+
+    Returns:
+        The reports of the shards, in order.
+
+    Raises:
+        RuntimeError: If a worker process is killed.
     """
     (work.out / PROGRESS_FOLDER).mkdir(exist_ok=True)
     if num_proc <= 1 or len(plans) <= 1:
         return [_write_shard(work, plan, lambda: advance(1)) for plan in plans]
-    # Forked processes see the pictures without a copy; where there is no fork, each gets its own.
+    # Forked processes share the list of images; spawned processes receive a copy.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    if method == "fork":  # imported once instead of in every process
+    if method == "fork":  # imported once, before forking
         import modeling_gkc.image_processing_gkc  # noqa: F401
     context = multiprocessing.get_context(method)
     counter = context.Value("q", 0)
@@ -161,15 +168,15 @@ def write_shards(
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "A worker process was killed, perhaps for want of memory: give the command again with a smaller "
-                "--num-proc; it goes on with the finished files."
+                "A worker process was killed, perhaps because memory ran out: repeat the command with a smaller "
+                "--num-proc; it resumes after the finished shards."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _watch(futures: Sequence[Future], counter: Any, advance: Callable[[int], Any]) -> None:
-    """Pass on how many images the processes have done, until they are through or one has failed."""
+    """Report the progress of the processes until all have finished or one has failed."""
     told, waiting = 0, True
     while waiting:
         done, running = wait(futures, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
@@ -188,7 +195,7 @@ def _start_process(work: Work, counter: Any) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the one that started it was killed."""
+    """Exit this process when its parent process is killed."""
     while os.getppid() == parent:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     os._exit(1)
@@ -203,7 +210,7 @@ def _write_in_process(plan: ShardPlan) -> ShardReport:
 
 
 def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> ShardReport:
-    """Write a file under a temporary name, then its report, then give it its name."""
+    """Write a shard to a temporary file, then its report, then rename the shard."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -237,16 +244,17 @@ def _rows(
 
 
 def problem_line(picture: Picture, error: Exception) -> str:
-    """What is wrong with a picture, beginning with the file that is at fault."""
+    """Return the error of an image, beginning with the path of the faulty file."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if picture.problem or text.startswith(("/", str(picture.image))) else f"{picture.image}: {text}"
 
 
 def make_row(work: Work, picture: Picture) -> dict[str, Any] | None:
-    """A row in the schema of `train.data.schema`, or None where the benchmark's rule leaves the image out.
+    """Read an image as a row of `train.data.schema`, or return None if the rules of the benchmark exclude it.
 
     Raises:
-        ValueError, OSError: image or annotation cannot be used; the file is named.
+        ValueError: If the image or its annotation is invalid.
+        OSError: If a file cannot be read.
     """
     content, ids, segments = read_annotated(picture)
     if not work.benchmark.keeps(work.split, segments):

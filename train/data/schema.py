@@ -1,9 +1,9 @@
-"""The one dataset schema: image, id-coded segmentation image, segments, captions, image id, video and frame.
+"""Dataset schema for training and evaluation: image, id-coded segmentation, segments, captions and identifiers.
 
-A segmentation is an RGB PNG as in COCO panoptic: id = R + 256 G + 65536 B, 0 is void. `category_id` of a segment is
-the position of its class in the vocabulary given beside the dataset, or -1 where the vocabulary has no class for it:
-such a segment is void. `video_id` and `frame` say where a frame of a video stands, "" and 0 of an image alone.
-A dataset may have a column `nouns`, for each caption the list of its nouns, and further columns.
+A segmentation is an RGB PNG as in COCO panoptic: id = R + 256 G + 65536 B, where 0 is void. The `category_id` of a
+segment is the position of its class in the vocabulary of the dataset, or -1 for a segment without a class, which is
+void. `video_id` and `frame` identify a frame of a video and are "" and 0 for a still image. A dataset may have a
+column `nouns`, the list of nouns of each caption, and further columns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROWS_AT_ONCE = 10_000
 
 
 def dataset_features() -> Features:
-    """Features of a `datasets.Dataset` that training and evaluation read."""
+    """Return the features of a `datasets.Dataset` for training and evaluation."""
     from datasets import Features, Image, Value
 
     return Features(
@@ -46,28 +46,28 @@ def dataset_features() -> Features:
 
 
 def decode_ids(segmentation: np.ndarray) -> np.ndarray:
-    """Id-coded colours (H, W, 3) uint8 -> segment ids (H, W) int32."""
+    """Convert id-coded colors (H, W, 3) uint8 to segment ids (H, W) int32."""
     red, green, blue = (segmentation[..., channel].astype(np.int32) for channel in range(3))
     return red | green << 8 | blue << 16
 
 
 def encode_ids(ids: np.ndarray) -> np.ndarray:
-    """Segment ids (H, W), 0 to 2**24 - 1 -> id-coded colours (H, W, 3) uint8."""
+    """Convert segment ids (H, W) in 0..2**24 - 1 to id-coded colors (H, W, 3) uint8."""
     if ids.size and not 0 <= ids.min() <= ids.max() < 2**24:
         raise ValueError(f"Segment ids must lie between 0 and {2**24 - 1}, got {ids.min()} to {ids.max()}.")
     return np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
 
 
 def ids_within(ids: np.ndarray) -> np.ndarray:
-    """The different ids (M,) that a segmentation (H, W) holds, rising."""
+    """Return the distinct ids (M,) of a segmentation (H, W) in increasing order."""
     flat = ids.reshape(-1)
-    # One pixel of every run along the rows is enough: sorting all of them would take ten times as long.
+    # Sorting one pixel of each run is ten times faster than sorting all pixels.
     starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     return np.unique(np.concatenate([flat[:1], flat[starts]]))
 
 
 def without_decoding(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The dataset with its pictures as stored, so that a broken one breaks nothing but itself."""
+    """Return the dataset with undecoded images, so that an unreadable image affects its own row only."""
     from datasets import Image
 
     for column in PICTURE_COLUMNS:
@@ -76,15 +76,18 @@ def without_decoding(dataset: Dataset | IterableDataset) -> Dataset | IterableDa
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Decode one row, whose pictures may be as `datasets` decodes or as it stores them.
+    """Decode the image and segmentation of one row.
+
+    Args:
+        row: Row with its images decoded, or as `datasets` stores them.
 
     Returns:
         The image (H, W, 3) uint8 and its segment ids (H, W) int32.
 
     Raises:
-        ValueError: one of them cannot be read, or they differ in size; the sample is named.
+        ValueError: If an image cannot be read, or image and segmentation differ in size.
     """
-    from modeling_gkc.image_processing_gkc import read_image  # needs torch, which the commands' help does without
+    from modeling_gkc.image_processing_gkc import read_image  # imports torch, which --help must not need
 
     sample = f"sample {row['image_id']!r}"
     image = np.asarray(read_image(_opened(row["image"], f"image of {sample}"), name=f"image of {sample}"))
@@ -111,25 +114,29 @@ def _opened(picture: PIL.Image.Image | Mapping[str, Any], name: str) -> PIL.Imag
 def _read_ids(picture: PIL.Image.Image, name: str) -> np.ndarray:
     if picture.mode not in ("RGB", "RGBA"):
         raise ValueError(
-            f"{name}: it is a picture of mode {picture.mode}; segment ids are stored in RGB, id = R + 256 G + 65536 B."
+            f"{name}: it has mode {picture.mode}; store segment ids as an RGB image, id = R + 256 G + 65536 B."
         )
     try:
-        # Four bytes a pixel are read as one integer in a tenth of the time that three take.
+        # Reading four bytes per pixel as one integer is ten times faster than combining three channels.
         return np.asarray(picture.convert("RGBA")).view("<u4")[..., 0].astype(np.int32) & 0xFFFFFF
     except Exception as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
 
 
 def annotated_segments(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The segments that training learns from: those that have a class and are no crowd."""
+    """Return the segments for training: those with a class that are not crowds."""
     return [segment for segment in row["segments"] if not segment["iscrowd"] and segment["category_id"] != NO_CLASS]
 
 
 def learnable_ids(row: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
-    """The ids (H, W) of a row with void where nothing is learned from.
+    """Return the ids (H, W) of a row, with void for crowds and segments without a class.
+
+    Args:
+        row: Row with its `segments`.
+        ids: Segment ids (H, W) of the row.
 
     Raises:
-        ValueError: there are ids that the row's segments do not list, or list twice; sample and ids are named.
+        ValueError: If the segments of the row do not list every id exactly once.
     """
     _check_ids(row, ids)
     left_out = _left_out_ids(row)
@@ -137,18 +144,18 @@ def learnable_ids(row: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
 
 
 def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS) -> np.ndarray:
-    """The class of every pixel of a row, crowds included, as benchmarks score semantic segmentation.
+    """Return the class of every pixel of a row, including crowds, as in semantic segmentation benchmarks.
 
     Args:
-        row: with its `segments`.
-        ids: its segment ids (H, W).
-        ignore: the value of void pixels, and of segments without a class.
+        row: Row with its `segments`.
+        ids: Segment ids (H, W) of the row.
+        ignore: Value of void pixels and of segments without a class.
 
     Returns:
-        (H, W) int32.
+        The class map (H, W) int32.
 
     Raises:
-        ValueError: there are ids that the row's segments do not list, or list twice; sample and ids are named.
+        ValueError: If the segments of the row do not list every id exactly once.
     """
     _check_ids(row, ids)
     classes = {segment["id"]: segment["category_id"] for segment in row["segments"]}
@@ -159,7 +166,7 @@ def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS
 
 
 def _check_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
-    """Refuse a row whose segments are not those of its segmentation, each listed once."""
+    """Raise if the segments of a row do not list every id of its segmentation exactly once."""
     if problems := segment_problems(row["segments"]):
         raise ValueError(f"Sample {row['image_id']!r}: {'; '.join(problems)}.")
     undescribed = _undescribed_ids(row, ids)
@@ -182,20 +189,20 @@ def _left_out_ids(row: Mapping[str, Any]) -> list[int]:
 def check_dataset(
     dataset: Dataset, class_names: Sequence[str], progress: bool = True, sample: int | None = None
 ) -> None:
-    """Read a whole dataset once, or so many rows spread over it, and refuse it if any sample is wrong.
+    """Validate the samples of a dataset and raise on invalid ones.
 
-    The columns, image ids and segments of all rows are checked, also where only some pictures are read: image ids are
-    unique; segment ids unique and not void; category ids within the vocabulary. Of the rows whose pictures are read:
-    image and segmentation have one size, and all ids of the segmentation are described in `segments`.
+    The columns, image ids and segments of all rows are checked: image ids must be unique, segment ids unique and not
+    void, and category ids in the vocabulary. For the rows whose images are read, image and segmentation must have the
+    same size, and `segments` must list all ids of the segmentation.
 
     Args:
-        dataset: the dataset.
-        class_names: of the vocabulary.
-        progress: show a bar.
-        sample: read so many pictures, spread over the dataset; None reads all.
+        dataset: Dataset to validate.
+        class_names: Class names of the vocabulary.
+        progress: Whether to show a progress bar.
+        sample: Number of evenly spaced rows whose images are read. None reads all images.
 
     Raises:
-        ValueError: naming the first wrong samples and what is wrong with each.
+        ValueError: If samples are invalid. The message lists the first ones with their problems.
     """
     missing = dataset_features().keys() - OPTIONAL_COLUMNS - set(dataset.column_names)
     if missing:
@@ -212,7 +219,7 @@ def check_dataset(
 
 
 def _listed_problems(dataset: Dataset, num_classes: int) -> Iterator[str]:
-    """List the problems of the image ids and segments of all rows; no picture is read."""
+    """Yield the problems of the image ids and segments of all rows, without reading images."""
     seen: set[str | None] = set()
     for table in dataset.select_columns(["image_id", "segments"]).with_format("arrow").iter(_ROWS_AT_ONCE):
         segments = table.column("segments").combine_chunks()
@@ -228,7 +235,7 @@ def _listed_problems(dataset: Dataset, num_classes: int) -> Iterator[str]:
 
 
 def _suspicious_rows(segments: pa.ListArray, num_classes: int) -> set[int]:
-    """Rows whose segments are missing, incomplete, void, listed twice or of an unknown class."""
+    """Return the rows whose segments are missing, incomplete, void, duplicated or of an unknown class."""
     import pyarrow.compute as pc
 
     missing = np.flatnonzero(segments.is_null().to_numpy(zero_copy_only=False))
@@ -249,12 +256,11 @@ def _suspicious_rows(segments: pa.ListArray, num_classes: int) -> set[int]:
 
 
 def segment_problems(segments: Sequence[Mapping[str, Any]] | None, num_classes: int | None = None) -> list[str]:
-    """
-    List what is wrong with the segments of a row, whatever its pictures hold.
+    """Return the problems of the segments of a row, without looking at its images.
 
     Args:
-        segments: `id`, `category_id` and `iscrowd` of each.
-        num_classes: classes of the vocabulary; None does not look at the classes.
+        segments: Segments with `id`, `category_id` and `iscrowd`.
+        num_classes: Number of classes in the vocabulary. None does not check the classes.
     """
     if segments is None or any(None in (segment or {None: None}).values() for segment in segments):
         return [f"segments or parts of them are missing: {segments}"]
@@ -268,7 +274,7 @@ def segment_problems(segments: Sequence[Mapping[str, Any]] | None, num_classes: 
 
 
 def _picture_problem(row: Mapping[str, Any]) -> str | None:
-    """List the problems of the pictures of a row."""
+    """Return the problem of the images of a row, or None."""
     sample = f"sample {row['image_id']!r}"
     try:
         _, ids = read_row(row)

@@ -1,4 +1,4 @@
-"""What readers of other people's data give: pictures, and how to get their segments."""
+"""Annotated images of external datasets, and helpers for their readers."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-# How numpy turns an array as Pillow turns a picture that is stored on its side, by its EXIF orientation.
+# Array operations that apply the EXIF orientations with swapped height and width.
 _SIDEWAYS = {
     5: lambda array: array.T,
     6: lambda array: np.rot90(array, -1),
@@ -38,19 +38,19 @@ Segmentation = tuple[np.ndarray, list[dict[str, Any]]]
 
 @dataclass
 class Picture:
-    """An image file with its annotation.
+    """Image file with its annotation.
 
     Attributes:
-        image_id: its name within the data, unique.
-        image: the file.
-        read: height and width -> ids (H, W) int32 and segments as in `train.data.schema`; a ValueError or OSError says
-            what is wrong, and where.
-        split: `train`, `val`, `test`, or None where the data does not say.
-        captions: sentences about the image.
-        video_id: the video that it is a frame of, "" of an image alone.
-        frame: its place in the video, from 0.
-        problem: why it cannot be used, if that is known before it is read.
-        notes: what `read` left out of its annotation, each with the name of its file.
+        image_id: Unique name within the dataset.
+        image: Path of the image file.
+        read: Function that maps the image height and width to ids (H, W) int32 and segments as in
+            `train.data.schema`. It raises a ValueError or OSError that names the file.
+        split: `train`, `val`, `test`, or None if the dataset does not define splits.
+        captions: Captions of the image.
+        video_id: Video of a frame, or "" for a still image.
+        frame: Index of the frame in its video, from 0.
+        problem: Reason why the image cannot be used, if it is known before reading.
+        notes: Annotations that `read` skipped, each with the name of its file.
     """
 
     image_id: str
@@ -66,15 +66,14 @@ class Picture:
 
 @dataclass
 class Source:
-    """
-    Data of other people: a vocabulary and the pictures annotated with it.
+    """External dataset: a vocabulary and the images annotated with it.
 
     Attributes:
-        vocabulary: the classes.
-        pictures: the pictures.
-        problems: what cannot be used, as far as it is known before pictures are read, each with the name of its file.
-        layout: what the data was taken for, in words.
-        notes: what is to be said of it though no picture is left out for it.
+        vocabulary: Classes of the dataset.
+        pictures: Annotated images.
+        problems: Unusable images and annotations that are known before reading, each with the name of its file.
+        layout: Description of the detected annotation format.
+        notes: Remarks on the dataset that do not exclude an image.
     """
 
     vocabulary: Vocabulary
@@ -85,14 +84,14 @@ class Source:
 
 
 def read_annotated(picture: Picture) -> tuple[bytes, np.ndarray, list[dict[str, Any]]]:
-    """
-    Read an image and its annotation, with the checks that every writer of datasets needs.
+    """Read and check an image and its annotation.
 
     Returns:
-        Bytes of the image file, ids (H, W) of its upright pixels, and segments as in `train.data.schema`.
+        The bytes of the image file, the ids (H, W) of its upright pixels, and segments as in `train.data.schema`.
 
     Raises:
-        ValueError, OSError: image or annotation cannot be used; the file is named.
+        ValueError: If the image or its annotation is invalid.
+        OSError: If a file cannot be read.
     """
     if picture.problem:
         raise ValueError(picture.problem)
@@ -100,7 +99,7 @@ def read_annotated(picture: Picture) -> tuple[bytes, np.ndarray, list[dict[str, 
         content = picture.image.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{picture.image}: the file is missing") from None
-    from modeling_gkc.image_processing_gkc import read_image  # needs torch, which the commands' help does without
+    from modeling_gkc.image_processing_gkc import read_image  # imports torch, which --help must not need
 
     shape = read_image(content, name=str(picture.image)).size[::-1]
     picture.notes.clear()
@@ -110,16 +109,22 @@ def read_annotated(picture: Picture) -> tuple[bytes, np.ndarray, list[dict[str, 
     listed = [segment["id"] for segment in segments]
     unlisted = sorted(set(ids_within(ids).tolist()) - {VOID, *listed})
     if unlisted or len(set(listed)) < len(listed) or VOID in listed:
-        raise ValueError(f"{picture.image}: the ids {unlisted or listed} of its annotation are not listed just once")
+        raise ValueError(
+            f"{picture.image}: the ids {unlisted or listed} of its annotation are not listed exactly once"
+        )
     return content, ids, segments
 
 
 def check_classes(picture: Picture, segments: Sequence[dict[str, Any]], num_classes: int) -> None:
-    """
-    Refuse segments of a picture whose class is not in the vocabulary.
+    """Raise if a segment of an image has a class that is not in the vocabulary.
+
+    Args:
+        picture: Image of the segments, named in the error.
+        segments: Segments of the image.
+        num_classes: Number of classes in the vocabulary.
 
     Raises:
-        ValueError: naming the picture and the classes.
+        ValueError: If a class is not in the vocabulary.
     """
     classes = {segment["category_id"] for segment in segments}
     if unknown := sorted(classes - {NO_CLASS, *range(num_classes)}):
@@ -127,26 +132,25 @@ def check_classes(picture: Picture, segments: Sequence[dict[str, Any]], num_clas
 
 
 def image_files(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """The images, or other files, below a folder by their path without suffix.
+    """Return the image files, or files of other suffixes, below a folder by their relative path without suffix.
 
     Raises:
-        ValueError: two differ in the suffix alone.
+        ValueError: If two paths differ in the suffix only.
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.casefold() in suffixes and not path.name.startswith(".") and path.is_file():
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in files:
-                raise ValueError(f"{files[name]} and {path} differ in the suffix alone; rename or remove one.")
+                raise ValueError(f"{files[name]} and {path} differ in the suffix only: rename or remove one.")
             files[name] = path
     return files
 
 
 def split_named(name: str) -> str | None:
-    """
-    Split that a word of a folder's or a file's name stands for: train, val or test.
+    """Return the split that a folder or file name contains: train, val, test or None.
 
-    Words of two splits name none, except that `test-dev` is a test.
+    A name with words of two splits has none, except that `test-dev` is a test split.
     """
     words = re.split(r"[^a-z0-9]+", name.casefold())
     found = {SPLIT_NAMES[bare] for word in words if (bare := word.rstrip("0123456789")) in SPLIT_NAMES}
@@ -156,21 +160,20 @@ def split_named(name: str) -> str | None:
 
 
 def split_of_folders(path: str) -> str | None:
-    """Split that the folders of a relative path stand for, the outermost first; the file's own name says nothing."""
+    """Return the split that the folders of a relative path name, the outermost first, ignoring the file name."""
     return next((split for folder in path.split("/")[:-1] if (split := split_named(folder))), None)
 
 
 def folder_pairs(folder: Path, images: Sequence[str], others: Sequence[str]) -> dict[str, tuple[Path, Path]]:
-    """
-    Folders of images and of their annotations side by side, in a folder or in its sub-folders of splits.
+    """Find pairs of an image folder and an annotation folder, in a folder or in its split sub-folders.
 
     Args:
-        folder: of the data.
-        images: names that a folder of images may have.
-        others: names that a folder of annotations may have.
+        folder: Folder of the dataset.
+        images: Possible names of the image folder.
+        others: Possible names of the annotation folder.
 
     Returns:
-        Both folders by the name of the sub-folder, "" for `folder` itself.
+        The pairs of folders by the name of the sub-folder, "" for `folder` itself.
     """
     places = {"": folder} | {
         place.name: place for place in sorted(folder.iterdir()) if place.is_dir() and split_named(place.name)
@@ -180,15 +183,14 @@ def folder_pairs(folder: Path, images: Sequence[str], others: Sequence[str]) -> 
 
 
 def files_of_splits(folders: Mapping[str, Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """
-    Files of several folders by their path without suffix, behind the name of their split.
+    """Return the files of several folders by split name and relative path without suffix.
 
     Args:
-        folders: by split, "" for none.
-        suffixes: that the files have.
+        folders: Folder of each split, "" for no split.
+        suffixes: Suffixes of the files.
 
     Raises:
-        ValueError: two differ in the suffix alone.
+        ValueError: If two paths differ in the suffix only.
     """
     return {
         f"{split}/{name}" if split else name: path
@@ -198,14 +200,13 @@ def files_of_splits(folders: Mapping[str, Path], suffixes: Sequence[str] = IMAGE
 
 
 def relative_names(file_name: str) -> list[PurePosixPath]:
-    """
-    Relative paths under which a file may be found that an annotation names, the likeliest ones first.
+    """Return possible relative paths of a file that an annotation names, the most likely first.
 
-    Separators may be Windows'. Of a path on the machine of whoever annotated (absolute, or with `..`) the last two
-    parts and the last one are tried; nothing outside the folder of the data is read.
+    Windows separators are accepted. For an absolute path or one with `..`, the last two components and the last one
+    are tried, so that nothing outside the folder of the dataset is read.
 
     Args:
-        file_name: as the annotation names it.
+        file_name: File name in the annotation.
     """
     names = []
     for text in dict.fromkeys((file_name, file_name.replace("\\", "/"))):
@@ -216,58 +217,60 @@ def relative_names(file_name: str) -> list[PurePosixPath]:
 
 
 def first_folder(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first folder of these names that is there."""
+    """Return the first existing sub-folder of the given names, or None."""
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
 def declared_shape(height: Any, width: Any, place: str) -> tuple[int, int] | None:
-    """
-    Height and width that an annotation says its image has, None where it says neither.
+    """Check and return the image height and width in an annotation, or None if it has neither.
+
+    Args:
+        height: Height in the annotation.
+        width: Width in the annotation.
+        place: Name of the annotation for the error.
 
     Raises:
-        ValueError: one is no whole number above 0; the place is named.
+        ValueError: If height or width is not a positive integer.
     """
     if height is None and width is None:
         return None
     for side in (height, width):
         is_number = isinstance(side, int | float) and not isinstance(side, bool)
         if not is_number or not 0 < side < 2**31 or side != int(side):
-            raise ValueError(f"{place}: height and width must be whole numbers above 0, got {str(side)[:60]!r}")
+            raise ValueError(f"{place}: height and width must be positive integers, got {str(side)[:60]!r}")
     return int(height), int(width)
 
 
 def annotated_shape(declared: tuple[int, int], shape: tuple[int, int], image: Path, place: str) -> tuple[int, int]:
-    """
-    Height and width of the pixels that an annotation was drawn on: the upright ones, or those stored on their side.
+    """Return the height and width of the pixels that an annotation refers to, upright or as stored.
 
     Args:
-        declared: height and width that the annotation is for.
-        shape: those of the upright image.
-        image: its file, whose EXIF orientation says whether it is stored on its side.
-        place: of the annotation, for the error.
+        declared: Height and width of the annotation.
+        shape: Height and width of the upright image.
+        image: Image file, whose EXIF orientation tells whether height and width are swapped as stored.
+        place: Name of the annotation for the error.
 
     Raises:
-        ValueError: it was drawn on a picture of another size.
+        ValueError: If the annotation refers to an image of another size.
     """
     if declared == shape or (declared == shape[::-1] and _orientation(image) in _SIDEWAYS):
         return declared
     raise ValueError(
-        f"{place}: it is {declared} (height, width), its image {shape}: the picture was resized or turned after it "
+        f"{place}: it is {declared} (height, width), its image {shape}: the image was resized or rotated after it "
         "was annotated"
     )
 
 
 def upright(ids: np.ndarray, shape: tuple[int, int], image: Path) -> np.ndarray:
-    """
-    Turn ids drawn on the stored pixels of an image as its EXIF orientation turns the image.
+    """Rotate ids by the EXIF orientation of their image, if they refer to its stored pixels.
 
     Args:
-        ids: (H, W) or (W, H), of a size that `annotated_shape` gave.
-        shape: height and width of the upright image.
-        image: its file.
+        ids: Segment ids (H, W) or (W, H), of a size that `annotated_shape` returned.
+        shape: Height and width of the upright image.
+        image: Image file.
 
     Returns:
-        (H, W).
+        The segment ids (H, W) of the upright image.
     """
     return ids if ids.shape == shape else np.ascontiguousarray(_SIDEWAYS[_orientation(image)](ids))
 

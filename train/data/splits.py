@@ -1,4 +1,4 @@
-"""Base and novel classes: training on some classes of a vocabulary, as the zero-shot experiments do."""
+"""Base and novel class splits, as in zero-shot experiments."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ VARIANTS = ("ignore", "delete")
 
 
 def novel_positions(vocabulary_name: str) -> list[int]:
-    """Positions, in a packaged vocabulary, of the classes that the method's zero-shot experiments hold out.
+    """Return the positions of the held-out classes of the zero-shot experiments in a packaged vocabulary.
 
     Raises:
-        ValueError: there is no such vocabulary, or it marks no class as novel.
+        ValueError: If the vocabulary does not exist or marks no class as novel.
     """
     facts = packaged_facts(vocabulary_name)
     if not facts.get("novel_ids"):
@@ -35,24 +35,29 @@ def novel_positions(vocabulary_name: str) -> list[int]:
 def split_categories(
     dataset: Dataset, vocabulary: Vocabulary, novel: str | Collection[int], variant: str, keep: str = "base"
 ) -> tuple[Dataset, Vocabulary]:
-    """A dataset of the base classes alone, or of the novel ones, and their vocabulary.
+    """Restrict a dataset and its vocabulary to the base or the novel classes.
 
-    Classes are numbered anew within the subset, in their old order. Segments of other classes become void: their class
-    is -1; images and segmentations stay as they are.
+    The kept classes are renumbered in order. Segments of other classes become void, with the class -1. Images and
+    segmentations do not change.
 
     Args:
-        dataset: in the schema of `train.data`.
-        vocabulary: the classes that its `category_id` counts.
-        novel: name of the packaged vocabulary whose novel classes these are, or their positions.
-        variant: `ignore` keeps the images that have a segment of the kept classes; `delete` only those of them that
-            have no segment of another class at all. Crowds count as segments.
-        keep: `base` or `novel`.
+        dataset: Dataset in the schema of `train.data.schema`.
+        vocabulary: Vocabulary of the dataset.
+        novel: Positions of the novel classes, or the name of the packaged vocabulary that defines them.
+        variant: `ignore` keeps the images with a segment of the kept classes; `delete` drops those of them that have a
+            segment of another class, too. Crowds count as segments.
+        keep: Classes to keep, `base` or `novel`.
+
+    Returns:
+        The restricted dataset and vocabulary.
 
     Raises:
-        ValueError: an unknown variant, no class is left on one side, or no image is left.
+        ValueError: If the variant is unknown, or no class or no image is left.
     """
     if variant not in VARIANTS or keep not in ("base", "novel"):
-        raise ValueError(f"Variants are {', '.join(VARIANTS)}, of base or novel; got {variant!r} and {keep!r}.")
+        raise ValueError(
+            f"`variant` must be one of {', '.join(VARIANTS)} and `keep` base or novel, got {variant!r} and {keep!r}."
+        )
     positions = set(novel_positions(novel) if isinstance(novel, str) else novel)
     kept = [index for index in range(len(vocabulary.names)) if (index in positions) == (keep == "novel")]
     if not 0 < len(kept) < len(vocabulary.names) or not positions <= set(range(len(vocabulary.names))):
@@ -64,7 +69,7 @@ def split_categories(
         raise ValueError(f"No image of the dataset has segments of the {keep} classes as `{variant}` needs them.")
     renumbered = [_renumbered(segments, new_ids) for segments in all_segments]
     feature = dataset.features["segments"]
-    # A column of its own: `map` would write every picture anew.
+    # Replacing a column does not rewrite the images, unlike `map`.
     subset = dataset.remove_columns("segments").add_column("segments", renumbered, feature=feature).select(rows)
     return subset, vocabulary_subset(vocabulary, kept)
 
@@ -79,7 +84,7 @@ def _renumbered(segments: list[dict[str, Any]], new_ids: Mapping[int, int]) -> l
 
 
 def vocabulary_subset(vocabulary: Vocabulary, kept: Sequence[int]) -> Vocabulary:
-    """The classes of a vocabulary at some positions, in that order."""
+    """Return the classes of a vocabulary at the given positions, in their order."""
     columns = vocabulary.names, vocabulary.is_thing, vocabulary.colors, vocabulary.templates
     return Vocabulary.from_stored(
         *(None if column is None else [column[index] for index in kept] for column in columns)

@@ -1,8 +1,8 @@
-"""Training data read in its own order, without random access: from Arrow or Parquet files, here or on the Hub.
+"""Streaming of training data without random access, from Arrow or Parquet files on disk or on the Hub.
 
-A *stream* is what one worker process of one training process reads; there are P x W of them. They share the data: each
-reads its own shards (files, record batches) where the shards can be dealt out evenly, else each reads everything and
-keeps one row in P x W.
+A *stream* is the data that one of W worker processes of one of P training processes reads. Each stream reads its own
+shards (files or record batches) if the number of shards is a multiple of P x W. Otherwise each stream reads all rows
+and keeps every (P x W)-th row.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,26 +27,26 @@ _ROWS_AT_ONCE = 16
 
 
 class StreamingDataset(torch.utils.data.IterableDataset):
-    """Rows of `augmented_row`, in an order and with draws that depend on seed and epoch.
+    """Iterable dataset of augmented samples, shuffled by shards and within a buffer.
 
-    In an epoch every row comes once over all streams, in an order made by shuffling the shards and then the rows
-    within a buffer. All draws about a sample depend on (seed, epoch, image id) alone, however the data is shared.
+    Every row occurs once per epoch over all streams. The rows are those of `augmented_row`; their random numbers
+    depend on (seed, epoch, image id) alone, not on the division into streams.
 
-    For training, `streaming_loader` makes each stream give the same number of full batches, so that all processes take
-    equally many steps: what is over is left out of this epoch, at most a batch and, where shards hold unequal numbers
-    of rows, the difference; each epoch leaves out others. A stream that has too few, because samples are broken,
-    continues with the next epoch's order.
+    In training, `streaming_loader` limits all streams to the same number of full batches, so that all processes take
+    the same number of steps. The remaining rows are skipped in this epoch: at most one batch, plus the difference
+    between shards of unequal length. A stream with too few readable samples continues with the order of the next
+    epoch.
 
     Args:
-        dataset: in the schema of `train.data`; a map-style one is read in contiguous shards.
-        transform: the augmentation.
-        seed: see above.
-        max_broken: samples that cannot be read and are left out, at most; see `BrokenSamples`.
-        num_rows: length of `dataset`, where it does not know it.
-        buffer_rows: rows that each stream holds undecoded to shuffle them; 0 keeps the order of the data.
+        dataset: Dataset in the schema of `train.data.schema`. A map-style dataset is read in contiguous shards.
+        transform: Augmentation.
+        seed: Random seed.
+        max_broken: Maximum number of unreadable samples to skip; see `BrokenSamples`.
+        num_rows: Length of `dataset`, if the dataset does not provide it.
+        buffer_rows: Number of undecoded rows in the shuffle buffer of each stream. 0 does not shuffle.
 
     Raises:
-        ValueError: the number of rows is not known.
+        ValueError: If the number of rows is unknown.
     """
 
     def __init__(
@@ -64,30 +64,30 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         self.broken = BrokenSamples(max_broken)
         self.num_rows = num_rows or _number_of_rows(dataset)
         self._dataset = without_decoding(dataset)
-        # In shared memory, for workers that live on from one epoch to the next.
+        # In shared memory, since workers persist across epochs.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._process, self._processes, self._workers = 0, 1, 1
         self._rows_per_stream = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Take another order and other augmentations from now on."""
+        """Set the epoch that the order and the random augmentations depend on."""
         self._epoch.fill_(epoch)
 
     def broken_count(self) -> int:
-        """How many different samples could not be read so far, over all workers."""
+        """Return the number of distinct unreadable samples over all workers."""
         return self.broken.count()
 
     def share(self, process: int, processes: int, workers: int = 0, batch_size: int | None = None) -> None:
-        """Say which part of the data this process reads, by so many workers.
+        """Set the part of the data that this training process reads.
 
         Args:
-            process: number of this training process.
-            processes: how many there are.
-            workers: worker processes of each, as for `DataLoader`.
-            batch_size: makes all streams give the same number of full batches; None gives every row.
+            process: Rank of this training process.
+            processes: Number of training processes.
+            workers: Number of worker processes of each training process, as for `DataLoader`.
+            batch_size: Batch size, which limits all streams to the same number of full batches. None yields every row.
 
         Raises:
-            ValueError: no stream has a full batch.
+            ValueError: If a stream has fewer rows than a batch.
         """
         self._process, self._processes, self._workers = process, processes, max(1, workers)
         self._rows_per_stream = None
@@ -109,7 +109,10 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         if worker is not None and worker.num_workers != self._workers:
-            raise ValueError(f"`share` was told of {self._workers} workers, but there are {worker.num_workers}.")
+            raise ValueError(
+                f"`share` was called with {self._workers} workers, but the loader has {worker.num_workers}: pass the "
+                "same number."
+            )
         stream = self._process * self._workers + (0 if worker is None else worker.id)
         epoch = int(self._epoch)
         if self._rows_per_stream is None:
@@ -121,7 +124,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         return self._processes * self._workers
 
     def _read_on(self, stream: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """Epoch after epoch."""
+        """Yield the rows of one stream over consecutive epochs."""
         while True:
             row = None
             for row in self._read(stream, epoch):
@@ -131,7 +134,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
             epoch += 1
 
     def _read(self, stream: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """The rows of one stream and epoch that can be read."""
+        """Yield the readable rows of one stream and epoch."""
         for row in self._stored_rows(stream, epoch):
             key = (self.seed, epoch, stable_number(row["image_id"]))
             try:
@@ -144,7 +147,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         if self.buffer_rows:
             order = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
             dataset = dataset.shuffle(seed=order, buffer_size=self.buffer_rows)
-        # `iter` reads the whole of a part in a worker process too, where `__iter__` would divide it once more.
+        # `__iter__` would divide the part again among the worker processes; `iter` does not.
         for rows in split_dataset_by_node(dataset, stream, self._streams).iter(_ROWS_AT_ONCE):
             for values in zip(*rows.values(), strict=True):
                 yield dict(zip(rows, values, strict=True))
@@ -157,12 +160,12 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     def _num_shards(self) -> int:
         if isinstance(self._dataset, IterableDataset):
             return self._dataset.num_shards
-        # Many shards mix well; but those of some streams hold a row each more, which training leaves out.
+        # More shards shuffle better, but each shard with a surplus row costs a row in training.
         rows = len(self._dataset) // self._streams
         return self._streams * max(1, min(_MOST_SHARDS_PER_STREAM, rows // _LEAST_ROWS_PER_SHARD))
 
     def _least_rows(self) -> int:
-        """Rows that every stream has at least, if the shards hold equally many but for one."""
+        """Return the minimum number of rows per stream, for shards whose lengths differ by at most one row."""
         shards = self._num_shards()
         if shards % self._streams:
             return self.num_rows // self._streams
@@ -174,7 +177,7 @@ def _number_of_rows(dataset: Dataset | IterableDataset) -> int:
         return len(dataset)
     split = (dataset.info.splits or {}).get(dataset.split)
     if split is None or not split.num_examples:
-        raise ValueError("The streamed dataset does not know how many rows it has: give `num_rows`.")
+        raise ValueError("The streamed dataset does not provide its number of rows: set `num_rows`.")
     return split.num_examples
 
 
@@ -186,18 +189,18 @@ def streaming_loader(
     num_workers: int = 0,
     **settings: Any,
 ) -> torch.utils.data.DataLoader:
-    """The batches of this training process.
+    """Create the data loader of this training process.
 
-    accelerate would have every process read and augment everything and keep its part, or one process do it for all;
-    here each reads its own, so the loader is prepared as that of a single process.
+    By default accelerate makes every process read all data, or one process read it for all. Here each process reads
+    its own part, so that the loader is prepared like that of a single process.
 
     Args:
-        dataset: is told its share.
-        collate: rows -> batch.
-        batch_size: of this process.
-        accelerator: knows the processes and the device.
-        num_workers: worker processes.
-        settings: further ones of `DataLoader`.
+        dataset: Dataset to load, which is set to the part of this process.
+        collate: Function that builds a batch from rows.
+        batch_size: Batch size of this process.
+        accelerator: Accelerator that provides the processes and the device.
+        num_workers: Number of worker processes.
+        **settings: Further arguments of `DataLoader`.
     """
     dataset.share(accelerator.process_index, accelerator.num_processes, num_workers, batch_size)
     loader = torch.utils.data.DataLoader(

@@ -1,4 +1,4 @@
-"""Augmentations that move an image and its segment ids alike."""
+"""Joint augmentations of an image and its segment ids."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,23 @@ from PIL import Image
 
 from .schema import VOID
 
-PADDING_GREY = 128
+PADDING_GRAY = 128
 
 
 @dataclass(frozen=True)
 class JointTransform:
-    """Random flip, scale jitter and crop of fixed size.
+    """Random horizontal flip, scale jitter and fixed-size crop.
 
-    The scale is relative to the one at which the image fits the crop, as in detectron2's large-scale jitter (0.1 to
-    2.0); the paper's is 0.8 to 1.2. Only the part of the image that the crop shows is ever scaled, so a large scale
-    costs no more than a small one.
+    The scale is relative to the scale at which the image fits the crop, as in detectron2's large-scale jitter (0.1 to
+    2.0); the paper uses 0.8 to 1.2. Only the cropped part of the image is resized.
 
     Attributes:
-        crop_size: Side in pixels of the square result: the image is scaled to fit it, times a random factor, and then
-            cropped at a random place or padded to the right and bottom with grey (void in the segmentation). None
-            keeps the image's size.
-        scale_range: Bounds of the random factor.
-        flip_probability: How often the image is mirrored.
-        padding: Pad what is smaller than the crop; False keeps its size.
+        crop_size: Side of the square crop in pixels. The image is scaled to fit it, times a random factor, and then
+            cropped at random or padded to the right and bottom with gray (void in the segmentation). None keeps the
+            image size.
+        scale_range: Minimum and maximum of the random factor.
+        flip_probability: Probability of a horizontal flip.
+        padding: Whether to pad an image that is smaller than the crop.
     """
 
     crop_size: int | None = 512
@@ -37,7 +36,7 @@ class JointTransform:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Transform an image (H, W, 3) uint8 and its ids (H, W)."""
         if generator.random() < self.flip_probability:
-            # Pillow mirrors three times faster than NumPy copies backwards.
+            # Pillow flips three times faster than NumPy.
             image = np.asarray(Image.fromarray(np.ascontiguousarray(image)).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
             ids = ids[:, ::-1]
         if self.crop_size is not None:
@@ -51,7 +50,7 @@ class JointTransform:
 
 
 def scaled_size(shape: tuple[int, int], factor: float) -> tuple[int, int]:
-    """Height and width of an image of that shape when it is scaled."""
+    """Return the height and width of an image of the given shape after scaling."""
     height, width = (max(1, round(side * factor)) for side in shape)
     return height, width
 
@@ -59,22 +58,22 @@ def scaled_size(shape: tuple[int, int], factor: float) -> tuple[int, int]:
 def resize_window(
     image: np.ndarray, ids: np.ndarray, scaled: tuple[int, int], window: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale an image bilinearly and its ids to the nearest, and return a window of the result.
+    """Return a window of an image after bilinear resizing, and of its ids after nearest-neighbor resizing.
 
-    Pixels outside the window are read only where the filter reaches them, so the window is that of the whole scaled
-    image: the ids exactly, the image but for the rounding of a value to the neighbouring one of 0..255.
+    Only the pixels that contribute to the window are read. The ids equal those of the fully resized image; image
+    values may differ by one through rounding.
 
     Args:
-        image: (H, W, 3) uint8.
-        ids: (H, W).
-        scaled: Height and width that the whole is scaled to.
-        window: Top, left, height and width within the scaled image.
+        image: Image (H, W, 3) uint8.
+        ids: Segment ids (H, W).
+        scaled: Height and width of the fully resized image.
+        window: Top, left, height and width of the window in the resized image.
     """
     top, left, height, width = window
     rows = _nearest(ids.shape[0], scaled[0])[top : top + height]
     columns = _nearest(ids.shape[1], scaled[1])[left : left + width]
     down, across = ids.shape[0] / scaled[0], ids.shape[1] / scaled[1]
-    # Pillow refuses a box that leaves the image by so much as a rounding error.
+    # Pillow raises if the box exceeds the image by a rounding error.
     bottom, right = min((top + height) * down, ids.shape[0]), min((left + width) * across, ids.shape[1])
     box = (left * across, top * down, right, bottom)
     picture = Image.fromarray(np.ascontiguousarray(image))
@@ -83,14 +82,14 @@ def resize_window(
 
 
 def _nearest(old: int, new: int) -> np.ndarray:
-    """For each of `new` positions along a side, the index of the position whose place it takes."""
+    """Return the source index of each of `new` positions in nearest-neighbor resizing from `old` positions."""
     return ((np.arange(new) + 0.5) * old / new).astype(np.int64)
 
 
 def pad(image: np.ndarray, ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A square of `size` pixels with the image at its top left: grey where it has nothing, and void."""
+    """Pad an image and its ids to a square of `size` pixels with gray and void at the right and bottom."""
     height, width = ids.shape
-    padded = np.full((size, size, 3), PADDING_GREY, dtype=np.uint8)
+    padded = np.full((size, size, 3), PADDING_GRAY, dtype=np.uint8)
     padded_ids = np.full((size, size), VOID, dtype=ids.dtype)
     padded[:height, :width], padded_ids[:height, :width] = image, ids
     return padded, padded_ids

@@ -1,16 +1,16 @@
-"""Draw samples of a dataset: image, overlay and legend, so that one sees whether names and colours are right.
+"""Draw samples of a dataset with overlays and legends, to check its classes and masks by eye.
 
     python -m train.data.view data/ade20k_150 --out sheet.png
     python -m train.data.view data/ade20k_150 --split train --rows 20
-    python -m train.data.view data/vspw_124 --rows 3 --frames 6          a row for each video
+    python -m train.data.view data/vspw_124 --rows 3 --frames 6          one row per video
     python -m train.data.view data/coco --ids 000000000139 000000000285
     python -m train.data.view my_dataset --vocabulary tools.json
 
-DATASET is a folder that `python -m train.data.prepare` or `python -m train.data.from_folder` wrote, or that
-`save_to_disk` did: then --vocabulary says what its classes are, unless it holds a vocabulary.json.
+DATASET is a folder that `python -m train.data.prepare`, `python -m train.data.from_folder` or
+`datasets.save_to_disk` wrote. If it does not contain a vocabulary.json, name its classes with --vocabulary.
 
-Look at: do the names fit what is there (classes moved by one show at once), do outlines follow the objects, is little
-of what has a class hatched (void)?
+Check that the class names match the objects (class ids that are off by one are easy to see), that outlines follow
+the objects, and that annotated objects are not hatched as void.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROWS, FRAMES, MAX_ROWS = 8, 4, 100
-_PLACE = {"image_id": "", "video_id": "", "frame": 0}  # columns, and what a dataset without videos has in them
+_PLACE = {"image_id": "", "video_id": "", "frame": 0}  # columns and their defaults for datasets without videos
 _SPLITS = ("val", "validation", "test", "train")
 
 
 @dataclass
 class Viewed:
-    """A split of a dataset of which single rows are read.
+    """Dataset split with random access to single rows.
 
     Attributes:
-        name: of dataset and split, for people.
-        vocabulary: its classes.
-        places: of every row, in their order: image id, video id, frame.
-        read: number of a row -> the row as stored.
+        name: Display name of dataset and split.
+        vocabulary: Classes of the dataset.
+        places: Image id, video id and frame number of every row, in row order.
+        read: Function that maps a row number to the stored row.
     """
 
     name: str
@@ -64,26 +64,25 @@ class Viewed:
 
 
 def open_dataset(folder: Path, split: str | None = None, vocabulary: str | None = None) -> Viewed:
-    """Open a prepared folder, or one that `save_to_disk` wrote.
+    """Open one split of a prepared benchmark or of a dataset that `save_to_disk` wrote.
 
     Args:
-        folder: the dataset.
-        split: None takes val where there is one.
-        vocabulary: as `Vocabulary.parse` takes it; None: the dataset's own.
+        folder: Folder of the dataset.
+        split: Name of the split. None takes val, if there is one.
+        vocabulary: Name or file, as for `Vocabulary.parse`. None takes the vocabulary file of the dataset.
 
     Raises:
-        ValueError: there is no such dataset or split, it is half-written, or has no vocabulary; the message says what
-            to do.
+        ValueError: If the dataset or split does not exist, is incomplete, or has no vocabulary.
     """
     from datasets import DatasetDict
 
     if not folder.is_dir():
-        raise ValueError(f"there is not a directory {folder}.")
+        raise ValueError(f"{folder} is not a directory.")
     words = _vocabulary(folder, vocabulary)
     if is_prepared(folder):
         return _open_prepared(folder, split, words)
     if not {"dataset_dict.json", "dataset_info.json"} & {path.name for path in folder.iterdir()}:
-        raise ValueError(f"{folder} is neither a prepared benchmark nor a dataset of `save_to_disk`.")
+        raise ValueError(f"{folder} is neither a prepared benchmark nor a dataset written by `save_to_disk`.")
     found = load_saved(folder)
     splits = dict(found) if isinstance(found, DatasetDict) else {"all": found}
     split = _chosen(split, list(splits), folder)
@@ -93,10 +92,10 @@ def open_dataset(folder: Path, split: str | None = None, vocabulary: str | None 
 def _vocabulary(folder: Path, given: str | None) -> Vocabulary:
     own = folder / VOCABULARY_NAME
     if given is None and not own.is_file():
-        raise ValueError(f"{folder} has no {VOCABULARY_NAME}: say with --vocabulary what its classes are.")
+        raise ValueError(f"{folder} has no {VOCABULARY_NAME}: name its classes with --vocabulary.")
     if given is not None:
         return Vocabulary.parse(given)
-    with warnings.catch_warnings():  # words of several classes: whoever wrote the dataset has been told
+    with warnings.catch_warnings():  # the command that wrote the dataset already warned
         warnings.simplefilter("ignore", UserWarning)
         return Vocabulary.from_file(own)
 
@@ -105,7 +104,7 @@ def _chosen(split: str | None, there: Sequence[str], folder: Path) -> str:
     if split is None:
         split = next((name for name in (*_SPLITS, *there) if name in there), None)
     if split not in there:
-        raise ValueError(f"{folder} has no split {split!r}, but {', '.join(there) or 'none'}.")
+        raise ValueError(f"{folder} has no split {split!r}. Its splits are: {', '.join(there) or 'none'}.")
     return split
 
 
@@ -121,7 +120,7 @@ def _open_saved(name: str, dataset: Dataset, vocabulary: Vocabulary) -> Viewed:
 
 
 def _open_prepared(folder: Path, split: str | None, vocabulary: Vocabulary) -> Viewed:
-    """Rows come from the Parquet files themselves: loading a large benchmark as a whole would take long."""
+    """Open one split of a prepared benchmark without loading whole Parquet files, which would be slow."""
     import pyarrow.parquet as pq
 
     manifest = read_manifest(folder)
@@ -129,7 +128,7 @@ def _open_prepared(folder: Path, split: str | None, vocabulary: Vocabulary) -> V
     record, command = manifest["splits"][split], prepare_command(manifest, folder, split)
     paths = [folder / shard["file"] for shard in record["shards"]]
     if not record["complete"] or not all(path.is_file() for path in paths):
-        raise ValueError(f"the split {split!r} of {folder} is half-written: finish it with `{command}`.")
+        raise ValueError(f"The split {split!r} of {folder} is incomplete: finish it with `{command}`.")
     sums = {path: shard["sha256"] for path, shard in zip(paths, record["shards"], strict=True)}
     files, tables = {}, []
     for path in paths:
@@ -147,9 +146,12 @@ def _open_prepared(folder: Path, split: str | None, vocabulary: Vocabulary) -> V
 def _parquet_row(
     files: Mapping[Path, pq.ParquetFile], number: int, require: Callable[[Path], None]
 ) -> Mapping[str, Any]:
-    """A row of several files, counted over all of them; only the rows stored together with it are read.
+    """Return one row, numbered over all files, by reading only its row group.
 
-    `require` is called with the file that holds it, to refuse a damaged one.
+    Args:
+        files: Open Parquet files by path, in row order.
+        number: Number of the row over all files.
+        require: Check that is called with the path of the file, and raises if the file is damaged.
     """
     for path, file in files.items():
         for group in range(file.num_row_groups):
@@ -163,16 +165,19 @@ def _parquet_row(
 
 
 def choose(viewed: Viewed, rows: int = ROWS, frames: int = FRAMES, ids: Sequence[str] = ()) -> list[list[int]]:
-    """Which rows of a dataset each row of the sheet shows.
+    """Select the dataset rows for each row of the sheet.
 
     Args:
-        viewed: the dataset.
-        rows: how many images, or videos, spread over it.
-        frames: how many frames of a video, spread over it.
-        ids: images or videos by their ids, instead.
+        viewed: The dataset split.
+        rows: Number of images or videos, spread evenly over the split.
+        frames: Number of frames of each video, spread evenly over the video.
+        ids: Image or video ids to select instead.
+
+    Returns:
+        For each row of the sheet, the numbers of its dataset rows.
 
     Raises:
-        ValueError: there is nothing of such an id, or nothing at all.
+        ValueError: If an id is unknown, or the split is empty.
     """
     videos: dict[str, list[int]] = {}
     for number, (image_id, video_id, _) in enumerate(viewed.places):
@@ -190,18 +195,18 @@ def choose(viewed: Viewed, rows: int = ROWS, frames: int = FRAMES, ids: Sequence
 
 
 def _spread(numbers: Sequence[int], frames: int, viewed: Viewed) -> list[int]:
-    """Some frames of a video, in order."""
+    """Return evenly spaced frames of a video, in order."""
     ordered = sorted(numbers, key=lambda number: viewed.places[number][2])
     return [ordered[place] for place in _evenly(len(ordered), frames)]
 
 
 def _evenly(length: int, wanted: int) -> list[int]:
-    """Places of at most `wanted` of `length` things, the first and the last among them."""
+    """Return up to `wanted` evenly spaced indices below `length`, including the first and the last."""
     return np.linspace(0, length - 1, min(wanted, length)).round().astype(int).tolist()
 
 
 def sheet_row(viewed: Viewed, numbers: Sequence[int]) -> SheetRow:
-    """Read what a row of the sheet shows; what cannot be read is told in it."""
+    """Read the samples of one row of the sheet and list those that cannot be read."""
     row = SheetRow(_title(viewed, numbers))
     samples = []
     for number in numbers:
@@ -218,12 +223,12 @@ def sheet_row(viewed: Viewed, numbers: Sequence[int]) -> SheetRow:
 
 def _sample(stored: Mapping[str, Any], num_classes: int) -> Sample:
     image, ids = read_row(stored)
-    learnable_ids(stored, ids)  # refuses ids that no segment describes
+    learnable_ids(stored, ids)  # raises if an id has no segment
     unknown = sorted({s["category_id"] for s in stored["segments"] if not -1 <= s["category_id"] < num_classes})
     if unknown:
         raise ValueError(
-            f"sample {stored['image_id']!r}: the classes {unknown} are not in the vocabulary of {num_classes}: is it "
-            "another one?"
+            f"Sample {stored['image_id']!r} has class ids {unknown}, but the vocabulary has {num_classes} classes: "
+            "name the vocabulary of the dataset with --vocabulary."
         )
     return Sample(image, ids, stored["segments"])
 
@@ -242,28 +247,44 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m train.data.view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("dataset", type=Path, metavar="DATASET", help="the folder")
-    add("--split", help="which split (default: val where there is one)")
+    add("dataset", type=Path, metavar="DATASET", help="folder of the dataset")
+    add("--split", help="split to draw (default: val, if there is one)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--rows", type=_positive, default=ROWS, metavar="N", help="so many images or videos, spread (%(default)s)"
+        "--rows",
+        type=_positive,
+        default=ROWS,
+        metavar="N",
+        help="number of evenly spaced images or videos to draw (default: %(default)s)",
     )
-    which.add_argument("--ids", nargs="+", default=(), metavar="ID", help="these images, or videos")
-    add("--frames", type=_positive, default=FRAMES, metavar="N", help="frames of each video (%(default)s)")
-    add("--vocabulary", help="name of a packaged vocabulary, or a .json, .csv or .txt file")
-    add("--out", type=Path, default=Path("sheet.png"), metavar="FILE", help=".png or .jpg to write (%(default)s)")
+    which.add_argument("--ids", nargs="+", default=(), metavar="ID", help="ids of the images or videos to draw")
+    add(
+        "--frames",
+        type=_positive,
+        default=FRAMES,
+        metavar="N",
+        help="number of frames to draw of each video (default: %(default)s)",
+    )
+    add("--vocabulary", help="packaged vocabulary name, or a .json, .csv or .txt file (default: from the dataset)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("sheet.png"),
+        metavar="FILE",
+        help=".png or .jpg file to write (default: %(default)s)",
+    )
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= MAX_ROWS:
-        raise argparse.ArgumentTypeError(f"it must be a whole number from 1 to {MAX_ROWS}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to {MAX_ROWS}, got {text!r}")
     return int(text)
 
 
 @interruptible("train.data.view")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit code is 1 if a sample could not be read, 2 if nothing could be drawn."""
+    """Run the command line and return its exit code: 1 if a sample could not be read, 2 if nothing was drawn."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.out.suffix.casefold() not in (".png", ".jpg", ".jpeg"):
@@ -280,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tqdm.write(f"{parser.prog}: {error_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     problems = [problem for row in rows for problem in row.problems]
-    tqdm.write("\n".join([f"{options.out}: {len(rows)} rows", *(f"cannot be read: {line}" for line in problems)]))
+    tqdm.write("\n".join([f"{options.out}: {len(rows)} rows", *(f"Cannot read: {line}" for line in problems)]))
     return 1 if problems else 0
 
 

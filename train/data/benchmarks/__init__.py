@@ -1,7 +1,6 @@
-"""The benchmarks, each family in a module of its own that defines `BENCHMARKS`.
+"""Benchmark registry: every module of this package that defines `BENCHMARKS` adds a family of benchmarks.
 
-A benchmark is one such module (its reader, protocol and published results) and a packaged vocabulary; nothing else has
-to know it by name.
+A new benchmark needs one module with its reader, protocol and published results, and a packaged vocabulary.
 """
 
 from functools import cache
@@ -14,36 +13,36 @@ from .protocol import Protocol
 
 @cache
 def all_benchmarks() -> dict[str, Benchmark]:
-    """Every benchmark by its name, in the order of the names."""
+    """Return all benchmarks by name, in alphabetical order."""
     found: dict[str, Benchmark] = {}
     for module in sorted(module.name for module in iter_modules(__path__)):
         for benchmark in getattr(import_module(f"{__name__}.{module}"), "BENCHMARKS", ()):
             if benchmark.name in found:
-                raise RuntimeError(f"Two benchmarks are called {benchmark.name!r}.")
+                raise RuntimeError(f"Two benchmarks have the name {benchmark.name!r}.")
             found[benchmark.name] = benchmark
     return dict(sorted(found.items()))
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """A benchmark by its name.
+    """Return the benchmark with the given name.
 
     Raises:
-        ValueError: there is none of that name; those that there are are listed.
+        ValueError: If there is no such benchmark. The message lists all names.
     """
     benchmarks = all_benchmarks()
     if name not in benchmarks:
-        raise ValueError(f"There is no benchmark {name!r}; there are {', '.join(benchmarks)}.")
+        raise ValueError(f"There is no benchmark {name!r}; choose from {', '.join(benchmarks)}.")
     return benchmarks[name]
 
 
 def protocol_of(name: str) -> Protocol:
-    """The protocol of a benchmark.
+    """Return the evaluation protocol of a benchmark.
 
-    A variant, such as base or novel classes only, is scored as the benchmark whose classes it takes; one's own data,
-    which no protocol names, by mIoU at the usual sizes.
+    A variant, such as base or novel classes only, has the protocol of the benchmark that defines its classes. Custom
+    data has the default protocol: mIoU at the default sizes.
 
     Raises:
-        ValueError: there is no such benchmark.
+        ValueError: If there is no such benchmark.
     """
     benchmark = benchmark_named(name)
     original = all_benchmarks().get(benchmark.vocabulary)

@@ -26,7 +26,7 @@ from .protocol import FC_CLIP_R50, GKC_R50, GKC_R50_OPENTRANS, GKC_R101, Protoco
 SCENE_PARSING, FULL = "ade20k_150", "ade20k_847"
 FOLDERS = {"train": "training", "val": "validation"}
 FULL_FOLDERS = {"train": ("train", "frame"), "val": ("val",)}
-# Class indices of ADE20K_2021_17_01 end here; the files of that release name 3,688 objects.
+# Highest class index of ADE20K_2021_17_01, whose files name 3,688 objects.
 LAST_FULL_INDEX = 3688
 
 LAYOUT = """\
@@ -35,43 +35,43 @@ ADE20K scene parsing: semantic maps of 150 classes.
     DIR/images/training/ADE_train_*.jpg          DIR/images/validation/ADE_val_*.jpg
     DIR/annotations/training/ADE_train_*.png     DIR/annotations/validation/ADE_val_*.png
 
-DIR is ADEChallengeData2016. A pixel is 1..150, or 0, which is void."""
+DIR is ADEChallengeData2016. Pixel values are 1..150, and 0 for void."""
 PANOPTIC_LAYOUT = """\
-ADE20K scene parsing with the objects of 100 of its 150 classes, for panoptic and instance scores.
+ADE20K scene parsing with the objects of 100 of its 150 classes, for panoptic and instance segmentation.
 
     DIR/images/{training,validation}/*.jpg
     DIR/annotations/{training,validation}/*.png             semantic maps, for the 50 stuff classes
     DIR/annotations_instance/{training,validation}/*.png    objects: channel R is the class 1..100, G the object
 
-DIR is ADEChallengeData2016 with the annotations of the 2017 instance challenge. As Mask2Former made this benchmark,
-objects lie over stuff, and pixels of thing classes that belong to no object are void: semantic scores belong to
-ade20k_150."""
+DIR is ADEChallengeData2016 with the annotations of the 2017 instance challenge. As in Mask2Former's version of this
+benchmark, objects cover stuff, and pixels of thing classes without an object are void. Use ade20k_150 for semantic
+scores."""
 _FULL_FOLDER = """
 
     DIR/images/ADE/training/<group>/<scene>/ADE_train_*.jpg, ADE_train_*_seg.png, and ADE_frame_*
     DIR/images/ADE/validation/<group>/<scene>/ADE_val_*.jpg, ADE_val_*_seg.png
 
-DIR is ADE20K_2021_17_01. The second part of a file's name says its split; `frame` belongs to training. The pickle
-index_ade20k.pkl is not read, as unpickling a file can run any program. Of *_seg.png the class index is
-(R // 10) * 256 + G; indices of other classes are void. Images keep their sizes: shrinking the larger ones,
-as published, belongs to the evaluation."""
+DIR is ADE20K_2021_17_01. The second part of a file name is the split; `frame` belongs to training. The pickle
+index_ade20k.pkl is not read, since unpickling a file can execute arbitrary code. The class index in *_seg.png is
+(R // 10) * 256 + G; indices of other classes are void. Images keep their sizes; the evaluation shrinks large images
+as published."""
 FULL_LAYOUT = (
-    f"ADE20K-Full: semantic maps of 847 classes, from the release of 2021, which asks for registration.{_FULL_FOLDER}"
+    f"ADE20K-Full: semantic maps of 847 classes, from the 2021 release (registration required).{_FULL_FOLDER}"
 )
 FULL_150_LAYOUT = f"""\
-ADE20K-Full with the 150 classes of scene parsing, for training on more images than ade20k_150 has.{_FULL_FOLDER}
+ADE20K-Full with the 150 scene parsing classes, for training on more images than ade20k_150.{_FULL_FOLDER}
 
-These maps are newer than those of ade20k_150: scores on them are not the published ones."""
+These maps are newer than those of ade20k_150, so that scores are not comparable with published ones."""
 FULL_COUNTS = {"train": 25_574, "val": 2_000}
 
 
 def find_scene_parsing(source: Path, split: str) -> list[Picture]:
-    """The images of ADEChallengeData2016 by their names, with semantic maps."""
+    """Return the images of an ADEChallengeData2016 split with semantic maps."""
     return _scene_parsing(source, split, _read_semantic)
 
 
 def find_scene_parsing_panoptic(source: Path, split: str) -> list[Picture]:
-    """The images of ADEChallengeData2016 by their names, with stuff and objects."""
+    """Return the images of an ADEChallengeData2016 split with stuff and objects."""
     instances = require(source / "annotations_instance" / FOLDERS[split], "the objects")
     return _scene_parsing(source, split, partial(_read_panoptic, instances))
 
@@ -91,13 +91,13 @@ def _read_semantic(path: Path, shape: tuple[int, int]) -> Segmentation:
 
 @cache
 def instance_classes() -> Mapping[int, int]:
-    """Class 1..100 of the instance challenge -> train id: the things of the 150, in their order."""
+    """Return the train id of each class 1..100 of the instance challenge, the things of the 150 classes in order."""
     things = [index for index, entry in enumerate(packaged_facts(SCENE_PARSING)["classes"]) if entry["is_thing"]]
     return {number: index for number, index in enumerate(things, start=1)}
 
 
 def _read_panoptic(instances: Path, path: Path, shape: tuple[int, int]) -> Segmentation:
-    """Stuff of the semantic map, and over it the objects."""
+    """Read the stuff of a semantic map and the objects that cover it."""
     classes = _semantic_map(path, shape)
     things = np.array([entry["is_thing"] for entry in packaged_facts(SCENE_PARSING)["classes"]])
     classes[(classes >= 0) & things[classes]] = -1
@@ -108,7 +108,7 @@ def _read_panoptic(instances: Path, path: Path, shape: tuple[int, int]) -> Segme
     objects = channels[..., 1]
     if (wrong := (objects > 0) != (kinds >= 0)).any():
         raise ValueError(f"{file}: {int(wrong.sum())} pixels have an object without a class, or a class without one")
-    # Above all semantic ids: one id for each pair of class and object.
+    # One id for each pair of class and object, above all semantic ids.
     ids = np.where(objects > 0, 1000 + kinds * 256 + objects, ids)
     present = [number for number in ids_within(ids).tolist() if number != VOID]
     owners = {number: (number - 1000) // 256 if number >= 1000 else number - 1 for number in present}
@@ -125,7 +125,7 @@ def _check_objects_have_one_class(file: Path, objects: list[int]) -> None:
 
 
 def find_full(classes: str, source: Path, split: str) -> list[Picture]:
-    """The images of ADE20K_2021_17_01, by their names, with the classes of one of the two vocabularies."""
+    """Return the images of an ADE20K_2021_17_01 split by name, with the classes of one of the two vocabularies."""
     folder = require(source / "images" / "ADE")
     stems = {
         path.with_name(path.name.removesuffix(suffix))
@@ -150,7 +150,7 @@ def find_full(classes: str, source: Path, split: str) -> list[Picture]:
 
 @cache
 def full_indices(classes: str) -> Mapping[int, int]:
-    """Class index of ADE20K-Full -> train id of a vocabulary."""
+    """Return the train id of each ADE20K-Full class index in a vocabulary."""
     if classes == FULL:
         return raw_ids(FULL)
     pixels = raw_ids(SCENE_PARSING)
@@ -158,7 +158,7 @@ def full_indices(classes: str) -> Mapping[int, int]:
 
 
 def _read_full(classes: str, path: Path, shape: tuple[int, int]) -> Segmentation:
-    channels = read_colors(path, shape).astype(np.int32)  # 8 bit could not hold the index
+    channels = read_colors(path, shape).astype(np.int32)  # the index exceeds 8 bits
     indices = channels[..., 0] // 10 * 256 + channels[..., 1]
     table = full_indices(classes)
     others = range(LAST_FULL_INDEX + 1)
@@ -189,7 +189,7 @@ BENCHMARKS = (
         FULL_LAYOUT,
         partial(find_full, FULL),
         FULL_COUNTS,
-        protocol=Protocol(shrink_above=512, note="scored at the reduced size, as all published numbers"),
+        protocol=Protocol(shrink_above=512, note="scored at the reduced size, like all published results"),
         column=ReportColumn("A-847", 5, {GKC_R50: 3.2, GKC_R101: 3.5, GKC_R50_OPENTRANS: 2.5, FC_CLIP_R50: 7.1}),
     ),
     Benchmark("ade20k_full_150", SCENE_PARSING, FULL_150_LAYOUT, partial(find_full, SCENE_PARSING), FULL_COUNTS),

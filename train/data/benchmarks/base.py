@@ -1,4 +1,4 @@
-"""What a benchmark is: its classes, its folder, its counts; and the helpers that its reader needs."""
+"""Definition of a benchmark, and helpers for the readers of benchmarks."""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,23 +23,23 @@ _NAMED_VALUES = 10
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark as it is published, and how to read it.
+    """Published benchmark with its layout, reader and evaluation protocol.
 
     Attributes:
-        name: on the command line, such as `ade20k_150`.
-        vocabulary: name of the packaged vocabulary whose order its train ids follow; unused with `make_vocabulary`.
-        layout: what the published folder holds, for `--help`: one line about it, then the files.
-        find: source folder and split -> pictures in their order. A ValueError names the path that is not there. Files
-            that are missing for single pictures are left to `Picture.read` and to the reader of images.
-        splits: published number of images of each split; None where it is not published.
-        discrepancy: why a count may differ for good reasons.
-        other_counts: further numbers of images that are known to be right, by split.
-        subset: train ids that are kept, in their new order; the others become void. None keeps all.
-        kept_images: by split, which images stay where `subset` is given: `any`, those with a segment of a kept class;
-            `only`, those of them without a segment of another class; all where the split is not named.
-        make_vocabulary: source folder -> vocabulary, for data that brings its own.
-        protocol: how the field scores it; None for the protocol of the benchmark that is called as `vocabulary`.
-        column: of the table of results; None where it has none but its name.
+        name: Name on the command line, such as `ade20k_150`.
+        vocabulary: Name of the packaged vocabulary that defines the train ids. It is unused with `make_vocabulary`.
+        layout: Layout of the published folder for `--help`: one summary line, then the files.
+        find: Function that maps the source folder and a split to the images in order. It raises a ValueError that
+            names a missing folder or list. Missing files of single images are reported by `Picture.read`.
+        splits: Published number of images of each split, or None if it is not published.
+        discrepancy: Known reasons for a different number of images.
+        other_counts: Further valid numbers of images, by split.
+        subset: Train ids to keep, in their new order; the others become void. None keeps all.
+        kept_images: Rule for the images of each split with `subset`: `any` keeps images with a segment of a kept
+            class; `only` drops those of them with a segment of another class. Splits without a rule keep all images.
+        make_vocabulary: Function that maps the source folder to the vocabulary, for data that defines its own classes.
+        protocol: Evaluation protocol. None takes the protocol of the benchmark named `vocabulary`.
+        column: Column in the table of results. None shows the benchmark under its name.
     """
 
     name: str
@@ -56,30 +56,30 @@ class Benchmark:
     column: ReportColumn | None = None
 
     def classes(self, source: Path | None = None) -> Vocabulary:
-        """The classes that `category_id` counts in what is written.
+        """Return the vocabulary of the prepared dataset, in the order of `category_id`.
 
         Args:
-            source: the published folder, which only benchmarks with `make_vocabulary` look at.
+            source: Published folder, required for benchmarks with `make_vocabulary` only.
 
         Raises:
-            ValueError: the folder names no classes.
+            ValueError: If the folder is required but missing, or does not define classes.
         """
         if self.make_vocabulary is not None:
             if source is None:
-                raise ValueError(f"The classes of {self.name!r} stand in its source folder: give it.")
+                raise ValueError(f"The classes of {self.name!r} are defined in its source folder: pass `source`.")
             return self.make_vocabulary(source)
         vocabulary = Vocabulary.named(self.vocabulary)
         return vocabulary if self.subset is None else vocabulary_subset(vocabulary, self.subset)
 
     def renumbered(self, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Segments with the train ids of `subset`, those of other classes without a class."""
+        """Return segments with the train ids of `subset`, and the class -1 for other classes."""
         if self.subset is None:
             return segments
         new_ids = {old: new for new, old in enumerate(self.subset)}
         return [{**segment, "category_id": new_ids.get(segment["category_id"], NO_CLASS)} for segment in segments]
 
     def keeps(self, split: str, segments: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether an image with these segments, not renumbered yet, stays in a split. Crowds count as segments."""
+        """Return whether an image with these segments, before renumbering, stays in a split; crowds count."""
         rule = self.kept_images.get(split)
         if rule is None or self.subset is None:
             return True
@@ -88,30 +88,30 @@ class Benchmark:
 
 
 def raw_ids(vocabulary: str) -> dict[int, int]:
-    """Raw value of the annotation files -> train id, of a packaged vocabulary."""
+    """Return the train id of each raw annotation value of a packaged vocabulary."""
     return {entry["id"]: position for position, entry in enumerate(packaged_facts(vocabulary)["classes"])}
 
 
 def read_table(name: str) -> dict[int, int]:
-    """A table of `train/data/tables` from one way of counting classes to another; what is not in it is void."""
+    """Read a class mapping in `train/data/tables`; classes that it lacks are void."""
     content = json.loads((Path(__file__).parent.parent / "tables" / f"{name}.json").read_text(encoding="utf-8"))
     return {int(key): value for key, value in content["map"].items()}
 
 
 def look_up(raw: np.ndarray, table: Mapping[int, int], void: Collection[int], path: Path | str) -> np.ndarray:
-    """Raw values of an annotation file -> train ids, through an array and not class by class.
+    """Map the raw values of an annotation to train ids.
 
     Args:
-        raw: (H, W) integers.
-        table: train ids of raw values.
-        void: raw values that stand for no class.
-        path: the file, for the error.
+        raw: Raw integer values (H, W).
+        table: Train id of each raw value.
+        void: Raw values without a class.
+        path: Annotation file, for the error.
 
     Returns:
-        (H, W) int32 train ids, -1 for void.
+        Train ids (H, W) int32, -1 for void.
 
     Raises:
-        ValueError: there are values in neither `table` nor `void`; file, values and their numbers of pixels are named.
+        ValueError: If a value is in neither `table` nor `void`.
     """
     if not np.issubdtype(raw.dtype, np.integer):
         raise ValueError(f"{path}: its values are {raw.dtype}, expected integers")
@@ -122,7 +122,7 @@ def look_up(raw: np.ndarray, table: Mapping[int, int], void: Collection[int], pa
         raise ValueError(f"{path}: unexpected values {listed}{', ...' if len(unknown) > _NAMED_VALUES else ''}")
     if not present.size:
         return np.zeros(raw.shape, dtype=np.int32)
-    # No value lies outside of what is present, and few files hold large ones.
+    # The lookup array covers the range of the present values only, which is small in most files.
     lowest = int(present[0])
     array = np.full(int(present[-1]) - lowest + 1, NO_CLASS, dtype=np.int32)
     array[present - lowest] = [table.get(value, NO_CLASS) for value in present.tolist()]
@@ -130,13 +130,13 @@ def look_up(raw: np.ndarray, table: Mapping[int, int], void: Collection[int], pa
 
 
 def semantic_segments(train_ids: np.ndarray) -> Segmentation:
-    """One segment for each class of a semantic map, its id the train id + 1.
+    """Convert a semantic map to one segment per class, with the train id + 1 as its id.
 
     Args:
-        train_ids: (H, W) integers, negative for void.
+        train_ids: Train ids (H, W), negative for void.
 
     Returns:
-        ids (H, W) int32, 0 for void, and segments as in `train.data.schema`, by rising class.
+        The ids (H, W) int32, 0 for void, and segments as in `train.data.schema`, in increasing class order.
     """
     ids = np.where(train_ids < 0, VOID, train_ids + 1).astype(np.int32)
     present = [number for number in ids_within(ids).tolist() if number != VOID]
@@ -144,27 +144,27 @@ def semantic_segments(train_ids: np.ndarray) -> Segmentation:
 
 
 def read_numbers(path: Path, shape: tuple[int, int] | None = None, modes: Collection[str] = ("L", "P")) -> np.ndarray:
-    """The values (H, W) int32 of a grey, palette or 16-bit annotation; a palette gives its indices.
+    """Read the values (H, W) int32 of a gray or 16-bit annotation, or the indices of a palette image.
 
     Args:
-        path: the file.
-        shape: height and width that it must have, those of its image.
-        modes: Pillow's modes that it may have.
+        path: Annotation file.
+        shape: Required height and width, those of the image. None accepts any size.
+        modes: Accepted Pillow modes.
 
     Raises:
-        ValueError: it is of another mode or size, or cannot be read; the file is named.
-        FileNotFoundError: there is no such file.
+        ValueError: If the file cannot be read, or has another mode or size.
+        FileNotFoundError: If the file does not exist.
     """
     return _read(path, shape, modes).astype(np.int32)
 
 
 def read_colors(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """The channels (H, W, 3) uint8 of an RGB annotation; raises as `read_numbers`."""
+    """Read the channels (H, W, 3) uint8 of an RGB annotation, with the errors of `read_numbers`."""
     return _read(path, shape, ("RGB",))
 
 
 def read_color_ids(path: Path, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """The ids (H, W) int32 of an annotation where id = R + 256 G + 65536 B; raises as `read_numbers`."""
+    """Read the ids (H, W) int32 of an annotation with id = R + 256 G + 65536 B, with the errors of `read_numbers`."""
     return decode_ids(read_colors(path, shape))
 
 
@@ -177,27 +177,31 @@ def _read(path: Path, shape: tuple[int, int] | None, modes: Collection[str]) -> 
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if mode not in modes:
-        raise ValueError(f"{path}: it is a picture of mode {mode}, expected {' or '.join(modes)}")
+        raise ValueError(f"{path}: the image has mode {mode}, expected {' or '.join(modes)}")
     if shape is not None:
         check_size(path, pixels.shape[:2], shape)
     return pixels
 
 
 def check_size(path: Path | str, found: tuple[int, ...], shape: tuple[int, int]) -> None:
-    """Refuse an annotation that is not of the size (height, width) of its image.
+    """Check that an annotation has the size (height, width) of its image.
 
     Raises:
-        ValueError: naming the file and both sizes.
+        ValueError: If the sizes differ.
     """
     if tuple(found) != tuple(shape):
         raise ValueError(f"{path}: it is {tuple(found)} (height, width), its image {tuple(shape)}")
 
 
 def require(path: Path, what: str = "") -> Path:
-    """A file or folder of a benchmark.
+    """Return a path of a benchmark after checking that it exists.
+
+    Args:
+        path: File or folder.
+        what: Description of the path for the error.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: If the path does not exist.
     """
     if not path.exists():
         raise ValueError(f"There is no {path}{f', {what}' if what else ''}: the folder is not laid out as published.")

@@ -1,7 +1,7 @@
 """Cityscapes (Cordts et al., CVPR 2016): street scenes, semantic and panoptic.
 
-An `image_id` is CITY_SEQUENCE_FRAME ("frankfurt_000000_000294"), with which the names of all files of an image begin.
-The official scripts find a prediction by it and expect label ids, not train ids: those are the vocabulary's `id`.
+An `image_id` is CITY_SEQUENCE_FRAME ("frankfurt_000000_000294"), the prefix of all file names of an image. The
+official scripts find predictions by this prefix, and expect label ids, the `id` of the vocabulary, not train ids.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ Cityscapes, {what}: street scenes
     gtFine/{{train,val}}/CITY/CITY_SEQUENCE_FRAME_gtFine_{kind}.png    {bits}"""
 IMAGES, LABELS = "leftImg8bit", "gtFine"
 # unlabeled, ego vehicle, rectification border, out of roi, static, dynamic, ground; parking, rail track; guard rail,
-# bridge, tunnel; polegroup; caravan, trailer. The sixteenth, license plate, is -1 and drawn into no picture.
+# bridge, tunnel; polegroup; caravan, trailer. The sixteenth, license plate, is -1 and occurs in no image.
 VOID_IDS = (*range(7), 9, 10, 14, 15, 16, 18, 29, 30)
 VOID_IDS_WITH_INSTANCES = (29, 30)
 _FIRST_INSTANCE = 1000
@@ -32,19 +32,19 @@ _IMAGES = {"train": 2975, "val": 500}
 
 
 def find_semantic(folder: Path, split: str) -> list[Picture]:
-    """The pictures of a split, a segment per class.
+    """Return the images of a split with one segment per class.
 
     Raises:
-        ValueError: the folder is not laid out as published; what is missing is named.
+        ValueError: If the folder does not have the published layout.
     """
     return _find(folder, split, "labelIds", partial(_read_semantic, raw_ids(VOCABULARY)))
 
 
 def find_panoptic(folder: Path, split: str) -> list[Picture]:
-    """The pictures of a split, a segment per object of a class that has instances; its id is the published one.
+    """Return the images of a split with one segment per object for classes with instances, with the published ids.
 
     Raises:
-        ValueError: the folder is not laid out as published; what is missing is named.
+        ValueError: If the folder does not have the published layout.
     """
     things = {entry["id"] for entry in packaged_facts(VOCABULARY)["classes"] if entry["is_thing"]}
     return _find(folder, split, "instanceIds", partial(_read_panoptic, raw_ids(VOCABULARY), things))
@@ -57,7 +57,7 @@ def _find(folder: Path, split: str, kind: str, read: partial) -> list[Picture]:
     labels = _files(label_folder, label_end)
     if not labels:
         raise ValueError(f"{label_folder} has no file CITY/*{label_end}.")
-    # A picture of which one file is missing is found too, so that it is reported when that file is read.
+    # Images with a missing file are included, so that the file is reported when it is read.
     return [
         Picture(
             name, image_folder / city / (name + image_end), partial(read, label_folder / city / (name + label_end))
@@ -67,7 +67,7 @@ def _find(folder: Path, split: str, kind: str, read: partial) -> list[Picture]:
 
 
 def _files(folder: Path, end: str) -> set[tuple[str, str]]:
-    """City and image id of the files of a split whose names end so."""
+    """Return the city and image id of the files of a split with the given ending."""
     paths = (path for path in folder.glob(f"*/*{end}") if not path.name.startswith("."))
     return {(path.parent.name, path.name.removesuffix(end)) for path in paths}
 
@@ -81,7 +81,7 @@ def _read_panoptic(table: dict[int, int], things: set[int], path: Path, shape: t
 
 
 def _meaning(table: dict[int, int], things: set[int], value: int) -> tuple[int, bool] | None:
-    """Train id of an instance id, and whether it is a crowd: objects of one class that could not be told apart."""
+    """Return the train id of an instance id, and whether it is a crowd of inseparable objects of one class."""
     is_object = value >= _FIRST_INSTANCE
     label = value // _FIRST_INSTANCE if is_object else value
     if is_object and label not in things and label not in VOID_IDS_WITH_INSTANCES:

@@ -42,40 +42,40 @@ _FOLDER = """\
     DIR/train2017/*.jpg                         DIR/val2017/*.jpg
     DIR/annotations/panoptic_train2017.json     DIR/annotations/panoptic_val2017.json
     DIR/panoptic_train2017/*.png                DIR/panoptic_val2017/*.png        (or in DIR/annotations)
-    DIR/annotations/captions_train2017.json     DIR/annotations/captions_val2017.json    if there, for captions
+    DIR/annotations/captions_train2017.json     DIR/annotations/captions_val2017.json    optional, for captions
 
-The PNGs come as zip files inside of the archive of the annotations. Needed are only the splits that are prepared."""
-PANOPTIC_LAYOUT = f"COCO panoptic: 80 things and 53 kinds of stuff, with captions.\n{_FOLDER}"
+The PNGs are zip files in the archive of the annotations. Only the splits to prepare are required."""
+PANOPTIC_LAYOUT = f"COCO panoptic: 80 thing and 53 stuff classes, with captions.\n{_FOLDER}"
 IGNORE_LAYOUT = f"""\
-COCO panoptic without 18 novel classes, whose segments are void.
+COCO panoptic with the segments of 18 novel classes as void.
 {_FOLDER}
 
-Images with at least one segment of the 115 base classes stay; classes are numbered anew, in their order."""
+Images with at least one segment of the 115 base classes are kept. The classes are renumbered in order."""
 DELETE_LAYOUT = f"""\
-COCO panoptic without the images that show any of 18 novel classes.
+COCO panoptic without the images that contain any of 18 novel classes.
 {_FOLDER}
 
-Of train, images without any segment of a novel class stay; of val, images with at least one of a base class, as in
-coco_panoptic_base_ignore. The 115 base classes are numbered anew, in their order."""
+In train, images without a segment of a novel class are kept. In val, images with at least one segment of a base class
+are kept, as in coco_panoptic_base_ignore. The 115 base classes are renumbered in order."""
 NOVEL_LAYOUT = f"""\
-COCO panoptic, the 18 novel classes alone, for evaluation.
+COCO panoptic with the 18 novel classes only, for evaluation.
 {_FOLDER}
 
-Images with at least one segment of them stay; classes are numbered anew, in their order."""
+Images with at least one segment of these classes are kept. The classes are renumbered in order."""
 _STUFF_FOLDER = """
 
     DIR/train2017/*.jpg                                  DIR/val2017/*.jpg
     DIR/stuffthingmaps_trainval2017/train2017/*.png      DIR/stuffthingmaps_trainval2017/val2017/*.png
 
-The maps may also lie in DIR/stuffthingmaps. Their pixels count from 0, one less than labels.txt does."""
-STUFF_LAYOUT = f"COCO-Stuff: semantic maps of 80 things and 91 kinds of stuff.{_STUFF_FOLDER}"
+The maps may also be in DIR/stuffthingmaps. Their pixel values start at 0, one less than in labels.txt."""
+STUFF_LAYOUT = f"COCO-Stuff: semantic maps of 80 thing and 91 stuff classes.{_STUFF_FOLDER}"
 STUFF_133_LAYOUT = f"""\
-COCO-Stuff with the 133 classes of COCO panoptic: its labels merged, 12 of them void.{_STUFF_FOLDER}"""
-STUFF_COUNTS = "Images whose map is void all over are kept; some projects leave them out, which changes no score."
+COCO-Stuff with the 133 classes of COCO panoptic: merged labels, 12 of them void.{_STUFF_FOLDER}"""
+STUFF_COUNTS = "Images whose map is entirely void are kept; some projects omit them, which does not change scores."
 
 
 def find_panoptic(source: Path, split: str) -> list[Picture]:
-    """The images of `panoptic_{split}2017.json`, in its order."""
+    """Return the images of `panoptic_{split}2017.json`, in its order."""
     path = require(source / "annotations" / f"panoptic_{split}2017.json")
     images = require(source / f"{split}2017", "the folder of the images")
     masks = next(
@@ -100,7 +100,7 @@ def find_panoptic(source: Path, split: str) -> list[Picture]:
 
 
 def _captions(path: Path) -> dict[int, list[str]]:
-    """The captions of each image; none where the file is not there."""
+    """Return the captions of each image, or none if the file does not exist."""
     captions = defaultdict(list)
     if path.is_file():
         for annotation in sorted(read_json(path, shape=_CAPTIONS_JSON)["annotations"], key=lambda entry: entry["id"]):
@@ -109,7 +109,7 @@ def _captions(path: Path) -> dict[int, list[str]]:
 
 
 def _compact(annotation: dict[str, Any] | None) -> tuple[str | None, np.ndarray]:
-    """The name of a PNG and its segments (N, 3): id, category, crowd. Objects of JSON take ten times the room."""
+    """Return the name of a PNG and its segments (N, 3) as id, category and crowd, a tenth of the size of JSON."""
     if annotation is None:
         return None, np.zeros((0, 3), dtype=np.int32)
     try:
@@ -142,7 +142,7 @@ def _read_panoptic(path: Path, masks: Path, name: str | None, infos: np.ndarray,
 
 
 def find_stuff(vocabulary: str, source: Path, split: str) -> list[Picture]:
-    """The images of COCO-Stuff, by their names, with its classes or those of COCO panoptic."""
+    """Return the images of a COCO-Stuff split by name, with its classes or those of COCO panoptic."""
     images = require(source / f"{split}2017", "the folder of the images")
     folders = [source / "stuffthingmaps_trainval2017", source / "stuffthingmaps"]
     maps = require(next((folder for folder in folders if folder.is_dir()), folders[0]) / f"{split}2017")
@@ -151,7 +151,7 @@ def find_stuff(vocabulary: str, source: Path, split: str) -> list[Picture]:
 
 @cache
 def stuff_pixels(vocabulary: str) -> Mapping[int, int]:
-    """Pixel of COCO-Stuff -> train id of a vocabulary, -1 for labels that it has not."""
+    """Return the train id of each COCO-Stuff pixel value in a vocabulary, -1 for labels that it lacks."""
     if vocabulary == STUFF:
         return raw_ids(STUFF)
     merged = read_table("coco_stuff_171_to_panoptic_133")
@@ -174,7 +174,7 @@ BENCHMARKS = (
         PANOPTIC_LAYOUT,
         find_panoptic,
         IMAGES,
-        protocol=Protocol(tasks=("semantic", "panoptic"), note="mIoU over 133, crowds count for it"),
+        protocol=Protocol(tasks=("semantic", "panoptic"), note="mIoU over 133 classes, including crowds"),
         column=ReportColumn("COCO", 1, {GKC_R50: 49.8, GKC_R101: 51.2, GKC_R50_OPENTRANS: 46.0}),
     ),
     Benchmark(
@@ -212,6 +212,6 @@ BENCHMARKS = (
         partial(find_stuff, PANOPTIC),
         IMAGES,
         STUFF_COUNTS,
-        protocol=Protocol(note="COCO-Stuff's labels in the classes of COCO panoptic"),
+        protocol=Protocol(note="COCO-Stuff labels in the classes of COCO panoptic"),
     ),
 )

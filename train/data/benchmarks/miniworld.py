@@ -1,11 +1,11 @@
-"""The mini-world as a benchmark: drawn into a folder as others are downloaded, so that the whole path can be tried.
+"""Synthetic mini-world benchmark, drawn locally to try preparation, training and evaluation without a download.
 
     python -m train.data.benchmarks.miniworld --out worlds/mini --train-scenes 600 --val-scenes 200
     python -m train.data.prepare miniworld --source worlds/mini --out data/miniworld --split val
     python -m train.evaluate --model hub_card/gkc-mini --benchmark miniworld --data data/miniworld
 
-`miniworld` asks for every concept under its own name, as evaluation does; `miniworld_train` has the labels of
-training, in which some concepts go by their hypernym and others are void.
+`miniworld` labels every concept with its own name, for evaluation. `miniworld_train` has the training labels: some
+concepts are labeled with their hypernym and others are void.
 """
 
 import argparse
@@ -31,24 +31,25 @@ from .base import Benchmark, read_color_ids, require
 from .protocol import Protocol
 
 LAYOUT = """\
-DIR/{train,val}/SCENE.png                       a drawn scene
-DIR/{train,val}/SCENE.ids.png                   its segments, id = R + 256 G + 65536 B
-DIR/{train,val}.json                            for every scene the concept of each id
-`python -m train.data.benchmarks.miniworld --out DIR` draws it.
+DIR/{train,val}/SCENE.png                       image of a scene
+DIR/{train,val}/SCENE.ids.png                   segment ids, id = R + 256 G + 65536 B
+DIR/{train,val}.json                            concept of each segment id of every scene
+`python -m train.data.benchmarks.miniworld --out DIR` draws these files.
 """
 SPLITS = ("train", "val")
-_WORLDS = {"train": 0, "val": 1}  # with the seed, the worlds that `train.miniworld` trains and tests on
+_WORLDS = {"train": 0, "val": 1}  # random streams that `train.miniworld` trains and tests on
 
 
 def draw_world(out: Path, split: str, scenes: int, seed: int = 0, size: int = 96, progress: bool = True) -> None:
-    """Draw one split of a world.
+    """Draw one split of the mini-world.
 
     Args:
-        out: folder, in which `LAYOUT` is made; scenes that are there already are drawn over with the same.
-        split: `train`, where some concepts never occur, or `val`, where all do.
-        scenes: their number; scene i is the same whatever their number.
-        seed: of the world; 0 with 96 pixels is that of the published mini-world.
-        size: side in pixels.
+        out: Output folder, which receives the files of `LAYOUT`. Existing scenes are overwritten.
+        split: `train`, where some concepts never occur, or `val`, where all concepts occur.
+        scenes: Number of scenes. Scene i does not depend on it.
+        seed: Random seed. The published mini-world has seed 0 and 96 pixels.
+        size: Side of the images in pixels.
+        progress: Whether to show a progress bar.
     """
     chosen = (TRAINING_SHAPES, TRAINING_STUFFS) if split == "train" else ()
     folder, concepts = out / split, {}
@@ -64,15 +65,15 @@ def draw_world(out: Path, split: str, scenes: int, seed: int = 0, size: int = 96
 
 
 def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
-    """The scenes of a split.
+    """Return the images of a split with their annotations.
 
     Args:
-        classes: train id of every concept that has one.
-        folder: laid out as in `LAYOUT`.
+        classes: Train id of every labeled concept.
+        folder: Folder with the files of `LAYOUT`.
         split: `train` or `val`.
 
     Raises:
-        ValueError: the folder was not drawn by this module; what is missing is named.
+        ValueError: If a file of `LAYOUT` is missing or invalid.
     """
     listed = require(folder / f"{split}.json", "which `python -m train.data.benchmarks.miniworld` writes")
     concepts = read_json(listed, shape=Each([str]))
@@ -86,7 +87,7 @@ def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
 def _read(path: Path, concepts: Sequence[str], classes: Mapping[str, int], shape: tuple[int, int]) -> Segmentation:
     ids = read_color_ids(path, shape)
     if ids.max() > len(concepts):
-        raise ValueError(f"{path}: it holds the id {ids.max()}, but the scene has {len(concepts)} segments")
+        raise ValueError(f"{path}: contains segment id {ids.max()}, but the scene has {len(concepts)} segments")
     segments: list[dict[str, Any]] = [
         {"id": number, "category_id": classes.get(concept, NO_CLASS), "iscrowd": False}
         for number, concept in enumerate(concepts, start=1)
@@ -104,7 +105,7 @@ _PROTOCOL = Protocol(
     short_side=96,
     long_side=192,
     groups={"base": KEPT, "novel": SUB + VOID + NEVER_SEEN, "sub": SUB, "void": VOID, "never": NEVER_SEEN},
-    note="a drawn world: comparable to nothing else",
+    note="synthetic images: not comparable with other benchmarks",
 )
 
 
@@ -129,17 +130,23 @@ BENCHMARKS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.data.benchmarks.miniworld",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to draw into")
-    parser.add_argument("--train-scenes", type=int, default=600, metavar="N", help="(%(default)s)")
-    parser.add_argument("--val-scenes", type=int, default=200, metavar="N", help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the world (%(default)s)")
-    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of a scene (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--train-scenes", type=int, default=600, metavar="N", help="number of training scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--val-scenes", type=int, default=200, metavar="N", help="number of validation scenes (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=96, metavar="PIXELS", help="image side in pixels (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     for split, scenes in (("train", options.train_scenes), ("val", options.val_scenes)):
         if scenes:

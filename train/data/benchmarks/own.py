@@ -1,4 +1,4 @@
-"""One's own pictures: a folder of images and masks, COCO JSON, labelme's or YOLO's files, or a list."""
+"""Custom data as benchmarks: a folder of annotated images, or a list of images and masks."""
 
 import sys
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from ..sources import Picture, Segmentation, Source
 from .base import Benchmark
 
 _VAL_SHARE = 0.1
-_SPLITS = "Where no picture has a split of its own, a tenth of them, drawn by their names, becomes val."
+_SPLITS = "If the data does not define splits, a tenth of the images, selected by a hash of their names, becomes val."
 FOLDER_LAYOUT = f"""\
-Your own pictures in a folder, with masks, COCO JSON, or files of labelme or YOLO.
+Custom images in a folder, annotated with masks, COCO JSON, labelme or YOLO files.
 
 {_SPLITS}
 
 {LAYOUTS}"""
 LIST_LAYOUT = f"""\
-Your own pictures in a list, in Parquet, CSV or JSON lines.
+Custom images and masks in a list file (Parquet, CSV or JSON lines).
 
 {_SPLITS}
 
@@ -32,7 +32,7 @@ Your own pictures in a list, in Parquet, CSV or JSON lines.
 
 
 def _find(read: Callable[[Path], Source], source: Path, split: str) -> list[Picture]:
-    """The pictures of a split; what was wrong with others comes as pictures that cannot be used, in `train`."""
+    """Return the images of a split; problems of the dataset are added to `train` as unusable images."""
     found = read(source)
     for line in (f"read as {found.layout}", *found.notes):
         tqdm.write(f"{source}, {split}: {line}", file=sys.stderr)
@@ -47,26 +47,26 @@ def _unusable(number: int, problem: str) -> Picture:
 
 
 def _never_read(shape: tuple[int, int]) -> Segmentation:
-    raise ValueError("the picture cannot be used")
+    raise ValueError("the image cannot be used")
 
 
 def find_folder(source: Path, split: str) -> list[Picture]:
-    """The pictures of a folder that `train.data.from_folder` knows."""
+    """Return the images of a split of a folder in a layout of `train.data.from_folder`."""
     return _find(find_source, source, split)
 
 
 def find_list(source: Path, split: str) -> list[Picture]:
-    """The pictures of a list."""
+    """Return the images of a split of a list file."""
     return _find(list_file.read_list, source, split)
 
 
 def folder_classes(source: Path) -> Vocabulary:
-    """The classes that a folder names."""
+    """Return the vocabulary of a folder in a layout of `train.data.from_folder`."""
     return find_source(source).vocabulary
 
 
 def list_classes(source: Path) -> Vocabulary:
-    """The classes that a folder with a list names."""
+    """Return the vocabulary of a folder with a list file."""
     return mask_folder.read_names(source / mask_folder.NAMES_FILE)[1]
 
 

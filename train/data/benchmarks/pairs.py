@@ -1,4 +1,4 @@
-"""Images and annotations that are found by their names."""
+"""Pairing of image and annotation files by name."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,13 +12,14 @@ Read = Callable[[Path, tuple[int, int]], Segmentation]
 def paired(
     images: Path, annotations: Path, read: Read, split: str, suffixes: tuple[str, str] = (".jpg", ".png")
 ) -> list[Picture]:
-    """A picture for every name that an image or an annotation in two folders has; either may turn out to be missing.
+    """Pair the images and annotations of two folders by name; a missing file is reported when it is read.
 
     Args:
-        images, annotations: the folders.
-        read: path of an annotation and height and width -> what `Picture.read` gives.
-        split: of the pictures.
-        suffixes: of images and of annotations.
+        images: Folder of the images.
+        annotations: Folder of the annotations.
+        read: Function that maps an annotation file and the image height and width to the result of `Picture.read`.
+        split: Split of the images.
+        suffixes: Suffixes of images and annotations.
     """
     folders = zip((images, annotations), suffixes, strict=True)
     names = {path.stem for folder, suffix in folders for path in folder.glob(f"[!.]*{suffix}")}
@@ -33,7 +34,7 @@ def listed(
     split: str,
     suffixes: tuple[str, str] = (".jpg", ".png"),
 ) -> list[Picture]:
-    """A picture for every name of a list; see `paired`."""
+    """Pair the images and annotations of the listed names; the other arguments are those of `paired`."""
     return [
         Picture(name, images / f"{name}{suffixes[0]}", partial(read, annotations / f"{name}{suffixes[1]}"), split)
         for name in names
@@ -41,10 +42,10 @@ def listed(
 
 
 def names_in(path: Path) -> list[str]:
-    """The lines of a list file, without blank ones.
+    """Return the non-blank lines of a list file.
 
     Raises:
-        ValueError: there is no such file, or it is empty.
+        ValueError: If the file does not exist or is empty.
     """
     if not path.is_file():
         raise ValueError(f"There is no {path}, the list of images: the folder is not laid out as published.")

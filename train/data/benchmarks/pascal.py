@@ -26,35 +26,34 @@ _MERGED_JSON = {
 _VOC_FOLDER = """
 
     DIR/VOC2012/JPEGImages/*.jpg
-    DIR/VOC2012/SegmentationClass/*.png                       palette pictures, the index is the class
+    DIR/VOC2012/SegmentationClass/*.png                       palette images, the index is the class
     DIR/VOC2012/ImageSets/Segmentation/train.txt, val.txt
 
 DIR is VOCdevkit, or VOC2012 itself. """
-VOC_20_LAYOUT = f"PASCAL VOC 2012: 20 kinds of objects, the background is void.{_VOC_FOLDER}0 and 255 are void."
-VOC_21_LAYOUT = f"PASCAL VOC 2012: 20 kinds of objects, and the background as class 0.{_VOC_FOLDER}255 is void."
+VOC_20_LAYOUT = f"PASCAL VOC 2012: 20 object classes, the background is void.{_VOC_FOLDER}0 and 255 are void."
+VOC_21_LAYOUT = f"PASCAL VOC 2012: 20 object classes and the background as class 0.{_VOC_FOLDER}255 is void."
 VOC_20B_LAYOUT = (
-    "PASCAL VOC 2012: 20 kinds of objects, and the background as the last class, for scores with background words."
+    "PASCAL VOC 2012: 20 object classes and the background as the last class, prompted with background words."
     f"{_VOC_FOLDER}255 is void."
 )
 _CONTEXT_FOLDER = """
 
     DIR/VOC2010/JPEGImages/*.jpg
-    DIR/VOC2010/trainval/*.mat                    LabelMap, 0..459; or, where this folder is not there,
-    DIR/VOC2010/trainval_merged.json              the same as run lengths (also in DIR)
+    DIR/VOC2010/trainval/*.mat                    LabelMap, 0..459; without this folder:
+    DIR/VOC2010/trainval_merged.json              the same labels as run lengths (or in DIR)
     DIR/VOC2010/ImageSets/Main/train.txt, val.txt
 
-DIR is VOCdevkit, or VOC2010 itself. The images of a split are those of `phase` in trainval_merged.json; without that
-file those of ImageSets/SegmentationContext/train.txt and val.txt, or of ImageSets/Main. 0 is void"""
+DIR is VOCdevkit, or VOC2010 itself. The split of an image is its `phase` in trainval_merged.json. Without that file
+the lists train.txt and val.txt in ImageSets/SegmentationContext, or else in ImageSets/Main, define the splits.
+0 is void"""
 CONTEXT_59_LAYOUT = f"PASCAL-Context: the 59 frequent classes.{_CONTEXT_FOLDER}, and so are the other 400 labels."
 CONTEXT_459_LAYOUT = f"PASCAL-Context: all 459 classes.{_CONTEXT_FOLDER}."
 CONTEXT_COUNTS = {"train": 4_998, "val": 5_105}
-CONTEXT_NOTE = (
-    "Some projects share a list of 5,104 validation images, one fewer; which one is left out, and why, is unknown."
-)
+CONTEXT_NOTE = "Some projects use a list of 5,104 validation images, one fewer, for unknown reasons."
 
 
 def find_voc(void: tuple[int, ...], source: Path, split: str) -> list[Picture]:
-    """The images of a list of VOC 2012, in its order."""
+    """Return the images of a VOC 2012 split in the order of its list."""
     folder = _year(source, "VOC2012")
     names = names_in(folder / "ImageSets" / "Segmentation" / f"{split}.txt")
     images, maps = require(folder / "JPEGImages"), require(folder / "SegmentationClass")
@@ -73,7 +72,7 @@ def _read_voc(void: tuple[int, ...], path: Path, shape: tuple[int, int]) -> Segm
 
 
 def find_context(vocabulary: str, source: Path, split: str) -> list[Picture]:
-    """The images of PASCAL-Context, from the .mat files or from the merged JSON."""
+    """Return the images of a PASCAL-Context split, annotated by the .mat files or the merged JSON."""
     folder = _year(source, "VOC2010")
     images = require(folder / "JPEGImages", "the images of VOC 2010")
     merged = next(
@@ -98,7 +97,7 @@ def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
             if image["phase"] == split
         ]
     lists = [folder / "ImageSets" / place / f"{split}.txt" for place in ("SegmentationContext", "Main")]
-    # Lists of Main have a second column in some releases.
+    # The lists in Main have a second column in some releases.
     return [name.split()[0] for name in names_in(next((path for path in lists if path.is_file()), lists[-1]))]
 
 
@@ -181,7 +180,7 @@ BENCHMARKS = (
         protocol=Protocol(
             background_class=0,
             background_words=_BACKGROUND_WORDS,
-            note="the background counts; its words are names of one class",
+            note="the background is scored; its words are names of one class",
         ),
     ),
     Benchmark(
@@ -195,7 +194,7 @@ BENCHMARKS = (
             background_class=20,
             background_words=_BACKGROUND_WORDS,
             background_as="classes",
-            note="20 + 39 words are asked; what the 39 win is background",
+            note="prompted with 20 + 39 words; pixels of the 39 words become background",
         ),
     ),
     Benchmark(
@@ -206,7 +205,7 @@ BENCHMARKS = (
         CONTEXT_COUNTS,
         CONTEXT_NOTE,
         _OTHER_COUNTS,
-        protocol=Protocol(note="other labels and unlabelled pixels are not scored"),
+        protocol=Protocol(note="other labels and unlabeled pixels are not scored"),
         column=ReportColumn("PC-59", 6, {GKC_R50: 41.9, GKC_R101: 45.2, GKC_R50_OPENTRANS: 39.0, FC_CLIP_R50: 50.5}),
     ),
     Benchmark(

@@ -1,9 +1,9 @@
-"""How the field scores a benchmark: sizes, background, groups of classes, and published results.
+"""Evaluation protocols of benchmarks: image sizes, background, groups of classes and published results.
 
-The facts stand with each benchmark, in the module of its reader. Sources of the sizes and conventions: detectron2's
-evaluator of semantic segmentation, whose convention all papers of the field follow; the papers of GKC (Han et al.,
-ICCV 2023; test sizes), MaskFormer (Cheng et al., 2021; ADE20K-847 at 512), ODISE and FC-CLIP (PASCAL VOC with a
-background) and CAT-Seg (Cho et al., CVPR 2024; the 20 + 39 words of PASCAL VOC 20b).
+The protocol of each benchmark is defined in the module of its reader. The sizes and conventions follow detectron2's
+semantic segmentation evaluator and the papers of GKC (Han et al., ICCV 2023; test sizes), MaskFormer (Cheng et al.,
+2021; ADE20K-847 at 512), ODISE and FC-CLIP (PASCAL VOC with a background) and CAT-Seg (Cho et al., CVPR 2024; the
+20 + 39 words of PASCAL VOC 20b).
 """
 
 import dataclasses
@@ -20,23 +20,25 @@ ABSENT = "classes without ground truth in the split are left out of means; pixel
 
 @dataclass(frozen=True)
 class Protocol:
-    """
-    How one benchmark is scored.
+    """Evaluation protocol of one benchmark.
 
     Attributes:
-        tasks: what is scored if nothing is asked for, tasks of `train.metrics`.
-        short_side: the model sees images whose short side has so many pixels,
-        long_side: unless the long one would exceed this.
-        shrink_above: image and ground truth whose sides both exceed this are first resized so that the shorter one
-            reaches it, the image bilinearly, the truth to nearest pixels; predictions are scored at that size.
-        background_class: the class that stands for the background, None where that is not scored.
-        background_words: vocabulary whose words ask for it.
-        background_as: `names`: they are names of that one class, reduced as synonyms are; `classes`: each is a class,
-            and what any of them wins becomes background.
-        panoptic_threshold: lowest class score of a segment, exclusive, as in Mask2Former's configuration,
-        panoptic_overlap: lowest share of its own mask that a segment has to win.
-        groups: further groups of classes, by their names, that have scores of their own.
-        note: what else a reader of the numbers should know.
+        tasks: Default tasks, as in `train.metrics`.
+        short_side: Shorter side of the model input in pixels, limited by `long_side`.
+        long_side: Maximum longer side of the model input in pixels.
+        shrink_above: Images with both sides above this value are first resized, together with their ground truth, so
+            that the shorter side has this many pixels (bilinear for images, nearest for ground truth). Predictions are
+            scored at that size. None does not resize.
+        background_class: Train id of the background class, or None if the background is not scored.
+        background_words: Packaged vocabulary of the words that prompt the background class.
+        background_as: `names` uses the words as names of the background class, reduced like synonyms; `classes` uses
+            each word as a class and maps them all to the background.
+        panoptic_threshold: Minimum class score of a panoptic segment, exclusive, as in Mask2Former's configuration.
+        panoptic_overlap: Minimum fraction of its own mask that a panoptic segment must win.
+        resizing: Description of how predictions are resized.
+        absent_classes: Description of how classes without ground truth are treated.
+        groups: Further named groups of classes with separate scores.
+        note: Further remarks on the scores.
     """
 
     tasks: tuple[str, ...] = ("semantic",)
@@ -54,12 +56,12 @@ class Protocol:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For the result file."""
+        """Return the protocol as a dictionary for the result file."""
         groups = {name: list(members) for name, members in self.groups.items()}
         return dataclasses.asdict(self) | {"tasks": list(self.tasks), "groups": groups}
 
 
-# Rows of the table of published results, in its order: mIoU in per cent, as `ReportColumn.published` holds them.
+# Rows of the table of published results (mIoU in percent) in order; `ReportColumn.published` contains the values.
 GKC_R50 = "GKC, CLIP R-50 (Han et al., ICCV 2023, table 1)"
 GKC_R101 = "GKC, R-101 (the same)"
 GKC_R50_OPENTRANS = "GKC, R-50, re-run by OpenTrans (CVPR 2024)"
@@ -69,13 +71,12 @@ PUBLISHED_ROWS = (GKC_R50, GKC_R101, GKC_R50_OPENTRANS, FC_CLIP_R50)
 
 @dataclass(frozen=True)
 class ReportColumn:
-    """
-    Column of a benchmark in the table of results.
+    """Column of a benchmark in the table of results.
 
     Attributes:
         heading: Short name of the benchmark.
-        position: Columns are ordered by it, and then by their headings.
-        published: Row of the table -> mIoU in per cent. Rows that are not among `PUBLISHED_ROWS` follow these.
+        position: Sort key of the columns; columns with equal keys are sorted by heading.
+        published: Published mIoU in percent by table row. Rows that are not in `PUBLISHED_ROWS` come last.
     """
 
     heading: str

@@ -1,4 +1,4 @@
-"""Panoptic label pictures in which one number says class and instance."""
+"""Panoptic label images whose values encode class and instance."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,24 +9,25 @@ from ..schema import NO_CLASS, VOID, ids_within
 from ..sources import Segmentation
 from .base import look_up
 
-BITS_16 = ("I;16", "I;16B", "I")  # Pillow's modes of grey 16-bit pictures; in 8 bits the numbers have been cut off
+BITS_16 = ("I;16", "I;16B", "I")  # Pillow's modes of 16-bit gray images; 8-bit images have truncated values
 
 
 def segments_of_values(
     values: np.ndarray, meaning: Callable[[int], tuple[int, bool] | None], path: Path
 ) -> Segmentation:
-    """Segments whose ids are the published values, so that nothing of these is lost.
+    """Convert a label image to segments that keep the published values as ids.
 
     Args:
-        values: (H, W) int32, not negative.
-        meaning: of a value: train id and whether it is a crowd; train id -1 is void; None: there is no such value.
-        path: the file, for the error.
+        values: Non-negative values (H, W) int32.
+        meaning: Function that maps a value to its train id (-1 for void) and whether it is a crowd, or to None for an
+            invalid value.
+        path: Annotation file, for the error.
 
     Returns:
-        ids (H, W) int32, 0 for void, and segments as in `train.data.schema`, by rising id.
+        The ids (H, W) int32, 0 for void, and segments as in `train.data.schema`, in increasing id order.
 
     Raises:
-        ValueError: there are values without a meaning; file and values are named.
+        ValueError: If the image contains invalid values.
     """
     known = {value: found for value in ids_within(values).tolist() if (found := meaning(value)) is not None}
     segments = [

@@ -1,7 +1,7 @@
 """VSPW (Miao et al., CVPR 2021) and VIPSeg (Miao et al., CVPR 2022): videos, semantic and panoptic.
 
-An `image_id` is VIDEO/FRAME, which leads to the names of the files; `frame` counts the frames of a video from 0, and
-keeps counting where one cannot be read. Segments of VIPSeg keep their id over the frames of a video.
+An `image_id` is VIDEO/FRAME, as in the file names. `frame` numbers the frames of a video from 0, including unreadable
+ones. Segments of VIPSeg have the same id in all frames of a video.
 """
 
 import warnings
@@ -26,21 +26,21 @@ VSPW, VIPSEG = "vspw_124", "vipseg_124"
 VSPW_LAYOUT = """\
 VSPW: semantic segmentation of videos
 
-    the archive VSPW_480p, not the full-size release
+    use the archive VSPW_480p, not the full-size release
     train.txt, val.txt               names of 2,806 and 343 videos
     data/VIDEO/origin/FRAME.jpg      data/VIDEO/mask/FRAME.png    0 and 255 void, else 1..124"""
 VIPSEG_LAYOUT = """\
 VIPSeg: panoptic segmentation of videos
 
-    the archive, and what the owners' scripts make of it at 720p, which is taken where it is there
+    use the archive, or the 720p version that the authors' scripts create, which is preferred if it exists
     train.txt, val.txt               names of 2,806 and 343 videos
     imgs/VIDEO/FRAME.jpg             panomasks/VIDEO/FRAME.png    16 bits: 0 void, 1..124, 100 * class + instance
     VIPSeg_720P/images/VIDEO/FRAME.jpg    VIPSeg_720P/panomasksRGB/VIDEO/FRAME.png
     VIPSeg_720P/panoptic_gt_VIPSeg.json, or ..._train.json and ..._val.json"""
 DAMAGED_VIDEO = "988_f_Xvy_DCPt8"
 _VSPW_DISCREPANCY = (
-    f"Frames of the video {DAMAGED_VIDEO} are empty files (0 bytes) in the first release: download a later one, or go "
-    "on without them. The number of frames of val, 24502, is told in the literature, not in the release."
+    f"Frames of the video {DAMAGED_VIDEO} are empty files (0 bytes) in the first release: download a later one, or "
+    "skip them. The number of val frames, 24502, is from the literature, not from the release."
 )
 VSPW_VOID = (0, 255)
 _VIDEOS = {"train": 2806, "val": 343}
@@ -50,13 +50,13 @@ _LAST_STUFF, _INSTANCES_OF_A_CLASS = 124, 100
 
 
 def find_vspw(folder: Path, split: str) -> list[Picture]:
-    """The frames of a split of VSPW, a segment per class.
+    """Return the frames of a VSPW split with one segment per class.
 
     Raises:
-        ValueError: the folder is not laid out as published; what is missing is named.
+        ValueError: If the folder does not have the published layout.
 
     Warns:
-        UserWarning: there are more or fewer videos than published, or frames are not 480 pixels high.
+        UserWarning: If the number of videos differs from the published number, or frames are not 480 pixels high.
     """
     root = folder / "VSPW_480p" if (folder / "VSPW_480p").is_dir() else folder
     data, read = require(root / "data", "the videos"), partial(_read_vspw, raw_ids(VSPW))
@@ -73,13 +73,13 @@ def _read_vspw(table: Mapping[int, int], mask: Path, shape: tuple[int, int]) -> 
 
 
 def find_vipseg(folder: Path, split: str) -> list[Picture]:
-    """The frames of a split of VIPSeg, a segment per object or kind of stuff.
+    """Return the frames of a VIPSeg split with one segment per object or stuff class.
 
     Raises:
-        ValueError: the folder is not laid out as published, or the JSON has other categories; what differs is named.
+        ValueError: If the folder does not have the published layout, or the JSON has other categories.
 
     Warns:
-        UserWarning: there are more or fewer videos than published, or frames are not 720 pixels high.
+        UserWarning: If the number of videos differs from the published number, or frames are not 720 pixels high.
     """
     small = folder / _SMALL if (folder / _SMALL).is_dir() else folder
     has_own_list = folder.name != _SMALL or (folder / f"{split}.txt").is_file()
@@ -91,7 +91,7 @@ def find_vipseg(folder: Path, split: str) -> list[Picture]:
     else:
         root = small if (small / "panomasks").is_dir() else folder
         pictures = _find_vipseg_raw(root, names / f"{split}.txt", split)
-    advice = "numbers are published at that height, which the owners' scripts bring them to; see --help"
+    advice = "published results are at that height, which the authors' scripts resize to; see --help"
     _warn_of_heights(pictures, _VIPSEG_HEIGHT, advice)
     return pictures
 
@@ -113,7 +113,7 @@ def _read_vipseg_raw(things: Sequence[bool], mask: Path, shape: tuple[int, int])
 
 
 def _vipseg_meaning(things: Sequence[bool], value: int) -> tuple[int, bool] | None:
-    """Class of a value of a raw mask, which counts classes from 1; objects without a number are one segment."""
+    """Return the class of a raw mask value, which numbers classes from 1; objects without a number are one segment."""
     if value <= _LAST_STUFF:
         return value - 1, False  # 0 becomes -1, void
     category = value // _INSTANCES_OF_A_CLASS - 1
@@ -121,10 +121,10 @@ def _vipseg_meaning(things: Sequence[bool], value: int) -> tuple[int, bool] | No
 
 
 def _find_vipseg_json(root: Path, path: Path, names: Path, split: str) -> list[Picture]:
-    content = read_json(path, "make it with the owners' script.", _VIPSEG_JSON)
+    content = read_json(path, "create it again with the authors' script.", _VIPSEG_JSON)
     _check_categories(content["categories"], path)
     annotated = {video["video_id"]: _by_frame(video["annotations"]) for video in content["annotations"]}
-    # The JSON of all splits needs the list; that of one split is checked against it where there is one.
+    # The JSON of all splits requires the list; that of one split is checked against the list, if it exists.
     needs_list = names.is_file() or not path.stem.endswith(f"_{split}")
     videos = _video_names(names, split) if needs_list else sorted(annotated)
     if not needs_list:
@@ -149,7 +149,7 @@ _VIPSEG_JSON = {
 
 
 def _check_categories(categories: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuse a JSON whose numbers mean other classes: counted from 1, say, or of a part of the classes."""
+    """Check that the category ids of a JSON file are those of VIPSeg, not numbered from 1 or of a subset."""
     entries = packaged_facts(VIPSEG)["classes"]
     expected = {entry["id"]: entry.get("official_name", entry["name"]) for entry in entries}
     found = {category["id"]: category["name"] for category in categories}
@@ -157,12 +157,12 @@ def _check_categories(categories: Sequence[Mapping[str, Any]], path: Path) -> No
         number = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         raise ValueError(
             f"{path}: its category {number} is {found.get(number)!r}, but in VIPSeg {expected.get(number)!r}; use the "
-            "owners' panoVIPSeg_categories.json, which counts 124 classes from 0."
+            "authors' panoVIPSeg_categories.json, which numbers 124 classes from 0."
         )
 
 
 def _by_frame(annotations: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, int]]:
-    """By frame, the category of each segment id."""
+    """Return the category of each segment id, by frame."""
     return {
         Path(frame["file_name"]).stem: {info["id"]: info["category_id"] for info in frame["segments_info"]}
         for frame in annotations
@@ -182,7 +182,7 @@ def _read_vipseg_json(
     present = set(ids_within(ids).tolist()) - {VOID}
     if present != listed.keys():
         raise ValueError(
-            f"{mask}: ids in the picture alone {sorted(present - listed.keys())}, in {path} alone "
+            f"{mask}: ids only in the image {sorted(present - listed.keys())}, only in {path} "
             f"{sorted(listed.keys() - present)}"
         )
     num_classes = len(raw_ids(VIPSEG))
@@ -196,17 +196,17 @@ def _read_vipseg_json(
 
 
 def _changed_ids(frames: Mapping[str, Mapping[int, int]], listed: Mapping[int, int]) -> list[int]:
-    """Ids of a frame that stand for another category elsewhere in the video."""
+    """Return the ids of a frame that have another category elsewhere in the video."""
     return sorted(
         key for key in listed if any(other.get(key, listed[key]) != listed[key] for other in frames.values())
     )
 
 
 def _video_names(path: Path, split: str) -> list[str]:
-    """The videos of a split, in the order of its list.
+    """Return the videos of a split in the order of its list.
 
     Raises:
-        ValueError: there is no such list, or it names nothing, or a video twice.
+        ValueError: If the list is missing or empty, or names a video twice.
     """
     require(path, "the list of videos")
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -225,18 +225,18 @@ def _warn_of_number(videos: Sequence[str], split: str, path: Path) -> None:
 def _frames(
     video: str, images: Path, masks: Path, reader: Callable[[str, Path], partial], listed: Collection[str] = ()
 ) -> list[Picture]:
-    """The frames of a video in order: those with an image, with a mask, or listed, so that a missing file is reported.
+    """Return the frames of a video in order: those with an image, with a mask or listed, to report missing files.
 
     Args:
-        video: its name.
-        images: folder of its images.
-        masks: folder of its masks.
-        reader: a frame's name and the file of its mask -> what reads it.
-        listed: further frames that must be there.
+        video: Name of the video.
+        images: Folder of its images.
+        masks: Folder of its masks.
+        reader: Function that maps the name and mask file of a frame to its `Picture.read`.
+        listed: Names of further required frames.
     """
     image_files, mask_files = _files(images), _files(masks)
     names = sorted({*image_files, *mask_files, *listed}, key=_frame_order)
-    if not names:  # without this, a video that is not there would just not be counted
+    if not names:  # reports a missing video, which would be skipped otherwise
         return [Picture(video, images / "(no frames)", reader("", masks), video_id=video)]
     return [
         Picture(
@@ -251,7 +251,7 @@ def _frames(
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder by their name without suffix."""
+    """Return the image files in a folder by name without suffix."""
     found = folder.iterdir() if folder.is_dir() else ()
     return {p.stem: p for p in found if p.suffix.casefold() in IMAGE_SUFFIXES and not p.name.startswith(".")}
 
@@ -261,13 +261,13 @@ def _frame_order(name: str) -> tuple[int, str]:
 
 
 def _warn_of_heights(pictures: Sequence[Picture], expected: int, advice: str) -> None:
-    """Look at one frame of each video, without decoding it."""
+    """Warn about videos of another height, by reading the header of one frame of each."""
     first = {picture.video_id: picture.image for picture in reversed(pictures)}
     heights = {video: _height(path) for video, path in first.items()}
     other = [video for video, height in heights.items() if height not in (expected, None)]
     if other:
         warnings.warn(
-            f"frames of {len(other)} of {len(heights)} videos are not {expected} pixels high ({other[-1]}: "
+            f"Frames of {len(other)} of {len(heights)} videos are not {expected} pixels high ({other[-1]}: "
             f"{heights[other[-1]]}): {advice}.",
             UserWarning,
             stacklevel=3,
@@ -278,7 +278,7 @@ def _height(path: Path) -> int | None:
     try:
         with Image.open(path) as picture:
             return picture.height
-    except Exception:  # reported with the file's name when it is read; Pillow's decoders raise errors of many types
+    except Exception:  # Pillow raises errors of many types; the file is reported when it is read
         return None
 
 

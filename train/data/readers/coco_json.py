@@ -1,13 +1,13 @@
-"""COCO JSON, of instances or panoptic, as training data.
+"""COCO JSON files of instances or panoptic segmentation.
 
     DIR/annotations/instances_train.json    DIR/train/*.jpg, or DIR/images/..., or DIR itself
     DIR/annotations/panoptic_train.json     DIR/annotations/panoptic_train/*.png
-    DIR/train/_annotations.coco.json        DIR/train/*.jpg                          (as Roboflow exports it)
-    DIR/result.json                         DIR/images/*.jpg                         (as Label Studio exports it)
+    DIR/train/_annotations.coco.json        DIR/train/*.jpg                          (Roboflow export)
+    DIR/result.json                         DIR/images/*.jpg                         (Label Studio export)
 
-The JSON may also lie in DIR itself. A word of its name, or its folder, says its split (train, val, test). Where
-instances overlap, the smaller lies on the larger; pixels of none are void. Classes are in the order of their ids. A
-picture must have the `width` and `height` that the JSON says.
+The JSON may also be in DIR itself. The split (train, val, test) is a word of its file name or its folder. Smaller
+instances cover larger ones; pixels without an instance are void. Classes are sorted by id. Images must have the
+`width` and `height` in the JSON.
 """
 
 from collections import Counter, defaultdict
@@ -44,11 +44,10 @@ _SHOWN = 10
 
 
 def find_coco_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """
-    Find the JSON files in a folder, or its sub-folders, that are COCO's.
+    """Find the COCO JSON files in a folder and its sub-folders.
 
     Returns:
-        The files, panoptic ones alone where there are both kinds; and a line about each that is left aside.
+        The files, only panoptic ones if there are both kinds, and a note on each ignored file.
     """
     places = (folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
     kinds, notes = {}, []
@@ -64,16 +63,19 @@ def find_coco_files(folder: Path) -> tuple[list[Path], list[str]]:
         else:
             notes.append(f"{path} is not read: it must be an object of {', '.join(_PARTS)}, got {_shown(content)}")
     chosen = "panoptic" if "panoptic" in kinds.values() else "instances"
-    notes += [f"{path} is not read: panoptic files are there, too" for path, kind in kinds.items() if kind != chosen]
+    notes += [f"{path} is not read: panoptic files exist, too" for path, kind in kinds.items() if kind != chosen]
     return [path for path, kind in kinds.items() if kind == chosen], notes
 
 
 def read_coco(folder: Path, files: list[Path]) -> Source:
-    """Find the pictures of COCO files, which must have the same categories.
+    """Find the images of COCO files, which must have the same categories.
+
+    Args:
+        folder: Folder of the dataset.
+        files: COCO JSON files in the folder.
 
     Raises:
-        ValueError: the categories of two files differ, or those of one repeat; ids are missing, repeated or of a wrong
-            type; the file is named.
+        ValueError: If the categories of two files differ, or ids or names are missing, repeated or of a wrong type.
     """
     contents = {path: _checked_content(path) for path in files}
     categories = _categories(contents)
@@ -89,7 +91,7 @@ def read_coco(folder: Path, files: list[Path]) -> Source:
 
 
 def _checked_content(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The three lists of a COCO file, their ids made comparable."""
+    """Return the checked lists of a COCO file, with ids converted to text."""
     content = read_json(path)
     for part in _PARTS:
         entries = content.get(part) if isinstance(content, dict) else None
@@ -108,10 +110,10 @@ def _checked_content(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _identity(value: Any, place: str) -> str:
-    """An id as text, so that 1 and "1" are one id.
+    """Convert an id to text, so that 1 and "1" are the same id.
 
     Raises:
-        ValueError: it is neither a whole number nor text; the place is named.
+        ValueError: If the id is neither an integer nor text.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -121,10 +123,10 @@ def _identity(value: Any, place: str) -> str:
 
 
 def _flag(value: Any, place: str) -> bool:
-    """A yes or no of COCO: 0 or 1, as a number, a truth value or text.
+    """Convert a COCO flag, 0 or 1 as a number, boolean or text.
 
     Raises:
-        ValueError: it is none of these; the place is named.
+        ValueError: If the value is not a flag.
     """
     if isinstance(value, int | float | str) and (value in (0, 1) or value in ("0", "1")):
         return bool(int(value))
@@ -136,7 +138,7 @@ def _shown(value: Any) -> str:
 
 
 def _categories(contents: Mapping[Path, dict]) -> list[dict[str, Any]]:
-    """Those of all files, by rising id."""
+    """Return the common categories of all files, sorted by id."""
     (first, categories), *others = ((path, _categories_of(path, content)) for path, content in contents.items())
     for path, other in others:
         if other != categories:
@@ -157,7 +159,7 @@ def _categories_of(path: Path, content: dict) -> list[dict[str, Any]]:
             raise ValueError(f"{place}: its name must be text, got {_shown(name)}.")
         if not isinstance(synonyms, list) or not all(isinstance(synonym, str) for synonym in synonyms):
             raise ValueError(f"{place}: its synonyms must be a list of texts, got {_shown(synonyms)}.")
-        # Roboflow lists the project itself as the category 0 and the parent of all others.
+        # Roboflow lists the project itself as category 0, the parent of all others.
         if entry.get("supercategory") == "none" and name in parents and entry["id"] not in used:
             continue
         is_thing = _flag(entry.get("isthing", 1), f"{place}: isthing")
@@ -203,8 +205,8 @@ def _add_pictures(source: Source, folder: Path, path: Path, content: dict, new_i
         source.pictures.append(picture)
     if without_size:
         source.notes.append(
-            f"{path}: {without_size} images have no width and height; it could not be checked that their pictures "
-            "still have the size that was annotated"
+            f"{path}: {without_size} images have no width and height, so that the size of their files cannot be "
+            "checked"
         )
 
 
@@ -213,7 +215,7 @@ def _never(shape: tuple[int, int]) -> Segmentation:
 
 
 def _by_image(source: Source, path: Path, content: dict) -> dict[str, list[dict[str, Any]]]:
-    """Annotations by the id of their image; those of no image are reported."""
+    """Return the annotations by image id and report annotations of unlisted images."""
     annotations, lost = defaultdict(list), []
     listed = {image["id"] for image in content["images"]}
     for number, annotation in enumerate(content["annotations"], start=1):
@@ -235,11 +237,11 @@ def _by_image(source: Source, path: Path, content: dict) -> dict[str, list[dict[
 
 @dataclass
 class _Places:
-    """Folders in which the pictures of a COCO file are looked for, the likeliest ones first.
+    """Folders to search for the images of a COCO file, the most likely first.
 
     Attributes:
-        folder: the folder of the data.
-        tiers: lists of folders; a picture that two folders of one tier have is ambiguous.
+        folder: Folder of the dataset.
+        tiers: Lists of folders. An image that exists in two folders of a tier is ambiguous.
     """
 
     folder: Path
@@ -277,10 +279,10 @@ class _Places:
 
 
 def _name_apart(pictures: Sequence[Picture], files: Sequence[Path]) -> None:
-    """Give pictures of the same name in two splits the split as a folder, as in folders of masks.
+    """Prefix equal image ids of different splits with the split, as in mask folders.
 
     Raises:
-        ValueError: two pictures of one split have the same name.
+        ValueError: If two images of a split have the same id.
     """
     numbers = Counter(picture.image_id for picture in pictures)
     for picture in pictures:

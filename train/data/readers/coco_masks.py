@@ -1,7 +1,7 @@
-"""Masks from the outlines of annotation files: checked polygons and run lengths, painted into one segmentation.
+"""Rasterization of annotated polygons and run lengths to one segmentation.
 
-pycocotools draws the polygons. It checks nothing: NaN or large coordinates crash the process, so only what this module
-has checked reaches it. Run lengths are decoded by `modeling_gkc.run_length`.
+Polygons are drawn with pycocotools, which crashes on NaN or large coordinates, so that this module checks them first.
+Run lengths are decoded by `modeling_gkc.run_length`.
 """
 
 import math
@@ -20,16 +20,15 @@ _NUMBERS_OF_A_TRIANGLE = 6
 
 
 class UnusableObjectError(ValueError):
-    """An object outlines no area: it is left out and reported, its picture is kept."""
+    """Error for an object without area, which is skipped and reported while its image is kept."""
 
 
 @dataclass(frozen=True)
 class PaintedObject:
-    """
-    One object of a picture.
+    """Object of an image.
 
     Attributes:
-        mask: (H, W) bool.
+        mask: Mask (H, W) bool.
         category_id: Position of its class in the vocabulary.
         iscrowd: Whether it marks a group of objects.
         place: File and annotation, for reports.
@@ -42,13 +41,12 @@ class PaintedObject:
 
 
 def paint_objects(objects: Sequence[PaintedObject], shape: tuple[int, int], notes: list[str]) -> Segmentation:
-    """
-    Paint objects from the largest to the smallest, because what lies on something else is nearly always the smaller.
+    """Paint objects from the largest to the smallest, since the smaller of two overlapping objects is usually on top.
 
     Args:
-        objects: Objects of one picture.
-        shape: Height and width of the picture.
-        notes: Receives a line for each object of which no pixel is left.
+        objects: Objects of one image.
+        shape: Height and width of the image.
+        notes: List that receives a line for each object without visible pixels.
 
     Returns:
         Ids (H, W) int32, 0 for void, and segments as in `train.data.schema`.
@@ -70,21 +68,19 @@ def paint_objects(objects: Sequence[PaintedObject], shape: tuple[int, int], note
 
 
 def segmentation_mask(segmentation: Any, shape: tuple[int, int], notes: list[str]) -> np.ndarray:
-    """
-    Draw the `segmentation` of a COCO annotation: polygons, or run lengths, compressed or not.
+    """Draw the `segmentation` of a COCO annotation: polygons, or compressed or uncompressed run lengths.
 
     Args:
-        segmentation: As JSON holds it.
-        shape: Height and width of the picture.
-        notes: Receives a line for each ring that was left out.
+        segmentation: Value in the JSON file.
+        shape: Height and width of the image.
+        notes: List that receives a line for each skipped ring.
 
     Returns:
-        Mask (H, W) bool.
+        The mask (H, W) bool.
 
     Raises:
-        UnusableObjectError: it outlines no area: it is missing or empty, or a ring has an odd number of numbers.
-        ValueError: it cannot be meant: a number that is not finite or lies far outside the picture, another size, or
-            run lengths that do not cover it.
+        UnusableObjectError: If the segmentation is missing, empty or has a ring with an odd number of values.
+        ValueError: If a coordinate is not finite or far outside the image, or run lengths have another size.
     """
     if segmentation is None or segmentation == [] or segmentation == {}:
         raise UnusableObjectError("it has no segmentation (a box alone?)")
@@ -99,11 +95,10 @@ def segmentation_mask(segmentation: Any, shape: tuple[int, int], notes: list[str
 
 
 def run_length_mask(code: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray:
-    """
-    Decode run lengths of a picture of this height and width to a mask (H, W) bool.
+    """Decode the run lengths of an image of the given height and width to a mask (H, W) bool.
 
     Raises:
-        ValueError: as in `modeling_gkc.run_length.checked_runs`.
+        ValueError: If `modeling_gkc.run_length.checked_runs` rejects the run lengths.
     """
     try:
         checked_runs(code, shape)
@@ -113,22 +108,21 @@ def run_length_mask(code: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarr
 
 
 def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str]) -> np.ndarray:
-    """
-    Draw the union of polygons as pycocotools does.
+    """Draw the union of polygons with pycocotools.
 
     Args:
         rings: Polygons [x1, y1, x2, y2, ...] in pixels.
-        shape: Height and width of the picture. Polygons may reach beyond it by the length of its longer side.
-        notes: Receives a line for each ring that was left out.
+        shape: Height and width of the image. Polygons may exceed it by the length of its longer side.
+        notes: List that receives a line for each skipped ring.
 
     Returns:
-        Mask (H, W) bool.
+        The mask (H, W) bool.
 
     Raises:
-        UnusableObjectError: a ring has an odd number of numbers, or no ring is left; or
-            all coordinates lie in 0..1, as shares of the picture do.
-        ValueError: a number is none, is not finite, or lies too far outside.
-        RuntimeError: pycocotools is missing.
+        UnusableObjectError: If a ring has an odd number of values, no ring is usable, or all coordinates are in 0..1,
+            like fractions of the image size.
+        ValueError: If a coordinate is not a finite number or is too far outside.
+        RuntimeError: If pycocotools is not installed.
     """
     kept, short = [], []
     for number, ring in enumerate(rings, start=1):
@@ -152,7 +146,7 @@ def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str])
     try:
         from pycocotools import mask as coder
     except ImportError as error:
-        raise RuntimeError("Polygons are drawn by pycocotools: pip install pycocotools") from error
+        raise RuntimeError("Polygons require pycocotools: pip install pycocotools") from error
     return coder.decode(coder.merge(coder.frPyObjects(kept, *shape))).astype(bool)
 
 
@@ -163,7 +157,7 @@ def _check_numbers(ring: Any, name: str, shape: tuple[int, int]) -> None:
     for value in ring:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"its segmentation cannot be read: {name} holds {str(value)[:60]!r}, which is no number")
-        # Integers of JSON may be too large for a float.
+        # JSON integers may be too large for a float.
         if (isinstance(value, float) and not math.isfinite(value)) or not -longest <= value <= 2 * longest:
             raise ValueError(
                 f"its segmentation cannot be read: {name} holds the coordinate {str(value)[:60]}, far outside of the "

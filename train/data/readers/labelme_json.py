@@ -1,10 +1,10 @@
-"""JSON files of labelme, one a picture, as training data.
+"""labelme JSON files, one per image.
 
     DIR/a.jpg           DIR/a.json           or in sub-folders; folders named train, val and test are the splits
 
-Polygons, rectangles, circles and masks are read; points and lines outline no area and are left out. Shapes of one
-label and one `group_id` are one object. Where objects overlap, the smaller lies on the larger; pixels of none are
-void, as are those labelled `__ignore__` or `_background_`. Classes are in the order of the alphabet.
+Polygons, rectangles, circles and masks are read; points and lines have no area and are skipped. Shapes with the same
+label and `group_id` are one object. Smaller objects cover larger ones; pixels without an object are void, as are those
+labeled `__ignore__` or `_background_`. Classes are sorted alphabetically.
 """
 
 import base64
@@ -41,7 +41,7 @@ _CIRCLE_POINTS = 360
 
 
 def find_labelme_files(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Contents of the JSON files below a folder that are labelme's, and of what is damaged beside them."""
+    """Return the contents of the labelme JSON files below a folder, including incomplete ones next to an image."""
     found = {}
     for path in sorted(folder.rglob("*.json")):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -58,10 +58,14 @@ def find_labelme_files(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def read_labelme(folder: Path, contents: Mapping[Path, dict[str, Any]]) -> Source:
-    """Find the pictures of labelme's files.
+    """Find the images of labelme files.
+
+    Args:
+        folder: Folder of the dataset.
+        contents: Contents of the labelme files by path.
 
     Raises:
-        ValueError: no file has an object with a label.
+        ValueError: If no file has a labeled object.
     """
     problems, usable = [], {}
     for path, content in contents.items():
@@ -89,7 +93,7 @@ def read_labelme(folder: Path, contents: Mapping[Path, dict[str, Any]]) -> Sourc
 
 
 def _checked(folder: Path, path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The shapes of a file, the size that it says, and its image."""
+    """Return the checked shapes, the declared size and the image file of a labelme file."""
     shapes, name = content.get("shapes"), content.get("imagePath")
     if not isinstance(shapes, list) or not isinstance(name, str):
         raise ValueError(f"{path}: it is no file of labelme, whose `shapes` is a list and `imagePath` text")
@@ -132,11 +136,11 @@ def _read_shapes(
 
 
 def _shape_mask(drawn: Mapping[str, Any], shape: tuple[int, int], notes: list[str]) -> np.ndarray:
-    """Mask (H, W) bool of one shape.
+    """Draw the mask (H, W) bool of one shape.
 
     Raises:
-        UnusableObjectError: it outlines no area.
-        ValueError: it cannot be meant.
+        UnusableObjectError: If the shape has no area.
+        ValueError: If the shape is invalid.
     """
     kind, points = drawn.get("shape_type", "polygon"), drawn.get("points")
     if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
@@ -169,7 +173,7 @@ def _circle(x: float, y: float, edge_x: float, edge_y: float) -> list[float]:
 
 
 def _pasted_mask(encoded: Any, corners: list[float], shape: tuple[int, int]) -> np.ndarray:
-    """A mask stored as a PNG in base64, laid on the pixels from its upper left to its lower right corner."""
+    """Decode a base64 PNG mask and paste it between its upper left and lower right corners."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as picture:
             inside = np.asarray(picture.convert("L")) > 0

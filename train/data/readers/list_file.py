@@ -1,10 +1,10 @@
-"""A list of images and masks, and a JSON of names, as training data.
+"""List of images and masks, with a JSON file of class names.
 
     DIR/list.parquet, or list.csv, or list.jsonl        DIR/names.json
 
-The list has a row for each image: `image` and `mask`, the paths of their files, from DIR unless they are absolute; and
-if wanted `image_id`, `split` (train, val, test), `captions` (in CSV one, in a column `caption`), `video_id`, `frame`.
-Masks and `names.json` are as in a folder of images and masks.
+The list has one row per image: `image` and `mask`, paths that are absolute or relative to DIR, and optionally
+`image_id`, `split` (train, val, test), `captions` (in CSV one, in a column `caption`), `video_id` and `frame`.
+Masks and `names.json` have the format of a folder of images and masks.
 """
 
 import csv
@@ -22,10 +22,10 @@ _COLUMNS = {"image", "mask", "image_id", "split", "caption", "captions", "video_
 
 
 def read_list(folder: Path) -> Source:
-    """Find the pictures of such a list, in its order.
+    """Return the images of a list file, in its order.
 
     Raises:
-        ValueError: there is no list, or no names; or the list cannot be read; file and row are named.
+        ValueError: If the list or the file of names is missing or invalid.
     """
     path = next((folder / name for name in LIST_FILES if (folder / name).is_file()), None)
     if path is None or not (folder / NAMES_FILE).is_file():
@@ -68,7 +68,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_row(row: Any, place: str) -> None:
-    """Refuse a row that has a column of another name or a value of another type."""
+    """Check that a row has known columns with values of the right type."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: it must be an object, got {str(row)[:60]}.")
     if unknown := sorted(str(column) for column in row.keys() - _COLUMNS):

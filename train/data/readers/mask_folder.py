@@ -1,18 +1,18 @@
-"""A folder of images and masks, and a JSON of names, as training data.
+"""Folder of images and masks, with a JSON file of class names.
 
     DIR/images/a.jpg          DIR/masks/a.png           DIR/names.json
-    DIR/train/images/a.jpg    DIR/train/masks/a.png     DIR/names.json           (as on Kaggle)
-    DIR/img_dir/train/a.jpg   DIR/ann_dir/train/a.png   DIR/names.json           (as mmsegmentation has it)
+    DIR/train/images/a.jpg    DIR/train/masks/a.png     DIR/names.json           (common on Kaggle)
+    DIR/img_dir/train/a.jpg   DIR/ann_dir/train/a.png   DIR/names.json           (mmsegmentation)
 
-Masks have the same path without suffix as their images, or end in `_mask`. Folders named train, val and test are the
-splits. A pixel of a mask is the number of its class (grey, palette or 16-bit pictures) or, where the names have colors
-for keys, its color; `names.json` says what these mean:
+Masks have the same path without suffix as their images, optionally with `_mask` appended. Folders named train, val and
+test are the splits. Mask pixels are class numbers (gray, palette or 16-bit images) or, if the keys of `names.json` are
+colors, class colors. `names.json` defines their classes:
 
     {"1": "cat", "2": ["dog", "puppy"], "0": null}    numbers; further names are synonyms; null is void
-    ["background", "cat", "dog"]                      the names of 0, 1, 2
-    {"#ff0000": "cat", "0,128,0": "dog"}              colours, as #rrggbb or red,green,blue
+    ["background", "cat", "dog"]                      names of the numbers 0, 1, 2
+    {"#ff0000": "cat", "0,128,0": "dog"}              colors, as #rrggbb or red,green,blue
 
-0 and 255, or black and white, are void if they have no name. Other values without a name are refused.
+0 and 255, or black and white, are void unless they have a name. Other values must have a name.
 """
 
 import re
@@ -44,17 +44,16 @@ IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages", "img_dir")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "SegmentationClass", "ann_dir")
 NAMES_FILE = "names.json"
 _MASK_ENDING = "_mask"
-_ALWAYS_VOID = {False: (0, 255), True: (0, 2**24 - 1)}  # of numbers, of colors
+_ALWAYS_VOID = {False: (0, 255), True: (0, 2**24 - 1)}  # numbers and colors that are void by default
 
 
 @dataclass(frozen=True)
 class MaskNames:
-    """
-    What the pixels of masks mean.
+    """Mapping from the pixel values of masks to classes.
 
     Attributes:
-        file: Name of the file of names, for errors.
-        classes: Position of the class by the value of a pixel, -1 for void; the value of a color is its id.
+        file: Name of the file of names, for error messages.
+        classes: Position of the class of each pixel value, -1 for void. The value of a color is its id.
         by_color: Whether the values are ids of colors.
     """
 
@@ -63,7 +62,7 @@ class MaskNames:
     by_color: bool
 
     def shown(self, values: Collection[int]) -> str:
-        """Some values as the keys of the file are written."""
+        """Format values like the keys of the file of names."""
         return ", ".join(
             f"#{value & 255:02x}{value >> 8 & 255:02x}{value >> 16:02x}" if self.by_color else str(value)
             for value in values
@@ -72,7 +71,7 @@ class MaskNames:
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """Folders of images and of masks, by the split that they belong to ("" for all), and the file of names."""
+    """Folders of images and masks of each split ("" for no split), and the file of names."""
 
     images: Mapping[str, Path]
     masks: Mapping[str, Path]
@@ -80,7 +79,7 @@ class MaskFolder:
 
 
 def find_mask_folder(folder: Path) -> MaskFolder | None:
-    """Folders of images and masks and the file of names, if the folder is laid out so."""
+    """Return the folders of images and masks and the file of names, or None for another layout."""
     pairs = folder_pairs(folder, IMAGE_FOLDERS, MASK_FOLDERS)
     places = [folder, *(folder / name for name in pairs)]
     names = next((place / NAMES_FILE for place in places if (place / NAMES_FILE).is_file()), None)
@@ -91,15 +90,15 @@ def find_mask_folder(folder: Path) -> MaskFolder | None:
 
 
 def read_mask_folder(found: MaskFolder, instances: Collection[str] = ()) -> Source:
-    """Find the pictures of such a folder.
+    """Find the images of a folder of images and masks.
 
     Args:
-        found: the folders and the file of names.
-        instances: labels of classes whose connected components are segments of their own; of the others, all pixels of
-            a class in an image are one segment.
+        found: Folders of images and masks, and the file of names.
+        instances: Labels of classes whose connected components are separate segments. All pixels of another class in
+            an image are one segment.
 
     Raises:
-        ValueError: the names cannot be read, or an instance class is not among them; the file is named.
+        ValueError: If the names cannot be read, or an instance class is not one of them.
     """
     names, vocabulary = read_names(found.names)
     unknown = sorted(set(instances) - set(vocabulary.labels))
@@ -127,10 +126,10 @@ def read_mask_folder(found: MaskFolder, instances: Collection[str] = ()) -> Sour
 
 
 def read_names(path: Path) -> tuple[MaskNames, Vocabulary]:
-    """Meaning of the pixels of masks, and the vocabulary, by a file of names.
+    """Read the mapping of pixel values and the vocabulary from a file of names.
 
     Raises:
-        ValueError: the file is not as described at the top of this module; file and line or key are named.
+        ValueError: If the file does not have the format in the description of this module.
     """
     entries = _entries(path)
     colors = [isinstance(key, str) and not key.strip().lstrip("-").isdigit() for key in entries]
@@ -168,7 +167,7 @@ def _entries(path: Path) -> dict[Any, Any]:
 
 
 def _value(key: int | str, path: Path) -> int:
-    """The number of a key, a color's being its id."""
+    """Return the pixel value of a key; the value of a color is its id."""
     text = str(key).strip()
     if re.fullmatch(r"\d+", text) and int(text) < 2**16:
         return int(text)
@@ -183,17 +182,18 @@ def _value(key: int | str, path: Path) -> int:
 def read_mask(
     path: Path, names: MaskNames, things: Collection[int], image: Path, shape: tuple[int, int]
 ) -> Segmentation:
-    """The segments of a mask.
+    """Read the segments of a mask.
 
     Args:
-        path: of the mask.
-        names: what its pixels mean.
-        things: positions of the classes whose connected components are segments of their own.
-        image: file of the image; a mask drawn on pixels that are stored on their side is turned like them.
-        shape: height and width of the upright image.
+        path: Mask file.
+        names: Mapping from pixel values to classes.
+        things: Positions of the classes whose connected components are separate segments.
+        image: Image file, whose EXIF orientation is applied to a mask of the stored pixels.
+        shape: Height and width of the upright image.
 
     Raises:
-        ValueError, OSError: it cannot be used; the file is named.
+        ValueError: If the mask is invalid.
+        OSError: If the mask cannot be read.
     """
     pixels = mask_values(path, names)
     annotated_shape(pixels.shape, shape, image, str(path))
@@ -216,10 +216,10 @@ def read_mask(
 
 
 def mask_values(path: Path, names: MaskNames) -> np.ndarray:
-    """Numbers (H, W) int32 of a mask, upright; where the names have colors for keys, the ids of its colors.
+    """Read the values (H, W) int32 of an upright mask, or the ids of its colors if the names have color keys.
 
     Raises:
-        ValueError: it is a picture of a kind that does not fit the names; the file is named.
+        ValueError: If the image format of the mask does not fit the names.
     """
     with Image.open(path) as picture:
         if picture.format in ("JPEG", "MPO"):
@@ -240,7 +240,7 @@ def mask_values(path: Path, names: MaskNames) -> np.ndarray:
 
 
 def _regions(mask: np.ndarray, split: bool) -> list[np.ndarray]:
-    """The mask, or its connected components (neighbours touch at sides or corners)."""
+    """Return the mask, or its 8-connected components."""
     if not split:
         return [mask]
     from scipy import ndimage

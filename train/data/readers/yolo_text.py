@@ -1,11 +1,12 @@
-"""Text files of YOLO segmentation, one a picture, as training data.
+"""YOLO segmentation text files, one per image.
 
     DIR/images/train/a.jpg    DIR/labels/train/a.txt    DIR/data.yaml
-    DIR/train/images/a.jpg    DIR/train/labels/a.txt    DIR/data.yaml                (as Roboflow exports it)
+    DIR/train/images/a.jpg    DIR/train/labels/a.txt    DIR/data.yaml                (Roboflow export)
 
-`data.yaml` has `names`, a list or numbers with names; a file `classes.txt` with a name a line serves, too. A line of a
-text file is an object: the number of its class, then x y of each corner as shares of the image's width and height.
-Where objects overlap, the smaller lies on the larger; pixels of none are void. A picture without a file has no object.
+`data.yaml` has `names`, a list or a mapping from numbers to names; alternatively, `classes.txt` has one name per line.
+Each line of a text file is an object: its class number, then x y of each corner as fractions of the image width and
+height. Smaller objects cover larger ones; pixels without an object are void. An image without a text file has no
+object.
 """
 
 from collections.abc import Mapping
@@ -22,11 +23,11 @@ from .coco_masks import PaintedObject, UnusableObjectError, paint_objects, polyg
 _IMAGES, _LABELS = ("images",), ("labels",)
 _CLASSES_FILE = "classes.txt"
 _NUMBERS_OF_A_BOX = 4
-_SLACK = 0.1  # by which a corner may lie outside, in shares of the image's sides
+_SLACK = 0.1  # maximum distance of a corner outside the image, as a fraction of its sides
 
 
 def find_yolo_names(folder: Path) -> Path | None:
-    """The file of names of a folder that is laid out so."""
+    """Return the file of class names of a YOLO folder, or None for another layout."""
     files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*.yml")), folder / _CLASSES_FILE]
     pairs = folder_pairs(folder, _IMAGES, _LABELS)
     has_labels = any(next(labels.rglob("*.txt"), None) for _, labels in pairs.values())
@@ -45,10 +46,14 @@ def _names(path: Path) -> object | None:
 
 
 def read_yolo(folder: Path, names: Path) -> Source:
-    """Find the pictures of such a folder.
+    """Find the images of a YOLO folder.
+
+    Args:
+        folder: Folder of the dataset.
+        names: File of class names.
 
     Raises:
-        ValueError: the names cannot be read; the file is named.
+        ValueError: If the names cannot be read.
     """
     classes, vocabulary = _classes(names)
     pairs = folder_pairs(folder, _IMAGES, _LABELS)
@@ -65,14 +70,14 @@ def read_yolo(folder: Path, names: Path) -> Source:
         source.pictures.append(picture)
     if without := sorted(images.keys() - labels.keys()):
         source.notes.append(
-            f"{len(without)} images have no text file and count as pictures without objects, such as "
+            f"{len(without)} images have no text file and count as images without objects, such as "
             f"{images[without[0]]}"
         )
     return source
 
 
 def _classes(path: Path) -> tuple[dict[int, int], Vocabulary]:
-    """Positions of classes by their numbers, and the vocabulary."""
+    """Return the vocabulary positions of the class numbers, and the vocabulary."""
     names = _names(path)
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(names, dict) or not names:
@@ -116,10 +121,10 @@ def _read_lines(
 
 
 def _numbers(line: str, place: str, classes: Mapping[int, int]) -> tuple[int, list[float]]:
-    """Position of the class and corners of one line.
+    """Parse the class position and the corners of one line.
 
     Raises:
-        ValueError: a number is none, or outside of what it may be; the place is named.
+        ValueError: If a value is not a number or is out of range.
     """
     first, *rest = line.split()
     if not (first.isascii() and first.isdigit() and len(first) < 10 and int(first) in classes):

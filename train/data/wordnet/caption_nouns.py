@@ -1,7 +1,8 @@
-"""Nouns of captions, for grounding: kept with the data as a column `nouns`.
+"""Extraction of nouns from captions for the grounding loss, stored as a dataset column `nouns`.
 
-By nltk's tagger where its data is (`python -m nltk.downloader averaged_perceptron_tagger_eng`), as published,
-otherwise by WordNet: a word is a noun if WordNet's tagged texts have it as a noun more often than as anything else.
+Nouns are tagged with NLTK's perceptron tagger, as in the published method, if its data is installed
+(`python -m nltk.downloader averaged_perceptron_tagger_eng`). Otherwise a word is a noun if it occurs in WordNet's
+tagged texts more often as a noun than as any other part of speech.
 """
 
 import functools
@@ -23,7 +24,7 @@ NOUN_TAGS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 TAGGER = "averaged_perceptron_tagger_eng"
 HOW_TO_TAG = f"`python -m nltk.downloader {TAGGER}` (nltk's tagger) or `apt-get install wordnet-base` (WordNet)"
 
-# Words that WordNet knows as nouns (a: vitamin A, in: indium) but that hardly ever are one in a caption.
+# Words that WordNet lists as nouns (a: vitamin A, in: indium) but that are rarely nouns in a caption.
 _STOP_WORDS = (
     "a an the this that these those some any no all each every both either neither one two three four five six seven "
     "eight nine ten few many much more most lot lots several other another such same own "
@@ -36,10 +37,10 @@ _STOP_WORDS = (
 
 
 class LexiconTagger:
-    """Nouns by WordNet alone.
+    """Noun tagger based on WordNet's sense frequencies.
 
     Args:
-        wordnet: See `train.data.wordnet.database.open_wordnet`.
+        wordnet: WordNet database from `train.data.wordnet.database.open_wordnet`.
     """
 
     def __init__(self, wordnet: WordNet):
@@ -47,11 +48,11 @@ class LexiconTagger:
         self._known: dict[str, bool] = {}
 
     def nouns(self, caption: str) -> list[str]:
-        """The nouns of a caption in its order, as they stand in it."""
+        """Return the nouns of a caption in order and unchanged."""
         return [word for word in _words(caption) if self.is_noun(word)]
 
     def is_noun(self, word: str) -> bool:
-        """Whether a word, singular or plural, is a noun more often than anything else."""
+        """Return whether a word, singular or plural, is most often a noun."""
         word = word.lower()
         if word not in self._known:
             self._known[word] = word not in _STOP_WORDS.split() and self._is_mostly_noun(word)
@@ -63,7 +64,7 @@ class LexiconTagger:
             return False
         counts = {part: self._count(word, part, found) for part, found in senses.items()}
         others = [(counts[part], len(found)) for part, found in senses.items() if part != "n"]
-        # Words that were never tagged are what most of their senses are.
+        # For words without tag counts, the part of speech with the most senses decides.
         return (counts["n"], len(senses["n"])) >= max(others)
 
     def _count(self, word: str, part: str, senses: Sequence) -> int:
@@ -72,23 +73,26 @@ class LexiconTagger:
 
 
 class PerceptronNouns:
-    """Nouns by nltk's tagger: the tags NN, NNS, NNP and NNPS, as published."""
+    """Noun tagger based on NLTK's perceptron tagger: the tags NN, NNS, NNP and NNPS, as published."""
 
     def __init__(self):
         self._tagger = PerceptronTagger()
         self._tokenizer = NLTKWordTokenizer()
 
     def nouns(self, caption: str) -> list[str]:
-        """The nouns of a caption in its order, as they stand in it."""
+        """Return the nouns of a caption in order and unchanged."""
         tagged = self._tagger.tag(self._tokenizer.tokenize(caption))
         return [word for word, tag in tagged if tag in NOUN_TAGS and any(map(str.isalpha, word))]
 
 
 def open_tagger(wordnet: WordNet | str | os.PathLike | None = None) -> LexiconTagger | PerceptronNouns:
-    """What tells nouns: WordNet if it is given, else nltk's tagger if its data is there, else WordNet if it is.
+    """Open a noun tagger: WordNet if it is given, else NLTK's tagger if its data is installed, else WordNet.
+
+    Args:
+        wordnet: WordNet database or its folder. None prefers NLTK's tagger.
 
     Raises:
-        RuntimeError: neither is there; the message has the commands that install them.
+        RuntimeError: If neither is installed. The message names the commands that install them.
     """
     if isinstance(wordnet, WordNet):
         return LexiconTagger(wordnet)
@@ -99,11 +103,11 @@ def open_tagger(wordnet: WordNet | str | os.PathLike | None = None) -> LexiconTa
     except RuntimeError as error:
         if wordnet is not None:
             raise
-        raise RuntimeError(f"nothing on this machine tells the nouns of captions: install {HOW_TO_TAG}.") from error
+        raise RuntimeError(f"No noun tagger for captions is installed: install one with {HOW_TO_TAG}.") from error
 
 
 def has_tagger() -> bool:
-    """Whether the data of nltk's tagger is on this machine."""
+    """Return whether the data of NLTK's tagger is installed."""
     try:
         return bool(nltk.data.find(f"taggers/{TAGGER}/"))
     except LookupError:
@@ -111,14 +115,14 @@ def has_tagger() -> bool:
 
 
 def caption_nouns(caption: str | None, tagger: LexiconTagger | PerceptronNouns | None = None) -> list[str]:
-    """The nouns of a caption: small letters, each once, in the order of the caption, plurals as they stand.
+    """Return the distinct nouns of a caption in lowercase and in order; plurals are kept.
 
     Args:
-        caption: None and an empty text have no nouns.
-        tagger: From `open_tagger`, which is called without it; give it when there are many captions.
+        caption: Caption. None and the empty string have no nouns.
+        tagger: Tagger from `open_tagger`. None opens the default tagger once.
 
     Raises:
-        RuntimeError: as `open_tagger`.
+        RuntimeError: If no tagger is installed.
     """
     if not caption or not caption.strip():
         return []
@@ -127,25 +131,24 @@ def caption_nouns(caption: str | None, tagger: LexiconTagger | PerceptronNouns |
 
 
 def add_nouns(dataset: Dataset, wordnet: WordNet | str | os.PathLike | None = None, num_proc: int = 1) -> Dataset:
-    """Add the nouns of each sample's captions.
+    """Add a column with the nouns of each caption to a dataset.
 
     Images are neither read nor copied.
 
     Args:
-        dataset: With a column `captions`, lists of sentences; one of `nouns` is replaced.
-        wordnet: WordNet or its folder, instead of nltk's tagger; see `open_tagger`.
-        num_proc: Processes.
+        dataset: Dataset with a column `captions` of lists of sentences. An existing column `nouns` is replaced.
+        wordnet: WordNet database or its folder, to use instead of NLTK's tagger; see `open_tagger`.
+        num_proc: Number of worker processes.
 
     Returns:
-        The dataset with a column `nouns`, for each caption the list of its nouns; nothing is written until
-        `save_to_disk`.
+        The dataset with a column `nouns`, a list of nouns for each caption. It is in memory until `save_to_disk`.
 
     Raises:
-        ValueError: it has no captions.
-        RuntimeError: as `open_tagger`.
+        ValueError: If the dataset has no column `captions`.
+        RuntimeError: If no tagger is installed.
     """
     if "captions" not in dataset.column_names:
-        raise ValueError(f"The dataset has no column 'captions' to take nouns from; it has {dataset.column_names}.")
+        raise ValueError(f"The dataset has no column 'captions' to extract nouns from: it has {dataset.column_names}.")
     captions = [list(row or []) for row in dataset.with_format(None).select_columns(["captions"])["captions"]]
     flat = [caption for row in captions for caption in row]
     found = iter(_all_nouns(flat, open_tagger(wordnet), num_proc))
@@ -158,7 +161,7 @@ def _all_nouns(captions: list[str | None], tagger: LexiconTagger | PerceptronNou
     progress = functools.partial(tqdm, total=len(captions), desc="Nouns of captions", disable=None)
     if num_proc <= 1:
         return list(progress(caption_nouns(caption, tagger) for caption in captions))
-    # "spawn": processes that share the open files of WordNet would read at each other's places.
+    # Forked processes would share the file positions of WordNet's open files.
     context = multiprocessing.get_context("spawn")
     with context.Pool(num_proc, initializer=_start_process, initargs=(tagger,)) as pool:
         return list(progress(pool.imap(_find_nouns, captions, chunksize=1000)))
@@ -181,6 +184,6 @@ def _default_tagger() -> LexiconTagger | PerceptronNouns:
 
 
 def _words(caption: str) -> list[str]:
-    # Hyphens belong to a word (t-shirt), the ending 's does not, and what else has an apostrophe is no noun (don't).
+    # Words include hyphens (t-shirt) but not the suffix 's; other words with an apostrophe (don't) are not nouns.
     words = re.findall(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", caption.replace("’", "'"))
     return [word for word in (word.removesuffix("'s") for word in words) if "'" not in word]

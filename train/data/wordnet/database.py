@@ -1,8 +1,7 @@
-"""WordNet 3.0 by nltk's reader: from nltk's own data, from Debian's package, or from a folder.
+"""WordNet 3.0 database, read with NLTK from NLTK's data, the Debian package or a folder.
 
-Debian's `wordnet-base` has neither `lexnames` nor `index.sense`. The first is a short table of the manual,
-lexnames(5WN), and given here from memory; the second serves other languages only. So the folder is read where it lies
-and nothing is copied.
+Debian's `wordnet-base` lacks the files `lexnames` and `index.sense`. The table `lexnames`, documented in the manual
+page lexnames(5WN), is built into this module. `index.sense` is needed for other languages only.
 
 WordNet is a product of Princeton University: C. Fellbaum (ed.), *WordNet: An Electronic Lexical Database*, 1998.
 """
@@ -23,12 +22,12 @@ WORDNET_VARIABLE = "GKC_WORDNET"
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 HOW_TO_INSTALL = "install it with `apt-get install wordnet-base` or `python -m nltk.downloader wordnet`"
 
-# All that is read; the files of verbs, adjectives and adverbs tell nouns from other words in a caption.
+# Parts of speech that are read; verbs, adjectives and adverbs distinguish nouns from other words in captions.
 _PARTS = ("noun", "verb", "adj", "adv")
 FILES = tuple(f"{kind}.{part}" for kind in ("index", "data") for part in _PARTS) + tuple(f"{p}.exc" for p in _PARTS)
 _NLTK_NAMES = ("corpora/wordnet", "corpora/wordnet.zip/wordnet/")
 
-# Lexicographer files by their number, as `data.*` gives it.
+# Names of the lexicographer files, in the order of the file numbers in `data.*`.
 _LEXNAMES = {
     "adj": "all pert",
     "adv": "all",
@@ -45,26 +44,26 @@ _LEXNAMES = {
 
 
 class WordNet(WordNetCorpusReader):
-    """nltk's reader of a WordNet folder, English only, that needs neither `lexnames` nor `index.sense`.
+    """Reader of an English WordNet folder that does not require the files `lexnames` and `index.sense`.
 
     Args:
-        root: A folder, or a pointer of nltk's into one of its archives.
+        root: WordNet folder, or an NLTK path pointer into an archive.
     """
 
     def __init__(self, root: str | os.PathLike | PathPointer):
         if not isinstance(root, PathPointer):
             root = os.path.realpath(root)
-            if root not in nltk.data.path:  # nltk reads no other folders
+            if root not in nltk.data.path:  # NLTK opens files in these folders only
                 nltk.data.path.append(root)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The multilingual functions are not available")
             super().__init__(root, None)
 
     def map_wn(self, version: str = "wordnet") -> None:
-        """No mapping to other languages, for which nltk wants `index.sense`."""
+        """Skip the mapping to other languages, for which NLTK requires `index.sense`."""
 
     def open(self, file: str) -> IO[str]:
-        """As nltk's, with the table of lexicographer files where the folder lacks it."""
+        """Open a database file, or the built-in table of lexicographer files if the folder lacks `lexnames`."""
         try:
             return super().open(file)
         except OSError:
@@ -74,7 +73,7 @@ class WordNet(WordNetCorpusReader):
 
     @cached_property
     def tag_counts(self) -> dict[str, int]:
-        """How often each sense, by its key, was met in WordNet's own tagged texts; empty without `cntlist.rev`."""
+        """Number of occurrences of each sense key in WordNet's tagged texts; empty without `cntlist.rev`."""
         try:
             with self.root.join("cntlist.rev").open() as file:
                 rows = [line.split() for line in file.read().decode(self._ENCODING).splitlines()]
@@ -83,21 +82,21 @@ class WordNet(WordNetCorpusReader):
         return {key: int(count) for key, _, count in rows}
 
     def count(self, lemma: Lemma) -> int:
-        """How often a word was met in this sense in WordNet's tagged texts."""
+        """Return how often a lemma occurs in WordNet's tagged texts."""
         return self.tag_counts.get(lemma.key(), 0)
 
     def word_count(self, synset: Synset, word: str) -> int:
-        """As `count`, for a word of a synset however it is written; 0 if it is none of its words."""
+        """Return `count` of a word of a synset in any capitalization, or 0 if the synset lacks the word."""
         return sum(self.count(lemma) for lemma in synset.lemmas() if lemma.name().lower() == word.lower())
 
     def gloss_count(self, phrase: str) -> int:
-        """How often WordNet uses a word, or words in this order, in explaining its senses; a plural `s` counts too."""
+        """Return how often a phrase or its plural in `s` occurs in WordNet's glosses."""
         words = " ".join(_words(phrase))
         return sum(self._glosses.count(f" {form} ") for form in (words, f"{words}s")) if words else 0
 
     @cached_property
     def _glosses(self) -> str:
-        """All explanations and examples as one text of small letters, a blank between two words."""
+        """All glosses and examples as one lowercase text, with single spaces between words."""
         lines = []
         for part in _PARTS:
             with self.root.join(f"data.{part}").open() as file:
@@ -106,11 +105,11 @@ class WordNet(WordNetCorpusReader):
         return " " + " \n ".join(lines) + " "
 
     def nouns(self, word: str) -> list[Synset]:
-        """The noun senses of a word in WordNet's order; blanks may be blanks, plurals are understood."""
+        """Return the noun senses of a word in WordNet's order; spaces and plural forms are accepted."""
         return self.synsets(word.strip().replace(" ", "_"), pos="n") if word.strip() else []
 
     def __reduce__(self) -> tuple:
-        # Open files cannot go to another process, nor be shared with one.
+        # Open files cannot be pickled or shared between processes.
         return open_wordnet, (str(self.root),) if isinstance(self.root, str) else ()
 
 
@@ -119,7 +118,7 @@ def _words(text: str) -> list[str]:
 
 
 def lexnames_table() -> str:
-    """The file `lexnames`: number, name and part of speech of each of the 45 lexicographer files."""
+    """Return the file `lexnames`: number, name and part of speech of each of the 45 lexicographer files."""
     parts = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
     rows = [
         (f"{part.strip()}.{name}", parts[part.strip()]) for part, names in _LEXNAMES.items() for name in names.split()
@@ -128,35 +127,44 @@ def lexnames_table() -> str:
 
 
 def find_wordnet(folder: str | os.PathLike | None = None) -> Path | PathPointer:
-    """Where WordNet is.
+    """Locate the WordNet database.
 
     Args:
-        folder: Its folder; by default the one that the environment variable GKC_WORDNET names, else what
-            `nltk.downloader` fetched, else Debian's.
+        folder: WordNet folder. None takes the folder in the environment variable GKC_WORDNET, else NLTK's data, else
+            the folder of the Debian package.
 
     Raises:
-        RuntimeError: it is not there, or incomplete; the message has the command that installs it.
+        RuntimeError: If WordNet is not installed or incomplete. The message names the command that installs it.
     """
     if folder or os.environ.get(WORDNET_VARIABLE):
-        told = Path(folder or os.environ[WORDNET_VARIABLE])
-        return _complete(told, "" if folder else f", which {WORDNET_VARIABLE} names")
+        named = Path(folder or os.environ[WORDNET_VARIABLE])
+        return _check_complete(named, "" if folder else f" (from the environment variable {WORDNET_VARIABLE})")
     for name in _NLTK_NAMES:
         try:
             return nltk.data.find(name)
         except LookupError:
             continue
     if DEBIAN_FOLDER.is_dir():
-        return _complete(DEBIAN_FOLDER)
-    raise RuntimeError(f"WordNet is not on this machine: {HOW_TO_INSTALL}, or name its folder (--wordnet DIR).")
+        return _check_complete(DEBIAN_FOLDER)
+    raise RuntimeError(f"WordNet is not installed: {HOW_TO_INSTALL}, or name its folder (--wordnet DIR).")
 
 
 def open_wordnet(folder: str | os.PathLike | None = None) -> WordNet:
-    """Open WordNet, which takes about two seconds; raises as `find_wordnet`."""
+    """Open WordNet, which takes about two seconds.
+
+    Args:
+        folder: WordNet folder, as for `find_wordnet`.
+
+    Raises:
+        RuntimeError: If WordNet is not installed or incomplete.
+    """
     return WordNet(find_wordnet(folder))
 
 
-def _complete(folder: Path, why: str = "") -> Path:
+def _check_complete(folder: Path, origin: str = "") -> Path:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise RuntimeError(f"{folder}{why} has no WordNet, it lacks {', '.join(missing)}: {HOW_TO_INSTALL}.")
+        raise RuntimeError(
+            f"{folder}{origin} is not a WordNet folder, it lacks {', '.join(missing)}: {HOW_TO_INSTALL}."
+        )
     return folder

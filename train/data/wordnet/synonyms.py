@@ -1,27 +1,27 @@
-"""Build lists of synonyms for a vocabulary from WordNet.
+"""Add synonyms from WordNet to a vocabulary.
 
     python -m train.synonyms --vocabulary cityscapes_19 --out cityscapes.json
     python -m train.synonyms --vocabulary my-words.csv --out my-words.json --overrides corrections.json
     gkc vocab show my-words.json
 
-FILE.json is a vocabulary, for `python -m train` and `gkc segment --labels`; beside it FILE.provenance.csv says of each
-word which sense of WordNet it comes from. The same input gives the same output.
+The output FILE.json is a vocabulary for `python -m train` and `gkc segment --labels`. FILE.provenance.csv is written
+next to it and lists the WordNet sense of each word. The output is deterministic.
 
-How a list is made. The label comes first, then the words that the vocabulary has already, then WordNet's:
-  1. Its sense is the one that shares most words with the vocabulary's; else the first whose lexicographer file fits
-     the class's supercategory (COCO: "food" takes the fruit banana, not the plant), or else its kind, thing or stuff,
-     or else anything that can be seen; else the first. Labels are looked up with underscores, joined (wineglass),
-     without a plural, and with their two words exchanged.
-  2. Other words of the sense, if the sense is what they mean before all: "machine" means no car. Latin names are left
-     out.
-  3. Words of its direct kinds, if common: met in this sense in WordNet's tagged texts, or a compound of the label
-     ("wine bottle") that WordNet itself uses in explaining other words. No breeds and species, no kind that is a
-     class of its own, and only kinds that WordNet files under the same topic as the class. At most 4.
-  4. No word that equals a word of another class, whatever its blanks, hyphens or plural; a word that two classes would
-     get goes to neither. At most 8 words in all.
+The words of a class are its label, then the synonyms that the vocabulary already has, then words from WordNet:
+  1. The sense of a class is the noun sense that shares the most words with the class. Without shared words it is the
+     first sense whose lexicographer file fits the supercategory of the class (COCO: "food" selects the fruit banana,
+     not the plant), or its kind, thing or stuff, or any visible category; otherwise the first sense. Labels are
+     looked up with underscores, joined (wineglass), in the singular, and with their two words swapped.
+  2. The other lemmas of the sense are added if this is their main sense: "machine" does not primarily mean car.
+     Scientific Latin names are skipped.
+  3. The lemmas of the direct hyponyms are added if they are common: tagged with this sense in WordNet's texts, or a
+     compound of the label ("wine bottle") that WordNet uses in its glosses. Breeds, species, hyponyms that are classes
+     themselves and hyponyms with another lexicographer file are skipped. At most 4 are added.
+  4. A word that equals a word of another class, ignoring spaces, hyphens and plural, is skipped. A word that two
+     classes would receive is added to neither. A class has at most 8 words.
 
-Corrections by hand are a JSON object, label to any of: "synset", the sense ("cake.n.03", "n07628870", or null for
-none); "words", the whole list after the label; "add" and "drop", single words.
+The option --overrides reads manual corrections: a JSON object that maps a label to any of "synset", its sense
+("cake.n.03", "n07628870", or null for none); "words", all words after the label; "add" and "drop", lists of words.
     {"cake": {"synset": "cake.n.03", "drop": ["fish cake"]}, "stop sign": {"add": ["halt sign"]}}
 """
 
@@ -88,7 +88,7 @@ _NEVER = frozenset(
 
 @dataclass(frozen=True)
 class Correction:
-    """What one label of the file of corrections says; `synset` is False where it says nothing."""
+    """Manual correction of the words of one class; `synset` is False where the sense is not corrected."""
 
     synset: str | bool | None = False
     words: tuple[str, ...] | None = None
@@ -98,7 +98,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class NamedClass:
-    """A class before it has synonyms: what the vocabulary says that helps to find its sense."""
+    """Class label with the vocabulary entries that help to select its WordNet sense."""
 
     label: str
     given: tuple[str, ...] = ()
@@ -108,14 +108,14 @@ class NamedClass:
 
     @property
     def lexnames(self) -> frozenset[str]:
-        """Lexicographer files that fit."""
+        """Lexicographer files that fit the class."""
         if self.supercategory is not None:
             return SUPERCATEGORY_LEXNAMES.get(self.supercategory, _ARTIFACT)
         return KIND_LEXNAMES[self.is_thing]
 
 
 def word_key(word: str) -> str:
-    """What two spellings of one word share: small letters and digits, without blanks, hyphens and plural."""
+    """Return a comparison key of a word: lowercase letters and digits in the singular, without separators."""
     key = re.sub(r"[\W_]+", "", word.casefold())
     for ending, singular in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh")):
         if key.endswith(ending):
@@ -126,19 +126,19 @@ def word_key(word: str) -> str:
 def build_synonyms(
     classes: Sequence[NamedClass], wordnet: WordNet, max_words: int = MAX_WORDS, max_kinds: int = MAX_KINDS
 ) -> list[list[WordOrigin]]:
-    """Give every class its words, by the rules that stand at the top of this module.
+    """Select the words of every class by the rules in the description of this module.
 
     Args:
         classes: All classes of the vocabulary, since their words must not collide.
-        wordnet: See `train.data.wordnet.database.open_wordnet`.
-        max_words: Words of a class at most, its label with them.
-        max_kinds: Words of a class at most that name a kind of it.
+        wordnet: WordNet database from `train.data.wordnet.database.open_wordnet`.
+        max_words: Maximum number of words of a class, including its label.
+        max_kinds: Maximum number of words of a class that come from hyponyms.
 
     Returns:
-        For each class its words, the label first.
+        The words of each class, the label first.
 
     Raises:
-        ValueError: a correction names a sense that WordNet does not have, or a word that is another class's.
+        ValueError: If a correction names a sense that WordNet does not have, or a word of another class.
     """
     return _Builder(list(classes), wordnet, max_words, max_kinds).build()
 
@@ -168,12 +168,12 @@ class _Builder:
 
     @cached_property
     def fixed(self) -> dict[str, set[int]]:
-        """Classes that own a word whatever WordNet says, by its key."""
+        """Indices of the classes that own a word independently of WordNet, by word key."""
         return _owners([[named.label, *named.given, *named.correction.add] for named in self.classes])
 
     @cached_property
     def ancestors(self) -> set[Synset]:
-        """The senses of all classes and all that they are kinds of."""
+        """Senses of all classes and all their hypernyms."""
         chosen = {sense for sense in self.senses if sense}
         return chosen.union(*(sense.closure(lambda s: s.hypernyms()) for sense in chosen))
 
@@ -185,7 +185,7 @@ class _Builder:
         return [word for word in map(_text, lemmas) if self._may_have(word, index)]
 
     def _kinds(self, index: int) -> list[str]:
-        """Words of the direct kinds of a class, the commonest first."""
+        """Return the words of the direct hyponyms of a class, the most common first."""
         sense = self.senses[index]
         if sense is None or self.classes[index].correction.words is not None:
             return []
@@ -196,14 +196,14 @@ class _Builder:
         return [word for _, _, word in sorted(ranked, key=lambda row: (-row[0], -row[1], row[2]))]
 
     def _common_words(self, kind: Synset, index: int) -> list[tuple[int, int, str]]:
-        """Of one kind the commonest word, with how often it was tagged, and used in explaining other words."""
+        """Return the most common word of a hyponym with its tag count and its count in glosses."""
         heads = {word_key(lemma.split("_")[-1]) for lemma in self.senses[index].lemma_names()}
         heads.add(word_key(re.split(r"[\s_-]+", self.classes[index].label)[-1]))
         found = []
         for lemma in kind.lemmas():
             word, tagged = _text(lemma), self.wordnet.count(lemma)
             is_compound = " " in word and word_key(word.split()[-1]) in heads
-            # A word alone that names a plant is a species; a name with a capital is a breed, a make or a place.
+            # A single word for a plant is a species; a capitalized name is a breed, a brand or a place.
             is_species = _topic(kind) == "plant" or lemma.name() != lemma.name().lower()
             used = self.wordnet.gloss_count(word) if is_compound else 0
             common = used or (tagged and (is_compound or not is_species))
@@ -212,13 +212,13 @@ class _Builder:
         return sorted(found, key=lambda row: (-row[0], -row[1]))[:1]
 
     def _is_own_class(self, kind: Synset, index: int) -> bool:
-        """Whether a kind, or a kind of it, is another class."""
+        """Return whether a hyponym, or a hyponym of it, is another class."""
         return kind in self.ancestors or any(
             self.fixed.get(word_key(name), {index}) != {index} for name in kind.lemma_names()
         )
 
     def _is_main_sense(self, lemma: Lemma) -> bool:
-        """Whether a word means this before all: its first sense, or the first that can be seen and no other tagged."""
+        """Return whether a lemma is its word's first sense, or the first visible one if no other sense is tagged."""
         sense = lemma.synset()
         senses = self.wordnet.synsets(lemma.name(), pos="n")
         if not senses or senses[0] == sense:
@@ -228,7 +228,7 @@ class _Builder:
         return not tagged and visible[:1] == [sense]
 
     def _is_latin(self, lemma: Lemma) -> bool:
-        """A species is called by its genus, which WordNet has as a word of its own: Canis familiaris."""
+        """Return whether a lemma is a scientific name, whose genus is a WordNet entry: Canis familiaris."""
         first, *rest = lemma.name().split("_")
         genera = self.wordnet.synsets(f"genus_{first}", pos="n") if first[:1].isupper() else []
         return bool(genera) and (bool(rest) or lemma.synset() in genera)
@@ -264,14 +264,16 @@ class _Builder:
             others = self.fixed.get(word_key(word), set()) - {index}
             if others:
                 label = self.classes[min(others)].label
-                raise ValueError(f"the corrections give {word!r} to {named.label!r}, but it is a word of {label!r}.")
+                raise ValueError(
+                    f"The corrections (--overrides) add {word!r} to {named.label!r}, but it is a word of {label!r}."
+                )
 
 
 def choose_sense(named: NamedClass, wordnet: WordNet) -> Synset | None:
-    """The sense of WordNet that a class has, by the first rule at the top of this module; None if there is none.
+    """Return the WordNet sense of a class by rule 1 of this module's description, or None if there is none.
 
     Raises:
-        ValueError: its correction names a sense that WordNet does not have.
+        ValueError: If the correction of the class names a sense that WordNet does not have.
     """
     if named.correction.synset is not False:
         return named.correction.synset and _synset(named.correction.synset, named.label, wordnet)
@@ -285,7 +287,7 @@ def choose_sense(named: NamedClass, wordnet: WordNet) -> Synset | None:
 
 
 def spellings(label: str) -> list[str]:
-    """Ways in which WordNet may write a label, the likeliest first."""
+    """Return the spellings under which WordNet may list a label, the most likely first."""
     words = re.sub(r"[-_\s]+(merged|other|stuff)\b", "", label.strip()).replace("_", " ").split()
     parts = " ".join(words).replace("-", " ").split()
     exchanged = [" ".join(reversed(parts))] if len(parts) == 2 else []
@@ -293,17 +295,17 @@ def spellings(label: str) -> list[str]:
 
 
 def read_classes(vocabulary: str, labels_only: bool = False) -> tuple[list[NamedClass], dict[str, Any]]:
-    """Read the classes of a vocabulary and all that is known about them.
+    """Read the classes of a vocabulary and its other entries.
 
     Args:
-        vocabulary: A packaged name, or a file as `Vocabulary.from_file` reads it.
-        labels_only: Leave out the synonyms that it has.
+        vocabulary: Packaged name, or a file that `Vocabulary.from_file` reads.
+        labels_only: Whether to ignore the synonyms of the vocabulary.
 
     Returns:
-        The classes, and the facts as a vocabulary file in JSON holds them.
+        The classes, and the content of the vocabulary in the format of a JSON vocabulary file.
 
     Raises:
-        ValueError: as `Vocabulary.named` and `Vocabulary.from_file`.
+        ValueError: If `Vocabulary.named` or `Vocabulary.from_file` rejects the vocabulary.
     """
     if vocabulary in PACKAGED_NAMES:
         parsed, facts = Vocabulary.named(vocabulary), packaged_facts(vocabulary)
@@ -319,7 +321,7 @@ def read_classes(vocabulary: str, labels_only: bool = False) -> tuple[list[Named
 
 
 def _facts(path: Path, parsed: Vocabulary) -> dict[str, Any]:
-    """What a user's file says, in the form of a packaged vocabulary."""
+    """Return the content of a user's vocabulary file in the format of a packaged vocabulary."""
     content = json.loads(path.read_text(encoding="utf-8-sig")) if path.suffix.casefold() == ".json" else []
     head = content if isinstance(content, dict) and "classes" in content else {"classes": content}
     known = head["classes"] if isinstance(head["classes"], list) else []
@@ -335,27 +337,27 @@ def _facts(path: Path, parsed: Vocabulary) -> dict[str, Any]:
 
 
 def read_corrections(path: str | Path, labels: Iterable[str]) -> dict[str, Correction]:
-    """Read a file of corrections, see the module.
+    """Read a JSON file of manual corrections by class label.
 
     Raises:
-        ValueError: it is no such file, or names a class or a field that there is not.
+        ValueError: If the file cannot be read, or names an unknown class or field.
     """
     try:
         content = read_json(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, label to its corrections.")
+        raise ValueError(f"{path} must contain an object that maps labels to corrections.")
     unknown = sorted(set(content) - set(labels))
     if unknown:
-        raise ValueError(f"{path} corrects {unknown}, which the vocabulary does not have as labels.")
+        raise ValueError(f"{path} corrects {unknown}, which are not labels of the vocabulary.")
     return {label: _correction(value, f"{path}, {label!r}") for label, value in content.items()}
 
 
 def _correction(value: Any, place: str) -> Correction:
     fields = ("synset", "words", "add", "drop")
     if not isinstance(value, dict) or set(value) - set(fields):
-        raise ValueError(f"{place}: a correction is an object with some of {', '.join(fields)}, got {value!r}.")
+        raise ValueError(f"{place}: a correction must be an object with any of {', '.join(fields)}, got {value!r}.")
     lists = {name: value[name] for name in fields[1:] if name in value}
     for name, words in lists.items():
         if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
@@ -367,7 +369,7 @@ def _correction(value: Any, place: str) -> Correction:
 
 
 def write_vocabulary(path: str | Path, facts: dict[str, Any], words: Sequence[Sequence[WordOrigin]]) -> None:
-    """Write a vocabulary file with a class per line, and beside it where its words come from."""
+    """Write a vocabulary file with one class per line, and the provenance of its words next to it."""
     head = {
         **facts,
         "synonyms_source": "WordNet 3.0 (Princeton University), chosen by the rules of train.synonyms",
@@ -384,7 +386,7 @@ def write_vocabulary(path: str | Path, facts: dict[str, Any], words: Sequence[Se
 
 
 def summary(words: Sequence[Sequence[WordOrigin]]) -> str:
-    """How many classes got how many words from where, and which got none."""
+    """Return a readable summary of the number of words by origin, and of the classes without synonyms."""
     origins = Counter(origin.origin for row in words for origin in row[1:])
     without = [row[0].label for row in words if len(row) == 1]
     lengths = Counter(map(len, words))
@@ -394,23 +396,39 @@ def summary(words: Sequence[Sequence[WordOrigin]]) -> str:
         "words per class: " + ", ".join(f"{length}: {lengths[length]} classes" for length in sorted(lengths)),
     ]
     if without:
-        lines.append(f"{len(without)} classes have their label only: {', '.join(without)}")
+        lines.append(f"{len(without)} classes have only their label: {', '.join(without)}")
     return "\n".join(lines) + "\n"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.synonyms", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--vocabulary", required=True, metavar="NAME|FILE", help="a packaged name, or a .json, .csv or .txt file")
-    add("--out", required=True, metavar="FILE.json", type=Path, help="the vocabulary to write")
-    add("--wordnet", metavar="DIR", help="folder of WordNet; by default GKC_WORDNET, nltk's data, Debian's package")
-    add("--overrides", metavar="FILE", help="corrections by hand, see above")
-    add("--labels-only", action="store_true", help="leave out the synonyms that the vocabulary has already")
-    add("--max-words", type=int, default=MAX_WORDS, help="words of a class at most, with its label (%(default)s)")
-    add("--max-kinds", type=int, default=MAX_KINDS, help="of these, names of a kind of it (%(default)s)")
+    add("--vocabulary", required=True, metavar="NAME|FILE", help="packaged name, or a .json, .csv or .txt file")
+    add("--out", required=True, metavar="FILE.json", type=Path, help="vocabulary file to write")
+    add(
+        "--wordnet",
+        metavar="DIR",
+        help="WordNet folder (default: $GKC_WORDNET, NLTK's data or the Debian package wordnet-base)",
+    )
+    add("--overrides", metavar="FILE", help="JSON file of manual corrections, as described above")
+    add("--labels-only", action="store_true", help="ignore the synonyms that the vocabulary already has")
+    add(
+        "--max-words",
+        type=int,
+        default=MAX_WORDS,
+        metavar="N",
+        help="maximum number of words of a class, including its label (default: %(default)s)",
+    )
+    add(
+        "--max-kinds",
+        type=int,
+        default=MAX_KINDS,
+        metavar="N",
+        help="maximum number of words of a class from WordNet hyponyms (default: %(default)s)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -418,7 +436,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse(arguments)
-    from .database import open_wordnet  # needs nltk, which the command's help does without
+    from .database import open_wordnet  # imports nltk, which --help must not need
 
     try:
         if options.out.suffix != ".json":
@@ -464,7 +482,9 @@ def _synset(name: str, label: str, wordnet: WordNet) -> Synset:
             return wordnet.synset_from_pos_and_offset("n", int(name[1:]))
         return wordnet.synset(name)
     except (WordNetError, ValueError, AttributeError) as error:
-        raise ValueError(f"the corrections give {label!r} the sense {name!r}, which WordNet does not have.") from error
+        raise ValueError(
+            f"The corrections (--overrides) give {label!r} the sense {name!r}, which WordNet does not have."
+        ) from error
 
 
 def _without_names(entry: dict[str, Any]) -> dict[str, Any]:
