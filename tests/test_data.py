@@ -267,13 +267,13 @@ def test_ids_within_are_all_of_them():
         assert np.array_equal(ids_within(ids), np.unique(ids)) and np.array_equal(ids_within(ids.T), np.unique(ids))
 
 
-def test_batch_with_a_class_outside_the_vocabulary_is_refused():
+def test_class_outside_the_vocabulary_raises():
     augmented = AugmentedDataset(toy_dataset(1), NO_CHANGE, seed=0)
     with pytest.raises(ValueError, match=r"'toy-0': category ids \[2\]"):
         SegmentationCollator(GKCImageProcessor(), num_classes=2)([augmented[0]])
 
 
-def test_a_segmentation_that_is_no_rgb_picture_is_refused():
+def test_segmentation_of_another_mode_raises():
     grey = {**toy_row(0), "segmentation": Image.new("L", (64, 64), 7)}
     with pytest.raises(ValueError, match="'toy-0': it has mode L; store segment ids as an RGB image"):
         read_row(grey)

@@ -103,7 +103,7 @@ def coco_segments(row: dict, novel: int) -> list[dict]:
     return [{**s, "category_id": category} for s, category in zip(row["segments"], (0, 132, novel), strict=True)]
 
 
-def test_what_cannot_be_split_is_refused(dataset):
+def test_invalid_splits_raise(dataset):
     with pytest.raises(ValueError, match="marks no class as novel"):
         novel_positions("ade20k_150")
     with pytest.raises(ValueError, match=r"got \[7\]"):

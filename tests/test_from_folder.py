@@ -116,10 +116,10 @@ def test_parts_of_an_instance_class_are_objects(tmp_path):
         convert(tmp_path / "mine", tmp_path / "other", instances=["cat"])
 
 
-COLOURS = np.array([[0, 0, 0], [0, 128, 0], [255, 0, 0], [10, 20, 30]], dtype=np.uint8)
-COLOURED = Image.fromarray(COLOURS[PIXELS])
+COLORS = np.array([[0, 0, 0], [0, 128, 0], [255, 0, 0], [10, 20, 30]], dtype=np.uint8)
+COLORED = Image.fromarray(COLORS[PIXELS])
 PALETTE = Image.fromarray(PIXELS).convert("P")
-PALETTE.putpalette(COLOURS.tobytes())
+PALETTE.putpalette(COLORS.tobytes())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ PALETTE.putpalette(COLOURS.tobytes())
         ([None, "grass", ["disc", "round"], "square"], Image.fromarray(PIXELS)),
         (
             {"0,128,0": "grass", "#FF0000": ["disc", "round"], "(10, 20, 30)": "square"},
-            Image.fromarray(COLOURS[PIXELS]),
+            Image.fromarray(COLORS[PIXELS]),
         ),
         ({"1": "grass", "2": "disc", "3": "square", "9": "disc"}, Image.fromarray(np.where(PIXELS == 2, 9, PIXELS))),
     ],
@@ -186,7 +186,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path, capsys):
         ("{}", "give an object"),
     ],
 )
-def test_names_that_cannot_be_read_are_refused(text, message, tmp_path):
+def test_invalid_names_raise(text, message, tmp_path):
     folder = write_folder(tmp_path / "mine", pictures=1)
     (folder / "names.json").write_text(text)
     with pytest.raises(ValueError, match=message):

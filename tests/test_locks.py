@@ -11,7 +11,7 @@ from train.storage.locks import OutputInUseError, lock_output
 from .processes import exit_code, start_child
 
 
-def test_a_second_process_is_told_who_writes(tmp_path):
+def test_second_process_raises_with_the_lock_holder(tmp_path):
     out = tmp_path / "runs" / "a"
 
     def second() -> int:
@@ -32,7 +32,7 @@ def test_a_second_process_is_told_who_writes(tmp_path):
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
-    """Not even while a process that it forked goes on, as the workers of a data loader may."""
+    """Also while a forked process is still running, like a data loader worker."""
     reading, writing = os.pipe()
 
     def killed() -> None:

@@ -172,7 +172,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_worker_that_is_killed_is_told_of(tmp_path):
+def test_killed_worker_raises(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     benchmark, settings = toy(source), Settings(num_proc=2, **QUICK)
     (source / "die").touch()
@@ -295,7 +295,7 @@ def test_counts_are_compared_with_the_published_ones(tmp_path):
     assert outcome("right") == (True, [])
 
 
-def test_other_options_for_the_same_folder_are_refused(tmp_path, capsys):
+def test_other_options_for_an_existing_folder_raise(tmp_path, capsys):
     mini, out = minis.ade20k(tmp_path / "ade"), tmp_path / "out"
     typed = ["--source", str(mini.source), "--out", str(out)]
     assert main(["ade20k_150", *typed, "--limit", "1"]) == 0
@@ -331,7 +331,7 @@ def test_usage_errors(typed, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_folders_that_are_not_there_are_told_of(tmp_path, capsys):
+def test_missing_folders_are_reported(tmp_path, capsys):
     assert main(["ade20k_150", "--source", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert f"--source: {tmp_path / 'none'} is not a directory." in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
@@ -341,7 +341,7 @@ def test_folders_that_are_not_there_are_told_of(tmp_path, capsys):
         load_prepared(tmp_path / "empty", "val")
 
 
-def test_images_of_one_name_are_refused(tmp_path):
+def test_duplicate_image_ids_raise(tmp_path):
     benchmark = Benchmark("toy", "pascal_voc_20", "A toy.", lambda *_: find_toy(tmp_path, "val") * 2, {"val": None})
     toy(tmp_path)
     with pytest.raises(ValueError, match="Several images have the id '000' \\(11 repeated ids in total\\)"):

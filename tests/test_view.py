@@ -145,7 +145,7 @@ def test_an_object_keeps_its_shade_over_the_frames_of_a_video():
     assert shade_steps([later]) == {7: 0, 26001: 0, BIG: 1}
 
 
-def test_sheet_shows_colours_of_what_is_there_and_of_nothing_else():
+def test_sheet_shows_only_colors_of_present_classes():
     sheet = draw_sheet("heading", [SheetRow("first", [sample()]), SheetRow("second", [sample(), sample()])], CITY)
     colors = {color for _, color in sheet.getcolors(maxcolors=2**24)}
     assert CITY.palette[ROAD] in colors and CITY.palette[CAR] in colors

@@ -151,7 +151,7 @@ def load_prepared(folder: str | Path, split: str) -> Prepared:
     vocabulary = _vocabulary(folder, manifest["vocabulary_sha256"], command)
     dataset = Dataset.from_file(str(_arrow_file(folder, split, info, command)), split=NamedSplit(split))
     if len(dataset) != info["images"]:
-        raise ValueError(f"{folder} holds {len(dataset)} images of {split!r}, not {info['images']}: prepare it anew.")
+        raise ValueError(f"{folder} holds {len(dataset)} images of {split!r}, not {info['images']}: prepare it again.")
     return Prepared(dataset, vocabulary, manifest["benchmark"], info)
 
 
