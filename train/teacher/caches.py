@@ -101,7 +101,7 @@ class RegionCaches:
             folder = cache_folder(dataset_path, split, kind.kind)
             if not (folder / MANIFEST).exists():
                 command = self._command(kind, split)
-                raise ValueError(f"There are no {kind.holds} in {folder}: make them with `{command}`.")
+                raise ValueError(f"There are no {kind.holds} in {folder}: create them with `{command}`.")
             stores.append(kind.open(folder, source.fingerprint(dataset, fingerprint_file(dataset_path, split))))
         if len(stores) > 1:
             self._check_distinct_images()
