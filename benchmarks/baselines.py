@@ -52,7 +52,7 @@ class TwoStage:
 
     Args:
         segmenter: Model that predicts the masks.
-        vision_model: CLIP's image tower.
+        vision_model: CLIP's image encoder.
         class_embeds: Class embeddings (K, D).
         crop_size: Side length of the crops in pixels.
         image: The image (H, W, 3) in uint8, in the size of the segmenter's input.

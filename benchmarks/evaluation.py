@@ -52,7 +52,7 @@ SQUARES, SIDE = (6, 8), 80
 
 
 def write_model(folder: Path) -> None:
-    """Write a checkpoint with the default sizes, random weights and the small text tower of the shipped checkpoint."""
+    """Write a checkpoint with the default sizes, random weights and the shipped checkpoint's small text encoder."""
     torch.manual_seed(0)
     text_config = GKCConfig.from_pretrained(TOKENIZER).text_config
     text_config.projection_dim = GKCConfig().text_config.projection_dim

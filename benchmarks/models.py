@@ -201,7 +201,7 @@ def mode_name(mode: str, dtype: str) -> str:
 
 
 def text_config(preset: Preset, whole: bool = False) -> CLIPTextConfig:
-    """Return the configuration of RN50's text tower.
+    """Return the configuration of RN50's text encoder.
 
     Args:
         preset: Sizes to use.
@@ -253,7 +253,7 @@ def _gkc_sizes(preset: Preset) -> dict[str, Any]:
 
 @torch.no_grad()
 def make_gkc(preset: Preset, backbone: str = "clip_resnet") -> GKCForOpenVocabSegmentation:
-    """Return GKC with random weights and the whole text tower.
+    """Return GKC with random weights and the whole text encoder.
 
     Args:
         preset: Sizes to use.

@@ -19,9 +19,9 @@
 All variants train on the same batch in interleaved rounds:
 
 * `cached`: GKC, CLIP's embeddings are looked up;
-* `online`: GKC, CLIP runs in the step: its image tower embeds the 224 x 224 crop of every region, which is cut out in
-  the step, and its text tower encodes the names of all classes and the synonyms sampled for the step, each padded to
-  77 tokens as in CLIP's released code. `--text-tokens 8` encodes them at about their real length;
+* `online`: GKC, CLIP runs in the step: its image encoder embeds the 224 x 224 crop of every region, which is cut out
+  in the step, and its text encoder encodes the names of all classes and the synonyms sampled for the step, each padded
+  to 77 tokens as in CLIP's released code. `--text-tokens 8` encodes them at about their real length;
 * `mask2former`: CLIP runs in the step as well, and the student is transformers' Mask2Former of the same sizes and with
   the same backbone, trained with its own losses on masks and classes; the additional text losses are not counted.
 
@@ -284,7 +284,7 @@ class Workload:
 
     @torch.no_grad()
     def encode_words(self, count: int) -> Tensor:
-        """Encode `count` random token sequences with the text tower."""
+        """Encode `count` random token sequences with the text encoder."""
         preset = self.preset
         device = self.trainer.args.device
         tokens = torch.randint(1, preset.text["vocab_size"], (count, preset.text_tokens), device=device)
@@ -447,7 +447,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images per batch (default: from the preset)")
     parser.add_argument("--regions", type=int, help="regions per image (default: from the preset)")
     parser.add_argument(
-        "--text-tokens", type=int, help="tokens per text for the text tower (default: from the preset)"
+        "--text-tokens", type=int, help="tokens per text for the text encoder (default: from the preset)"
     )
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each variant (default: %(default)s)")
     parser.add_argument(

@@ -157,22 +157,22 @@ def check_loading_info(info: dict[str, Any]) -> None:
 
 
 def _check_tokenizer(model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> None:
-    """Check that the text tower has the tokenizer's tokens and its end token, and limit `model_max_length`."""
+    """Check that the text encoder has the tokenizer's tokens and its end token, and limit `model_max_length`."""
     tokenizer, text = processor.tokenizer, model.config.text_config
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= text.vocab_size:
         raise ValueError(
-            f"its tokenizer has the token {largest}, but its text tower has the tokens 0..{text.vocab_size - 1}: they "
-            "do not belong together."
+            f"its tokenizer has the token {largest}, but its text encoder has the tokens 0..{text.vocab_size - 1}: "
+            "they do not belong together."
         )
     if text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: the largest token of the text is its end
         raise ValueError(
-            f"its tokenizer ends texts with the token {tokenizer.eos_token_id}, but its text tower expects "
+            f"its tokenizer ends texts with the token {tokenizer.eos_token_id}, but its text encoder expects "
             f"{text.eos_token_id}: they do not belong together."
         )
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in tokenizer("a")["input_ids"]:
         raise ValueError(
-            f"its tokenizer does not append the end token {tokenizer.eos_token_id}, at which the text tower pools: "
+            f"its tokenizer does not append the end token {tokenizer.eos_token_id}, at which the text encoder pools: "
             "its tokenizer.json lacks the `post_processor` that appends it."
         )
     # At least a start token, an end token, and one token between them.

@@ -283,7 +283,8 @@ class ConvexClassifier(QueryClassifier):
             pair = divmod(int(distances.argmin()), len(distances))
             first, second = (self.labels[index] for index in pair)
             raise ValueError(
-                f"The text tower gives the classes {first!r} and {second!r} one embedding: give them different names."
+                f"The text encoder gives the classes {first!r} and {second!r} one embedding: give them "
+                "different names."
             )
 
     def forward(

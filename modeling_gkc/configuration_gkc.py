@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Configurations of the segmentation model (`GKCConfig`) and of CLIP's ResNet and ConvNeXt image towers."""
+"""Configurations of the segmentation model (`GKCConfig`) and of CLIP's ResNet and ConvNeXt image encoders."""
 
 import copy
 import functools
@@ -137,7 +137,7 @@ def _describe_error(config_class: type, error: Exception, values: dict[str, Any]
 @_raise_value_errors
 @strict
 class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
-    r"""Configuration of CLIP's ResNet image tower, used as a backbone and as a complete image model.
+    r"""Configuration of CLIP's ResNet image encoder, used as a backbone and as a complete image model.
 
     The defaults are those of RN50 (Radford et al., *Learning Transferable Visual Models From Natural Language
     Supervision*, 2021, table 19). The other published towers are
@@ -213,7 +213,7 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
 @_raise_value_errors
 @strict
 class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
-    r"""Configuration of a CLIP ConvNeXt image tower of OpenCLIP, used as a backbone and as a complete image model.
+    r"""Configuration of a CLIP ConvNeXt image encoder of OpenCLIP, used as a backbone and as a complete image model.
 
     The defaults are those of `convnext_large_d_320`. `convnext_base_w_320` has `hidden_sizes=[128, 256, 512, 1024],
     depths=[3, 3, 27, 3], projection_dim=640, projection_hidden_dim=None`.
@@ -283,16 +283,16 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     r"""Configuration of `GKCForOpenVocabSegmentation`.
 
     The defaults are the R-50 model of *Global Knowledge Calibration for Fast Open-Vocabulary Segmentation* (Han, Liu
-    et al., ICCV 2023): CLIP's RN50 image tower as backbone, RN50's text tower, and the decoders of Mask2Former (Cheng
-    et al., *Masked-attention Mask Transformer for Universal Image Segmentation*, CVPR 2022), whose published values
-    are the defaults of the decoders, matcher and losses.
+    et al., ICCV 2023): CLIP's RN50 image encoder as backbone, RN50's text encoder, and the decoders of Mask2Former
+    (Cheng et al., *Masked-attention Mask Transformer for Universal Image Segmentation*, CVPR 2022), whose published
+    values are the defaults of the decoders, matcher and losses.
 
     Args:
         backbone_config: Configuration of any transformers `AutoBackbone` that returns four feature maps of strides 4,
             8, 16 and 32, as an object or a dict with `model_type`. If a dict selects no stages, the last four are
             used. Default: `CLIPResNetConfig()`, CLIP RN50. Models of timm (`timm_backbone`) need timm.
-        text_config: `CLIPTextConfig` or dict of the frozen text tower. Default: RN50's text tower (hidden size 512,
-            8 heads, 12 layers, context length 77, D = 1024).
+        text_config: `CLIPTextConfig` or dict of the frozen text encoder. Default: RN50's text encoder (hidden size
+            512, 8 heads, 12 layers, context length 77, D = 1024).
         hidden_size: Width C of both decoders.
         mask_feature_size: Number of channels of the mask features.
         encoder_layers, encoder_ffn_dim, encoder_num_points: Number of deformable attention layers of the pixel
@@ -310,7 +310,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             Embeddings*, ICLR 2014; see `ConvexClassifier`), as created by `from_mask2former`. The latter needs
             `class_feature="query"` and compares classes by their nearest names for both `mean` and `max` as
             `prompt_reduction`. `fc_clip` is the classifier of FC-CLIP (see `FCCLIPClassifier`), as created by
-            `from_fc_clip`; it needs `class_feature="query+mask_features"` and a CLIP image tower as backbone, whose
+            `from_fc_clip`; it needs `class_feature="query+mask_features"` and a CLIP image encoder as backbone, whose
             head is part of the model.
         source_vocabulary: Classes of the closed-vocabulary head, at most D - 1, or classes that `fc_clip` was trained
             on (seen classes); one list of names per class.
@@ -441,7 +441,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
 
     @property
     def projection_dim(self) -> int:
-        """Dimension D of the image-text embedding space, that of the text tower."""
+        """Dimension D of the image-text embedding space, that of the text encoder."""
         return self.text_config.projection_dim
 
     def _check(self):
@@ -569,12 +569,12 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         backbone = self.backbone_config
         _require(
             isinstance(backbone, CLIPResNetConfig | CLIPConvNextConfig),
-            f"`classifier='fc_clip'` needs a CLIP image tower as backbone, 'clip_resnet' or 'clip_convnext', got "
+            f"`classifier='fc_clip'` needs a CLIP image encoder as backbone, 'clip_resnet' or 'clip_convnext', got "
             f"{backbone.model_type!r}.",
         )
         _require(
             backbone.projection_dim == self.projection_dim,
-            f"`backbone_config.projection_dim` = {backbone.projection_dim} must be that of the text tower, "
+            f"`backbone_config.projection_dim` = {backbone.projection_dim} must be that of the text encoder, "
             f"{self.projection_dim}: `classifier='fc_clip'` compares both with the same words.",
         )
 
@@ -591,7 +591,7 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         _require(
             len(self.source_vocabulary) < self.projection_dim,
             f"A text space of width {self.projection_dim} holds at most {self.projection_dim - 1} source classes, got "
-            f"{len(self.source_vocabulary)}: use a text tower with a larger `projection_dim`.",
+            f"{len(self.source_vocabulary)}: use a text encoder with a larger `projection_dim`.",
         )
 
     def _check_backbone(self):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ConvNeXt image tower of OpenCLIP (Liu et al., *A ConvNet for the 2020s*, CVPR 2022; Ilharco et al., *OpenCLIP*).
+"""ConvNeXt image encoder of OpenCLIP (Liu et al., *A ConvNet for the 2020s*, CVPR 2022; Ilharco et al., *OpenCLIP*).
 
 Stem and stages are those of transformers' ConvNeXt. Its backbone class is not used, because it normalizes every
 feature map, whereas CLIP normalizes only the pooled features, in the head that maps them to the image-text space.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""CLIP's ResNet image tower as a backbone and as an image model (Radford et al., *CLIP*, ICML 2021, section 2.4).
+"""CLIP's ResNet image encoder as a backbone and as an image model (Radford et al., *CLIP*, ICML 2021, section 2.4).
 
 It differs from a plain ResNet in three ways: the stem has three convolutions and average pooling; blocks downsample by
 average pooling before the last convolution of the block and of its shortcut ("anti-aliased" strides); and attention
@@ -314,7 +314,7 @@ class GKCModelMixin(CodeRegistrationMixin):
         """Raise a ValueError: the classes are encoded from text, and no token embeddings are added for them."""
         raise ValueError(
             f"{type(self).__name__} has no token embeddings that could be resized: give the words as text, which the "
-            "frozen text tower encodes with CLIP's own tokens."
+            "frozen text encoder encodes with CLIP's own tokens."
         )
 
     def requested_outputs(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:

@@ -223,7 +223,7 @@ class GKCModel(GKCPreTrainedModel):
         return region_embeds
 
 
-# Heads of CLIP's image towers by the model type of the backbone.
+# Heads of CLIP's image encoders by the model type of the backbone.
 _REGION_HEADS = {
     CLIPResNetConfig.model_type: CLIPResNetAttentionPooling,
     CLIPConvNextConfig.model_type: CLIPConvNextHead,
@@ -264,17 +264,17 @@ def _check_strides(image_shape: torch.Size, feature_maps: Sequence[Tensor]) -> N
 
 
 class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
-    r"""Open-vocabulary segmentation model: image path, frozen CLIP text tower, and classifier by text embeddings.
+    r"""Open-vocabulary segmentation model: image path, frozen CLIP text encoder, and classifier by text embeddings.
 
     For adapters such as PEFT's LoRA, give the target modules as a pattern, for example
     `target_modules=r".*\.mask_decoder\..*\.(q_proj|v_proj)"`. Plain module names also match projections of the text
-    tower, whose adapters would not train, because the text tower runs without gradients.
+    tower, whose adapters would not train, because the text encoder runs without gradients.
 
     Args:
         config: Configuration of the model.
 
     Raises:
-        ValueError: If the end-of-text token of the text tower is not in its token table, or the backbone does not
+        ValueError: If the end-of-text token of the text encoder is not in its token table, or the backbone does not
             exist or does not have the requested levels.
     """
 
@@ -297,7 +297,7 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load a checkpoint of this or an earlier version as in transformers, and freeze the text tower."""
+        """Load a checkpoint of this or an earlier version as in transformers, and freeze the text encoder."""
         kwargs["key_mapping"] = dict(CHECKPOINT_RENAMINGS) | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -312,7 +312,7 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         return loaded
 
     def train(self, mode: bool = True) -> "GKCForOpenVocabSegmentation":
-        """Set the training mode; the frozen text tower stays in evaluation mode."""
+        """Set the training mode; the frozen text encoder stays in evaluation mode."""
         super().train(mode)
         self.text_model.eval()
         return self

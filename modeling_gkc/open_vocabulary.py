@@ -55,7 +55,7 @@ class OpenVocabularyMixin:
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Return the output of the text tower, in the form of the method of this name of transformers' CLIP.
+        """Return the output of the text encoder, in the form of the method of this name of transformers' CLIP.
 
         Args:
             input_ids: (P, L) token ids of the prompts.
@@ -63,7 +63,7 @@ class OpenVocabularyMixin:
             **kwargs: Further arguments of `CLIPTextModelWithProjection.forward`, such as `output_hidden_states`.
 
         Returns:
-            The output of the text tower, whose `pooler_output` (P, D) are the projected embeddings before
+            The output of the text encoder, whose `pooler_output` (P, D) are the projected embeddings before
             normalization. `embed_prompts` returns the normalized embeddings.
         """
         output = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
@@ -75,7 +75,7 @@ class OpenVocabularyMixin:
         )
 
     def embed_prompts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode prompts with the frozen text tower.
+        """Encode prompts with the frozen text encoder.
 
         Embeddings of earlier calls are taken from `self.text_cache`. Compiled and exported graphs encode all prompts
         in one pass and do not use the cache.
@@ -169,7 +169,7 @@ class OpenVocabularyMixin:
             processor: `GKCProcessor` of this checkpoint.
 
         Raises:
-            ValueError: If `Vocabulary` rejects the names, or the text tower gives two classes the same embedding.
+            ValueError: If `Vocabulary` rejects the names, or the text encoder gives two classes the same embedding.
         """
         vocabulary = Vocabulary.parse(vocabulary)
         encoded = EncodedVocabulary.encode(vocabulary, self, processor, distinct=True)

@@ -47,11 +47,11 @@ class GKCProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
-    """Processor that combines a `GKCImageProcessor` with the tokenizer of the text tower.
+    """Processor that combines a `GKCImageProcessor` with the tokenizer of the text encoder.
 
     Args:
         image_processor: A `GKCImageProcessor`.
-        tokenizer: Tokenizer of the text tower.
+        tokenizer: Tokenizer of the text encoder.
         prompt_templates: Name of a template set of `modeling_gkc.prompt_templates` ("plain", "photo", "vild14",
             "fc_clip"), or a list of sentences with one `{}` each. Every class name is inserted into every template;
             "a" before the `{}` becomes "an" before a vowel sound. Default: "plain", the name alone, as in the

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prompt templates: sentences into which class names are inserted before they are encoded by the text tower."""
+"""Prompt templates: sentences into which class names are inserted before they are encoded by the text encoder."""
 
 import difflib
 import re

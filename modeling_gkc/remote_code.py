@@ -113,7 +113,7 @@ def save_with_code(model: Any, processor: Any, folder: str | Path, **kwargs) -> 
     """Save a checkpoint together with its code and, if it has none, a model card.
 
     Args:
-        model: A `GKCForOpenVocabSegmentation`, or an image tower or backbone of CLIP (`CLIPResNetVisionModel`,
+        model: A `GKCForOpenVocabSegmentation`, or an image encoder or backbone of CLIP (`CLIPResNetVisionModel`,
             `CLIPResNetBackbone`, `CLIPConvNextVisionModel`, `CLIPConvNextBackbone`).
         processor: Processor of the model, or None.
         folder: Folder to write to; it is created if it does not exist.

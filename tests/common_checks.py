@@ -19,7 +19,7 @@ NO_FLASH = (
     "flash attention does not support the masks of masked attention (a query attends to the inside of its mask), so "
     "it raises an error: test_attention_implementations_without_masks_raise_errors"
 )
-NO_TOKENS = "the input is an image; class names are passed as text or embeddings, and the text tower is frozen"
+NO_TOKENS = "the input is an image; class names are passed as text or embeddings, and the text encoder is frozen"
 NO_DEEPSPEED = "there are no token embeddings to resize, and DeepSpeed is not supported"
 NO_MEDIA = "there is no such modality"
 NO_ROTARY = "no rotary position embeddings"
@@ -459,7 +459,7 @@ BEYOND = {
     "graphs of the default compiler": covered_by(
         "test_image_path_compiles_with_inductor", but="takes minutes: only on request"
     ),
-    "a pattern excludes the text tower from adapters": covered_by(
+    "a pattern excludes the text encoder from adapters": covered_by(
         "test_text_tower_shares_projection_names_with_the_mask_decoder"
     ),
     "this list is complete": covered_by(

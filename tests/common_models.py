@@ -100,7 +100,7 @@ CASES = {
     "segmenter, convex": Case(GKCForOpenVocabSegmentation, convex_config, segmenter_inputs, segmenter_labels),
     "image path": Case(GKCModel, tiny_config),
     "backbone": Case(CLIPResNetBackbone, tower_config),
-    "image tower": Case(CLIPResNetVisionModel, tower_config),
+    "image encoder": Case(CLIPResNetVisionModel, tower_config),
 }
 # Where the kind of backbone does not matter, one of this library and one of transformers are enough.
 COMMON = {name: case for name, case in CASES.items() if name != "segmenter, ResNet"}

@@ -67,7 +67,7 @@ def empty_weights(config: str) -> dict[str, Tensor]:
 
 
 def tokenizer_of_recording() -> PreTrainedTokenizerFast:
-    """Make a word-level tokenizer whose end token is the largest, 95, as in the recorded text towers."""
+    """Make a word-level tokenizer whose end token is the largest, 95, as in the recorded text encoders."""
     words = "a the is in there this photo of scene small medium large . cat kitten couch road street sofa umbrella sky"
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<start>", "<unknown>", *words.split()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary | {"<end>": 95}, unk_token="<unknown>"))

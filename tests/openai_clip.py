@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Size:
-    """Sizes of a CLIP ResNet; the attention heads of its text tower have the width 64."""
+    """Sizes of a CLIP ResNet; the attention heads of its text encoder have the width 64."""
 
     width: int
     depths: tuple[int, int, int, int]

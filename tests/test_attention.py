@@ -146,7 +146,7 @@ class TestAttention:
                 seen = weights[:, 0] > 0
                 assert (seen == inside)[sure].all() and 0.01 < seen.float().mean() < 0.999
 
-    @pytest.mark.parametrize("name", ["segmenter", "image tower"])
+    @pytest.mark.parametrize("name", ["segmenter", "image encoder"])
     def test_attn_implementation_at_loading(self, name, tmp_path):
         model, inputs = CASES[name].model(), CASES[name].inputs()
         model.save_pretrained(tmp_path)

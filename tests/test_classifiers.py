@@ -160,7 +160,7 @@ def test_half_precision(dtype, within):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nearly_equal_names_get_the_probabilities_of_the_head(dtype, within):
-    """A text tower with random weights gives cosine similarities up to 0.99999."""
+    """A text encoder with random weights gives cosine similarities up to 0.99999."""
     generator = torch.Generator().manual_seed(0)
     name = F.normalize(torch.randn(16, generator=generator), dim=0)
     names = torch.stack([name, *(near(name, 1 - distance, generator) for distance in torch.logspace(-5, -2, 12))])

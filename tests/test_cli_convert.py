@@ -261,8 +261,8 @@ class TestCLIPResNet:
     def test_image_and_text_tower(self, archive, tmp_path, capsys):
         assert gkc("clip-resnet", archive, "--out", tmp_path / "out", "--text") == 0
         printed = capsys.readouterr()
-        assert "image tower, width 4, blocks 1-2-1-1, 64 x 64 pixels, D = 24" in printed.out
-        assert f"{tmp_path / 'out' / 'text'}: text tower; its tokenizer is that of openai/clip" in printed.out
+        assert "image encoder, width 4, blocks 1-2-1-1, 64 x 64 pixels, D = 24" in printed.out
+        assert f"{tmp_path / 'out' / 'text'}: text encoder; its tokenizer is that of openai/clip" in printed.out
         assert printed.err == ""
         towers = (
             (CLIPResNetVisionModel.from_pretrained(tmp_path / "out"), clip_resnet_from_openai(random_weights())),
@@ -294,7 +294,7 @@ class TestCLIPResNet:
             gkc("clip-resnet", tmp_path / "vit.pt", *out)
         image_only = {name: weight for name, weight in random_weights().items() if name.startswith("visual.")}
         save_file(image_only, tmp_path / "image.safetensors")
-        with pytest.raises(UserError, match=r"image\.safetensors: These weights contain no text tower"):
+        with pytest.raises(UserError, match=r"image\.safetensors: These weights contain no text encoder"):
             gkc("clip-resnet", tmp_path / "image.safetensors", *out, "--text")
         (tmp_path / "damaged.pt").write_bytes(archive.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03", 1))
         with pytest.raises(UserError, match=r"^WEIGHTS: .*damaged\.pt: contains more than weights, or is damaged"):

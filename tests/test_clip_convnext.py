@@ -65,7 +65,7 @@ def test_text_tower(golden, within):
     text = clip_text_from_openai(golden.clip_weights(), hidden_act="gelu", num_attention_heads=2)
     embeds = text(golden["text_tower.tokens"]).text_embeds
     error = golden.error("text_tower.output", embeds)
-    within("OpenCLIP's text tower against recorded outputs, max abs", error, 1e-5)
+    within("OpenCLIP's text encoder against recorded outputs, max abs", error, 1e-5)
 
 
 def test_segmenter_takes_the_backbone(tmp_path):
@@ -83,7 +83,7 @@ def test_segmenter_takes_the_backbone(tmp_path):
 
 
 def test_published_size():
-    """Image tower of `convnext_large_d_320`: the number of parameters of the published key list."""
+    """Image encoder of `convnext_large_d_320`: the number of parameters of the published key list."""
     weights = {name: weight for name, weight in empty_weights("convnext_large").items() if ".visual." in name}
     with torch.device("meta"):
         tower = CLIPConvNextVisionModel(CLIPConvNextConfig())

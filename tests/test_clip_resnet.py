@@ -1,4 +1,4 @@
-"""Tests of CLIP's ResNet against recorded outputs of the published image tower."""
+"""Tests of CLIP's ResNet against recorded outputs of the published image encoder."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def test_save_and_load(model, tmp_path, golden):
 
 
 def test_published_parameter_counts():
-    """OpenAI's image towers have 38.3 M (RN50) and 56.3 M (RN101) parameters, without BatchNorm statistics."""
+    """OpenAI's image encoders have 38.3 M (RN50) and 56.3 M (RN101) parameters, without BatchNorm statistics."""
     published = {(3, 4, 6, 3, 1024): 38_316_896, (3, 4, 23, 3, 512): 56_259_936}
     for (*depths, projection_dim), count in published.items():
         with torch.device("meta"):

@@ -373,7 +373,7 @@ class TestBackbone:
         assert CLIPResNetConfig.from_pretrained(tmp_path).out_indices == config.out_indices
 
     def test_tower_and_backbone_share_a_checkpoint(self, tmp_path):
-        tower = CASES["image tower"].model()
+        tower = CASES["image encoder"].model()
         tower.save_pretrained(tmp_path)
         backbone, information = CLIPResNetBackbone.from_pretrained(tmp_path, output_loading_info=True)
         assert not information["missing_keys"]
@@ -405,7 +405,7 @@ class TestConfiguration:
     def test_default_configuration_is_valid(self, case):
         assert comparable(type(case.config())()) != comparable(case.config())
 
-    @pytest.mark.parametrize("name", ["segmenter", "image tower"])
+    @pytest.mark.parametrize("name", ["segmenter", "image encoder"])
     def test_id2label_of_the_configuration(self, name):
         config = type(CASES[name].config())(num_labels=5)
         assert len(config.id2label) == len(config.label2id) == config.num_labels == 5

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP ResNets: every published size, the text tower, and files read without running anything in them."""
+"""OpenAI's CLIP ResNets: every published size, the text encoder, and files read without running anything in them."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ from modeling_gkc.modeling_clip_resnet import CLIPResNetBackbone
 
 from .openai_clip import PUBLISHED, TINY, random_weights, save_archive, weights
 
-# Millions of parameters of the image and the text towers (model_profile.csv of OpenCLIP).
+# Millions of parameters of the image and the text encoders (model_profile.csv of OpenCLIP).
 PUBLISHED_MILLIONS = {
     "RN50": (38.32, 63.69),
     "RN101": (56.26, 63.43),
@@ -61,7 +61,7 @@ def test_published_sizes(name):
 
 
 def text_embeds(state_dict: dict[str, Tensor], input_ids: Tensor) -> Tensor:
-    """CLIP's text tower as the paper describes it (Radford et al., 2021, section 2.4), on OpenAI's weights.
+    """CLIP's text encoder as the paper describes it (Radford et al., 2021, section 2.4), on OpenAI's weights.
 
     Pre-norm transformer with causal attention; the features at the end token, which has the highest id, are
     normalised and projected.
@@ -103,7 +103,7 @@ def test_text_tower(within):
         input_ids[row, end], input_ids[row, end + 1 :] = 39, 0
     expected = text_embeds(state_dict, input_ids)
     error = (tower(input_ids=input_ids).text_embeds - expected).abs().max() / expected.abs().max()
-    within("CLIP's text tower against its description, relative", error, 1e-5)
+    within("CLIP's text encoder against its description, relative", error, 1e-5)
     padded = input_ids.masked_fill((input_ids == 39).cumsum(dim=1) > 0, 39)
     error = (tower(input_ids=padded).text_embeds - expected).abs().max() / expected.abs().max()
     within("the same padded with the end token, as CLIP's tokenizer pads", error, 1e-5)
@@ -112,7 +112,7 @@ def test_text_tower(within):
 def test_text_tower_of_something_else_is_refused():
     state_dict = random_weights()
     image_only = {name: value for name, value in state_dict.items() if name.startswith("visual.")}
-    with pytest.raises(ValueError, match="no text tower"):
+    with pytest.raises(ValueError, match="no text encoder"):
         clip_text_from_openai(image_only)
     state_dict["transformer.resblocks.1.extra"] = state_dict.pop("transformer.resblocks.1.mlp.c_proj.bias")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc2\.bias.*resblocks\.1\.extra"):

@@ -134,7 +134,7 @@ def test_command_output_on_gpu_matches_cpu(task, tmp_path):
 
 
 def test_text_embeddings_follow_weight_updates(processor):
-    """The cache of text embeddings on a GPU is invalidated by an optimizer step on the text tower."""
+    """The cache of text embeddings on a GPU is invalidated by an optimizer step on the text encoder."""
     model = shipped(DEVICE)
     words = processor(text=WORDS, return_tensors="pt").to(DEVICE)
     before = model.get_class_embeddings(**words).class_embeds

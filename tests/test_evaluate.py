@@ -280,7 +280,7 @@ def test_prompt_kinds_change_prompts_and_scores(data, tmp_path):
         results[prompts] = read_result(out)
     assert len({result["fingerprint"] for result in results.values()}) == 3
     assert [len(result["prompts"]["templates"]) for result in results.values()] == [1, 14, 1]
-    assert results["plain"]["scores"] != results["templates"]["scores"]  # the tiny text tower was trained on names
+    assert results["plain"]["scores"] != results["templates"]["scores"]  # the tiny text encoder was trained on names
 
 
 def test_half_precision_and_batch_size_barely_change_scores(data, whole, tmp_path, within):

@@ -387,11 +387,11 @@ class TestEnsemble:
             ({"ensemble_beta": 2.0}, "`ensemble_beta` must"),
             (
                 {"classifier": "fc_clip", "class_feature": "query+mask_features", "backbone_config": "resnet"},
-                "needs a CLIP image tower as backbone",
+                "needs a CLIP image encoder as backbone",
             ),
             (
                 {"classifier": "fc_clip", "class_feature": "query+mask_features", "backbone_config": "other width"},
-                "must be that of the text tower",
+                "must be that of the text encoder",
             ),
         ],
     )
@@ -448,7 +448,7 @@ class TestConversion:
     def test_towers_of_another_clip_are_refused(self, golden):
         image_tower, text_model = towers(golden)
         text_model.config.projection_dim = 32
-        with pytest.raises(ValueError, match="trained on a CLIP of width 64, but the text tower has 32"):
+        with pytest.raises(ValueError, match="trained on a CLIP of width 64, but the text encoder has 32"):
             from_fc_clip(golden.weights, image_tower, text_model)
 
     def test_training_classes_are_stored_and_seen(self, golden):

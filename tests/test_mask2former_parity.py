@@ -317,7 +317,7 @@ def test_class_names_come_from_source_or_argument(named, text_model):
             from_mask2former(named, text_model, word_tokenizer(), names)
     with pytest.raises(ValueError, match="`class_names` need the `tokenizer`"):
         from_mask2former(named, text_model, class_names=NAMES)
-    with pytest.raises(ValueError, match="tokenizer has 40 tokens, but the text tower has 32"):
+    with pytest.raises(ValueError, match="tokenizer has 40 tokens, but the text encoder has 32"):
         from_mask2former(named, text_model, word_tokenizer(" ".join(f"word{index}" for index in range(36))), NAMES)
 
 

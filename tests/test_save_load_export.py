@@ -37,11 +37,11 @@ from .common_models import (
     tiny_config,
 )
 
-# The projections of the mask decoder only; the text tower has projections of the same names.
+# The projections of the mask decoder only; the text encoder has projections of the same names.
 LORA_TARGETS = r".*\.mask_decoder\..*\.(q_proj|v_proj)"
 
 
-@pytest.fixture(params=["segmenter", "image path", "backbone", "image tower"])
+@pytest.fixture(params=["segmenter", "image path", "backbone", "image encoder"])
 def case(request) -> Case:
     return CASES[request.param]
 
@@ -77,7 +77,7 @@ class TestPrecision:
             error = (half[field].float() - single[field]).norm() / single[field].norm()
             within(f"{what}, {name} against float32, relative", error, bound)
 
-    @pytest.mark.parametrize("name", ["segmenter", "image tower"])
+    @pytest.mark.parametrize("name", ["segmenter", "image encoder"])
     def test_dtype_at_loading(self, name, tmp_path):
         model = CASES[name].model().to(torch.bfloat16)
         model.save_pretrained(tmp_path)
@@ -263,7 +263,7 @@ class TestAdapters:
     """LoRA on the mask decoder, by PEFT and by transformers."""
 
     def test_only_mask_decoder_adapters_are_trained(self):
-        """Base, text tower and BatchNorm statistics do not change, in the training mode that the wrapper sets."""
+        """Base, text encoder and BatchNorm statistics do not change, in the training mode that the wrapper sets."""
         base = segmenter(backbone_config=resnet_config().backbone_config)
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         model = with_lora(base).train()
@@ -342,7 +342,7 @@ class TestAdapters:
         assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
     def test_text_tower_shares_projection_names_with_the_mask_decoder(self):
-        """`target_modules` must be a pattern: by bare names, the text tower would get adapters never trained."""
+        """`target_modules` must be a pattern: by bare names, the text encoder would get adapters never trained."""
         model = peft.get_peft_model(segmenter(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert any(".text_model." in name for name in trained)

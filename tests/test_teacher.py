@@ -352,7 +352,7 @@ def test_towers_of_gkc_convert(tmp_path):
     save_archive(random_weights(), str(tmp_path / "clip.pt"))
     assert gkc(["convert", "clip-resnet", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "image")]) == 0
     assert load_vision_tower(tmp_path / "image").config.model_type == "clip_resnet"
-    with pytest.raises(ValueError, match=r"has no text tower: convert it again with .* --text"):
+    with pytest.raises(ValueError, match=r"has no text encoder: convert it again with .* --text"):
         load_clip_towers(tmp_path / "image")
     gkc(["convert", "clip-resnet", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "both"), "--text"])
     with pytest.raises(ValueError, match="has no tokenizer"):

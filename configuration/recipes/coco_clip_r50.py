@@ -1,4 +1,4 @@
-"""COCO panoptic, CLIP RN50 image tower: the R-50 row of the paper.
+"""COCO panoptic, CLIP RN50 image encoder: the R-50 row of the paper.
 
 Before:   gkc convert clip-resnet RN50.pt --text --out clip-rn50
           python -m train.cache nouns data/coco

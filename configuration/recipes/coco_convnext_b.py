@@ -1,6 +1,6 @@
-"""COCO panoptic, ImageNet-22k ConvNeXt-B image tower: a stronger backbone than the paper's.
+"""COCO panoptic, ImageNet-22k ConvNeXt-B image encoder: a stronger backbone than the paper's.
 
-Before:   as for coco_clip_r50, whose CLIP gives the text tower and the teacher
+Before:   as for coco_clip_r50, whose CLIP gives the text encoder and the teacher
 Command:  accelerate launch --config_file configuration/accelerate/8gpu.yaml -m train coco_convnext_b
           (with configuration/accelerate/fsdp.yaml on GPUs with less memory)
 Hardware: 8 GPUs, 7 images of 512 x 512 on each. Not run here; the duration is unknown.

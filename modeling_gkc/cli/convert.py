@@ -178,11 +178,11 @@ def convert_clip_resnet(arguments: argparse.Namespace) -> int:
     config = image_tower.config
     blocks = "-".join(map(str, config.depths))
     print(
-        f"{folder}: image tower, width {config.width}, blocks {blocks}, {config.image_size} x {config.image_size} "
+        f"{folder}: image encoder, width {config.width}, blocks {blocks}, {config.image_size} x {config.image_size} "
         f"pixels, D = {config.projection_dim}"
     )
     if text_tower is not None:
-        print(f"{folder / TEXT_FOLDER}: text tower; its tokenizer is that of {CLIP_TOKENIZER}")
+        print(f"{folder / TEXT_FOLDER}: text encoder; its tokenizer is that of {CLIP_TOKENIZER}")
     return 0
 
 

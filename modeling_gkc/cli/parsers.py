@@ -75,7 +75,7 @@ examples:
   gkc embed --labels ade20k_847 --templates vild14 --model mask2former-words --out ade20k.safetensors
   gkc segment photos/ --vocab words.safetensors
 
-The file works with every checkpoint that has the same text tower.
+The file works with every checkpoint that has the same text encoder.
 """
 CONVERT_EXAMPLES = """\
 examples:
@@ -115,11 +115,11 @@ WEIGHTS is an archive published by OpenAI (RN50.pt, RN101.pt, RN50x4.pt, RN50x16
 saved by torch.save, or a safetensors file. No code in the file is run. OpenAI's archives hold both towers of CLIP.
 
 examples:
-  gkc convert clip-resnet RN50.pt --out clip-rn50          the image tower
-  gkc convert clip-resnet RN50.pt --text --out clip-rn50   also the text tower, in clip-rn50/text
+  gkc convert clip-resnet RN50.pt --out clip-rn50          the image encoder
+  gkc convert clip-resnet RN50.pt --text --out clip-rn50   also the text encoder, in clip-rn50/text
 
 use the result in Python:
-  CLIPResNetVisionModel.from_pretrained("clip-rn50")       image tower with attention pooling
+  CLIPResNetVisionModel.from_pretrained("clip-rn50")       image encoder with attention pooling
   CLIPResNetBackbone.from_pretrained("clip-rn50")          backbone without attention pooling
   CLIPTextModelWithProjection.from_pretrained("clip-rn50/text")
 """
@@ -287,7 +287,7 @@ def _add_mask2former(sources: argparse._SubParsersAction) -> None:
         "--text-model",
         metavar="CLIP",
         required=True,
-        help="folder or Hub repository of the CLIP whose text tower is used",
+        help="folder or Hub repository of the CLIP whose text encoder is used",
     )
     add("--tokenizer", metavar="CLIP", help="folder or Hub repository of the tokenizer (default: --text-model)")
     add("--class-names", metavar="WORDS", help="names of the source's classes (default: from its configuration)")
@@ -300,15 +300,15 @@ def _add_clip_resnet(sources: argparse._SubParsersAction) -> None:
     clip_resnet = add_parser(
         sources,
         "clip-resnet",
-        "convert a CLIP ResNet of OpenAI to a backbone, a teacher and a text tower",
+        "convert a CLIP ResNet of OpenAI to a backbone, a teacher and a text encoder",
         "Convert OpenAI's weights of a CLIP ResNet to checkpoints.",
         CLIP_EXAMPLES,
     )
     clip_resnet.set_defaults(run=_run("convert", "convert_clip_resnet", check_new_output))
     add = clip_resnet.add_argument
     add("weights", metavar="WEIGHTS", help="file with the weights")
-    add("--out", metavar="DIR", required=True, help="new folder for the image tower")
-    add("--text", action="store_true", help=f"also convert the text tower, to DIR/{TEXT_FOLDER}")
+    add("--out", metavar="DIR", required=True, help="new folder for the image encoder")
+    add("--text", action="store_true", help=f"also convert the text encoder, to DIR/{TEXT_FOLDER}")
     add("--allow-jit", action="store_true", help="open the archive with torch.jit, which runs code in it")
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Conversion of CLIP weights of OpenAI and OpenCLIP: weight files, ResNet and ConvNeXt image towers, text tower."""
+"""Conversion of CLIP weights of OpenAI and OpenCLIP: ResNet and ConvNeXt image encoders, text encoder."""
 
 import os
 import re
@@ -75,7 +75,7 @@ _TEXT_NAMES: tuple[Renaming, ...] = (
     (r"^ln_final\.", "text_model.final_layer_norm."),
     (r"^text_projection$", "text_projection.weight"),
 )
-# Entries of a complete model outside of the text tower: image tower, logit scale, sizes, and derived masks.
+# Entries of a complete model outside of the text encoder: image encoder, logit scale, sizes, and derived masks.
 _NOT_TEXT = re.compile(r"^visual\.|^(logit_scale|input_resolution|context_length|vocab_size)$|attn_mask$")
 _CHANNELS_PER_HEAD = 64
 
@@ -86,7 +86,7 @@ def clip_resnet_from_openai(
     """Convert the weights of OpenAI's CLIP ResNet to an image model; its size is inferred from their shapes.
 
     Args:
-        state_dict: Weights of a complete OpenAI CLIP model (image tower under `visual.`), or of its image tower.
+        state_dict: Weights of a complete OpenAI CLIP model (image encoder under `visual.`), or of its image encoder.
         num_attention_heads: Number of heads of the attention pooling, which cannot be inferred from the weights.
             Default: that of the published towers, one head per 64 channels and at least 32.
 
@@ -111,7 +111,7 @@ def clip_resnet_from_openai(
 
 
 def _image_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the weights of the image tower and remove their prefix."""
+    """Select the weights of the image encoder and remove their prefix."""
     prefix = "visual." if any(name.startswith("visual.") for name in state_dict) else ""
     return {name[len(prefix) :]: weight for name, weight in state_dict.items() if name.startswith(prefix)}
 
@@ -136,8 +136,8 @@ def clip_convnext_from_open_clip(state_dict: Mapping[str, Tensor]) -> CLIPConvNe
     """Convert the weights of OpenCLIP's ConvNeXt to an image model; its size is inferred from their shapes.
 
     Args:
-        state_dict: Weights of a complete OpenCLIP model such as `convnext_large_d_320` (image tower under `visual.`),
-            or of its image tower.
+        state_dict: Weights of a complete OpenCLIP model such as `convnext_large_d_320` (image encoder under
+            `visual.`), or of its image encoder.
 
     Returns:
         The image model in evaluation mode, in fp32.
@@ -192,7 +192,7 @@ def clip_text_from_openai(
     check_weight_shapes(
         weights,
         {"text_projection": 2, "token_embedding.weight": 2, "positional_embedding": 2},
-        "These weights contain no text tower",
+        "These weights contain no text encoder",
         "Use one of OpenAI's published archives, which contain both towers.",
     )
     model = CLIPTextModelWithProjection(_text_config(weights, hidden_act, num_attention_heads))
@@ -214,7 +214,7 @@ def _text_config(weights: Mapping[str, Tensor], hidden_act: str, num_attention_h
         hidden_size=hidden_size,
         intermediate_size=len(first_linear) if first_linear is not None and first_linear.ndim else 4 * hidden_size,
         num_hidden_layers=len(layers),
-        # As in the image tower, heads have 64 channels.
+        # As in the image encoder, heads have 64 channels.
         num_attention_heads=num_attention_heads or max(1, hidden_size // _CHANNELS_PER_HEAD),
         max_position_embeddings=len(weights["positional_embedding"]),
         projection_dim=projection_dim,

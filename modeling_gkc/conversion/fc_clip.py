@@ -101,10 +101,10 @@ def from_fc_clip(
 
     Args:
         state_dict: Weights of the checkpoint, by their published names; those of CLIP in it are left out.
-        image_tower: The CLIP image tower that the checkpoint was trained on, see `clip_towers`.
-        text_model: Its text tower.
-        tokenizer: Tokenizer of the text tower. With it the training classes are stored as the checkpoint's vocabulary
-            and as its seen classes; without it there are none.
+        image_tower: The CLIP image encoder that the checkpoint was trained on, see `clip_towers`.
+        text_model: Its text encoder.
+        tokenizer: Tokenizer of the text encoder. With it the training classes are stored as the checkpoint's
+            vocabulary and as its seen classes; without it there are none.
         training_names: Names of the training classes, in any form that `Vocabulary.parse` takes, such as FC-CLIP's
             list of names `coco_panoptic_with_prompt_eng.txt`; the packaged COCO names have other synonyms.
         ensemble: `none`, `average` or `geometric`, see `GKCConfig`; it can be changed when the result is loaded.
@@ -124,7 +124,7 @@ def from_fc_clip(
     vocabulary = None if tokenizer is None else Vocabulary.parse(training_names)
     if tokenizer is not None and len(tokenizer) > text_model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the text tower {text_model.config.vocab_size}: they do not "
+            f"The tokenizer has {len(tokenizer)} tokens, the text encoder {text_model.config.vocab_size}: they do not "
             "belong together."
         )
     config = _gkc_config(weights, image_tower, text_model)
@@ -138,7 +138,7 @@ def from_fc_clip(
 
 
 def clip_towers(state_dict: Mapping[str, Tensor]) -> tuple[ImageTower, CLIPTextModelWithProjection]:
-    """Build the image tower, ResNet or ConvNeXt, and the text tower of a CLIP model.
+    """Build the image encoder, ResNet or ConvNeXt, and the text encoder of a CLIP model.
 
     Args:
         state_dict: Weights under OpenAI's or OpenCLIP's names, or those of a whole FC-CLIP checkpoint that holds them.

@@ -85,8 +85,8 @@ def from_mask2former(
 
     Args:
         mask2former_model: The source model.
-        text_model: CLIP text tower that encodes the class names.
-        tokenizer: Tokenizer of the text tower.
+        text_model: CLIP text encoder that encodes the class names.
+        tokenizer: Tokenizer of the text encoder.
         class_names: Names of the source's classes in their order, in any form that `Vocabulary.parse` accepts.
             Synonyms improve the recognition of other names; prompt templates of classes are ignored. Default: the
             source's `config.id2label`.
@@ -96,8 +96,8 @@ def from_mask2former(
 
     Raises:
         ValueError: If the source uses an unsupported option, its classes have no names, `class_names` has another
-            number of classes, the text tower gives two of them the same embedding, or the tokenizer does not fit the
-            text tower.
+            number of classes, the text encoder gives two of them the same embedding, or the tokenizer does not fit the
+            text encoder.
 
     Warns:
         UserWarning: If `class_names` have prompt templates.
@@ -110,15 +110,15 @@ def from_mask2former(
         )
     if tokenizer is None:
         if class_names is not None:
-            raise ValueError("`class_names` need the `tokenizer` of the text tower: give it too.")
+            raise ValueError("`class_names` need the `tokenizer` of the text encoder: give it too.")
         model = GKCForOpenVocabSegmentation(_gkc_config(config, text_model.config))
         _load_weights(model, mask2former_model, text_model)
         return model.train(mask2former_model.training)
     vocabulary = source_vocabulary(mask2former_model, class_names)
     if len(tokenizer) > text_model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the text tower has {text_model.config.vocab_size}: use "
-            "the tokenizer of the text tower."
+            f"The tokenizer has {len(tokenizer)} tokens, but the text encoder has {text_model.config.vocab_size}: use "
+            "the tokenizer of the text encoder."
         )
     model = GKCForOpenVocabSegmentation(
         _gkc_config(

@@ -24,7 +24,8 @@
 
 The graph takes `pixel_values` (B, 3, H, W) and, unless the vocabulary is fixed, `class_embeds` (K, D), one row per
 class. It returns `class_queries_logits` (B, Q, K + 1), whose last column is no-object, `masks_queries_logits`
-(B, Q, H/4, W/4) and `query_embeds` (B, Q, D). B and K are dynamic, H and W are static. The text tower is not exported.
+(B, Q, H/4, W/4) and `query_embeds` (B, Q, D). B and K are dynamic, H and W are static. The text encoder is not
+exported.
 
 Letters: B images, Q queries, K classes, P prompts, D text-embedding width, (H, W) input size.
 """

@@ -89,8 +89,8 @@ def load_towers(recipe: Recipe) -> CLIPTowers | None:
 def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
     """Load or initialize the model that is trained, and its processor.
 
-    The model is the checkpoint `model.init_from`. Without it, the model has CLIP's text tower, randomly initialized
-    decoders, and as backbone the one that `model.backbone` names or else CLIP's image tower.
+    The model is the checkpoint `model.init_from`. Without it, the model has CLIP's text encoder, randomly initialized
+    decoders, and as backbone the one that `model.backbone` names or else CLIP's image encoder.
 
     Args:
         recipe: Recipe that names the weights.
@@ -172,7 +172,7 @@ def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Ten
         return wanted, None
     if not isinstance(towers.vision_model, CLIPResNetVisionModel):
         raise ValueError(
-            f"The image tower of {recipe.model.clip} has no feature maps at four scales: name a backbone, such as "
+            f"The image encoder of {recipe.model.clip} has no feature maps at four scales: name a backbone, such as "
             "model.backbone=facebook/convnext-base-224-22k."
         )
     weights = {f"encoder.{name}": value for name, value in towers.vision_model.encoder.state_dict().items()}

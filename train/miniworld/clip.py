@@ -36,7 +36,7 @@ OTHER_WORLD_PICTURES = 600  # number of images of each kind
 
 
 class MiniCLIP(nn.Module):
-    """CLIP model with image and text towers and a joint embedding space of dimension D = 96."""
+    """CLIP model with image and text encoders and a joint embedding space of dimension D = 96."""
 
     def __init__(
         self,

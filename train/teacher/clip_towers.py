@@ -1,4 +1,4 @@
-"""Loading of CLIP's image and text towers from folders and Hub repositories."""
+"""Loading of CLIP's image and text encoders from folders and Hub repositories."""
 
 import json
 import math
@@ -35,12 +35,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 class CLIPTowers(NamedTuple):
-    """Image and text tower of a CLIP, in evaluation mode and fp32.
+    """Image and text encoder of a CLIP, in evaluation mode and fp32.
 
     Attributes:
-        vision_model: Image tower.
-        text_model: Text tower.
-        tokenizer: Tokenizer of the text tower.
+        vision_model: Image encoder.
+        text_model: Text encoder.
+        tokenizer: Tokenizer of the text encoder.
         logit_scale: Factor of the cosine similarities of images and texts.
     """
 
@@ -51,13 +51,13 @@ class CLIPTowers(NamedTuple):
 
 
 def load_clip_towers(path: str | Path) -> CLIPTowers:
-    """Load the image tower, text tower and tokenizer of a CLIP.
+    """Load the image encoder, text encoder and tokenizer of a CLIP.
 
     Three layouts are supported: a `CLIPModel` of transformers; a folder that `gkc convert clip-resnet --text` wrote,
-    with the image tower at its top and the text tower in `text/`; and a folder that `train.miniworld` wrote, with
+    with the image encoder at its top and the text encoder in `text/`; and a folder that `train.miniworld` wrote, with
     `vision/` and `text/`.
 
-    The tokenizer is read from the folder of the text tower. If it has none and its vocabulary has the size of
+    The tokenizer is read from the folder of the text encoder. If it has none and its vocabulary has the size of
     OpenAI's, OpenAI's tokenizer is used. The logit scale is that of the `CLIPModel`, or `logit_scale` in the file
     `clip.json`, or 100.
 
@@ -73,7 +73,9 @@ def load_clip_towers(path: str | Path) -> CLIPTowers:
     vision_model = load_vision_tower(path)
     subfolder, kind = _find(path, ("text", ""), _TEXT_CLASSES)
     if kind is None:
-        raise ValueError(f"{path} has no text tower: convert it again with `gkc convert clip-resnet WEIGHTS --text`.")
+        raise ValueError(
+            f"{path} has no text encoder: convert it again with `gkc convert clip-resnet WEIGHTS --text`."
+        )
     text_model = _load(_TEXT_CLASSES[kind], path, subfolder)
     widths = vision_model.config.projection_dim, text_model.config.projection_dim
     if widths[0] != widths[1]:
@@ -85,13 +87,13 @@ def load_clip_towers(path: str | Path) -> CLIPTowers:
 
 
 def load_vision_tower(path: str | Path) -> nn.Module:
-    """Load the image tower of a CLIP, in evaluation mode and fp32.
+    """Load the image encoder of a CLIP, in evaluation mode and fp32.
 
     Args:
-        path: Folder or name of a Hub repository, in a layout of `load_clip_towers`. The text tower may be missing.
+        path: Folder or name of a Hub repository, in a layout of `load_clip_towers`. The text encoder may be missing.
 
     Raises:
-        ValueError: There is no image tower, or some of its weights are missing.
+        ValueError: There is no image encoder, or some of its weights are missing.
     """
     subfolder, kind = _find(path, ("", "vision"), _VISION_CLASSES)
     if kind is None:
@@ -130,7 +132,7 @@ def _load(model_class: type[PreTrainedModel], path: str | Path, subfolder: str) 
 
 
 def _tokenizer(path: str | Path, subfolder: str, text_model: nn.Module) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a text tower, or OpenAI's if there is none."""
+    """Load the tokenizer of a text encoder, or OpenAI's if there is none."""
     vocabulary_size = text_model.config.vocab_size
     if any(_has_file(path, subfolder, name) for name in _TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
@@ -148,8 +150,8 @@ def _tokenizer(path: str | Path, subfolder: str, text_model: nn.Module) -> PreTr
         raise ValueError(f"{Path(path) / subfolder} has no tokenizer: save it there with `tokenizer.save_pretrained`.")
     if len(tokenizer) > vocabulary_size:
         raise ValueError(
-            f"The tokenizer of {path} has {len(tokenizer)} tokens, its text tower only {vocabulary_size}: save "
-            "the tokenizer of this text tower there."
+            f"The tokenizer of {path} has {len(tokenizer)} tokens, its text encoder only {vocabulary_size}: save "
+            "the tokenizer of this text encoder there."
         )
     return tokenizer
 

@@ -55,7 +55,7 @@ a message that names the difference, here and in training. Training also rejects
 `python -m train.cache COMMAND --help` explains each command.
 """
 TEACHER_EXAMPLES = """\
-Computes the embedding of every annotated region by CLIP's image tower, for recipes with teacher.source=cached. A
+Computes the embedding of every annotated region by CLIP's image encoder, for recipes with teacher.source=cached. A
 region is cropped to its bounding box, gray outside its mask. Crowds and segments without a pixel have no embedding. An
 embedding of D dimensions takes 2 D bytes: 3.1 GB for COCO (118,000 images, 1.5 million regions, D = 1024).
 

@@ -70,7 +70,7 @@ class BoxSynonyms:
         prompt: Prompt template with `{}` for the name. As published, no article is inserted.
 
     Raises:
-        ValueError: A name is too long for the text tower.
+        ValueError: A name is too long for the text encoder.
     """
 
     kind = SynonymProbabilities.kind
@@ -153,7 +153,7 @@ def _tokenize(prompts: list[str], towers: CLIPTowers) -> dict[str, Tensor]:
         `input_ids` and `attention_mask`, each (P, length).
 
     Raises:
-        ValueError: A prompt has more tokens than the text tower has positions.
+        ValueError: A prompt has more tokens than the text encoder has positions.
     """
     tokens = towers.tokenizer(prompts, padding=True, return_tensors="pt")
     longest = towers.text_model.config.max_position_embeddings
@@ -161,6 +161,6 @@ def _tokenize(prompts: list[str], towers: CLIPTowers) -> dict[str, Tensor]:
     if int(lengths.max()) > longest:
         prompt = prompts[int(lengths.argmax())]
         raise ValueError(
-            f"{prompt!r} has {int(lengths.max())} tokens, the text tower reads {longest}: shorten the name."
+            f"{prompt!r} has {int(lengths.max())} tokens, the text encoder reads {longest}: shorten the name."
         )
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
