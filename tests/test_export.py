@@ -347,7 +347,7 @@ def test_traceable_module_matches_model(make, reduction, is_fixed, within):
     elif reduction == "embedding_mean" or (reduction == "mean" and model.config.classifier == "projection"):
         found = ExportableSegmenter(model)(pixel_values, one_embed_per_class(model, words))
     else:
-        with pytest.raises(ValueError, match="export with `fixed`"):
+        with pytest.raises(ValueError, match="export with `fixed=True`"):
             one_embed_per_class(model, words)
         return
     for key in OUTPUTS:
