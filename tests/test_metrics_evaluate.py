@@ -124,4 +124,4 @@ def test_modules_match_the_metric_classes(example, loaded):
 
 
 def test_modules_reject_several_processes(loaded):
-    assert "give every process its own `SemanticMetric`" in loaded["num_process"]
+    assert "create a `SemanticMetric` of train.metrics in every process" in loaded["num_process"]

@@ -312,7 +312,7 @@ def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_pat
     given = [workplace.recipe, f"dataset={data}", "eval_split=none", "--out", str(tmp_path / "out")]
     assert main(given) == 1
     first, second = capsys.readouterr().err.partition("train: error: ")[2].splitlines()
-    assert first.startswith(f"{shard} is damaged, rows ")
+    assert first.startswith(f"{shard} is damaged, the checksum of rows ")
     assert f"`python -m train.cache teacher {workplace.data} --clip" in first and "writes it again" in first
     assert second == "There is no checkpoint yet: run the same command again to start from the beginning."
 

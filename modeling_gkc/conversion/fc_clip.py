@@ -201,7 +201,7 @@ def _gkc_config(
     for tower, option in ((image_tower, "image"), (text_model, "text")):
         if tower.config.projection_dim != projection_dim:
             raise ValueError(
-                f"The checkpoint was trained on a CLIP of width {projection_dim}, but the {option} tower has "
+                f"The checkpoint was trained on a CLIP of width {projection_dim}, but the {option} encoder has "
                 f"{tower.config.projection_dim}: give the weights of the CLIP model that belongs to it."
             )
     num_queries, hidden_size = weights[f"{predictor}query_feat.weight"].shape
