@@ -25,15 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin
-from transformers.modeling_outputs import BackboneOutput
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextPreTrainedModel, ConvNextStage
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_gkc import CLIPConvNextConfig
 from .mask_decoder import pool_inside_masks
-from .modeling_clip_resnet import GKCModelMixin, channels_last, in_dtype_of
+from .modeling_clip_resnet import CLIPBackboneMixin, CLIPImageEncoderMixin, channels_last, in_dtype_of
 
 
 @dataclass
@@ -120,52 +118,22 @@ class CLIPConvNextEncoder(nn.Module):
         return hidden_states
 
 
-class CLIPConvNextPreTrainedModel(GKCModelMixin, ConvNextPreTrainedModel):
+class CLIPConvNextPreTrainedModel(CLIPImageEncoderMixin, ConvNextPreTrainedModel):
     """Base class of CLIP's ConvNeXt models: weight initialization and loading."""
 
     config_class = CLIPConvNextConfig
     config: CLIPConvNextConfig
     base_model_prefix = "clip_convnext"
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the stem, the first module that is applied to the images."""
-        return self.encoder.stem
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the stem by a module that maps images (B, 3, H, W) to features (B, C, H/4, W/4)."""
-        self.encoder.stem = value
-
-
-class CLIPConvNextBackbone(BackboneMixin, CLIPConvNextPreTrainedModel):
+class CLIPConvNextBackbone(CLIPBackboneMixin, CLIPConvNextPreTrainedModel):
     """CLIP's ConvNeXt without its head, as a backbone with unnormalized feature maps of strides 4, 8, 16 and 32."""
-
-    has_attentions = False
 
     def __init__(self, config: CLIPConvNextConfig):
         super().__init__(config)
         self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
         self.encoder = CLIPConvNextEncoder(config)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
-    ) -> BackboneOutput:
-        """Compute the feature maps named in `config.out_features`.
-
-        Args:
-            pixel_values: (B, 3, H, W) normalized images of at least 32 x 32 pixels.
-            output_hidden_states: Whether to also return the feature maps of the stem and of all stages; default: the
-                value of the configuration.
-            output_attentions: Accepted for compatibility with other backbones and ignored: there is no attention.
-        """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        hidden_states = self.encoder(pixel_values)
-        return BackboneOutput(
-            feature_maps=tuple(hidden_states[index] for index in self.out_indices),
-            hidden_states=hidden_states if output_hidden_states else None,
-        )
 
 
 class CLIPConvNextVisionModel(CLIPConvNextPreTrainedModel):

@@ -176,7 +176,7 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether the backward pass recomputes the activations of this block.
+        """Return whether the backward pass recomputes the activations of this block.
 
         False while BatchNorm updates its statistics: the second forward pass would count the batch twice.
         """
@@ -341,48 +341,22 @@ class GKCModelMixin(CodeRegistrationMixin):
         return {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
 
 
-class CLIPResNetPreTrainedModel(GKCModelMixin, PreTrainedModel):
-    """Base class of CLIP's ResNet models: weight initialization and loading."""
-
-    config_class = CLIPResNetConfig
-    config: CLIPResNetConfig
-    base_model_prefix = "clip_resnet"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem", "CLIPResNetAttentionPooling"]
+class CLIPImageEncoderMixin(GKCModelMixin):
+    """Mixin of CLIP's image encoders, whose module `encoder` begins with a stem of stride 4."""
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the stem, the first module that is applied to the images."""
         return self.encoder.stem
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the stem by a module that maps images (B, 3, H, W) to features (B, width, H/4, W/4)."""
+        """Replace the stem by a module that maps images (B, 3, H, W) to features (B, C, H/4, W/4)."""
         self.encoder.stem = value
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, CLIPResNetAttentionPooling):
-            std = module.q_proj.in_features**-0.5
-            init.normal_(module.position_embedding, std=std)
-            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
-                init.normal_(projection.weight, std=std)
 
-
-class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):
-    """CLIP's ResNet without its attention pooling, as a backbone with feature maps of strides 4, 8, 16 and 32."""
+class CLIPBackboneMixin(BackboneMixin):
+    """Mixin of CLIP's image encoders as backbones, whose module `encoder` returns the feature maps of all stages."""
 
     has_attentions = False
-
-    def __init__(self, config: CLIPResNetConfig):
-        super().__init__(config)
-        self.num_features = config.hidden_sizes
-        self.encoder = CLIPResNetEncoder(config)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -403,6 +377,40 @@ class CLIPResNetBackbone(BackboneMixin, CLIPResNetPreTrainedModel):
             feature_maps=tuple(hidden_states[index] for index in self.out_indices),
             hidden_states=hidden_states if output_hidden_states else None,
         )
+
+
+class CLIPResNetPreTrainedModel(CLIPImageEncoderMixin, PreTrainedModel):
+    """Base class of CLIP's ResNet models: weight initialization and loading."""
+
+    config_class = CLIPResNetConfig
+    config: CLIPResNetConfig
+    base_model_prefix = "clip_resnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["CLIPResNetBottleneck", "CLIPResNetStem", "CLIPResNetAttentionPooling"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, CLIPResNetAttentionPooling):
+            std = module.q_proj.in_features**-0.5
+            init.normal_(module.position_embedding, std=std)
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+                init.normal_(projection.weight, std=std)
+
+
+class CLIPResNetBackbone(CLIPBackboneMixin, CLIPResNetPreTrainedModel):
+    """CLIP's ResNet without its attention pooling, as a backbone with feature maps of strides 4, 8, 16 and 32."""
+
+    def __init__(self, config: CLIPResNetConfig):
+        super().__init__(config)
+        self.num_features = config.hidden_sizes
+        self.encoder = CLIPResNetEncoder(config)
+        self.post_init()
 
 
 class CLIPResNetVisionModel(CLIPResNetPreTrainedModel):
