@@ -21,35 +21,6 @@ import importlib
 
 from transformers import CONFIG_MAPPING
 
-# If another copy of this library, installed or from another folder, is already loaded, transformers prefers its
-# registered classes. All other classes must come from that copy too, because classes of two copies are incompatible.
-_known = CONFIG_MAPPING["gkc"].__module__.rpartition(".")[0] if "gkc" in CONFIG_MAPPING else __package__
-if _known == __package__:
-    from .configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig, GKCConfig
-    from .encoded_vocabulary import EncodedVocabulary
-    from .image_processing_gkc import GKCImageProcessor
-    from .modeling_clip_convnext import CLIPConvNextBackbone, CLIPConvNextVisionModel
-    from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
-    from .modeling_gkc import GKCForOpenVocabSegmentation
-    from .pipeline_gkc import GKCSegmentationPipeline
-    from .predictor import GKCPredictor
-    from .processing_gkc import GKCProcessor
-else:
-    _library = importlib.import_module(f"{_known}.{__name__.rpartition('.')[2]}")
-    CLIPConvNextBackbone = _library.CLIPConvNextBackbone
-    CLIPConvNextConfig = _library.CLIPConvNextConfig
-    CLIPConvNextVisionModel = _library.CLIPConvNextVisionModel
-    CLIPResNetBackbone = _library.CLIPResNetBackbone
-    CLIPResNetConfig = _library.CLIPResNetConfig
-    CLIPResNetVisionModel = _library.CLIPResNetVisionModel
-    EncodedVocabulary = _library.EncodedVocabulary
-    GKCConfig = _library.GKCConfig
-    GKCForOpenVocabSegmentation = _library.GKCForOpenVocabSegmentation
-    GKCImageProcessor = _library.GKCImageProcessor
-    GKCPredictor = _library.GKCPredictor
-    GKCProcessor = _library.GKCProcessor
-    GKCSegmentationPipeline = _library.GKCSegmentationPipeline
-
 __all__ = [
     "CLIPConvNextBackbone",
     "CLIPConvNextConfig",
@@ -65,3 +36,20 @@ __all__ = [
     "GKCProcessor",
     "GKCSegmentationPipeline",
 ]
+
+# If another copy of this library, installed or from another folder, is already loaded, transformers prefers its
+# registered classes. All other classes must come from that copy too, because classes of two copies are incompatible.
+_known = CONFIG_MAPPING["gkc"].__module__.rpartition(".")[0] if "gkc" in CONFIG_MAPPING else __package__
+if _known == __package__:
+    from .configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig, GKCConfig
+    from .encoded_vocabulary import EncodedVocabulary
+    from .image_processing_gkc import GKCImageProcessor
+    from .modeling_clip_convnext import CLIPConvNextBackbone, CLIPConvNextVisionModel
+    from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
+    from .modeling_gkc import GKCForOpenVocabSegmentation
+    from .pipeline_gkc import GKCSegmentationPipeline
+    from .predictor import GKCPredictor
+    from .processing_gkc import GKCProcessor
+else:
+    _library = importlib.import_module(f"{_known}.{__name__.rpartition('.')[2]}")
+    globals().update({_name: getattr(_library, _name) for _name in __all__})

@@ -48,7 +48,11 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .atomic_files import atomic_write
 
 ENTRY_MODULE = "hub_entry"
-LIBRARY_ENTRY = "The classes of the installed library, where `trust_remote_code=True` looks for a checkpoint's code."
+LIBRARY_ENTRY = '''\
+"""Entry module that gives transformers the classes of the installed library for `trust_remote_code=True`."""
+
+from modeling_gkc.hub_entry import *  # noqa: F403
+'''
 CARD_NAME = "README.md"
 CARD = """\
 ---
@@ -171,11 +175,7 @@ def add_library_entry(folder: str | Path) -> None:
     """
     folder = Path(folder)
     _mark_saved(folder, with_pipeline=False)
-    names = sorted(_PUBLISHED)
-    imported = "".join(f"    {name},\n" for name in names)
-    listed = "".join(f'    "{name}",\n' for name in names)
-    text = f'"""{LIBRARY_ENTRY}"""\n\nfrom modeling_gkc import (\n{imported})\n\n__all__ = [\n{listed}]\n'
-    atomic_write(folder / f"{ENTRY_MODULE}.py", text)
+    atomic_write(folder / f"{ENTRY_MODULE}.py", LIBRARY_ENTRY)
 
 
 def write_card(folder: str | Path) -> None:

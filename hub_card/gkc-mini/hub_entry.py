@@ -1,27 +1,3 @@
-"""The classes of the installed library, where `trust_remote_code=True` looks for a checkpoint's code."""
+"""Entry module that gives transformers the classes of the installed library for `trust_remote_code=True`."""
 
-from modeling_gkc import (
-    CLIPConvNextBackbone,
-    CLIPConvNextConfig,
-    CLIPConvNextVisionModel,
-    CLIPResNetBackbone,
-    CLIPResNetConfig,
-    CLIPResNetVisionModel,
-    GKCConfig,
-    GKCForOpenVocabSegmentation,
-    GKCImageProcessor,
-    GKCProcessor,
-)
-
-__all__ = [
-    "CLIPConvNextBackbone",
-    "CLIPConvNextConfig",
-    "CLIPConvNextVisionModel",
-    "CLIPResNetBackbone",
-    "CLIPResNetConfig",
-    "CLIPResNetVisionModel",
-    "GKCConfig",
-    "GKCForOpenVocabSegmentation",
-    "GKCImageProcessor",
-    "GKCProcessor",
-]
+from modeling_gkc.hub_entry import *  # noqa: F403
