@@ -57,7 +57,7 @@ def recording(name: str) -> Recording:
 
 @functools.cache
 def published_keys() -> dict[str, dict[str, Any]]:
-    """For each of the six published configurations its `keys` (name: shape) and settings."""
+    """Return the `keys` (name: shape) and the settings of each of the six published configurations."""
     return json.loads(gzip.decompress((FOLDER / "keys.json.gz").read_bytes()))
 
 

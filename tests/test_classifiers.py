@@ -229,7 +229,7 @@ def test_a_name_close_to_a_source_class_gets_its_probability():
 
 
 def test_a_name_between_source_classes_gets_all_their_probabilities():
-    """For example "animal" between dog, cat and horse, also where the head is uncertain between them."""
+    """The name "animal" gets the probabilities of dog, cat and horse, even if the head cannot decide between them."""
     generator = torch.Generator().manual_seed(0)
     names = text_space(100, 512, 0.8, generator)[::2]
     kind = F.normalize(names[:3].sum(dim=0), dim=0)

@@ -139,7 +139,7 @@ class TestShow:
         assert capsys.readouterr().err.startswith("gkc: warning: A name is shared by several classes: 'seat'")
 
     def test_a_closed_pipe_is_not_an_error(self, monkeypatch):
-        """For example, in `gkc vocab show ade20k_847 | head`."""
+        """The command ends without an error if its reader stops early, as in `gkc vocab show ade20k_847 | head`."""
         reading, writing = os.pipe()
         os.close(reading)
         with os.fdopen(writing, "w") as stream:

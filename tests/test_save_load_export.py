@@ -148,7 +148,7 @@ class TestDevices:
         assert largest_difference(run(model, inputs), run(offloaded, inputs)) == 0
 
     def test_device_map_splits_no_layer(self):
-        """For any memory limit, a module and the tensors it uses directly are on the same device."""
+        """A module and the tensors that it uses directly are on the same device for any memory limit."""
         whole = {"GKCPixelDecoder", "GKCMaskDecoder", "CLIPResNetStem", "CLIPResNetBottleneck", "CLIPEncoderLayer"}
         model, numbers = segmenter(), set()
         size = 4 * model.num_parameters()

@@ -61,7 +61,7 @@ def test_labels_are_those_of_mask2former(size, settings):
 
 
 def test_padding_is_no_part_of_a_mask():
-    """In transformers, padding is labeled `ignore_index`, which its losses read as a mask."""
+    """Padding is left out of the masks; transformers labels it `ignore_index`, which its losses read as a mask."""
     images, maps = [picture(), picture(40, 70)], [blocks(), blocks(40, 70)]
     theirs, ours = both(images, maps, do_resize=False, ignore_index=255)
     masks = ours["mask_labels"]

@@ -352,7 +352,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, undisturbed):
 
 
 def test_weights_and_optimizer_of_a_run_of_an_earlier_version_are_taken_over(tmp_path, undisturbed):
-    """Its weights have other names, and its optimizer knows parameters by their position."""
+    """Earlier versions stored weights under other names, and the optimizer identifies parameters by their position."""
     shutil.copytree(undisturbed / "checkpoint-3", tmp_path / "checkpoint-3")
     weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     scalars = ("no_object_embedding", "logit_scale")

@@ -51,7 +51,7 @@ class SynonymLoss(TrainingLoss):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether names are drawn by the teacher's embedding of the region."""
+        """Return whether names are drawn with probabilities from the teacher's embedding of the region."""
         return self.settings.mode == "sample" and self.settings.probabilities == "teacher"
 
     setting_without_clip = "synonyms.probabilities=uniform"

@@ -150,7 +150,7 @@ class BoundaryScore(Score):
         return cls(BoundaryMetric(len(vocabulary)))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """Add one image."""
+        """Accumulate the prediction and the ground truth of one image."""
         self.metric.update(prediction.classes, sample.truth)
 
 

@@ -113,7 +113,7 @@ class VideoConsistencyScore(VideoScore):
 
     @classmethod
     def from_vocabulary(cls, vocabulary: Vocabulary) -> Self:
-        """See `Score`."""
+        """Create an empty score; the classes are read from the label maps of the frames."""
         return cls(VideoConsistencyMetric())
 
     def frame(self, sample: Sample, prediction: Prediction) -> tuple:

@@ -65,7 +65,7 @@ class InstanceMetric(Metric):
         truth_ids: np.ndarray,
         truth_segments: Segments,
     ) -> None:
-        """Add one image.
+        """Accumulate the prediction and the ground truth of one image.
 
         Args:
             image_id: Unique id of the image.
@@ -272,7 +272,7 @@ class InstanceScore(Score):
         return cls(InstanceMetric(len(vocabulary), vocabulary.is_thing))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """Add one image."""
+        """Accumulate the prediction and the ground truth of one image."""
         self.metric.update(sample.image_id, prediction.instances, sample.ids, sample.segments)
 
 

@@ -239,7 +239,7 @@ class PanopticMetric(QualityCounts):
         super().__init__(is_thing, 1)
 
     def update(self, ids: np.ndarray, segments: Segments, truth_ids: np.ndarray, truth_segments: Segments) -> None:
-        """Add one image.
+        """Accumulate the prediction and the ground truth of one image.
 
         Args:
             ids: Predicted segment id of each pixel (H, W), 0 for void.
@@ -281,7 +281,7 @@ class PanopticScore(Score):
         return cls(PanopticMetric(vocabulary.is_thing))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """Add one image."""
+        """Accumulate the prediction and the ground truth of one image."""
         self.metric.update(prediction.ids, prediction.segments, sample.ids, sample.segments)
 
 

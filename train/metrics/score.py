@@ -136,7 +136,7 @@ class Score:
         raise NotImplementedError
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """Add one image."""
+        """Accumulate the prediction and the ground truth of one image."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -196,7 +196,7 @@ class VideoScore(Score):
         raise NotImplementedError
 
     def update_video(self, frames: list[tuple]) -> None:
-        """Add one video."""
+        """Accumulate the frames of one video."""
         raise NotImplementedError
 
 

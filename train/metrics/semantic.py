@@ -143,7 +143,7 @@ class SemanticScore(Score):
         return cls(SemanticMetric(len(vocabulary)))
 
     def update(self, sample: Sample, prediction: Prediction) -> None:
-        """Add one image."""
+        """Accumulate the prediction and the ground truth of one image."""
         self.metric.update(prediction.classes, sample.truth)
 
     @classmethod

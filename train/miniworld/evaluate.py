@@ -44,7 +44,7 @@ class ProtocolScore:
         self.regions = torch.zeros(2, len(protocol.prompts), dtype=torch.int64)  # correct regions, all regions
 
     def update(self, image: _Image, class_scores: Tensor, best_queries: Tensor) -> None:
-        """Add one image.
+        """Accumulate the prediction and the ground truth of one image.
 
         Args:
             image: Predictions and ground truth of the image.

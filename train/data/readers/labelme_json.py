@@ -1,4 +1,4 @@
-"""labelme JSON files, one per image.
+"""JSON files of labelme, one per image.
 
     DIR/a.jpg           DIR/a.json           or in sub-folders; folders named train, val and test are the splits
 
