@@ -105,6 +105,14 @@ def add_parser(
     )
 
 
+def positive(text: str) -> int:
+    """Parse an integer of at least 1, as the type of a command-line argument."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
 def add_templates_option(parser: argparse.ArgumentParser) -> None:
     """Add the option --templates, whose value `resolve_templates` reads."""
     sets = ", ".join(PROMPT_TEMPLATES)
@@ -198,6 +206,7 @@ __all__ = [
     "interruptible",
     "load_checkpoint",
     "pick_device",
+    "positive",
     "user_errors",
     "warnings_as_lines",
     "without_progress_bars",

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from ..export.formats import DEFAULT_OPSET, FORMATS
 from .checks import check_new_output, check_segment
-from .common import WORDS_HELP, add_model_options, add_parser, add_templates_option
+from .common import WORDS_HELP, add_model_options, add_parser, add_templates_option, positive
 
 TASKS = ("semantic", "instance", "panoptic")
 TEXT_FOLDER = "text"
@@ -202,7 +202,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     add("--out", metavar="DIR", default="gkc-out", help="output folder (default: %(default)s)")
     threshold_help = "lowest score, 0 to 1, of an instance or panoptic segment (default: 0.5)"
     add("--threshold", type=_fraction, metavar="SCORE", help=threshold_help)
-    add("--threads", type=_count, metavar="N", help="number of CPU threads (default: number of cores)")
+    add("--threads", type=positive, metavar="N", help="number of CPU threads (default: number of cores)")
     add_model_options(segment)
 
 
@@ -211,14 +211,6 @@ def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    """Parse an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
 
 

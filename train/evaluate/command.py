@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling_gkc.cli.common import UserError, interruptible
+from modeling_gkc.cli.common import UserError, interruptible, positive
 from modeling_gkc.label_text import error_line
 
 from ..data.benchmarks import all_benchmarks, protocol_of
@@ -87,16 +87,16 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--trained-on", metavar="VOCABULARY", help="training vocabulary; also report scores of seen and unseen classes"
     )
-    add("--limit", type=_positive, metavar="N", help="evaluate only the first N images (default: all)")
-    add("--batch-size", type=_positive, default=1, metavar="N", help="images per forward pass (default: %(default)s)")
+    add("--limit", type=positive, metavar="N", help="evaluate only the first N images (default: all)")
+    add("--batch-size", type=positive, default=1, metavar="N", help="images per forward pass (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="data type of the computation (default: %(default)s)")
     add("--compile", action="store_true", help="use torch.compile, which pays off if images have few sizes")
     short = "shorter side of the resized image in pixels (default: from the protocol)"
-    add("--short-side", type=_positive, metavar="PIXELS", help=short)
+    add("--short-side", type=positive, metavar="PIXELS", help=short)
     long = "maximum longer side in pixels (default: from the protocol)"
-    add("--long-side", type=_positive, metavar="PIXELS", help=long)
+    add("--long-side", type=positive, metavar="PIXELS", help=long)
     chunk = "images between two saves of the partial results (default: %(default)s)"
-    add("--images-per-chunk", type=_positive, default=IMAGES_PER_CHUNK, metavar="N", help=chunk)
+    add("--images-per-chunk", type=positive, default=IMAGES_PER_CHUNK, metavar="N", help=chunk)
     predictions = "also write all predictions to this folder, with the class ids of the benchmark's annotations"
     add("--write-predictions", type=Path, metavar="DIR", help=predictions)
     add(
@@ -107,12 +107,6 @@ def parser() -> argparse.ArgumentParser:
     add("--profile", action="store_true", help="also count the floating-point operations of one image")
     add("--cpu", action="store_true", help="run on the CPU even if an accelerator is available")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
 
 
 @interruptible("train.evaluate", "Run the same command again to resume.")
@@ -134,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_options(options)
 
-        from .processes import processes
+        from ..storage.processes import processes
         from .run import run
         from .session import load_session
 

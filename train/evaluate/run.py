@@ -1,6 +1,5 @@
 """Run an evaluation: distribute the chunks over processes, merge them and write the result file."""
 
-import hashlib
 import json
 import os
 import platform
@@ -20,12 +19,13 @@ from modeling_gkc.vocabulary import Vocabulary
 from ..data.benchmarks import benchmark_named
 from ..data.prepared import VOCABULARY_NAME
 from ..data.schema import without_decoding
+from ..storage.checksums import file_sha256
 from ..storage.fingerprints import settings_fingerprint
+from ..storage.processes import from_main
 from .chunks import ChunkFolder, plan_chunks
 from .groups import class_facts, class_groups, group_scores
 from .loop import Evaluation, total_seconds
 from .predictions import PredictionWriter
-from .processes import from_main
 from .profiling import profile
 from .result import SCHEMA_NAME, per_cent, read_result, write_result
 from .session import Session, video_ids
@@ -188,7 +188,7 @@ def _describe_inputs(session: Session) -> dict[str, Any]:
         "data": {
             "folder": str(request.data),
             "fingerprint": settings_fingerprint(session.settings["data"]),
-            "vocabulary_sha256": hashlib.sha256((request.data / VOCABULARY_NAME).read_bytes()).hexdigest(),
+            "vocabulary_sha256": file_sha256(request.data / VOCABULARY_NAME),
         },
     }
 

@@ -19,8 +19,8 @@ from ..data.load import load_judged
 from ..data.prepared import Prepared
 from ..metrics.score import Score, make_scores, scores_of_task
 from ..storage.fingerprints import model_fingerprint, settings_fingerprint
+from ..storage.processes import from_main
 from .adapters import CLIPSegSegmenter, LabeledSegmenter, model_type
-from .processes import from_main
 from .segmenter import GKCSegmenter, Segmenter, View, tta_views
 from .vocabulary import BenchmarkVocabulary
 

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_folder, remove_leftovers
-from modeling_gkc.cli.common import interruptible
+from modeling_gkc.cli.common import add_parser, interruptible, positive
 from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..storage.locks import lock_output
+from ..storage.processes import from_main, processes
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 CACHES = "gkc_cache"
 DATA_FINGERPRINT = "data.json"
 DTYPES = ("float32", "bfloat16", "float16")
-_BARRIER_TIMEOUT = timedelta(days=2)  # for which a process that has finished waits for the others
 
 DESCRIPTION = "Precompute CLIP's outputs and caption nouns of a dataset, so that training need not compute them."
 EXAMPLES = """\
@@ -144,7 +143,7 @@ def write_cache(
     from ..storage.shards import StoreSettings, StoreWriter
     from .region_rows import embed_images, read_regions
 
-    state = _processes()
+    state = processes()
     settings = StoreSettings(
         kind=source.kind,
         fingerprint=fingerprint,
@@ -158,7 +157,7 @@ def write_cache(
     state.wait_for_everyone()
     if state.is_main_process:
         writer.begin()
-    (pending,) = _from_main(state, lambda: writer.pending())
+    pending = from_main(state, lambda: writer.pending())
     own = pending[state.process_index :: state.num_processes]
     positions = [position for shard in own for position in writer.settings.images_of(shard)]
     listed = _count_segments(dataset)[positions].tolist()
@@ -173,21 +172,6 @@ def write_cache(
     if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
-
-
-def _processes() -> PartialState:
-    """Return the state of the processes of an `accelerate launch`, or of the only process."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_BARRIER_TIMEOUT)
-
-
-def _from_main(state: PartialState, make: Callable[[], Any]) -> list[Any]:
-    """Call a function in the main process and return its result, in a list, in all processes."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([make() if state.is_main_process else None])
 
 
 def _bar(total: int, state: PartialState, progress: bool) -> tqdm:
@@ -285,18 +269,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="find nouns with this WordNet (default: nltk's tagger if its data is installed, or else WordNet)",
     )
-    add("--num-proc", type=_positive, default=1, metavar="N", help="number of processes (default: %(default)s)")
+    add("--num-proc", type=positive, default=1, metavar="N", help="number of processes (default: %(default)s)")
     return parser
 
 
 def _add_command(commands: Any, name: str, summary: str, examples: str, run: Callable) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_parser(commands, name, summary, f"{summary[0].upper()}{summary[1:]}.", examples)
     parser.set_defaults(run=run)
     parser.add_argument("dataset", metavar="DATASET", help="folder that `save_to_disk` wrote, or a name on the Hub")
     return parser
@@ -309,7 +287,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="folder of the cache (default: DATASET/gkc_cache/SPLIT/COMMAND)")
     add(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=256,
         metavar="N",
         help="number of crops in a forward pass (default: %(default)s)",
@@ -320,13 +298,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     broken = "number of unreadable images to skip before the command stops (default: %(default)s)"
     add("--max-broken-samples", type=int, default=100, metavar="N", help=broken)
     shard = "number of images in a shard, which a killed process repeats at most (default: %(default)s)"
-    add("--images-per-shard", type=_positive, default=500, metavar="N", help=shard)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
+    add("--images-per-shard", type=positive, default=500, metavar="N", help=shard)
 
 
 def _teacher(options: argparse.Namespace, command: str) -> None:
@@ -358,7 +330,7 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
 
     from ..data.load import load_split
 
-    state = _processes()
+    state = processes()
     dataset = load_split(options.dataset, options.split)
     folder = options.out
     if folder is None:
@@ -368,7 +340,7 @@ def _write(source: RegionSource, models: list[nn.Module], options: argparse.Name
     _check_distinct_ids(dataset)
     remember = fingerprint_file(options.dataset, options.split)
     # Computed before the models change their precision, because training compares the weights as they are loaded.
-    (fingerprint,) = _from_main(state, lambda: source.fingerprint(dataset, remember))
+    fingerprint = from_main(state, lambda: source.fingerprint(dataset, remember))
     for model in models:
         model.to(device=state.device, dtype=getattr(torch, options.dtype))
     with lock_output(folder) if state.is_main_process else nullcontext():
@@ -408,7 +380,7 @@ def _nouns(options: argparse.Namespace, command: str) -> None:
     out = options.out or source.with_name(f"{source.name}-nouns")
     if out.exists():
         raise ValueError(f"--out: {out} exists already; name a new folder.")
-    if not _processes().is_main_process:
+    if not processes().is_main_process:
         return
     from ..data.load import load_splits, write_dataset_checksums
     from ..data.prepared import VOCABULARY_NAME
@@ -439,7 +411,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
