@@ -76,11 +76,10 @@ class Recipe:
     @classmethod
     def field_names(cls) -> list[str]:
         """Return all names `section.field`, in the order of the sections."""
-        default = cls()
         return [
             f"{section.name}.{each.name}"
             for section in dataclasses.fields(cls)
-            for each in dataclasses.fields(getattr(default, section.name))
+            for each in dataclasses.fields(section.default_factory)
         ]
 
     @classmethod
@@ -159,9 +158,9 @@ class Recipe:
                 changes[name] = value
             else:
                 changes |= {f"{name}.{each}": part for each, part in value.items()}
-        tuples = {full for full in cls.field_names() if isinstance(cls().get(full), tuple)}
-        return cls().replace(
-            {name: tuple(value) if cls.full_name(name) in tuples else value for name, value in changes.items()}
+        default = cls()
+        return default.replace(
+            {name: tuple(value) if isinstance(default.get(name), tuple) else value for name, value in changes.items()}
         )
 
     def model_settings(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def learnable_ids(row: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: If the segments of the row do not list every id exactly once.
     """
-    _check_ids(row, ids)
+    _check_ids(row, ids_within(ids))
     left_out = _left_out_ids(row)
     return np.where(np.isin(ids, left_out), np.int32(VOID), ids) if left_out else ids
 
@@ -157,19 +157,19 @@ def semantic_map(row: Mapping[str, Any], ids: np.ndarray, ignore: int = NO_CLASS
     Raises:
         ValueError: If the segments of the row do not list every id exactly once.
     """
-    _check_ids(row, ids)
-    classes = {segment["id"]: segment["category_id"] for segment in row["segments"]}
     present = ids_within(ids)
+    _check_ids(row, present)
+    classes = {segment["id"]: segment["category_id"] for segment in row["segments"]}
     values = [classes.get(number, NO_CLASS) for number in present.tolist()]
     values = np.array([ignore if value == NO_CLASS else value for value in values], dtype=np.int32)
     return values[np.searchsorted(present, ids)]
 
 
-def _check_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
-    """Raise if the segments of a row do not list every id of its segmentation exactly once."""
+def _check_ids(row: Mapping[str, Any], present: np.ndarray) -> None:
+    """Raise if the segments of a row do not list every id `present` in its segmentation exactly once."""
     if problems := segment_problems(row["segments"]):
         raise ValueError(f"Sample {row['image_id']!r}: {'; '.join(problems)}.")
-    undescribed = _undescribed_ids(row, ids)
+    undescribed = _undescribed_ids(row, present)
     if undescribed:
         raise ValueError(
             f"Sample {row['image_id']!r}: ids {undescribed} of the segmentation are not in its segments "
@@ -177,8 +177,8 @@ def _check_ids(row: Mapping[str, Any], ids: np.ndarray) -> None:
         )
 
 
-def _undescribed_ids(row: Mapping[str, Any], ids: np.ndarray) -> list[int]:
-    return sorted(set(ids_within(ids).tolist()) - {VOID, *(segment["id"] for segment in row["segments"])})
+def _undescribed_ids(row: Mapping[str, Any], present: np.ndarray) -> list[int]:
+    return sorted(set(present.tolist()) - {VOID, *(segment["id"] for segment in row["segments"])})
 
 
 def _left_out_ids(row: Mapping[str, Any]) -> list[int]:
@@ -281,7 +281,7 @@ def _picture_problem(row: Mapping[str, Any]) -> str | None:
     except ValueError as error:
         reason = str(error).removeprefix(f"Sample {row['image_id']!r}: ")
         return f"{sample}: {reason}"
-    if undescribed := _undescribed_ids(row, ids):
+    if undescribed := _undescribed_ids(row, ids_within(ids)):
         described = [segment["id"] for segment in row["segments"]]
         return f"{sample}: ids {undescribed} of the segmentation are not in its segments {described}"
     return None
