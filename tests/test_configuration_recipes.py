@@ -179,7 +179,7 @@ def test_sections_validate_themselves():
 def test_recipes_and_training_know_the_same_choices():
     assert sections.RELATIONS == distillation.RELATIONS
     assert sections.DISTILLATION_EMBEDDINGS == distillation.DISTILLATION_EMBEDDINGS
-    assert ("none", *synonyms.SYNONYM_MODES) == sections.SYNONYM_MODES
+    assert ("none", *synonyms.CLUSTER_REDUCTIONS, "sample") == sections.SYNONYM_MODES
 
 
 def test_unknown_recipes_and_fields_are_rejected():

@@ -7,7 +7,7 @@ the split is loaded. A folder without the file is not checked.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
@@ -34,6 +34,10 @@ def write_dataset_checksums(folder: Path, remedy: str) -> None:
     write_checksummed_json(folder / CHECKSUMS_NAME, {"files": describe_files(folder, paths), "remedy": remedy})
 
 
+def _read_checksums(folder: Path) -> dict[str, Any]:
+    return read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or create the dataset again.")
+
+
 def load_saved(folder: str | Path, split: str | None = None) -> Dataset | DatasetDict:
     """Load a dataset that `save_to_disk` wrote, after comparing its files with their checksums, if present.
 
@@ -48,7 +52,7 @@ def load_saved(folder: str | Path, split: str | None = None) -> Dataset | Datase
 
     folder = Path(folder)
     if (folder / CHECKSUMS_NAME).exists():
-        own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or create the dataset again.")
+        own = _read_checksums(folder)
         others = [
             name for name in own["files"] if "/" in name and split is not None and not name.startswith(f"{split}/")
         ]
@@ -109,7 +113,7 @@ def load_judged(folder: str | Path, split: str) -> Prepared:
     if is_prepared(folder) or not (folder / CHECKSUMS_NAME).is_file():
         return load_prepared(folder, split)
     dataset = load_split(folder, split)
-    own = read_checksummed_json(folder / CHECKSUMS_NAME, _SHAPE, "delete it, or create the dataset again.")
+    own = _read_checksums(folder)
     files = [file for name, file in sorted(own["files"].items()) if name.startswith(f"{split}/")]
     info = {"shards": [{"sha256": settings_fingerprint(file)} for file in files], "expected": None}
     return Prepared(dataset, Vocabulary.from_file(folder / VOCABULARY_NAME), "folder", info)

@@ -40,7 +40,7 @@ from .prepared import (
     vocabulary_json,
     write_manifest,
 )
-from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, plan_shards, write_shards
+from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, plan_shards, report_path, write_shards
 from .sources import Picture
 
 IMAGES_PER_SHARD = 500
@@ -188,7 +188,7 @@ def _prepare_split(
     reports = _write(Work(benchmark, split, pictures, len(vocabulary), out, plans), settings)
     record = _record(benchmark, split, len(pictures), reports, vocabulary, settings) | {"digest": digest}
     manifest["splits"][split] = record
-    _settle(out, split, reports, record["complete"])
+    _settle(out, reports, record["complete"])
     write_manifest(out, manifest)
 
 
@@ -287,10 +287,10 @@ def _compare_counts(benchmark: Benchmark, split: str, found: int, settings: Sett
     return abs(expected - found), [f"{note} Add --any-count to accept a different number."]
 
 
-def _settle(out: Path, split: str, reports: Sequence[ShardReport], complete: bool) -> None:
+def _settle(out: Path, reports: Sequence[ShardReport], complete: bool) -> None:
     """Delete the resume notes of a finished split, or the faulty shards of an unfinished one."""
     for report in reports:
-        note = out / PROGRESS_FOLDER / f"{report.file}.json"
+        note = report_path(out, report.file)
         if complete or report.problems:
             note.unlink(missing_ok=True)
         if not complete and report.problems:

@@ -118,7 +118,7 @@ def plan_shards(split: str, images: int, per_shard: int) -> list[ShardPlan]:
 def finished_report(out: Path, plan: ShardPlan) -> ShardReport | None:
     """Return the report of a shard that an earlier run finished without problems, or None if either is invalid."""
     try:
-        found = ShardReport(**read_checksummed_json(_report_path(out, plan.file), _REPORT, ""))
+        found = ShardReport(**read_checksummed_json(report_path(out, plan.file), _REPORT, ""))
     except DamagedFileError:
         return None
     if found.problems or is_damaged(out / plan.file, found.sha256):
@@ -130,7 +130,8 @@ def finished_report(out: Path, plan: ShardPlan) -> ShardReport | None:
     return found
 
 
-def _report_path(out: Path, file: str) -> Path:
+def report_path(out: Path, file: str) -> Path:
+    """Return the file of the report of a shard, which exists until its split is finished."""
     return out / PROGRESS_FOLDER / f"{file}.json"
 
 
@@ -221,7 +222,7 @@ def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> Sha
             while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
         report.sha256 = file_sha256(temporary)
-        write_checksummed_json(_report_path(work.out, plan.file), vars(report), sync=True)
+        write_checksummed_json(report_path(work.out, plan.file), vars(report), sync=True)
     return report
 
 

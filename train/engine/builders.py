@@ -23,7 +23,7 @@ from modeling_gkc.vocabulary import Vocabulary
 from ..data.load import load_split
 from ..data.prepared import VOCABULARY_NAME, is_prepared
 from ..data.splits import split_categories
-from ..losses.registry import make_losses
+from ..losses.registry import make_losses, settings_without_teacher
 from ..teacher.caches import DATASET_VOCABULARY, RegionCaches
 from ..teacher.clip_towers import CLIPTowers, load_clip_towers
 from ..teacher.region_teacher import OnlineTeacher, RegionTeacher, TeacherCache
@@ -124,11 +124,8 @@ def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCPr
     path = recipe.model.init_from
     if not Path(path).exists() and (_ROOT / path / "config.json").is_file():
         path = str(_ROOT / path)  # the shipped checkpoint, which recipes name from the root of the clone
-    if path.startswith((".", "/")) or path.count("/") != 1:
-        is_checkpoint = (Path(path) / "config.json").is_file()
-    else:
-        is_checkpoint = not Path(path).exists() or (Path(path) / "config.json").is_file()
-    if not is_checkpoint:
+    may_be_repository = path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).exists()
+    if not may_be_repository and not (Path(path) / "config.json").is_file():
         raise ValueError(f"`model.init_from`: {path} is not a GKC checkpoint; name a folder with a config.json.")
     try:
         model, processor = load_checkpoint_parts(path, **recipe.loss_settings())
@@ -238,8 +235,8 @@ def load_sources(recipe: Recipe, caches: RegionCaches) -> dict[str, Any]:
     """
     losses = make_losses(recipe)
     sources = {}
-    if needing := [loss.setting_without_clip for loss in losses if loss.needs_teacher]:
-        teacher = RegionTeacher(caches.require_towers(" and ".join(needing)).vision_model)
+    if without_teacher := settings_without_teacher(losses):
+        teacher = RegionTeacher(caches.require_towers(without_teacher).vision_model)
         if recipe.teacher.source == "online":
             sources["online_teacher"] = OnlineTeacher(teacher)
         else:

@@ -80,11 +80,11 @@ def check_folder(output_dir: str | Path, recipe: Recipe, resume: bool) -> Path |
             f"{folder} contains {found[-1].name if found else 'the model'} of an earlier run: continue it with "
             "--resume, name another folder with --out, or delete it."
         )
-    complete = [path for path in found if is_complete(path)]
-    if complete:
-        verify_checkpoint(complete[-1])
-        _check_same_recipe(complete[-1], recipe)
-        return complete[-1]
+    complete = next((path for path in reversed(found) if is_complete(path)), None)
+    if complete is not None:
+        verify_checkpoint(complete)
+        _check_same_recipe(complete, recipe)
+        return complete
     _check_other_files(folder)
     if resume:
         print_rank0(f"There is no complete checkpoint in {folder}: training starts from the beginning.")

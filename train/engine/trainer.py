@@ -40,7 +40,7 @@ from ..losses.base import (
 )
 from ..losses.criterion import TrainingCriterion
 from ..losses.region_sampling import StepRegions
-from ..losses.registry import loss_classes, make_losses
+from ..losses.registry import loss_classes, make_losses, settings_without_teacher
 from ..teacher.region_teacher import TeacherEmbeddings
 from ..teacher.text_bank import TextBank
 from .checkpoints import crash_safe_checkpoint, is_complete, last_complete_checkpoint, verify_checkpoint
@@ -221,11 +221,10 @@ class GKCTrainer(Trainer):
         losses |= (collective := self.criterion.collective(outputs, inputs, regions, matches, divisors))
         self._stop_together(_not_finite(collective), inputs["image_ids"], everywhere=True)
         if model.training:
-            self._latest = _log_values(losses, outputs, regions, matches)
+            values = _log_values(losses, outputs, regions, matches)
             for each in self.losses:
-                self._latest |= {
-                    name: value.detach().reshape(()) for name, value in each.log_values(outputs, regions).items()
-                }
+                values |= each.log_values(outputs, regions)
+            self._latest = {name: value.detach().reshape(()) for name, value in values.items()}
             self._averages.add(self._latest)
         loss = self.criterion.total(losses)
         return (loss, outputs) if return_outputs else loss
@@ -385,7 +384,7 @@ class GKCTrainer(Trainer):
 def _log_values(
     losses: dict[str, Tensor], outputs: TrainingOutput, regions: Regions, matches: list
 ) -> dict[str, Tensor]:
-    """Return scalars of a micro-batch to log: each loss at the last stage, and its mean over the earlier stages."""
+    """Return values to log, of one element each: each loss at the last stage, and its mean over the earlier stages."""
     counts = {
         "regions": sum(regions.counts),
         "matched_regions": sum(len(queries) for queries, _ in matches[-1]),
@@ -396,7 +395,7 @@ def _log_values(
         values[name] = stages[-1]
         if len(stages) > 1:
             values[f"{name}_auxiliary"] = stages[:-1].mean()
-    return {name: value.detach().reshape(()) for name, value in values.items()}
+    return values
 
 
 def _not_finite(losses: dict[str, Tensor]) -> str | None:
@@ -444,13 +443,13 @@ def _check_sources(
     known = {name for each in loss_classes() for name in each.sources}
     if unknown := sorted(loss_sources.keys() - known):
         raise TypeError(f"GKCTrainer has no argument {', '.join(unknown)}; losses take {', '.join(sorted(known))}.")
-    needing = [loss.setting_without_clip for loss in losses if loss.needs_teacher]
-    if needing and teacher is None:
+    without_teacher = settings_without_teacher(losses)
+    if without_teacher and teacher is None:
         online = recipe.teacher.source == "online"
         name = "online_teacher" if online else "teacher_embeddings"
         source = "OnlineTeacher(...)" if online else "RegionTeacher(...).embed_dataset(...)"
         raise ValueError(
-            f"The recipe needs `{name}`: pass {source}, or set {' and '.join(needing)}, which needs no teacher."
+            f"The recipe needs `{name}`: pass {source}, or set {without_teacher}, which needs no teacher."
         )
 
 

@@ -165,6 +165,13 @@ class LossContext:
         return embeds
 
 
+def all_gather(tensor: Tensor) -> list[Tensor]:
+    """Gather tensors of the same shape from all processes."""
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor)
+    return parts
+
+
 class TrainingLoss(ABC):
     """Base of all losses that use the matches of the classification and mask losses.
 

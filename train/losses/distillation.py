@@ -19,7 +19,7 @@ from modeling_gkc.modeling_gkc import (
     GKCStageOutput,
 )
 
-from .base import Batch, Regions, StepDivisors, TrainingLoss, TrainingOutput
+from .base import Batch, Regions, StepDivisors, TrainingLoss, TrainingOutput, all_gather
 
 
 class DistillationLoss(TrainingLoss):
@@ -126,9 +126,7 @@ def _lowest_over_processes(values: Tensor, count: int) -> Tensor:
         return lowest
     # NCCL supports only tensors on a GPU.
     sent = lowest.to("cuda") if torch.distributed.get_backend() == "nccl" else lowest
-    received = [torch.empty_like(sent) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(received, sent)
-    return torch.cat(received).cpu().sort().values[:count]
+    return torch.cat(all_gather(sent)).cpu().sort().values[:count]
 
 
 def text_guided_distillation_loss(

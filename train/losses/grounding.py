@@ -18,7 +18,7 @@ from modeling_gkc.loss_gkc import Matches
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation, GKCForOpenVocabSegmentationOutput
 
 from ..teacher.noun_bank import NounBank, distinct_nouns, draw_nouns
-from .base import Batch, LossContext, Regions, StepDivisors, TrainingLoss, TrainingOutput
+from .base import Batch, LossContext, Regions, StepDivisors, TrainingLoss, TrainingOutput, all_gather
 
 INITIAL_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # as in CLIP
 
@@ -178,24 +178,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
-        shapes = torch.stack(_all_gather(torch.tensor(tensor.shape, device=tensor.device))).tolist()
+        shapes = torch.stack(all_gather(torch.tensor(tensor.shape, device=tensor.device))).tolist()
         rank, longest = torch.distributed.get_rank(), [max(lengths) for lengths in zip(*shapes, strict=True)]
         counts = [shape[0] for shape in shapes]
         ctx.shape, ctx.start, ctx.processes = tensor.shape, sum(counts[:rank]), len(counts)
         # Gloo does not support bool.
         sent = tensor.new_zeros(longest, dtype=torch.uint8 if tensor.dtype == torch.bool else None)
         sent[tuple(map(slice, tensor.shape))] = tensor
-        received = _all_gather(sent)
+        received = all_gather(sent)
         return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)]).to(tensor.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         own = gradient[ctx.start : ctx.start + ctx.shape[0]]
         return ctx.processes * own[tuple(map(slice, ctx.shape))]
-
-
-def _all_gather(tensor: Tensor) -> list[Tensor]:
-    """Gather tensors of the same shape from all processes."""
-    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, tensor)
-    return parts

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import sys
+from collections.abc import Sequence
 
 from configuration import Recipe
 
@@ -22,6 +23,11 @@ def loss_classes() -> list[type[TrainingLoss]]:
         if isinstance(each, type) and issubclass(each, TrainingLoss) and each.__module__ == module.__name__
     ]
     return sorted((each for each in found if each is not TrainingLoss), key=lambda each: each.name)
+
+
+def settings_without_teacher(losses: Sequence[TrainingLoss]) -> str:
+    """Return the recipe fields by which a run with these losses needs no teacher, empty if it needs none."""
+    return " and ".join(loss.setting_without_clip for loss in losses if loss.needs_teacher)
 
 
 def make_losses(recipe: Recipe) -> list[TrainingLoss]:

@@ -26,7 +26,6 @@ from ..teacher.synonym_probabilities import BoxSynonyms, synonym_probabilities, 
 from .base import Batch, LossContext, Regions, StepDivisors, TrainingLoss, TrainingOutput
 
 CLUSTER_REDUCTIONS = {"average": "mean", "max": "max"}
-SYNONYM_MODES = (*CLUSTER_REDUCTIONS, "sample")
 
 
 class SynonymLoss(TrainingLoss):

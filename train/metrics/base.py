@@ -153,6 +153,27 @@ def check_num_classes(num_classes: int) -> int:
     return int(num_classes)
 
 
+def check_is_thing(is_thing: Sequence[bool]) -> list[bool]:
+    """Check and return which classes are things; there must be at least one class."""
+    if not len(is_thing):
+        raise ValueError("`is_thing` must have at least one class.")
+    return [bool(thing) for thing in is_thing]
+
+
+def class_ious(right: Sequence[int], true: Sequence[int], predicted: Sequence[int], absent: str) -> list[float | None]:
+    """Return the IoU of each class, None for classes that `absent` leaves out.
+
+    Args:
+        right: Number of pixels of each class that are predicted as that class.
+        true: Number of pixels of each class in the ground truth.
+        predicted: Number of pixels of each class in the prediction.
+        absent: Treatment of classes without ground truth, see `check_absent`.
+    """
+    unions = [a + b - c for a, b, c in zip(true, predicted, right, strict=True)]
+    scored = true if absent == "left_out" else unions
+    return [ratio(a, b) if chosen else None for a, b, chosen in zip(right, unions, scored, strict=True)]
+
+
 def check_windows(windows: Sequence[int]) -> list[int]:
     """Check and return window lengths in frames, which must be different and at least 1."""
     frames = [int(window) for window in windows]

@@ -27,8 +27,8 @@ from .base import (
     check_num_classes,
     check_truth,
     chosen_classes,
+    class_ious,
     mean,
-    ratio,
 )
 from .score import Prediction, ReportedScore, Sample, Score
 
@@ -131,9 +131,7 @@ class BoundaryMetric(Metric):
         """
         check_absent(absent)
         both, true, found = self.counts.tolist()
-        unions = [a + b - c for a, b, c in zip(true, found, both, strict=True)]
-        scored = true if absent == "left_out" else unions
-        iou = [ratio(both[k], unions[k]) if scored[k] else None for k in range(self.num_classes)]
+        iou = class_ious(both, true, found, absent)
         return {"boundary_iou": mean(iou[k] for k in chosen_classes(classes, self.num_classes)), "iou": iou}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from modeling_gkc.vocabulary import Vocabulary
 
-from .base import Metric, add_fixed, as_fixed, chosen_classes, exact_sum, exact_values, mean
+from .base import Metric, add_fixed, as_fixed, check_is_thing, chosen_classes, exact_sum, exact_values, mean
 from .score import Prediction, ReportedScore, Sample, Score
 
 VOID = 0
@@ -181,9 +181,7 @@ class QualityCounts(Metric):
     exact_sums = ("iou_sums",)
 
     def __init__(self, is_thing: Sequence[bool], num_qualities: int):
-        if not len(is_thing):
-            raise ValueError("`is_thing` must have at least one class.")
-        self.is_thing = [bool(thing) for thing in is_thing]
+        self.is_thing = check_is_thing(is_thing)
         self.counts = np.zeros((num_qualities, 3, len(self.is_thing)), dtype=np.int64)
         self.iou_sums = exact_sum(num_qualities, len(self.is_thing))
 

@@ -23,7 +23,17 @@ import numpy as np
 
 from modeling_gkc.vocabulary import Vocabulary
 
-from .base import Metric, check_absent, check_maps, check_num_classes, check_truth, chosen_classes, mean, ratio
+from .base import (
+    Metric,
+    check_absent,
+    check_maps,
+    check_num_classes,
+    check_truth,
+    chosen_classes,
+    class_ious,
+    mean,
+    ratio,
+)
 from .score import Prediction, ReportedScore, Sample, Score
 
 LEAST_SCORED, MOST_PREDICTED = 0.5, 0.95  # fractions of pixels beyond which a warning is reported
@@ -78,9 +88,7 @@ def semantic_scores(
     chosen = chosen_classes(classes, num_classes)
     right, pixels = np.diagonal(confusion).tolist(), confusion.sum(axis=1).tolist()
     predicted = confusion[:, :num_classes].sum(axis=0).tolist()
-    unions = [a + b - c for a, b, c in zip(pixels, predicted, right, strict=True)]
-    scored = pixels if absent == "left_out" else unions
-    iou = [ratio(right[k], unions[k]) if scored[k] else None for k in range(num_classes)]
+    iou = class_ious(right, pixels, predicted, absent)
     accuracy = [ratio(right[k], pixels[k]) for k in range(num_classes)]
     total = sum(pixels[k] for k in chosen)
     weighted = math.fsum(iou[k] * pixels[k] for k in chosen if pixels[k])

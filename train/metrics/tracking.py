@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Metric, add_fixed, as_fixed, exact_sum, exact_values
+from .base import Metric, add_fixed, as_fixed, check_is_thing, exact_sum, exact_values
 from .panoptic import SegmentList, shared_runs
 from .score import ReportedScore
 from .semantic import semantic_scores
@@ -86,9 +86,7 @@ class TrackingQualityMetric(Metric):
     exact_sums = ("association_sum",)
 
     def __init__(self, is_thing: Sequence[bool]):
-        if not len(is_thing):
-            raise ValueError("`is_thing` must have at least one class.")
-        self.is_thing = [bool(thing) for thing in is_thing]
+        self.is_thing = check_is_thing(is_thing)
         self.confusion = np.zeros((len(self.is_thing), len(self.is_thing) + 1), dtype=np.int64)
         self.association_sum = exact_sum(1)
         self.tracks = np.zeros(1, dtype=np.int64)

@@ -28,6 +28,7 @@ from ..data.drawn_world.dataset import build_dataset, training_vocabulary
 from ..data.drawn_world.words import CONCEPTS, SHAPES, WORDS
 from ..engine.checkpoints import last_complete_checkpoint
 from ..engine.trainer import GKCTrainer
+from ..losses.registry import make_losses
 from ..teacher.region_teacher import RegionTeacher, TeacherEmbeddings
 from .clip import MiniCLIP, load_clip, train_clip
 from .evaluate import evaluate
@@ -135,13 +136,10 @@ def _train_ablation(experiment: Experiment, name: str, parts: Parts, start: Path
         recipe = recipe.replace({"model.config": {**recipe.model.config, "class_feature": ablation.class_feature}})
     model = make_student(parts.clip, recipe)
     _load_warm_up(model, start)
-    embeddings = parts.train_embeddings if _needs_teacher(recipe) else None
+    needs_teacher = any(loss.needs_teacher for loss in make_losses(recipe))
+    embeddings = parts.train_embeddings if needs_teacher else None
     folder = Path(experiment.out) / name / "training"
     return _train(recipe, model, parts.clip, parts.train_set, training_vocabulary(), embeddings, folder)
-
-
-def _needs_teacher(recipe: Recipe) -> bool:
-    return recipe.distillation.weight > 0 or recipe.synonyms.probabilities == "teacher"
 
 
 def _warm_up(experiment: Experiment, parts: Parts) -> Path:

@@ -120,7 +120,7 @@ class StoreWriter:
         """Prepare the folder; call it from one process before any shard is written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shards.remove_leftovers()
-        if self.pending() or not self._is_finished():
+        if not self._is_finished():
             self._write_manifest({})
 
     def pending(self) -> list[int]:
@@ -169,7 +169,7 @@ class StoreWriter:
 
     def _verify(self, shard: int) -> bool | None:
         """Return True if a shard is undamaged and belongs to this store, else None, by reading the whole file."""
-        path = self.folder / shard_name(shard)
+        path = self.shards.path(shard)
         try:
             verify_checksum(path, "")
             with safe_open(path, framework="numpy") as file:
@@ -188,12 +188,12 @@ class StoreWriter:
         write_checksummed_json(self.folder / MANIFEST, content, sync=True)
 
     def _describe(self, shard: int) -> dict[str, int]:
-        path = self.folder / shard_name(shard)
+        path = self.shards.path(shard)
         _, rows_at, shape = _places(path)["rows"]
         return {"bytes": path.stat().st_size, "regions": shape[0], "rows_at": rows_at}
 
     def _index(self) -> dict[str, np.ndarray]:
-        shards = [mapped_tensors(self.folder / shard_name(number)) for number in range(self.settings.num_shards)]
+        shards = [mapped_tensors(self.shards.path(number)) for number in range(self.settings.num_shards)]
         joined = {
             name: np.concatenate([shard[name] for shard in shards]) for name in ("images", "counts", "segment_ids")
         }

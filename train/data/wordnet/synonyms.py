@@ -432,7 +432,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@interruptible("train.data.wordnet.synonyms")
+@interruptible("train.synonyms")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = parse(arguments)
@@ -493,7 +493,3 @@ def _without_names(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
