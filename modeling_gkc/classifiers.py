@@ -62,6 +62,12 @@ class ClassPrompts(NamedTuple):
     num_classes: int
     reduction: str
 
+    def reduce(self, logits: Tensor) -> Tensor:
+        """Reduce logits (..., P + 1) of prompts to logits (..., K + 1) of classes."""
+        if self.class_ids is None:
+            return logits
+        return reduce_prompt_logits(logits, self.class_ids, self.reduction, self.num_classes)
+
 
 class QueryClassifier(nn.Module):
     """Base class of the classifiers of queries.
@@ -106,8 +112,10 @@ class QueryClassifier(nn.Module):
         """Compute the weights of the classification, which can be reused for other images with the same prompts."""
         raise NotImplementedError
 
-    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
-        """Compute class logits (B, Q, K + 1) from the query embeddings (B, Q, D) of an earlier output."""
+    def classify_embeds(
+        self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
+    ) -> Tensor:
+        """Compute class logits (B, Q, K + 1) from the query embeddings (B, Q, D) of this or an earlier output."""
         raise NotImplementedError
 
     def class_embeds(self, prompts: ClassPrompts) -> Tensor:
@@ -117,9 +125,11 @@ class QueryClassifier(nn.Module):
             (K, D) embeddings. They are not normalized if the logits of several prompts are averaged.
 
         Raises:
-            ValueError: If the maximum over several prompts is used, for which no such embedding exists.
+            ValueError: If classes have several prompts and no such embedding exists, as for their maximum.
         """
-        raise NotImplementedError
+        if prompts.class_ids is not None:
+            raise ValueError(_NO_SINGLE_EMBEDDING)
+        return prompts.embeds
 
     def keep_last_stage(self) -> None:
         """Remove the weights that only classify stages before the last."""
@@ -159,7 +169,7 @@ class CosineClassifier(QueryClassifier):
     ) -> tuple[Tensor, Tensor]:
         """Classify the queries of a decoder stage; see `QueryClassifier.forward`."""
         query_embeds = self.embed_queries(stage, index)
-        return self._cosine_logits(query_embeds, prompts, class_weights), query_embeds
+        return self.classify_embeds(query_embeds, prompts, class_weights), query_embeds
 
     def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
         """Compute the L2-normalized query embeddings (B, Q, D) of a decoder stage."""
@@ -176,21 +186,18 @@ class CosineClassifier(QueryClassifier):
         no_object = F.normalize(_at_least_fp32(self.no_object_embedding), dim=-1)
         return torch.cat([prompts.embeds.to(no_object), no_object[None]])
 
-    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
-        """Compute class logits (B, Q, K + 1) from the query embeddings (B, Q, D) of an earlier output."""
-        return self._cosine_logits(query_embeds, prompts)
-
-    def _cosine_logits(
+    def classify_embeds(
         self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
     ) -> Tensor:
-        """Compute logits in fp32 at least, because the temperature of up to 100 amplifies rounding errors."""
+        """Compute class logits (B, Q, K + 1) from query embeddings (B, Q, D) in fp32 at least.
+
+        The temperature of up to 100 amplifies rounding errors.
+        """
         with torch.autocast(query_embeds.device.type, enabled=False):
             query_embeds = _at_least_fp32(query_embeds)
             weights = self.class_weights(prompts) if class_weights is None else class_weights
             logits = self.temperature.to(query_embeds) * query_embeds @ weights.to(query_embeds).T
-        if prompts.class_ids is None:
-            return logits
-        return reduce_prompt_logits(logits, prompts.class_ids, prompts.reduction, prompts.num_classes)
+        return prompts.reduce(logits)
 
     def class_embeds(self, prompts: ClassPrompts) -> Tensor:
         """Reduce the prompts to one embedding per class; see `QueryClassifier.class_embeds`."""
@@ -302,9 +309,11 @@ class ConvexClassifier(QueryClassifier):
         """Return the shares (S + 1, K + 1) of `shares` for the prompts."""
         return self.shares(prompts.embeds, prompts.class_ids, prompts.num_classes)
 
-    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
+    def classify_embeds(
+        self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
+    ) -> Tensor:
         """Compute class logits (B, Q, K + 1) from the query embeddings (B, Q, D) of an earlier output."""
-        return self._convex_logits(self.recover_probabilities(query_embeds), prompts)
+        return self._convex_logits(self.recover_probabilities(query_embeds), prompts, class_weights)
 
     def _convex_logits(
         self, probabilities: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
@@ -314,12 +323,6 @@ class ConvexClassifier(QueryClassifier):
             shares = self.class_weights(prompts) if class_weights is None else class_weights
             logits = (probabilities @ shares.to(probabilities)).clamp(min=SMALLEST_PROBABILITY).log()
             return self.temperature.to(logits) * logits
-
-    def class_embeds(self, prompts: ClassPrompts) -> Tensor:
-        """Reduce the prompts to one embedding per class; see `QueryClassifier.class_embeds`."""
-        if prompts.class_ids is not None:
-            raise ValueError(_NO_SINGLE_EMBEDDING)
-        return prompts.embeds
 
     def head_probabilities(self, stage: ModelOutput) -> Tensor:
         """Compute the head's probabilities (B, Q, S + 1) of the source classes and no-object in fp32 at least."""
@@ -422,7 +425,7 @@ class FCCLIPClassifier(QueryClassifier):
         if stage.region_embeds is not None:
             region_embeds = F.normalize(_at_least_fp32(stage.region_embeds), dim=-1)
             query_embeds = torch.cat([_at_least_fp32(query_embeds), region_embeds], dim=-1)
-        return self._class_logits(query_embeds, prompts, class_weights), query_embeds
+        return self.classify_embeds(query_embeds, prompts, class_weights), query_embeds
 
     def embed_queries(self, stage: ModelOutput, index: int = -1) -> Tensor:
         """Compute the L2-normalized learned query embeddings (B, Q, D); all stages share the layers."""
@@ -441,24 +444,20 @@ class FCCLIPClassifier(QueryClassifier):
             is_seen = (cosines.amax(dim=1, keepdim=True) > SAME_NAME_COSINE).to(embeds)
         return torch.cat([torch.cat([embeds, is_seen], dim=1), F.pad(no_object, (0, 1))[None]])
 
-    def classify_embeds(self, query_embeds: Tensor, prompts: ClassPrompts) -> Tensor:
-        """Compute class logits (B, Q, K + 1) from embeddings (B, Q, D) or (B, Q, 2 * D) of an earlier output."""
-        return self._class_logits(query_embeds, prompts)
-
-    def _class_logits(
+    def classify_embeds(
         self, query_embeds: Tensor, prompts: ClassPrompts, class_weights: Tensor | None = None
     ) -> Tensor:
-        """Compute class logits (B, Q, K + 1), combined with those of CLIP if the embeddings include CLIP's."""
+        """Compute class logits (B, Q, K + 1) from (B, Q, D) or, combined with CLIP's, (B, Q, 2 * D) embeddings."""
         with torch.autocast(query_embeds.device.type, enabled=False):
             query_embeds = _at_least_fp32(query_embeds)
             weights = self.class_weights(prompts) if class_weights is None else class_weights
             weights, is_seen = weights.to(query_embeds).split([weights.shape[1] - 1, 1], dim=1)
             learned, region = query_embeds[..., : weights.shape[1]], query_embeds[..., weights.shape[1] :]
-            logits = self._reduce(self.temperature.to(learned) * learned @ weights.T, prompts)
+            logits = prompts.reduce(self.temperature.to(learned) * learned @ weights.T)
             if not region.shape[-1]:
                 return logits
             clip_temperature = self.clip_logit_scale.exp().clamp(max=MAX_TEMPERATURE).to(region)
-            clip_logits = self._reduce(clip_temperature * region @ weights.T, prompts)[..., :-1]
+            clip_logits = prompts.reduce(clip_temperature * region @ weights.T)[..., :-1]
             is_seen = is_seen[:, 0]
             if prompts.class_ids is not None:
                 is_seen = reduce_prompt_logits(is_seen, prompts.class_ids, "max", prompts.num_classes)
@@ -466,19 +465,6 @@ class FCCLIPClassifier(QueryClassifier):
             clip_weights = beta + (alpha - beta) * is_seen[:-1]
             clip_weights = clip_weights * region.any(dim=-1, keepdim=True)  # (B, Q, K)
             return combine_class_logits(logits, clip_logits, clip_weights, self.ensemble)
-
-    @staticmethod
-    def _reduce(logits: Tensor, prompts: ClassPrompts) -> Tensor:
-        """Reduce logits (B, Q, P + 1) of prompts to logits (B, Q, K + 1) of classes."""
-        if prompts.class_ids is None:
-            return logits
-        return reduce_prompt_logits(logits, prompts.class_ids, prompts.reduction, prompts.num_classes)
-
-    def class_embeds(self, prompts: ClassPrompts) -> Tensor:
-        """Return the embeddings (K, D) of classes with one prompt each; see `QueryClassifier`."""
-        if prompts.class_ids is not None:
-            raise ValueError(_NO_SINGLE_EMBEDDING)
-        return prompts.embeds
 
 
 def combine_class_logits(logits: Tensor, clip_logits: Tensor, clip_weights: Tensor, ensemble: str) -> Tensor:
