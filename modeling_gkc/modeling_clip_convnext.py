@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_gkc import CLIPConvNextConfig
 from .mask_decoder import pool_inside_masks
-from .modeling_clip_resnet import CLIPBackboneMixin, CLIPImageEncoderMixin, channels_last, in_dtype_of
+from .modeling_clip_resnet import CLIPBackboneMixin, CLIPImageEncoder, CLIPImageEncoderMixin
 
 
 @dataclass
@@ -87,7 +87,7 @@ class CLIPConvNextHead(nn.Module):
         return self(pooled_features)
 
 
-class CLIPConvNextEncoder(nn.Module):
+class CLIPConvNextEncoder(CLIPImageEncoder):
     """Stem and four stages of transformers' ConvNeXt."""
 
     def __init__(self, config: CLIPConvNextConfig):
@@ -109,13 +109,6 @@ class CLIPConvNextEncoder(nn.Module):
                 )
             )
             in_channels = channels
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Return the feature maps of the stem and of the four stages for images (B, 3, H, W)."""
-        hidden_states = (self.stem(channels_last(in_dtype_of(self.stem, pixel_values))),)
-        for stage in self.stages:
-            hidden_states += (stage(hidden_states[-1]),)
-        return hidden_states
 
 
 class CLIPConvNextPreTrainedModel(CLIPImageEncoderMixin, ConvNextPreTrainedModel):

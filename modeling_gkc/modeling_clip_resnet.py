@@ -194,7 +194,18 @@ class CLIPResNetBottleneck(GradientCheckpointingLayer):
         return (hidden_states + residual).relu_()  # in place, because nothing else refers to the sum
 
 
-class CLIPResNetEncoder(nn.Module):
+class CLIPImageEncoder(nn.Module):
+    """Base class of CLIP's image encoders, which have the modules `stem` and `stages`."""
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps of the stem and of the four stages for images (B, 3, H, W)."""
+        hidden_states = (self.stem(channels_last(in_dtype_of(self.stem, pixel_values))),)
+        for stage in self.stages:
+            hidden_states += (stage(hidden_states[-1]),)
+        return hidden_states
+
+
+class CLIPResNetEncoder(CLIPImageEncoder):
     """Stem and four stages of bottleneck blocks."""
 
     def __init__(self, config: CLIPResNetConfig):
@@ -210,13 +221,6 @@ class CLIPResNetEncoder(nn.Module):
                 blocks.append(CLIPResNetBottleneck(in_channels, channels, stride))
                 in_channels = channels * CLIPResNetBottleneck.expansion
             self.stages.append(nn.Sequential(*blocks))
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Return the feature maps of the stem and of the four stages for images (B, 3, H, W)."""
-        hidden_states = (self.stem(channels_last(in_dtype_of(self.stem, pixel_values))),)
-        for stage in self.stages:
-            hidden_states += (stage(hidden_states[-1]),)
-        return hidden_states
 
 
 class CLIPResNetAttentionPooling(nn.Module):
@@ -253,10 +257,7 @@ class CLIPResNetAttentionPooling(nn.Module):
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
         tokens = tokens + self._positions(height, width)
         queries = tokens if dense else tokens[:, :1]
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, states in ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
-        )  # (B, heads, tokens, C / heads)
+        query, key, value = self._project(queries, tokens)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attend(self, query, key, value, None, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2)), weights
@@ -276,16 +277,21 @@ class CLIPResNetAttentionPooling(nn.Module):
         tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C)
         queries = tokens.mean(dim=1, keepdim=True) + positions[0]
         tokens = tokens + positions[1:]
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, states in ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
-        )  # (B, heads, 1 or h*w, C / heads)
+        query, key, value = self._project(queries, tokens)
         masks = masks.flatten(2)[:, None]  # (B, 1, Q, h*w)
         is_empty = ~masks.any(dim=-1, keepdim=True)  # the softmax of an empty set would be NaN
         query = query.expand(-1, -1, masks.shape[2], -1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(self, query, key, value, masks | is_empty, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2).masked_fill(is_empty[:, 0], 0))
+
+    def _project(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project queries (B, N, C) and tokens (B, T, C) to the queries, keys and values (B, heads, ., C / heads)."""
+        pairs = ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for projection, states in pairs
+        )
+        return query, key, value
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Return the position embeddings (1 + h*w, C) of the mean and of a map, interpolated to its size."""
