@@ -77,8 +77,8 @@ class GKCModel(GKCPreTrainedModel):
         if config.classifier == "fc_clip":
             self.region_head = _REGION_HEADS[config.backbone_config.model_type](self.backbone.config)
             self.region_head.config = config  # for the attention implementation
-            self.region_head.requires_grad_(False)
         self.post_init()
+        self.freeze_clip()
         self.train(self.training)
 
     @property
@@ -286,29 +286,26 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         self.model = GKCModel(config)
         self.classifier = CLASSIFIER_CLASSES[config.classifier](config, self.model.num_pooled_features)
         self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
-        self.text_model.requires_grad_(False)
         stored = config.vocabulary_num_prompts
         self.register_buffer("vocabulary_embeds", torch.zeros(stored, config.projection_dim) if stored else None)
         self.register_buffer("vocabulary_class_ids", torch.zeros(stored, dtype=torch.long) if stored else None)
         self.criterion = GKCCriterion(config)
         self.text_cache = TextEmbeddingCache()
         self.post_init()
+        self.freeze_clip()
         self.train(self.training)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load a checkpoint of this or an earlier version as in transformers, and freeze the text encoder."""
+        """Load a checkpoint of this or an earlier version as in transformers."""
         kwargs["key_mapping"] = dict(CHECKPOINT_RENAMINGS) | (kwargs.get("key_mapping") or {})
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.text_model.requires_grad_(False)
         # Otherwise the model would be saved with the parameter names of the earlier version.
         old_names = {pattern for pattern, _ in CHECKPOINT_RENAMINGS}
         model._weight_conversions = [
             conversion for conversion in model._weight_conversions if not old_names & {*conversion.source_patterns}
         ]
-        if model.model.region_head is not None:
-            model.model.region_head.requires_grad_(False)
         return loaded
 
     def train(self, mode: bool = True) -> "GKCForOpenVocabSegmentation":

@@ -41,6 +41,19 @@ class GKCPreTrainedModel(GKCModelMixin, PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["GKCPixelDecoder", "GKCMaskDecoder", "CLIPEncoderLayer"]
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a checkpoint as in transformers, and freeze CLIP's parts again, which loading makes trainable."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_clip()
+        return loaded
+
+    def freeze_clip(self) -> None:
+        """Exclude CLIP's text encoder and the head that embeds regions in its space from training."""
+        for module in (getattr(self, "text_model", None), self.base_model.region_head):
+            if module is not None:
+                module.requires_grad_(False)
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """Set the attention implementation as in transformers; with "sdpa", parts without SDPA keep their own."""
         requested, has_text_model = attn_implementation, hasattr(self, "text_model")

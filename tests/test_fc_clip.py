@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling_gkc import GKCConfig, GKCForOpenVocabSegmentation, GKCImageProcessor
+from modeling_gkc import GKCConfig, GKCForOpenVocabSegmentation, GKCImageProcessor, GKCModel
 from modeling_gkc.classifiers import combine_class_logits
 from modeling_gkc.conversion import clip_convnext_from_open_clip, clip_resnet_from_openai, clip_text_from_openai
 from modeling_gkc.conversion.clip import read_weights
@@ -143,7 +143,7 @@ class TestForward:
         weights = model.classifier.class_weights(prompts)
         scale = golden.weights["backbone.clip_model.logit_scale"].double().exp().clamp(max=100)
         assert model.classifier.clip_logit_scale.exp() > 100 == scale
-        logits = model.classifier._reduce(scale * region_embeds @ weights[:, :-1].T, prompts)
+        logits = prompts.reduce(scale * region_embeds @ weights[:, :-1].T)
         within("FC-CLIP: logits of CLIP", golden.error(f"{case}.out_vocab.logits_with_void", logits), 4e-5)
         probabilities = logits[..., :-1].softmax(dim=-1)
         within(
@@ -345,6 +345,8 @@ class TestEnsemble:
         loaded = GKCForOpenVocabSegmentation.from_pretrained(tmp_path).double()
         torch.testing.assert_close(run(loaded, golden).class_queries_logits, expected)
         assert not any(parameter.requires_grad for parameter in loaded.model.region_head.parameters())
+        base = GKCModel.from_pretrained(tmp_path)
+        assert not any(parameter.requires_grad for parameter in base.region_head.parameters())
         without = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, ensemble="none").double()
         assert run(without, golden).query_embeds.shape[-1] == 64
 
