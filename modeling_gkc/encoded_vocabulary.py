@@ -130,9 +130,10 @@ class EncodedVocabulary:
     @classmethod
     def from_model(cls, model: Any) -> "EncodedVocabulary | None":
         """Return the vocabulary stored in the checkpoint of a model, None if there is none."""
-        if model.vocabulary is None:
+        vocabulary = model.vocabulary
+        if vocabulary is None:
             return None
-        return cls(model.vocabulary, model.vocabulary_embeds, model.vocabulary_class_ids)
+        return cls(vocabulary, model.vocabulary_embeds, model.vocabulary_class_ids)
 
     @property
     def labels(self) -> list[str]:
@@ -149,8 +150,9 @@ class EncodedVocabulary:
         }
 
     def with_is_thing_from(self, other: Vocabulary | None) -> "EncodedVocabulary":
-        """Return a copy with the thing/stuff kinds of another vocabulary, see `Vocabulary.with_is_thing_from`."""
-        return dataclasses.replace(self, vocabulary=self.vocabulary.with_is_thing_from(other))
+        """Return this vocabulary with the thing/stuff kinds of another, see `Vocabulary.with_is_thing_from`."""
+        vocabulary = self.vocabulary.with_is_thing_from(other)
+        return self if vocabulary is self.vocabulary else dataclasses.replace(self, vocabulary=vocabulary)
 
     def with_void(
         self,

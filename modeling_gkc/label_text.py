@@ -13,6 +13,7 @@
 # limitations under the License.
 """Text of labels: normalization, comparison, invisible characters and separators; values and errors in messages."""
 
+import functools
 import math
 import re
 import unicodedata
@@ -34,8 +35,11 @@ _SEPARATORS = re.compile(r"[；﹔؛|｜¦，﹐、､،]|\s[.·•](?=\s|$)|\.(
 _COLUMN_BREAK = re.compile(r"[^\s;,:] *([\t\v\f\x1c-\x1f])[^\S\r\n]*[^\s;,]")
 # Marks that may be meant as separators where they stand between two words, but may also belong to a label.
 _LONE_MARK = re.compile(r"\w\s+[-/\\&+*:=>~→–—]+\s+\w")
+# A stored vocabulary is checked again whenever it is read, with the same labels.
+_CACHED_LABELS = 1 << 14
 
 
+@functools.lru_cache(_CACHED_LABELS)
 def normalize_label(label: str) -> str:
     """Remove format characters without width, strip the label, and collapse repeated spaces.
 
@@ -59,6 +63,7 @@ def normalize_label(label: str) -> str:
     return tidied
 
 
+@functools.lru_cache(_CACHED_LABELS)
 def comparison_key(label: str) -> str:
     """Return a key that is equal for labels that look the same regardless of case.
 

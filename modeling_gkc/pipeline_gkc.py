@@ -202,7 +202,7 @@ class GKCSegmentationPipeline(ImageSegmentationPipeline):
             raise ValueError(
                 "`labels` and `void_labels` need a tokenizer: construct the pipeline with the `processor`."
             )
-        if labels is None and self.model.vocabulary is None:
+        if labels is None and self.model.config.vocabulary is None:
             raise ValueError(
                 'There is no vocabulary: pass `labels`, for example "dog; sofa, couch; lamp", or store a vocabulary '
                 "in the checkpoint by `model.set_vocabulary(...)`."

@@ -395,8 +395,9 @@ class GKCPredictor:
             encoded = EncodedVocabulary.encode(
                 vocabulary, self.model, self.processor, prompt_templates=prompt_templates, reduction=reduction
             )
-        # Before void classes, which have kinds of their own.
-        encoded = encoded.with_is_thing_from(self.model.vocabulary)
+        if encoded.vocabulary.is_thing is None and vocabulary is not None:
+            # Before void classes, which have kinds of their own.
+            encoded = encoded.with_is_thing_from(self.model.vocabulary)
         self._vocabulary = encoded.with_void(
             void_labels, self.model, self.processor, prompt_templates=prompt_templates
         )
