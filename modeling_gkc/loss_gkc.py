@@ -263,18 +263,6 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def divisor_over_processes(count: Tensor) -> Tensor:
-    """Return the divisor with which gradients averaged over processes equal those of the whole batch.
-
-    Args:
-        count: Number of summands of a loss in this process.
-
-    Returns:
-        The mean count over all processes, which may be less than one, or 1 if all counts are zero.
-    """
-    return _one_for_zero(mean_over_processes(count))
-
-
 def _one_for_zero(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, torch.ones_like(count))
 
@@ -461,7 +449,7 @@ class GKCCriterion:
 
         if divisors is None:
             count = torch.tensor(float(sum(len(classes) for classes in class_labels)), device=device)
-            divisors = LossDivisors(divisor_over_processes(count), None)
+            divisors = LossDivisors(mean_over_processes(count), None)
         cross_entropies = _classification_losses(
             torch.stack(list(class_logits)),
             torch.cat(class_labels),
@@ -635,7 +623,6 @@ __all__ = [
     "MaskParts",
     "classification_loss",
     "dice_loss",
-    "divisor_over_processes",
     "mask_costs",
     "mask_loss",
     "mean_over_processes",

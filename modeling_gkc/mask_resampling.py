@@ -78,9 +78,13 @@ class MaskResampler:
         self._keeps_grid = target_size is None
         self._width_in_cells = content[1] / MASK_STRIDE
         if not self._keeps_grid:
-            weights = _interpolation_matrix(content[0] / MASK_STRIDE, cut[0], self.size[0])
-            self._row_weights = weights.to(mask_logits.device)
-            self._nearest_row = weights.argmax(dim=1).tolist()
+            self._make_weights(mask_logits, content)
+
+    def _make_weights(self, mask_logits: Tensor, content: Size) -> None:
+        """Make the weights of the rows of the target, for whole `mask_logits` (Q, h, w) with this content size."""
+        weights = _interpolation_matrix(content[0] / MASK_STRIDE, self._mask_logits.shape[1], self.size[0])
+        self._row_weights = weights.to(self.device)
+        self._nearest_row = weights.argmax(dim=1).tolist()
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Compute the mask logits (Q, stop - start, W) of the target's rows `start` .. `stop - 1` in fp32."""
@@ -156,13 +160,10 @@ class TwoStepMaskResampler(MaskResampler):
             resamplers are equal.
     """
 
-    def __init__(self, mask_logits: Tensor, content_size: Size | None = None, target_size: Size | None = None):
-        super().__init__(mask_logits, content_size, target_size)
-        if self._keeps_grid:
-            return
+    def _make_weights(self, mask_logits: Tensor, content: Size) -> None:
+        """Make the weights of the rows and columns of the target, including cells of the padding."""
         self._mask_logits = mask_logits.detach()
         grid = mask_logits.shape[-2:]
-        content = [MASK_STRIDE * cells for cells in grid] if content_size is None else content_size
         rows, columns = map(_two_step_matrix, grid, content, self.size)
         self._row_weights, self._column_weights = rows.to(self.device), columns.T.to(self.device)
         is_used = rows != 0
@@ -253,8 +254,8 @@ def make_resampler(
 
 def _two_step_matrix(cells: int, content: int, target: int) -> Tensor:
     """Return weights (target, cells) of resampling to input pixels, of which the first `content` span the target."""
-    to_input = _interpolation_matrix(cells, cells, MASK_STRIDE * cells)
-    return _interpolation_matrix(content, content, target) @ to_input[:content]
+    to_input = _interpolation_matrix(cells, cells, MASK_STRIDE * cells)[:content]
+    return to_input if content == target else _interpolation_matrix(content, content, target) @ to_input
 
 
 def _interpolation_matrix(extent: float, source: int, target: int) -> Tensor:

@@ -591,8 +591,7 @@ def instance_segmentation(
 
 def _rank_pairs(class_logits: Tensor, resampler: MaskResampler, thresholds: Thresholds, num_pairs: int) -> _Pairs:
     """Rank the pairs of query and class with non-empty masks and scores of at least `threshold`."""
-    class_scores = class_logits.softmax(dim=-1)[:, :-1]
-    class_scores, pairs = class_scores.flatten().topk(num_pairs)
+    class_scores, pairs = _class_scores(class_logits).flatten().topk(num_pairs)
     possible = class_scores >= thresholds.threshold
     class_scores, pairs = class_scores[possible], pairs[possible]
     queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)

@@ -226,6 +226,15 @@ def _text_config(weights: Mapping[str, Tensor], hidden_act: str, num_attention_h
     )
 
 
+def check_tokenizer(tokenizer: Any, text_model: CLIPTextModelWithProjection) -> None:
+    """Raise a ValueError if a tokenizer has more tokens than a text encoder has embeddings."""
+    if len(tokenizer) > text_model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the text encoder has {text_model.config.vocab_size}: use "
+            "the tokenizer of the text encoder."
+        )
+
+
 def read_weights(path: str | os.PathLike, allow_jit: bool = False) -> dict[str, Tensor]:
     """Read a file of weights without running code from it.
 
@@ -284,4 +293,10 @@ def _read_pickled_weights(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
-__all__ = ["clip_convnext_from_open_clip", "clip_resnet_from_openai", "clip_text_from_openai", "read_weights"]
+__all__ = [
+    "check_tokenizer",
+    "clip_convnext_from_open_clip",
+    "clip_resnet_from_openai",
+    "clip_text_from_openai",
+    "read_weights",
+]

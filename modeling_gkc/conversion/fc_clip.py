@@ -27,7 +27,7 @@ from ..modeling_gkc import GKCForOpenVocabSegmentation
 from ..processing_gkc import GKCProcessor
 from ..vocabulary import Vocabulary, VocabularyLike
 from ..weight_renaming import Renaming, check_weight_shapes, load_strictly, rename_weight, split_packed_projection
-from .clip import clip_convnext_from_open_clip, clip_resnet_from_openai, clip_text_from_openai
+from .clip import check_tokenizer, clip_convnext_from_open_clip, clip_resnet_from_openai, clip_text_from_openai
 
 ImageTower = CLIPResNetVisionModel | CLIPConvNextVisionModel
 
@@ -121,12 +121,10 @@ def from_fc_clip(
         for name, weight in state_dict.items()
         if not name.startswith(CLIP_PREFIX) and not _NOT_CONVERTED.match(name)
     }
-    vocabulary = None if tokenizer is None else Vocabulary.parse(training_names)
-    if tokenizer is not None and len(tokenizer) > text_model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the text encoder {text_model.config.vocab_size}: they do not "
-            "belong together."
-        )
+    vocabulary = None
+    if tokenizer is not None:
+        vocabulary = Vocabulary.parse(training_names)
+        check_tokenizer(tokenizer, text_model)
     config = _gkc_config(weights, image_tower, text_model)
     config.ensemble, config.source_vocabulary = ensemble, vocabulary and vocabulary.names
     model = GKCForOpenVocabSegmentation(GKCConfig.from_dict(config.to_dict()))

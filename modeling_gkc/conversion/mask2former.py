@@ -28,6 +28,7 @@ from ..modeling_gkc import GKCForOpenVocabSegmentation
 from ..processing_gkc import GKCProcessor
 from ..vocabulary import Vocabulary, VocabularyLike
 from ..weight_renaming import Renaming, load_strictly, rename_weight, split_packed_projection
+from .clip import check_tokenizer
 
 _NAMES: tuple[Renaming, ...] = (
     (r"^pixel_level_module\.encoder\.", "backbone."),
@@ -115,11 +116,7 @@ def from_mask2former(
         _load_weights(model, mask2former_model, text_model)
         return model.train(mask2former_model.training)
     vocabulary = source_vocabulary(mask2former_model, class_names)
-    if len(tokenizer) > text_model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the text encoder has {text_model.config.vocab_size}: use "
-            "the tokenizer of the text encoder."
-        )
+    check_tokenizer(tokenizer, text_model)
     model = GKCForOpenVocabSegmentation(
         _gkc_config(
             config,
