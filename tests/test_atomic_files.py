@@ -42,13 +42,13 @@ def test_long_names_fit_into_the_limit_of_the_file_system(tmp_path):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_json_refuses_what_json_cannot_hold(tmp_path):
+def test_values_that_json_cannot_represent_raise(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         atomic_write_json(tmp_path / "result.json", {"score": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+def test_folder_is_written_completely_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk"), atomic_folder(tmp_path / "checkpoint") as unfinished:
         (unfinished / "model.safetensors").write_bytes(b"half")
         raise OSError("disk full")
@@ -61,7 +61,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == b"whole"
 
 
-def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
+def test_folder_is_replaced_only_by_a_complete_one(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "old").touch()
     with (
@@ -81,7 +81,7 @@ def test_a_folder_replaces_another_only_when_it_is_whole(tmp_path):
     assert stat.S_IMODE((tmp_path / "checkpoint").stat().st_mode) == 0o755
 
 
-def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+def test_only_leftovers_of_killed_writers_are_removed(tmp_path):
     left = []
     for name in ("result.json", "other.json", "data"):
         with pytest.raises(OSError, match="killed"), atomic_path(tmp_path / name) as temporary:

@@ -138,7 +138,7 @@ def kill_while_writing(number: int) -> None:
         *(pytest.param((kill_while_writing, number), id=f"in file {number}") for number in (2, 4)),
     ],
 )
-def test_a_killed_writer_goes_on_and_the_reader_waits_for_it(bare, clip, undisturbed, kill, capfd):
+def test_killed_writer_resumes_and_the_reader_waits(bare, clip, undisturbed, kill, capfd):
     arrange, number = kill
 
     def killed() -> int:
@@ -154,7 +154,7 @@ def test_a_killed_writer_goes_on_and_the_reader_waits_for_it(bare, clip, undistu
     assert len(TeacherCache.open(folder_of(bare), fingerprint(bare, clip))) > 2 * IMAGES
 
 
-def test_going_on_embeds_only_what_is_missing(bare, clip, undisturbed, monkeypatch):
+def test_resuming_embeds_only_missing_regions(bare, clip, undisturbed, monkeypatch):
     folder = folder_of(bare)
     for name, content in undisturbed.items():
         (folder / name).write_bytes(content)
@@ -177,7 +177,7 @@ def test_two_processes_write_what_one_writes(bare, clip, undisturbed):
     assert contents(folder_of(bare)) == undisturbed
 
 
-def test_two_processes_are_killed_and_one_goes_on(bare, clip, undisturbed):
+def test_one_process_resumes_two_killed_ones(bare, clip, undisturbed):
     def killed() -> int:
         kill_while_writing(1)  # shard 1
         return run(bare, "--clip", clip)
@@ -202,7 +202,7 @@ def relabelled(index: int, row: dict) -> dict:
 
 @pytest.mark.parametrize("differing", ["data", "teacher", "crops"])
 @pytest.mark.parametrize("state", ["complete", "half-written"])
-def test_a_stale_cache_is_refused_by_what_differs(tmp_path, data, clip, differing, state, capsys):
+def test_stale_cache_raises_and_names_the_difference(tmp_path, data, clip, differing, state, capsys):
     assert run(data, "--clip", clip) == 0
     folder = folder_of(data)
     if state == "half-written":
@@ -227,7 +227,7 @@ def test_a_stale_cache_is_refused_by_what_differs(tmp_path, data, clip, differin
     assert contents(folder) == before
 
 
-def test_a_run_in_another_precision_does_not_go_on(data, clip, capsys):
+def test_resuming_in_another_precision_raises(data, clip, capsys):
     assert run(data, "--clip", clip) == 0
     assert run(data, "--clip", clip, "--dtype", "bfloat16") == 2
     assert "made with another dtype" in capsys.readouterr().err
@@ -266,7 +266,7 @@ def pixel_and_nothing(index: int, row: dict) -> dict:
     return {**row, "segmentation": Image.fromarray(ids)}
 
 
-def test_one_pixel_is_embedded_and_nothing_is_skipped(tmp_path, clip):
+def test_one_pixel_segment_is_embedded_and_empty_one_is_skipped(tmp_path, clip):
     toy_dataset(3, change=pixel_and_nothing).save_to_disk(tmp_path / "data")
     assert run(tmp_path / "data", "--clip", clip) == 0
     store = TeacherCache.open(folder_of(tmp_path / "data"), fingerprint(tmp_path / "data", clip))
@@ -409,7 +409,7 @@ def test_every_change_of_any_row_changes_the_fingerprint(plain_fingerprint, chan
     assert data_fingerprint(small_dataset(CHANGES[change]), progress=False) != plain_fingerprint
 
 
-def test_rows_left_out_or_moved_change_the_fingerprint(plain_fingerprint):
+def test_removed_or_reordered_rows_change_the_fingerprint(plain_fingerprint):
     dataset = small_dataset()
     rows = list(range(100))
     others = [rows[:-1], rows[1:], [1, 0, *rows[2:]], [*rows, 99]]
@@ -418,14 +418,14 @@ def test_rows_left_out_or_moved_change_the_fingerprint(plain_fingerprint):
     assert data_fingerprint(dataset.select(rows), progress=False) == plain_fingerprint
 
 
-def test_storage_captions_and_further_columns_do_not_matter(tmp_path, plain_fingerprint):
+def test_fingerprint_ignores_storage_captions_and_other_columns(tmp_path, plain_fingerprint):
     dataset = small_dataset(lambda index, row: {**row, "captions": [str(index)]})
     dataset = dataset.add_column("nouns", [["disc"]] * 100)
     dataset.save_to_disk(tmp_path / "data", num_shards=3)
     assert data_fingerprint(load_from_disk(str(tmp_path / "data")), progress=False) == plain_fingerprint
 
 
-def test_the_pictures_are_read_once(tmp_path, monkeypatch, capsys):
+def test_images_are_read_once(tmp_path, monkeypatch, capsys):
     small_dataset().save_to_disk(tmp_path / "data")
     load = lambda: load_from_disk(str(tmp_path / "data"))  # noqa: E731
     remember = precompute.fingerprint_file(tmp_path / "data", "train")
@@ -442,7 +442,7 @@ def test_the_pictures_are_read_once(tmp_path, monkeypatch, capsys):
     assert data_fingerprint(load().select(range(50)), remember) != first
 
 
-def test_pictures_in_files_are_known_by_size_and_time(tmp_path):
+def test_image_files_are_identified_by_size_and_modification_time(tmp_path):
     def in_file(index: int, row: dict) -> dict:
         path = tmp_path / f"{index}.png"
         row["image"].save(path)
@@ -570,7 +570,7 @@ def test_nouns_are_written_to_a_new_dataset_that_keeps_its_caches(tmp_path, clip
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["teacher", "--help"], ["synonyms", "--help"], ["nouns", "--help"]])
-def test_help_teaches(arguments, capsys):
+def test_help_shows_examples(arguments, capsys):
     with pytest.raises(SystemExit, match="0"):
         precompute.main(arguments)
     text = capsys.readouterr().out

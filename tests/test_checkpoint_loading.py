@@ -93,7 +93,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("field", "value"), FIELDS)
-def test_a_field_that_makes_no_model_is_refused_by_one_value_error_that_names_it(field, value):
+def test_invalid_field_raises_a_value_error_that_names_it(field, value):
     began = time.process_time()
     with pytest.raises(ValueError) as caught:
         GKCConfig.from_dict({"vocabulary": [["disc"]], "vocabulary_num_prompts": 1, field: value})
@@ -104,12 +104,12 @@ def test_a_field_that_makes_no_model_is_refused_by_one_value_error_that_names_it
     assert time.process_time() - began < 2
 
 
-def test_an_end_token_outside_of_the_vocabulary_makes_no_model():
+def test_end_token_outside_of_the_vocabulary_raises():
     with pytest.raises(ValueError, match=r"`text_config.eos_token_id` must be a whole number in 0\.\.63, got 64"):
         GKCForOpenVocabSegmentation(small_config(text_config=CLIPTextConfig(vocab_size=64, eos_token_id=64)))
 
 
-def test_fields_of_the_image_tower():
+def test_invalid_fields_of_the_image_encoder_raise():
     for values in ({"width": "24"}, {"depths": [1, 2]}, {"depths": ["a"] * 4}, {"image_size": 2**30}, {"width": None}):
         with pytest.raises(ValueError, match=f"`{next(iter(values))}`"):
             CLIPResNetConfig(**values)
@@ -194,7 +194,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_one_line(damaged, damage, capsys):
+def test_damaged_folder_gives_a_one_line_error(damaged, damage, capsys):
     apply, message = DAMAGES[damage]
     apply(damaged)
     with pytest.raises(UserError) as caught:
@@ -204,7 +204,7 @@ def test_a_damaged_folder_is_one_line(damaged, damage, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_commands_end_with_2_and_leave_nothing_behind(damaged, capsys):
+def test_commands_exit_with_status_2_and_write_nothing(damaged, capsys):
     change(damaged, "config.json", "hidden_size", "96")
     out = damaged.parent / "out"
     reason = "`hidden_size` must be of the type int, got '96'."
@@ -227,7 +227,7 @@ def test_commands_end_with_2_and_leave_nothing_behind(damaged, capsys):
         load_clip_towers(str(damaged))
 
 
-def test_words_are_cut_to_what_the_text_tower_reads(damaged):
+def test_prompts_are_limited_to_the_text_encoders_length(damaged):
     change(damaged, "tokenizer_config.json", "model_max_length", 10**6)
     model, processor = load_checkpoint_parts(damaged)
     assert processor.tokenizer.model_max_length == model.config.text_config.max_position_embeddings == 16
@@ -252,7 +252,7 @@ CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass
         ("processor_config.json", ("image_processor", "image_processor_type", "Thing")),
     ],
 )
-def test_code_of_a_folder_is_never_run_nor_asked_for(damaged, name, place, monkeypatch):
+def test_code_of_a_folder_is_never_run(damaged, name, place, monkeypatch):
     (damaged / "code.py").write_text(CODE)
     change(damaged, name, *place)
     if name == "tokenizer_config.json":
@@ -299,7 +299,7 @@ def old_name(name: str) -> str:
 
 
 @pytest.mark.parametrize("make", [tiny_config, convex_config])
-def test_a_checkpoint_of_an_earlier_version_is_loaded_and_saved_under_the_names_of_today(make, tmp_path):
+def test_checkpoint_of_an_earlier_version_is_saved_under_current_names(make, tmp_path):
     model = GKCForOpenVocabSegmentation(make()).eval()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -63,7 +63,7 @@ def test_a_checkpoint_with_a_manifest_is_complete_and_lists_its_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(tmp_path, name):
+def test_damaged_checkpoint_raises_and_names_the_file(tmp_path, name):
     folder = complete(tmp_path / "checkpoint-3")
     assert verify_checkpoint(folder) == folder
     content = bytearray((folder / name).read_bytes())
@@ -106,7 +106,7 @@ def test_a_checkpoint_without_a_whole_manifest_is_not_complete(tmp_path, text):
         last_complete_checkpoint(tmp_path)
 
 
-def test_the_newest_complete_checkpoint_is_taken_by_its_number(tmp_path):
+def test_complete_checkpoint_of_the_highest_step_is_used(tmp_path):
     for step in (900, 1000):
         complete(tmp_path / f"checkpoint-{step}")
     write_files(tmp_path / "checkpoint-1100")
@@ -146,7 +146,7 @@ def arguments(folder: Path, limit: int | None = 1) -> SimpleNamespace:
     return SimpleNamespace(output_dir=str(folder), should_save=True, save_total_limit=limit)
 
 
-def test_a_half_written_folder_is_written_again(tmp_path):
+def test_incomplete_folder_is_rewritten(tmp_path):
     write_files(tmp_path / "checkpoint-6", {"rng_state_7.pth": 5, "model.safetensors": 1})
     args = arguments(tmp_path)
     with crash_safe_checkpoint(args, 6) as folder:
@@ -184,7 +184,7 @@ def save_and_rotate(folder: Path, event: int) -> None:
             write_files(checkpoint, TWO_FILES)
 
 
-def test_whenever_it_is_killed_a_complete_checkpoint_is_there(tmp_path, monkeypatch):
+def test_complete_checkpoint_exists_after_a_kill_at_any_time(tmp_path, monkeypatch):
     """Killed at each file operation of two savings with rotation, over a leftover of step 6."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and only of use when the machine fails
     seen = set()

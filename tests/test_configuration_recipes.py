@@ -65,7 +65,7 @@ def test_published_settings():
         assert (row.distillation.embedding, row.distillation.terms) == ("query", "joint")
 
 
-def test_settings_of_the_re_run():
+def test_settings_of_the_reproduction():
     recipe = load_recipe("coco_clip_r50_opentrans")
     assert (recipe.optimizer.steps, recipe.data.batch_size, recipe.optimizer.learning_rate) == (50_000, 28, 1.5e-4)
     assert (recipe.matching.class_weight, recipe.distillation.weight, recipe.grounding.weight) == (2, 2, 2)
@@ -77,7 +77,7 @@ def test_base_and_novel_classes_are_a_field(name, split):
     assert load_recipe(name, category_split=split).data.category_split == split
 
 
-def test_the_defaults_differ_from_the_published_settings_only_where_the_recipe_says_so():
+def test_defaults_differ_from_published_settings_only_where_documented():
     default, published = Recipe(), load_recipe("coco_clip_r50")
     differing = {name for name in Recipe.field_names() if default.get(name) != published.get(name)}
     differing -= {"optimizer.precision"}
@@ -164,7 +164,7 @@ def test_a_recipe_is_changed_by_replacing_fields():
         ({"model.config": {"class_weight": 3.0}}, r"\['class_weight'\]"),
     ],
 )
-def test_impossible_recipes_are_refused(changes, message):
+def test_invalid_recipes_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe().replace(changes)
 

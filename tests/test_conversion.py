@@ -248,7 +248,7 @@ def test_hostile_pickles_are_refused(archive, tmp_path, kind):
     assert not mark.exists()
 
 
-def test_the_attacks_are_real(tmp_path):
+def test_hostile_pickles_run_code_in_plain_torch_load(tmp_path):
     payloads = attacks(tmp_path / "mark")
     for kind in ("a shell command", "Python code", "an import in a newer protocol"):
         pickle.loads(payloads[kind])
@@ -296,7 +296,7 @@ def test_a_damaged_directory_of_the_zip_is_refused(archive, tmp_path, allow_jit)
         assert "\n" not in str(refusal.value)
 
 
-def test_a_flipped_bit_is_noticed(archive, tmp_path):
+def test_flipped_bit_raises(archive, tmp_path):
     with zipfile.ZipFile(archive) as source:
         entry = source.getinfo(next(name for name in source.namelist() if name.endswith("/data/0")))
     content = bytearray(archive.read_bytes())
@@ -306,7 +306,7 @@ def test_a_flipped_bit_is_noticed(archive, tmp_path):
         read_weights(tmp_path / "flipped.pt")
 
 
-def test_modules_in_a_circle_are_refused(archive, tmp_path):
+def test_cyclic_modules_raise(archive, tmp_path):
     circle = b"c__torch__\nModule\n)\x81q\x00}X\x04\x00\x00\x00selfh\x00sb."
     path = rewritten(archive, tmp_path / "a.pt", lambda name, content: circle if name == "data.pkl" else content)
     with pytest.raises(ValueError, match="its module self is in another place too"):
@@ -334,7 +334,7 @@ def nested(leaf: _Module, depth: int) -> _Module:
     return leaf
 
 
-def test_shared_modules_are_walked_once(archive, tmp_path):
+def test_shared_modules_are_visited_once(archive, tmp_path):
     """At depth 60 a walk over all names would never end."""
     empty = module_pickle(nested(_Module(training=False), 60))
     path = rewritten(archive, tmp_path / "a.pt", lambda name, content: empty if name == "data.pkl" else content)
@@ -410,7 +410,7 @@ class TestHostileArchives:
         with pytest.raises(ValueError, match=r"its entry .* is compressed, which torch never writes"):
             read_weights(recompressed(plain, tmp_path / "b.pt", zipfile.ZIP_DEFLATED))
 
-    def test_sizes_that_the_file_cannot_have_are_refused(self, plain, tmp_path):
+    def test_sizes_beyond_the_file_raise(self, plain, tmp_path):
         data = bytearray(recompressed(plain, tmp_path / "a.pt").read_bytes())
         central = data.rfind(b"PK\x01\x02", 0, data.rfind(b"/data/0") or None)
         data[central + 20 : central + 28] = struct.pack("<II", 2**31, 2**31)  # compressed and plain size
@@ -429,11 +429,11 @@ class TestHostileArchives:
             (10, (2.0,), (1,), "of size"),
         ],
     )
-    def test_tensors_that_repeat_their_numbers_are_refused(self, storage, size, stride, message):
+    def test_tensors_with_repeated_storage_elements_raise(self, storage, size, stride, message):
         with pytest.raises(pickle.UnpicklingError, match=message):
             torchscript_archive._tensor_maker()(torch.zeros(storage), 0, size, stride)
 
-    def test_views_of_torch_are_read(self):
+    def test_tensor_views_are_read(self):
         make, numbers = torchscript_archive._tensor_maker(), torch.arange(24.0)
         for view in (numbers.view(2, 3, 4).permute(2, 0, 1), numbers[3::2], numbers.view(4, 6)[:, 2:4], numbers[:0]):
             made = make(numbers, view.storage_offset(), tuple(view.shape), view.stride())

@@ -123,7 +123,7 @@ def test_flip_mirrors_both():
 
 
 @pytest.mark.parametrize("shape", [(50, 80), (80, 50), (64, 64), (7, 200)])
-def test_result_is_square_and_padded_with_grey_void(shape):
+def test_result_is_square_and_padded_with_gray_void(shape):
     image = np.full((*shape, 3), 10, dtype=np.uint8)
     ids = np.full(shape, 5, dtype=np.int32)
     transform = JointTransform(crop_size=48, scale_range=(0.5, 1.5))

@@ -66,7 +66,7 @@ def with_gradients(kernel: str, inputs: tuple) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kernel", PORTABLE)
-def test_definition(kernel, within):
+def test_kernels_match_the_definition(kernel, within):
     inputs = random_inputs()
     difference = multi_scale_deformable_attention(*inputs, kernel=kernel) - written_out(*inputs)
     within(f"deformable attention by {kernel} against the definition, float64", difference.abs().max(), 1e-12)
@@ -123,7 +123,7 @@ def test_borders():
 
 
 @pytest.mark.parametrize("lost", [float("nan"), float("inf"), -float("inf"), 1e38])
-def test_what_is_no_number_crashes_nothing(lost):
+def test_non_finite_inputs_do_not_crash(lost):
     """A step whose numbers broke is to be seen by the loss, not by an index out of range."""
     value, shapes, locations, weights = random_inputs(dtype=torch.float32)
     locations[0, 0, 0, 0, 0] = lost
@@ -159,7 +159,7 @@ def test_memory_layout_does_not_matter():
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_images_do_not_touch_each_other():
+def test_images_of_a_batch_are_independent():
     value, shapes, locations, weights = random_inputs(batch_size=3)
     together = with_gradients("embedding_bag", (value, shapes, locations, weights))[0]
     for image in range(3):
@@ -170,7 +170,7 @@ def test_images_do_not_touch_each_other():
 
 
 @pytest.mark.parametrize("wanted", range(3), ids=["values", "locations", "weights"])
-def test_one_gradient_alone(wanted):
+def test_gradient_of_a_single_input(wanted):
     value, shapes, locations, weights = random_inputs()
     leaves = [value, locations, weights]
     leaves[wanted].requires_grad_()
@@ -224,7 +224,7 @@ def test_the_kernel_of_a_device(monkeypatch):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_compiler_traces_it_whole(gradients):
+def test_compiles_into_one_graph(gradients):
     value, shapes, locations, weights = random_inputs()
     value.requires_grad_(gradients)
     compiled = torch.compile(multi_scale_deformable_attention, backend="aot_eager", fullgraph=True)
@@ -234,7 +234,7 @@ def test_a_compiler_traces_it_whole(gradients):
     )
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_raise():
     value, _, locations, weights = random_inputs()
     with pytest.raises(ValueError, match="have 12 positions, but `value` has 58"):
         multi_scale_deformable_attention(value, [(3, 4)], locations, weights)

@@ -253,7 +253,7 @@ def test_images_are_independent():
 
 @runs
 @pytest.mark.parametrize("empty", ["queries", "images"])
-def test_nothing_to_do(empty):
+def test_empty_inputs(empty):
     inputs = make_inputs(MAPS[2], **{"queries": {"num_queries": 0}, "images": {"batch_size": 0}}[empty])
     output, *grads = outputs_and_grads(triton_deformable_attention, inputs, MAPS[2])
     assert output.shape == (0 if empty == "images" else 2, 5 if empty == "images" else 0, 40)
@@ -270,7 +270,7 @@ def test_gradcheck():
 
 
 @runs
-def test_operators_keep_their_promises():
+def test_operator_registrations_pass_opcheck():
     """Schema, fake tensors, autograd and tracing with unknown sizes, as torch checks custom operators."""
     value, locations, weights = make_inputs([(2, 3)], 1, 2, 1, 3, 1)
     tolerance = {"atol": 1e-5, "rtol": 1e-5}
@@ -297,7 +297,7 @@ def test_compiles_into_one_graph(within, backend):
 
 
 @runs
-def test_more_values_than_32_bits_count(monkeypatch):
+def test_indices_above_32_bits(monkeypatch):
     """Reads the end of a map of more than 2**31 values; only the pages that are touched take memory."""
     height, width = 2**15 + 2, 2**16
     value = torch.empty(1, height * width, 1, 1, dtype=torch.float16, device=DEVICE)
@@ -310,7 +310,7 @@ def test_more_values_than_32_bits_count(monkeypatch):
 
 
 @runs
-def test_no_second_derivative():
+def test_second_derivative_raises():
     value, locations, weights = make_inputs([(2, 2)], 1, 1, 1, 2, 1)
     output = triton_deformable_attention(value, [(2, 2)], locations, weights)
     (grad,) = torch.autograd.grad(output.sum(), locations, create_graph=True)
@@ -320,7 +320,7 @@ def test_no_second_derivative():
 
 @runs
 @pytest.mark.parametrize("wrong", ["positions", "levels", "heads", "points", "integers"])
-def test_says_what_does_not_fit(wrong):
+def test_mismatched_shapes_raise(wrong):
     value, locations, weights = make_inputs([(2, 3)], 1, 2, 2, 3, 2)
     shapes = [(2, 3)]
     if wrong == "positions":
@@ -350,7 +350,7 @@ def test_imported_twice():
 
 
 @compiled_only
-def test_refuses_the_cpu():
+def test_cpu_tensors_raise():
     inputs = [tensor.detach().cpu() for tensor in make_inputs(MAPS[1])]
     with pytest.raises(ValueError, match="needs CUDA tensors, not cpu: choose the kernel 'grid_sample'"):
         triton_deformable_attention(inputs[0], MAPS[1], *inputs[1:])
@@ -404,7 +404,7 @@ def test_machine_code_for_a_gpu(hopper_driver, monkeypatch):
 
 @needs_cuda
 @pytest.mark.parametrize("shapes", [R50_512, R50_1024], ids=["512", "1024"])
-def test_size_of_the_model(within, shapes):
+def test_inputs_of_model_size(within, shapes):
     num_queries = sum(height * width for height, width in shapes)
     inputs = make_inputs(shapes, 2, num_queries, num_heads=8, head_dim=32, num_points=4)
     check_fp32(within, inputs, shapes, relative=True)
@@ -413,7 +413,7 @@ def test_size_of_the_model(within, shapes):
 
 
 @needs_cuda
-def test_neither_waits_nor_copies():
+def test_no_synchronization_or_copy():
     inputs = make_inputs(MAPS[3])
     outputs_and_grads(triton_deformable_attention, inputs, MAPS[3])  # compiles
     value, locations, weights = inputs

@@ -71,7 +71,7 @@ def test_identical_student_and_teacher_have_finite_gradients(relation):
 
 
 @pytest.mark.parametrize("relation", ["cosine", "euclidean"])
-def test_no_region_gives_zeros_that_back_propagate(relation):
+def test_without_regions_zero_loss_backpropagates(relation):
     embeds = torch.randn(4, 6, requires_grad=True)
     scale = torch.ones((), requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.long)
@@ -98,7 +98,7 @@ def test_unknown_relation_is_refused():
 
 
 @pytest.mark.parametrize("counts", [(3, 5), (2, 9)])
-def test_given_counts_are_what_the_sums_are_divided_by(counts):
+def test_sums_are_divided_by_given_counts(counts):
     student, teacher, text = (unit_vectors(4, 6) for _ in range(3))
     given = student, teacher, text, torch.tensor([0, 0, 0, 1]), 0.7
     feature, relation, joint = text_guided_distillation_loss(*given)
@@ -126,7 +126,7 @@ def test_head_gives_unit_vectors_and_starts_with_scale_one(embedding, num_stages
 
 
 @pytest.mark.parametrize("embedding", ["query", "projected"])
-def test_head_looks_at_what_its_name_says(embedding):
+def test_head_uses_the_features_of_its_name(embedding):
     head = DistillationHead(embedding, hidden_size=12, projection_dim=6)
     stage = GKCStageOutput(query_embeds=unit_vectors(2, 5, 6), query_features=torch.randn(2, 5, 12))
     for value in (stage.query_embeds, stage.query_features):

@@ -28,7 +28,7 @@ def processor():
 
 class TestClassesThatCannotBeToldApart:
     @pytest.mark.parametrize("words", ["red; zebra; okapi, gnu", "red; zebra; big okapi"])
-    def test_they_are_not_stored(self, model, processor, words):
+    def test_equal_embeddings_are_not_stored(self, model, processor, words):
         """Also those that differ only in how many unknown words they have."""
         with (
             pytest.warns(UserWarning, match="results are meaningless"),
@@ -43,7 +43,7 @@ class TestClassesThatCannotBeToldApart:
         with pytest.warns(UserWarning, match="A name is shared"):
             model.set_vocabulary("dog, lamp; sofa, lamp", processor)
 
-    def test_a_tower_that_ignores_its_words_is_noticed(self, model, processor):
+    def test_text_encoder_that_ignores_its_prompts_raises(self, model, processor):
         known = model.text_model.get_input_embeddings()
         with torch.no_grad():
             known.weight[processor.tokenizer.convert_tokens_to_ids("couch")] = known.weight[
@@ -73,7 +73,7 @@ class TestParts:
             ({"reduction": "median"}, "`reduction` must be one of mean, max, embedding_mean, got 'median'"),
         ],
     )
-    def test_parts_that_do_not_fit(self, changes, message):
+    def test_mismatched_parts_raise(self, changes, message):
         parts = {"vocabulary": "dog; sofa; lamp", "class_ids": [0, 1, 2]} | changes
         parts["vocabulary"] = Vocabulary.parse(parts["vocabulary"])
         parts["class_ids"] = torch.tensor(parts["class_ids"])
@@ -89,7 +89,7 @@ class TestParts:
 class TestFiles:
     VOCABULARY = Vocabulary([["red"], ["lawn", "grass"]], is_thing=[True, None], colors=[(1, 2, 3), (4, 5, 6)])
 
-    def test_what_is_stored_comes_back(self, model, processor, tmp_path):
+    def test_saved_vocabulary_equals_loaded_one(self, model, processor, tmp_path):
         encoded = EncodedVocabulary.encode(self.VOCABULARY, model, processor)
         encoded.save(tmp_path / "words.safetensors", model)
         read = EncodedVocabulary.load(tmp_path / "words.safetensors", model)
@@ -102,7 +102,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("void_labels", [None, "star; sky, air"])
     @pytest.mark.parametrize("reduction", [None, "max"])
-    def test_void_classes_and_reduction_come_back(self, model, processor, tmp_path, void_labels, reduction):
+    def test_void_classes_and_reduction_are_restored(self, model, processor, tmp_path, void_labels, reduction):
         encoded = EncodedVocabulary.encode(self.VOCABULARY, model, processor, reduction=reduction)
         encoded = encoded.with_void(void_labels, model, processor)
         encoded.save(tmp_path / "words.safetensors", model)
@@ -115,7 +115,7 @@ class TestFiles:
         assert metadata["format"] == f"gkc-class-embeddings-{2 if plain else 3}"
         assert json.loads(metadata["vocabulary"])["names"] == encoded.vocabulary.names
 
-    def test_precision_does_not_matter_but_another_tower_does(self, model, processor, tmp_path):
+    def test_another_text_encoder_raises_but_another_precision_does_not(self, model, processor, tmp_path):
         path = tmp_path / "words.safetensors"
         EncodedVocabulary.encode("red; blue", model, processor).save(path, model)
         EncodedVocabulary.load(path, copy.deepcopy(model).to(torch.bfloat16))
@@ -123,7 +123,7 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"words\.safetensors was written with the text encoder of another model"):
             EncodedVocabulary.load(path, GKCForOpenVocabSegmentation(small_config()))
 
-    def test_templates_of_a_class_come_back(self, model, processor, tmp_path):
+    def test_templates_of_a_class_are_restored(self, model, processor, tmp_path):
         vocabulary = Vocabulary([["red"], ["lawn"]], templates=[["star {}"], None])
         path = tmp_path / "words.safetensors"
         EncodedVocabulary.encode(vocabulary, model, processor).save(path, model)
@@ -135,7 +135,7 @@ class TestFiles:
         loaded.set_vocabulary(loaded.vocabulary, processor)
         torch.testing.assert_close(loaded.vocabulary_embeds, before)
 
-    def test_a_tower_that_differs_a_little_or_in_some_tokens_is_another(self, model, processor, tmp_path):
+    def test_slightly_different_text_encoder_raises(self, model, processor, tmp_path):
         path = tmp_path / "words.safetensors"
         EncodedVocabulary.encode("red; blue", model, processor).save(path, model)
         embedding = model.text_model.get_input_embeddings()
@@ -152,7 +152,7 @@ class TestFiles:
             ({"class_ids": None}, "is not a file of class embeddings"),
         ],
     )
-    def test_a_file_that_does_not_fit_itself_is_refused(self, model, processor, tmp_path, change, message):
+    def test_inconsistent_file_raises(self, model, processor, tmp_path, change, message):
         path = tmp_path / "words.safetensors"
         EncodedVocabulary.encode("red; blue", model, processor).save(path, model)
         with safe_open(path, "pt") as file:

@@ -277,7 +277,7 @@ class TestResults:
 class TestEnsemble:
     """The combination of two classifiers."""
 
-    def test_formulas(self):
+    def test_ensembles_match_their_formulas(self):
         logits, clip_logits = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
         weights = torch.rand(3, 4, dtype=torch.float64)
         learned, clip = logits[:, :-1].softmax(dim=-1), clip_logits.softmax(dim=-1)

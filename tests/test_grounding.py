@@ -76,7 +76,7 @@ def test_equals_the_formula_written_with_loops(words, scale, within):
     within("grounding loss against a loop over all pairs, fp64", error, 1e-12)
 
 
-def test_images_without_nouns_or_regions_take_no_part():
+def test_images_without_nouns_or_regions_are_excluded():
     """Whatever stands in their places and in padding, NaN too."""
     inputs = batch(words=(3, 0, 2, 4, 0), regions=(2, 5, 0, 3, 0))
     expected = grounding_loss(**{name: value[[0, 3]] for name, value in inputs.items()}, scale=5.0)
@@ -92,7 +92,7 @@ def test_images_without_nouns_or_regions_take_no_part():
 
 
 @pytest.mark.parametrize(("words", "regions"), [((0, 2), (3, 0)), ((0, 0), (2, 3)), ((1, 1), (0, 0))])
-def test_without_any_pair_an_exact_zero_back_propagates(words, regions):
+def test_without_pairs_zero_loss_backpropagates(words, regions):
     inputs = batch(words=(*words, 4), regions=(*regions, 4))
     inputs = {name: value[:2] for name, value in inputs.items()}
     for name in ("word_embeds", "region_embeds"):
@@ -138,7 +138,7 @@ def test_half_precision_is_computed_in_single(within):
     within("grounding loss of bf16 embeddings under autocast, relative", error, 1e-6)
 
 
-def test_one_process_gathers_itself():
+def test_single_process_gathers_its_own_batch():
     tensor = torch.randn(2, 3)
     assert gather_with_gradients(tensor) is tensor
 

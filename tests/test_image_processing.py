@@ -50,7 +50,7 @@ def encoded(image: Image.Image, kind: str = "png", **kwargs) -> bytes:
 
 
 class TestReading:
-    def test_paths_bytes_pictures_arrays_and_tensors_agree(self, picture, tmp_path):
+    def test_all_input_types_agree(self, picture, tmp_path):
         path = tmp_path / "picture.png"
         Image.fromarray(picture).save(path)
         first = picture.transpose(2, 0, 1)
@@ -111,10 +111,10 @@ class TestReading:
         if mode not in ("1", "LAB"):
             assert np.abs(got.astype(int) - np.asarray(source)).max() <= 3
 
-    def test_cmyk_colours(self):
+    def test_cmyk_colors(self):
         assert as_array(Image.new("CMYK", (2, 1), (0, 255, 255, 0))).tolist() == [[[255, 0, 0]] * 2]
 
-    def test_palette_colours_and_transparency(self):
+    def test_palette_colors_and_transparency(self):
         image = Image.new("P", (2, 1))
         image.putpalette([10, 20, 30, 200, 100, 50])
         image.putdata([0, 1])
@@ -122,14 +122,14 @@ class TestReading:
         seen = Image.open(io.BytesIO(encoded(image, transparency=1)))
         assert as_array(seen).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
-    def test_a_palette_that_holds_opacities(self):
+    def test_palette_with_transparency_values(self):
         image = Image.new("P", (2, 1))
         image.putpalette([10, 20, 30, 255, 200, 100, 50, 0], "RGBA")
         image.putdata([0, 1])
         assert as_array(image).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
     @pytest.mark.parametrize("bits", [2, 4])
-    def test_one_transparent_value_of_packed_grey(self, bits, tmp_path):
+    def test_single_transparent_value_of_packed_gray(self, bits, tmp_path):
         """Pillow spreads the pixels over 0..255, and leaves the transparent value as it is stored."""
         values, path = np.arange(4).reshape(1, 4), tmp_path / "packed.png"
         header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
@@ -141,7 +141,7 @@ class TestReading:
             assert as_array(image)[0, :, 0].tolist() == [0, step, 255, 3 * step]
 
     @pytest.mark.parametrize("channels_first", [False, True])
-    def test_transparency_lies_on_white(self, channels_first):
+    def test_transparent_images_are_composited_on_white(self, channels_first):
         array = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], dtype=np.uint8)
         expected = [[[10, 20, 30], [255, 255, 255], [204, 204, 204]]]
         assert as_array(Image.fromarray(array, "RGBA")).tolist() == expected
@@ -271,16 +271,16 @@ class TestRefusing:
                 read_image(np.full((2, 2), value, dtype))
 
     @pytest.mark.parametrize("image", [None, 5, object(), np.array([["a"]])])
-    def test_what_is_no_image(self, image):
+    def test_unsupported_types_raise(self, image):
         with pytest.raises(TypeError):
             read_image(image)
 
-    def test_no_images(self):
+    def test_empty_inputs_raise(self):
         with pytest.raises(ValueError, match="`images` is empty"):
             GKCImageProcessor()([], return_tensors="pt")
 
     @pytest.mark.parametrize("size", [{"height": 5}, {"max_height": 5, "max_width": 5}, {"shortest_edge": 0}])
-    def test_a_size_that_says_nothing(self, size):
+    def test_incomplete_sizes_raise(self, size):
         with pytest.raises(ValueError, match="size"):
             GKCImageProcessor(size=size)
 
@@ -332,7 +332,7 @@ class TestSizes:
 
 
 class TestPixels:
-    def test_values_are_normalised_then_padded_with_zeros(self, picture):
+    def test_values_are_normalized_then_padded_with_zeros(self, picture):
         batch = GKCImageProcessor(do_resize=False)(picture, return_tensors="pt")
         assert batch.pixel_values.shape == (1, 3, 64, 96) and batch.pixel_values.dtype == torch.float32
         expected = (torch.tensor(picture) / 255 - MEAN) / STD
@@ -342,7 +342,7 @@ class TestPixels:
         assert torch.equal(batch.pixel_mask, mask)
         assert not (batch.pixel_values * (1 - mask[:, None])).any()
 
-    def test_a_batch_holds_its_singles(self, picture):
+    def test_batch_equals_single_images(self, picture):
         processor = GKCImageProcessor(size={"shortest_edge": 40, "longest_edge": 90})
         images = [picture, picture[:20], picture[:, :9], picture[:1, :1]]
         batch = processor(images, return_tensors="pt")
@@ -440,7 +440,7 @@ WRONG_SETTINGS = {
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in WRONG_SETTINGS.items() for value in values]
 )
-def test_a_setting_that_cannot_be_meant_is_refused_by_name(name, value):
+def test_invalid_setting_raises_and_names_it(name, value):
     picture = np.zeros((8, 9, 3), dtype=np.uint8)
     for use in (
         lambda: GKCImageProcessor(**{name: value}),
@@ -461,7 +461,7 @@ def test_a_setting_that_cannot_be_meant_is_refused_by_name(name, value):
         {"pad_size": {"height": 2**40, "width": 64}},
     ],
 )
-def test_a_size_that_no_image_can_have_is_refused_by_name(settings):
+def test_impossible_size_raises_and_names_it(settings):
     with pytest.raises(ValueError, match=rf"^`{next(iter(settings))}"):
         GKCImageProcessor(size=8)(np.zeros((8, 9, 3), dtype=np.uint8), **settings, return_tensors="pt")
 
@@ -525,7 +525,7 @@ def address():
 
 class TestAddresses:
     @pytest.mark.parametrize("path", ["/slow", "/slow-head"])
-    def test_the_time_of_all_together_is_limited(self, address, path):
+    def test_total_download_time_is_limited(self, address, path):
         began = time.monotonic()
         with pytest.raises(ValueError, match=rf"{path}: .*took longer than 0\.3 s: set a longer `timeout`"):
             read_image(address + path, timeout=0.3)
@@ -544,7 +544,7 @@ class TestAddresses:
             read_image(f"{address}/to/{target}")
         assert read_image(f"{address}/to/{address}/picture").size == (3, 2)
 
-    def test_what_breaks_off_is_refused(self, address):
+    def test_interrupted_downloads_raise(self, address):
         with pytest.raises(ValueError, match=r"ended 9\d+ bytes early"):
             read_image(f"{address}/broken-off")
 
@@ -620,16 +620,16 @@ class TestCommonCalls:
                 GKCImageProcessor()(picture, **setting, return_tensors="pt")
 
     @pytest.mark.parametrize("device", ["mps:0" if torch.cuda.is_available() else "cuda", "xpu", "vulkan"])
-    def test_a_device_that_is_not_here(self, picture, device):
+    def test_unavailable_device_raises(self, picture, device):
         with pytest.raises(ValueError, match=rf"^`device` '{device}' is not available here \(.+\): leave it out"):
             GKCImageProcessor()(picture, device=device, return_tensors="pt")
 
     @pytest.mark.parametrize("name", [name for name in KNOWN_SETTINGS if name.startswith("do_")])
-    def test_a_flag_that_is_none(self, picture, name):
+    def test_flags_of_none_raise(self, picture, name):
         with pytest.raises(ValueError, match=f"^`{name}` must be True or False, got None: leave it out"):
             GKCImageProcessor()(picture, **{name: None}, return_tensors="pt")
 
-    def test_own_channels(self):
+    def test_own_mean_and_std_per_channel(self):
         values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
         settings = {"do_convert_rgb": False, "input_data_format": "channels_last", "return_tensors": "pt"}
         settings |= {"size": {"height": 32, "width": 32}}
@@ -654,7 +654,7 @@ class TestCommonCalls:
         with pytest.raises(ValueError, match=r"`pad_size` must give .* at least \(45, 70\)"):
             processor(picture, pad_size={"height": 44, "width": 128})
 
-    def test_what_makes_no_difference(self, picture):
+    def test_ignored_settings_do_not_change_the_result(self, picture):
         plain = GKCImageProcessor()([picture] * 2, return_tensors="pt")
         other = GKCImageProcessor()([[picture], [], [picture]], disable_grouping=True, return_tensors="pt")
         assert torch.equal(plain["pixel_values"], other["pixel_values"])

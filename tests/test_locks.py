@@ -31,7 +31,7 @@ def test_second_process_raises_with_the_lock_holder(tmp_path):
         pass
 
 
-def test_a_killed_process_holds_nothing(tmp_path):
+def test_lock_of_a_killed_process_is_released(tmp_path):
     """Also while a forked process is still running, like a data loader worker."""
     reading, writing = os.pipe()
 
@@ -50,7 +50,7 @@ def test_a_killed_process_holds_nothing(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_command_refuses_an_output_that_is_being_written(tmp_path, capsys):
+def test_output_of_a_running_command_is_locked(tmp_path, capsys):
     out = tmp_path / "out"
 
     def second() -> int:

@@ -62,7 +62,7 @@ def test_speed_counts_steps_and_waiting():
     assert loop.speed.log_values() == {}
 
 
-def test_speed_leaves_out_evaluations_and_saving_but_the_end_does_not():
+def test_speed_excludes_evaluation_and_saving_until_the_end():
     loop = Loop()
     loop.run(wait=1, work=1)
     loop.speed.log_values()
@@ -113,7 +113,7 @@ def test_the_console_shows_one_short_line(is_main):
     assert lines == ([line] if is_main else [])
 
 
-def test_averages_are_those_since_the_last_time():
+def test_averages_start_at_the_last_log():
     averages = Averages()
     assert averages.take() == {}
     for value in (1.0, 2.0):

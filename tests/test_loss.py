@@ -155,7 +155,7 @@ def test_costs_are_fp32_under_autocast(monkeypatch):
     ("mask_shape", "classes", "message"),
     [((2, 24, 40), [1], "Sample 0.*N = 1"), ((1, 24, 40), [7], r"class ids \[7\]"), ((24, 40), [1], "Sample 0")],
 )
-def test_labels_that_do_not_fit(mask_shape, classes, message):
+def test_mismatched_labels_raise(mask_shape, classes, message):
     with pytest.raises(ValueError, match=message):
         GKCCriterion(small_config())(
             *[[tensor] for tensor in stage_logits(batch_size=1)], [torch.zeros(mask_shape)], [torch.tensor(classes)]
@@ -177,13 +177,13 @@ def test_unknown_loss_name():
         GKCCriterion(small_config()).weight("loss_boxes")
 
 
-def test_sample_points_reads_pixel_centres():
+def test_sample_points_reads_pixel_centers():
     ramp = torch.arange(12.0).view(1, 1, 3, 4)
     centres = torch.tensor([[[0.125, 1 / 6], [0.875, 5 / 6], [0.375, 0.5]]])
     torch.testing.assert_close(sample_points(ramp, centres)[0, 0], torch.tensor([0.0, 11.0, 5.0]))
 
 
-def test_normaliser_is_averaged_over_processes(monkeypatch):
+def test_normalizer_is_averaged_over_processes(monkeypatch):
     """Two processes of which the other holds no segment: the count is halved, so the mean of gradients is right."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -222,7 +222,7 @@ def test_given_divisors_divide(monkeypatch):
         torch.testing.assert_close(3 * loss, expected[name])
 
 
-def test_divisor_of_a_micro_batch_without_segments_is_the_steps():
+def test_micro_batch_without_segments_uses_the_divisor_of_the_step():
     """The other micro-batch holds all segments of the step: this one's masks lose nothing, its queries no-objects."""
     classes, masks = (tensor.requires_grad_() for tensor in stage_logits())
     both = (LossDivisors.from_counts(counts, 10, 0.1) for counts in ((0, 0), (3, 1)))
@@ -302,7 +302,7 @@ def equal_matches(first, second):
 
 @pytest.mark.parametrize("counts", [(3, 1), (0, 4), (14, 0, 10, 2), (0, 0)])
 @pytest.mark.parametrize("point_seeds", [None, [5, 6, 7, 8]])
-def test_all_at_once_equals_one_by_one(counts, point_seeds, within):
+def test_batched_matching_equals_matching_one_by_one(counts, point_seeds, within):
     """Matches, losses and gradients; images without segments, more segments than queries, masks of bool."""
     config = small_config()
     mask_labels, class_labels = batch(counts)
@@ -379,7 +379,7 @@ def test_seeds_of_points_are_one_for_each_image():
 
 
 @pytest.mark.parametrize("size", [(6, 10), (1, 7), (16, 3)])
-def test_all_maps_are_sampled_like_one(size, within):
+def test_maps_of_a_batch_are_sampled_like_single_ones(size, within):
     """Also at the edges, where pixels outside count as zero."""
     maps = [torch.randn(2, 5, *size) for _ in range(2)]
     edges = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.5, 1e-4], [0.9999, 0.5]])
@@ -390,7 +390,7 @@ def test_all_maps_are_sampled_like_one(size, within):
 
 
 @pytest.mark.parametrize("counts", [(3, 1, 2), (0, 2, 0), (0, 0, 0)])
-def test_matched_masks_made_anew_have_the_same_losses_and_gradients(counts, within):
+def test_recomputed_matched_masks_have_equal_losses_and_gradients(counts, within):
     """Those of all queries' masks, of which most have no gradient, and of products of what they are made of."""
     config, stages, size = small_config(), 3, 12
     generator = torch.Generator().manual_seed(0)

@@ -75,7 +75,7 @@ def test_crop_of_one_pixel(keep_aspect):
     assert (crop_region(image, mask, 16, keep_aspect) == (10, 200, 30)).all()
 
 
-def test_crop_is_grey_outside_the_mask_and_keeps_or_stretches():
+def test_crop_is_gray_outside_the_mask_and_keeps_or_stretches():
     image = np.full((20, 20, 3), 255, dtype=np.uint8)
     mask = np.zeros((20, 20), dtype=bool)
     mask[2:6, 3:19] = True  # 4 x 16

@@ -99,7 +99,7 @@ class TestFacts:
         assert ids("coco_panoptic_133")[:80] == [index for index in range(1, 91) if index not in things]
         assert ids("coco_panoptic_133")[80:] == sorted(ids("coco_panoptic_133")[80:])
 
-    def test_colours_of_pascal_voc_follow_its_formula(self):
+    def test_colors_of_pascal_voc_follow_its_formula(self):
         """The devkit spreads the bits of a class over the channels, highest bit first."""
 
         def formula(index: int) -> list[int]:
@@ -164,7 +164,7 @@ class TestFacts:
 
 class TestWords:
     @pytest.mark.parametrize("name", PACKAGED_NAMES)
-    def test_loading_is_silent_and_says_what_the_file_says(self, name):
+    def test_loading_is_silent_and_matches_the_file(self, name):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             vocabulary = Vocabulary.named(name)
@@ -197,7 +197,7 @@ class TestWords:
         assert len(set(labels)) == 847
 
     @pytest.mark.parametrize("name", ["ade20k_150", "ade20k_847"])
-    def test_no_official_word_of_ade20k_is_lost(self, name):
+    def test_official_names_of_ade20k_are_complete(self, name):
         """What is not a synonym stands for another class too."""
         entries = classes(name)
         official_words = [official(entry).split(", ") for entry in entries]
@@ -207,7 +207,7 @@ class TestWords:
             assert all(counts[word.casefold()] > 1 for word in missing)
             assert set(entry["synonyms"]) <= set(words)
 
-    def test_colours_are_seen_apart_where_the_benchmark_gives_none(self):
+    def test_colors_are_seen_apart_where_the_benchmark_gives_none(self):
         palette = Vocabulary.named("coco_stuff_171").palette
         given = {tuple(entry["color"]) for entry in classes("coco_stuff_171") if entry["color"]}
         chosen = [color for entry, color in zip(classes("coco_stuff_171"), palette, strict=True) if not entry["color"]]
@@ -215,7 +215,7 @@ class TestWords:
 
 
 class TestPackage:
-    def test_the_list_is_what_is_there(self):
+    def test_listed_vocabularies_are_the_packaged_files(self):
         assert sorted(path.stem for path in FOLDER.glob("*.json")) == list(PACKAGED_NAMES)
         assert Vocabulary.packaged_names() == sorted([*FACTS, BACKGROUND])
         for name in PACKAGED_NAMES:
@@ -235,7 +235,7 @@ class TestPackage:
         monkeypatch.setattr(vocabulary_files, "__file__", str(tmp_path / "vocabulary_files.py"))
         assert len(Vocabulary.parse("ade20k_150")) == 150
 
-    def test_without_the_package_the_error_says_where_the_words_are(self, monkeypatch, tmp_path, fresh_cache):
+    def test_error_without_the_package_names_the_source_of_the_vocabulary(self, monkeypatch, tmp_path, fresh_cache):
         monkeypatch.setattr(vocabulary_files, "__file__", str(tmp_path / "vocabulary_files.py"))
         monkeypatch.setattr(vocabulary_files.importlib.util, "find_spec", lambda name: None)
         for call in (Vocabulary.named, Vocabulary.parse):
@@ -274,7 +274,7 @@ class TestNames:
             ("pascal_voc_background", "'pascal_voc_background_39'"),
         ],
     )
-    def test_a_misspelt_name_is_refused_with_the_nearest(self, text, meant):
+    def test_a_misspelled_name_is_refused_with_the_nearest(self, text, meant):
         with pytest.raises(ValueError, match=f"did you mean {meant}.*") as caught:
             Vocabulary.parse(text)
         assert Vocabulary.parse([text]).labels == [text] and f"['{text}']" in str(caught.value)
@@ -292,10 +292,10 @@ class TestNames:
         "label",
         ["dog", "coco", "pascal", "coconut", "city", "route66", "f-16", "iphone 15", "4x4", "t_shirt", "1", "草"],
     )
-    def test_a_word_is_a_label(self, label):
+    def test_plain_word_is_a_label(self, label):
         assert Vocabulary.parse(label).labels == [label]
 
-    def test_no_label_of_a_packaged_vocabulary_looks_like_a_misspelt_name(self):
+    def test_no_label_of_a_packaged_vocabulary_looks_like_a_misspelled_name(self):
         for label in itertools.chain.from_iterable(Vocabulary.named(name).flat_names for name in PACKAGED_NAMES):
             vocabulary_files.check_packaged_name(label)
 

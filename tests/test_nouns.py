@@ -93,18 +93,18 @@ class TestLexicon:
 
 
 class TestTagger:
-    def test_it_is_taken_where_its_data_is(self, tagger_data):
+    def test_wordnet_is_used_where_its_data_is_installed(self, tagger_data):
         tagger = open_tagger()
         assert isinstance(tagger, PerceptronNouns)
         assert caption_nouns("A white dog stands in London", tagger) == ["dog", "london"]
         assert caption_nouns("The dog's bottle is white.", tagger) == ["dog", "bottle"]
         assert caption_nouns("Two dogs park a car", tagger) == ["dogs", "car"]
 
-    def test_wordnet_that_is_named_goes_before_it(self, tagger_data, folder):
+    def test_given_wordnet_folder_takes_precedence(self, tagger_data, folder):
         assert isinstance(open_tagger(folder), LexiconTagger)
         assert isinstance(open_tagger(open_wordnet(folder)), LexiconTagger)
 
-    def test_neither_says_the_commands(self, tmp_path):
+    def test_missing_wordnet_error_names_the_install_commands(self, tmp_path):
         with pytest.raises(
             RuntimeError, match=r"downloader averaged_perceptron_tagger_eng.*apt-get install wordnet-base"
         ):
@@ -118,7 +118,7 @@ class TestColumn:
         rows = {"captions": IMAGES, "image_id": [str(index) for index in range(len(IMAGES))]}
         return Dataset.from_dict(rows)
 
-    def test_it_is_kept_with_the_data(self, folder, tmp_path):
+    def test_noun_source_is_stored_with_the_dataset(self, folder, tmp_path):
         dataset = add_nouns(self.dataset(), folder)
         dataset.save_to_disk(tmp_path / "saved")
         loaded = load_from_disk(tmp_path / "saved")
@@ -126,11 +126,11 @@ class TestColumn:
         assert loaded["image_id"][:] == self.dataset()["image_id"][:]
         assert add_nouns(loaded.select([2, 0]), folder)["nouns"][:] == [IMAGE_NOUNS[2], IMAGE_NOUNS[0]]
 
-    def test_no_noun_at_all_is_a_column_of_words_too(self, folder):
+    def test_dataset_without_nouns_has_an_empty_column(self, folder):
         features = add_nouns(self.dataset().select([2, 3]), folder).features
         assert features == add_nouns(self.dataset(), folder).features
 
-    def test_processes_find_the_same(self, folder):
+    def test_several_processes_find_equal_nouns(self, folder):
         assert add_nouns(self.dataset(), folder, num_proc=2)["nouns"][:] == IMAGE_NOUNS
 
     def test_other_columns_are_not_read(self, folder):

@@ -37,11 +37,11 @@ def words(text: str) -> list[str]:
 
 class TestArticle:
     @pytest.mark.parametrize("name", words(AN))
-    def test_an(self, name):
+    def test_article_an(self, name):
         assert fill_template("a photo of a {}.", name) == f"a photo of an {name}."
 
     @pytest.mark.parametrize("name", words(A))
-    def test_a(self, name):
+    def test_article_a(self, name):
         assert fill_template("a photo of a {}.", name) == f"a photo of a {name}."
 
     def test_exceptions_among_the_benchmarks_names(self):
@@ -68,7 +68,7 @@ class TestArticle:
     def test_only_the_word_right_before_the_name_changes(self, template, dog, oven):
         assert fill_template(template, "dog") == dog and fill_template(template, "oven") == oven
 
-    def test_a_name_is_put_in_as_it_stands(self):
+    def test_name_is_inserted_unchanged(self):
         assert fill_template("a {}!", r"{} \1 {0}") == r"a {} \1 {0}!"
 
 
@@ -117,6 +117,6 @@ class TestSets:
             (5, "No prompt template was given"),
         ],
     )
-    def test_what_is_refused(self, value, message):
+    def test_invalid_templates_raise(self, value, message):
         with pytest.raises(ValueError, match=message):
             resolve_templates(value)

@@ -141,7 +141,7 @@ def test_folder_holds_only_what_is_needed(work):
     assert code(work / "folder") == reached
 
 
-def test_code_in_the_folder_imports_only_its_neighbours_and_what_inference_has(work):
+def test_code_in_the_folder_imports_only_its_neighbors_and_what_inference_has(work):
     for path in (work / "folder").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -166,7 +166,7 @@ def test_a_published_folder_has_a_model_card(work, pushed, model, processor, tmp
     assert (tmp_path / "README.md").read_text() == "a card of the author's own"
 
 
-def test_plain_folder_has_no_code_and_does_not_tell_of_any(tmp_path, work, model, processor):
+def test_folder_without_code_has_no_code_entries(tmp_path, work, model, processor):
     """Also when the checkpoint was loaded from a folder with code."""
     loaded = AutoModel.from_pretrained(work / "folder", trust_remote_code=True)
     for folder, saved in ((tmp_path / "own", (model, processor)), (tmp_path / "loaded", (loaded, processor))):
@@ -220,7 +220,7 @@ def test_image_tower(read):
 
 
 @pytest.mark.parametrize("again", ["saved_again", "processor_again", "image_processor_again", "pipeline_again"])
-def test_what_is_saved_there_again_is_complete(read, again):
+def test_folder_saved_again_is_complete(read, again):
     """The code, and what the JSON files say about it, are those of the folder that was loaded."""
     assert code(read / again) == code(read / "folder")
     for name in code(read / "folder"):
@@ -277,7 +277,7 @@ def test_code_can_be_added_later(tmp_path, work, model, processor):
     assert marks(tmp_path / "config.json") == marks(work / "folder" / "config.json")
 
 
-def test_what_cannot_be_published(tmp_path, processor):
+def test_unpublishable_classes_raise(tmp_path, processor):
     with pytest.raises(ValueError, match="No Auto class loads a GKCModel"):
         save_with_code(GKCModel(small_config()), processor, tmp_path)
     with pytest.raises(ValueError, match="is not a saved checkpoint"):
@@ -296,7 +296,7 @@ SameName = type("GKCForOpenVocabSegmentation", (GKCForOpenVocabSegmentation,), {
 
 
 @pytest.mark.parametrize("model_class", [Derived, SameName, GKCModel])
-def test_code_that_is_not_in_the_library_is_not_promised(tmp_path, processor, model_class, monkeypatch):
+def test_code_outside_of_the_library_is_not_published(tmp_path, processor, model_class, monkeypatch):
     monkeypatch.setattr(CodeRegistrationMixin, "_saves_code", False)
     with pytest.raises(ValueError, match="is not among the classes whose code can be saved"):
         model_class.register_for_auto_class("AutoModel")

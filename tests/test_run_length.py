@@ -34,7 +34,7 @@ def test_long_runs(shape, density):
     ("counts", "size", "message"),
     [("", [1, 1], "break off"), ("52P", [2, 2], "break off"), ("52", [2, 4], "cover 7 pixels")],
 )
-def test_encodings_that_make_no_mask_are_refused(counts, size, message):
+def test_invalid_encodings_raise(counts, size, message):
     with pytest.raises(ValueError, match=message):
         decode_rle({"size": size, "counts": counts})
 
@@ -58,7 +58,7 @@ def test_uncompressed_runs_are_those_of_pycocotools(mask):
     ("counts", "message"),
     [([3, 2], "cover 5 pixels"), ([-1, 7], "0 or more"), ([1.5, 4.5], "0 or more"), (7, "a list"), ([], "cover 0")],
 )
-def test_runs_that_make_no_mask_are_refused(counts, message):
+def test_invalid_runs_raise(counts, message):
     with pytest.raises(ValueError, match=message):
         decode_rle({"size": [2, 3], "counts": counts})
 
@@ -91,7 +91,7 @@ def test_only_one_mask_is_encoded(shape):
         ([6], "needs the keys"),
     ],
 )
-def test_what_would_make_pycocotools_read_outside_its_memory_is_refused(code, message):
+def test_encodings_beyond_the_mask_raise(code, message):
     with pytest.raises(ValueError, match=message):
         decode_rle(code)
 

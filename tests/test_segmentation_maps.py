@@ -60,7 +60,7 @@ def test_labels_are_those_of_mask2former(size, settings):
         assert_same_labels(*both(images, maps, mappings, size=size, **settings))
 
 
-def test_padding_is_no_part_of_a_mask():
+def test_masks_are_zero_at_padding():
     """Padding is left out of the masks; transformers labels it `ignore_index`, which its losses read as a mask."""
     images, maps = [picture(), picture(40, 70)], [blocks(), blocks(40, 70)]
     theirs, ours = both(images, maps, do_resize=False, ignore_index=255)
@@ -97,7 +97,7 @@ def test_instances_above_255_stay_apart(tmp_path):
     assert (labels["mask_labels"][0].sum(dim=0) == 1).all()
 
 
-def test_crops_have_the_labels_that_they_show():
+def test_crops_have_only_visible_labels():
     values = blocks()
     settings = {"do_resize": False, "do_center_crop": True, "return_tensors": "pt"}
     inner = GKCImageProcessor()(picture(), values, crop_size={"height": 32, "width": 64}, **settings)
@@ -109,12 +109,12 @@ def test_crops_have_the_labels_that_they_show():
     assert outer["mask_labels"][0].sum() == 64 * 96 and outer["original_sizes"].tolist() == [[96, 128]]
 
 
-def test_a_map_of_nothing():
+def test_map_without_segments():
     labels = GKCImageProcessor(ignore_index=255)(picture(), np.full((64, 96), 255), do_resize=False)
     assert labels["mask_labels"][0].shape == (0, 64, 96) and labels["class_labels"][0].shape == (0,)
 
 
-def test_a_turned_picture_needs_a_turned_map(tmp_path):
+def test_rotated_image_needs_a_rotated_map(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=exif)
@@ -153,7 +153,7 @@ def test_refused_annotations(maps, settings, message):
         GKCImageProcessor(do_resize=False)(picture(), maps, **settings)
 
 
-def test_the_recipe_of_every_fine_tuning_example():
+def test_calls_of_published_fine_tuning_examples():
     processor = GKCProcessor(GKCImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}), word_tokenizer())
     batch = processor(
         images=[Image.fromarray(picture()), Image.fromarray(picture(50, 64))],

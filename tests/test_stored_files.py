@@ -16,7 +16,7 @@ OLD = Path(__file__).parent / "golden" / "stores_0.1.0.zip"  # of the makers in 
 
 
 @pytest.mark.parametrize("kind", ["prepared", "dataset", "regions", "rows", "chunks", "results", "checkpoints"])
-def test_old_files_load_and_hold_what_is_written_today(kind, tmp_path):
+def test_files_of_earlier_versions_load_and_equal_current_ones(kind, tmp_path):
     disable_progress_bars()
     with zipfile.ZipFile(OLD) as archive:
         archive.extractall(tmp_path / "old", [name for name in archive.namelist() if name.startswith(f"{kind}/")])
@@ -30,7 +30,7 @@ def test_old_files_load_and_hold_what_is_written_today(kind, tmp_path):
         assert found == store.stored
 
 
-def test_a_shard_is_verified_once_while_its_file_stays_as_it_is(tmp_path):
+def test_unchanged_shard_is_verified_once(tmp_path):
     asked = []
     folder = ShardFolder(tmp_path / "store", ["a", "b"], lambda shard: asked.append(shard) or f"known {shard}")
     assert folder.pending() == [0, 1] and asked == []

@@ -61,7 +61,7 @@ def test_every_region_gets_the_embedding_of_its_masked_crop(make_model):
     torch.testing.assert_close(embeddings.embeddings.norm(dim=1), torch.ones(len(embeddings.embeddings)))
 
 
-def test_pixels_are_normalised_as_for_clip():
+def test_pixels_are_normalized_as_for_clip():
     seen = []
     model = toy_vision_model()
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
@@ -213,7 +213,7 @@ def test_crops_made_on_an_accelerator_are_those_of_pillow(keep_aspect, within):
         within("crops as products of matrices, share of other values", (found != expected).mean(), 1e-3)
 
 
-def test_an_empty_region_is_refused_everywhere():
+def test_empty_region_raises_in_all_crop_functions():
     image = torch.zeros(4, 5, 3, dtype=torch.uint8)
     for crop in (crop_region, crop_box):
         with pytest.raises(ValueError, match="empty"):
@@ -230,7 +230,7 @@ def test_crops_on_a_gpu():
     assert np.abs(found.astype(int) - crop_region(image, mask, 64)).max() <= 1
 
 
-def test_the_middle_of_a_box_is_what_clip_sees(within):
+def test_center_crop_of_a_box_is_given_to_clip(within):
     """Against resizing the whole box, in x and in y, and then cutting the middle out."""
     generator = np.random.default_rng(0)
     for _ in range(30):
@@ -287,7 +287,7 @@ def test_online_and_cached_teacher_give_one_loss(tmp_path, keep_aspect, relation
         within(f"{name} loss, online against cached teacher", (of_online - of_cached).abs(), 1e-3)
 
 
-def test_online_teacher_sees_what_was_augmented_and_takes_images_without_regions():
+def test_online_teacher_embeds_augmented_regions_and_accepts_images_without_regions():
     teacher = OnlineTeacher(RegionTeacher(toy_vision_model()))
     batch = batch_of(toy_dataset(2))
     first = teacher.embed(batch)

@@ -41,7 +41,7 @@ def test_golden_numbers(mode, name, within):
     within("synonym losses against recorded values", (loss - golden(name)).abs(), 1e-5)
 
 
-def test_sample_with_every_word_its_own_class_is_the_plain_loss():
+def test_sampling_with_one_word_per_class_equals_the_plain_loss():
     labels, matches = golden_targets()
     logits = golden("ce_logits")
     slots = [torch.arange(5)] * 2
@@ -118,7 +118,7 @@ def test_only_words_probable_for_the_region_are_drawn():
     assert set(drawn[500:].tolist()) == {1}
 
 
-def test_where_no_word_is_probable_the_most_probable_is_taken():
+def test_most_probable_word_is_used_if_none_exceeds_the_threshold():
     table = synonym_table(torch.tensor([0] * 12 + [1]))
     probabilities = torch.full((1, 12), 1 / 12)
     probabilities[0, 7] += 0.01
@@ -152,7 +152,7 @@ def test_without_regions_the_slots_hold_the_names():
     assert slot_prompts.tolist() == [0, 2] and slot_labels.shape == (0,)
 
 
-def test_slots_of_other_images_take_no_part():
+def test_slots_of_other_images_are_excluded():
     logits = torch.randn(2, 4, 6)
     slots = [torch.tensor([1, 2, 3, 0]), torch.tensor([4, 2])]
     gathered = gather_slot_logits(logits, slots)

@@ -137,7 +137,7 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(continued, workplace):
     assert 2 <= continued.steps_done < 8
 
 
-def test_continued_it_ends_as_if_undisturbed(continued, workplace, tmp_path):
+def test_resumed_run_equals_an_undisturbed_one(continued, workplace, tmp_path):
     assert continued.status_resumed == 0
     assert main([workplace.recipe, "steps=8", "--out", str(tmp_path / "out"), "--report-to", "none"]) == 0
     for name in ("model.safetensors", "checkpoint-8/training_heads.safetensors"):
@@ -147,7 +147,7 @@ def test_continued_it_ends_as_if_undisturbed(continued, workplace, tmp_path):
     assert not (tmp_path / "out" / "tensorboard").exists()
 
 
-def test_the_output_folder_is_a_checkpoint_for_every_door(continued, tmp_path, capsys):
+def test_output_folder_loads_in_every_interface(continued, tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = AutoModel.from_pretrained(continued.out)
@@ -163,7 +163,7 @@ def test_the_output_folder_is_a_checkpoint_for_every_door(continued, tmp_path, c
     assert {path.name for path in checkpoints(continued.out)} == {"checkpoint-6", "checkpoint-8"}
 
 
-def test_every_evaluation_leaves_a_picture(continued):
+def test_every_evaluation_writes_a_visualization(continued):
     pictures = sorted((continued.out / "pictures").iterdir())
     assert [path.name for path in pictures] == [f"step-{step:06d}.png" for step in (5, 8)]
     first, last = (np.asarray(Image.open(path)).astype(int) for path in (pictures[0], pictures[-1]))
@@ -172,7 +172,7 @@ def test_every_evaluation_leaves_a_picture(continued):
     assert np.array_equal(first[:, :third], last[:, :third]), "always the same images"
 
 
-def test_tensorboard_gets_every_figure(continued):
+def test_tensorboard_gets_every_logged_value(continued):
     """The killed process and the one that went on write into one folder, which TensorBoard shows as one run."""
     events = EventAccumulator(str(continued.out / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
@@ -366,7 +366,7 @@ def test_two_processes_of_accelerate_are_one_run(workplace, tmp_path):
     assert (tmp_path / "two/checkpoint-2/rng_state_1.pth").exists()
 
 
-def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
+def test_unconnected_processes_raise(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, but training sees 1"):
         check_all_processes(SimpleNamespace(world_size=1))
@@ -383,7 +383,7 @@ def test_help_lists_recipes_and_every_field(capsys):
     assert "  data.batch_size=112\n      Number of images in an optimizer step" in text
 
 
-def test_show_prints_the_settings_and_stops(capsys, tmp_path):
+def test_show_prints_the_recipe_without_training(capsys, tmp_path):
     arguments = ["coco_r101", "steps=10", "model.num_queries=50", "data.crop_size=none", "--out", str(tmp_path / "o")]
     assert main([*arguments, "--show"]) == 0
     text = capsys.readouterr().out
@@ -513,7 +513,7 @@ def test_splits_that_share_images_cannot_share_a_lookup(workplace, tmp_path):
         build_trainer(parse([workplace.recipe, f"dataset={folder}"]).recipe, tmp_path / "out")
 
 
-def test_an_image_is_looked_up_where_it_is_known():
+def test_image_is_looked_up_in_the_split_that_contains_it():
     class Store:
         def __init__(self, image: str, value: float):
             self.image, self.value = image, value
@@ -530,7 +530,7 @@ def test_an_image_is_looked_up_where_it_is_known():
         joined.lookup(["c"], [torch.arange(1)])
 
 
-def test_the_picture_shows_what_was_predicted():
+def test_visualization_shows_the_prediction():
     pictures = EvaluationPictures(None, toy_dataset(5), VOCABULARY, toy_processor(), 64, count=2)
     assert [sample["image_id"] for sample in pictures.samples] == ["toy-0", "toy-4"]
     truth = [class_map(sample, 3) for sample in pictures.samples]
@@ -542,7 +542,7 @@ def test_the_picture_shows_what_was_predicted():
     assert not np.array_equal(right[:, -half:], wrong[:, -half:])
 
 
-def test_pictures_show_no_padding():
+def test_visualizations_exclude_padding():
     def cut(index, row):
         box = (0, 0, 64, 40)
         return {**row, "image": row["image"].crop(box), "segmentation": row["segmentation"].crop(box)}
@@ -552,7 +552,7 @@ def test_pictures_show_no_padding():
     assert [sample["ids"].shape for sample in pictures.samples] == [(20, 32)] * 2
 
 
-def test_a_map_of_classes_and_a_grid_of_pictures():
+def test_class_map_and_image_grid():
     sample = {
         "ids": np.array([[0, 7], [9, 9]]),
         "segments": [{"id": 7, "category_id": 2}, {"id": 9, "category_id": 0}],

@@ -101,11 +101,11 @@ def test_losses_fall(trained):
         assert logs[-1][name] < 0.95 * logs[0][name], name
 
 
-def test_every_epoch_is_augmented_again(trained):
+def test_augmentation_differs_between_epochs(trained):
     assert trained.state.epoch == 15 and trained.train_dataset._epoch == 14
 
 
-def test_saved_model_holds_nothing_of_training(trained, tmp_path):
+def test_saved_model_contains_no_training_heads(trained, tmp_path):
     trained.save_model(str(tmp_path))
     assert not (tmp_path / HEADS_NAME).exists()
     loaded, report = GKCForOpenVocabSegmentation.from_pretrained(tmp_path, output_loading_info=True)
@@ -118,7 +118,7 @@ def test_saved_model_holds_nothing_of_training(trained, tmp_path):
     assert processor.tokenizer("disc")["input_ids"] == toy_processor().tokenizer("disc")["input_ids"]
 
 
-def test_checkpoint_has_the_heads_beside_the_model(trained):
+def test_checkpoint_saves_training_heads_beside_the_model(trained):
     checkpoint = last_complete_checkpoint(trained.args.output_dir)
     heads = load_file(checkpoint / HEADS_NAME)
     assert sorted(heads) == [f"distillation_head.{name}" for name in ("projection.bias", "projection.weight", "scale")]
@@ -128,14 +128,14 @@ def test_checkpoint_has_the_heads_beside_the_model(trained):
     assert scale != 1 and torch.equal(scale, trained.model.distillation_head.scale)
 
 
-def test_the_frozen_text_tower_does_not_move(trained):
+def test_frozen_text_encoder_weights_do_not_change(trained):
     before = toy_model(**RECIPE.model_settings()).text_model.state_dict()
     after = trained.student.text_model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert trained.student.training and not trained.student.text_model.training
 
 
-def test_no_step_runs_clip(tmp_path):
+def test_no_training_step_runs_clip_image_encoder(tmp_path):
     trainer = make_trainer(tmp_path, RECIPE.replace(steps=1, synonym_probabilities="teacher"))
 
     def refuse(*args, **kwargs):
@@ -155,7 +155,7 @@ def test_no_step_runs_clip(tmp_path):
         ("none", None),
     ],
 )
-def test_every_arm_back_propagates(tmp_path, mode, embedding):
+def test_every_ablation_has_finite_gradients(tmp_path, mode, embedding):
     changes = {"distillation_weight": 0.0} if embedding is None else {"distillation_embedding": embedding}
     trainer = make_trainer(tmp_path, RECIPE.replace(synonym_mode=mode, **changes))
     trainer.model.train()
@@ -169,7 +169,7 @@ def test_every_arm_back_propagates(tmp_path, mode, embedding):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("crop_size", [64, 72])
-def test_without_the_papers_losses_the_loss_is_the_public_models(tmp_path, within, training, crop_size):
+def test_loss_without_text_losses_equals_the_model_loss(tmp_path, within, training, crop_size):
     """Also where the model has to pad its input."""
     recipe = RECIPE.replace(synonym_mode="none", distillation_weight=0.0, crop_size=crop_size)
     trainer = make_trainer(tmp_path, recipe)
@@ -331,7 +331,7 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, undisturbed, save_
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path, undisturbed):
+def test_resuming_a_finished_run_takes_no_step(tmp_path, undisturbed):
     shutil.copytree(undisturbed / "checkpoint-8", tmp_path / "checkpoint-8")
     trainer = make_trainer(tmp_path, **SAVING)
     assert trainer.train(resume_from_checkpoint=True).global_step == trainer.state.global_step == 8
@@ -340,7 +340,7 @@ def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path, undistur
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
-def test_half_written_checkpoints_are_passed_over(tmp_path, undisturbed):
+def test_incomplete_checkpoints_are_skipped(tmp_path, undisturbed):
     shutil.copytree(undisturbed / "checkpoint-3", tmp_path / "checkpoint-3")
     shutil.copytree(undisturbed / "checkpoint-6", tmp_path / "checkpoint-6")
     (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"best')
@@ -351,7 +351,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, undisturbed):
         last_complete_checkpoint(tmp_path)
 
 
-def test_weights_and_optimizer_of_a_run_of_an_earlier_version_are_taken_over(tmp_path, undisturbed):
+def test_weights_and_optimizer_of_an_earlier_version_are_loaded(tmp_path, undisturbed):
     """Earlier versions stored weights under other names, and the optimizer identifies parameters by their position."""
     shutil.copytree(undisturbed / "checkpoint-3", tmp_path / "checkpoint-3")
     weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
@@ -372,7 +372,7 @@ def test_weights_and_optimizer_of_a_run_of_an_earlier_version_are_taken_over(tmp
     assert "student.model" in decayed[0] and decayed.index("student.classifier.dense.weight") > 1
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_with_its_keys(tmp_path, undisturbed):
+def test_incompatible_checkpoint_raises_and_names_its_keys(tmp_path, undisturbed):
     recipe = RECIPE.replace(distillation_embedding="shared")
     with pytest.raises(RuntimeError, match=r"projection\.weight"):
         make_trainer(tmp_path, recipe).train(resume_from_checkpoint=str(undisturbed / "checkpoint-3"))
@@ -435,7 +435,7 @@ def test_model_and_recipe_must_agree(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"distillation_weight": 0.0, "synonym_probabilities": "teacher"}])
-def test_teacher_embeddings_must_be_there_if_needed(tmp_path, changes):
+def test_missing_teacher_embeddings_raise_an_error(tmp_path, changes):
     recipe = RECIPE.replace(**changes)
     with pytest.raises(ValueError, match="needs `teacher_embeddings`"):
         GKCTrainer(

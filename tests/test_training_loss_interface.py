@@ -147,14 +147,14 @@ def test_a_new_loss_is_one_file_and_one_section(score_recipe, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in resumed.training_model.state_dict().items())
 
 
-def test_the_losses_of_the_paper_are_found_by_their_files():
+def test_losses_of_the_paper_are_registered_by_their_files():
     assert [each.name for each in loss_classes()] == ["distillation", "grounding", "synonyms"]
     off = {"distillation.weight": 0.0, "synonyms.mode": "none"}
     assert make_losses(Recipe().replace(off)) == []
     assert [loss.name for loss in make_losses(Recipe().replace({**off, "grounding.weight": 1.0}))] == ["grounding"]
 
 
-def test_the_trainer_names_no_loss():
+def test_trainer_code_names_no_loss():
     """Neither the trainer nor the model, criterion and region sampling; a section of the recipe is named nowhere."""
     root = Path(losses_package.__file__).parent.parent
     files = ("engine/trainer.py", "engine/model.py", "losses/criterion.py", "losses/region_sampling.py")

@@ -67,7 +67,7 @@ def make_trainer(folder, dataset, teacher, recipe, model=None, **sources) -> GKC
     )
 
 
-def test_pairs_follow_the_matches_of_the_chosen_regions():
+def test_distilled_pairs_follow_the_matches_of_selected_regions():
     none = torch.zeros(5)
     chosen = torch.tensor([True, True, True, False, True])
     regions = Regions([2, 0, 3], none.long(), none.long(), chosen, none, prepared={"distillation": chosen})
@@ -103,7 +103,7 @@ def test_draws_do_not_depend_on_how_images_are_batched(rows, text_bank, teacher,
     assert not torch.equal(other.priorities[:2], whole.priorities[:2])
 
 
-def test_sampled_words_are_those_of_the_slots_and_of_distillation(rows, text_bank, teacher):
+def test_sampled_words_agree_between_classification_and_distillation(rows, text_bank, teacher):
     regions = step_regions(RECIPE, text_bank, teacher)([batch_of(rows, range(8))])[0]
     held = [prompts[labels] for prompts, labels in zip(*regions.prepared["synonyms"], strict=True)]
     assert torch.equal(torch.cat(held), regions.prompts)
@@ -121,7 +121,7 @@ def test_the_regions_of_the_lowest_priorities_of_the_step_are_distilled(rows, te
     assert priorities[distilled].max() < priorities[~distilled].min() if expected else distilled.all()
 
 
-def test_region_dropout_draws_its_share_again_each_epoch(rows, text_bank, teacher):
+def test_region_dropout_is_redrawn_each_epoch(rows, text_bank, teacher):
     make = step_regions(RECIPE.replace(region_dropout=0.3), text_bank, teacher)
     kept = [make([batch_of(rows, range(8), epoch)])[0] for epoch in range(12)]
     shares = torch.cat([regions.kept for regions in kept]).float()
@@ -143,7 +143,7 @@ def test_divisors_are_means_over_micro_batches(rows, text_bank, teacher):
     assert divisors.losses["distillation"].tolist() == [4.5, sum(count**2 for count in per_image) / 2]
 
 
-def test_a_step_without_any_region(rows, text_bank, teacher):
+def test_step_without_regions_has_zero_loss(rows, text_bank, teacher):
     batch = batch_of(rows, [0, 1])
     for name in ("class_labels", "segment_ids"):
         batch[name] = [values[:0] for values in batch[name]]
@@ -222,7 +222,7 @@ def batch_from(trainer: GKCTrainer) -> dict:
     return next(iter(trainer.get_train_dataloader()))
 
 
-def test_nouns_are_left_out_limited_and_never_repeated():
+def test_nouns_are_dropped_limited_and_unique():
     nouns = ["a", "b", "a", "c", "d", "e", "f", "g"]
     generator = torch.Generator().manual_seed(0)
     drawn = [draw_nouns(nouns, 0.25, 5, generator) for _ in range(400)]
@@ -291,7 +291,7 @@ for config in BACKBONES.values():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_frozen_stages_have_no_gradient_and_their_statistics_do_not_move(name):
+def test_frozen_stages_have_no_gradient_and_constant_statistics(name):
     student = toy_model(backbone_config=BACKBONES[name], freeze_backbone_batch_norm=False)
     model = TrainingModel(student, frozen_stages=2).train()
     backbone = student.model.backbone
@@ -313,7 +313,7 @@ FROZEN = ("encoder.stem", "embedder", "embeddings", *(f"encoder.{n}" for n in ("
 FROZEN += ("encoder.layers.0", "encoder.layers.1")
 
 
-def test_frozen_parameters_get_no_place_in_the_optimiser(tmp_path, dataset, teacher):
+def test_frozen_parameters_are_not_in_the_optimizer(tmp_path, dataset, teacher):
     recipe = RECIPE.replace(frozen_stages=1)
     trainer = make_trainer(tmp_path, dataset, teacher, recipe)
     before = {key: value.clone() for key, value in trainer.student.model.backbone.state_dict().items()}
@@ -324,7 +324,7 @@ def test_frozen_parameters_get_no_place_in_the_optimiser(tmp_path, dataset, teac
     assert frozen <= same and not any("weight" in key for key in same - frozen)
 
 
-def test_stages_that_are_not_there_cannot_be_frozen():
+def test_freezing_missing_stages_raises():
     with pytest.raises(ValueError, match=r"`model\.frozen_stages` = 5, but the backbone has 4"):
         freeze_stages(toy_model().model.backbone, 5)
     with pytest.raises(ValueError, match="Linear cannot be found"):
@@ -333,7 +333,7 @@ def test_stages_that_are_not_there_cannot_be_frozen():
 
 
 @pytest.mark.parametrize("embedding", ["query", "projected"])
-def test_heads_of_their_own_for_every_stage(tmp_path, dataset, teacher, embedding):
+def test_every_stage_may_have_its_own_heads(tmp_path, dataset, teacher, embedding):
     recipe = RECIPE.replace(distillation_heads="per_stage", distillation_embedding=embedding)
     trainer = make_trainer(tmp_path, dataset, teacher, recipe)
     trainer.compute_loss(trainer.model.train(), batch_from(trainer)).backward()
@@ -343,7 +343,7 @@ def test_heads_of_their_own_for_every_stage(tmp_path, dataset, teacher, embeddin
         recipe.replace(distillation_embedding="shared")
 
 
-def test_compiled_training_is_that_of_the_eager_model(tmp_path, dataset, teacher, within, monkeypatch):
+def test_compiled_training_matches_eager_training(tmp_path, dataset, teacher, within, monkeypatch):
     """Traced, with whatever breaks the graph, but without the code generation of each piece, which takes minutes."""
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager"))

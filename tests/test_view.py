@@ -113,7 +113,7 @@ def test_legend_of_a_video_counts_an_object_once():
     assert entries["road"].share == pytest.approx((50 + 50 + 6 - 1) / 200)
 
 
-def test_overlay_has_the_vocabulary_s_colours_where_the_segments_are(within):
+def test_overlay_has_the_vocabulary_s_colors_where_the_segments_are(within):
     """Around the middle of each square, away from outlines and names."""
     ids = np.repeat(np.repeat([[7, 24000], [24001, 0]], 50, axis=0), 50, axis=1).astype(np.int32)
     segments = [
@@ -155,14 +155,14 @@ def test_sheet_shows_only_colors_of_present_classes():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 900), (700, 2), (37, 53)])
-def test_pictures_of_any_shape_are_drawn(shape):
+def test_images_of_any_shape_are_drawn(shape):
     ids = np.full(shape, BIG, dtype=np.int32)
     drawn = sample(ids, [{"id": BIG, "category_id": CAR, "iscrowd": False}])
     assert overlay(drawn, CITY).size == enlarged(drawn.image).size
     assert draw_sheet("x", [SheetRow("one", [drawn])], CITY).height > 200
 
 
-def test_a_legend_of_all_classes_is_drawn_and_a_vocabulary_without_colours_has_some():
+def test_a_legend_of_all_classes_is_drawn_and_a_vocabulary_without_colors_has_some():
     words = Vocabulary.named("vspw_124")
     ids = np.repeat(np.arange(1, 125, dtype=np.int32)[:, None], 4, axis=1)
     segments = [{"id": number + 1, "category_id": number, "iscrowd": False} for number in range(124)]

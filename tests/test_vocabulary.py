@@ -28,7 +28,7 @@ NAMES = [["dog"], ["sofa", "couch"], ["lamp"]]
         Vocabulary(NAMES),
     ],
 )
-def test_all_forms_say_the_same(text):
+def test_all_input_forms_are_equivalent(text):
     vocabulary = Vocabulary.parse(text)
     assert vocabulary.names == NAMES
     assert len(vocabulary) == 3
@@ -47,12 +47,12 @@ def test_a_vocabulary_of_another_copy_of_the_library_is_one():
     assert Vocabulary.parse(twin) == Vocabulary([["dog"]], is_thing=[True], templates=[["a {}"]])
 
 
-def test_items_of_a_list_are_taken_as_they_stand():
+def test_list_items_are_not_split():
     """Official names of ADE20K-847 hold commas."""
     assert Vocabulary.parse(["wall", "building, edifice"]).names == [["wall"], ["building, edifice"]]
 
 
-def test_spaces_are_tidied_and_a_name_repeated_in_its_class_counts_once():
+def test_spaces_are_normalized_and_repeated_names_of_a_class_are_dropped():
     assert Vocabulary.parse("traffic   light;  sofa, couch, Sofa").names == [["traffic light"], ["sofa", "couch"]]
     assert Vocabulary.parse(["traffic \t light", ["sofa", "couch", "Sofa"]]).names == [
         ["traffic light"],
@@ -82,7 +82,7 @@ def test_an_empty_label_is_refused_with_its_position(text, place):
 @pytest.mark.parametrize(
     "label", ["\u200b", " \u2060 \ufeff", "\u3164", "\u2800\u2800", "\x00", "\u200d\ufe0f", "\u00ad"]
 )
-def test_a_label_that_cannot_be_seen_is_refused_with_its_position(label):
+def test_invisible_label_raises_with_its_position(label):
     for names in (["dog", label], [["dog"], ["sofa", label]], f"dog; {label}"):
         with pytest.raises(ValueError, match=r"[Ll]abel 2 \(index 1\) contains only invisible characters \(U\+"):
             Vocabulary.parse(names)
@@ -120,7 +120,7 @@ def test_the_characters_are_shown_where_two_labels_look_the_same():
         Vocabulary.parse(["caf\u00e9", "cafe\u0301"])
 
 
-def test_half_a_character_is_refused():
+def test_lone_surrogate_raises():
     for names in (["dog", "\ud83d"], "dog; \ud83d", [["dog"], ["sofa", "x\udc00"]]):
         with pytest.raises(
             ValueError, match=r"[Ll]abel 2 \(index 1\) contains U\+D[8C]3?[D0]0?, half of a surrogate pair"
@@ -142,7 +142,7 @@ def test_the_same_class_twice_is_refused_with_both_positions(text):
 
 
 @pytest.mark.parametrize("text", [5, None, [5], [["dog", 5]], b"dog"])
-def test_what_is_no_text_is_refused(text):
+def test_non_text_labels_raise(text):
     with pytest.raises(TypeError):
         Vocabulary.parse(text)
 
@@ -163,7 +163,7 @@ def test_a_clean_vocabulary_does_not_warn():
         Vocabulary.parse(Vocabulary.parse("dog; sofa, couch"))
 
 
-def test_kinds_and_colours():
+def test_kinds_and_colors():
     vocabulary = Vocabulary([["dog"], ["lawn"], ["sky"], ["rock"]], is_thing=[True, False, False, None])
     assert vocabulary.stuff_ids == {1, 2}
     assert vocabulary.palette == color_palette(4)
@@ -182,7 +182,7 @@ class TestTrusted:
             assert stored == Vocabulary(names, *fields)
 
     @pytest.mark.parametrize("fields", [([],), ([["dog"], ["Dog"]],), ([["dog"]], ["yes"]), ([["dog"]], None, [])])
-    def test_what_a_vocabulary_refuses_is_refused(self, fields):
+    def test_invalid_vocabularies_raise(self, fields):
         with pytest.raises(ValueError) as expected:
             Vocabulary(*fields)
         with pytest.raises(ValueError) as caught:
@@ -209,7 +209,7 @@ class TestKindsOfAnother:
         swapped = Vocabulary.from_stored(stored.names[1::-1], [False, True])
         assert words.with_is_thing_from(swapped).is_thing == [True, False, None]
 
-    def test_nothing_to_add(self):
+    def test_none_adds_no_classes(self):
         words, kinds = Vocabulary.parse("sky; unicorn"), Vocabulary([["sky"]], is_thing=[True])
         assert kinds.with_is_thing_from(self.STORED) is kinds
         for other in (None, Vocabulary.parse("sky"), Vocabulary([["rock"]], [True])):
@@ -265,7 +265,7 @@ def test_values_come_in_one_form():
     assert vocabulary.templates == [["a photo of a {}."], None, ["the {}"]]
 
 
-def test_classes_without_a_colour_get_one_that_is_free():
+def test_classes_without_a_color_get_one_that_is_free():
     first, second, third = color_palette(3)
     vocabulary = Vocabulary([["a"], ["b"], ["c"], ["d"]], colors=[None, first, None, (1, 2, 3)])
     assert vocabulary.palette == [second, first, third, (1, 2, 3)]
@@ -275,7 +275,7 @@ def test_classes_without_a_colour_get_one_that_is_free():
     )
 
 
-def test_classes_without_a_colour_get_one_even_when_all_are_taken():
+def test_classes_without_a_color_get_one_even_when_all_are_taken():
     everything = list(dict.fromkeys(color_palette(5000)))
     names = [[f"n{index}"] for index in range(len(everything) + 2)]
     palette = Vocabulary(names, colors=[*everything, None, None]).palette
@@ -318,7 +318,7 @@ class TestVoid:
             ("dog", "ade20k_151", "^Void labels: .*'ade20k_150'"),
         ],
     )
-    def test_what_cannot_be(self, text, void, message):
+    def test_invalid_void_labels_raise(self, text, void, message):
         with pytest.raises(ValueError, match=message):
             Vocabulary.parse(text).with_void(void)
 
@@ -364,11 +364,11 @@ class TestTyped:
                 Vocabulary.parse(text)
             assert ("`gkc segment --vocab` reads class embeddings" in str(e.value)) == name.endswith(".safetensors")
 
-    def test_class_embeddings_are_no_words_even_when_they_are_not_there(self):
+    def test_missing_embeddings_file_is_not_parsed_as_labels(self):
         with pytest.raises(ValueError, match=r"gone\.safetensors is not a vocabulary file.*--vocab"):
             Vocabulary.parse("gone.safetensors")
 
-    def test_a_label_stays_one_beside_a_file_of_its_name(self, tmp_path, monkeypatch):
+    def test_label_equal_to_a_file_name_stays_a_label(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "dog").write_text("")
         for label in ("dog", "st. bernard", "and/or", "x" * 5000, "nul\0l"):
@@ -422,7 +422,7 @@ class TestTyped:
         assert Vocabulary.parse("\tdog;\tsofa,\tcouch\t; lamp\t").names == NAMES
 
     @pytest.mark.parametrize("mark", ["/", "&", "+", "-", "\\", "*", ":", "->", "–"])
-    def test_a_mark_between_words_warns_that_all_is_one_class(self, mark):
+    def test_ambiguous_punctuation_warns_that_all_is_one_class(self, mark):
         with pytest.warns(UserWarning) as caught:
             assert Vocabulary.parse(f"black {mark} white").labels == [f"black {mark} white"]
         assert [str(warning.message) for warning in caught] == [
@@ -432,13 +432,13 @@ class TestTyped:
     @pytest.mark.parametrize(
         "text", ["black & white;", "black & white; sky", "and/or", "st. bernard", ["a / b"], "c +"]
     )
-    def test_other_marks_do_not_warn(self, text):
+    def test_other_punctuation_does_not_warn(self, text):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             Vocabulary.parse(text)
 
     @pytest.mark.parametrize("text", ['["dog", "cat"]', "[['dog'], ['cat']]", '{"0": "dog"}'])
-    def test_a_typed_list_of_python_is_refused(self, text):
+    def test_string_of_a_python_list_raises(self, text):
         with pytest.raises(ValueError, match="must not be a JSON list"):
             Vocabulary.parse(text)
 
@@ -483,7 +483,7 @@ class TestFiles:
     @pytest.mark.parametrize("name", SAME_FILES)
     @pytest.mark.parametrize("encode", [str.encode, lambda text: b"\xef\xbb\xbf" + text.encode()], ids=["utf8", "bom"])
     @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"], ids=["unix", "windows", "old"])
-    def test_all_forms_say_the_same(self, tmp_path, name, encode, ends):
+    def test_all_input_forms_are_equivalent(self, tmp_path, name, encode, ends):
         path = write(tmp_path, name, encode(SAME_FILES[name].replace("\n", ends)))
         for text in (path, str(path), f" {path}\n"):
             assert Vocabulary.parse(text).names == NAMES
@@ -505,14 +505,14 @@ class TestFiles:
             ("true.csv", "name,is_thing,color,templates\ndog,TRUE,#010aff,photo\nsky,false,#040506,{}|the {}\nrock"),
         ],
     )
-    def test_kinds_colours_and_templates(self, tmp_path, name, text):
+    def test_kinds_colors_and_templates(self, tmp_path, name, text):
         vocabulary = Vocabulary.from_file(write(tmp_path, name, text))
         assert vocabulary.names == [["dog"], ["sky"], ["rock"]]
         assert vocabulary.is_thing == [True, False, None]
         assert vocabulary.colors == [(1, 10, 255), (4, 5, 6), None]
         assert vocabulary.templates == [["a photo of a {}."], ["{}", "the {}"], None]
 
-    def test_what_no_class_has_is_none(self, tmp_path):
+    def test_fields_without_values_are_none(self, tmp_path):
         vocabulary = Vocabulary.from_file(write(tmp_path, "x.csv", "name,is_thing,color,templates\ndog,,,\n"))
         assert vocabulary.is_thing is vocabulary.colors is vocabulary.templates is None
 
@@ -569,11 +569,11 @@ class TestFiles:
             Vocabulary.from_file(write(tmp_path, "x.csv", text))
         assert Vocabulary.from_file(write(tmp_path, "x.csv", text[:-7])).labels == ["fire hydrant", "dog"]
 
-    def test_a_packaged_file_that_someone_copied(self, tmp_path):
+    def test_copied_packaged_file(self, tmp_path):
         copy = write(tmp_path, "mine.json", packaged_path("ade20k_150").read_bytes())
         assert Vocabulary.parse(copy) == Vocabulary.named("ade20k_150")
 
-    def test_the_time_grows_with_the_length(self, tmp_path):
+    def test_parsing_time_is_linear(self, tmp_path):
         """A search for the line of each class from the start of the file would take several seconds."""
         names = [{"name": f"class {index}", "synonyms": ["a" * 30 + str(index)]} for index in range(10_000)]
         path = write(tmp_path, "x.json", json.dumps(names, indent=1))
@@ -693,14 +693,14 @@ class TestBadFiles:
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("form", [str, Path])
-    def test_no_such_file(self, tmp_path, form):
+    def test_missing_file_raises(self, tmp_path, form):
         with pytest.raises(ValueError, match=r"file .*gone\.txt cannot be read: No such file"):
             Vocabulary.parse(form(tmp_path / "gone.txt"))
         (tmp_path / "folder.csv").mkdir()
         with pytest.raises(ValueError, match=r"folder\.csv cannot be read: Is a directory"):
             Vocabulary.parse(form(tmp_path / "folder.csv"))
 
-    def test_words_with_a_semicolon_are_no_file(self):
+    def test_string_with_a_semicolon_is_not_a_file(self):
         assert Vocabulary.parse("dog; notes.txt").labels == ["dog", "notes.txt"]
 
 
@@ -709,7 +709,7 @@ JSON_NAME = st.text(min_size=1, max_size=6).filter(lambda text: text.split() and
 
 @settings(max_examples=40)
 @given(st.lists(st.lists(JSON_NAME, min_size=1, max_size=3), min_size=1, max_size=5), st.sampled_from([None, 1, 3]))
-def test_json_in_any_layout_says_what_the_list_says(tmp_path_factory, names, indent):
+def test_json_in_any_layout_equals_the_list(tmp_path_factory, names, indent):
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(names, indent=indent, ensure_ascii=bool(indent)), encoding="utf-8")
 
@@ -740,7 +740,7 @@ def test_a_string_and_a_nested_list_agree(names):
     assert result(names) == result("; ".join(", ".join(synonyms) for synonyms in names))
 
 
-def test_palette_is_always_the_same_and_spread_out():
+def test_palette_is_deterministic_and_well_separated():
     palette = color_palette(40)
     assert palette[:7] == color_palette(7)
     assert len(set(color_palette(847))) == 847
@@ -794,7 +794,7 @@ def test_refused_containers(given, message):
 
 
 @pytest.mark.parametrize("given", [5, None, b"dog", [{"dog", "cat"}], [{0: "dog"}], {1, "dog"}])
-def test_what_is_no_container_of_words(given):
+def test_unsupported_containers_raise(given):
     with pytest.raises(TypeError, match=r"(?i)label"):
         Vocabulary.parse(given)
 

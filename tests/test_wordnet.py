@@ -27,7 +27,7 @@ def names(senses) -> list[str]:
 
 
 class TestReading:
-    def test_every_synset_is_read_back(self, miniature):
+    def test_every_synset_can_be_read_by_name(self, miniature):
         wordnet = open_wordnet(miniature)
         read = {
             (sense.lemma_names()[0], sense.definition(), sense.lexname())
@@ -44,7 +44,7 @@ class TestReading:
         assert names(wordnet.nouns("Wine bottles")) == ["wine_bottle.n.01"]
         assert wordnet.nouns("unicorn") == [] == wordnet.nouns(" ")
 
-    def test_kinds(self, miniature):
+    def test_synset_types(self, miniature):
         dog = open_wordnet(miniature).synset("dog.n.01")
         assert set(names(dog.hyponyms())) == {"dalmatian.n.01", "puppy.n.01"} and names(dog.hypernyms()) == [
             "animal.n.01"
@@ -87,7 +87,7 @@ class TestReading:
 
 
 class TestFinding:
-    def test_where_told_before_the_variable_before_nltk_before_debian(self, tmp_path, monkeypatch):
+    def test_search_order_of_wordnet_folders(self, tmp_path, monkeypatch):
         places = {name: write_wordnet(tmp_path / name) for name in ("told", "variable", "debian")}
         places["nltk"] = write_wordnet(tmp_path / "data" / "corpora" / "wordnet", with_lexnames=True)
         monkeypatch.setattr(module, "DEBIAN_FOLDER", places["debian"])
@@ -108,12 +108,12 @@ class TestFinding:
         assert wordnet.gloss_count("wine bottle") == 2
         assert names(pickle.loads(pickle.dumps(wordnet)).nouns("dog")) == ["dog.n.01"]
 
-    def test_missing_says_the_command(self):
+    def test_missing_wordnet_names_the_install_command(self):
         with pytest.raises(RuntimeError, match=r"apt-get install wordnet-base.*nltk\.downloader wordnet.*--wordnet"):
             find_wordnet()
 
     @pytest.mark.parametrize("by_variable", [False, True])
-    def test_an_incomplete_folder_says_what_it_lacks(self, miniature, monkeypatch, by_variable):
+    def test_incomplete_folder_raises_and_names_missing_files(self, miniature, monkeypatch, by_variable):
         (miniature / "noun.exc").unlink()
         if by_variable:
             monkeypatch.setenv(WORDNET_VARIABLE, str(miniature))
@@ -121,7 +121,7 @@ class TestFinding:
             find_wordnet(None if by_variable else miniature)
         assert (WORDNET_VARIABLE in str(caught.value)) is by_variable
 
-    def test_a_folder_of_something_else(self, tmp_path):
+    def test_unrelated_folder_raises(self, tmp_path):
         with pytest.raises(RuntimeError, match=f"lacks {', '.join(FILES)}"):
             find_wordnet(tmp_path)
 
@@ -140,7 +140,7 @@ class TestRealWordNet:
         topics = {"dog.n.01": "noun.animal", "kite.n.03": "noun.artifact", "person.n.01": "noun.Tops"}
         assert {name: wordnet.synset(name).lexname() for name in topics} == topics
 
-    def test_counts_are_nltk_s(self):
+    def test_counts_equal_those_of_nltk(self):
         wordnet = real_wordnet()
         for lemma in [lemma for word in ("dog", "kite", "mouse") for lemma in wordnet.lemmas(word)]:
             assert wordnet.count(lemma) == lemma.count()
