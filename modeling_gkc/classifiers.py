@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from .class_embeddings import SAME_TEXT, average_class_embeds, reduce_prompt_logits
 from .configuration_gkc import GKCConfig
+from .label_text import shown
 
 MAX_TEMPERATURE = 100.0
 # A requested class covers the nearest source class, and others by this power of the ratio of the distances: "puppy"
@@ -290,7 +291,7 @@ class ConvexClassifier(QueryClassifier):
             pair = divmod(int(distances.argmin()), len(distances))
             first, second = (self.labels[index] for index in pair)
             raise ValueError(
-                f"The text encoder gives the classes {first!r} and {second!r} one embedding: give them "
+                f"The text encoder gives the classes {shown(first)} and {shown(second)} one embedding: give them "
                 "different names."
             )
 

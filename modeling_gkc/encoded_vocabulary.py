@@ -33,6 +33,7 @@ from .atomic_files import atomic_path
 from .class_embeddings import check_class_embeds, count_classes, equal_classes
 from .configuration_gkc import PROMPT_REDUCTIONS
 from .file_checksums import EMPTY_CHECKSUM, verify_checksum, write_checksum
+from .label_text import shown
 from .prompt_templates import TemplatesLike
 from .vocabulary import UNKNOWN_WORDS_HINT, Vocabulary, VocabularyLike
 
@@ -41,6 +42,8 @@ FILE_FORMAT = "gkc-class-embeddings-2"
 EXTENDED_FILE_FORMAT = "gkc-class-embeddings-3"
 PROBE_PROMPTS = 16
 SAME_ENCODER_COSINE = 0.995
+# Largest difference of the length of an embedding from 1: rounding in bfloat16 has relative errors of up to 2^-8.
+UNIT_LENGTH_TOLERANCE = 1e-2
 MAX_LISTED_GROUPS = 10
 
 
@@ -61,8 +64,9 @@ class EncodedVocabulary:
             None for `config.prompt_reduction` of the model.
 
     Raises:
-        ValueError: Embeddings are not finite; embeddings, class ids and vocabulary do not match; the void classes are
-            not the last classes or are all classes; or the reduction is unknown.
+        TypeError: `vocabulary` is not a `Vocabulary`, or `void_ids` is not a tuple.
+        ValueError: Embeddings are not finite or not normalized; embeddings, class ids and vocabulary do not match; the
+            void classes are not the last classes or are all classes; or the reduction is unknown.
 
     Example:
         >>> encoded = EncodedVocabulary.encode("dog; sofa, couch; lamp", model, processor)
@@ -78,7 +82,20 @@ class EncodedVocabulary:
     names_per_class: Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
+        if not isinstance(self.vocabulary, Vocabulary):
+            raise TypeError(
+                f"`vocabulary` must be a Vocabulary, got {shown(self.vocabulary)}: encode words by "
+                "`EncodedVocabulary.encode(words, model, processor)`."
+            )
         check_class_embeds(self.class_embeds, read=True)
+        lengths = self.class_embeds.float().norm(dim=-1)
+        if not torch.allclose(lengths, torch.ones_like(lengths), atol=UNIT_LENGTH_TOLERANCE):
+            raise ValueError(
+                f"`class_embeds` must be L2-normalized, got lengths from {lengths.min():.3g} to {lengths.max():.3g}: "
+                "divide each row by its length."
+            )
+        if not isinstance(self.void_ids, tuple | list | range):
+            raise TypeError(f"`void_ids` must be a tuple of class ids, got {shown(self.void_ids)}.")
         num_classes = count_classes(self.class_ids, len(self.class_embeds))
         if num_classes != len(self.vocabulary):
             raise ValueError(
@@ -90,7 +107,9 @@ class EncodedVocabulary:
                 f"`void_ids` must be the last of {num_classes} classes and not all of them, got {list(self.void_ids)}."
             )
         if self.reduction not in (None, *PROMPT_REDUCTIONS):
-            raise ValueError(f"`reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.reduction!r}.")
+            raise ValueError(
+                f"`reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {shown(self.reduction)}."
+            )
         object.__setattr__(self, "names_per_class", self.class_ids.bincount(minlength=num_classes))
 
     @classmethod
@@ -230,6 +249,10 @@ class EncodedVocabulary:
             path: File to write.
             model: The `GKCForOpenVocabSegmentation` that encoded the names. The file identifies its text encoder by
                 some embeddings.
+
+        Raises:
+            IsADirectoryError: The path is a folder.
+            FileNotFoundError: The folder of the file does not exist.
         """
         tensors = {"probe": _probe(model), "class_embeds": self.class_embeds, "class_ids": self.class_ids}
         vocabulary = json.dumps(dataclasses.asdict(self.vocabulary), ensure_ascii=False)
@@ -237,6 +260,10 @@ class EncodedVocabulary:
         if self.void_ids or self.reduction is not None:
             extension = {"num_void": len(self.void_ids), "reduction": self.reduction}
             metadata |= {"format": EXTENDED_FILE_FORMAT, "extension": json.dumps(extension)}
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the name of a file, such as words.safetensors.")
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"The folder {Path(path).absolute().parent} does not exist: create it first.")
         with atomic_path(path) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
             write_checksum(temporary)
@@ -251,10 +278,13 @@ class EncodedVocabulary:
 
         Raises:
             FileNotFoundError: The file does not exist.
+            IsADirectoryError: The path is a folder.
             ValueError: The file is damaged, has another format, or was written with another text encoder.
         """
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} does not exist: write it with `gkc embed`.")
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the file that `gkc embed` wrote.")
         try:
             with safe_open(path, framework="pt", device=str(input_device(model))) as file:
                 metadata = file.metadata() or {}

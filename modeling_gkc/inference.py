@@ -14,6 +14,7 @@
 """Optimized model for inference: folded BatchNorm, in-place activations and a compiled image path."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ from transformers.models.resnet.modeling_resnet import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .argument_checks import check_size, check_whole_number, shown
+from .argument_checks import check_flags, check_size, check_whole_number, shown
 from .class_embeddings import TextEmbeddingCache
 from .label_text import error_line
 from .modeling_clip_resnet import CLIPResNetConvLayer
@@ -45,6 +46,7 @@ from .padding import (
 )
 from .pretrained_model import GKCPreTrainedModel
 
+VOCABULARY_ARGUMENTS = {*inspect.signature(OpenVocabularyMixin.resolve_vocabulary).parameters} - {"self"}
 RESNET_PARTS = (CLIPResNetConvLayer, ResNetBasicLayer, ResNetBottleNeckLayer, ResNetConvLayer)
 
 logger = logging.get_logger(__name__)
@@ -106,16 +108,17 @@ def run_or_uncompile(image_path: nn.Module, *inputs, **settings) -> object:
 
 
 def check_optimization(
-    dtype: torch.dtype | None, sizes: Sequence[tuple[int, int]], batch_size: int
+    dtype: torch.dtype | None, compile: bool, sizes: Sequence[tuple[int, int]], batch_size: int
 ) -> list[tuple[int, int]]:
     """Check the arguments of `optimize_for_inference` and return the sizes.
 
     Raises:
-        ValueError: If `dtype` is not a floating-point type, `sizes` is not a list of (height, width), or `batch_size`
-            is below 1.
+        ValueError: If `dtype` is not a floating-point type, `compile` is not True or False, `sizes` is not a list of
+            (height, width), or `batch_size` is below 1.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`dtype` must be a floating-point type such as torch.bfloat16, got {shown(dtype)}.")
+    check_flags(compile=compile)
     if isinstance(sizes, str | bytes) or not isinstance(sizes, Iterable):
         raise ValueError(f"`sizes` must be a list of (height, width), such as [(512, 512)], got {shown(sizes)}.")
     check_whole_number("batch_size", batch_size, 1)
@@ -158,7 +161,7 @@ class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
         sizes: Sequence[tuple[int, int]] = (),
         batch_size: int = 1,
     ):
-        sizes = check_optimization(dtype, sizes, batch_size)
+        sizes = check_optimization(dtype, compile, sizes, batch_size)
         super().__init__(model.config)
         for name in ("model", "classifier", "text_model"):
             setattr(self, name, copy.deepcopy(getattr(model, name)))
@@ -180,6 +183,20 @@ class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
         if mode:
             raise ValueError("An optimized model cannot be trained: train the original model.")
         return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "OptimizedGKC":
+        """Exclude all weights from training, or raise a ValueError if `requires_grad` is true."""
+        if requires_grad:
+            raise ValueError("An optimized model cannot be trained: train the original model.")
+        return super().requires_grad_(False)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """Raise a ValueError: an optimized model cannot be trained."""
+        raise ValueError("An optimized model cannot be trained: train the original model.")
+
+    def optimize_for_inference(self, *args, **kwargs) -> "OptimizedGKC":
+        """Raise a ValueError: the model is optimized already."""
+        raise ValueError("The model is optimized already: optimize the original model to change the settings.")
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Raise a ValueError: an optimized model is not a checkpoint."""
@@ -209,8 +226,15 @@ class OptimizedGKC(OpenVocabularyMixin, GKCPreTrainedModel):
             The output without losses and stages.
 
         Raises:
+            TypeError: If another argument is given.
             ValueError: As in `GKCForOpenVocabSegmentation.forward`.
         """
+        unsupported = sorted(set(vocabulary) - VOCABULARY_ARGUMENTS)
+        if unsupported:
+            raise TypeError(
+                f"An optimized model takes no `{unsupported[0]}`: call the original model for losses and stages. The "
+                f"arguments of the vocabulary are {', '.join(sorted(VOCABULARY_ARGUMENTS))}."
+            )
         prompts = self.resolve_vocabulary(**vocabulary)
         requested = self.requested_outputs(output_hidden_states, output_attentions)
         check_pixel_values(pixel_values, self.model.num_channels)

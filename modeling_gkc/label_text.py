@@ -118,6 +118,13 @@ def has_lone_mark(text: str) -> bool:
     return _LONE_MARK.search(text) is not None
 
 
+def shortened(text: str, limit: int = 2000) -> str:
+    """Return a text of at most `limit` characters, with "..." in place of the middle of a longer text."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}...{text[-(limit - limit // 2 - 3) :]}"
+
+
 def shown(value: Any, limit: int = 200) -> str:
     """Return a short representation of a value for an error message; never raises, whatever the value is."""
     try:
@@ -135,12 +142,13 @@ def error_line(error: BaseException) -> str:
 
     Returns:
         File and reason of an OSError of the operating system; of other errors the first line of the message, prefixed
-        by the type unless it is a ValueError, OSError or RuntimeError.
+        by the type unless it is a ValueError, OSError or RuntimeError. At most 2000 characters.
     """
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        return shortened(text)
     text = str(error).encode("utf-8", "backslashreplace").decode()  # unpaired surrogates cannot be printed
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line = shortened(next((line.strip() for line in text.splitlines() if line.strip()), ""))
     if (isinstance(error, ValueError | OSError) or type(error) is RuntimeError) and line:
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
@@ -153,5 +161,6 @@ __all__ = [
     "has_lone_mark",
     "is_invisible",
     "normalize_label",
+    "shortened",
     "shown",
 ]

@@ -52,9 +52,12 @@ def content_sizes_of(pixel_mask: Tensor) -> Tensor:
         (B, 2) height and width of each image in pixels.
 
     Raises:
-        ValueError: If a mask is not a rectangle at the upper left; not checked in traced and compiled graphs.
+        ValueError: If a mask has values other than 0 and 1 or is not a rectangle at the upper left; not checked in
+            traced and compiled graphs.
     """
     mask = pixel_mask.bool()
+    if not is_tracing(mask) and pixel_mask.dtype != torch.bool and not torch.equal(mask.to(pixel_mask), pixel_mask):
+        raise ValueError("`pixel_mask` must be 1 inside the image and 0 in the padding, got other values.")
     sizes = torch.stack([mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)], dim=1)
     if not is_tracing(mask) and not torch.equal(mask, rectangles(sizes, *mask.shape[1:])):
         raise ValueError("`pixel_mask` must be 1 on a rectangle at the upper left of each input, and 0 elsewhere.")

@@ -27,9 +27,10 @@
 All sizes are (height, width).
 """
 
+import dataclasses
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from .argument_checks import check_flags, check_fractions, check_whole_number
 from .checkpoint_loading import load_checkpoint_parts
 from .encoded_vocabulary import EncodedVocabulary, input_device
 from .image_processing_gkc import URL_TIMEOUT_S, ImageLike, read_image
+from .label_text import error_line, shortened, shown
 from .post_processing import INSTANCE_VOID, PANOPTIC_VOID, semantic_segments, void_label
 from .prompt_templates import TemplatesLike
 from .vocabulary import VocabularyLike
@@ -97,9 +99,23 @@ class PredictionOptions:
     void_threshold: float | None = None
     void_id: int | None = None
 
+    @classmethod
+    def from_arguments(cls, task: str, options: Mapping[str, Any]) -> "PredictionOptions":
+        """Make options of the keyword arguments of a prediction.
+
+        Raises:
+            TypeError: An option is unknown.
+            ValueError: As for the constructor.
+        """
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "task"]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"Unknown option `{shortened(unknown[0], 200)}`: the options are {', '.join(known)}.")
+        return cls(task, **options)
+
     def __post_init__(self):
         if self.task not in TASKS:
-            raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {self.task!r}.")
+            raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {shown(self.task)}.")
         check_flags(return_scores=self.return_scores, return_images=self.return_images)
         for name in sorted(set().union(*TASK_OPTIONS.values()) - {*TASK_OPTIONS[self.task]}):
             if getattr(self, name) is not None and getattr(self, name) is not False:
@@ -277,6 +293,13 @@ def is_file_object(image: Any) -> bool:
     return callable(getattr(image, "read", None))
 
 
+def is_single_image(images: Any) -> bool:
+    """Return whether a value is one image instead of a collection of images."""
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim < 4
+    return isinstance(images, str | bytes | bytearray | PathLike | Image.Image) or is_file_object(images)
+
+
 def _read_file(file: Any, name: str) -> bytes:
     """Read a file object completely, from its start if it is seekable."""
     if isinstance(file, io.TextIOBase):
@@ -313,9 +336,10 @@ def prefetch(items: Iterable[Item], function: Callable[[Item], Value], ahead: in
 
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
-        pending = deque(executor.submit(advance) for _ in range(ahead))
+        pending = deque([executor.submit(advance)])
         while (value := pending.popleft().result()) is not end:
-            pending.append(executor.submit(advance))
+            # Two calls for each value fill the queue step by step, because `ahead` can be a large number.
+            pending.extend(executor.submit(advance) for _ in range(min(2, ahead - len(pending))))
             yield value
     finally:
         executor.shutdown(cancel_futures=True)
@@ -378,19 +402,25 @@ class GKCPredictor:
             vocabulary: K classes in any form that `Vocabulary.parse` accepts, such as "dog; sofa, couch; lamp", or an
                 encoded vocabulary; None selects the vocabulary stored in the checkpoint.
             void_labels: V classes for image content that is none of the K classes; their pixels become void.
-            prompt_templates: Prompt templates; by default those of the processor.
+            prompt_templates: Prompt templates of the words; by default those of the processor.
             reduction: How the logits of several names of a class are reduced; see `EncodedVocabulary`.
 
         Raises:
-            ValueError: As for `EncodedVocabulary.encode`, or the checkpoint stores no vocabulary.
+            ValueError: As for `EncodedVocabulary.encode`, the checkpoint stores no vocabulary, or `prompt_templates`
+                are given without words to encode.
 
         Warns:
             UserWarning: As for `EncodedVocabulary.encode`.
         """
-        if vocabulary is None:
-            encoded = self._stored_vocabulary()
-        elif isinstance(vocabulary, EncodedVocabulary):
-            encoded = vocabulary
+        if vocabulary is None or isinstance(vocabulary, EncodedVocabulary):
+            if prompt_templates is not None and void_labels is None:
+                raise ValueError(
+                    "`prompt_templates` apply to words, but an encoded or stored vocabulary was given: give words, or "
+                    "remove `prompt_templates`."
+                )
+            encoded = self._stored_vocabulary() if vocabulary is None else vocabulary
+            if reduction is not None:
+                encoded = dataclasses.replace(encoded, reduction=reduction)
         else:
             encoded = EncodedVocabulary.encode(
                 vocabulary, self.model, self.processor, prompt_templates=prompt_templates, reduction=reduction
@@ -422,7 +452,7 @@ class GKCPredictor:
                 file or the index of the image.
             TypeError: An option is unknown, or an image is not of a supported type.
         """
-        options = PredictionOptions(task, **options)
+        options = PredictionOptions.from_arguments(task, options)
         if not isinstance(images, list | tuple) and not (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
             return self.predict_prepared([self.prepare(images)], options)[0]
         names = (place_name(index) for index in range(len(images)))
@@ -446,7 +476,7 @@ class GKCPredictor:
         of `set_vocabulary` do not affect the iterator.
 
         Args:
-            images: Images of any type that `predict` accepts.
+            images: Iterable of images of any type that `predict` accepts, such as a list, a generator or a data set.
             task: "semantic", "instance" or "panoptic".
             batch_size: Images per forward pass; the results do not depend on it.
             prefetch_images: Images to read ahead; by default `batch_size`. 0 uses no thread.
@@ -460,13 +490,20 @@ class GKCPredictor:
 
         Raises:
             ValueError: As for `predict`; invalid arguments raise before an image is read.
-            TypeError: As for `predict`.
+            TypeError: As for `predict`, or `images` is a single image or no ordered iterable.
         """
-        options = PredictionOptions(task, **options)
+        options = PredictionOptions.from_arguments(task, options)
+        if is_single_image(images):
+            raise TypeError(
+                f"`images` must be an iterable of images, such as a list, got one image ({type(images).__name__}): "
+                "put it into a list, or use `predict`."
+            )
+        if not isinstance(images, Iterable) or isinstance(images, Mapping | set | frozenset):
+            raise TypeError(f"`images` must be an iterable of images, such as a list, got a {type(images).__name__}.")
         batch_size = check_whole_number("batch_size", batch_size, 1)
         ahead = batch_size if prefetch_images is None else check_whole_number("prefetch_images", prefetch_images, 0)
         if on_error not in ON_ERROR:
-            raise ValueError(f"`on_error` must be one of {', '.join(ON_ERROR)}, got {on_error!r}.")
+            raise ValueError(f"`on_error` must be one of {', '.join(ON_ERROR)}, got {shown(on_error)}.")
         return self._predict_stream(images, options, self._known_vocabulary(), batch_size, ahead, on_error)
 
     def prepare(self, image: Any, **settings) -> PreparedImage:
@@ -589,7 +626,7 @@ class GKCPredictor:
                     if isinstance(result, FailedImage) and on_error == "raise":
                         raise result.error
                     if isinstance(result, FailedImage) and on_error == "skip":
-                        logger.warning("Skipped %s: %s", place_name(result.index), result.error)
+                        logger.warning("Skipped %s: %s", place_name(result.index), error_line(result.error))
                     else:
                         yield result
 

@@ -27,6 +27,7 @@ from transformers.utils import PaddingStrategy
 from .argument_checks import check_whole_number
 from .configuration_gkc import GKCConfig
 from .image_processing_gkc import GKCImageProcessorKwargs, ImageLike, as_batch, check_return_tensors
+from .label_text import shown
 from .post_processing import PostProcessingMixin
 from .prompt_templates import TemplatesLike, fill_template, resolve_templates
 from .remote_code import CodeSavingMixin
@@ -154,7 +155,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         groups = {name: settings.pop(name, None) or {} for name in KINDS_OF_SETTINGS}
         for name, group in groups.items():
             if not isinstance(group, Mapping):
-                raise ValueError(f"`{name}` must be a dict of settings, got {group!r}.")
+                raise ValueError(f"`{name}` must be a dict of settings, got {shown(group)}.")
         known = {"images_kwargs": set(GKCImageProcessorKwargs.__annotations__), "text_kwargs": set(TEXT_SETTINGS)}
         known["text_kwargs"].add("return_tensors")
         known["common_kwargs"] = known["images_kwargs"] | known["text_kwargs"]
@@ -272,7 +273,7 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
     def _pad(self, tokens: list[list[int]], length: int, side: str | None) -> dict[str, Any]:
         """Return `input_ids` and `attention_mask` (P, length), as lists if unpadded prompts differ in length."""
         if side not in (None, "left", "right"):
-            raise ValueError(f"`padding_side` must be 'right' or 'left', got {side!r}.")
+            raise ValueError(f"`padding_side` must be 'right' or 'left', got {shown(side)}.")
         lengths = {len(prompt) for prompt in tokens}
         if not length and len(lengths) > 1:
             return {"input_ids": tokens, "attention_mask": [[1] * len(prompt) for prompt in tokens]}
@@ -304,11 +305,13 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
         tokens_of = dict(zip(vocabulary.flat_names, tokens, strict=True))
         for name, ids in tokens_of.items():
             if not ids:
-                raise ValueError(f"The tokenizer has no token for the label {name!r}: write it in other characters.")
+                raise ValueError(
+                    f"The tokenizer has no token for the label {shown(name)}: write it in other characters."
+                )
             if special.intersection(ids):
                 token = tokenizer.convert_ids_to_tokens(next(token for token in ids if token in special))
                 raise ValueError(
-                    f"The label {name!r} contains the tokenizer's special token {token!r}: write it in other "
+                    f"The label {shown(name)} contains the tokenizer's special token {token!r}: write it in other "
                     "characters."
                 )
         first: dict[tuple, int] = {}
@@ -319,16 +322,16 @@ class GKCProcessor(CodeSavingMixin, PostProcessingMixin, ProcessorMixin):
             earlier = first.setdefault((*ids, *(templates or ())), index)
             if earlier != index:
                 raise ValueError(
-                    f"Labels {earlier + 1} and {index + 1} ({vocabulary.labels[earlier]!r} and {label!r}) have the "
-                    "same tokens, so that the text encoder cannot tell them apart: merge them into one class, or "
-                    "rename one of them."
+                    f"Labels {earlier + 1} and {index + 1} ({shown(vocabulary.labels[earlier])} and {shown(label)}) "
+                    "have the same tokens, so that the text encoder cannot tell them apart: merge them into one "
+                    "class, or rename one of them."
                 )
 
     def _check_lengths(self, prompts: list[str], tokens: list[list[int]], limit: int) -> None:
         for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > limit:
                 raise ValueError(
-                    f"The prompt {prompt!r} has {len(ids)} tokens including start and end, but the text encoder "
+                    f"The prompt {shown(prompt)} has {len(ids)} tokens including start and end, but the text encoder "
                     f"takes at most {limit}: shorten it."
                 )
 

@@ -100,7 +100,7 @@ def resolve_templates(value: TemplatesLike) -> list[str]:
         try:
             normalize_label(template)
         except ValueError as error:
-            raise ValueError(f"The prompt template {template!r} {error}") from error
+            raise ValueError(f"The prompt template {shown(template)} {error}") from error
     return list(value)
 
 
@@ -150,7 +150,7 @@ def _named_set(name: str) -> tuple[str, ...]:
     if name not in PROMPT_TEMPLATES:
         close = difflib.get_close_matches(name, PROMPT_TEMPLATES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PROMPT_TEMPLATES)}."
-        raise ValueError(f"{name!r} is neither a set of prompt templates nor a template with '{{}}'; {hint}")
+        raise ValueError(f"{shown(name)} is neither a set of prompt templates nor a template with '{{}}'; {hint}")
     return PROMPT_TEMPLATES[name]
 
 

@@ -206,13 +206,13 @@ class Vocabulary:
         for label in labels:
             if label.strip() in PACKAGED_NAMES:
                 raise ValueError(
-                    f"{label.strip()!r} is a packaged vocabulary and cannot be combined with other labels: give it "
-                    "alone."
+                    f"{shown(label.strip())} is a packaged vocabulary and cannot be combined with other "
+                    "labels: give it alone."
                 )
             if re.search(r"[\r\n]", label.strip()):
                 raise ValueError(
-                    f"A label cannot contain a line break: {label.strip()!r}; separate classes by ';', or give a .txt "
-                    "file with one class per line."
+                    f"A label cannot contain a line break: {shown(label.strip())}; separate classes by ';', or give "
+                    "a .txt file with one class per line."
                 )
         vocabulary = cls([label.split(",") for label in labels])
         label, *others = vocabulary.flat_names
@@ -311,14 +311,15 @@ class Vocabulary:
             return self, []
         try:
             void = Vocabulary.parse(void_labels)
-        except ValueError as error:
-            raise ValueError(f"Void labels: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Void labels: {error}") from error
         owners = {comparison_key(name): names[0] for names in self.names for name in names}
         for name in void.flat_names:
             owner = owners.get(comparison_key(name))
             if owner is not None:
                 raise ValueError(
-                    f"{name!r} is a void label and a name of the class {owner!r}: remove it from one of them."
+                    f"{shown(name)} is a void label and a name of the class {shown(owner)}: remove it from one "
+                    "of them."
                 )
         joined = copy.copy(self)
         joined.names = self.names + void.names
@@ -379,8 +380,8 @@ def _list_names(label: Any, index: int) -> Sequence[str]:
     for name in names if isinstance(names, Sequence) else ():
         if isinstance(name, str) and ";" in name:
             raise ValueError(
-                f"{_Positions().describe(index)} is {name!r}: a ';' separates classes only within a string. Give each "
-                'class as a separate item, and synonyms as a list: ["sky", ["sofa", "couch"]].'
+                f"{_Positions().describe(index)} is {shown(name)}: a ';' separates classes only within a string. "
+                'Give each class as a separate item, and synonyms as a list: ["sky", ["sofa", "couch"]].'
             )
     return names
 
@@ -541,7 +542,9 @@ def _clean_names(names: Sequence[str], position: str) -> list[str]:
         if not name:
             raise ValueError(f"{subject} is empty: give every class a name.")
         if ";" in name:  # typed as a string, as in `gkc segment` and pipelines, it would be two classes
-            raise ValueError(f"{subject} is {name!r}: a ';' separates classes. Give each class as a separate entry.")
+            raise ValueError(
+                f"{subject} is {shown(name)}: a ';' separates classes. Give each class as a separate entry."
+            )
         cleaned.setdefault(comparison_key(name), name)
     return list(cleaned.values())
 
@@ -552,8 +555,8 @@ def _check_unique_labels(labels: list[str], positions: _Positions) -> None:
         earlier = first.setdefault(comparison_key(label), index)
         if earlier != index:
             raise ValueError(
-                f"{positions.describe_pair(earlier, index)} are both {label!r}{_difference(labels[earlier], label)}: "
-                "merge them into one class, or rename one of them."
+                f"{positions.describe_pair(earlier, index)} are both {shown(label)}"
+                f"{_difference(labels[earlier], label)}: merge them into one class, or rename one of them."
             )
 
 
@@ -561,7 +564,7 @@ def _difference(first: str, second: str) -> str:
     """Describe the characters of two labels that look the same but differ in more than case."""
     if first.casefold() == second.casefold():
         return ""
-    return f" when displayed ({first!a} and {second!a})"
+    return f" when displayed ({ascii(first)[:200]} and {ascii(second)[:200]})"
 
 
 def _warn_shared_names(names: list[list[str]]) -> None:
@@ -572,7 +575,7 @@ def _warn_shared_names(names: list[list[str]]) -> None:
     shared = {name: classes for name, classes in owners.items() if len(classes) > 1}
     if shared:
         listed = "; ".join(
-            f"{name!r} belongs to " + " and ".join(repr(names[index][0]) for index in classes)
+            f"{shown(name)} belongs to " + " and ".join(shown(names[index][0]) for index in classes)
             for name, classes in shared.items()
         )
         warnings.warn(f"A name is shared by several classes: {listed}.", UserWarning, stacklevel=4)

@@ -201,14 +201,14 @@ def packaged_path(name: str) -> Path:
         ValueError: If there is no such vocabulary, or its file is in neither place.
     """
     if name not in PACKAGED_NAMES:
-        raise ValueError(f"There is no packaged vocabulary {name!r}; {_suggestion(_meant_names(name, 0.6))}")
+        raise ValueError(f"There is no packaged vocabulary {shown(name)}; {_suggestion(_meant_names(name, 0.6))}")
     for package in (Path(__file__).parent, _installed_package()):
         path = package and package / PACKAGED_FOLDER / f"{name}.json"
         if path and path.is_file():
             return path
     raise ValueError(
-        f"The vocabulary {name!r} is part of the package, not of a checkpoint's code: install GKC (pip install), or "
-        "give the class names."
+        f"The vocabulary {shown(name)} is part of the package, not of a checkpoint's code: install GKC (pip "
+        "install), or give the class names."
     )
 
 
@@ -226,8 +226,8 @@ def check_packaged_name(text: str) -> None:
     if (meant or is_name) and not re.search("[;,]", text):
         suggestion = f"{_suggestion(meant)} " if meant else ""
         raise ValueError(
-            f"There is no packaged vocabulary {text!r}; {suggestion}`gkc vocab list` lists them. (If {text!r} is a "
-            f"label, give it in a list, [{text!r}], or in a .txt file.)"
+            f"There is no packaged vocabulary {shown(text)}; {suggestion}`gkc vocab list` lists them. (If "
+            f"{shown(text)} is a label, give it in a list, [{shown(text)}], or in a .txt file.)"
         )
 
 
@@ -331,10 +331,10 @@ def _csv_entry(row: list[str], columns: list[str], line: int, source: _Source) -
     cells = dict.fromkeys(_COLUMNS, "") | {column: cell.strip() for column, cell in zip(columns, row, strict=False)}
     wrong = next((mark for mark in ";," if mark in cells["synonyms"]), None)
     if wrong:
-        raise source.error(line, f"separate synonyms by '|', not by {wrong!r}: {cells['synonyms']!r}.")
+        raise source.error(line, f"separate synonyms by '|', not by {shown(wrong)}: {shown(cells['synonyms'])}.")
     kind = cells["is_thing"].casefold()
     if kind not in _KINDS:
-        raise source.error(line, f"is_thing must be thing, stuff or empty, got {cells['is_thing']!r}.")
+        raise source.error(line, f"is_thing must be thing, stuff or empty, got {shown(cells['is_thing'])}.")
     synonyms = cells["synonyms"].split("|") if cells["synonyms"] else []
     color = _hex_color(cells["color"], line, source) if cells["color"] else None
     templates = cells["templates"].split("|") if "|" in cells["templates"] else cells["templates"] or None
@@ -343,7 +343,7 @@ def _csv_entry(row: list[str], columns: list[str], line: int, source: _Source) -
 
 def _hex_color(text: str, line: int, source: _Source) -> tuple[int, ...]:
     if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):
-        raise source.error(line, f"a color must be written as #rrggbb, got {text!r}.")
+        raise source.error(line, f"a color must be written as #rrggbb, got {shown(text)}.")
     return tuple(bytes.fromhex(text[1:]))
 
 
@@ -377,7 +377,7 @@ def _json_entries(source: _Source) -> list[VocabularyEntry]:
     if by_id is not None:
         return by_id
     if len(items) == 1 and items[0].key in _LISTS_OF_NAMES:
-        raise source.error(items[0].line, f"rename the key {items[0].key!r} to 'classes'.")
+        raise source.error(items[0].line, f"rename the key {shown(items[0].key)} to 'classes'.")
     return [_json_entry(item, source) for item in items]
 
 
@@ -495,11 +495,11 @@ def _synonyms(name: Any, value: Any, line: int, source: _Source) -> list[Any]:
 
 def _check_key(key: str, known: tuple[str, ...], earlier: list[str], line: int, source: _Source) -> None:
     if key in earlier:
-        raise source.error(line, f"the key {key!r} is given twice.")
+        raise source.error(line, f"the key {shown(key)} is given twice.")
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
-        raise source.error(line, f"the key {key!r} is unknown; {hint}")
+        raise source.error(line, f"the key {shown(key)} is unknown; {hint}")
 
 
 __all__ = [

@@ -621,3 +621,8 @@ class TestPictures:
             assert large.mode.startswith("I") and np.array_equal(np.asarray(large), values)
         with pytest.raises(ValueError, match=r"0\.\.65535"):
             label_map(np.array([[-1]]), {})
+
+
+def test_errors_about_long_arguments_are_shortened(capsys):
+    assert main(["segment", "x" * 300_000 + ".png"]) == 2
+    assert len(capsys.readouterr().err) < 3000

@@ -1,6 +1,7 @@
 """`EncodedVocabulary`: encoded once, checked, extended by void classes, stored in files."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -85,8 +86,31 @@ class TestParts:
         with pytest.raises(ValueError, match="void classes already"):
             encoded.with_void("star", model, processor)
 
+    def test_invalid_types_raise(self, model, processor):
+        encoded = EncodedVocabulary.encode("dog; sofa, couch", model, processor)
+        with pytest.raises(TypeError, match="`vocabulary` must be a Vocabulary, got 'dog': encode words by"):
+            dataclasses.replace(encoded, vocabulary="dog")
+        with pytest.raises(TypeError, match="`void_ids` must be a tuple of class ids, got 1"):
+            dataclasses.replace(encoded, void_ids=1)
+
+    def test_embeddings_must_be_normalized(self, model, processor):
+        encoded = EncodedVocabulary.encode("dog; sofa, couch", model, processor)
+        with pytest.raises(ValueError, match="`class_embeds` must be L2-normalized, got lengths from 2 to 2"):
+            dataclasses.replace(encoded, class_embeds=2 * encoded.class_embeds)
+        dataclasses.replace(encoded, class_embeds=encoded.class_embeds.bfloat16())
+
 
 class TestFiles:
+    def test_folders_are_named(self, model, processor, tmp_path):
+        encoded = EncodedVocabulary.encode("dog; sofa, couch", model, processor)
+        with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a folder: give the name of a file"):
+            encoded.save(tmp_path, model)
+        with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a folder: give the file that"):
+            EncodedVocabulary.load(tmp_path, model)
+        with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path / 'absent'} does not exist"):
+            encoded.save(tmp_path / "absent" / "words.safetensors", model)
+        assert not any(tmp_path.iterdir())
+
     VOCABULARY = Vocabulary([["red"], ["lawn", "grass"]], is_thing=[True, None], colors=[(1, 2, 3), (4, 5, 6)])
 
     def test_saved_vocabulary_equals_loaded_one(self, model, processor, tmp_path):

@@ -140,6 +140,9 @@ def test_without_a_compiler_the_model_runs_uncompiled(sizes, monkeypatch, transf
     ("purpose", "use"),
     [
         ("train", lambda model, folder: model.train()),
+        ("train", lambda model, folder: model.requires_grad_()),
+        ("train", lambda model, folder: model.gradient_checkpointing_enable()),
+        ("optimize", lambda model, folder: model.optimize_for_inference()),
         ("save", lambda model, folder: model.save_pretrained(folder)),
         ("export", lambda model, folder: export_segmenter(model, None, folder / "graph")),
     ],
@@ -150,12 +153,15 @@ def test_optimized_models_cannot_be_trained_saved_or_exported(purpose, use, tmp_
         use(model, tmp_path)
     assert not any(tmp_path.iterdir())
     assert not model.eval().training
+    assert not any(parameter.requires_grad for parameter in model.requires_grad_(False).parameters())
 
 
-@pytest.mark.parametrize("arguments", [{"output_stages": True}, {"mask_labels": [torch.ones(1, 64, 64)]}])
+@pytest.mark.parametrize(
+    "arguments", [{"output_stages": True}, {"mask_labels": [torch.ones(1, 64, 64)]}, {"labels": "dog"}]
+)
 def test_optimized_models_accept_neither_stages_nor_labels(arguments):
     model = CASES["segmenter"].model().optimize_for_inference(compile=False)
-    with pytest.raises(TypeError, match=next(iter(arguments))):
+    with pytest.raises(TypeError, match=f"An optimized model takes no `{next(iter(arguments))}`: call the original"):
         model(**CASES["segmenter"].inputs(), **arguments)
 
 

@@ -171,6 +171,7 @@ def test_embeddings_on_another_device_are_read_only_on_request():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"compile": "no"}, "`compile` must be True or False, got 'no'"),
         ({"sizes": [(0, 0)]}, r"`sizes\[0\]` \(height, width\) must be at least 1 x 1, got \(0, 0\)"),
         ({"sizes": [(64, 64), (-3, 5)]}, r"`sizes\[1\]` \(height, width\) must be at least 1 x 1, got \(-3, 5\)"),
         ({"sizes": (512, 512)}, r"`sizes\[0\]` must be a pair of whole numbers \(height, width\), got 512"),

@@ -376,6 +376,8 @@ def test_evaluation_losses_do_not_depend_on_padding(tokens, within):
         (torch.ones(1, 64, 96), r"must have shape \(2, 64, 96\), as the images, got \(1, 64, 96\)"),
         (torch.ones(2, 32, 32), "must have shape"),
         (torch.cat([torch.ones(2, 64, 40), torch.zeros(2, 64, 16), torch.ones(2, 64, 40)], dim=2), "rectangle"),
+        (torch.full((2, 64, 96), 2), "must be 1 inside the image and 0 in the padding"),
+        (torch.full((2, 64, 96), 0.5), "must be 1 inside the image and 0 in the padding"),
     ],
 )
 def test_invalid_pixel_masks_raise_errors(model, tokens, pixel_values, pixel_mask, message):

@@ -4,6 +4,7 @@ import io
 import itertools
 import logging
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from modeling_gkc import (
+    EncodedVocabulary,
     GKCForOpenVocabSegmentation,
     GKCImageProcessor,
     GKCPredictor,
@@ -297,6 +299,22 @@ class TestVocabulary:
         predictor.set_vocabulary("star; sky")
         assert next(results).labels == ["red disc", "blue square", "lawn"]
 
+    def test_reduction_applies_to_encoded_and_stored_vocabularies(self, model, processor):
+        encoded = EncodedVocabulary.encode(WORDS, model, processor, reduction="max")
+        predictor = GKCPredictor(model, processor)
+        predictor.set_vocabulary(encoded, reduction="mean")
+        assert predictor.vocabulary.reduction == "mean" and encoded.reduction == "max"
+        with pytest.raises(ValueError, match="`reduction` must be one of"):
+            predictor.set_vocabulary(encoded, reduction="median")
+
+    def test_templates_without_words_raise(self, model, processor):
+        encoded = EncodedVocabulary.encode(WORDS, model, processor)
+        predictor = GKCPredictor(model, processor)
+        with pytest.raises(ValueError, match="`prompt_templates` apply to words, but an encoded or stored"):
+            predictor.set_vocabulary(encoded, prompt_templates="photo")
+        predictor.set_vocabulary(encoded, void_labels="star", prompt_templates="photo")
+        assert len(predictor.vocabulary.void_ids) == 1
+
 
 class TestPredictBatches:
     @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
@@ -419,6 +437,47 @@ class TestPredictBatches:
     def test_invalid_arguments_raise_at_once(self, predictor, settings, message):
         with pytest.raises(ValueError, match=message):
             predictor.predict_batches([], **settings)
+
+    @pytest.mark.parametrize(
+        "images",
+        [
+            "scene.png",
+            Path("scene.png"),
+            b"bytes",
+            Image.new("RGB", (8, 8)),
+            np.zeros((8, 8, 3), np.uint8),
+            torch.zeros(3, 8, 8),
+            io.BytesIO(b"bytes"),
+        ],
+        ids=lambda images: type(images).__name__,
+    )
+    def test_single_images_raise_at_once(self, predictor, images):
+        with pytest.raises(TypeError, match=r"got one image \(\w+\): put it into a list, or use `predict`"):
+            predictor.predict_batches(images)
+
+    @pytest.mark.parametrize("images", [{"a": "scene.png"}, {"scene.png"}, 7, None])
+    def test_collections_without_order_raise_at_once(self, predictor, images):
+        with pytest.raises(TypeError, match="`images` must be an iterable of images, such as a list, got a"):
+            predictor.predict_batches(images)
+
+    def test_batched_arrays_are_iterables_of_images(self, predictor):
+        images = np.stack([np.asarray(noise(32, 32)), np.asarray(noise(32, 32, 1))])
+        for result, image in zip(predictor.predict_batches(images, batch_size=2), images, strict=True):
+            assert same(result, predictor.predict(image))
+
+    def test_unknown_options_raise_at_once(self, predictor):
+        for call in (predictor.predict, predictor.predict_batches):
+            with pytest.raises(TypeError, match=r"^Unknown option `score`: the options are return_scores, "):
+                call([], score=True)
+
+
+def test_prefetch_submits_step_by_step():
+    """A number of images to read ahead that no memory could hold must not delay the first value."""
+    read = []
+    values = prefetch(map(read.append, itertools.count()), str, 10**12)
+    assert [next(values) for _ in range(3)] == ["None"] * 3
+    values.close()
+    assert 3 <= len(read) <= 7
 
 
 def test_prefetch_keeps_order_and_raises_in_place():

@@ -812,3 +812,17 @@ def test_unsupported_containers_raise(given):
 def test_text_in_another_container_is_refused_with_what_to_give(given, message):
     with pytest.raises(TypeError, match=message):
         Vocabulary.parse(given)
+
+
+def test_long_labels_are_shortened_in_messages():
+    long = "x" * 50_000
+    calls = (lambda: Vocabulary.parse([long, long]), lambda: Vocabulary.parse("a").with_void([long, long]))
+    for call in (
+        *calls,
+        lambda: Vocabulary.parse([f"a;{long}"]),
+        lambda: Vocabulary.parse([["a", long], ["b", long]]),
+    ):
+        with warnings.catch_warnings(), pytest.raises((ValueError, UserWarning)) as caught:
+            warnings.simplefilter("error")
+            call()
+        assert len(str(caught.value)) < 1000

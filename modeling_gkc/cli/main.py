@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..label_text import shortened
 from ..version import __version__
 from .common import UserError, interruptible
 from .parsers import add_convert, add_embed, add_export, add_segment, add_vocab
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except UserError as error:
-        print(f"gkc: error: {error}", file=sys.stderr)
+        print(f"gkc: error: {shortened(str(error))}", file=sys.stderr)
         return 2
 
 
