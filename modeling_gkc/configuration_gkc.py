@@ -42,7 +42,8 @@ GROUP_NORM_GROUPS = 32
 LAST_FOUR = [-4, -3, -2, -1]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with this message if a condition is not met."""
     if not condition:
         raise ValueError(message)
 
@@ -52,27 +53,27 @@ def _require_positive(config: PreTrainedConfig, names: tuple[str, ...], part: st
     for name in names:
         value = getattr(config, name)
         is_number = isinstance(value, int) and not isinstance(value, bool)
-        _require(is_number, f"`{part}{name}` must be a whole number, got {shown(value)}.")
-        _require(value > 0, f"`{part}{name}` must be positive, got {shown(value)}.")
+        require(is_number, f"`{part}{name}` must be a whole number, got {shown(value)}.")
+        require(value > 0, f"`{part}{name}` must be positive, got {shown(value)}.")
         limit = _LIMITS.get(name, MAX_WIDTH)
-        _require(value <= limit, f"`{part}{name}` must be at most {limit}, got {shown(value)}.")
+        require(value <= limit, f"`{part}{name}` must be at most {limit}, got {shown(value)}.")
 
 
 def _check_common(config: PreTrainedConfig, part: str = "") -> None:
     """Check fields common to all configurations, which transformers uses unchecked to build, save and print models."""
     dtype = config.dtype
-    _require(
+    require(
         dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
         f"`{part}dtype` must be a floating-point type such as 'float32', got {shown(dtype)}.",
     )
     attention = config._attn_implementation
-    _require(
+    require(
         # A name with a "/" would load code from the Hub.
         attention is None or (isinstance(attention, str) and "/" not in attention),
         f"`{part}attn_implementation` must be a name such as 'sdpa', got {shown(attention)}.",
     )
     quantization = getattr(config, "quantization_config", None)
-    _require(
+    require(
         quantization is None or isinstance(quantization, dict) or hasattr(quantization, "to_dict"),
         f"`{part}quantization_config` must be an object of settings, got {shown(quantization)}.",
     )
@@ -95,7 +96,7 @@ _CONFIG = TypeVar("_CONFIG", bound=type)
 _ERRORS_OF_VALUES = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
 
 
-def _raise_value_errors(config_class: _CONFIG) -> _CONFIG:
+def raise_value_errors(config_class: _CONFIG) -> _CONFIG:
     """Decorate a configuration class to raise a one-line ValueError for any invalid value."""
     init = config_class.__init__
 
@@ -116,7 +117,7 @@ def _check_id2label(values: dict[str, Any]) -> None:
     is_map = isinstance(labels, dict) and all(
         re.fullmatch(r"\d{1,9}", str(key)) and isinstance(name, str) for key, name in labels.items()
     )
-    _require(labels is None or is_map, f"`id2label` must map class ids to names, got {shown(labels)}.")
+    require(labels is None or is_map, f"`id2label` must map class ids to names, got {shown(labels)}.")
     if values.get("num_labels") is not None:
         check_whole_number("num_labels", values["num_labels"], 0, _LIMITS["vocab_size"])
 
@@ -134,7 +135,7 @@ def _describe_error(config_class: type, error: Exception, values: dict[str, Any]
     return f"`{name}` must be of the type {kind}, got {shown(values.get(name))}."
 
 
-@_raise_value_errors
+@raise_value_errors
 @strict
 class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of CLIP's ResNet image encoder, used as a backbone and as a complete image model.
@@ -184,20 +185,18 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
 
     def _check(self):
         _require_positive(self, ("width", "num_attention_heads", "image_size", "projection_dim", "num_channels"))
-        _require(
+        require(
             len(self.depths) == 4 and all(type(depth) is int and 0 < depth <= MAX_LAYERS for depth in self.depths),
             f"`depths` must be four positive numbers of blocks, one per stage, of at most {MAX_LAYERS}, got "
             f"{shown(self.depths)}.",
         )
-        _require(self.width % 2 == 0, f"`width` must be even (the stem starts with half of it), got {self.width}.")
-        _require(
+        require(self.width % 2 == 0, f"`width` must be even (the stem starts with half of it), got {self.width}.")
+        require(
             self.hidden_size % self.num_attention_heads == 0,
             f"The pooled width 32 * `width` = {self.hidden_size} must be divisible by "
             f"`num_attention_heads` = {self.num_attention_heads}.",
         )
-        _require(
-            self.image_size >= 32, f"`image_size` must be at least 32, the tower's stride, got {self.image_size}."
-        )
+        require(self.image_size >= 32, f"`image_size` must be at least 32, the tower's stride, got {self.image_size}.")
 
     @property
     def hidden_sizes(self) -> list[int]:
@@ -210,7 +209,7 @@ class CLIPResNetConfig(CodeSavingMixin, BackboneConfigMixin, PreTrainedConfig):
         return 32 * self.width
 
 
-@_raise_value_errors
+@raise_value_errors
 @strict
 class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
     r"""Configuration of a CLIP ConvNeXt image encoder of OpenCLIP, used as a backbone and as a complete image model.
@@ -257,17 +256,15 @@ class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
         _require_positive(self, ("image_size", "projection_dim", "num_channels"))
         for name, limit in (("hidden_sizes", MAX_WIDTH), ("depths", MAX_LAYERS)):
             values = getattr(self, name)
-            _require(
+            require(
                 len(values) == 4 and all(type(value) is int and 0 < value <= limit for value in values),
                 f"`{name}` needs four positive whole numbers up to {limit}, one per stage, got {shown(values)}.",
             )
         if self.projection_hidden_dim is not None:
             _require_positive(self, ("projection_hidden_dim",))
-        _require(self.num_stages == 4, f"`num_stages` must be 4, got {shown(self.num_stages)}.")
-        _require(
-            self.patch_size == 4, f"`patch_size` must be 4, the stride of the stem, got {shown(self.patch_size)}."
-        )
-        _require(
+        require(self.num_stages == 4, f"`num_stages` must be 4, got {shown(self.num_stages)}.")
+        require(self.patch_size == 4, f"`patch_size` must be 4, the stride of the stem, got {shown(self.patch_size)}.")
+        require(
             self.hidden_act in ACT2FN,
             f"`hidden_act` must be an activation of transformers, got {shown(self.hidden_act)}.",
         )
@@ -277,9 +274,93 @@ class CLIPConvNextConfig(CodeSavingMixin, ConvNextConfig):
         check_number("initializer_range", self.initializer_range, 0)
 
 
-@_raise_value_errors
+class VocabularyConfigMixin:
+    """Mixin of configurations whose checkpoint stores a vocabulary.
+
+    The configuration has the fields `source_vocabulary`, `prompt_reduction`, `vocabulary`, `vocabulary_is_thing`,
+    `vocabulary_colors`, `vocabulary_templates` and `vocabulary_num_prompts` of `GKCConfig`.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Create a configuration from a dict of its fields, some of them overridden by `kwargs`.
+
+        Args:
+            config_dict: Fields of the configuration.
+            kwargs: Fields to override.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: If `num_labels`, `id2label` or `label2id` contradicts the stored vocabulary, whose embeddings
+                would not change with them.
+        """
+        _check_id2label(config_dict)
+        _check_id2label(kwargs)
+        stored = None if "vocabulary" in kwargs else config_dict.get("vocabulary")
+        if isinstance(kwargs.get("id2label"), dict):
+            kwargs["id2label"] = {int(index): name for index, name in kwargs["id2label"].items()}  # as JSON has them
+        is_valid = isinstance(stored, list) and all(
+            isinstance(names, list) and names and isinstance(names[0], str) for names in stored
+        )
+        if stored and is_valid:  # otherwise the constructor raises the error
+            _check_given_labels([names[0] for names in stored], config_dict, kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    def _check_vocabulary(self):
+        stored = self.vocabulary or []
+        for field in ("vocabulary", "source_vocabulary"):
+            for index, names in enumerate(getattr(self, field) or []):
+                require(bool(names), f"`{field}` has no name for class {index}: give at least one.")
+                for name in names:
+                    _require_label(name, f"`{field}`, class {index}")
+        for name in ("vocabulary_is_thing", "vocabulary_colors", "vocabulary_templates"):
+            require(
+                getattr(self, name) is None or len(getattr(self, name)) == len(stored),
+                f"`{name}` needs one entry for each of the {len(stored)} stored classes.",
+            )
+        check_whole_number("vocabulary_num_prompts", self.vocabulary_num_prompts, 0, _LIMITS["vocab_size"])
+        require(
+            self.vocabulary_num_prompts >= len(stored),
+            f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts} cannot be less than the {len(stored)} stored "
+            "classes; use `model.set_vocabulary(...)` instead of writing `vocabulary` by hand.",
+        )
+        require(
+            bool(stored) or not self.vocabulary_num_prompts,
+            f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts}, but `vocabulary` stores no class.",
+        )
+        if stored and self.id2label is not None:
+            ids = sorted(map(str, self.id2label))
+            require(
+                ids == sorted(map(str, range(len(stored))))
+                and all(isinstance(v, str) for v in self.id2label.values()),
+                f"`id2label` must name the {len(stored)} stored classes 0..{len(stored) - 1}, got "
+                f"{shown(self.id2label)}: use `model.set_vocabulary(...)`, which writes both.",
+            )
+
+    def __post_init__(self, **kwargs):
+        if self.vocabulary is not None and self.id2label is None:
+            self.id2label = {index: names[0] for index, names in enumerate(self.vocabulary)}
+            self.label2id = {name: index for index, name in self.id2label.items()}
+        super().__post_init__(**kwargs)
+        if self.vocabulary is not None:
+            self.label2id = {name: index for index, name in self.id2label.items()}
+        require(
+            self.prompt_reduction in PROMPT_REDUCTIONS,
+            f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.prompt_reduction!r}.",
+        )
+        stored = self.vocabulary or []
+        require(
+            not stored or self.num_labels == len(stored),
+            f"`num_labels` or `id2label` gives {self.num_labels} classes, but `vocabulary` stores {len(stored)}; use "
+            "`model.set_vocabulary(...)` to store others.",
+        )
+
+
+@raise_value_errors
 @strict
-class GKCConfig(CodeSavingMixin, PreTrainedConfig):
+class GKCConfig(CodeSavingMixin, VocabularyConfigMixin, PreTrainedConfig):
     r"""Configuration of `GKCForOpenVocabSegmentation`.
 
     The defaults are the R-50 model of *Global Knowledge Calibration for Fast Open-Vocabulary Segmentation* (Han, Liu
@@ -404,40 +485,8 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         self.backbone_config = _resolve_backbone_config(self.backbone_config)
         self.text_config = _resolve_text_config(self.text_config)
         self._check_vocabulary()
-        if self.vocabulary is not None and self.id2label is None:
-            self.id2label = {index: names[0] for index, names in enumerate(self.vocabulary)}
-            self.label2id = {name: index for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
-        if self.vocabulary is not None:
-            self.label2id = {name: index for index, name in self.id2label.items()}
         self._check()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Create a configuration from a dict of its fields, some of them overridden by `kwargs`.
-
-        Args:
-            config_dict: Fields of the configuration.
-            kwargs: Fields to override.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            ValueError: If `num_labels`, `id2label` or `label2id` contradicts the stored vocabulary, whose embeddings
-                would not change with them.
-        """
-        _check_id2label(config_dict)
-        _check_id2label(kwargs)
-        stored = None if "vocabulary" in kwargs else config_dict.get("vocabulary")
-        if isinstance(kwargs.get("id2label"), dict):
-            kwargs["id2label"] = {int(index): name for index, name in kwargs["id2label"].items()}  # as JSON has them
-        is_valid = isinstance(stored, list) and all(
-            isinstance(names, list) and names and isinstance(names[0], str) for names in stored
-        )
-        if stored and is_valid:  # otherwise the constructor raises the error
-            _check_given_labels([names[0] for names in stored], config_dict, kwargs)
-        return super().from_dict(config_dict, **kwargs)
 
     @property
     def projection_dim(self) -> int:
@@ -456,57 +505,16 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         self._check_text()
         self._check_losses()
         self._check_classifier()
-        _require(
+        require(
             self.class_feature in CLASS_FEATURES,
             f"`class_feature` must be one of {', '.join(CLASS_FEATURES)}, got {self.class_feature!r}.",
         )
-        _require(
-            self.prompt_reduction in PROMPT_REDUCTIONS,
-            f"`prompt_reduction` must be one of {', '.join(PROMPT_REDUCTIONS)}, got {self.prompt_reduction!r}.",
-        )
-        stored = self.vocabulary or []
-        _require(
-            not stored or self.num_labels == len(stored),
-            f"`num_labels` or `id2label` gives {self.num_labels} classes, but `vocabulary` stores {len(stored)}; use "
-            "`model.set_vocabulary(...)` to store others.",
-        )
-
-    def _check_vocabulary(self):
-        stored = self.vocabulary or []
-        for field in ("vocabulary", "source_vocabulary"):
-            for index, names in enumerate(getattr(self, field) or []):
-                _require(bool(names), f"`{field}` has no name for class {index}: give at least one.")
-                for name in names:
-                    _require_label(name, f"`{field}`, class {index}")
-        for name in ("vocabulary_is_thing", "vocabulary_colors", "vocabulary_templates"):
-            _require(
-                getattr(self, name) is None or len(getattr(self, name)) == len(stored),
-                f"`{name}` needs one entry for each of the {len(stored)} stored classes.",
-            )
-        check_whole_number("vocabulary_num_prompts", self.vocabulary_num_prompts, 0, _LIMITS["vocab_size"])
-        _require(
-            self.vocabulary_num_prompts >= len(stored),
-            f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts} cannot be less than the {len(stored)} stored "
-            "classes; use `model.set_vocabulary(...)` instead of writing `vocabulary` by hand.",
-        )
-        _require(
-            bool(stored) or not self.vocabulary_num_prompts,
-            f"`vocabulary_num_prompts` = {self.vocabulary_num_prompts}, but `vocabulary` stores no class.",
-        )
-        if stored and self.id2label is not None:
-            ids = sorted(map(str, self.id2label))
-            _require(
-                ids == sorted(map(str, range(len(stored))))
-                and all(isinstance(v, str) for v in self.id2label.values()),
-                f"`id2label` must name the {len(stored)} stored classes 0..{len(stored) - 1}, got "
-                f"{shown(self.id2label)}: use `model.set_vocabulary(...)`, which writes both.",
-            )
 
     def _check_text(self):
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         _require_positive(self.text_config, (*names, "max_position_embeddings", "projection_dim"), "text_config.")
         text = self.text_config
-        _require(
+        require(
             text.hidden_act in ACT2FN,
             f"`text_config.hidden_act` must be an activation of transformers, got {shown(text.hidden_act)}.",
         )
@@ -519,33 +527,33 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
     def _check_sizes(self):
         sizes = ("hidden_size", "mask_feature_size", "encoder_layers", "encoder_ffn_dim", "encoder_num_points")
         _require_positive(self, (*sizes, "decoder_layers", "decoder_ffn_dim", "num_attention_heads", "num_queries"))
-        _require(
+        require(
             self.hidden_size % self.num_attention_heads == 0,
             f"`hidden_size` = {self.hidden_size} must be divisible by `num_attention_heads` = "
             f"{self.num_attention_heads}.",
         )
-        _require(
+        require(
             self.hidden_size % GROUP_NORM_GROUPS == 0,
             f"`hidden_size` = {self.hidden_size} must be a multiple of {GROUP_NORM_GROUPS}, the number of groups of "
             "the pixel decoder's normalization.",
         )
         check_number("dropout", self.dropout, 0)
-        _require(self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
+        require(self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout}.")
         check_number("logit_scale_init_value", self.logit_scale_init_value, -100, 100)
-        _require(
+        require(
             self.deformable_attention in (None, *DEFORMABLE_ATTENTION_KERNELS),
             f"`deformable_attention` must be None or one of {', '.join(DEFORMABLE_ATTENTION_KERNELS)}, got "
             f"{self.deformable_attention!r}.",
         )
 
     def _check_classifier(self):
-        _require(
+        require(
             self.classifier in CLASSIFIERS,
             f"`classifier` must be one of {', '.join(CLASSIFIERS)}, got {self.classifier!r}.",
         )
         self._check_ensemble()
         if self.classifier == "projection":
-            _require(
+            require(
                 self.source_vocabulary is None,
                 "`source_vocabulary` needs `classifier='convex_combination'` or `classifier='fc_clip'`.",
             )
@@ -553,42 +561,42 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
             self._check_convex_combination()
 
     def _check_ensemble(self):
-        _require(
+        require(
             self.ensemble in ENSEMBLES,
             f"`ensemble` must be one of {', '.join(ENSEMBLES)}, got {self.ensemble!r}.",
         )
         check_number("ensemble_alpha", self.ensemble_alpha, 0, 1)
         check_number("ensemble_beta", self.ensemble_beta, 0, 1)
         if self.classifier != "fc_clip":
-            _require(self.ensemble == "none", "`ensemble` needs `classifier='fc_clip'`.")
+            require(self.ensemble == "none", "`ensemble` needs `classifier='fc_clip'`.")
             return
-        _require(
+        require(
             self.class_feature == "query+mask_features",
             f"`classifier='fc_clip'` needs `class_feature='query+mask_features'`, got {self.class_feature!r}.",
         )
         backbone = self.backbone_config
-        _require(
+        require(
             isinstance(backbone, CLIPResNetConfig | CLIPConvNextConfig),
             f"`classifier='fc_clip'` needs a CLIP image encoder as backbone, 'clip_resnet' or 'clip_convnext', got "
             f"{backbone.model_type!r}.",
         )
-        _require(
+        require(
             backbone.projection_dim == self.projection_dim,
             f"`backbone_config.projection_dim` = {backbone.projection_dim} must be that of the text encoder, "
             f"{self.projection_dim}: `classifier='fc_clip'` compares both with the same words.",
         )
 
     def _check_convex_combination(self):
-        _require(
+        require(
             self.class_feature == "query",
             f"`classifier='convex_combination'` needs `class_feature='query'`, got {self.class_feature!r}.",
         )
-        _require(
+        require(
             bool(self.source_vocabulary) and all(self.source_vocabulary),
             "`classifier='convex_combination'` needs the names of the head's classes as `source_vocabulary`: use "
             "`modeling_gkc.conversion.from_mask2former`, which sets them.",
         )
-        _require(
+        require(
             len(self.source_vocabulary) < self.projection_dim,
             f"A text space of width {self.projection_dim} holds at most {self.projection_dim - 1} source classes, got "
             f"{len(self.source_vocabulary)}: use a text encoder with a larger `projection_dim`.",
@@ -617,11 +625,11 @@ class GKCConfig(CodeSavingMixin, PreTrainedConfig):
         _require_positive(self, ("train_num_points",))
         weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
         for name in weights:
-            _require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
+            require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
             check_number(name, getattr(self, name), 0)
-        _require(self.oversample_ratio >= 1, f"`oversample_ratio` must be at least 1, got {self.oversample_ratio}.")
+        require(self.oversample_ratio >= 1, f"`oversample_ratio` must be at least 1, got {self.oversample_ratio}.")
         check_number("oversample_ratio", self.oversample_ratio, 1, 1000)
-        _require(
+        require(
             0 <= self.importance_sample_ratio <= 1,
             f"`importance_sample_ratio` must lie between 0 and 1, got {self.importance_sample_ratio}.",
         )
@@ -659,21 +667,21 @@ def _resolve_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrain
     if config is None:
         return CLIPResNetConfig()
     if isinstance(config, PreTrainedConfig):
-        return _copy_config(config)
-    _require(
+        return copy_config(config)
+    require(
         isinstance(config, dict),
         f"`backbone_config` must be the configuration of a backbone or a dict of its fields, got {shown(config)}.",
     )
-    values = _remove_origin(config)
+    values = remove_origin(config)
     model_type = values.pop("model_type", CLIPResNetConfig.model_type)
     if model_type == CLIPResNetConfig.model_type:
-        return _create_nested_config("backbone_config", CLIPResNetConfig, values)
-    _require(
+        return create_nested_config("backbone_config", CLIPResNetConfig, values)
+    require(
         isinstance(model_type, str) and model_type in CONFIG_MAPPING,
         f"`backbone_config` has the unknown model_type {model_type!r}; use one that transformers' AutoBackbone knows, "
         "such as 'clip_resnet', 'resnet', 'swin' or 'convnext'.",
     )
-    config = _create_nested_config("backbone_config", CONFIG_MAPPING[model_type], values)
+    config = create_nested_config("backbone_config", CONFIG_MAPPING[model_type], values)
     if isinstance(config, BackboneConfigMixin) and not {"out_features", "out_indices"} & values.keys():
         if stage_names := getattr(config, "stage_names", None):
             config.out_features = stage_names[-4:]
@@ -686,17 +694,17 @@ def _resolve_text_config(config: dict | PreTrainedConfig | None) -> CLIPTextConf
     if config is None:
         return CLIPTextConfig(projection_dim=1024)
     if isinstance(config, CLIPTextConfig):
-        return _copy_config(config)
-    _require(
+        return copy_config(config)
+    require(
         isinstance(config, dict),
         f"`text_config` must be a CLIPTextConfig or a dict of its fields, got {type(config).__name__}; for a CLIP "
         "model's config pass its `text_config`.",
     )
-    values = {key: value for key, value in _remove_origin(config).items() if key != "model_type"}
-    return _create_nested_config("text_config", CLIPTextConfig, values)
+    values = {key: value for key, value in remove_origin(config).items() if key != "model_type"}
+    return create_nested_config("text_config", CLIPTextConfig, values)
 
 
-def _create_nested_config(
+def create_nested_config(
     field: str, config_class: Callable[..., PreTrainedConfig], values: dict[str, Any]
 ) -> PreTrainedConfig:
     """Create the configuration of a field of another one; errors name the field."""
@@ -711,19 +719,19 @@ def _create_nested_config(
 
 def _require_label(name: Any, place: str) -> None:
     try:
-        _require(bool(normalize_label(name)), f"{place} has an empty name.")
+        require(bool(normalize_label(name)), f"{place} has an empty name.")
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def copy_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Copy a configuration, so that models do not share it, without the path that it was loaded from."""
     config = copy.deepcopy(config)
     config.name_or_path = ""
     return config
 
 
-def _remove_origin(values: dict) -> dict:
+def remove_origin(values: dict) -> dict:
     """Remove the path that the fields were loaded from, which a published checkpoint must not reveal.
 
     `auto_map` is removed too, since transformers would otherwise ask whether to run code of that folder.
@@ -735,4 +743,4 @@ AutoConfig.register(CLIPResNetConfig.model_type, CLIPResNetConfig, exist_ok=True
 AutoConfig.register(CLIPConvNextConfig.model_type, CLIPConvNextConfig, exist_ok=True)
 AutoConfig.register(GKCConfig.model_type, GKCConfig, exist_ok=True)
 
-__all__ = ["CLIPConvNextConfig", "CLIPResNetConfig", "GKCConfig"]
+__all__ = ["CLIPConvNextConfig", "CLIPResNetConfig", "GKCConfig", "VocabularyConfigMixin"]

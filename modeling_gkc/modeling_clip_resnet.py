@@ -252,15 +252,22 @@ class CLIPResNetAttentionPooling(nn.Module):
             attention weights (B, heads, 1 or 1 + h*w, 1 + h*w). The weights are None if the attention implementation
             does not compute them.
         """
-        height, width = hidden_states.shape[-2:]
-        tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, h*w, C)
-        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
-        tokens = tokens + self._positions(height, width)
-        queries = tokens if dense else tokens[:, :1]
-        query, key, value = self._project(queries, tokens)
+        query, key, value = self.project(hidden_states, dense)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attend(self, query, key, value, None, scaling=query.shape[-1] ** -0.5)
         return self.out_proj(attended.flatten(2)), weights
+
+    def project(self, feature_map: Tensor, dense: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Project a feature map (B, C, h, w) to queries, keys and values (B, heads, ., C / heads).
+
+        Keys and values are those of the mean feature and of all positions, 1 + h*w; queries are those of the mean
+        feature, or of the same tokens if `dense`.
+        """
+        height, width = feature_map.shape[-2:]
+        tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self._positions(height, width)
+        return self._project(tokens if dense else tokens[:, :1], tokens)
 
     def embed_regions(self, feature_map: Tensor, masks: Tensor) -> Tensor:
         """Embed regions by attention of the mean feature of the whole map to the positions inside each mask.
