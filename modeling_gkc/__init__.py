@@ -14,11 +14,13 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig, GKCConfig
+    from .configuration_gkc_zero_shot import GKCZeroShotConfig
     from .encoded_vocabulary import EncodedVocabulary
     from .image_processing_gkc import GKCImageProcessor
     from .modeling_clip_convnext import CLIPConvNextBackbone, CLIPConvNextVisionModel
     from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
     from .modeling_gkc import GKCForOpenVocabSegmentation, GKCModel
+    from .modeling_gkc_zero_shot import GKCForZeroShotSegmentation
     from .pipeline_gkc import GKCSegmentationPipeline
     from .predictor import GKCPredictor
     from .processing_gkc import GKCProcessor
@@ -34,11 +36,13 @@ __all__ = [
     "EncodedVocabulary",
     "GKCConfig",
     "GKCForOpenVocabSegmentation",
+    "GKCForZeroShotSegmentation",
     "GKCImageProcessor",
     "GKCModel",
     "GKCPredictor",
     "GKCProcessor",
     "GKCSegmentationPipeline",
+    "GKCZeroShotConfig",
     "Vocabulary",
 ]
 
@@ -52,11 +56,13 @@ _MODULES = {
     "EncodedVocabulary": "encoded_vocabulary",
     "GKCConfig": "configuration_gkc",
     "GKCForOpenVocabSegmentation": "modeling_gkc",
+    "GKCForZeroShotSegmentation": "modeling_gkc_zero_shot",
     "GKCImageProcessor": "image_processing_gkc",
     "GKCModel": "modeling_gkc",
     "GKCPredictor": "predictor",
     "GKCProcessor": "processing_gkc",
     "GKCSegmentationPipeline": "pipeline_gkc",
+    "GKCZeroShotConfig": "configuration_gkc_zero_shot",
     "Vocabulary": "vocabulary",
 }
 

@@ -29,10 +29,15 @@ from types import ModuleType
 _AUTO = "transformers.models.auto"
 # The Auto modules, and the modules of this package that register with each.
 _REGISTERING = {
-    f"{_AUTO}.configuration_auto": ("configuration_gkc",),
+    f"{_AUTO}.configuration_auto": ("configuration_gkc", "configuration_gkc_zero_shot"),
     f"{_AUTO}.image_processing_auto": ("image_processing_gkc",),
     f"{_AUTO}.processing_auto": ("processing_gkc",),
-    f"{_AUTO}.modeling_auto": ("modeling_clip_convnext", "modeling_clip_resnet", "modeling_gkc"),
+    f"{_AUTO}.modeling_auto": (
+        "modeling_clip_convnext",
+        "modeling_clip_resnet",
+        "modeling_gkc",
+        "modeling_gkc_zero_shot",
+    ),
 }
 
 

@@ -22,16 +22,24 @@ from transformers.utils import logging as transformers_logging
 
 from .argument_checks import check_whole_number, shown
 from .configuration_gkc import GKCConfig
+from .configuration_gkc_zero_shot import GKCZeroShotConfig
 from .label_text import error_line
 from .modeling_gkc import GKCForOpenVocabSegmentation
+from .modeling_gkc_zero_shot import GKCForZeroShotSegmentation
 from .processing_gkc import GKCProcessor
 
 MAX_LISTED_WEIGHTS = 100
+MODEL_CLASSES = {
+    GKCConfig.model_type: GKCForOpenVocabSegmentation,
+    GKCZeroShotConfig.model_type: GKCForZeroShotSegmentation,
+}
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _JSON_FILES = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
+def load_checkpoint_parts(
+    path: str | Path, **settings
+) -> tuple[GKCForOpenVocabSegmentation | GKCForZeroShotSegmentation, GKCProcessor]:
     """Load the model, in evaluation mode, and the processor of a checkpoint.
 
     Args:
@@ -51,10 +59,10 @@ def load_checkpoint_parts(path: str | Path, **settings) -> tuple[GKCForOpenVocab
         _check_json_files(path)
         stored = _stored_config(path)
         model_type = stored.get("model_type") if isinstance(stored, dict) else None
-        if model_type != GKCConfig.model_type:
-            raise ValueError(f"its model_type is {shown(model_type)}, not 'gkc'.")
+        if model_type not in MODEL_CLASSES:
+            raise ValueError(f"its model_type is {shown(model_type)}, not 'gkc' or 'gkc_zero_shot'.")
         check_shard_paths(path)
-        model, info = GKCForOpenVocabSegmentation.from_pretrained(
+        model, info = MODEL_CLASSES[model_type].from_pretrained(
             path,
             output_loading_info=True,
             use_safetensors=True,
@@ -156,7 +164,7 @@ def check_loading_info(info: dict[str, Any]) -> None:
         raise ValueError("; ".join(reasons) + ".")
 
 
-def _check_tokenizer(model: GKCForOpenVocabSegmentation, processor: GKCProcessor) -> None:
+def _check_tokenizer(model: GKCForOpenVocabSegmentation | GKCForZeroShotSegmentation, processor: GKCProcessor) -> None:
     """Check that the text encoder has the tokenizer's tokens and its end token, and limit `model_max_length`."""
     tokenizer, text = processor.tokenizer, model.config.text_config
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -165,6 +173,9 @@ def _check_tokenizer(model: GKCForOpenVocabSegmentation, processor: GKCProcessor
             f"its tokenizer has the token {largest}, but its text encoder has the tokens 0..{text.vocab_size - 1}: "
             "they do not belong together."
         )
+    if text.model_type.startswith("siglip"):  # pools at the last token, whichever it is
+        tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+        return
     if text.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: the largest token of the text is its end
         raise ValueError(
             f"its tokenizer ends texts with the token {tokenizer.eos_token_id}, but its text encoder expects "

@@ -247,12 +247,16 @@ class ConvexClassifier(QueryClassifier):
         super().__init__(config)
         names, width = config.source_vocabulary, config.projection_dim
         self.labels = [class_names[0] for class_names in names]
-        self.class_predictor = nn.Linear(config.hidden_size, len(names) + 1)
+        self.class_predictor = self.make_head(config)
         self.register_buffer("name_embeds", torch.zeros(sum(map(len, names)), width))
         self.register_buffer("name_class_ids", torch.zeros(len(self.name_embeds), dtype=torch.long))
         self.register_buffer("basis", torch.zeros(len(names) + 1, width))
         self.register_buffer("decoder", torch.zeros(width, len(names) + 1))
         self.register_buffer("typical_distance", torch.ones(()))
+
+    def make_head(self, config: GKCConfig) -> nn.Module:
+        """Create the head that maps query features (B, Q, C) to logits (B, Q, S + 1) of the source classes."""
+        return nn.Linear(config.hidden_size, len(self.labels) + 1)
 
     @torch.no_grad()
     def set_source(self, class_predictor: nn.Linear, name_embeds: Tensor, name_class_ids: Tensor) -> None:

@@ -319,8 +319,10 @@ def _probe(model: Any) -> Tensor:
     length = min(8, config.max_position_embeddings)
     steps = torch.arange(PROBE_PROMPTS * length).unflatten(0, (PROBE_PROMPTS, length))
     tokens = (steps * 7919 + 1) % config.vocab_size
-    tokens[tokens == config.eos_token_id] -= 1
-    tokens[:, -1] = config.eos_token_id
+    # The default of SigLIP's configuration lies outside of its vocabulary.
+    end_token = min(config.eos_token_id, config.vocab_size - 1)
+    tokens[tokens == end_token] -= 1
+    tokens[:, -1] = end_token
     return model.embed_prompts(tokens.to(input_device(model)))
 
 

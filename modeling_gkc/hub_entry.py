@@ -31,10 +31,12 @@ __all__ = [
     "EncodedVocabulary",
     "GKCConfig",
     "GKCForOpenVocabSegmentation",
+    "GKCForZeroShotSegmentation",
     "GKCImageProcessor",
     "GKCPredictor",
     "GKCProcessor",
     "GKCSegmentationPipeline",
+    "GKCZeroShotConfig",
 ]
 
 # If another copy of this library, installed or from another folder, is already loaded, transformers prefers its
@@ -42,11 +44,13 @@ __all__ = [
 _known = CONFIG_MAPPING["gkc"].__module__.rpartition(".")[0] if "gkc" in CONFIG_MAPPING else __package__
 if _known == __package__:
     from .configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig, GKCConfig
+    from .configuration_gkc_zero_shot import GKCZeroShotConfig
     from .encoded_vocabulary import EncodedVocabulary
     from .image_processing_gkc import GKCImageProcessor
     from .modeling_clip_convnext import CLIPConvNextBackbone, CLIPConvNextVisionModel
     from .modeling_clip_resnet import CLIPResNetBackbone, CLIPResNetVisionModel
     from .modeling_gkc import GKCForOpenVocabSegmentation
+    from .modeling_gkc_zero_shot import GKCForZeroShotSegmentation
     from .pipeline_gkc import GKCSegmentationPipeline
     from .predictor import GKCPredictor
     from .processing_gkc import GKCProcessor

@@ -80,15 +80,25 @@ segments = segmenter("photo.jpg", labels="dog; sofa, couch; lamp")  # classes by
 <<words>>
 To be completed by its author: training data, results, limits, and the license of the weights.
 """
+SEGMENTATION_AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForImageSegmentation",
+    "AutoModelForInstanceSegmentation",
+    "AutoModelForSemanticSegmentation",
+    "AutoModelForUniversalSegmentation",
+)
+SEGMENTATION_MODEL_TYPES = ("gkc", "gkc_zero_shot")
 AUTO_CLASSES = {
     "gkc": {
         "AutoConfig": "GKCConfig",
         "AutoImageProcessor": "GKCImageProcessor",
-        "AutoModel": "GKCForOpenVocabSegmentation",
-        "AutoModelForImageSegmentation": "GKCForOpenVocabSegmentation",
-        "AutoModelForInstanceSegmentation": "GKCForOpenVocabSegmentation",
-        "AutoModelForSemanticSegmentation": "GKCForOpenVocabSegmentation",
-        "AutoModelForUniversalSegmentation": "GKCForOpenVocabSegmentation",
+        **dict.fromkeys(SEGMENTATION_AUTO_CLASSES, "GKCForOpenVocabSegmentation"),
+        "AutoProcessor": "GKCProcessor",
+    },
+    "gkc_zero_shot": {
+        "AutoConfig": "GKCZeroShotConfig",
+        "AutoImageProcessor": "GKCImageProcessor",
+        **dict.fromkeys(SEGMENTATION_AUTO_CLASSES, "GKCForZeroShotSegmentation"),
         "AutoProcessor": "GKCProcessor",
     },
     "clip_convnext": {
@@ -187,7 +197,7 @@ def write_card(folder: str | Path) -> None:
     folder = Path(folder)
     path, config = folder / CARD_NAME, folder / "config.json"
     values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if path.exists() or values.get("model_type") != "gkc":
+    if path.exists() or values.get("model_type") not in SEGMENTATION_MODEL_TYPES:
         return
     stored = [names[0] for names in values.get("vocabulary") or []]
     words = f"Without `labels` it uses its {len(stored)} stored classes: {', '.join(stored)}.\n" if stored else ""
@@ -239,7 +249,7 @@ def _auto_map(model_type: str, *auto_classes: str) -> dict[str, str]:
 
 def _mark_config(values: dict[str, Any]) -> None:
     values["auto_map"] = _auto_map(values["model_type"])
-    if values["model_type"] == "gkc":
+    if values["model_type"] in SEGMENTATION_MODEL_TYPES:
         values["custom_pipelines"] = PIPELINES
 
 

@@ -160,6 +160,13 @@ def image_tower() -> None:
         save("image_tower", {"image_embeds": tower(pixel_values).image_embeds})
 
 
+def zero_shot() -> None:
+    model = AutoModel.from_pretrained(WORK / "zero_shot", **TRUST)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    save("zero_shot", computed(model, AutoProcessor.from_pretrained(WORK / "zero_shot", **TRUST)))
+    segmented(pipeline("image-segmentation", model=str(WORK / "zero_shot"), **TRUST))
+
+
 def run(scenario: Callable[[], None]) -> int:
     child = os.fork()
     if child:
@@ -192,6 +199,7 @@ if __name__ == "__main__":
         from_hub,
         saved_again,
         image_tower,
+        zero_shot,
     )
     failed = [scenario.__name__ for scenario in scenarios if run(scenario)]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -34,7 +34,7 @@ DOCUMENTS = [
     "hub_card/gkc-mini/README.md",
 ]
 HELPS = [
-    *("gkc", "gkc segment", "gkc vocab", "gkc embed", "gkc export"),
+    *("gkc", "gkc segment", "gkc vocab", "gkc embed", "gkc open", "gkc export"),
     *("gkc convert", "gkc convert mask2former", "gkc convert fc-clip", "gkc convert clip-resnet"),
     *("python -m train", "python -m train.evaluate", "python -m train.evaluate report", "python -m train.synonyms"),
     *("python -m train.cache", "python -m train.cache teacher", "python -m train.cache synonyms"),
@@ -49,6 +49,8 @@ PARSED = {
     "make demo": "its labels are tested in tests/test_shipped_checkpoint.py, its command `gkc segment` here",
     "pip install": "needs the package index",
     "gkc convert": "needs published weights; run on toys in tests/test_cli_convert.py",
+    "gkc open": "needs published weights; run on toys in tests/test_cli_open.py",
+    "gkc segment photo.jpg --model any-words": "needs a checkpoint made of published weights",
     "gkc segment photo.jpg --model mask2former-words": "needs a checkpoint converted from published weights",
     "gkc segment photo.jpg --model fc-clip-l": "needs a checkpoint converted from published weights",
     "gkc embed --labels ade20k_847": "the shipped tokenizer has few of these words and a limit of 16 tokens",

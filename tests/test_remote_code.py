@@ -22,6 +22,7 @@ from modeling_gkc import (
     CLIPResNetVisionModel,
     GKCConfig,
     GKCForOpenVocabSegmentation,
+    GKCForZeroShotSegmentation,
     GKCImageProcessor,
     GKCModel,
     GKCProcessor,
@@ -30,6 +31,7 @@ from modeling_gkc import (
 from modeling_gkc.remote_code import CodeRegistrationMixin, add_code, code_files, save_with_code
 
 from .conftest import small_config, word_tokenizer
+from .test_zero_shot import opened
 
 READER = Path(__file__).with_name("remote_code_reader.py")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -57,6 +59,7 @@ def work(tmp_path_factory, model, processor) -> Path:
     save_with_code(model, processor, work / "folder")
     tower = CLIPResNetVisionModel(small_config().backbone_config).eval()
     save_with_code(tower, None, work / "tower")
+    save_with_code(*opened("gkc"), work / "zero_shot")
     values = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
     Image.fromarray(values).save(work / "image.png")
     return work
@@ -217,6 +220,15 @@ def test_image_tower(read):
     with torch.no_grad():
         embeds = tower(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).image_embeds
     assert_same_tensors(read / "image_tower.safetensors", {"image_embeds": embeds})
+
+
+def test_zero_shot_model(read):
+    model = GKCForZeroShotSegmentation.from_pretrained(read / "zero_shot")
+    processor = GKCProcessor.from_pretrained(read / "zero_shot")
+    inputs = processor(images=Image.open(read / "image.png"), text="dog; sofa, couch; lamp", return_tensors="pt")
+    logits = model(**inputs).class_queries_logits
+    found = load_file(read / "zero_shot.safetensors")["class_queries_logits"]
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("again", ["saved_again", "processor_again", "image_processor_again", "pipeline_again"])

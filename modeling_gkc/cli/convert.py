@@ -63,27 +63,27 @@ def convert_mask2former(arguments: argparse.Namespace) -> int:
         with user_errors("--class-names"), warnings_as_lines():
             class_names = Vocabulary.parse(arguments.class_names)
     folder = Path(arguments.out)
-    with _quiet_transformers():
-        source = _load(
+    with quiet_transformers():
+        source = load_model(
             Mask2FormerForUniversalSegmentation, arguments.source, "MASK2FORMER", ("mask2former",), arguments
         )
-        text_model = _load(
+        text_model = load_model(
             CLIPTextModelWithProjection, arguments.text_model, "--text-model", ("clip", "clip_text_model"), arguments
         )
         image_processor = _load_image_processor(arguments.source)
-        tokenizer = _load_tokenizer(arguments)
+        tokenizer = load_tokenizer(arguments, "--text-model", arguments.text_model)
     with user_errors("--class-names"), warnings_as_lines():
         vocabulary = source_vocabulary(source, class_names)
     with user_errors("MASK2FORMER"), warnings_as_lines():
         model = from_mask2former(source, text_model, tokenizer, vocabulary)
-    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+    with quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         GKCProcessor(image_processor, tokenizer, CONVERSION_TEMPLATES).save_pretrained(unfinished)
     _report_mask2former(folder, source, vocabulary)
     return 0
 
 
-def _load(
+def load_model(
     model_class: type[PreTrainedModel],
     path: str,
     option: str,
@@ -91,11 +91,11 @@ def _load(
     arguments: argparse.Namespace,
 ) -> Any:
     """Load a model from a folder or a Hub repository and check that no weight is missing."""
-    _check_folder(path, option)
+    check_folder(path, option)
     try:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if model_type not in model_types:
-            raise UserError(f"{option}: {path} is a {model_type}, not a {model_types[0]}")
+            raise UserError(f"{option}: {path} is a {model_type}, not a {' or '.join(model_types)}")
         check_shard_paths(path)
         safetensors = None if arguments.allow_pickle else True
         model, info = model_class.from_pretrained(path, use_safetensors=safetensors, output_loading_info=True)
@@ -108,11 +108,11 @@ def _load(
         raise UserError(f"{option}: cannot load {path}: {reason}") from error
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
-        raise UserError(f"{option}: {path} lacks weights of a {model_types[0]}: {', '.join(missing)}")
+        raise UserError(f"{option}: {path} lacks weights of a {model_type}: {', '.join(missing)}")
     return model.eval()
 
 
-def _check_folder(path: str, option: str) -> None:
+def check_folder(path: str, option: str) -> None:
     """Check that a path is a directory, unless it can be the name of a repository."""
     is_repository = path.count("/") <= 1 and not path.endswith("/") and not path.startswith((".", "/", "~"))
     if not is_repository and not Path(path).is_dir():
@@ -126,11 +126,11 @@ def _load_image_processor(path: str) -> GKCImageProcessor:
         return image_processor_from_mask2former(settings)
 
 
-def _load_tokenizer(arguments: argparse.Namespace) -> Any:
-    """Load the tokenizer given by --tokenizer, or that of --text-model."""
-    path = arguments.tokenizer or arguments.text_model
-    option = "--tokenizer" if arguments.tokenizer else "--text-model"
-    _check_folder(path, option)
+def load_tokenizer(arguments: argparse.Namespace, option: str = "--tokenizer", path: str | None = None) -> Any:
+    """Load the tokenizer given by --tokenizer, or that of another option's checkpoint."""
+    if arguments.tokenizer:
+        option, path = "--tokenizer", arguments.tokenizer
+    check_folder(path, option)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file can make transformers raise errors of any type
@@ -144,16 +144,16 @@ def _report_mask2former(folder: Path, source: Any, vocabulary: Vocabulary) -> No
     renamed = [
         f"{old!r} is {new!r}" for old, new in zip(old_names, vocabulary.labels, strict=True) if old and old != new
     ]
-    print(f"{folder}: {len(vocabulary)} classes, {source.config.num_queries} queries: {_listed(vocabulary.labels)}")
+    print(f"{folder}: {len(vocabulary)} classes, {source.config.num_queries} queries: {listed(vocabulary.labels)}")
     if renamed:
-        print(f"names that replace those of the source; check that they are in its order: {_listed(renamed)}")
+        print(f"names that replace those of the source; check that they are in its order: {listed(renamed)}")
     quoted = shlex.quote(str(folder))
     print("try it:")
     print(f"  gkc segment photo.jpg --model {quoted}")
     print(f'  gkc segment photo.jpg --model {quoted} --labels "cat; sofa, couch; lamp" --task panoptic')
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
     """Join the first items, followed by the number of the others."""
     rest = len(items) - MAX_LISTED_NAMES
     return "; ".join(items[:MAX_LISTED_NAMES]) + (f"; and {rest} more" if rest > 0 else "")
@@ -171,7 +171,7 @@ def convert_clip_resnet(arguments: argparse.Namespace) -> int:
         reason = str(error).splitlines()[0]
         reason = reason if arguments.weights in reason else f"{arguments.weights}: {reason}"
         raise UserError(f"WEIGHTS: {reason}") from error
-    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+    with quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
         image_tower.save_pretrained(unfinished)
         if text_tower is not None:
             text_tower.save_pretrained(unfinished / TEXT_FOLDER)
@@ -201,18 +201,18 @@ def convert_fc_clip(arguments: argparse.Namespace) -> int:
         )
     if "logit_scale" in clip:
         weights[f"{CLIP_PREFIX}logit_scale"] = clip["logit_scale"]
-    with _quiet_transformers():
-        tokenizer = _load_tokenizer(arguments)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(arguments)
     with user_errors("CHECKPOINT" if arguments.clip is None else f"--clip: {arguments.clip}"):
         towers = clip_towers(clip)
     with user_errors(f"CHECKPOINT: {arguments.checkpoint}"), warnings_as_lines():
         model = from_fc_clip(weights, *towers, tokenizer, vocabulary, arguments.ensemble)
-    with _quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
+    with quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         fc_clip_processor(tokenizer).save_pretrained(unfinished)
     config = model.config
     print(f"{folder}: {config.backbone_config.model_type}, {config.num_queries} queries, ensemble {config.ensemble}")
-    print(f"{folder}: {len(vocabulary)} seen classes: {_listed(vocabulary.labels)}")
+    print(f"{folder}: {len(vocabulary)} seen classes: {listed(vocabulary.labels)}")
     return 0
 
 
@@ -227,7 +227,7 @@ def _read_weights(path: str, option: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and loading reports, which list weights that are not used on purpose."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -238,4 +238,13 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-__all__ = ["convert_clip_resnet", "convert_fc_clip", "convert_mask2former"]
+__all__ = [
+    "check_folder",
+    "convert_clip_resnet",
+    "convert_fc_clip",
+    "convert_mask2former",
+    "listed",
+    "load_model",
+    "load_tokenizer",
+    "quiet_transformers",
+]

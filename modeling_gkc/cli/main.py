@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from ..label_text import shortened
 from ..version import __version__
 from .common import UserError, interruptible
-from .parsers import add_convert, add_embed, add_export, add_segment, add_vocab
+from .parsers import add_convert, add_embed, add_export, add_open, add_segment, add_vocab
 
 DESCRIPTION = "Open-vocabulary image segmentation: segment images with any words."
 EXAMPLES = """\
@@ -28,6 +28,7 @@ examples:
   gkc segment scene.png --labels "red disc; lawn, grass; sky"
   gkc vocab list
   gkc embed --labels "red disc; lawn, grass" --out words.safetensors
+  gkc open my-mask2former/ --with my-clip/ --out my-words
   gkc convert clip-resnet RN50.pt --out rn50
   gkc export my-checkpoint --vocab ade20k_150 --out ade-onnx
 
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in (add_segment, add_vocab, add_embed, add_convert, add_export):
+    for add_command in (add_segment, add_vocab, add_embed, add_open, add_convert, add_export):
         add_command(commands)
     return parser
 

@@ -29,6 +29,7 @@ TASKS = ("semantic", "instance", "panoptic")
 TEXT_FOLDER = "text"
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 ENSEMBLES = ("none", "average", "geometric")
+CLASS_SCORES = ("segmenter", "regions", "both")
 
 SEGMENT_EXAMPLES = f"""\
 {WORDS_HELP}
@@ -109,6 +110,27 @@ examples:
 
 use the result:
   gkc segment photo.jpg --model mask2former-words --labels "cat; sofa, couch; lamp" --task panoptic
+"""
+OPEN_EXAMPLES = """\
+SEGMENTER predicts the masks: a Mask2Former, MaskFormer, OneFormer or EoMT of transformers, or a GKC checkpoint. TOWER
+compares each region with your words: a CLIP, MetaCLIP 2 or SigLIP of transformers, or a CLIP ResNet that `gkc convert
+clip-resnet --text` wrote. Nothing is trained.
+
+--class-scores segmenter   distribute the segmenter's probabilities over your words, as `gkc convert mask2former` does
+--class-scores regions     compare the regions with your words
+--class-scores both        average the logarithms of both (default)
+
+Use --class-names if the segmenter's own names are codes ("wall-other-merged"), as for `gkc convert mask2former`.
+
+examples:
+  gkc open facebook/mask2former-swin-small-coco-panoptic --with openai/clip-vit-base-patch16 \\
+      --class-names coco_panoptic_133 --out any-words
+  gkc open tue-mps/coco_panoptic_eomt_large_640 --with google/siglip2-base-patch16-224 \\
+      --class-names coco_panoptic_133 --out eomt-siglip2
+  gkc open my-mask2former/ --with clip-rn50 --tokenizer openai/clip-vit-base-patch16 --out my-words
+
+use the result:
+  gkc segment photo.jpg --model any-words --labels "cat; sofa, couch; lamp" --task panoptic
 """
 CLIP_EXAMPLES = """\
 WEIGHTS is an archive published by OpenAI (RN50.pt, RN101.pt, RN50x4.pt, RN50x16.pt, RN50x64.pt), a state dictionary
@@ -325,6 +347,30 @@ def _add_fc_clip(sources: argparse._SubParsersAction) -> None:
     add("--out", metavar="DIR", required=True, help="new folder for the checkpoint")
 
 
+def add_open(commands: argparse._SubParsersAction) -> None:
+    """Add `open` to the parser of `gkc`."""
+    open_parser = add_parser(
+        commands,
+        "open",
+        "make a segmenter for any words from a segmenter and a CLIP",
+        "Make an open-vocabulary segmenter of a segmenter and an image-text model, without training.",
+        OPEN_EXAMPLES,
+    )
+    open_parser.set_defaults(run=_run("open", "open_command", check_new_output))
+    add = open_parser.add_argument
+    add("segmenter", metavar="SEGMENTER", help="folder or Hub repository of the segmenter")
+    tower_help = "folder or Hub repository of the image-text model"
+    add("--with", dest="tower", metavar="TOWER", required=True, help=tower_help)
+    add("--class-names", metavar="WORDS", help="names of the segmenter's classes (default: from its configuration)")
+    scores_help = "source of the class scores (default: both)"
+    add("--class-scores", choices=CLASS_SCORES, help=scores_help)
+    text_help = f"folder or Hub repository of the text encoder of a CLIP ResNet (default: TOWER/{TEXT_FOLDER})"
+    add("--text-model", metavar="CLIP", help=text_help)
+    add("--tokenizer", metavar="CLIP", help="folder or Hub repository of the tokenizer (default: TOWER)")
+    add("--out", metavar="DIR", required=True, help="new folder for the checkpoint")
+    add("--allow-pickle", action="store_true", help="read pytorch_model.bin if there is no safetensors file")
+
+
 def add_export(commands: argparse._SubParsersAction) -> None:
     """Add `export` to the parser of `gkc`."""
     export = add_parser(
@@ -366,6 +412,7 @@ __all__ = [
     "add_convert",
     "add_embed",
     "add_export",
+    "add_open",
     "add_segment",
     "add_vocab",
 ]

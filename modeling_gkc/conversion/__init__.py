@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Conversion of the weights of OpenAI's and OpenCLIP's CLIP towers, and of transformers' Mask2Former."""
+"""Conversion of the weights of OpenAI's and OpenCLIP's CLIP towers, and of transformers' segmenters."""
 
 from .clip import clip_convnext_from_open_clip, clip_resnet_from_openai, clip_text_from_openai, read_weights
 from .fc_clip import from_fc_clip
 from .mask2former import from_mask2former
+from .zero_shot import open_segmenter
 
 __all__ = [
     "clip_convnext_from_open_clip",
@@ -23,5 +24,6 @@ __all__ = [
     "clip_text_from_openai",
     "from_fc_clip",
     "from_mask2former",
+    "open_segmenter",
     "read_weights",
 ]

@@ -135,24 +135,37 @@ def from_mask2former(
 def source_vocabulary(
     mask2former_model: Mask2FormerForUniversalSegmentation, class_names: VocabularyLike | None = None
 ) -> Vocabulary:
-    """Return the vocabulary of a Mask2Former's classes, without prompt templates.
+    """Return the vocabulary of a Mask2Former's classes, see `named_vocabulary`.
 
     Args:
         mask2former_model: The source model.
         class_names: Names of its classes in their order. Default: `config.id2label`.
+    """
+    num_classes = mask2former_model.class_predictor.out_features - 1
+    return named_vocabulary(class_names, num_classes, mask2former_model.config.id2label)
+
+
+def named_vocabulary(
+    class_names: VocabularyLike | None, num_classes: int, id2label: Mapping[int, str] | None = None
+) -> Vocabulary:
+    """Return the vocabulary of the classes of a closed-vocabulary head, without prompt templates.
+
+    Args:
+        class_names: Names of the classes in their order. Default: `id2label`.
+        num_classes: Number of classes of the head, without no-object.
+        id2label: Names of the classes in the configuration of the source.
 
     Returns:
         The vocabulary.
 
     Raises:
-        ValueError: If there are no names, or not one for each class of the classification head.
+        ValueError: If there are no names, or not one for each class of the head.
 
     Warns:
         UserWarning: If prompt templates of `class_names` are ignored.
     """
-    num_classes = mask2former_model.class_predictor.out_features - 1
     if class_names is None:
-        id2label = mask2former_model.config.id2label
+        id2label = id2label or {}
         class_names = [str(id2label.get(index, f"LABEL_{index}")) for index in range(num_classes)]
         if any(map(_PLACEHOLDER.match, class_names)) or len(id2label) != num_classes:
             raise ValueError(
@@ -169,7 +182,7 @@ def source_vocabulary(
         warnings.warn(
             "Prompt templates of `class_names` are ignored: the names of a converted head are encoded without one.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         vocabulary = copy.copy(vocabulary)
         vocabulary.templates = None
@@ -244,4 +257,10 @@ def _renamed_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-__all__ = ["CONVERSION_TEMPLATES", "from_mask2former", "image_processor_from_mask2former", "source_vocabulary"]
+__all__ = [
+    "CONVERSION_TEMPLATES",
+    "from_mask2former",
+    "image_processor_from_mask2former",
+    "named_vocabulary",
+    "source_vocabulary",
+]
