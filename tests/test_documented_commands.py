@@ -40,7 +40,12 @@ HELPS = [
     *("python -m train.cache", "python -m train.cache teacher", "python -m train.cache synonyms"),
     *("python -m train.cache nouns", "python -m train.data.from_folder", "python -m train.data.prepare"),
     *("python -m train.data.view", "python -m train.data.benchmarks.miniworld", "python -m train.miniworld"),
-    *("python -m train.data.drawn_world.examples", "python -m hub_card.publish_mini", "python -m benchmarks"),
+    *(
+        "python -m train.data.drawn_world.examples",
+        "python -m hub_card.publish_mini",
+        "python -m hub_card.publish_all",
+    ),
+    "python -m benchmarks",
 ]
 
 # Start of a command that is only parsed -> reason why it does not run here.
@@ -64,6 +69,8 @@ PARSED = {
     "torchrun": "starts processes; several are run in tests/test_cache.py",
     "python -m train.cache": "needs COCO and CLIP; run on toys in tests/test_cache.py",
     "python -m train.miniworld": "half an hour to hours; run on toys in tests/test_miniworld_experiment.py",
+    "python -m hub_card.publish_all --only": "needs published weights; run on toys in tests/test_publish_all.py",
+    "python -m hub_card.publish_all --data": "needs published weights; run on toys in tests/test_publish_all.py",
     "python -m hub_card.publish_mini": "overwrites the shipped checkpoint with that of a finished run",
     "python -m train.data.prepare ade20k_150": "needs ADE20K; run on a miniature in tests/test_prepare_benchmarks.py",
     "python -m train.data.prepare coco_panoptic_133": "needs COCO; a miniature is in tests/test_prepare_benchmarks.py",
