@@ -260,7 +260,7 @@ USAGE_ONLY = {
     "train.teacher.precompute": [["--help"], ["teacher", "--help"], ["teacher", "tests"]],
     "train.data.wordnet.synonyms": [["--help"]],
     "hub_card.publish_mini": [["--help"], ["absent"]],
-    "hub_card.publish_all": [["--help"], ["--list"], ["--only", "absent"]],
+    "hub_card.publish_all": [["--help"], ["--only", "absent"]],
     "train.miniworld.__main__": [["--help"], ["--ablations", "none"]],
     "benchmarks.__main__": [["--help"], ["--threads", "0"]],
 }
