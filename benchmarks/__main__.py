@@ -57,6 +57,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.atomic_files import atomic_write
+from modeling_gkc.cli.common import output_folder, positive
 
 if TYPE_CHECKING:
     from .harness import Options, Result
@@ -242,7 +243,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="sizes and number of rounds (default: %(default)s); toy is for tests of this command",
     )
     parser.add_argument(
-        "--out", type=Path, default=folder, help="new folder for the results (default: out/bench-TIME)"
+        "--out", type=output_folder, default=folder, help="new folder for the results (default: out/bench-TIME)"
     )
     parser.add_argument(
         "--only",
@@ -252,7 +253,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="GROUP",
         help="groups of measurements to run, see the list above (default: all)",
     )
-    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="number of CPU threads (default: %(default)s)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on (default: %(default)s)"
     )

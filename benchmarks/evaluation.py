@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling_gkc.cli.common import positive
+
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
@@ -109,8 +111,8 @@ def print_line(line: str) -> None:
 def main() -> None:
     """Run the evaluations and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=6, help="images per benchmark (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=6, help="images per benchmark (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="number of CPU threads (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

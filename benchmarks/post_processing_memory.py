@@ -33,6 +33,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from modeling_gkc.cli.common import positive
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -105,20 +107,22 @@ def run_row(library: str, row: str, arguments: argparse.Namespace) -> dict[str, 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, default=847, help="number of classes (default: %(default)s)")
-    parser.add_argument("--queries", type=int, default=100, help="number of queries (default: %(default)s)")
+    parser.add_argument("--classes", type=positive, default=847, help="number of classes (default: %(default)s)")
+    parser.add_argument("--queries", type=positive, default=100, help="number of queries (default: %(default)s)")
     parser.add_argument(
-        "--height", type=int, default=1024, help="height of the result in pixels (default: %(default)s)"
+        "--height", type=positive, default=1024, help="height of the result in pixels (default: %(default)s)"
     )
-    parser.add_argument("--width", type=int, default=2048, help="width of the result in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--width", type=positive, default=2048, help="width of the result in pixels (default: %(default)s)"
+    )
     parser.add_argument(
         "--input-size",
-        type=int,
+        type=positive,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         help="size of the model's input in pixels (default: the size of the result)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="number of CPU threads (default: %(default)s)")
     parser.add_argument(
         "--rows", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to measure (default: all)"
     )

@@ -29,6 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from modeling_gkc.cli.common import positive
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import memory_mb
@@ -81,11 +83,13 @@ def main() -> None:
     """Run the measurement and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="new folder for the cache")
-    parser.add_argument("--images", type=int, default=118_287, help="number of images (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=118_287, help="number of images (default: %(default)s)")
     parser.add_argument("--regions", type=float, default=12.69, help="mean regions per image (default: %(default)s)")
-    parser.add_argument("--columns", type=int, default=1024, help="embedding dimension (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=112, help="images per look-up (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=500, help="number of timed look-ups (default: %(default)s)")
+    parser.add_argument("--columns", type=positive, default=1024, help="embedding dimension (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=112, help="images per look-up (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=positive, default=500, help="number of timed look-ups (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.folder.exists():
         parser.error(f"--folder {options.folder} already exists: name a new folder")

@@ -33,6 +33,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
+from modeling_gkc.cli.common import positive
+
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
@@ -93,8 +95,10 @@ def peak(preset: str, variant: str, threads: int) -> float:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="steps of the toy model (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=5, help="steps between memory readings (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=500, help="steps of the toy model (default: %(default)s)")
+    parser.add_argument(
+        "--every", type=positive, default=5, help="steps between memory readings (default: %(default)s)"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="coco", help="sizes of the peaks (default: %(default)s)")
     parser.add_argument(
         "--variants",
@@ -103,7 +107,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=list(VARIANTS),
         help="step variants whose peak is measured (default: all)",
     )
-    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="number of CPU threads (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -52,6 +52,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.utils.logging import disable_progress_bar
 
+from modeling_gkc.cli.common import non_negative, positive
+
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
@@ -444,16 +446,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="coco", help="sizes to use (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="images per batch (default: from the preset)")
-    parser.add_argument("--regions", type=int, help="regions per image (default: from the preset)")
+    parser.add_argument("--batch-size", type=positive, help="images per batch (default: from the preset)")
+    parser.add_argument("--regions", type=positive, help="regions per image (default: from the preset)")
     parser.add_argument(
-        "--text-tokens", type=int, help="tokens per text for the text encoder (default: from the preset)"
+        "--text-tokens", type=positive, help="tokens per text for the text encoder (default: from the preset)"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="timed steps of each variant (default: %(default)s)")
     parser.add_argument(
-        "--warm-up", type=int, default=1, help="untimed steps before each timed one (default: %(default)s)"
+        "--rounds", type=positive, default=2, help="timed steps of each variant (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--warm-up", type=non_negative, default=1, help="untimed steps before each timed one (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=positive, default=2, help="number of CPU threads (default: %(default)s)")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to measure (default: all)"
     )

@@ -64,12 +64,14 @@ class Section:
             low_is_allowed: Whether a value may equal the lower bound.
 
         Raises:
-            ValueError: A value is out of bounds; the message names the field.
+            ValueError: A value is no number or out of bounds; the message names the field.
         """
         wanted = f"must lie between {low} and {high}" if high < math.inf else "must not be negative"
         for name in names:
             value = getattr(self, name)
             if value is not None:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                self.require(is_number, f"{self.label(name)} must be a number, got {value!r}.")
                 above = value >= low if low_is_allowed else value > low
                 text = wanted if low_is_allowed else "must be positive"
                 self.require(

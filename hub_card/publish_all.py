@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from modeling_gkc.atomic_files import atomic_folder, atomic_write
-from modeling_gkc.cli.common import UserError, interruptible, without_progress_bars
+from modeling_gkc.cli.common import UserError, interruptible, output_folder, without_progress_bars
 from modeling_gkc.label_text import error_line
 
 TEMPLATE = Path(__file__).parent / "converted_template.md"
@@ -274,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", choices=names, default=names, metavar="NAME", help="models to publish (default: all)")
     add(
         "--out",
-        type=Path,
+        type=output_folder,
         default=OUT,
         metavar="DIR",
         help="folder for checkpoints and results (default: %(default)s)",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_gkc.atomic_files import atomic_folder, atomic_write, atomic_write_json
-from modeling_gkc.cli.common import interruptible
+from modeling_gkc.cli.common import interruptible, non_negative, output_folder
 from modeling_gkc.label_text import error_line
 
 TEMPLATE = Path(__file__).parent / "gkc_mini_template.md"
@@ -132,11 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="output folder of a finished `python -m train.miniworld`")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=output_folder, default=SHIPPED, help="folder of the checkpoint (default: %(default)s)"
+    )
     parser.add_argument(
         "--ablation", default="both", choices=ABLATION_NAMES, help="ablation to publish (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, help="seed to publish (default: the first)")
+    parser.add_argument("--seed", type=non_negative, help="seed to publish (default: the first)")
     parser.add_argument(
         "--page", type=Path, default=PAGE, help="document whose tables and plot are replaced (default: %(default)s)"
     )

@@ -1,6 +1,7 @@
 """`python -m train` as a user runs it: on a dataset folder and a CLIP folder, killed and continued, and used after."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -218,7 +219,7 @@ REFUSED = {
         ["init_from=nowhere/at/all"],
         "`model.config` and `model.backbone` are determined by the checkpoint",
     ),
-    "a value": (["steps=many"], "`optimizer.steps`: Value 'many' of type 'str' could not be converted to Integer"),
+    "a value": (["steps=many"], "`optimizer.steps` must be a whole number, got 'many'"),
 }
 
 
@@ -229,7 +230,7 @@ def test_invalid_runs_are_rejected_in_one_line(continued, workplace, tmp_path, c
     steps = [] if any(change.startswith("steps") for change in changes) else ["steps=8"]
     assert main([workplace.recipe, "--out", str(continued.out), *steps, *changes, *fresh]) == 2
     said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("train: error:")]
+    lines = [line for line in said.splitlines() if line.startswith("python -m train: error:")]
     assert len(lines) == 1 and "Traceback" not in said
     with pytest.raises(ValueError, match=message):
         raise ValueError(" ".join(said.split()))
@@ -277,7 +278,7 @@ def test_a_loss_that_is_not_finite_ends_the_command(workplace, tmp_path, capsys,
 
     monkeypatch.setattr(trainer.GKCTrainer, "_forward", broken)
     assert main([workplace.recipe, "--out", str(tmp_path), "eval_split=none"]) == 1
-    error = capsys.readouterr().err.partition("train: error: ")[2]
+    error = capsys.readouterr().err.partition("python -m train: error: ")[2]
     first, second, *_ = error.splitlines()
     assert "step 4, images ['toy-" in first and "loss_distillation_joint" in first
     assert second.startswith(f"The last checkpoint is {tmp_path}/checkpoint-2.") and "--resume" in error
@@ -298,7 +299,7 @@ def test_a_full_disk_ends_the_command_and_keeps_the_last_checkpoint(workplace, t
     assert exit_code(start_child(lambda: main(arguments))) == 1
     error = capfd.readouterr().err
     assert "Traceback" not in error
-    first, second, *_ = error.partition("train: error: ")[2].splitlines()
+    first, second, *_ = error.partition("python -m train: error: ")[2].splitlines()
     assert first.startswith(f"The disk is full, nothing more can be written to {tmp_path} in step 4: ")
     assert second.startswith(f"The last checkpoint is {tmp_path}/checkpoint-2.") and "--resume" in error
     assert is_complete(tmp_path / "checkpoint-2") and not (tmp_path / "checkpoint-4").exists()
@@ -311,7 +312,7 @@ def test_a_cache_that_is_damaged_ends_the_command_in_one_line(workplace, tmp_pat
     shard.write_bytes(content.replace(rows, rows[::-1]))
     given = [workplace.recipe, f"dataset={data}", "eval_split=none", "--out", str(tmp_path / "out")]
     assert main(given) == 1
-    first, second = capsys.readouterr().err.partition("train: error: ")[2].splitlines()
+    first, second = capsys.readouterr().err.partition("python -m train: error: ")[2].splitlines()
     assert first.startswith(f"{shard} is damaged, the checksum of rows ")
     assert f"`python -m train.cache teacher {workplace.data} --clip" in first and "writes it again" in first
     assert second == "There is no checkpoint yet: run the same command again to start from the beginning."
@@ -440,6 +441,49 @@ def test_nested_changes_of_the_model_keep_what_the_recipe_has():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("steps=${run.seed}", r"`optimizer.steps`: '\$\{run.seed\}' refers to another value"),
+        ("seed=???", "`run.seed`: '\\?\\?\\?' refers to another value"),
+        ("steps=abc", "`optimizer.steps` must be a whole number, got 'abc'"),
+        ("scale_range=a,b", "`data.scale_range` must be 2 numbers separated by commas, got 'a,b'"),
+        ("dataset=", "`data.dataset` has no value: give one, or `none`"),
+    ],
+)
+def test_values_of_another_type_are_named(change, message, capsys):
+    assert main(["custom", change, "--show"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.startswith("python -m train: error:") and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def (", r"recipe\.py, line 1: SyntaxError: invalid syntax"),
+        ("\nimport absent", r"recipe\.py, line 2: ModuleNotFoundError: No module named 'absent'"),
+        ("from configuration import Recipe\nRECIPE = Recipe(stepz=3)", r"recipe\.py, line 2: .*'stepz'"),
+        (
+            "from configuration import load_recipe\nRECIPE = load_recipe('custom', {'optimizer.steps': '3'})",
+            r"recipe\.py, line 2: `optimizer\.steps` must be a number, got '3'",
+        ),
+    ],
+)
+def test_errors_of_recipe_files_name_file_and_line(content, message, tmp_path, capsys):
+    (tmp_path / "recipe.py").write_text(content)
+    assert main([str(tmp_path / "recipe.py"), "--show"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error.splitlines()) == 1
+
+
+def test_output_below_a_file_is_an_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["custom", "dataset=data", "--out", str(out)])
+        assert f"argument --out: {tmp_path / 'file'} is not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["coco"], "no recipe 'coco'; there are .*coco_r101"),
@@ -448,15 +492,18 @@ def test_nested_changes_of_the_model_keep_what_the_recipe_has():
         (["coco_r101", "data.stepz=3"], "no field 'data.stepz'; did you mean optimizer.steps"),
         (["coco_r101", "num_queries=3"], "no field 'num_queries'; did you mean model.config.num_queries"),
         (["coco_r101", "model.num_querys=3"], "'num_querys' not in 'GKCConfig'. Did you mean: 'num_queries'"),
-        (["coco_r101", "model.num_queries=few"], "`model.config.num_queries`: Value 'few' .* converted to Integer"),
+        (
+            ["coco_r101", "model.num_queries=few"],
+            "`model.config.num_queries` must be a whole number or none, got 'few'",
+        ),
         (["coco_r101", "model.backbone_confg.depths=[1]"], "'backbone_confg' not in 'GKCConfig'"),
         (["coco_r101", "model={}"], "`model.config` is set field by field"),
         (["coco_r101", "weight=3"], "Several sections .* give synonyms.weight or distillation.weight"),
         (["coco_r101", "steps"], "'steps' does not have the form section.field=value"),
         (["coco_r101", "steps=1", "optimizer.steps=2"], "`optimizer.steps` is given twice"),
-        (["coco_r101", "scale_range=1"], "`data.scale_range`: .*length 1 does not match .*length 2"),
+        (["coco_r101", "scale_range=1"], "`data.scale_range` must be 2 numbers separated by commas, got '1'"),
         (["coco_r101", "learning_rate=nan"], "`optimizer.learning_rate` must be positive, got nan"),
-        (["coco_r101", "compile=maybe"], "`run.compile`: Value 'maybe' is not a valid bool"),
+        (["coco_r101", "compile=maybe"], "`run.compile` must be true or false, got 'maybe'"),
         (["coco_r101", "steps=none"], "`optimizer.steps`: Value 'none' .* converted to Integer"),
         (["coco_r101", "steps=many"], "`optimizer.steps`: Value 'many' .* converted to Integer"),
         (["coco_r101", "precision=int8"], r"`optimizer.precision`: Invalid value 'int8', .*'fp32', 'bf16', 'fp16'"),

@@ -113,6 +113,23 @@ def positive(text: str) -> int:
     return value
 
 
+def non_negative(text: str) -> int:
+    """Parse an integer of at least 0, as the type of a command-line argument."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def output_folder(text: str) -> Path:
+    """Parse the path of an output folder, which must not be a file or lie below one, as the type of an argument."""
+    path = Path(text)
+    for parent in (path, *path.parents):
+        if parent.exists() and not parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{parent} is not a directory")
+    return path
+
+
 def add_templates_option(parser: argparse.ArgumentParser) -> None:
     """Add the option --templates, whose value `resolve_templates` reads."""
     sets = ", ".join(PROMPT_TEMPLATES)
@@ -205,6 +222,8 @@ __all__ = [
     "default_model_path",
     "interruptible",
     "load_checkpoint",
+    "non_negative",
+    "output_folder",
     "pick_device",
     "positive",
     "user_errors",

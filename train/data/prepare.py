@@ -24,7 +24,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_write_json, remove_leftovers
-from modeling_gkc.cli.common import interruptible, warnings_as_lines
+from modeling_gkc.cli.common import interruptible, output_folder, warnings_as_lines
 from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -357,7 +357,7 @@ def _layout_help(benchmark: Benchmark) -> str:
 def _add_arguments(command: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     add = command.add_argument
     add("--source", type=Path, required=True, metavar="DIR", help="folder of the benchmark as published")
-    add("--out", type=Path, required=True, metavar="DIR", help="output folder, created or resumed")
+    add("--out", type=output_folder, required=True, metavar="DIR", help="output folder, created or resumed")
     add("--split", nargs="+", choices=list(benchmark.splits), help="splits to prepare (default: all)")
     add("--num-proc", type=_positive, default=1, metavar="N", help="number of worker processes (default: %(default)s)")
     strictness = command.add_mutually_exclusive_group()

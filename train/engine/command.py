@@ -9,6 +9,7 @@ import json
 import os
 import re
 import textwrap
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,6 +19,8 @@ from tqdm import tqdm
 
 from configuration import Recipe, load_recipe, recipe_names, recipes
 from configuration.sections import Section
+from modeling_gkc.cli.common import output_folder
+from modeling_gkc.label_text import error_line, shown
 
 DESCRIPTION = (
     "Train a segmentation model with a recipe. This command starts one process, `accelerate launch -m train ...` "
@@ -110,6 +113,7 @@ def parse(argv: Sequence[str] | None) -> Command:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
+        usage="python -m train RECIPE [section.field=value ...] [--out DIR] [--resume] [--show] [--report-to NAME]",
         description=DESCRIPTION,
         epilog=f"{EXAMPLES}\nrecipes:\n{_recipe_list()}\n\nfields by section, with their defaults:\n{_field_list()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -117,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="name of a recipe listed below, or path of a .py file that defines RECIPE")
     add("changes", metavar="section.field=value", nargs="*", help="fields to set to another value than the recipe's")
-    add("--out", type=Path, metavar="DIR", help="output folder (default: runs/RECIPE)")
+    add("--out", type=output_folder, metavar="DIR", help="output folder (default: runs/RECIPE)")
     add("--resume", action="store_true", help="continue from the last complete checkpoint in the output folder")
     add("--show", action="store_true", help="print all settings and exit without training")
     reporters = "where to log metrics: tensorboard, wandb, ... or none (default: tensorboard if it is installed)"
@@ -174,11 +178,22 @@ def read_recipe(given: str) -> tuple[str, Recipe]:
         raise ValueError(f"The recipe file {given} does not exist: give the path of a .py file that defines RECIPE.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong with the file
+        raise ValueError(f"{_place_in_file(error, path)}: {error_line(error)}") from error
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{given} does not define RECIPE = Recipe(...); see configuration/recipes for examples.")
     return path.stem, recipe
+
+
+def _place_in_file(error: BaseException, path: Path) -> str:
+    """Return the file and the line of it at which an error was raised."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path}, line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
 def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
@@ -205,6 +220,12 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
         if path in given:
             raise ValueError(f"`{path}` is given twice: give it once.")
         given.add(path)
+        if "${" in text or "???" in text:
+            raise ValueError(
+                f"`{path}`: {shown(text)} refers to another value, which recipes do not do: give the value."
+            )
+        if not text.strip():
+            raise ValueError(f"`{path}` has no value: give one, or `none` to unset a field.")
         if path.startswith(f"{_MODEL_CONFIG}."):
             config = changes.get(_MODEL_CONFIG, recipe.model.config)
             changes[_MODEL_CONFIG] = _parse_model_field(config, path.removeprefix(f"{_MODEL_CONFIG}."), text)
@@ -268,8 +289,23 @@ def _convert(schema: type, prefix: str, name: str, value: Any) -> Any:
         OmegaConf.update(converted, name, value)
         plain = OmegaConf.to_container(converted, resolve=False)[name]
     except OmegaConfBaseException as error:
+        kinds = {each.name: each.type for each in dataclasses.fields(schema)}
+        if name in kinds and isinstance(value, str | list):
+            given = ",".join(value) if isinstance(value, list) else value
+            raise ValueError(f"`{prefix}.{name}` must be {_type_name(kinds[name])}, got {shown(given)}.") from None
         raise ValueError(f"`{prefix}.{name}`: {str(error).splitlines()[0]}") from None
     return tuple(plain) if isinstance(plain, list) and isinstance(value, list) else plain
+
+
+def _type_name(kind: Any) -> str:
+    """Describe the type of a field, such as "a whole number"."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "none"}
+    if get_origin(kind) is tuple:
+        parts = [part for part in get_args(kind) if part is not Ellipsis]
+        what = {int: "whole numbers", float: "numbers"}.get(parts[0], "values")
+        return f"{'' if Ellipsis in get_args(kind) else f'{len(parts)} '}{what} separated by commas"
+    parts = get_args(kind) or (kind,)
+    return " or ".join(names.get(part, getattr(part, "__name__", str(part))) for part in parts)
 
 
 def _model_config_class() -> type:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 from modeling_gkc.cli.common import without_progress_bars
 from modeling_gkc.file_checksums import DamagedFileError
-from modeling_gkc.label_text import error_line
+from modeling_gkc.label_text import error_line, shortened
 
 from ..storage.locks import lock_output
 from .command import Command, format_recipe, is_main_process, parse, print_rank0
@@ -113,5 +113,5 @@ def resume_hint(command: Command, argv: Sequence[str]) -> str:
 def print_error(error: object, code: int) -> int:
     """Print an error in the main process, and return the exit code."""
     if is_main_process():
-        sys.stderr.write(f"train: error: {error}\n")
+        sys.stderr.write(f"python -m train: error: {shortened(str(error))}\n")
     return code

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from configuration import load_recipe
-from modeling_gkc.cli.common import interruptible
+from modeling_gkc.cli.common import interruptible, non_negative, output_folder, positive
 
 from .settings import ABLATIONS, MAIN_ABLATIONS, VARIANTS, CLIPTraining, Experiment
 
@@ -28,11 +28,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m train.miniworld", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     clip, recipe, defaults = CLIPTraining(), load_recipe("miniworld"), Experiment(Path("runs/miniworld"))
-    parser.add_argument("--out", type=Path, default=defaults.out, help="output folder (default: %(default)s)")
+    parser.add_argument("--out", type=output_folder, default=defaults.out, help="output folder (default: %(default)s)")
     parser.add_argument(
         "--seeds",
         nargs="+",
-        type=int,
+        type=non_negative,
         default=[0],
         help="random seeds; each runs the whole experiment (default: %(default)s)",
     )
@@ -54,9 +54,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("--steps", recipe.optimizer.steps, "training steps of each ablation"),
         ("--num-proc", 1, "number of processes that draw scenes"),
     ):
-        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{meaning} (default: %(default)s)")
+        parser.add_argument(
+            option, type=positive, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
+        )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="PyTorch CPU threads (default: PyTorch's); 1 suits a busy machine"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="PyTorch CPU threads (default: PyTorch's); 1 suits a busy machine",
     )
     return parser.parse_args(arguments)
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_gkc.atomic_files import atomic_folder, atomic_path, atomic_write_json
+from modeling_gkc.cli.common import output_folder, positive
 from modeling_gkc.configuration_gkc import CLIPResNetConfig
 from modeling_gkc.modeling_clip_resnet import CLIPResNetVisionModel
 
@@ -270,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m train.miniworld.clip", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="output folder, which receives vision/, text/ and gate.json"
+        "--out", type=output_folder, required=True, help="output folder, which receives vision/, text/ and gate.json"
     )
     for field in fields(CLIPTraining):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
@@ -278,9 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         meaning = f"{SETTING_HELP[field.name]} (default: %(default)s)"
         parser.add_argument(option, default=field.default, help=meaning, **kind)
     parser.add_argument(
-        "--num-proc", type=int, default=1, help="number of processes that draw scenes (default: %(default)s)"
+        "--num-proc", type=positive, default=1, help="number of processes that draw scenes (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, help="PyTorch CPU threads (default: PyTorch's); 1 suits a busy machine")
+    parser.add_argument(
+        "--threads", type=positive, help="PyTorch CPU threads (default: PyTorch's); 1 suits a busy machine"
+    )
     options = vars(parser.parse_args(arguments))
     out, num_proc, threads = (options.pop(name) for name in ("out", "num_proc", "threads"))
     if threads:

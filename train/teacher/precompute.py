@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_folder, remove_leftovers
-from modeling_gkc.cli.common import add_parser, interruptible, positive
+from modeling_gkc.cli.common import add_parser, interruptible, non_negative, output_folder, positive
 from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     nouns = _add_command(commands, "nouns", "nouns of the captions, for caption grounding", NOUNS_EXAMPLES, _nouns)
     add = nouns.add_argument
-    add("--out", type=Path, metavar="DIR", help="folder of the new dataset (default: DATASET-nouns)")
+    add("--out", type=output_folder, metavar="DIR", help="folder of the new dataset (default: DATASET-nouns)")
     add(
         "--wordnet",
         type=Path,
@@ -284,7 +284,12 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--clip", metavar="CLIP", required=True, help="CLIP to embed with: a folder or a name on the Hub")
     add("--split", default="train", help="dataset split to embed (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="folder of the cache (default: DATASET/gkc_cache/SPLIT/COMMAND)")
+    add(
+        "--out",
+        type=output_folder,
+        metavar="DIR",
+        help="folder of the cache (default: DATASET/gkc_cache/SPLIT/COMMAND)",
+    )
     add(
         "--batch-size",
         type=positive,
@@ -293,10 +298,10 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
         help="number of crops in a forward pass (default: %(default)s)",
     )
     workers = "number of data loading processes of each process (default: %(default)s)"
-    add("--num-workers", type=int, default=4, metavar="N", help=workers)
+    add("--num-workers", type=non_negative, default=4, metavar="N", help=workers)
     add("--dtype", choices=DTYPES, default="float32", help="data type in which CLIP computes (default: %(default)s)")
     broken = "number of unreadable images to skip before the command stops (default: %(default)s)"
-    add("--max-broken-samples", type=int, default=100, metavar="N", help=broken)
+    add("--max-broken-samples", type=non_negative, default=100, metavar="N", help=broken)
     shard = "number of images in a shard, which a killed process repeats at most (default: %(default)s)"
     add("--images-per-shard", type=positive, default=500, metavar="N", help=shard)
 

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_gkc.atomic_files import atomic_path, atomic_write_json
+from modeling_gkc.cli.common import non_negative, output_folder, positive
 from modeling_gkc.vocabulary import Vocabulary
 
 from ...storage.checksums import Each, read_json
@@ -136,16 +137,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
-        "--train-scenes", type=int, default=600, metavar="N", help="number of training scenes (default: %(default)s)"
+        "--train-scenes",
+        type=non_negative,
+        default=600,
+        metavar="N",
+        help="number of training scenes (default: %(default)s)",
     )
     parser.add_argument(
-        "--val-scenes", type=int, default=200, metavar="N", help="number of validation scenes (default: %(default)s)"
+        "--val-scenes",
+        type=non_negative,
+        default=200,
+        metavar="N",
+        help="number of validation scenes (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=non_negative, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
-        "--size", type=int, default=96, metavar="PIXELS", help="image side in pixels (default: %(default)s)"
+        "--size", type=positive, default=96, metavar="PIXELS", help="image side in pixels (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     for split, scenes in (("train", options.train_scenes), ("val", options.val_scenes)):

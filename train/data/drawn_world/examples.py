@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from modeling_gkc.atomic_files import atomic_path, atomic_write_json
+from modeling_gkc.cli.common import non_negative, output_folder, positive
 
 from .words import WORDS
 from .world import draw_scene
@@ -77,13 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--out", type=output_folder, required=True, help="output folder")
     parser.add_argument(
-        "--scenes", type=int, nargs="+", default=[2, 10, 11], help="scene numbers (default: %(default)s)"
+        "--scenes", type=non_negative, nargs="+", default=[2, 10, 11], help="scene numbers (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="image side in pixels (default: 288, or 96 with --masks)")
-    parser.add_argument("--masks", type=int, metavar="N", help="draw N images with masks and a names.json instead")
+    parser.add_argument("--seed", type=non_negative, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--size", type=positive, help="image side in pixels (default: 288, or 96 with --masks)")
+    parser.add_argument(
+        "--masks", type=positive, metavar="N", help="draw N images with masks and a names.json instead"
+    )
     options = parser.parse_args(arguments)
     if options.masks is not None:
         draw_annotated(options.out, options.masks, options.seed, options.size or 96)

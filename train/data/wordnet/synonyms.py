@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_gkc.atomic_files import atomic_write
-from modeling_gkc.cli.common import interruptible
+from modeling_gkc.cli.common import interruptible, non_negative, positive
 from modeling_gkc.label_text import error_line
 from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import PACKAGED_NAMES, packaged_facts
@@ -417,14 +417,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--labels-only", action="store_true", help="ignore the synonyms that the vocabulary already has")
     add(
         "--max-words",
-        type=int,
+        type=positive,
         default=MAX_WORDS,
         metavar="N",
         help="maximum number of words of a class, including its label (default: %(default)s)",
     )
     add(
         "--max-kinds",
-        type=int,
+        type=non_negative,
         default=MAX_KINDS,
         metavar="N",
         help="maximum number of words of a class from WordNet hyponyms (default: %(default)s)",
