@@ -224,8 +224,6 @@ def parse_changes(recipe: Recipe, arguments: Iterable[str]) -> dict[str, Any]:
             raise ValueError(
                 f"`{path}`: {shown(text)} refers to another value, which recipes do not do: give the value."
             )
-        if not text.strip():
-            raise ValueError(f"`{path}` has no value: give one, or `none` to unset a field.")
         if path.startswith(f"{_MODEL_CONFIG}."):
             config = changes.get(_MODEL_CONFIG, recipe.model.config)
             changes[_MODEL_CONFIG] = _parse_model_field(config, path.removeprefix(f"{_MODEL_CONFIG}."), text)
@@ -258,6 +256,8 @@ def _full_path(recipe: Recipe, name: str) -> str:
 def _parse_field(section: type[Section], section_name: str, name: str, text: str) -> Any:
     """Convert a text to the type of a section's field."""
     kind = next(each.type for each in dataclasses.fields(section) if each.name == name)
+    if not text.strip() and get_origin(kind) is not tuple:
+        raise ValueError(f"`{section_name}.{name}` has no value: give one, or `none` to unset a field.")
     value: Any = text
     if text.lower() == "none" and get_origin(kind) is UnionType and NoneType in get_args(kind):
         value = None
