@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ from configuration import load_recipe
 from hub_card.publish_mini import PAGE, publish, update_page
 from modeling_gkc import GKCForOpenVocabSegmentation, GKCProcessor
 from train.miniworld import clip as clip_module
+from train.miniworld import zero_shot
 from train.miniworld.experiment import WARM_UP, _write, run
 from train.miniworld.settings import ABLATIONS, CLIPTraining, Experiment
 from train.miniworld.summary import (
@@ -218,3 +220,35 @@ def test_help_teaches():
         text, ended, rest = rest.partition(f"{module} ended with 0\n")
         assert ended and f"python -m {module}" in text
     assert not rest
+
+
+def test_opened_segmenters_are_compared_with_trained_ones(finished, capsys):
+    experiment, results = finished
+    run_folder = experiment.out.parent
+    assert zero_shot.main([str(run_folder)]) == 0
+    printed = capsys.readouterr().out.strip()
+    scores = json.loads((experiment.out / zero_shot.NAME).read_text())
+    assert list(scores) == [*zero_shot.REGION_WEIGHTS, *zero_shot.TRAINED.values()]
+    assert all(set(zero_shot.ROWS) <= set(groups) for groups in scores.values())
+    for name, title in zero_shot.TRAINED.items():
+        assert scores[title]["seen"] == results["arms"][name]["scores"]["seen"]["miou"]
+    assert printed == (run_folder / zero_shot.TABLE).read_text().strip() == zero_shot.table({0: scores})
+    written = (experiment.out / zero_shot.NAME).stat().st_mtime_ns
+    assert zero_shot.main([str(run_folder)]) == 0
+    assert (experiment.out / zero_shot.NAME).stat().st_mtime_ns == written, "finished seeds are not scored again"
+
+
+def test_opened_segmenter_has_the_baselines_scores_for_the_training_labels(finished):
+    """With the training labels as words, the segmenter's own scores are those of the baseline."""
+    experiment, results = finished
+    model, processor = zero_shot.opened_model(experiment.out)
+    dataset = load_from_disk(str(experiment.out / "data" / "test"))
+    scores = zero_shot.score_opened(model, processor, dataset, show_progress=False)
+    expected = results["arms"]["baseline"]["scores"]["seen"]["miou"]
+    assert scores["segmenter"]["seen"] == pytest.approx(expected, abs=0.002)
+    assert scores["regions"]["seen"] != scores["segmenter"]["seen"]
+
+
+def test_missing_runs_are_one_line(tmp_path, capsys):
+    assert zero_shot.main([str(tmp_path)]) == 2
+    assert "has no finished seed" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from .protocols import IGNORED, Protocol, all_protocols
 
 
 @dataclass
-class _Image:
+class SegmentedImage:
     """Predictions and ground truth of one image."""
 
     image_id: str
@@ -43,7 +43,7 @@ class ProtocolScore:
         self.metric = SemanticMetric(len(protocol.prompts))
         self.regions = torch.zeros(2, len(protocol.prompts), dtype=torch.int64)  # correct regions, all regions
 
-    def update(self, image: _Image, class_scores: Tensor, best_queries: Tensor) -> None:
+    def update(self, image: SegmentedImage, class_scores: Tensor, best_queries: Tensor) -> None:
         """Accumulate the prediction and the ground truth of one image.
 
         Args:
@@ -108,11 +108,11 @@ def evaluate(
         and None without ground truth or teacher.
     """
     model.eval()
-    scores = [_score(model, processor, protocol) for protocol in protocols or all_protocols()]
+    scores = [score_protocol(model, processor, protocol) for protocol in protocols or all_protocols()]
     images = _segmented(model, processor, dataset, batch_size, distillation_head)
     cosines: list[Tensor] = []
     for image in tqdm(images, "evaluation", len(dataset), unit="image", disable=not show_progress):
-        best_queries = _best_queries(image)
+        best_queries = best_queries_of(image)
         if teacher is not None:
             seen_by_teacher = teacher.lookup([image.image_id], [image.segment_ids])[0]
             cosines.append((image.query_embeds[best_queries] * seen_by_teacher).sum(dim=1))
@@ -135,7 +135,7 @@ def _seen_and_novel(results: Mapping[str, Mapping[str, float | None]]) -> float 
     return harmonic_mean(results["all/seen"]["miou"], results["all/novel"]["miou"])
 
 
-def _score(model, processor, protocol: Protocol) -> ProtocolScore:
+def score_protocol(model, processor, protocol: Protocol) -> ProtocolScore:
     """Encode the prompts of a vocabulary and create its metric."""
     encoded = EncodedVocabulary.encode([list(prompts) for prompts in protocol.prompts], model, processor)
     return ProtocolScore(protocol, encoded.class_embeds, encoded.class_ids)
@@ -143,7 +143,7 @@ def _score(model, processor, protocol: Protocol) -> ProtocolScore:
 
 def _segmented(
     model, processor, dataset: Sequence[Mapping], batch_size: int, distillation_head: DistillationHead | None
-) -> Iterator[_Image]:
+) -> Iterator[SegmentedImage]:
     """Yield the predictions of a dataset's images, with masks resized to the original image size."""
     some_words = torch.eye(1, model.config.projection_dim, device=model.device)  # queries are classified later
     for start in range(0, len(dataset), batch_size):
@@ -153,11 +153,11 @@ def _segmented(
         embeds = _embeds(outputs, distillation_head).float().cpu()
         sizes = [None] * len(rows) if outputs.content_sizes is None else outputs.content_sizes.tolist()
         for number, row in enumerate(rows):
-            region_index = _region_index(row)
+            region_index = region_index_of(row)
             masks = outputs.masks_queries_logits[number].cpu()
             masks = resize_masks(masks, sizes[number], tuple(region_index.shape)).sigmoid()
             segment_ids = torch.tensor([segment["id"] for segment in row["segments"]])
-            yield _Image(row["image_id"], embeds[number], masks, region_index, segment_ids, row["attributes"])
+            yield SegmentedImage(row["image_id"], embeds[number], masks, region_index, segment_ids, row["attributes"])
 
 
 def _embeds(outputs, distillation_head: DistillationHead | None) -> Tensor:
@@ -167,7 +167,7 @@ def _embeds(outputs, distillation_head: DistillationHead | None) -> Tensor:
     return F.normalize(outputs.query_embeds + distillation_head(outputs.stages)[-1], dim=-1)
 
 
-def _region_index(row: Mapping) -> Tensor:
+def region_index_of(row: Mapping) -> Tensor:
     """Return the index (H, W) of every pixel's segment in `row["segments"]`, or -1 for none."""
     _, ids = read_row(row)
     present, inverse = np.unique(ids, return_inverse=True)
@@ -176,7 +176,7 @@ def _region_index(row: Mapping) -> Tensor:
     return torch.from_numpy(found[inverse].reshape(ids.shape))
 
 
-def _best_queries(image: _Image) -> Tensor:
+def best_queries_of(image: SegmentedImage) -> Tensor:
     """Return the index (N,) of the query whose mask (probability above 0.5) has the highest IoU with each region."""
     regions = image.region_index[None] == torch.arange(len(image.attributes))[:, None, None]  # (N, H, W)
     regions, masks = regions.flatten(1).float(), (image.masks > 0.5).flatten(1).float()
