@@ -146,6 +146,31 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replaced_files(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files replace those of `folder` if the block succeeds and are deleted otherwise.
+
+    Other files of `folder` are not changed. Each file is replaced atomically, in the order of the names; a process
+    that is killed during the replacements leaves complete files, some of which are new.
+
+    Args:
+        folder: Folder to write to, which is created if it does not exist.
+
+    Yields:
+        The temporary folder, which is inside `folder`.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix, suffix = _affixes(folder / "files")
+    with tempfile.TemporaryDirectory(suffix, prefix, folder) as unfinished:
+        yield Path(unfinished)
+        for path in sorted(Path(unfinished).iterdir()):
+            os.replace(path, folder / path.name)
+
+
 def remove_leftovers(folder: str | Path, target: str | Path | None = None) -> None:
     """Delete temporary files and folders of `atomic_path` and `atomic_folder` left by killed processes.
 
@@ -166,4 +191,12 @@ def remove_leftovers(folder: str | Path, target: str | Path | None = None) -> No
             path.unlink(missing_ok=True)
 
 
-__all__ = ["atomic_folder", "atomic_path", "atomic_write", "atomic_write_json", "check_new_folder", "remove_leftovers"]
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "atomic_write",
+    "atomic_write_json",
+    "check_new_folder",
+    "remove_leftovers",
+    "replaced_files",
+]

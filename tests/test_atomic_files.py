@@ -1,11 +1,19 @@
 """Atomic writing: what is at the final name is the old file or the whole new one."""
 
 import os
+import signal
 import stat
 
 import pytest
 
-from modeling_gkc.atomic_files import atomic_folder, atomic_path, atomic_write, atomic_write_json, remove_leftovers
+from modeling_gkc.atomic_files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    atomic_write_json,
+    remove_leftovers,
+    replaced_files,
+)
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
@@ -97,3 +105,29 @@ def test_only_leftovers_of_killed_writers_are_removed(tmp_path):
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
     remove_leftovers(tmp_path / "nothing")
+
+
+def test_files_of_a_folder_are_replaced_only_by_complete_ones(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "other.txt").write_text("kept")
+    with pytest.raises(OSError, match="the disk is full"), replaced_files(tmp_path) as unfinished:
+        (unfinished / "config.json").write_text("new")
+        raise OSError("the disk is full")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "old", "other.txt": "kept"}
+    with replaced_files(tmp_path) as unfinished:
+        (unfinished / "config.json").write_text("new")
+        (unfinished / "model.safetensors").write_text("weights")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"config.json": "new", "model.safetensors": "weights", "other.txt": "kept"}
+
+
+def test_leftover_folder_of_replaced_files_is_removed(tmp_path):
+    child = os.fork()
+    if not child:
+        with replaced_files(tmp_path) as unfinished:
+            (unfinished / "config.json").write_text("new")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_leftovers(tmp_path)
+    assert not any(tmp_path.iterdir())

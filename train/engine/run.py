@@ -11,7 +11,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from configuration import Recipe
-from modeling_gkc.atomic_files import atomic_write
+from modeling_gkc.atomic_files import atomic_write, remove_leftovers
 
 from ..data import check_dataset
 from ..teacher.caches import RegionCaches
@@ -75,6 +75,7 @@ def check_folder(output_dir: str | Path, recipe: Recipe, resume: bool) -> Path |
             no run wrote. The message says what to do.
     """
     folder, found = Path(output_dir), checkpoints(output_dir)
+    remove_leftovers(folder)
     if not resume and (found or (folder / "config.json").exists()):
         raise ValueError(
             f"{folder} contains {found[-1].name if found else 'the model'} of an earlier run: continue it with "

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from configuration import Recipe
+from modeling_gkc.atomic_files import replaced_files
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
 from modeling_gkc.processing_gkc import GKCProcessor
 from modeling_gkc.vocabulary import Vocabulary
@@ -359,8 +360,9 @@ class GKCTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         state = full_state_dict(self.model) if state_dict is None else state_dict
         student = {key.removeprefix(_STUDENT): value for key, value in state.items() if key.startswith(_STUDENT)}
-        self.student.save_pretrained(folder, state_dict=student)
-        self.processing_class.save_pretrained(folder)
+        with replaced_files(folder) as unfinished:
+            self.student.save_pretrained(unfinished, state_dict=student)
+            self.processing_class.save_pretrained(unfinished)
 
     def _save_heads_and_recipe(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Save the heads of the losses and the recipe in a checkpoint."""
