@@ -49,7 +49,7 @@ from .argument_checks import check_flags, check_fractions, check_whole_number
 from .checkpoint_loading import load_checkpoint_parts
 from .encoded_vocabulary import EncodedVocabulary, input_device
 from .image_processing_gkc import URL_TIMEOUT_S, ImageLike, read_image
-from .label_text import error_line, shortened, shown
+from .label_text import shortened, shown
 from .post_processing import INSTANCE_VOID, PANOPTIC_VOID, semantic_segments, void_label
 from .prompt_templates import TemplatesLike
 from .vocabulary import VocabularyLike
@@ -626,7 +626,8 @@ class GKCPredictor:
                     if isinstance(result, FailedImage) and on_error == "raise":
                         raise result.error
                     if isinstance(result, FailedImage) and on_error == "skip":
-                        logger.warning("Skipped %s: %s", place_name(result.index), error_line(result.error))
+                        place, reason = place_name(result.index), shortened(str(result.error))
+                        logger.warning("Skipped %s", reason if place in reason else f"{place}: {reason}")
                     else:
                         yield result
 

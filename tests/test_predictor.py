@@ -393,6 +393,7 @@ class TestPredictBatches:
         assert all(same(result, other) for result, other in zip(kept, results[::2], strict=True))
         said = [record.getMessage() for record in transformers_log.records]
         assert [line[:25] for line in said] == ["Skipped image 2 (index 1)", "Skipped image 4 (index 3)"]
+        assert all(line.count("(index") == 1 for line in said)
 
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_failing_image_does_not_affect_the_others_of_its_batch(self, predictor, monkeypatch, batch_size):

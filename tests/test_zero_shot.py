@@ -1,6 +1,7 @@
 """Tests of `GKCForZeroShotSegmentation`: parity with its segmenter, regions, batches, files and interfaces."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from modeling_gkc import (
 )
 from modeling_gkc.checkpoint_loading import load_checkpoint_parts
 from modeling_gkc.conversion import open_segmenter
+from train.data import from_folder
+from train.data.drawn_world import examples
+from train.evaluate.command import main as evaluate
 
 from .conftest import aligned, word_tokenizer
 from .zero_shot_toys import CLASSES, SETTINGS, make_segmenter, make_tower
@@ -27,9 +31,9 @@ TOWERS = ("clip", "metaclip_2", "siglip", "clip_resnet", "clip_convnext")
 WORDS = "star; sofa, couch; lawn, grass"
 
 
-def opened(segmenter: str = "mask2former", tower: str = "clip", **settings):
+def opened(segmenter: str = "mask2former", tower: str = "clip", words: str | None = None, **settings):
     image_text_model, text_model = make_tower(tower)
-    tokenizer = word_tokenizer()
+    tokenizer = word_tokenizer() if words is None else word_tokenizer(words)
     task = {"task_tokenizer": tokenizer} if segmenter == "oneformer" else {}
     return open_segmenter(
         make_segmenter(segmenter), image_text_model, tokenizer, SETTINGS, text_model=text_model, **task, **settings
@@ -269,3 +273,18 @@ def test_embeddings_of_different_widths_are_named():
 def test_invalid_configurations_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         GKCZeroShotConfig(**fields)
+
+
+def test_evaluation_on_a_prepared_dataset(tmp_path):
+    """A zero-shot model is evaluated as a GKC is, on custom data at the input size of its checkpoint."""
+    words = "round square triangle grass sky heart valentine arrow pointer hexagon hex water sea sand beach"
+    model, processor = opened(words=words, class_names="round; square; triangle; grass; sky")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    examples.main(["--out", str(tmp_path / "shapes"), "--masks", "12"])
+    assert from_folder.main([str(tmp_path / "shapes"), "--out", str(tmp_path / "data")]) == 0
+    arguments = ["--benchmark", "folder", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "result.json")]
+    assert evaluate(["--model", str(tmp_path / "model"), *arguments, "--cpu"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["protocol"]["short_side"], result["protocol"]["long_side"]) == (64, 96)
+    assert 0 <= result["scores"]["semantic"]["miou"] <= 1

@@ -175,7 +175,8 @@ def _score_fields(session: Session, computed: Mapping[str, tuple]) -> dict[str, 
 def _describe_inputs(session: Session) -> dict[str, Any]:
     """Compute the result fields that describe protocol, prompts, model and data."""
     request, protocol = session.request, session.protocol
-    sides = {name: getattr(request, name) or getattr(protocol, name) for name in ("short_side", "long_side")}
+    short, long = getattr(session.segmenter, "sides", (protocol.short_side, protocol.long_side))
+    sides = {"short_side": short, "long_side": long}
     return {
         "protocol": protocol.as_dict() | sides,
         "prompts": session.prompt_vocabulary.as_dict() | {"tta": request.tta},

@@ -25,6 +25,7 @@ from .segmenter import GKCSegmenter, Segmenter, View, tta_views
 from .vocabulary import BenchmarkVocabulary
 
 # Checkpoint files that determine the predictions.
+DEFAULT_SIDES = (800, 1333)  # for a checkpoint whose processor resizes to a fixed height and width
 _MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*.json", "vocab.json", "merges.txt")
 
 
@@ -140,14 +141,16 @@ def _load_segmenter(
     vocabulary: Vocabulary,
     state: PartialState,
 ) -> tuple[Segmenter, str]:
-    short, long = request.short_side or protocol.short_side, request.long_side or protocol.long_side
     panoptic = {
         "threshold": protocol.panoptic_threshold,
         "overlap_mask_area_threshold": protocol.panoptic_overlap,
     }
     kind = model_type(request.model)
-    if kind == "gkc":
+    if kind in ("gkc", "gkc_zero_shot"):
         model, processor = load_checkpoint(request.model)
+        size = processor.image_processor.size  # without `shortest_edge` it is a fixed height and width
+        short = request.short_side or protocol.short_side or size.get("shortest_edge", DEFAULT_SIDES[0])
+        long = request.long_side or protocol.long_side or size.get("longest_edge", DEFAULT_SIDES[1])
         sha256 = model_sha256(request.model, model)
         views = tta_views() if request.tta else (View(),)
         model.to(state.device)

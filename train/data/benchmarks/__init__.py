@@ -39,12 +39,12 @@ def protocol_of(name: str) -> Protocol:
     """Return the evaluation protocol of a benchmark.
 
     A variant, such as base or novel classes only, has the protocol of the benchmark that defines its classes. Custom
-    data has the default protocol: mIoU at the default sizes.
+    data has no published protocol: mIoU at the input size of the checkpoint.
 
     Raises:
         ValueError: If there is no such benchmark.
     """
     benchmark = benchmark_named(name)
     original = all_benchmarks().get(benchmark.vocabulary)
-    usual = Protocol(note="no published protocol: the usual sizes")
-    return benchmark.protocol or (original and original.protocol) or usual
+    own = Protocol(short_side=None, long_side=None, note="no published protocol: the input size of the checkpoint")
+    return benchmark.protocol or (original and original.protocol) or own

@@ -24,8 +24,9 @@ class Protocol:
 
     Attributes:
         tasks: Default tasks, as in `train.metrics`.
-        short_side: Shorter side of the model input in pixels, limited by `long_side`.
-        long_side: Maximum longer side of the model input in pixels.
+        short_side: Shorter side of the model input in pixels, limited by `long_side`; None takes that of the
+            checkpoint.
+        long_side: Maximum longer side of the model input in pixels; None takes that of the checkpoint.
         shrink_above: Images with both sides above this value are first resized, together with their ground truth, so
             that the shorter side has this many pixels (bilinear for images, nearest for ground truth). Predictions are
             scored at that size. None does not resize.
@@ -42,8 +43,8 @@ class Protocol:
     """
 
     tasks: tuple[str, ...] = ("semantic",)
-    short_side: int = 800
-    long_side: int = 1333
+    short_side: int | None = 800
+    long_side: int | None = 1333
     shrink_above: int | None = None
     background_class: int | None = None
     background_words: str | None = None
