@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 CategorySplit = Literal["all", "ignore", "delete"]
 Precision = Literal["fp32", "bf16", "fp16"]
-TeacherSource = Literal["cached", "online"]
+TeacherSource = Literal["cached", "online", "labels"]
 SynonymMode = Literal["none", "average", "max", "sample"]
 SynonymProbabilities = Literal["uniform", "teacher", "boxes"]
 DistillationEmbedding = Literal["shared", "query", "projected"]
@@ -99,6 +99,8 @@ class DataSection(Section):
         crop_size: Side of the square training crops in pixels. The value `none` keeps images at their own size.
         scale_range: Smallest and largest scale factor of the random resizing before cropping.
         flip_probability: Probability of a horizontal flip.
+        ignore_void: Leave void pixels out of the matching and of the mask losses. Otherwise they count as outside of
+            every segment, as published.
         region_dropout: Probability that distillation and grounding leave an annotated region out of a step. It is
             drawn again each time an image is seen.
     """
@@ -115,6 +117,7 @@ class DataSection(Section):
     crop_size: int | None = 512
     scale_range: tuple[float, float] = (0.8, 1.2)
     flip_probability: float = 0.5
+    ignore_void: bool = False
     region_dropout: float = 0.0
 
     def check(self) -> None:
@@ -139,6 +142,8 @@ class ModelSection(Section):
         clip: CLIP that provides the text encoder, the distillation teacher and, unless `backbone` is given, the
             backbone: a folder that `gkc convert clip-resnet` wrote, or the folder or Hub name of a transformers
             CLIPModel.
+        text_from: Checkpoint whose text encoder, tokenizer and prompt templates a new model gets, instead of those of
+            `clip`; it needs `backbone`, or a backbone in `config`.
         backbone: Pretrained backbone to use instead of CLIP's image encoder: a folder or a name on the Hub, such as
             that of an ImageNet ResNet.
         frozen_stages: Number of backbone stages that are not trained. The stem is frozen with the first stage.
@@ -148,6 +153,7 @@ class ModelSection(Section):
 
     init_from: str | None = None
     clip: str | None = None
+    text_from: str | None = None
     backbone: str | None = None
     frozen_stages: int = 0
     config: dict[str, Any] = field(default_factory=dict)
@@ -257,11 +263,12 @@ class MatchingSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSection(Section):
-    """The frozen CLIP image encoder that embeds annotated regions.
+    """The frozen teacher that embeds annotated regions: a CLIP image encoder, or the model that labeled the images.
 
     Attributes:
         source: Where embeddings of regions come from: `cached` reads those that `python -m train.cache teacher` wrote,
-            `online` computes them in every step from the augmented images.
+            `online` computes them in every step from the augmented images, and `labels` reads those that
+            `python -m train distil` stored with its labels, which needs no CLIP.
     """
 
     source: TeacherSource = "cached"

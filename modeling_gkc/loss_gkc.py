@@ -36,6 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .argument_checks import check_tensor
 from .configuration_gkc import GKCConfig
 from .mask_decoder import predict_matched_masks
+from .padding import EMPTY_MASK_LOGIT
 
 Matches = list[tuple[Tensor, Tensor]]
 
@@ -419,6 +420,7 @@ class GKCCriterion:
         divisors: LossDivisors | None = None,
         point_seeds: Sequence[int] | None = None,
         mask_parts: MaskParts | None = None,
+        void: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], list[Matches]]:
         """Compute losses and matches of all stages.
 
@@ -432,6 +434,8 @@ class GKCCriterion:
                 the batch. Default: points are drawn from torch's global generator.
             mask_parts: Factors of the mask logits. If given, the masks of matched queries are recomputed from them,
                 so that gradients pass through a few masks per image instead of those of all queries.
+            void: (B, H, W) bool, true at pixels that neither the matching nor the mask losses see. Default: all pixels
+                outside of a segment count as such.
 
         Returns:
             Losses by name, and for each stage the matches of all images.
@@ -444,7 +448,8 @@ class GKCCriterion:
         mask_labels = [masks.to(device) for masks in mask_labels]
         class_labels = [classes.to(device, torch.int64) for classes in class_labels]
         draws = _PointDraws(len(mask_labels), point_seeds, device)
-        matches = self._match(class_logits, mask_logits, mask_labels, class_labels, draws)
+        void = None if void is None else void.to(device)
+        matches = self._match(class_logits, mask_logits, mask_labels, class_labels, draws, void)
         pairs = _Pairs.from_matches(matches, [len(classes) for classes in class_labels], device)
 
         if divisors is None:
@@ -459,7 +464,8 @@ class GKCCriterion:
         )
         num_masks = _one_for_zero(divisors.num_masks)
         predicted = _matched_masks(mask_logits, mask_parts, pairs)
-        values = zip(cross_entropies, *self._mask_losses(predicted, mask_labels, pairs, draws, num_masks), strict=True)
+        mask_losses = self._mask_losses(predicted, mask_labels, pairs, draws, num_masks, void)
+        values = zip(cross_entropies, *mask_losses, strict=True)
         losses = {}
         for stage, stage_values in enumerate(values):
             suffix = "" if stage == len(class_logits) - 1 else f"_{stage}"
@@ -473,12 +479,18 @@ class GKCCriterion:
         mask_labels: Sequence[Tensor],
         class_labels: Sequence[Tensor],
         draws: "_PointDraws",
+        void: Tensor | None,
     ) -> list[Matches]:
         points = draws([1] * len(mask_labels), self.config.train_num_points)
         point_labels = [_sample_labels(masks, image[None]) for masks, image in zip(mask_labels, points, strict=True)]
-        return self.matcher.match_stages(
-            class_logits, sample_all_maps(mask_logits, points), class_labels, point_labels
-        )
+        point_logits = sample_all_maps(mask_logits, points)
+        if void is not None:
+            hidden = _is_void(void, points)
+            point_logits = (logits.masked_fill(hidden[:, None], EMPTY_MASK_LOGIT) for logits in point_logits)
+            point_labels = [
+                labels.masked_fill(of_image, 0) for labels, of_image in zip(point_labels, hidden, strict=True)
+            ]
+        return self.matcher.match_stages(class_logits, point_logits, class_labels, point_labels)
 
     def _mask_losses(
         self,
@@ -487,6 +499,7 @@ class GKCCriterion:
         pairs: _Pairs,
         draws: "_PointDraws",
         num_masks: Tensor,
+        void: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Compute binary cross-entropies (S,) and dice losses (S,) of the matched pairs' logits (S, M, h, w)."""
         if predicted.shape[1] == 0:
@@ -495,6 +508,10 @@ class GKCCriterion:
         points = torch.stack([self._uncertain_points(logits, pairs.counts, draws) for logits in predicted])
         targets = _sample_targets(mask_labels, pairs, points)
         sampled = sample_points(predicted.flatten(0, 1)[:, None], points.flatten(0, 1)).view_as(targets)
+        if void is not None:
+            hidden = _is_void(void[pairs.images], points.transpose(0, 1).flatten(1, 2))  # (M, S R)
+            hidden = hidden.unflatten(1, (len(points), -1)).transpose(0, 1)
+            sampled, targets = sampled.masked_fill(hidden, EMPTY_MASK_LOGIT), targets.masked_fill(hidden, 0)
         return mask_loss(sampled, targets, num_masks), dice_loss(sampled, targets, num_masks)
 
     @torch.no_grad()
@@ -556,6 +573,11 @@ def _sample_labels(masks: Tensor, points: Tensor) -> Tensor:
     if len(masks) == 0:
         return points.new_zeros(0, points.shape[1])
     return sample_points(masks[:, None].float(), points)[:, 0]
+
+
+def _is_void(void: Tensor, points: Tensor) -> Tensor:
+    """Return which of the points (N, R, 2) lie more on void pixels than on others, given (N, H, W) void maps."""
+    return sample_points(void[:, None].float(), points)[:, 0] > 0.5
 
 
 def _sample_targets(mask_labels: Sequence[Tensor], pairs: _Pairs, points: Tensor) -> Tensor:

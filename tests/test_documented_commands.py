@@ -36,7 +36,13 @@ DOCUMENTS = [
 HELPS = [
     *("gkc", "gkc segment", "gkc vocab", "gkc embed", "gkc open", "gkc export"),
     *("gkc convert", "gkc convert mask2former", "gkc convert fc-clip", "gkc convert clip-resnet"),
-    *("python -m train", "python -m train.evaluate", "python -m train.evaluate report", "python -m train.synonyms"),
+    *(
+        "python -m train",
+        "python -m train distil",
+        "python -m train.evaluate",
+        "python -m train.evaluate report",
+        "python -m train.synonyms",
+    ),
     *("python -m train.cache", "python -m train.cache teacher", "python -m train.cache synonyms"),
     *("python -m train.cache nouns", "python -m train.data.from_folder", "python -m train.data.prepare"),
     *("python -m train.data.view", "python -m train.data.benchmarks.miniworld", "python -m train.miniworld"),
@@ -62,6 +68,8 @@ PARSED = {
     "gkc export": "takes ten seconds; run in tests/test_cli_export.py",
     "python words-onnx/run.py": "run in tests/test_export.py on the graph that the previous command writes",
     "python -m train coco_": "hours on GPUs, and COCO",
+    "gkc segment photo.jpg --model runs/distil": "needs the student of the command before it",
+    "python -m train distil photos/": "needs a checkpoint made of published weights; run with the shipped one in docs",
     "python -m train custom dataset=data/my-tools": "run with drawn images by the same command in README",
     "gkc segment photo.jpg --model DIR": "run with a trained model by another command in README",
     "python -m train my_recipe.py": "the file is a placeholder",
@@ -97,6 +105,7 @@ QUICK = {
     "python -m train custom": (
         "steps=2 batch_size=2 num_workers=0 save_every=1 evaluate_every=2 log_every=1 train_num_points=64"
     ),
+    "python -m train distil shapes/images": "num_workers=0 train_num_points=64",
     "python -m train.data.drawn_world.examples --out my-shapes": "--masks 12",
     "python -m train.data.drawn_world.examples --out shapes": "--masks 12",
 }

@@ -408,3 +408,27 @@ def test_recomputed_matched_masks_have_equal_losses_and_gradients(counts, within
         found.append((total, *torch.autograd.grad(total, leaves)))
     for one, other in zip(*found, strict=True):
         within("losses and gradients by matched masks alone, max abs", (one - other).abs().max().detach(), 1e-6)
+
+
+def test_void_pixels_change_neither_losses_nor_gradients():
+    """The masks predicted there are arbitrary; without `void` they change the losses."""
+    mask_labels, class_labels = batch()
+    void = torch.zeros(2, 24, 40, dtype=torch.bool)
+    void[:, :, 20:] = True
+    mask_labels = [masks.masked_fill(void[0], 0) for masks in mask_labels]
+    classes, masks = stage_logits()
+    other = masks.clone()
+    other[..., 6:] = 9 * torch.randn_like(other[..., 6:])  # a cell further, because logits are interpolated
+    # Without a choice of uncertain points, which may lie anywhere.
+    criterion = GKCCriterion(small_config(importance_sample_ratio=0.0, oversample_ratio=1.0))
+
+    def losses_of(logits, void=None):
+        logits = logits.clone().requires_grad_()
+        losses, matches = criterion([classes], [logits], mask_labels, class_labels, point_seeds=[3, 4], void=void)
+        criterion.total(losses).backward()
+        return losses, [part.tolist() for image in matches[0] for part in image], logits.grad
+
+    first, second = losses_of(masks, void), losses_of(other, void)
+    assert first[0] == second[0] and first[1] == second[1]
+    assert (first[2][..., 6:] == 0).all() and (first[2][..., :5] != 0).any()
+    assert losses_of(masks)[0]["loss_mask"] != losses_of(other)[0]["loss_mask"]

@@ -5,10 +5,11 @@
     FOLDER/val-00000-of-00010.parquet      rows as in `train.data.schema`, a fixed number of images per file
     FOLDER/.arrow/                         cache of the rows in Arrow format, written on first use
 
-The manifest `prepared.json` contains `benchmark`, `source`, `options`, `vocabulary_sha256` and `splits`. The entry of
-a split contains `complete`, `images`, `expected` (the published number of images or null), `found` (images in the
-source), `left_out` (images excluded by the rules of a base or novel variant), `classes` (`segments` and `images` by
-label), `problems` (one line per unusable image), `notes` and `shards` (`file`, `images`, `sha256`).
+The manifest `prepared.json` contains `benchmark`, `source`, `options`, `vocabulary_sha256` and `splits`; for labels of
+a teacher (`train.teacher.segmenter_labels`) also the `command` that made them and `labels`, the hashes of the inputs.
+The entry of a split contains `complete`, `images`, `expected` (the published number of images or null), `found`
+(images in the source), `left_out` (images excluded by the rules of a base or novel variant), `classes` (`segments` and
+`images` by label), `problems` (one line per unusable image), `notes` and `shards` (`file`, `images`, `sha256`).
 
 Evaluation results identify their data by these checksums. `prepared.json` has its own checksum, Parquet files are
 verified when they are converted to Arrow and whenever their size or modification time changes, and the Arrow file is
@@ -59,6 +60,8 @@ _MANIFEST = {
     "options": Each((int, type(None))),
     "vocabulary_sha256": str,
     "splits": Each(_SPLIT),
+    "command": Perhaps(str),
+    "labels": Perhaps(Each(str)),
 }
 _ARROW = {"bytes": int, "xxh3": str, "parquet": Each([int])}
 
@@ -248,7 +251,9 @@ def _write_arrow(files: list[Path], path: Path) -> None:
 
 
 def prepare_command(manifest: dict[str, Any], folder: Path, split: str) -> str:
-    """Return the command that prepares a split of a benchmark."""
+    """Return the command that prepares a split of a benchmark, or the command that the manifest contains."""
+    if "command" in manifest:
+        return manifest["command"]
     given = {"--source": manifest["source"], "--out": str(folder), "--split": split}
     options = [part for option in given.items() for part in option]
     return shlex.join(["python", "-m", "train.data.prepare", manifest["benchmark"], *options])

@@ -27,6 +27,7 @@ from ..losses.registry import make_losses, settings_without_teacher
 from ..teacher.caches import DATASET_VOCABULARY, RegionCaches
 from ..teacher.clip_towers import CLIPTowers, load_clip_towers
 from ..teacher.region_teacher import OnlineTeacher, RegionTeacher, TeacherCache
+from ..teacher.segmenter_labels import StoredLabels
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -89,8 +90,9 @@ def load_towers(recipe: Recipe) -> CLIPTowers | None:
 def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
     """Load or initialize the model that is trained, and its processor.
 
-    The model is the checkpoint `model.init_from`. Without it, the model has CLIP's text encoder, randomly initialized
-    decoders, and as backbone the one that `model.backbone` names or else CLIP's image encoder.
+    The model is the checkpoint `model.init_from`. Without it, the model has CLIP's text encoder or that of the
+    checkpoint `model.text_from`, randomly initialized decoders, and as backbone the one that `model.backbone` names or
+    else CLIP's image encoder.
 
     Args:
         recipe: Recipe that names the weights.
@@ -101,17 +103,31 @@ def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenV
     """
     if recipe.model.init_from is not None:
         return _load_checkpoint(recipe)
-    if towers is None:
+    if recipe.model.text_from is not None:
+        try:
+            source, processor = load_checkpoint_parts(recipe.model.text_from)
+        except ValueError as error:
+            raise ValueError(f"`model.text_from`: {recipe.model.text_from} cannot be loaded: {error}") from error
+        kind = source.text_model.config.model_type
+        if kind != "clip_text_model":
+            raise ValueError(
+                f"`model.text_from`: the text encoder of {recipe.model.text_from} is a {kind}, not CLIP's: "
+                "name a checkpoint with a text encoder of CLIP."
+            )
+        text_model, texts = source.text_model, (processor.tokenizer, processor.prompt_templates)
+    elif towers is not None:
+        text_model, texts = towers.text_model, (towers.tokenizer,)
+    else:
         raise ValueError(
             "The recipe names no weights to start from: give model.clip=FOLDER or model.init_from=CHECKPOINT."
         )
     backbone_config, weights = _backbone(recipe, towers)
     settings = {**recipe.model_settings(), "backbone_config": backbone_config}
-    model = GKCForOpenVocabSegmentation(GKCConfig(**settings, text_config=towers.text_model.config))
-    model.text_model.load_state_dict(towers.text_model.state_dict())
+    model = GKCForOpenVocabSegmentation(GKCConfig(**settings, text_config=text_model.config))
+    model.text_model.load_state_dict(text_model.state_dict())
     if weights is not None:
         model.model.backbone.load_state_dict(weights)
-    return model, GKCProcessor(GKCImageProcessor(), towers.tokenizer)
+    return model, GKCProcessor(GKCImageProcessor(), *texts)
 
 
 def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:
@@ -148,7 +164,7 @@ def _warn_of_crop_size(recipe: Recipe, processor: GKCProcessor) -> None:
         )
 
 
-def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Tensor] | None]:
+def _backbone(recipe: Recipe, towers: CLIPTowers | None) -> tuple[Any, Mapping[str, Tensor] | None]:
     """Return configuration and weights of the backbone; the weights are None if it is initialized at random."""
     wanted = recipe.model.config.get("backbone_config")
     if recipe.model.backbone is not None:
@@ -167,6 +183,11 @@ def _backbone(recipe: Recipe, towers: CLIPTowers) -> tuple[Any, Mapping[str, Ten
             stacklevel=2,
         )
         return wanted, None
+    if towers is None:
+        raise ValueError(
+            "`model.text_from` gives a text encoder only: name a backbone too, such as "
+            "model.backbone=microsoft/resnet-50."
+        )
     if not isinstance(towers.vision_model, CLIPResNetVisionModel):
         raise ValueError(
             f"The image encoder of {recipe.model.clip} has no feature maps at four scales: name a backbone, such as "
@@ -235,7 +256,10 @@ def load_sources(recipe: Recipe, caches: RegionCaches) -> dict[str, Any]:
     """
     losses = make_losses(recipe)
     sources = {}
-    if without_teacher := settings_without_teacher(losses):
+    without_teacher = settings_without_teacher(losses)
+    if without_teacher and recipe.teacher.source == "labels":
+        sources["teacher_embeddings"] = caches.open(TeacherCache, StoredLabels(recipe.data.dataset))
+    elif without_teacher:
         teacher = RegionTeacher(caches.require_towers(without_teacher).vision_model)
         if recipe.teacher.source == "online":
             sources["online_teacher"] = OnlineTeacher(teacher)

@@ -31,6 +31,7 @@ examples:
   python -m train custom dataset=data/my-tools                         fine-tune on your own images
   python -m train custom dataset=data/my-tools steps=200 --out runs/try
   python -m train custom dataset=data/my-tools --resume                continue from the last checkpoint
+  python -m train distil photos/ --teacher any-words --words "dog; sofa, couch; lamp"   learn from a teacher's labels
   python -m train coco_clip_r50 --show                                 print the settings without training
   accelerate launch --config_file configuration/accelerate/8gpu.yaml -m train coco_clip_r50
   python -m train my_recipe.py optimizer.learning_rate=1e-4 data.scale_range=0.5,2 model.config.num_queries=50

@@ -11,6 +11,7 @@ from modeling_gkc.file_checksums import DamagedFileError
 from modeling_gkc.label_text import error_line, shortened
 
 from ..storage.locks import lock_output
+from . import distil
 from .command import Command, format_recipe, is_main_process, parse, print_rank0
 
 FAILED, MISUSED = 1, 2  # exit codes; 128 + the signal's number for a run that was stopped
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        command = parse(argv)
+        command = distil.parse_distillation(argv[1:]) if argv[:1] == [distil.NAME] else parse(argv)
         if command.show:
             print_rank0(format_recipe(command))
             return 0
@@ -61,6 +62,8 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
     from .run import build_trainer, check_folder, train
 
     checkpoint = check_folder(command.out, command.recipe, command.resume)
+    if isinstance(command, distil.DistillationCommand):
+        distil.label_photos(command)
     trainer = build_trainer(command.recipe, command.out, report_to=command.report_to)
     try:
         train(trainer, checkpoint)
@@ -80,6 +83,8 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
             f"{resume_hint(command, argv)}",
             FAILED,
         )
+    if isinstance(command, distil.DistillationCommand):
+        print_rank0(distil.report(command))
     print_rank0(f"The model is in {command.out}:\n  gkc segment photo.jpg --model {shlex.quote(str(command.out))}")
     return 0
 

@@ -15,6 +15,7 @@ from modeling_gkc.loss_gkc import GKCCriterion, LossDivisors, MaskParts, Matches
 from modeling_gkc.padding import hide_padding
 
 from ..data import expand_masks
+from ..data.schema import VOID
 from .base import Batch, Regions, StepDivisors, TrainingLoss, TrainingOutput
 
 
@@ -32,6 +33,7 @@ class TrainingCriterion:
         # Sorted from the last name to the first, as in earlier versions: a sum of floats depends on the order, and a
         # resumed run must compute the same sum.
         self.losses = [*reversed(losses)]
+        self.ignore_void = recipe.data.ignore_void
         matching = recipe.matching
         weights = (matching.class_weight, matching.mask_weight, matching.dice_weight)
         self.weights = dict(zip(GKCCriterion.names, weights, strict=True))
@@ -99,6 +101,10 @@ class TrainingCriterion:
             masks = [hide_padding(stage, content_sizes) for stage in masks]
         height, width = batch["segmentation"].shape[-2:]
         segmentation = F.pad(batch["segmentation"], (0, padded[1] - width, 0, padded[0] - height))
+        void = None
+        if self.ignore_void:
+            inside = F.pad(batch["pixel_mask"].bool(), (0, padded[1] - width, 0, padded[0] - height))
+            void = inside & (segmentation == VOID).to(inside.device)
         values, matches = self.criterion(
             [stage.class_queries_logits for stage in stages],
             masks,
@@ -107,6 +113,7 @@ class TrainingCriterion:
             divisors=divisors.labels,
             point_seeds=point_seeds(batch),
             mask_parts=MaskParts.from_stages(stages, outputs.student.mask_features) if training else None,
+            void=void,
         )
         before_last = range(len(stages) - 1)
         by_name = {

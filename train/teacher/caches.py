@@ -11,7 +11,7 @@ from torch import Tensor
 from configuration import Recipe
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..data.prepared import VOCABULARY_NAME
+from ..data.prepared import VOCABULARY_NAME, read_manifest
 from ..storage.shards import MANIFEST, RegionStore
 from .clip_towers import CLIPTowers
 from .precompute import cache_folder, fingerprint_file
@@ -109,6 +109,8 @@ class RegionCaches:
 
     def _command(self, kind: type[RegionStore], split: str) -> str:
         """Return the command that writes a cache."""
+        if self.recipe.teacher.source == "labels" and not kind.has_vocabulary:
+            return read_manifest(self.recipe.data.dataset)["command"]
         dataset, vocabulary = self.recipe.data.dataset, self.recipe.data.vocabulary
         command = ["python", "-m", "train.cache", kind.kind, dataset, "--clip", self.recipe.model.clip]
         command += ["--split", split]
