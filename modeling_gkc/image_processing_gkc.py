@@ -24,7 +24,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -391,6 +391,8 @@ def read_image(
         return _decode(image, input_data_format, timeout, _to_channels if keep_channels else to_rgb)
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:  # its message repeats the file, or shows the address of a buffer
+        raise ValueError(f"{name}: cannot be read as an image: its format is unknown") from error
     except TypeError as error:
         # Pillow's decoders raise TypeErrors for damaged files.
         if isinstance(image, str | os.PathLike | bytes | Image.Image):

@@ -261,7 +261,7 @@ class TestSegment:
         first, *errors = printed.err.splitlines()
         assert "skipped" in first and len(errors) == 4 and errors[-1] == "gkc: 3 of 5 images could not be segmented"
         for line, name in zip(errors, ["b.jpg", "gone.png", "notes.txt"], strict=False):
-            assert line.startswith("gkc: skipped: ") and name in line
+            assert line.startswith("gkc: skipped: ") and line.count(name) == 1
 
     def test_program_with_the_model_of_the_environment_variable(self, checkpoint, pictures, tmp_path):
         (pictures / "broken.png").write_bytes(b"hello")
@@ -289,7 +289,7 @@ class TestSegment:
         assert lines[0] == "gkc: warning: A name is shared by several classes: 'lawn' belongs to 'lawn' and 'sky'."
         assert lines[1].startswith("gkc: warning: The text encoder does not know these words: 'zebra'.")
         assert lines[2].startswith(f"gkc: {pictures}: skipped 1 files")
-        assert lines[3].startswith("gkc: skipped: ") and "broken.png" in lines[3]
+        assert lines[3].startswith("gkc: skipped: ") and lines[3].count("broken.png") == 1
         assert lines[4:] == ["gkc: 1 of 4 images could not be segmented"]
 
 
@@ -341,7 +341,7 @@ class TestUserErrors:
         small_config().text_config.save_pretrained(tmp_path)
         assert main(["segment", str(pictures), "--model", str(tmp_path)]) == 2
         assert capsys.readouterr().err.endswith(
-            "is not a GKC checkpoint: its model_type is 'clip_text_model', not 'gkc'.\n"
+            "is not a GKC checkpoint: its model_type is 'clip_text_model', not 'gkc' or 'gkc_zero_shot'.\n"
         )
 
     @pytest.mark.parametrize("damage", ["missing", "truncated", "shapes"])

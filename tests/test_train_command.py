@@ -138,6 +138,13 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(continued, workplace):
     assert 2 <= continued.steps_done < 8
 
 
+def test_a_resumed_run_reads_the_checkpoint_once_to_verify_it(continued, workplace, monkeypatch):
+    verified = []
+    monkeypatch.setattr("train.engine.checkpoints.require_files", lambda folder, *_: verified.append(folder))
+    assert main([workplace.recipe, "steps=8", "--out", str(continued.out), "--resume"]) == 0
+    assert verified == [continued.out / "checkpoint-8"]
+
+
 def test_resumed_run_equals_an_undisturbed_one(continued, workplace, tmp_path):
     assert continued.status_resumed == 0
     assert main([workplace.recipe, "steps=8", "--out", str(tmp_path / "out"), "--report-to", "none"]) == 0

@@ -162,15 +162,10 @@ def listed(items: list[str]) -> str:
 def convert_clip_resnet(arguments: argparse.Namespace) -> int:
     """Run `gkc convert clip-resnet` and return the exit code."""
     folder = Path(arguments.out)
-    try:
-        with warnings_as_lines():
-            weights = read_weights(arguments.weights, allow_jit=arguments.allow_jit)
+    weights = _read_weights(arguments.weights, "WEIGHTS", allow_jit=arguments.allow_jit)
+    with user_errors(f"WEIGHTS: {arguments.weights}"):
         image_tower = clip_resnet_from_openai(weights)
         text_tower = clip_text_from_openai(weights) if arguments.text else None
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        reason = reason if arguments.weights in reason else f"{arguments.weights}: {reason}"
-        raise UserError(f"WEIGHTS: {reason}") from error
     with quiet_transformers(), user_errors("--out"), atomic_folder(folder) as unfinished:
         image_tower.save_pretrained(unfinished)
         if text_tower is not None:
@@ -216,13 +211,13 @@ def convert_fc_clip(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_weights(path: str, option: str) -> dict[str, Any]:
+def _read_weights(path: str, option: str, allow_jit: bool = False) -> dict[str, Any]:
     """Read a file of weights; errors name the option."""
     try:
         with warnings_as_lines():
-            return read_weights(path)
+            return read_weights(path, allow_jit=allow_jit)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = error_line(error)
         raise UserError(f"{option}: {reason if path in reason else f'{path}: {reason}'}") from error
 
 

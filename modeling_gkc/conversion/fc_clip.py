@@ -15,6 +15,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
@@ -125,10 +126,12 @@ def from_fc_clip(
     if tokenizer is not None:
         vocabulary = Vocabulary.parse(training_names)
         check_tokenizer(tokenizer, text_model)
-    config = _gkc_config(weights, image_tower, text_model)
-    config.ensemble, config.source_vocabulary = ensemble, vocabulary and vocabulary.names
-    model = GKCForOpenVocabSegmentation(GKCConfig.from_dict(config.to_dict()))
-    load_strictly(model, _renamed_weights(weights, image_tower, text_model) | _other_buffers(model, state_dict))
+    settings = {"ensemble": ensemble, "source_vocabulary": vocabulary and vocabulary.names}
+    model = GKCForOpenVocabSegmentation(_gkc_config(weights, image_tower, text_model, **settings))
+    # A checkpoint may lack CLIP's temperature, 100 in all published models, and holds no embeddings of seen names.
+    scale = state_dict.get(f"{CLIP_PREFIX}logit_scale", model.classifier.clip_logit_scale)
+    buffers = {"classifier.seen_embeds": model.classifier.seen_embeds, "classifier.clip_logit_scale": scale.float()}
+    load_strictly(model, _renamed_weights(weights, image_tower, text_model) | buffers)
     if vocabulary is not None:
         model.set_vocabulary(vocabulary, fc_clip_processor(tokenizer))
         model.classifier.seen_embeds.copy_(model.vocabulary_embeds)
@@ -170,9 +173,9 @@ def fc_clip_processor(tokenizer: PreTrainedTokenizerBase) -> GKCProcessor:
 
 
 def _gkc_config(
-    weights: Mapping[str, Tensor], image_tower: ImageTower, text_model: CLIPTextModelWithProjection
+    weights: Mapping[str, Tensor], image_tower: ImageTower, text_model: CLIPTextModelWithProjection, **settings: Any
 ) -> GKCConfig:
-    """Read the configuration off the shapes of the weights."""
+    """Read the configuration off the shapes of the weights, and complete it by fields that have no weights."""
     for prefix, method in _OTHER_METHODS.items():
         if any(name.startswith(prefix) for name in weights):
             raise ValueError(
@@ -220,6 +223,7 @@ def _gkc_config(
         class_feature="query+mask_features",
         prompt_reduction="max",
         ensemble_on_valid_mask=isinstance(image_tower, CLIPResNetVisionModel),
+        **settings,
     )
 
 
@@ -237,13 +241,6 @@ def _renamed_weights(
         weight = weight[0] if name == "void_embedding.weight" else weight
         renamed |= split_packed_projection(rename_weight(name, _NAMES) or name, weight.float())
     return renamed
-
-
-def _other_buffers(model: GKCForOpenVocabSegmentation, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Collect what a checkpoint may lack: CLIP's temperature, 100 in all published models, and seen names."""
-    classifier = model.classifier
-    scale = state_dict.get(f"{CLIP_PREFIX}logit_scale", classifier.clip_logit_scale)
-    return {"classifier.seen_embeds": classifier.seen_embeds, "classifier.clip_logit_scale": scale.float()}
 
 
 __all__ = [

@@ -107,6 +107,8 @@ def _opened(picture: PIL.Image.Image | Mapping[str, Any], name: str) -> PIL.Imag
         return picture
     try:
         return Image().decode_example(picture)
+    except PIL.UnidentifiedImageError as error:  # its message repeats the file, or shows the address of a buffer
+        raise ValueError(f"{name}: cannot be read as an image: its format is unknown") from error
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
 

@@ -53,12 +53,12 @@ def run(recipe: Recipe, output_dir: str | Path, resume: bool = False, **training
 
 
 def train(trainer: GKCTrainer, checkpoint: Path | None = None) -> None:
-    """Train from the beginning or from a checkpoint, and save the model."""
+    """Train from the beginning or from the checkpoint that `check_folder` verified, and save the model."""
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / RECIPE_NAME, json.dumps(trainer.recipe.to_dict(), indent=2) + "\n")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), verify=False)
     trainer.save_model(str(folder))
 
 
@@ -133,7 +133,18 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, **training_arguments: 
         ValueError: Something that the recipe names is missing or does not fit; the message names the field.
     """
     set_seed(recipe.run.seed)
-    arguments = recipe.to_training_arguments(output_dir, **{**_arguments_of(recipe), **training_arguments})
+    own_arguments = {
+        "save_strategy": "steps",
+        "save_steps": recipe.run.save_every,
+        "save_total_limit": _KEPT_CHECKPOINTS,
+        "logging_steps": recipe.run.log_every,
+        "eval_strategy": "no" if recipe.data.eval_split is None else "steps",
+        "eval_steps": recipe.run.evaluate_every,
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise processes on CPUs do not form a group
+        "per_device_eval_batch_size": 1,  # all images have the same weight, and no incomplete batch is dropped
+        "dataloader_num_workers": recipe.data.num_workers,
+    }
+    arguments = recipe.to_training_arguments(output_dir, **{**own_arguments, **training_arguments})
     check_all_processes(arguments)
     stored, all_classes = load_data(recipe), load_vocabulary(recipe)
     for dataset in stored.values():
@@ -176,21 +187,6 @@ def check_all_processes(arguments: TrainingArguments) -> None:
             f"{launched} processes were launched, but training sees {arguments.world_size}: launch them with "
             "`accelerate launch --multi_gpu --num_processes N -m train ...`, on GPUs or CPUs that all of them can use."
         )
-
-
-def _arguments_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the `TrainingArguments` that `Recipe.to_training_arguments` does not set."""
-    return {
-        "save_strategy": "steps",
-        "save_steps": recipe.run.save_every,
-        "save_total_limit": _KEPT_CHECKPOINTS,
-        "logging_steps": recipe.run.log_every,
-        "eval_strategy": "no" if recipe.data.eval_split is None else "steps",
-        "eval_steps": recipe.run.evaluate_every,
-        "use_cpu": not torch.accelerator.is_available(),  # otherwise processes on CPUs do not form a group
-        "per_device_eval_batch_size": 1,  # all images have the same weight, and no incomplete batch is dropped
-        "dataloader_num_workers": recipe.data.num_workers,
-    }
 
 
 def _place_reports(trainer: GKCTrainer) -> None:

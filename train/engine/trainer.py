@@ -311,11 +311,12 @@ class GKCTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *, verify: bool = True, **kwargs):
         """Train from the beginning or from a checkpoint.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or True for the last complete one.
+            verify: Whether to compare a complete checkpoint's files with their checksums, by reading all of them.
             kwargs: Further arguments of `Trainer.train`.
 
         Raises:
@@ -324,7 +325,7 @@ class GKCTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(self.args.output_dir))
         if resume_from_checkpoint:
-            if is_complete(resume_from_checkpoint):
+            if verify and is_complete(resume_from_checkpoint):
                 verify_checkpoint(resume_from_checkpoint)
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= self.args.max_steps:
@@ -352,7 +353,10 @@ class GKCTrainer(Trainer):
         if self.args.should_save:
             self._save(folder, state)
             if _internal_call:
-                self._save_heads_and_recipe(Path(folder), state)
+                heads = {key: value.contiguous() for key, value in state.items() if not key.startswith(_STUDENT)}
+                if heads:
+                    save_file(heads, Path(folder) / HEADS_NAME)
+                (Path(folder) / RECIPE_NAME).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -363,13 +367,6 @@ class GKCTrainer(Trainer):
         with replaced_files(folder) as unfinished:
             self.student.save_pretrained(unfinished, state_dict=student)
             self.processing_class.save_pretrained(unfinished)
-
-    def _save_heads_and_recipe(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Save the heads of the losses and the recipe in a checkpoint."""
-        heads = {key: value.contiguous() for key, value in state.items() if not key.startswith(_STUDENT)}
-        if heads:
-            save_file(heads, folder / HEADS_NAME)
-        (folder / RECIPE_NAME).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -54,7 +54,11 @@ class EvaluationPictures(TrainerCallback):
     ):
         self.trainer, self.vocabulary, self.processor = trainer, vocabulary, processor
         transform = JointTransform(crop_size, scale_range=(1.0, 1.0), flip_probability=0.0, padding=False)
-        self.samples = [augmented_row(row, transform, (0, 0, 0)) for row in _chosen_rows(dataset, count)]
+        if isinstance(dataset, IterableDataset):
+            rows = islice(dataset, count)
+        else:
+            rows = (dataset[int(index)] for index in np.unique(np.linspace(0, len(dataset) - 1, count).round()))
+        self.samples = [augmented_row(row, transform, (0, 0, 0)) for row in rows]
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         """Predict the images, draw them and save the picture."""
@@ -101,13 +105,6 @@ class EvaluationPictures(TrainerCallback):
         for row in rows:
             row[0] = row[0].resize((round(row[0].width * row[1].height / row[0].height), row[1].height))
         return grid(rows, _TITLES)
-
-
-def _chosen_rows(dataset: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:
-    if isinstance(dataset, IterableDataset):
-        return list(islice(dataset, count))
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int))
-    return [dataset[int(index)] for index in chosen]
 
 
 def class_map(sample: dict[str, Any], num_classes: int) -> np.ndarray:

@@ -25,7 +25,6 @@ from ..storage.locks import lock_output
 from ..storage.processes import from_main, processes
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from datasets import Dataset
     from torch import nn
 
@@ -161,7 +160,9 @@ def write_cache(
     own = pending[state.process_index :: state.num_processes]
     positions = [position for shard in own for position in writer.settings.images_of(shard)]
     listed = _count_segments(dataset)[positions].tolist()
-    with _bar(sum(listed), state, progress) as bar:
+    others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
+    hidden = not progress or not state.is_main_process
+    with tqdm(desc=f"Embedding regions{others}", total=sum(listed), unit="region", disable=hidden) as bar:
         read = read_regions(dataset, source, positions, num_workers)
         images = _track_progress(read, listed, bar, max_broken_samples)
         for shard in own:
@@ -172,13 +173,6 @@ def write_cache(
     if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
-
-
-def _bar(total: int, state: PartialState, progress: bool) -> tqdm:
-    """Return a progress bar for the regions that the main process embeds."""
-    others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
-    hidden = not progress or not state.is_main_process
-    return tqdm(desc=f"Embedding regions{others}", total=total, unit="region", disable=hidden)
 
 
 def _count_segments(dataset: Dataset) -> np.ndarray:
