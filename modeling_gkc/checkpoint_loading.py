@@ -61,6 +61,12 @@ def load_checkpoint_parts(
         model_type = stored.get("model_type") if isinstance(stored, dict) else None
         if model_type not in MODEL_CLASSES:
             raise ValueError(f"its model_type is {shown(model_type)}, not 'gkc' or 'gkc_zero_shot'.")
+        unknown = sorted(set(settings) - set(MODEL_CLASSES[model_type].config_class.__dataclass_fields__))
+        if unknown:
+            raise ValueError(
+                f"it is a {model_type!r}, which has no setting `{unknown[0]}` and is not trained: train a student of it "
+                "by `python -m train distil`."
+            )
         check_shard_paths(path)
         model, info = MODEL_CLASSES[model_type].from_pretrained(
             path,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from modeling_gkc import (
 )
 from modeling_gkc.checkpoint_loading import load_checkpoint_parts
 from modeling_gkc.conversion import open_segmenter
+from modeling_gkc.export import export_segmenter
 from train.data import from_folder
 from train.data.drawn_world import examples
 from train.evaluate.command import main as evaluate
@@ -288,3 +290,21 @@ def test_evaluation_on_a_prepared_dataset(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["protocol"]["short_side"], result["protocol"]["long_side"]) == (64, 96)
     assert 0 <= result["scores"]["semantic"]["miou"] <= 1
+
+
+def test_exports_and_training_name_the_way(parts, tmp_path):
+    for part in parts:
+        part.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="A 'gkc_zero_shot' cannot be exported: convert its segmenter by"):
+        export_segmenter(*parts, tmp_path / "graph")
+    with pytest.raises(ValueError, match="has no setting `class_weight` and is not trained: train a student of it by"):
+        load_checkpoint_parts(tmp_path / "model", class_weight=1.0)
+    assert not (tmp_path / "graph").exists()
+
+
+def test_copies_and_pickles_give_equal_results(parts):
+    model, processor = parts
+    inputs = processor(images=photo(), text=WORDS, return_tensors="pt")
+    expected = model(**inputs).class_queries_logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(**inputs).class_queries_logits, expected, rtol=1e-5, atol=1e-5)

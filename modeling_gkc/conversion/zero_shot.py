@@ -137,7 +137,7 @@ def open_segmenter(
     model.classifier.set_source(nn.Identity(), model.vocabulary_embeds, model.vocabulary_class_ids)
     scale = getattr(tower, "logit_scale", None)
     if scale is not None:
-        model.classifier.region_scale.copy_(scale.detach().exp().clamp(max=100).squeeze())
+        model.classifier.region_scale.copy_(scale.detach().exp().squeeze())
     return model.eval(), processor
 
 
