@@ -64,8 +64,8 @@ def load_checkpoint_parts(
         unknown = sorted(set(settings) - set(MODEL_CLASSES[model_type].config_class.__dataclass_fields__))
         if unknown:
             raise ValueError(
-                f"it is a {model_type!r}, which has no setting `{unknown[0]}` and is not trained: train a student of it "
-                "by `python -m train distil`."
+                f"it is a {model_type!r}, which has no setting `{unknown[0]}` and is not trained: train a student of "
+                "it by `python -m train distil`."
             )
         check_shard_paths(path)
         model, info = MODEL_CLASSES[model_type].from_pretrained(

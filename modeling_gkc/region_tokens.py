@@ -83,10 +83,13 @@ def patch_size(config: Any) -> int:
 def class_token_pooling(tower: nn.Module, pixel_values: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
     """Prepare the pooling of CLIP and MetaCLIP 2: the class token in the last layer of the transformer."""
     vision = tower.vision_model
-    layer = vision.encoder.layers[-1]
+    *layers, layer = vision.encoder.layers
     attention = layer.self_attn
-    outputs = vision(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True, return_dict=True)
-    hidden_states = outputs.hidden_states[-2]  # (B, 1 + N, C), the input of the last layer
+    hidden_states = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
+    for earlier in layers:
+        hidden_states = earlier(hidden_states, attention_mask=None)
+        # Earlier versions of transformers return a tuple.
+        hidden_states = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states  # (B, 1 + N, C)
     class_token = hidden_states[:, :1]
     states = layer.layer_norm1(hidden_states)
     query, key, value = (

@@ -204,8 +204,8 @@ def export_segmenter(
         raise ValueError("An optimized model cannot be exported: export the original model.")
     if model.config.model_type != GKCConfig.model_type:
         raise ValueError(
-            f"A {model.config.model_type!r} cannot be exported: convert its segmenter by `gkc convert mask2former`, or "
-            "train a student by `python -m train distil`, and export that."
+            f"A {model.config.model_type!r} cannot be exported: convert its segmenter by `gkc convert mask2former`, "
+            "or train a student by `python -m train distil`, and export that."
         )
     check_new_folder(folder)
     compares = check_packages(format, check)
