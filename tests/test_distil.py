@@ -160,18 +160,59 @@ def test_labels_are_the_confident_queries_of_the_teacher(place, trained):
     assert seen > 5
 
 
-def test_teacher_of_gkc_open_labels_in_the_space_of_its_texts():
-    tower, text_model = make_tower("clip")
-    model, processor = open_segmenter(
-        make_segmenter("mask2former"), tower, word_tokenizer(), SETTINGS, text_model=text_model
-    )
-    predictor = GKCPredictor(model, processor)
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of `gkc open` by the kind of their tower."""
+    folders = {}
+    for kind in ("clip", "siglip"):
+        tower, text_model = make_tower(kind)
+        model, processor = open_segmenter(
+            make_segmenter("mask2former"), tower, word_tokenizer(), SETTINGS, text_model=text_model
+        )
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folders[kind])
+        processor.save_pretrained(folders[kind])
+    return folders
+
+
+def test_teacher_of_gkc_open_makes_a_student_without_its_tower(place, opened, tmp_path):
+    given = arguments(place, tmp_path / "run", "--confidence", "0.05")
+    given[3:6] = [str(opened["clip"]), "--words", "dog; sofa; sky"]
+    assert main([*given, *from_backbone(place)]) == 0
+    folder = Path(parse_distillation(given[1:]).recipe.data.dataset)
+    predictor = GKCPredictor.from_pretrained(opened["clip"])
     predictor.set_vocabulary("dog; sofa; sky")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
-    found = label_image(predictor, predictor.prepare(image), 0.05)
-    assert found.ids.shape == (50, 70) and found.embeds.shape == (len(found.classes), model.config.projection_dim)
-    assert found.classes and np.allclose(np.linalg.norm(found.embeds, axis=1), 1, atol=1e-5)
-    assert set(np.unique(found.ids)) <= set(range(len(found.classes) + 1))
+    row = load_prepared(folder, "train").dataset[0]
+    image, ids = read_row(row)
+    found = label_image(predictor, predictor.prepare(Image.fromarray(image)), 0.05)
+    assert found.classes and np.array_equal(found.ids, ids)
+    store = TeacherCache.open(cache_folder(folder, "train", "teacher"), StoredLabels(folder).inputs)
+    [embeds] = store.lookup([row["image_id"]], [torch.arange(1, len(found.classes) + 1)])
+    assert np.allclose(embeds, found.embeds, atol=1e-3) and np.allclose(np.linalg.norm(embeds, axis=1), 1, atol=1e-3)
+    student = load_file(tmp_path / "run" / "model.safetensors")
+    assert not [name for name in student if "vision" in name or name.startswith("tower")]
+    texts = GKCPredictor.from_pretrained(tmp_path / "run").model
+    tokens = predictor.processor(text="dog; sofa", return_tensors="pt")
+    expected = predictor.model.get_class_embeddings(**tokens).class_embeds
+    assert torch.equal(texts.get_class_embeddings(**tokens).class_embeds, expected)
+    second = [
+        *given,
+        "--init",
+        str(tmp_path / "run"),
+        "--out",
+        str(tmp_path / "second"),
+        "--cache",
+        str(folder.parent),
+    ]
+    assert main(second) == 0, "a student has the text encoder of its teacher"
+
+
+def test_teacher_with_another_text_encoder_is_refused_before_labeling(place, opened, tmp_path, capsys):
+    given = arguments(place, tmp_path / "run")
+    given[3:6] = [str(opened["siglip"]), "--words", "dog; sofa; sky"]
+    assert main([*given, *from_backbone(place)]) == 2
+    assert "is a siglip_text_model, not CLIP's" in capsys.readouterr().err
+    assert not (tmp_path / "run-labels").exists()
 
 
 def test_broken_and_unconfident_images_are_named_and_left_out(place, tmp_path, capsys):
@@ -275,6 +316,20 @@ def test_labels_are_reused_until_an_input_changes(place, trained, tmp_path, monk
     assert len({folder, *changed}) == 1 + len(changed)
 
 
+@pytest.mark.parametrize("damaged", ["train-00000-of-00001.parquet", "shard-00000.safetensors", "vocabulary.json"])
+def test_damaged_labels_are_made_again(place, trained, tmp_path, damaged):
+    cache = shutil.copytree(place / "labels", tmp_path / "labels")
+    command = parse_distillation(arguments(place, tmp_path / "run", "--cache", str(cache))[1:])
+    folder = Path(command.recipe.data.dataset)
+    undisturbed = files_of(folder)
+    file = next(path for path in sorted(folder.rglob(damaged)) if "/val/" not in str(path))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    distil.label_photos(command)
+    assert files_of(folder) == undisturbed and load_prepared(folder, "train").vocabulary.labels[0] == "disc"
+
+
 def test_resumed_run_with_other_words_is_refused(place, trained, tmp_path, capsys):
     given = [*arguments(place, trained), *from_backbone(place), "--cache", str(place / "labels"), "--resume"]
     assert main([*given, "--words", "disc; sky"]) == 2
@@ -305,13 +360,15 @@ def test_start_from_the_teacher_itself_and_report_on_labeled_data(place, tmp_pat
         (["data.dataset=x"], "`data.dataset` is set by the command: use --cache, --words, --teacher or --init."),
         (["stepz=3"], "A recipe has no field 'stepz'; did you mean optimizer.steps?"),
         (["--labels", "nowhere"], "--labels: "),
+        (["model.backbone=nowhere/none"], "`model.backbone`: "),
         (["--init", "nowhere"], "`model.init_from`: nowhere is not a GKC checkpoint"),
         (["--device", "cuda:77"], "--device: "),
         (["--confidence", "0.999999"], "None of the "),
     ],
 )
 def test_misuse_ends_in_one_line(place, tmp_path, capsys, more, message):
-    assert main([*arguments(place, tmp_path / "run"), *more]) == 2
+    start = [] if "--init" in more or more[0].startswith("model.backbone=") else from_backbone(place)
+    assert main([*arguments(place, tmp_path / "run"), *start, *more]) == 2
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if "error: " in line]
     assert len(lines) == 1 and lines[0].partition("error: ")[2].startswith(message), error
@@ -328,7 +385,7 @@ def test_missing_folders_and_a_lone_image_end_in_one_line(place, tmp_path, capsy
         assert message in capsys.readouterr().err
     (tmp_path / "one").mkdir()
     shutil.copy(ROOT / "examples" / "scene-1.png", tmp_path / "one")
-    assert main([given[0], str(tmp_path / "one"), *given[2:]]) == 2
+    assert main([given[0], str(tmp_path / "one"), *given[2:], *from_backbone(place)]) == 2
     assert "has 1 images: give at least two, one of which is held out." in capsys.readouterr().err
 
 

@@ -1,13 +1,14 @@
 """Builders of the objects that a recipe names: dataset, vocabulary, student, teacher and the caches of losses."""
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, CLIPTextModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from configuration import Recipe
@@ -92,7 +93,7 @@ def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenV
 
     The model is the checkpoint `model.init_from`. Without it, the model has CLIP's text encoder or that of the
     checkpoint `model.text_from`, randomly initialized decoders, and as backbone the one that `model.backbone` names or
-    else CLIP's image encoder.
+    else CLIP's image encoder. With `model.text_from`, its processor resizes images to the scale of the training crops.
 
     Args:
         recipe: Recipe that names the weights.
@@ -103,20 +104,16 @@ def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenV
     """
     if recipe.model.init_from is not None:
         return _load_checkpoint(recipe)
+    image_settings = {}  # the default size, which is that of published evaluations
     if recipe.model.text_from is not None:
         try:
-            source, processor = load_checkpoint_parts(recipe.model.text_from)
+            text_model, *texts = load_text_encoder(recipe.model.text_from)
         except ValueError as error:
-            raise ValueError(f"`model.text_from`: {recipe.model.text_from} cannot be loaded: {error}") from error
-        kind = source.text_model.config.model_type
-        if kind != "clip_text_model":
-            raise ValueError(
-                f"`model.text_from`: the text encoder of {recipe.model.text_from} is a {kind}, not CLIP's: "
-                "name a checkpoint with a text encoder of CLIP."
-            )
-        text_model, texts = source.text_model, (processor.tokenizer, processor.prompt_templates)
+            raise ValueError(f"`model.text_from`: {error}") from error
+        if (side := recipe.data.crop_size) is not None:
+            image_settings["size"] = {"shortest_edge": side, "longest_edge": side}
     elif towers is not None:
-        text_model, texts = towers.text_model, (towers.tokenizer,)
+        text_model, texts = towers.text_model, [towers.tokenizer]
     else:
         raise ValueError(
             "The recipe names no weights to start from: give model.clip=FOLDER or model.init_from=CHECKPOINT."
@@ -127,7 +124,37 @@ def load_student(recipe: Recipe, towers: CLIPTowers | None) -> tuple[GKCForOpenV
     model.text_model.load_state_dict(text_model.state_dict())
     if weights is not None:
         model.model.backbone.load_state_dict(weights)
-    return model, GKCProcessor(GKCImageProcessor(), *texts)
+    return model, GKCProcessor(GKCImageProcessor(**image_settings), *texts)
+
+
+def load_text_encoder(
+    path: str | Path,
+) -> tuple[CLIPTextModelWithProjection, PreTrainedTokenizerBase, Sequence[str] | None]:
+    """Load the text encoder, with its projection, the tokenizer and the prompt templates of a checkpoint.
+
+    Args:
+        path: Checkpoint of a GKC, or of a zero-shot model with a CLIP.
+
+    Raises:
+        ValueError: The checkpoint cannot be loaded, or its text encoder is not CLIP's.
+    """
+    try:
+        model, processor = load_checkpoint_parts(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    text_model = model.text_model
+    if (kind := text_model.config.model_type) != "clip_text_model":
+        raise ValueError(
+            f"The text encoder of {path} is a {kind}, not CLIP's: name a checkpoint with a text encoder of CLIP."
+        )
+    if not isinstance(text_model, CLIPTextModelWithProjection):  # of a CLIPModel, which has the projection itself
+        config = copy.deepcopy(text_model.config)
+        config.projection_dim = model.tower.config.projection_dim
+        projected = CLIPTextModelWithProjection(config)
+        projected.text_model.load_state_dict(text_model.state_dict())
+        projected.text_projection.load_state_dict(model.tower.text_projection.state_dict())
+        text_model = projected.eval()
+    return text_model, processor.tokenizer, processor.prompt_templates
 
 
 def _load_checkpoint(recipe: Recipe) -> tuple[GKCForOpenVocabSegmentation, GKCProcessor]:

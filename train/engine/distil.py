@@ -173,19 +173,40 @@ def _name_of(inputs: Mapping[str, str]) -> str:
     return settings_fingerprint(dict(inputs))[:16]
 
 
+def check_inputs(command: DistillationCommand) -> None:
+    """Load everything that training and report need, so that mistakes are found before images are labeled.
+
+    Raises:
+        ValueError: The student cannot be made, `--init` has another text encoder than the teacher, or `--labels` has
+            no class among the words.
+    """
+    from ..storage.fingerprints import model_fingerprint
+    from .builders import load_student, load_text_encoder
+
+    if command.judged is not None:
+        _classes_among(_judged(command), command.vocabulary)
+    student, _ = load_student(command.recipe, None)
+    if command.recipe.model.init_from is None:
+        return  # it has the teacher's text encoder
+    try:
+        text_model, *_ = load_text_encoder(command.teacher)
+    except ValueError as error:
+        raise ValueError(f"--teacher: {error}") from error
+    if model_fingerprint(student.text_model) != model_fingerprint(text_model):
+        raise ValueError(
+            f"--init: {command.recipe.model.init_from} has another text encoder than {command.teacher}, so that the "
+            "student cannot learn the teacher's embeddings: give a checkpoint with the same one, or leave out --init."
+        )
+
+
 def label_photos(command: DistillationCommand) -> None:
     """Write the labels of a command, or the rest of them, and print how many images they have.
 
     Raises:
-        ValueError: The teacher or `--init` cannot be used, no image can be labeled, or `--labels` has no class among
-            the words.
+        ValueError: The teacher cannot be used, or no image can be labeled.
     """
     from ..teacher.segmenter_labels import write_labels
 
-    if command.judged is not None:
-        _classes_among(_judged(command), command.vocabulary)
-    if command.recipe.model.init_from is not None:
-        _check_same_texts(command)
     folder = Path(command.recipe.data.dataset)
     splits = write_labels(
         folder,
@@ -229,19 +250,6 @@ def _load_teacher(command: DistillationCommand) -> "GKCPredictor":
     except ValueError as error:
         raise ValueError(f"--words: {error}") from error
     return teacher
-
-
-def _check_same_texts(command: DistillationCommand) -> None:
-    """Raise a `ValueError` if the student of `--init` has another text encoder than the teacher."""
-    from ..storage.fingerprints import model_fingerprint
-    from .builders import load_student
-
-    student, _ = load_student(command.recipe, None)
-    if model_fingerprint(student.text_model) != model_fingerprint(_load_teacher(command).model.text_model):
-        raise ValueError(
-            f"--init: {command.recipe.model.init_from} has another text encoder than {command.teacher}, so that the "
-            "student cannot learn the teacher's embeddings: give a checkpoint with the same one, or leave out --init."
-        )
 
 
 def _judged(command: DistillationCommand) -> Prepared:

@@ -63,6 +63,7 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
 
     checkpoint = check_folder(command.out, command.recipe, command.resume)
     if isinstance(command, distil.DistillationCommand):
+        distil.check_inputs(command)
         distil.label_photos(command)
     trainer = build_trainer(command.recipe, command.out, report_to=command.report_to)
     try:

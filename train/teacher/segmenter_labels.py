@@ -27,7 +27,7 @@ from modeling_gkc.predictor import GKCPredictor, PreparedImage
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..data.benchmarks.base import Benchmark
-from ..data.prepared import VOCABULARY_NAME, is_prepared, read_manifest, vocabulary_json, write_manifest
+from ..data.prepared import VOCABULARY_NAME, is_damaged, is_prepared, read_manifest, vocabulary_json, write_manifest
 from ..data.prepared_shards import PROGRESS_FOLDER, ShardReport, Work, plan_shards, write_shards
 from ..data.samples import stable_number
 from ..data.schema import VOID
@@ -41,6 +41,7 @@ from .region_teacher import TeacherCache
 
 LABELED = "distil"
 IMAGES_PER_SHARD = 64  # repeated at most by a killed run
+_SPLITS = ("train", "val")
 _CHECKPOINT_FILES = (".json", ".safetensors", ".txt", ".model")
 
 
@@ -214,7 +215,9 @@ def write_labels(
     command: str,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Label images, or the rest of them after an interruption; finished labels are returned as they are.
+    """Label images, or the rest of them after an interruption; intact labels are returned as they are.
+
+    Every file is compared with its checksum. A split with a missing or damaged file is labeled again.
 
     Images that cannot be read and images without a segment are left out of the splits.
 
@@ -239,35 +242,76 @@ def write_labels(
         raise ValueError(f"{source} has {len(images)} images: give at least two, one of which is held out.")
     ordered = sorted(images, key=stable_number)
     held_out = set(ordered[: max(1, min(round(options.val_share * len(images)), len(images) - 1))])
+    chosen = {split: [name for name in sorted(images) if (name in held_out) == (split == "val")] for split in _SPLITS}
     with lock_output(folder):
         manifest = read_manifest(folder) if is_prepared(folder) else None
-        if manifest is not None and all(
-            manifest["splits"].get(split, {}).get("complete") for split in ("train", "val")
-        ):
+        splits = [] if manifest is None else [split for split in _SPLITS if _is_intact(folder, split, manifest)]
+        if len(splits) == len(_SPLITS):
             return manifest["splits"]
         predictor = load_teacher()
         vocabulary = predictor.vocabulary.vocabulary
-        folder.mkdir(parents=True, exist_ok=True)
         if manifest is None:
-            atomic_write_json(folder / VOCABULARY_NAME, vocabulary_json(vocabulary), indent=1)
+            folder.mkdir(parents=True, exist_ok=True)
             manifest = {
                 "benchmark": LABELED,
                 "source": str(source.resolve()),
-                "options": {"images_per_shard": IMAGES_PER_SHARD},
+                "options": {
+                    "images_per_shard": IMAGES_PER_SHARD,
+                    "columns": predictor.model.config.projection_dim,
+                    **{split: len(names) for split, names in chosen.items()},
+                },
                 "splits": {},
                 "command": command,
                 "labels": dict(fingerprint),
             }
-            write_manifest(folder, manifest)
-            manifest = read_manifest(folder)
+        atomic_write_json(folder / VOCABULARY_NAME, vocabulary_json(vocabulary), indent=1)
         with tqdm(total=len(images), desc="Labeling", unit="image", disable=not progress) as bar:
-            for split in ("train", "val"):
-                chosen = [name for name in sorted(images) if (name in held_out) == (split == "val")]
-                split_of = partial(_label_split, folder, split, {name: images[name] for name in chosen})
-                manifest["splits"][split] = split_of(predictor, options.confidence, manifest, bar.update)
+            for split, names in chosen.items():
+                if split in splits:
+                    bar.update(len(names))
+                    continue
+                manifest["splits"][split] = {"complete": False, "shards": []}
+                write_manifest(folder, manifest)
+                of_split = {name: images[name] for name in names}
+                record = _label_split(folder, split, of_split, predictor, options.confidence, manifest, bar.update)
+                manifest["splits"][split] = record
                 write_manifest(folder, manifest)
         shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)
         return manifest["splits"]
+
+
+def _stores(folder: Path, split: str, manifest: Mapping[str, Any]) -> dict[str, StoreWriter]:
+    """Return the writers of the region rows of a split, by the field of `ImageLabels`."""
+    options = manifest["options"]
+    return {
+        field: StoreWriter(
+            cache_folder(folder, split, kind.kind),
+            StoreSettings(
+                kind=kind.kind,
+                fingerprint=manifest["labels"],
+                columns=columns,
+                images=options[split],
+                images_per_shard=options["images_per_shard"],
+                command=manifest["command"],
+            ),
+        )
+        for field, kind, columns in (
+            ("embeds", TeacherCache, options["columns"]),
+            ("confidences", SegmentConfidences, 1),
+        )
+    }
+
+
+def _is_intact(folder: Path, split: str, manifest: Mapping[str, Any]) -> bool:
+    """Return whether a split is finished and all its files have their checksums."""
+    record = manifest["splits"].get(split)
+    if record is None or not record["complete"]:
+        return False
+    if any(is_damaged(folder / shard["file"], shard["sha256"]) for shard in record["shards"]):
+        return False
+    if is_damaged(folder / VOCABULARY_NAME, manifest["vocabulary_sha256"]):
+        return False
+    return not any(store.pending() for store in _stores(folder, split, manifest).values())
 
 
 def _label_split(
@@ -289,23 +333,12 @@ def _label_split(
 
     vocabulary = predictor.vocabulary.vocabulary
     pictures = [Picture(name, path, partial(read, name)) for name, path in images.items()]
-    plans = plan_shards(split, len(pictures), IMAGES_PER_SHARD)
+    plans = plan_shards(split, len(pictures), manifest["options"]["images_per_shard"])
     rules = _Labeling(
         name=LABELED, vocabulary="", layout="", find=lambda source, split: pictures, splits={split: None}
     )
     work = Work(rules, split, pictures, len(vocabulary), folder, plans)
-    stores = {
-        field: StoreWriter(
-            cache_folder(folder, split, kind.kind),
-            StoreSettings(
-                kind.kind, manifest["labels"], columns, len(pictures), IMAGES_PER_SHARD, command=manifest["command"]
-            ),
-        )
-        for field, kind, columns in (
-            ("embeds", TeacherCache, predictor.model.config.projection_dim),
-            ("confidences", SegmentConfidences, 1),
-        )
-    }
+    stores = _stores(folder, split, manifest)
     work.shards.remove_leftovers()
     for store in stores.values():
         store.begin()
