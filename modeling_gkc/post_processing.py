@@ -233,49 +233,46 @@ def semantic_segmentation(
     return _best_classes(resampler, class_logits, void, scores), scores
 
 
-def semantic_segments(class_map: Tensor, scores: Tensor, num_classes: int) -> list[dict[str, Any]]:
+def semantic_segments(class_map: Tensor, scores: Tensor | None, num_classes: int) -> list[dict[str, Any]]:
     """List the classes in a result of `semantic_segmentation` as segments.
 
     Args:
         class_map: (H, W) class of each pixel.
-        scores: (H, W) score of each pixel.
+        scores: (H, W) score of each pixel, or None.
         num_classes: Number of classes; all values of the map outside 0..num_classes - 1 are void. Void classes at the
             end of the vocabulary may be counted or not, since they have no pixels.
 
     Returns:
         A dict for each class that has a pixel: `id` and `label_id`, both the class, and `score`, the mean over its
-        pixels of their scores clipped to 1. (The scores of several queries at one pixel may add up to more.)
+        pixels of their scores clipped to 1, or None without scores. (The scores of several queries at one pixel may
+        add up to more.)
 
     Raises:
         ValueError: The map has no integer type, the scores are not finite or have another shape, or `num_classes` is
             not an integer of at least 1.
     """
-    _check_semantic_map(class_map, scores, num_classes)
-    # On the CPU: MPS has no fp64, and CUDA no deterministic sums per class.
-    labels, scores = class_map.flatten().cpu(), scores.detach().flatten().clamp(max=1).cpu()
-    is_class = (labels >= 0) & (labels < num_classes)
-    labels = labels[is_class]
-    areas = labels.bincount(minlength=num_classes).tolist()
-    totals = labels.bincount(scores[is_class].double(), minlength=num_classes).tolist()
-    return [
-        {"id": index, "label_id": index, "score": total / area}
-        for index, (area, total) in enumerate(zip(areas, totals, strict=True))
-        if area
-    ]
-
-
-def _check_semantic_map(class_map: Tensor, scores: Tensor, num_classes: int) -> None:
     check_whole_number("num_classes", num_classes, 1)
     is_map = isinstance(class_map, Tensor) and class_map.ndim == 2
     if not is_map or class_map.is_floating_point() or class_map.is_complex() or class_map.dtype == torch.bool:
         raise ValueError(f"`class_map` must be a tensor (H, W) of integers, got {shown(class_map)}.")
-    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != class_map.shape:
-        raise ValueError(
-            f"`scores` must be a floating-point tensor of the map's shape {tuple(class_map.shape)}, got "
-            f"{shown(scores)}."
-        )
-    if not scores.isfinite().all():
-        raise ValueError("`scores` must be finite, but some are NaN or infinite.")
+    if scores is not None:
+        if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != class_map.shape:
+            raise ValueError(
+                f"`scores` must be a floating-point tensor of the map's shape {tuple(class_map.shape)}, got "
+                f"{shown(scores)}."
+            )
+        if not scores.isfinite().all():
+            raise ValueError("`scores` must be finite, but some are NaN or infinite.")
+    # On the CPU: MPS has no fp64, and CUDA no deterministic sums per class.
+    labels = class_map.flatten().cpu()
+    is_class = (labels >= 0) & (labels < num_classes)
+    labels = labels[is_class]
+    areas = labels.bincount(minlength=num_classes)
+    means = [None] * num_classes
+    if scores is not None:
+        scores = scores.detach().flatten().clamp(max=1).cpu()[is_class].double()
+        means = (labels.bincount(scores, minlength=num_classes) / areas).tolist()
+    return [{"id": index, "label_id": index, "score": means[index]} for index in areas.nonzero().flatten().tolist()]
 
 
 def _best_classes(

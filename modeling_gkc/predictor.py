@@ -191,11 +191,9 @@ class SemanticResult(SegmentationResult):
     @cached_property
     def segments(self) -> list[Segment]:
         """Segments of the classes that have pixels, in the order of the classes."""
-        scores = torch.zeros(self.segmentation.shape) if self.scores is None else self.scores
-        unknown = {"score": None} if self.scores is None else {}
         return [
-            Segment(label=self.labels[info["label_id"]], **info | unknown)
-            for info in semantic_segments(self.segmentation, scores, len(self.labels))
+            Segment(label=self.labels[info["label_id"]], **info)
+            for info in semantic_segments(self.segmentation, self.scores, len(self.labels))
         ]
 
 

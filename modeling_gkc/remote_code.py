@@ -184,7 +184,12 @@ def add_library_entry(folder: str | Path) -> None:
         ValueError: As in `add_code`.
     """
     folder = Path(folder)
-    _mark_saved(folder, with_pipeline=False)
+    _mark_saved(folder)
+    config = folder / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values.pop("custom_pipelines", None)
+        atomic_write(config, json.dumps(values, indent=2) + "\n")
     atomic_write(folder / f"{ENTRY_MODULE}.py", LIBRARY_ENTRY)
 
 
@@ -215,15 +220,15 @@ def _copy_code(folder: Path) -> None:
         atomic_write(folder / path.name, path.read_bytes())
 
 
-def _mark_saved(folder: Path, with_pipeline: bool = True) -> None:
+def _mark_saved(folder: Path) -> None:
     paths = [folder / name for name in _MARKS if (folder / name).is_file()]
     if not paths:
         raise ValueError(f"{folder} is not a saved checkpoint: it has none of the files {', '.join(_MARKS)}.")
     for path in paths:
-        _mark(path, with_pipeline)
+        _mark(path)
 
 
-def _mark(path: Path, with_pipeline: bool = True) -> None:
+def _mark(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     unpublished = _unpublished(values.get("architectures"))
     try:
@@ -232,8 +237,6 @@ def _mark(path: Path, with_pipeline: bool = True) -> None:
         raise ValueError(f"{path} was not saved by an object of this library: it lacks {error}.") from error
     if unpublished:
         raise ValueError(f"{path} belongs to a {unpublished[0]}, which no Auto class loads from this library's code.")
-    if not with_pipeline:
-        values.pop("custom_pipelines", None)
     # Only the top-level keys are sorted, because the keys of `id2label` are in the order of the classes.
     atomic_write(path, json.dumps(dict(sorted(values.items())), indent=2) + "\n")
 
