@@ -248,8 +248,9 @@ def _void_line(report: dict[str, Any]) -> str:
     if report["void_share"] == 0 or any(label.casefold() == "background" for label in report["classes"]):
         return f"{share}."
     return (
-        f"{share}, which training and evaluation ignore; a semantic prediction assigns them to the classes above. To "
-        "predict them separately, annotate them with a class such as background, or segment with --void-labels or "
+        f"{share}: evaluation ignores them, training counts them as outside of every segment (data.ignore_void=true "
+        "leaves them out), and a semantic prediction assigns them to the classes above. To predict them separately, "
+        "annotate them with a class such as background, or segment with --void-labels or "
         "--void-threshold."
     )
 
