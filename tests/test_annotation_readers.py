@@ -59,7 +59,7 @@ def coco_folder(folder: Path, annotations: list | None = None, images: list | No
 
 def classes_of(source: Source, name: str = "a") -> tuple[np.ndarray, list[str]]:
     """Class (H, W) of each pixel of a picture, -1 for void, and what was left out of its annotation."""
-    (picture,) = (picture for picture in source.pictures if picture.image_id == name)
+    (picture,) = (picture for picture in source.images if picture.image_id == name)
     _, ids, segments = read_annotated(picture)
     classes = np.full(ids.shape, -1)
     for segment in segments:
@@ -105,16 +105,16 @@ class TestSizes:
         save_picture(folder / "images" / "b.png")
         assert main([str(folder), "--out", str(tmp_path / "data")]) == 1
         shown = capsys.readouterr().out
-        assert "b.png: it is (40, 60) (height, width), its image (20, 30): the image was resized" in shown
+        assert "b.png: The annotation is (40, 60) (height, width), its image (20, 30): the image was resized" in shown
         assert "1 train" in shown and "Read as COCO JSON, 1 file: annotations/instances_train.json" in shown
 
     def test_a_size_that_is_not_said_is_told_of(self, tmp_path):
         source = find_source(coco_folder(tmp_path, images=[{"id": 7, "file_name": "a.png"}]))
-        assert len(source.pictures) == 1 and "1 images have no width and height" in source.notes[0]
+        assert len(source.images) == 1 and "1 images have no width and height" in source.notes[0]
 
     @pytest.mark.parametrize("height", ["20", 20.5, math.nan, -20, True, None])
     def test_a_size_that_is_none_is_refused(self, tmp_path, height):
-        with pytest.raises(ValueError, match="image 7: height and width must be positive integers"):
+        with pytest.raises(ValueError, match="image 7: Height and width must be positive integers"):
             find_source(coco_folder(tmp_path, images=[image(height=height)]))
 
     def test_masks_are_turned_like_their_pictures(self, tmp_path):
@@ -183,7 +183,7 @@ class TestSplits:
                 split, bare = name.split("/")
                 write_coco(folder / f"{split}.json", images=[image(name=f"{bare}.png")])
         source = read_list(folder) if layout == "list" else find_source(folder)
-        assert [picture.split for picture in source.pictures] in (["train", "val", "test"], ["test", "train", "val"])
+        assert [picture.split for picture in source.images] in (["train", "val", "test"], ["test", "train", "val"])
         if layout != "list":
             convert(folder, tmp_path / "data")
             assert {split: len(rows) for split, rows in load_from_disk(tmp_path / "data").items()} == dict.fromkeys(
@@ -203,19 +203,19 @@ class TestPlaces:
         save_picture(tmp_path / "val" / "0001.jpg")
         save_picture(tmp_path / "thumbnails" / "0001.jpg", pixels=PIXELS[::4, ::4])
         write_coco(tmp_path / "val.json", images=[image(name="0001.jpg")])
-        assert find_source(tmp_path).pictures[0].image == tmp_path / "val" / "0001.jpg"
+        assert find_source(tmp_path).images[0].path == tmp_path / "val" / "0001.jpg"
 
     def test_two_places_are_ambiguous(self, tmp_path):
         for place in ("one", "two"):
             save_picture(tmp_path / place / "a.png")
         write_coco(tmp_path / "result.json")
-        with pytest.raises(ValueError, match=r"image 7: its picture a.png is ambiguous: .*one/a.png and .*two/a.png"):
+        with pytest.raises(ValueError, match=r"image 7: The image a.png is ambiguous: .*one/a.png and .*two/a.png"):
             find_source(tmp_path)
 
     def test_pictures_of_another_split_are_not_taken(self, tmp_path):
         save_picture(tmp_path / "train" / "a.png")
         write_coco(tmp_path / "val.json")
-        with pytest.raises(ValueError, match=r"there is no file a\.png"):
+        with pytest.raises(ValueError, match=r"The file a\.png"):
             find_source(tmp_path)
 
     def test_pictures_numbered_alike_in_two_splits(self, tmp_path):
@@ -223,19 +223,19 @@ class TestPlaces:
             save_picture(tmp_path / split / "a.png")
             write_coco(tmp_path / f"{split}.json")
         source = find_source(tmp_path)
-        assert {p.image_id: p.image.parent.name for p in source.pictures} == {"train/a": "train", "val/a": "val"}
+        assert {p.image_id: p.path.parent.name for p in source.images} == {"train/a": "train", "val/a": "val"}
 
     @pytest.mark.parametrize(
         "name", ["images\\a.png", "..\\data\\images\\a.png", "C:\\me\\a.png", "/home/me/images/a.png"]
     )
     def test_paths_of_other_machines(self, tmp_path, name):
         source = find_source(coco_folder(tmp_path, images=[image(name=name)]))
-        assert source.pictures[0].image == tmp_path / "images" / "a.png"
+        assert source.images[0].path == tmp_path / "images" / "a.png"
 
     def test_nothing_outside_the_folder_is_read(self, tmp_path):
         save_picture(tmp_path / "b.png")
         for name in ("../b.png", str(tmp_path / "b.png")):
-            with pytest.raises(ValueError, match="there is no file"):
+            with pytest.raises(ValueError, match=r"The file .* does not exist"):
                 find_source(coco_folder(tmp_path / "mine", images=[image(name=name)]))
 
 
@@ -248,7 +248,7 @@ class TestTypes:
         entries[1]["segmentation"] = [box(12, 3, 18, 9)]
         source = find_source(coco_folder(tmp_path, entries, categories=categories))
         assert source.vocabulary.is_thing == [False, True] and not source.problems
-        _, _, segments = read_annotated(source.pictures[0])
+        _, _, segments = read_annotated(source.images[0])
         assert [(s["category_id"], s["iscrowd"]) for s in segments] == [(0, False), (1, True)]
 
     @pytest.mark.parametrize(
@@ -262,20 +262,20 @@ class TestTypes:
     )
     def test_wrong_values_of_an_annotation_leave_the_picture_out(self, tmp_path, changes, message):
         with pytest.raises(ValueError, match=message):
-            read_annotated(find_source(coco_folder(tmp_path, [annotation(**changes)])).pictures[0])
+            read_annotated(find_source(coco_folder(tmp_path, [annotation(**changes)])).images[0])
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"images": 5}, "`images` must be a list, got 5"),
-            ({"images": [5]}, "images: entry 1 must be an object, got 5"),
+            ({"images": [5]}, "images: Entry 1 must be an object, got 5"),
             ({"images": [{"file_name": "a.png"}]}, "images: entry 1, id must be a whole number or text, got nothing"),
-            ({"images": [image(), image()]}, r"images: the ids \['7'\] are given twice"),
-            ({"images": [{"id": 7}]}, "image 7: its file_name must be text, got nothing"),
-            ({"categories": [{"id": 1}]}, "category 1: its name must be text, got nothing"),
+            ({"images": [image(), image()]}, r"images: The ids \['7'\] are given twice"),
+            ({"images": [{"id": 7}]}, "image 7: The file_name must be text, got nothing"),
+            ({"categories": [{"id": 1}]}, "category 1: The name must be text, got nothing"),
             ({"categories": [{"id": 1, "name": "a", "isthing": "yes"}]}, "category 1: isthing must be 0 or 1"),
-            ({"categories": [{"id": 1, "name": "a", "synonyms": "b"}]}, "category 1: its synonyms must be a list"),
-            ({"categories": [{"id": 1, "name": "a"}, {"id": "1", "name": "b"}]}, r"the ids \['1'\] are given twice"),
+            ({"categories": [{"id": 1, "name": "a", "synonyms": "b"}]}, "category 1: The synonyms must be a list"),
+            ({"categories": [{"id": 1, "name": "a"}, {"id": "1", "name": "b"}]}, r"The ids \['1'\] are given twice"),
         ],
     )
     def test_wrong_parts_of_a_file_are_named(self, tmp_path, changes, message):
@@ -320,14 +320,14 @@ class TestOutlines:
     @pytest.mark.parametrize(
         ("segmentation", "note"),
         [
-            (None, "it has no segmentation"),
-            ([], "it has no segmentation"),
+            (None, "The annotation has no segmentation"),
+            ([], "The annotation has no segmentation"),
             ([[4, 5, 4, 9, 4, 7]], "it covers no pixel"),
             ([box(40, 3, 44, 9)], "it covers no pixel"),
-            ([box(3, 4, 6, 7)], "smaller objects cover it wholly"),
-            ([[4, 5]], "none of its polygons has three points"),
-            ([[4, 5, 6, 7]], "none of its polygons has three points"),
-            ([[]], "none of its polygons has three points"),
+            ([box(3, 4, 6, 7)], "Smaller objects cover it wholly"),
+            ([[4, 5]], "None of its polygons has three points"),
+            ([[4, 5, 6, 7]], "None of its polygons has three points"),
+            ([[]], "None of its polygons has three points"),
             ([[4, 5], [8, 5], [8, 8], [4, 8]], "write a polygon as one list [x1, y1, x2, y2, ...]"),
             ([[*box(12, 3, 18, 9), 5]], "has 9 numbers, an odd one"),
             ([box(0.1, 0.2, 0.5, 1)], "lie in 0..1: they must be pixels"),
@@ -355,7 +355,7 @@ class TestOutlines:
         shown = capsys.readouterr().out
         assert "1 train" in shown and "Skipped annotations of images that are kept, 1 in total" in shown
         assert prepare(["folder", "--source", str(folder), "--out", str(tmp_path / "prepared")]) == 0
-        assert "annotation 2: it has no segmentation" in capsys.readouterr().out
+        assert "annotation 2: The annotation has no segmentation" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         "segmentation",
@@ -382,8 +382,8 @@ class TestOutlines:
         folder = coco_folder(tmp_path, [annotation(segmentation=segmentation), annotation(2, image_id=8)], images)
         save_picture(folder / "images" / "b.png")
         source = find_source(folder)
-        with pytest.raises(ValueError, match="annotation 1: its segmentation cannot be read"):
-            read_annotated(source.pictures[0])
+        with pytest.raises(ValueError, match="annotation 1: The segmentation cannot be read"):
+            read_annotated(source.images[0])
         assert np.array_equal(classes_of(source, "b")[0], rectangle(2, 3, 8, 9))
 
 
@@ -400,12 +400,12 @@ class TestPanoptic:
     @pytest.mark.parametrize(
         ("infos", "message"),
         [
-            ([{"id": 1, "category_id": 1}, {"id": 1, "category_id": 2}], r"the ids of its segments repeat: \[1, 1\]"),
+            ([{"id": 1, "category_id": 1}, {"id": 1, "category_id": 2}], r"The ids of its segments repeat: \[1, 1\]"),
             ([{"id": 1, "category_id": 1}, {"id": 0, "category_id": 2}], "whole numbers from 1 to 2"),
             ([{"id": "1", "category_id": 1}], "whole numbers from 1 to 2"),
             ([{"category_id": 1}], "whole numbers from 1 to 2"),
-            ([{"id": 2, "category_id": 1}], r"the ids \[1\] are not in the segments_info"),
-            ([5], "each of its segments_info must be an object"),
+            ([{"id": 2, "category_id": 1}], r"The ids \[1\] are not in the segments_info"),
+            ([5], "Each of its segments_info must be an object"),
         ],
     )
     def test_ids_that_prepare_refuses_are_refused_by_every_writer(self, tmp_path, infos, message):
@@ -416,7 +416,7 @@ class TestPanoptic:
     def test_a_segment_without_a_pixel_is_told_of(self, tmp_path):
         infos = [{"id": 1, "category_id": 1}, {"id": 9, "category_id": 2}]
         classes, notes = classes_of(find_source(panoptic_folder(tmp_path, infos, np.ones((HEIGHT, WIDTH), dtype=int))))
-        assert (classes == 0).all() and "segment 9 has no pixel" in notes[0]
+        assert (classes == 0).all() and "Segment 9 has no pixel" in notes[0]
 
     def test_two_annotations_of_one_image_are_refused(self, tmp_path):
         folder = panoptic_folder(tmp_path, [{"id": 1, "category_id": 1}], np.ones((HEIGHT, WIDTH), dtype=int))
@@ -424,7 +424,7 @@ class TestPanoptic:
         content["annotations"] *= 2
         (folder / "panoptic_train.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="2 annotations are of this image"):
-            read_annotated(find_source(folder).pictures[0])
+            read_annotated(find_source(folder).images[0])
 
 
 class TestReports:
@@ -446,14 +446,14 @@ class TestReports:
         save_picture(tmp_path / "images" / "a.png")
         save_mask(tmp_path / "masks" / "a.jpg")
         (tmp_path / "names.json").write_text('["nothing", "disc"]')
-        with pytest.raises(ValueError, match=r"a\.jpg: a mask is stored as JPEG, which changes its values"):
-            read_annotated(find_source(tmp_path).pictures[0])
+        with pytest.raises(ValueError, match=r"a\.jpg: A mask is stored as JPEG, which changes its values"):
+            read_annotated(find_source(tmp_path).images[0])
 
     def test_run_lengths_of_the_box_alone_are_refused(self, tmp_path):
         """Run lengths of the box alone, the form in which CVAT stores masks, are refused."""
         code = {"size": [HEIGHT, WIDTH], "counts": [0, 36]}
         with pytest.raises(ValueError, match=r"annotation 1: .*cover 36 pixels"):
-            read_annotated(find_source(coco_folder(tmp_path, [annotation(segmentation=code)])).pictures[0])
+            read_annotated(find_source(coco_folder(tmp_path, [annotation(segmentation=code)])).images[0])
 
     def test_annotation_ids_need_not_be_unique_over_images(self, tmp_path):
         folder = coco_folder(tmp_path, [annotation(0), annotation(0, image_id=8)], [image(), image(8, "b.png")])
@@ -467,11 +467,11 @@ class TestLists:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ("5", "row 1: it must be an object, got 5"),
+            ("5", "row 1: The row must be an object, got 5"),
             ('{"image": 5, "mask": "b.png"}', "row 1: image must be text, got '5'"),
-            ('{"image": "a.png", "mask": "b.png", "frame": "x"}', "row 1: frame must be a whole number"),
-            ('{"image": "a.png", "mask": "b.png", "frame": -1}', "row 1: frame must be a whole number"),
-            ('{"image": "a.png", "mask": "b.png", "captions": [5]}', "row 1: captions must be a list of texts"),
+            ('{"image": "a.png", "mask": "b.png", "frame": "x"}', "row 1: The frame must be a whole number"),
+            ('{"image": "a.png", "mask": "b.png", "frame": -1}', "row 1: The frame must be a whole number"),
+            ('{"image": "a.png", "mask": "b.png", "captions": [5]}', "row 1: The captions must be a list of texts"),
             ('{"image": "a.png", "mask": "b.png", "split": ["train"]}', "row 1: split must be text"),
         ],
     )
@@ -491,7 +491,7 @@ class TestMaskNames:
             ('{"1": {}}', r'key "1": give a name'),
             ('{"1": []}', r'key "1": give a name'),
             ('{"1": "cat", "1": "dog"}', r"names.json.*\['1'\] are given twice"),
-            ('{"1": "cat", "01": "dog"}', r'key "01": another key stands for the same pixels'),
+            ('{"1": "cat", "01": "dog"}', r'key "01": Another key names the same pixels'),
             ("5", "give an object"),
         ],
     )
@@ -505,9 +505,9 @@ class TestMaskNames:
     @pytest.mark.parametrize(
         ("names", "mask", "message"),
         [
-            ('{"#ff0000": "cat"}', np.full((HEIGHT, WIDTH, 3), [128, 0, 64]), r"the values \[#800040\] have no name"),
-            ('{"1": "cat"}', np.full((HEIGHT, WIDTH, 3), 1), "names numbers, but the mask is a color picture"),
-            ('{"#ff0000": "cat"}', np.full((HEIGHT, WIDTH), 127), r"the values \[#7f7f7f\] have no name"),
+            ('{"#ff0000": "cat"}', np.full((HEIGHT, WIDTH, 3), [128, 0, 64]), r"The values \[#800040\] have no name"),
+            ('{"1": "cat"}', np.full((HEIGHT, WIDTH, 3), 1), "names numbers, but the mask is a color image"),
+            ('{"#ff0000": "cat"}', np.full((HEIGHT, WIDTH), 127), r"The values \[#7f7f7f\] have no name"),
         ],
     )
     def test_masks_that_do_not_fit_the_names(self, tmp_path, names, mask, message):
@@ -516,7 +516,7 @@ class TestMaskNames:
         (tmp_path / "names.json").write_text(names)
         Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "masks" / "a.png")
         with pytest.raises(ValueError, match=message):
-            read_annotated(find_source(tmp_path).pictures[0])
+            read_annotated(find_source(tmp_path).images[0])
 
 
 def roboflow_coco(folder: Path) -> str:
@@ -653,19 +653,22 @@ class TestLayouts:
         expected[14:18, 1:5][np.eye(4, dtype=bool)] = 1
         certain = abs(distance - 4) > 0.8
         assert np.array_equal(classes[certain], expected[certain]) and not notes
-        _, _, segments = read_annotated(source.pictures[1])
+        _, _, segments = read_annotated(source.images[1])
         assert sum(segment["category_id"] == 0 for segment in segments) == 2
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"points": [[2, 3], [math.nan, 3], [8, 9]]}, "a.json, shape 1: its segmentation cannot be read"),
-            ({"points": [[2, 3], [1e9, 3], [8, 9]]}, "a.json, shape 1: its segmentation cannot be read"),
-            ({"points": [2, 3, 4]}, "a.json, shape 1: its points must be a list of"),
-            ({"points": None}, "a.json, shape 1: its points must be a list of"),
-            ({"points": [[2, 3], [8, 9]], "shape_type": "mask", "mask": "x"}, "shape 1: its mask cannot be read"),
-            ({"points": [[2, 3]], "shape_type": "circle"}, "shape 1: a circle has two points"),
-            ({"points": [[2, 3]], "shape_type": "point"}, "none of its shapes can be used.*it is a point"),
+            ({"points": [[2, 3], [math.nan, 3], [8, 9]]}, "a.json, shape 1: The segmentation cannot be read"),
+            ({"points": [[2, 3], [1e9, 3], [8, 9]]}, "a.json, shape 1: The segmentation cannot be read"),
+            ({"points": [2, 3, 4]}, "a.json, shape 1: The points must be a list of"),
+            ({"points": None}, "a.json, shape 1: The points must be a list of"),
+            ({"points": [[2, 3], [8, 9]], "shape_type": "mask", "mask": "x"}, "shape 1: The mask cannot be read"),
+            ({"points": [[2, 3]], "shape_type": "circle"}, "shape 1: A circle needs two points"),
+            (
+                {"points": [[2, 3]], "shape_type": "point"},
+                "None of its shapes can be used.*The shape .point. encloses no area",
+            ),
         ],
     )
     def test_shapes_of_labelme_that_cannot_be_used_are_named(self, tmp_path, changes, message):
@@ -679,13 +682,13 @@ class TestLayouts:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("5 0.1 0.1 0.2 0.1 0.2 0.2", "line 1: there is no class '5'"),
-            ("x 0.1 0.1 0.2 0.1 0.2 0.2", "line 1: there is no class 'x'"),
-            ("0 0.1 0.1 0.2 nan 0.2 0.2", "line 1: corners are shares"),
-            ("0 10 10 20 10 20 20", "line 1: corners are shares"),
-            ("0 0.1 0.1 0.2 a 0.2 0.2", "line 1: corners must be numbers"),
-            ("0 0.1 0.1 0.2 0.1 0.2 0.2 0.3", "none of its lines can be used.*has 7 numbers, an odd one"),
-            ("0 0.5 0.5 0.1 0.1", "none of its lines can be used.*a box alone"),
+            ("5 0.1 0.1 0.2 0.1 0.2 0.2", "line 1: Unknown class '5'"),
+            ("x 0.1 0.1 0.2 0.1 0.2 0.2", "line 1: Unknown class 'x'"),
+            ("0 0.1 0.1 0.2 nan 0.2 0.2", "line 1: Corners are shares"),
+            ("0 10 10 20 10 20 20", "line 1: Corners are shares"),
+            ("0 0.1 0.1 0.2 a 0.2 0.2", "line 1: Corners must be numbers"),
+            ("0 0.1 0.1 0.2 0.1 0.2 0.2 0.3", "None of its lines can be used.*has 7 numbers, an odd one"),
+            ("0 0.5 0.5 0.1 0.1", "None of its lines can be used.*The line has a box only"),
         ],
     )
     def test_lines_of_yolo_that_cannot_be_used_are_named(self, tmp_path, line, message):
@@ -710,10 +713,10 @@ class TestLayouts:
     def test_a_damaged_file_beside_others_does_not_vanish(self, tmp_path):
         labelme(tmp_path / "labelme")
         (tmp_path / "labelme" / "test" / "a.json").write_text("[]")
-        assert "test/a.json: it is no file of labelme" in find_source(tmp_path / "labelme").problems[0]
+        assert "test/a.json: Not a labelme file" in find_source(tmp_path / "labelme").problems[0]
         path = coco_folder(tmp_path / "coco") / "annotations" / "instances_val.json"
         path.write_text(json.dumps({"images": [], "annotations": []}))
-        assert find_source(tmp_path / "coco").notes == [f"{path} is not read: it has no categories"]
+        assert find_source(tmp_path / "coco").notes == [f"{path} is not read: it lacks categories"]
 
     @pytest.mark.parametrize("text", ["[]", "null", '"x"', "{}", "3", '[{"image_id": 1}]', '{"images": []}'])
     def test_a_json_file_that_is_no_coco_is_named_with_what_it_lacks(self, tmp_path, text):
@@ -723,9 +726,7 @@ class TestLayouts:
         assert note.startswith(f"{path} is not read: it ") and note.count("categories") == 1
         (tmp_path / "alone").mkdir()
         (tmp_path / "alone" / "annotations.json").write_text(text)
-        with pytest.raises(
-            ValueError, match=r"\n  .*annotations\.json is not read: it (has no|must be an object of) "
-        ):
+        with pytest.raises(ValueError, match=r"\n  .*annotations\.json is not read: it (lacks|must be an object of) "):
             find_source(tmp_path / "alone")
 
     def test_a_folder_of_no_known_layout_is_told_of(self, tmp_path):

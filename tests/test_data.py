@@ -53,13 +53,13 @@ def test_a_good_dataset_passes(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"segments": [{"id": 7, "category_id": 2, "iscrowd": False}]}, r"sample 'toy-1': ids \[300, 70000, 70001\]"),
-        ({"segmentation": Image.new("RGB", (32, 64))}, r"sample 'toy-1': the segmentation is \(64, 32\)"),
+        ({"segments": [{"id": 7, "category_id": 2, "iscrowd": False}]}, r"sample 'toy-1': Ids \[300, 70000, 70001\]"),
+        ({"segmentation": Image.new("RGB", (32, 64))}, r"sample 'toy-1': The segmentation is \(64, 32\)"),
         (
             {"segments": [{"id": 0, "category_id": 2, "iscrowd": False}]},
-            r"'toy-1': segment ids must be unique and not 0",
+            r"'toy-1': Segment ids must be unique and not 0",
         ),
-        ({"image_id": "toy-0"}, "'toy-0': another sample has the same image_id"),
+        ({"image_id": "toy-0"}, "'toy-0': Another sample has the same image_id"),
     ],
 )
 def test_wrong_samples_are_named(changes, message):
@@ -68,7 +68,7 @@ def test_wrong_samples_are_named(changes, message):
 
 
 def test_categories_outside_the_vocabulary_are_named():
-    with pytest.raises(ValueError, match=r"'toy-0': category ids \[2\] are not in the vocabulary of 2 classes"):
+    with pytest.raises(ValueError, match=r"'toy-0': Category ids \[2\] are not in the vocabulary of 2 classes"):
         check_dataset(toy_dataset(2), VOCABULARY.labels[:2], progress=False)
 
 
@@ -269,19 +269,19 @@ def test_ids_within_are_all_of_them():
 
 def test_class_outside_the_vocabulary_raises():
     augmented = AugmentedDataset(toy_dataset(1), NO_CHANGE, seed=0)
-    with pytest.raises(ValueError, match=r"'toy-0': category ids \[2\]"):
+    with pytest.raises(ValueError, match=r"'toy-0': Category ids \[2\]"):
         SegmentationCollator(GKCImageProcessor(), num_classes=2)([augmented[0]])
 
 
 def test_segmentation_of_another_mode_raises():
     grey = {**toy_row(0), "segmentation": Image.new("L", (64, 64), 7)}
-    with pytest.raises(ValueError, match="'toy-0': it has mode L; store segment ids as an RGB image"):
+    with pytest.raises(ValueError, match="'toy-0': The image has mode L; store segment ids as an RGB image"):
         read_row(grey)
 
 
 def test_a_quick_check_reads_some_rows_of_the_whole():
     dataset = toy_dataset(9, change=alter(8, segments=[]))
-    with pytest.raises(ValueError, match="'toy-8': ids"):
+    with pytest.raises(ValueError, match="'toy-8': Ids"):
         check_dataset(dataset, VOCABULARY.labels, progress=False, sample=2)
     check_dataset(dataset.select(range(8)), VOCABULARY.labels, progress=False, sample=2)
     check_dataset(toy_dataset(9, change=alter(5, segments=[])), VOCABULARY.labels, progress=False, sample=2)
@@ -292,15 +292,15 @@ def test_a_quick_check_reads_some_rows_of_the_whole():
     [
         (
             {"segments": [{"id": 7, "category_id": 3, "iscrowd": False}]},
-            r"category ids \[3\] are not in the vocabulary",
+            r"Category ids \[3\] are not in the vocabulary",
         ),
-        ({"segments": [{"id": 7, "category_id": -2, "iscrowd": False}]}, r"category ids \[-2\] are not in"),
+        ({"segments": [{"id": 7, "category_id": -2, "iscrowd": False}]}, r"Category ids \[-2\] are not in"),
         ({"segments": [{"id": 0, "category_id": 2, "iscrowd": False}]}, r".* unique and not 0 \(void\), got \[0\]"),
         ({"segments": [{"id": 7, "category_id": c, "iscrowd": False} for c in (0, 2)]}, r".* unique .*, got \[7, 7\]"),
-        ({"segments": [{"id": 7, "category_id": None, "iscrowd": False}]}, "segments or parts of them are missing"),
-        ({"segments": None}, "segments or parts of them are missing: None"),
-        ({"image_id": "toy-3"}, "another sample has the same image_id"),
-        ({"image_id": None}, "it has no image_id"),
+        ({"segments": [{"id": 7, "category_id": None, "iscrowd": False}]}, "Segments or parts of them are missing"),
+        ({"segments": None}, "Segments or parts of them are missing: None"),
+        ({"image_id": "toy-3"}, "Another sample has the same image_id"),
+        ({"image_id": None}, "The image_id is missing"),
     ],
 )
 def test_a_quick_check_looks_at_the_segments_of_all_rows(changes, message):
@@ -315,5 +315,5 @@ def test_segments_listed_twice_are_found_while_training():
     row = toy_row(0) | {"segments": twice + toy_row(0)["segments"][1:]}
     ids = read_row(row)[1]
     for read in (learnable_ids, semantic_map):
-        with pytest.raises(ValueError, match=r"Sample 'toy-0': segment ids must be unique"):
+        with pytest.raises(ValueError, match=r"Sample 'toy-0': Segment ids must be unique"):
             read(row, ids)

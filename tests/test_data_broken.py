@@ -55,8 +55,8 @@ def broken_dataset(count: int, breaks: dict) -> Dataset:
         (truncated, "cannot be read as an image"),
         (missing, "No such file"),
         (no_picture, "cannot be read as an image"),
-        (other_size, r"the segmentation is \(32, 32\)"),
-        (unknown_id, r"ids \[7\] of the segmentation are not in its segments"),
+        (other_size, r"The segmentation is \(32, 32\)"),
+        (unknown_id, r"Ids \[7\] of the segmentation are not in its segments"),
     ],
 )
 def test_a_broken_sample_is_replaced_by_the_next_and_named(breaking, reason, caplog):

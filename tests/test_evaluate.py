@@ -135,6 +135,7 @@ def test_result_describes_the_evaluation(whole):
     assert result["per_cent"]["semantic"]["miou"] == round(100 * result["scores"]["semantic"]["miou"], 2)
     assert result["model"]["parameters"] > 1e5 and len(result["model"]["sha256"]) == 64
     assert result["protocol"]["short_side"] == 96 and result["prompts"]["templates"] == ["{}"]
+    assert result["model"]["notes"]["image_size"] == "short side 96 from the protocol, long side 192 from the protocol"
     assert result["times"]["images_per_second"] > 0 and set(result["times"]["seconds"]) > {"model", "post_processing"}
     assert [entry["name"] for entry in result["classes"]] == list(CONCEPTS)
     groups = result["groups"]
@@ -144,6 +145,21 @@ def test_result_describes_the_evaluation(whole):
     first, second = (groups[name]["semantic"]["miou"] for name in ("base", "novel"))
     joint = groups["harmonic mean of base and novel"]["semantic"]["miou"]
     assert joint == pytest.approx(2 / (1 / first + 1 / second))
+
+
+def test_custom_data_are_evaluated_at_the_size_of_the_checkpoint(tmp_path, capsys):
+    image, ids = np.zeros((48, 64, 3), np.uint8), np.ones((48, 64), np.int32)
+    rows = [row(str(number), image, ids, [0]) for number in range(2)]
+    data = write_prepared(tmp_path / "data", "folder", Vocabulary([["circle"], ["heart"]]), rows)
+    out = tmp_path / "result.json"
+    assert run(data, out, "--benchmark", "folder") == 0
+    size = AutoProcessor.from_pretrained(SHIPPED).image_processor.size
+    found = read_result(out)
+    assert found["protocol"]["short_side"] == size["shortest_edge"] == 96
+    origin = "from the image processor of the model"
+    expected = f"short side 96 {origin}, long side {size['longest_edge']} {origin}"
+    assert found["model"]["notes"]["image_size"] == expected
+    assert f"image size: {expected}" in capsys.readouterr().out
 
 
 def test_three_processes_match_one_process_exactly(data, whole, tmp_path):

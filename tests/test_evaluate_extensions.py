@@ -73,12 +73,12 @@ BENCHMARK = """
     from modeling_gkc.vocabulary import Vocabulary
     from train.data.benchmarks.base import Benchmark, read_numbers, semantic_segments
     from train.data.benchmarks.protocol import GKC_R50, Protocol, ReportColumn
-    from train.data.sources import Picture
+    from train.data.sources import AnnotatedImage
 
 
     def find(source, split):
         images = sorted(source.glob("*.jpg"))
-        return [Picture(path.stem, path, partial(read, path.with_suffix(".png")), split) for path in images]
+        return [AnnotatedImage(path.stem, path, partial(read, path.with_suffix(".png")), split) for path in images]
 
 
     def read(path, shape):

@@ -276,6 +276,8 @@ def test_video_benchmark_end_to_end(tmp_path):
     assert set(result["scores"]) == {"semantic", "video", "video_panoptic", "tracking"}
     assert {"base", "novel"} <= set(result["groups"]) and len(result["classes"]) == 124
     assert result["protocol"]["short_side"] == 64
+    sizes = "short side 64 from the command line, long side 96 from the command line"
+    assert result["model"]["notes"]["image_size"] == sizes
 
 
 def test_images_excluded_by_a_variant_are_not_expected():

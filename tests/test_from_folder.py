@@ -167,10 +167,10 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path, capsys):
     problems = json.loads((tmp_path / "data" / "report.json").read_text())["problems"]
     assert len(problems) == 5 and all(problem in shown for problem in problems)
     for words in (
-        ["images/1.jpg", "masks/1.png: it is (20, 32) (height, width), its image (24, 32)"],
-        ["images/2.png", "masks/2.png: the values [77] have no name in names.json"],
+        ["images/1.jpg", "masks/1.png: The annotation is (20, 32) (height, width), its image (24, 32)"],
+        ["images/2.png", "masks/2.png: The values [77] have no name in names.json"],
         ["images/3.jpg", "cannot be read as an image"],
-        ["images/4.png: there is no mask"],
+        ["images/4.png: No mask"],
         ["images/5.jpg", "masks/5.png"],
     ):
         assert any(all(word in problem for word in words) for problem in problems), words
@@ -282,9 +282,9 @@ def test_coco_panoptic(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"category_id": 9}, "instances_train.json, annotation 1: there is no category 9"),
+        ({"category_id": 9}, "instances_train.json, annotation 1: Unknown category 9"),
         ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"annotation 1: .*encoding is \(9, 9\)"),
-        ({"segmentation": {"size": [9, 9]}}, "annotation 1: its segmentation cannot be read"),
+        ({"segmentation": {"size": [9, 9]}}, "annotation 1: The segmentation cannot be read"),
     ],
 )
 def test_wrong_annotations_are_named(changes, message, tmp_path):
@@ -295,7 +295,7 @@ def test_wrong_annotations_are_named(changes, message, tmp_path):
 
 def test_a_missing_image_is_named(tmp_path):
     folder = coco_folder(tmp_path / "mine", [], images=[{"id": 5, "file_name": "gone.jpg"}])
-    with pytest.raises(ValueError, match=r"instances_train.json, image 5: there is no file gone.jpg"):
+    with pytest.raises(ValueError, match=r"instances_train.json, image 5: The file gone.jpg does not exist"):
         convert(folder, tmp_path / "data")
 
 

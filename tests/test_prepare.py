@@ -24,7 +24,7 @@ from train.data.prepare import Settings, main, prepare
 from train.data.prepared import is_prepared, load_prepared, read_manifest
 from train.data.prepared_shards import plan_shards
 from train.data.schema import dataset_features, semantic_map
-from train.data.sources import Picture
+from train.data.sources import AnnotatedImage
 from train.data.wordnet.caption_nouns import add_nouns
 from train.engine.builders import load_data, load_vocabulary
 from train.teacher import precompute
@@ -44,9 +44,9 @@ def toy(source: Path, images: int = IMAGES, expected: int | None = None, side: i
     return Benchmark("toy", "pascal_voc_20", "A toy.", find_toy, {"val": expected}, **fields)
 
 
-def find_toy(source: Path, split: str) -> list[Picture]:
+def find_toy(source: Path, split: str) -> list[AnnotatedImage]:
     files = sorted((source / "images").glob("*.jpg"))
-    return [Picture(path.stem, path, partial(read_toy, source, path.stem), split) for path in files]
+    return [AnnotatedImage(path.stem, path, partial(read_toy, source, path.stem), split) for path in files]
 
 
 def read_toy(source: Path, name: str, shape: tuple[int, int]):
@@ -266,7 +266,7 @@ def test_broken_images_are_skipped_up_to_a_number(tmp_path, capsys):
     ]
     assert main([*typed, "--strict"]) == 1
     printed = capsys.readouterr().out
-    assert "NOT finished" in printed and f"{mini.annotations['ADE_val_00000002']}: unexpected values 151" in printed
+    assert "NOT finished" in printed and f"{mini.annotations['ADE_val_00000002']}: Unexpected values 151" in printed
     assert "--skip-broken 1" in printed
     assert main([*typed, "--skip-broken", "1"]) == 1
     printed = capsys.readouterr().out
@@ -415,7 +415,7 @@ def test_semantic_map_writes_crowds_and_ignores_void():
     assert np.array_equal(semantic_map(row, ids), [[-1, 0, 0], [-1, 5, 0]])
     assert np.array_equal(semantic_map(row, ids, ignore=255), [[255, 0, 0], [255, 5, 0]])
     assert semantic_map(row, ids).dtype == np.int32
-    with pytest.raises(ValueError, match=r"'a'.*ids \[9\]"):
+    with pytest.raises(ValueError, match=r"'a'.*Ids \[9\]"):
         semantic_map(row, np.full((2, 2), 9))
 
 
@@ -427,7 +427,9 @@ def test_847_classes_go_through_without_loss(tmp_path):
         "all",
         "ade20k_847",
         "All.",
-        lambda *_: [Picture("000", source / "images" / "000.jpg", lambda shape: semantic_segments(classes), "val")],
+        lambda *_: [
+            AnnotatedImage("000", source / "images" / "000.jpg", lambda shape: semantic_segments(classes), "val")
+        ],
         {"val": 1},
     )
     prepare(benchmark, source, tmp_path / "out", None, Settings(progress=False))

@@ -108,7 +108,7 @@ def test_everything_wrong_is_named(case, tmp_path):
         "no picture": lambda mini, name: mini.images[name].write_bytes(b"hello"),
     }
     said = {
-        "unexpected": r"unexpected values|not in the segments_info",
+        "unexpected": r"Unexpected values|not in the segments_info",
         "size": r"its image \(",
         "no annotation": "missing",
         "truncated annotation": "cannot be read",
@@ -151,7 +151,7 @@ def test_shifted_annotations_are_refused(case, value, wrong, tmp_path):
     mini.unexpected = value
     mini.spoil(mini.names["val"]["first"])
     (problem,) = problems_of(mini, tmp_path / "out")
-    assert f"unexpected values {wrong} (1 pixels)" in problem
+    assert f"Unexpected values {wrong} (1 pixels)" in problem
 
 
 @pytest.mark.parametrize("case", ["ade20k_150", "ade20k_847", "coco_panoptic_133"])
@@ -226,7 +226,7 @@ def test_coco_lists_that_do_not_fit_are_named(tmp_path):
     del content["annotations"][content["annotations"].index(by_image[140])]
     path.write_text(json.dumps(content))
     first, second = problems_of(mini, tmp_path / "out")
-    assert "there are no categories [12]" in first and "panoptic_val2017.json" in first
+    assert "does not contain the categories [12]" in first and "panoptic_val2017.json" in first
     assert "no annotation of this image" in second and "000000000140" in second
     path.write_text("{")
     with pytest.raises(ValueError, match=r"panoptic_val2017\.json, line 1: invalid JSON"):
@@ -494,7 +494,7 @@ def test_relabelled_benchmarks_equal_the_maps_made_by_hand(variant, tmp_path):
 def test_look_up_names_file_values_and_pixels():
     raw = np.array([[3, 3, 9], [3, 700, 0]], dtype=np.uint16)
     assert np.array_equal(look_up(raw, {3: 0, 9: 5, 700: 1}, (0,), "a.png"), [[0, 0, 5], [0, 1, -1]])
-    with pytest.raises(ValueError, match=r"a\.png: unexpected values 9 \(1 pixels\), 700 \(1 pixels\)$"):
+    with pytest.raises(ValueError, match=r"a\.png: Unexpected values 9 \(1 pixels\), 700 \(1 pixels\)$"):
         look_up(raw, {3: 0}, (0,), "a.png")
     assert np.array_equal(look_up(np.array([[-1, 2]]), {2: 0}, (-1,), "a.png"), [[-1, 0]])
     with pytest.raises(ValueError, match="expected integers"):
@@ -518,7 +518,7 @@ def test_own_folders(tmp_path):
     assert np.array_equal(semantic_map(row, read_row(row)[1]), [[-1, 0, 1, 1]] * 3)
     (tmp_path / "mine" / "masks" / "4.png").unlink()
     record = prepare(benchmark_named("folder"), tmp_path / "mine", tmp_path / "other", ["train"], ALL)["train"]
-    assert not record["complete"] and "4.jpg: there is no mask" in record["problems"][0]
+    assert not record["complete"] and "4.jpg: No mask" in record["problems"][0]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
@@ -538,10 +538,10 @@ def test_own_lists(kind, tmp_path):
     kept = {name: second[name] for name in ("image_id", "captions", "video_id", "frame")}
     assert kept == {"image_id": "photos/b", "captions": ["It is b."], "video_id": "v", "frame": 1}
     write_list(tmp_path / "mine" / f"list.{kind}", [rows[0] | {"split": "rest"}])
-    with pytest.raises(ValueError, match=r"row 1: the split must be train, val or test, got 'rest'"):
+    with pytest.raises(ValueError, match=r"row 1: The split must be train, val or test, got 'rest'"):
         prepare(benchmark_named("list"), tmp_path / "mine", tmp_path / "other", ["val"], ALL)
     write_list(tmp_path / "mine" / f"list.{kind}", [rows[0] | {"picture": "x"}])
-    with pytest.raises(ValueError, match=r"unknown columns \['picture'\]"):
+    with pytest.raises(ValueError, match=r"Unknown columns \['picture'\]"):
         prepare(benchmark_named("list"), tmp_path / "mine", tmp_path / "third", ["val"], ALL)
     (tmp_path / "mine" / f"list.{kind}").write_bytes(b'{"a" "\xff')
     with pytest.raises(ValueError, match=rf"list.{kind} cannot be read"):

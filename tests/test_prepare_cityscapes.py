@@ -94,8 +94,8 @@ def test_pictures_of_all_cities_are_found_in_order(tmp_path):
             "frankfurt_000001_000576",
             "munster_000001_000019",
         ]
-        assert [p.image.name for p in pictures] == [f"{p.image_id}_leftImg8bit.png" for p in pictures]
-        assert all(picture.image.is_file() and picture.video_id == "" for picture in pictures)
+        assert [p.path.name for p in pictures] == [f"{p.image_id}_leftImg8bit.png" for p in pictures]
+        assert all(picture.path.is_file() and picture.video_id == "" for picture in pictures)
         assert [picture.image_id for picture in benchmark.find(tmp_path, "train")] == ["aachen_000000_000019"]
         assert benchmark.splits == {"train": 2975, "val": 500}
 
@@ -185,7 +185,7 @@ def test_missing_and_damaged_files_are_named_and_stay_in_the_list(tmp_path):
         with pytest.raises((ValueError, OSError)) as error:
             picture.read(LABELS.shape)
         assert str(files["labelIds"]) in str(error.value)
-    assert pictures[3].image == alone["image"]  # whoever opens it learns which file is missing
+    assert pictures[3].path == alone["image"]  # whoever opens it learns which file is missing
 
 
 def test_a_folder_laid_out_otherwise_is_refused_with_what_is_missing(tmp_path):

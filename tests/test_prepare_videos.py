@@ -151,7 +151,7 @@ def test_vspw_frames_come_by_video_in_order_and_lead_to_their_files(tmp_path):
     ]
     for picture in pictures:
         video, frame = picture.image_id.split("/")
-        assert picture.image == tmp_path / "data" / video / "origin" / f"{frame}.jpg"
+        assert picture.path == tmp_path / "data" / video / "origin" / f"{frame}.jpg"
 
 
 def test_vspw_the_archive_s_folder_may_be_given_or_the_one_around_it(tmp_path):
@@ -172,9 +172,9 @@ def test_vspw_damaged_and_missing_files_are_named_and_frames_keep_their_places(t
     for number in range(3):
         with pytest.raises((ValueError, OSError), match=f"988_f_Xvy_DCPt8/mask/0000000{number}.png"):
             pictures[number].read(SHAPE)
-    assert pictures[3].image == video / "origin" / "00000003.jpg" and not pictures[3].image.exists()
+    assert pictures[3].path == video / "origin" / "00000003.jpg" and not pictures[3].path.exists()
     assert np.array_equal(classes_of(pictures[4]), CLASSES)
-    assert pictures[5].image_id == "lost" and not pictures[5].image.exists() and "lost" in str(pictures[5].image)
+    assert pictures[5].image_id == "lost" and not pictures[5].path.exists() and "lost" in str(pictures[5].path)
     assert "988_f_Xvy_DCPt8" in VSPW.discrepancy and VSPW.splits == {"train": None, "val": 24502}
 
 
@@ -301,15 +301,15 @@ def test_vipseg_raw_masks_at_720p_are_taken_before_those_of_full_size(tmp_path):
     (tmp_path / "imgs").rename(tmp_path / "VIPSeg_720P" / "images")
     (tmp_path / "panomasks").rename(tmp_path / "VIPSeg_720P" / "panomasks")
     (picture,) = VIPSEG.find(tmp_path, "val")
-    assert picture.image == tmp_path / "VIPSeg_720P" / "images" / "0_abc" / "1.jpg"
+    assert picture.path == tmp_path / "VIPSeg_720P" / "images" / "0_abc" / "1.jpg"
     assert np.array_equal(picture.read(SHAPE)[0], RAW)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["categories"].pop(), "its category 123 is None, but in VIPSeg 'train'"),
-        (lambda c: [x.update(id=x["id"] + 1) for x in c["categories"]], "its category 0 is None, but .* 'wall'"),
+        (lambda c: c["categories"].pop(), "Category 123 is None, but in VIPSeg 'train'"),
+        (lambda c: [x.update(id=x["id"] + 1) for x in c["categories"]], "Category 0 is None, but .* 'wall'"),
         (lambda c: c.pop("categories"), r"categories: is missing: create it again with the authors' script"),
     ],
     ids=["a class too few", "counted from 1", "no categories"],
@@ -332,7 +332,7 @@ def first_infos(content: dict) -> list[dict]:
     [
         (lambda c: first_infos(c)[0].update(category_id=124), r"categories \[124\], expected 0 to 123"),
         (lambda c: first_infos(c)[0].update(category_id=1), r"segments \[7\] have another category in other frames"),
-        (lambda c: first_infos(c).pop(), rf"ids only in the image \[{BIG}\]"),
+        (lambda c: first_infos(c).pop(), rf"Ids only in the image \[{BIG}\]"),
         (lambda c: first_infos(c).append({"id": 99, "category_id": 0, "iscrowd": 0}), r"only in .* \[99\]"),
         (lambda c: c["annotations"][0]["annotations"].pop(0), "does not describe this frame"),
     ],
@@ -361,7 +361,7 @@ def test_vipseg_damaged_and_missing_files_are_named(tmp_path):
     for picture, name in ((pictures[0], "0_abc/00000001.png"), (pictures[1], "0_abc/00000003.png")):
         with pytest.raises((ValueError, OSError), match=f"panomasksRGB/{name}"):
             picture.read(SHAPE)
-    assert not pictures[3].image.exists()
+    assert not pictures[3].path.exists()
     path.write_text(path.read_text()[:200])
     with pytest.raises(
         ValueError, match=r"VIPSeg_val.json is damaged, line 1: invalid JSON: .*create it again with the auth"

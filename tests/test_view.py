@@ -247,7 +247,7 @@ def test_broken_samples_are_named_and_the_others_drawn(tmp_path, capsys):
     folder = save_dataset(tmp_path / "data", rows)
     assert run(folder, "--out", tmp_path / "sheet.png") == 1
     told = capsys.readouterr().out
-    assert "image of sample 'cut'" in told and "'odd': ids [7]" in told and "'far' has class ids [19]" in told
+    assert "image of sample 'cut'" in told and "'odd': Ids [7]" in told and "'far' has class ids [19]" in told
     assert Image.open(tmp_path / "sheet.png").height > 480
 
 

@@ -82,14 +82,14 @@ def check(context: Path, rng: random.Random) -> str:
         return "refused"
     assert expected is not None, f"{kind}: an invalid folder was accepted"
     accepted = 0
-    for picture in source.pictures:
+    for picture in source.images:
         try:
             _, ids, segments = read_annotated(picture)
         except (OSError, ValueError) as error:
             assert str(folder) in str(error), f"{kind}: the error does not name the file: {error}"
             continue
         accepted += 1
-        truth = expected[picture.image.stem]
+        truth = expected[picture.path.stem]
         assert truth is not None, f"{kind}: {picture.image_id} must be skipped but was accepted"
         found = np.full(SHAPE, "", dtype=object)
         for segment in segments:
@@ -99,7 +99,7 @@ def check(context: Path, rng: random.Random) -> str:
         assert not wrong.any(), f"{kind}: {picture.image_id}: {wrong.sum()} pixels are wrong"
         if truth.is_reported:
             assert picture.notes or source.problems or source.notes, f"{kind}: a part was skipped without a report"
-    is_reported = source.problems or accepted < len(source.pictures)
+    is_reported = source.problems or accepted < len(source.images)
     assert accepted == len(FILES) or is_reported, f"{kind}: an image was skipped without a report"
     assert changes or accepted == len(FILES), f"{kind}: an unchanged image was rejected"
     return "accepted" if accepted == len(FILES) else "refused"

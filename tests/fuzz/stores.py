@@ -24,7 +24,7 @@ from train.data.load import load_split
 from train.data.prepare import Settings, prepare
 from train.data.prepared import load_prepared
 from train.data.schema import without_decoding
-from train.data.sources import Picture
+from train.data.sources import AnnotatedImage
 from train.engine.checkpoints import last_complete_checkpoint, verify_checkpoint, write_manifest
 from train.evaluate.chunks import ChunkFolder
 from train.evaluate.result import read_result, write_result
@@ -194,9 +194,9 @@ def _prepared(folder: Path) -> Store:
     source = folder.with_name("source")
     paths = [_write_image(source / "images", number) for number in range(5)]
 
-    def find(_: Path, split: str) -> list[Picture]:
+    def find(_: Path, split: str) -> list[AnnotatedImage]:
         return [
-            Picture(path.stem, path, lambda shape, n=number: semantic_segments(np.full(shape, n)), split)
+            AnnotatedImage(path.stem, path, lambda shape, n=number: semantic_segments(np.full(shape, n)), split)
             for number, path in enumerate(paths)
         ]
 

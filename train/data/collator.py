@@ -68,7 +68,7 @@ class SegmentationCollator:
         outside = [category for category in classes if not 0 <= category < self.num_classes]
         if outside:
             raise ValueError(
-                f"Sample {row['image_id']!r}: category ids {outside} are not in the vocabulary of {self.num_classes} "
+                f"Sample {row['image_id']!r}: Category ids {outside} are not in the vocabulary of {self.num_classes} "
                 "classes. Name the vocabulary of the dataset."
             )
 

@@ -167,9 +167,9 @@ def shade_steps(samples: Sequence[Sample]) -> dict[int, int]:
 
 def enlarged(image: np.ndarray) -> Image.Image:
     """Resize an image so that its short side is `MIN_SIDE` or its long side `MAX_SIDE`, as `draw_overlay` does."""
-    picture = Image.fromarray(image)
-    scale = min(MIN_SIDE / min(picture.size), MAX_SIDE / max(picture.size))
-    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+    image = Image.fromarray(image)
+    scale = min(MIN_SIDE / min(image.size), MAX_SIDE / max(image.size))
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
 
 
 def _hatching(size: tuple[int, int]) -> np.ndarray:
@@ -185,24 +185,24 @@ def _areas(ids: np.ndarray) -> dict[int, int]:
 
 def _draw_row(row: SheetRow, vocabulary: Vocabulary) -> Image.Image:
     """Draw the title, images, overlays and legend of a row."""
-    pictures = _pictures(row.samples, vocabulary)
+    images = _images(row.samples, vocabulary)
     entries = legend(row.samples, vocabulary) if row.samples else []
-    body = max(pictures.height, 8 * _LINE if entries else 0)
+    body = max(images.height, 8 * _LINE if entries else 0)
     key = _draw_legend(entries, body)
     lines = [row.title, *row.problems]
     head = len(lines) * _LINE + _MARGIN
-    width = max(pictures.width + key.width, *map(_text_width, lines)) + 3 * _MARGIN
+    width = max(images.width + key.width, *map(_text_width, lines)) + 3 * _MARGIN
     canvas = Image.new("RGB", (width, head + max(body, key.height) + 2 * _MARGIN), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.line((_MARGIN, 0, width - _MARGIN, 0), FAINT_INK)
     for number, line in enumerate(lines):
         draw.text((_MARGIN, _MARGIN + number * _LINE), line, INK, _font())
-    canvas.paste(pictures, (_MARGIN, head))
-    canvas.paste(key, (pictures.width + 2 * _MARGIN, head))
+    canvas.paste(images, (_MARGIN, head))
+    canvas.paste(key, (images.width + 2 * _MARGIN, head))
     return canvas
 
 
-def _pictures(samples: Sequence[Sample], vocabulary: Vocabulary) -> Image.Image:
+def _images(samples: Sequence[Sample], vocabulary: Vocabulary) -> Image.Image:
     """Draw one sample as image and overlay side by side, or several as a line of images above a line of overlays."""
     if not samples:
         return Image.new("RGB", (1, 1), PAPER)
@@ -214,14 +214,14 @@ def _pictures(samples: Sequence[Sample], vocabulary: Vocabulary) -> Image.Image:
     return _line_up([above, below], downwards=True)
 
 
-def _line_up(pictures: Sequence[Image.Image], downwards: bool = False) -> Image.Image:
+def _line_up(images: Sequence[Image.Image], downwards: bool = False) -> Image.Image:
     gap, axis = _MARGIN // 2, int(downwards)
-    size = [max(picture.size[side] for picture in pictures) for side in (0, 1)]
-    size[axis] = sum(picture.size[axis] + gap for picture in pictures) - gap
+    size = [max(image.size[side] for image in images) for side in (0, 1)]
+    size[axis] = sum(image.size[axis] + gap for image in images) - gap
     canvas, place = Image.new("RGB", size, PAPER), [0, 0]
-    for picture in pictures:
-        canvas.paste(picture, tuple(place))
-        place[axis] += picture.size[axis] + gap
+    for image in images:
+        canvas.paste(image, tuple(place))
+        place[axis] += image.size[axis] + gap
     return canvas
 
 

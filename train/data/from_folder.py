@@ -30,7 +30,7 @@ from .load import write_dataset_checksums
 from .prepared import VOCABULARY_NAME, vocabulary_json
 from .readers import coco_json, labelme_json, mask_folder, yolo_text
 from .schema import NO_CLASS, dataset_features, encode_ids
-from .sources import SPLITS, Picture, Source, check_classes, read_annotated
+from .sources import SPLITS, AnnotatedImage, Source, check_classes, read_annotated
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +80,7 @@ def find_source(folder: Path, instances: Sequence[str] = ()) -> Source:
 
 
 def _not_empty(folder: Path, source: Source) -> Source:
-    if not source.pictures:
+    if not source.images:
         raise ValueError("\n  ".join([f"{folder} has no annotated image.", *source.problems[:10]]))
     return source
 
@@ -126,8 +126,8 @@ def _convert(
     with atomic_folder(out) as unfinished:
         writer = _Writer(source)
         splits = {
-            split: writer.write(split, pictures, unfinished / f"{split}.arrow")
-            for split, pictures in shares(source, val_share)
+            split: writer.write(split, images, unfinished / f"{split}.arrow")
+            for split, images in shares(source, val_share)
         }
         if not any(map(len, splits.values())):
             raise ValueError("\n  ".join(["No image can be used.", *source.problems[:10]]))
@@ -148,16 +148,16 @@ def _convert(
     return report
 
 
-def shares(source: Source, val_share: float) -> Iterator[tuple[str, list[Picture]]]:
+def shares(source: Source, val_share: float) -> Iterator[tuple[str, list[AnnotatedImage]]]:
     """Yield the images of each split, sampled by a hash of the image id so that adding images moves few others."""
     from .samples import stable_number  # imports torch, which --help must not need
 
-    free = sorted((p for p in source.pictures if p.split is None), key=lambda p: stable_number(p.image_id))
-    has_own = any(picture.split == "val" for picture in source.pictures)
-    drawn = 0 if has_own else min(round(val_share * len(free)), len(source.pictures) - 1)
-    chosen = {picture.image_id for picture in free[:drawn]}
+    free = sorted((p for p in source.images if p.split is None), key=lambda p: stable_number(p.image_id))
+    has_own = any(image.split == "val" for image in source.images)
+    drawn = 0 if has_own else min(round(val_share * len(free)), len(source.images) - 1)
+    chosen = {image.image_id for image in free[:drawn]}
     for split in SPLITS:
-        yield split, [p for p in source.pictures if split == (p.split or ("val" if p.image_id in chosen else "train"))]
+        yield split, [p for p in source.images if split == (p.split or ("val" if p.image_id in chosen else "train"))]
 
 
 class _Writer:
@@ -171,24 +171,24 @@ class _Writer:
         self.crowds = 0
         self.pixels, self.void_pixels = 0, 0
 
-    def write(self, split: str, pictures: list[Picture], path: Path) -> Dataset:
+    def write(self, split: str, images: list[AnnotatedImage], path: Path) -> Dataset:
         from datasets import Dataset
         from datasets.arrow_writer import ArrowWriter
 
         features = dataset_features()
         with ArrowWriter(features=features, path=str(path)) as writer:
-            for picture in tqdm(pictures, f"Writing {split}", unit="image"):
+            for image in tqdm(images, f"Writing {split}", unit="image"):
                 try:
-                    writer.write(features.encode_example(self._row(picture)))
+                    writer.write(features.encode_example(self._row(image)))
                 except (OSError, ValueError, SyntaxError) as error:
-                    self.source.problems.append(f"{picture.image}: {str(error).removeprefix(f'{picture.image}: ')}")
+                    self.source.problems.append(f"{image.path}: {str(error).removeprefix(f'{image.path}: ')}")
             writer.finalize()
         return Dataset.from_file(str(path))
 
-    def _row(self, picture: Picture) -> dict[str, Any]:
-        content, ids, segments = read_annotated(picture)
-        check_classes(picture, segments, len(self.source.vocabulary))
-        self.left_out += picture.notes
+    def _row(self, image: AnnotatedImage) -> dict[str, Any]:
+        content, ids, segments = read_annotated(image)
+        check_classes(image, segments, len(self.source.vocabulary))
+        self.left_out += image.notes
         self.crowds += sum(segment["iscrowd"] for segment in segments)
         classes = [segment["category_id"] for segment in segments if segment["category_id"] != NO_CLASS]
         self.segments += np.bincount(classes, minlength=len(self.segments))
@@ -199,10 +199,10 @@ class _Writer:
             "image": {"bytes": content, "path": None},
             "segmentation": Image.fromarray(encode_ids(ids)),
             "segments": segments,
-            "captions": list(picture.captions),
-            "image_id": picture.image_id,
-            "video_id": picture.video_id,
-            "frame": picture.frame,
+            "captions": list(image.captions),
+            "image_id": image.image_id,
+            "video_id": image.video_id,
+            "frame": image.frame,
         }
 
     def report(self, images: dict[str, int]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from .prepared import (
     write_manifest,
 )
 from .prepared_shards import PROGRESS_FOLDER, ShardReport, Work, plan_shards, report_path, write_shards
-from .sources import Picture
+from .sources import AnnotatedImage
 
 IMAGES_PER_SHARD = 500
 _SHOWN_PROBLEMS = 50
@@ -176,52 +176,44 @@ def _prepare_split(
 ) -> None:
     if not source.is_dir():
         raise ValueError(f"--source: {source} is not a directory.")
-    pictures = benchmark.find(source, split)[: settings.limit]
-    _check_ids_differ(pictures)
-    digest = _digest(source, pictures)
-    if (manifest["splits"].get(split) or {}).get("digest") != digest:
-        _forget(out, split)  # the source was another when a killed run began
-    manifest["splits"][split] = {"complete": False, "digest": digest, "shards": [], "problems": []}
-    write_manifest(out, manifest)
-    vocabulary = _unchanged_classes(benchmark, source, out)
-    plans = plan_shards(split, len(pictures), settings.images_per_shard)
-    reports = _write(Work(benchmark, split, pictures, len(vocabulary), out, plans), settings)
-    record = _record(benchmark, split, len(pictures), reports, vocabulary, settings) | {"digest": digest}
-    manifest["splits"][split] = record
-    _settle(out, reports, record["complete"])
-    write_manifest(out, manifest)
-
-
-def _unchanged_classes(benchmark: Benchmark, source: Path, out: Path) -> Vocabulary:
-    vocabulary = benchmark.classes(source)
-    written = json.loads((out / VOCABULARY_NAME).read_text(encoding="utf-8"))["classes"]
-    if [entry["name"] for entry in written] != vocabulary.labels:
-        raise ValueError(f"{source} has other classes than {out / VOCABULARY_NAME}: name another --out.")
-    return vocabulary
-
-
-def _check_ids_differ(pictures: Sequence[Picture]) -> None:
-    repeated = [name for name, count in Counter(picture.image_id for picture in pictures).items() if count > 1]
+    images = benchmark.find(source, split)[: settings.limit]
+    repeated = [name for name, count in Counter(image.image_id for image in images).items() if count > 1]
     if repeated:
         raise ValueError(
             f"Several images have the id {repeated[0]!r} ({len(repeated)} repeated ids in total): rename their files."
         )
+    digest = _digest(source, images)
+    if (manifest["splits"].get(split) or {}).get("digest") != digest:
+        # The source was another when a killed run began.
+        for place in (out, out / PROGRESS_FOLDER):
+            for path in place.glob(f"{split}-*-of-*.parquet*"):
+                path.unlink()
+        shutil.rmtree(out / ARROW_FOLDER, ignore_errors=True)
+    manifest["splits"][split] = {"complete": False, "digest": digest, "shards": [], "problems": []}
+    write_manifest(out, manifest)
+    vocabulary = benchmark.classes(source)
+    written = json.loads((out / VOCABULARY_NAME).read_text(encoding="utf-8"))["classes"]
+    if [entry["name"] for entry in written] != vocabulary.labels:
+        raise ValueError(f"{source} has other classes than {out / VOCABULARY_NAME}: name another --out.")
+    plans = plan_shards(split, len(images), settings.images_per_shard)
+    reports = _write(Work(benchmark, split, images, len(vocabulary), out, plans), settings)
+    record = _record(benchmark, split, len(images), reports, vocabulary, settings) | {"digest": digest}
+    manifest["splits"][split] = record
+    for report in reports:  # a finished split needs no notes to resume from; faulty shards are written again
+        if record["complete"] or report.problems:
+            report_path(out, report.file).unlink(missing_ok=True)
+        if not record["complete"] and report.problems:
+            (out / report.file).unlink(missing_ok=True)
+    write_manifest(out, manifest)
 
 
-def _digest(source: Path, pictures: Sequence[Picture]) -> str:
+def _digest(source: Path, images: Sequence[AnnotatedImage]) -> str:
     """Return a digest of the image ids and paths in order, which detects a changed source on resume."""
     digest = hashlib.sha256(str(source.resolve()).encode())
-    for picture in pictures:
-        path = picture.image.relative_to(source) if picture.image.is_relative_to(source) else picture.image
-        digest.update(json.dumps([picture.image_id, path.as_posix()]).encode())
+    for image in images:
+        path = image.path.relative_to(source) if image.path.is_relative_to(source) else image.path
+        digest.update(json.dumps([image.image_id, path.as_posix()]).encode())
     return digest.hexdigest()
-
-
-def _forget(out: Path, split: str) -> None:
-    for place in (out, out / PROGRESS_FOLDER):
-        for path in place.glob(f"{split}-*-of-*.parquet*"):
-            path.unlink()
-    shutil.rmtree(out / ARROW_FOLDER, ignore_errors=True)
 
 
 def _write(work: Work, settings: Settings) -> list[ShardReport]:
@@ -236,8 +228,8 @@ def _write(work: Work, settings: Settings) -> list[ShardReport]:
     finished = sum(plan.stop - plan.start for plan in work.plans if plan.number in found)
     label = f"{work.benchmark.name} {work.split}"
     if found:
-        tqdm.write(f"{label}: resuming with {finished} of {len(work.pictures)} images finished", file=sys.stderr)
-    total = len(work.pictures)
+        tqdm.write(f"{label}: resuming with {finished} of {len(work.images)} images finished", file=sys.stderr)
+    total = len(work.images)
     with tqdm(total=total, initial=finished, desc=label, unit="image", disable=not settings.progress) as bar:
         written = write_shards(work, rest, settings.num_proc, bar.update)
     found |= {plan.number: report for plan, report in zip(rest, written, strict=True)}
@@ -287,16 +279,6 @@ def _compare_counts(benchmark: Benchmark, split: str, found: int, settings: Sett
     return abs(expected - found), [f"{note} Add --any-count to accept a different number."]
 
 
-def _settle(out: Path, reports: Sequence[ShardReport], complete: bool) -> None:
-    """Delete the resume notes of a finished split, or the faulty shards of an unfinished one."""
-    for report in reports:
-        note = report_path(out, report.file)
-        if complete or report.problems:
-            note.unlink(missing_ok=True)
-        if not complete and report.problems:
-            (out / report.file).unlink(missing_ok=True)
-
-
 def describe(benchmark: Benchmark, splits: dict[str, dict[str, Any]], out: Path) -> str:
     """Return a readable summary of the prepared splits."""
     lines = []
@@ -314,20 +296,16 @@ def describe(benchmark: Benchmark, splits: dict[str, dict[str, Any]], out: Path)
         if absent:
             shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
             lines.append(f"  {len(absent)} of {len(record['classes'])} classes occur in no image: {shown}")
-        lines += _problem_lines(record, out)
+        problems = record["problems"]
+        if problems:
+            lines.append(f"  {len(problems)} images cannot be used:")
+            lines += [f"    {line}" for line in problems[:_SHOWN_PROBLEMS]]
+            if len(problems) > _SHOWN_PROBLEMS:
+                lines.append(f"    ... and {len(problems) - _SHOWN_PROBLEMS} more (see {out / MANIFEST_NAME})")
+            if not record["complete"]:
+                advice = f"skip them with --skip-broken {len(problems)}"
+                lines.append(f"  Repair the files and repeat the command, or {advice}")
     return "\n".join(lines)
-
-
-def _problem_lines(record: dict[str, Any], out: Path) -> list[str]:
-    problems = record["problems"]
-    if not problems:
-        return []
-    lines = [f"  {len(problems)} images cannot be used:", *(f"    {line}" for line in problems[:_SHOWN_PROBLEMS])]
-    if len(problems) > _SHOWN_PROBLEMS:
-        lines.append(f"    ... and {len(problems) - _SHOWN_PROBLEMS} more (see {out / MANIFEST_NAME})")
-    if not record["complete"]:
-        lines.append(f"  Repair the files and repeat the command, or skip them with --skip-broken {len(problems)}")
-    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -338,44 +316,48 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK", title="benchmarks")
     for name, benchmark in all_benchmarks().items():
         summary = benchmark.layout.strip().splitlines()[0]
-        command = commands.add_parser(
-            name, help=summary.replace("%", "%%"), description=_layout_help(benchmark), formatter_class=raw
+        counts = ", ".join(
+            f"{split} ({'number not published' if number is None else f'{number:,} images'})"
+            for split, number in benchmark.splits.items()
         )
-        _add_arguments(command, benchmark)
+        notes = f"\n\n{benchmark.discrepancy}" if benchmark.discrepancy else ""
+        layout = f"{benchmark.layout.strip()}\n\nsplits: {counts}{notes}"
+        command = commands.add_parser(name, help=summary.replace("%", "%%"), description=layout, formatter_class=raw)
+        add = command.add_argument
+        add("--source", type=Path, required=True, metavar="DIR", help="folder of the benchmark as published")
+        add("--out", type=output_folder, required=True, metavar="DIR", help="output folder, created or resumed")
+        add("--split", nargs="+", choices=list(benchmark.splits), help="splits to prepare (default: all)")
+        add(
+            "--num-proc",
+            type=_positive,
+            default=1,
+            metavar="N",
+            help="number of worker processes (default: %(default)s)",
+        )
+        strictness = command.add_mutually_exclusive_group()
+        strictness.add_argument(
+            "--strict", action="store_true", help="check all images, report every problem and fail on any (default)"
+        )
+        strictness.add_argument(
+            "--skip-broken",
+            type=_positive,
+            metavar="N",
+            help="skip up to N unusable or missing images instead of failing",
+        )
+        add(
+            "--any-count",
+            action="store_true",
+            help="accept a number of images that differs from the published number",
+        )
+        add("--limit", type=_positive, metavar="N", help="prepare only the first N images of each split, for a trial")
+        add(
+            "--images-per-shard",
+            type=_positive,
+            default=IMAGES_PER_SHARD,
+            metavar="N",
+            help="number of images in each Parquet file (default: %(default)s)",
+        )
     return parser
-
-
-def _layout_help(benchmark: Benchmark) -> str:
-    counts = ", ".join(
-        f"{split} ({'number not published' if number is None else f'{number:,} images'})"
-        for split, number in benchmark.splits.items()
-    )
-    notes = f"\n\n{benchmark.discrepancy}" if benchmark.discrepancy else ""
-    return f"{benchmark.layout.strip()}\n\nsplits: {counts}{notes}"
-
-
-def _add_arguments(command: argparse.ArgumentParser, benchmark: Benchmark) -> None:
-    add = command.add_argument
-    add("--source", type=Path, required=True, metavar="DIR", help="folder of the benchmark as published")
-    add("--out", type=output_folder, required=True, metavar="DIR", help="output folder, created or resumed")
-    add("--split", nargs="+", choices=list(benchmark.splits), help="splits to prepare (default: all)")
-    add("--num-proc", type=_positive, default=1, metavar="N", help="number of worker processes (default: %(default)s)")
-    strictness = command.add_mutually_exclusive_group()
-    strictness.add_argument(
-        "--strict", action="store_true", help="check all images, report every problem and fail on any (default)"
-    )
-    strictness.add_argument(
-        "--skip-broken", type=_positive, metavar="N", help="skip up to N unusable or missing images instead of failing"
-    )
-    add("--any-count", action="store_true", help="accept a number of images that differs from the published number")
-    add("--limit", type=_positive, metavar="N", help="prepare only the first N images of each split, for a trial")
-    add(
-        "--images-per-shard",
-        type=_positive,
-        default=IMAGES_PER_SHARD,
-        metavar="N",
-        help="number of images in each Parquet file (default: %(default)s)",
-    )
 
 
 def _positive(text: str) -> int:

@@ -197,7 +197,11 @@ def require_parquet(path: Path, sha256: str, command: str) -> None:
 
 def _arrow_file(folder: Path, split: str, info: Mapping[str, Any], command: str) -> Path:
     """Return the Arrow file of a split, after writing it if it is missing, damaged or out of date."""
-    path = _arrow_place(folder, f"{split}-{settings_fingerprint([FORMAT, info['shards']])}.arrow")
+    from datasets import config as datasets_config
+
+    is_writable = os.access(folder, os.W_OK)
+    place = folder / ARROW_FOLDER if is_writable else Path(datasets_config.HF_DATASETS_CACHE) / "gkc_prepared"
+    path = place / f"{split}-{settings_fingerprint([FORMAT, info['shards']])}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         known = _known_arrow(path)
@@ -216,14 +220,6 @@ def _arrow_file(folder: Path, split: str, info: Mapping[str, Any], command: str)
         if known.get("parquet") != states:
             write_checksummed_json(path.with_suffix(".json"), {**known, "parquet": states})
     return path
-
-
-def _arrow_place(folder: Path, name: str) -> Path:
-    from datasets import config as datasets_config
-
-    if os.access(folder, os.W_OK):
-        return folder / ARROW_FOLDER / name
-    return Path(datasets_config.HF_DATASETS_CACHE) / "gkc_prepared" / name
 
 
 def _known_arrow(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..storage.shard_folder import ShardFolder
 from .benchmarks.base import Benchmark
 from .prepared import is_damaged
 from .schema import NO_CLASS, dataset_features, encode_ids
-from .sources import Picture, check_classes, read_annotated
+from .sources import AnnotatedImage, check_classes, read_annotated
 
 PROGRESS_FOLDER = ".unfinished"
 _ROWS_PER_GROUP = 32  # number of rows in memory
@@ -93,7 +93,7 @@ class Work:
 
     benchmark: Benchmark
     split: str
-    pictures: Sequence[Picture]
+    images: Sequence[AnnotatedImage]
     num_classes: int
     out: Path
     plans: Sequence[ShardPlan]
@@ -165,7 +165,13 @@ def write_shards(
     with ProcessPoolExecutor(processes, context, _start_process, (work, counter)) as pool:
         futures = [pool.submit(_write_in_process, plan) for plan in plans]
         try:
-            _watch(futures, counter, advance)
+            reported, is_running = 0, True
+            while is_running:
+                done, running = wait(futures, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
+                is_running = bool(running) and not any(future.exception() for future in done)
+                now = counter.value
+                advance(now - reported)
+                reported = now
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise RuntimeError(
@@ -174,17 +180,6 @@ def write_shards(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _watch(futures: Sequence[Future], counter: Any, advance: Callable[[int], Any]) -> None:
-    """Report the progress of the processes until all have finished or one has failed."""
-    told, waiting = 0, True
-    while waiting:
-        done, running = wait(futures, _SECONDS_BETWEEN_LOOKS, FIRST_EXCEPTION)
-        waiting = bool(running) and not any(future.exception() for future in done)
-        now = counter.value
-        advance(now - told)
-        told = now
 
 
 _process: dict[str, Any] = {}
@@ -218,7 +213,7 @@ def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> Sha
     report, schema = ShardReport(plan.file), dataset_features().arrow_schema
     with work.shards.writing(plan.number) as temporary:
         with pq.ParquetWriter(temporary, schema, compression="snappy", use_dictionary=False) as writer:
-            rows = _rows(work, work.pictures[plan.start : plan.stop], report, advance)
+            rows = _rows(work, work.images[plan.start : plan.stop], report, advance)
             while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
         report.sha256 = file_sha256(temporary)
@@ -227,49 +222,49 @@ def _write_shard(work: Work, plan: ShardPlan, advance: Callable[[], Any]) -> Sha
 
 
 def _rows(
-    work: Work, pictures: Sequence[Picture], report: ShardReport, advance: Callable[[], Any]
+    work: Work, images: Sequence[AnnotatedImage], report: ShardReport, advance: Callable[[], Any]
 ) -> Iterator[dict[str, Any]]:
-    for picture in pictures:
+    for image in images:
         try:
-            row = make_row(work, picture)
+            row = make_row(work, image)
         except (OSError, ValueError, SyntaxError) as error:
-            report.problems.append(problem_line(picture, error))
+            report.problems.append(problem_line(image, error))
         else:
             if row is None:
                 report.left_out += 1
             else:
                 report.add(row["segments"])
-                report.notes += picture.notes
+                report.notes += image.notes
                 yield row
         advance()
 
 
-def problem_line(picture: Picture, error: Exception) -> str:
+def problem_line(image: AnnotatedImage, error: Exception) -> str:
     """Return the error of an image, beginning with the path of the faulty file."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if picture.problem or text.startswith(("/", str(picture.image))) else f"{picture.image}: {text}"
+    return text if image.problem or text.startswith(("/", str(image.path))) else f"{image.path}: {text}"
 
 
-def make_row(work: Work, picture: Picture) -> dict[str, Any] | None:
+def make_row(work: Work, image: AnnotatedImage) -> dict[str, Any] | None:
     """Read an image as a row of `train.data.schema`, or return None if the rules of the benchmark exclude it.
 
     Raises:
         ValueError: If the image or its annotation is invalid.
         OSError: If a file cannot be read.
     """
-    content, ids, segments = read_annotated(picture)
+    content, ids, segments = read_annotated(image)
     if not work.benchmark.keeps(work.split, segments):
         return None
     segments = work.benchmark.renumbered(segments)
-    check_classes(picture, segments, work.num_classes)
+    check_classes(image, segments, work.num_classes)
     return {
-        "image": {"bytes": content, "path": picture.image.name},
+        "image": {"bytes": content, "path": image.path.name},
         "segmentation": {"bytes": _png(ids), "path": None},
         "segments": segments,
-        "captions": list(picture.captions),
-        "image_id": picture.image_id,
-        "video_id": picture.video_id,
-        "frame": picture.frame,
+        "captions": list(image.captions),
+        "image_id": image.image_id,
+        "video_id": image.video_id,
+        "frame": image.frame,
     }
 
 

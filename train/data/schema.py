@@ -94,33 +94,33 @@ def read_row(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     ids = _read_ids(_opened(row["segmentation"], f"segmentation of {sample}"), f"segmentation of {sample}")
     if image.shape[:2] != ids.shape:
         raise ValueError(
-            f"Sample {row['image_id']!r}: the segmentation is {ids.shape} (height, width), the image "
+            f"Sample {row['image_id']!r}: The segmentation is {ids.shape} (height, width), the image "
             f"{image.shape[:2]}; store both at one size."
         )
     return image, ids
 
 
-def _opened(picture: PIL.Image.Image | Mapping[str, Any], name: str) -> PIL.Image.Image:
+def _opened(image: PIL.Image.Image | Mapping[str, Any], name: str) -> PIL.Image.Image:
     from datasets import Image
 
-    if isinstance(picture, PIL.Image.Image):
-        return picture
+    if isinstance(image, PIL.Image.Image):
+        return image
     try:
-        return Image().decode_example(picture)
+        return Image().decode_example(image)
     except PIL.UnidentifiedImageError as error:  # its message repeats the file, or shows the address of a buffer
         raise ValueError(f"{name}: cannot be read as an image: its format is unknown") from error
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
 
 
-def _read_ids(picture: PIL.Image.Image, name: str) -> np.ndarray:
-    if picture.mode not in ("RGB", "RGBA"):
+def _read_ids(image: PIL.Image.Image, name: str) -> np.ndarray:
+    if image.mode not in ("RGB", "RGBA"):
         raise ValueError(
-            f"{name}: it has mode {picture.mode}; store segment ids as an RGB image, id = R + 256 G + 65536 B."
+            f"{name}: The image has mode {image.mode}; store segment ids as an RGB image, id = R + 256 G + 65536 B."
         )
     try:
         # Reading four bytes per pixel as one integer is ten times faster than combining three channels.
-        return np.asarray(picture.convert("RGBA")).view("<u4")[..., 0].astype(np.int32) & 0xFFFFFF
+        return np.asarray(image.convert("RGBA")).view("<u4")[..., 0].astype(np.int32) & 0xFFFFFF
     except Exception as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
 
@@ -174,7 +174,7 @@ def _check_ids(row: Mapping[str, Any], present: np.ndarray) -> None:
     undescribed = _undescribed_ids(row, present)
     if undescribed:
         raise ValueError(
-            f"Sample {row['image_id']!r}: ids {undescribed} of the segmentation are not in its segments "
+            f"Sample {row['image_id']!r}: Ids {undescribed} of the segmentation are not in its segments "
             f"{[segment['id'] for segment in row['segments']]}."
         )
 
@@ -215,7 +215,7 @@ def check_dataset(
         if sample is not None and sample < len(dataset):
             dataset = dataset.select(np.linspace(0, len(dataset) - 1, sample).astype(int))
         rows = tqdm(dataset, desc="Checking the dataset", disable=not progress)
-        problems = list(islice(filter(None, map(_picture_problem, rows)), _REPORTED_PROBLEMS))
+        problems = list(islice(filter(None, map(_image_problem, rows)), _REPORTED_PROBLEMS))
     if problems:
         raise ValueError("The dataset cannot be trained on:\n  " + "\n  ".join(problems))
 
@@ -228,7 +228,7 @@ def _listed_problems(dataset: Dataset, num_classes: int) -> Iterator[str]:
         suspicious = _suspicious_rows(segments, num_classes)
         for position, image_id in enumerate(table.column("image_id").to_pylist()):
             if image_id is None or image_id in seen:
-                wrong = "it has no image_id" if image_id is None else "another sample has the same image_id"
+                wrong = "The image_id is missing" if image_id is None else "Another sample has the same image_id"
                 yield f"sample {image_id!r}: {wrong}"
             seen.add(image_id)
             if position in suspicious:
@@ -265,17 +265,17 @@ def segment_problems(segments: Sequence[Mapping[str, Any]] | None, num_classes: 
         num_classes: Number of classes in the vocabulary. None does not check the classes.
     """
     if segments is None or any(None in (segment or {None: None}).values() for segment in segments):
-        return [f"segments or parts of them are missing: {segments}"]
+        return [f"Segments or parts of them are missing: {segments}"]
     problems, ids = [], [segment["id"] for segment in segments]
     if len(set(ids)) < len(ids) or VOID in ids:
-        problems.append(f"segment ids must be unique and not {VOID} (void), got {ids}")
+        problems.append(f"Segment ids must be unique and not {VOID} (void), got {ids}")
     classes = {segment["category_id"] for segment in segments}
     if num_classes is not None and (unknown := sorted(classes - {NO_CLASS, *range(num_classes)})):
-        problems.append(f"category ids {unknown} are not in the vocabulary of {num_classes} classes")
+        problems.append(f"Category ids {unknown} are not in the vocabulary of {num_classes} classes")
     return problems
 
 
-def _picture_problem(row: Mapping[str, Any]) -> str | None:
+def _image_problem(row: Mapping[str, Any]) -> str | None:
     """Return the problem of the images of a row, or None."""
     sample = f"sample {row['image_id']!r}"
     try:
@@ -285,5 +285,5 @@ def _picture_problem(row: Mapping[str, Any]) -> str | None:
         return f"{sample}: {reason}"
     if undescribed := _undescribed_ids(row, ids_within(ids)):
         described = [segment["id"] for segment in row["segments"]]
-        return f"{sample}: ids {undescribed} of the segmentation are not in its segments {described}"
+        return f"{sample}: Ids {undescribed} of the segmentation are not in its segments {described}"
     return None

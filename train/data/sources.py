@@ -37,14 +37,14 @@ Segmentation = tuple[np.ndarray, list[dict[str, Any]]]
 
 
 @dataclass
-class Picture:
+class AnnotatedImage:
     """Image file with its annotation.
 
     Attributes:
         image_id: Unique name within the dataset.
-        image: Path of the image file.
+        path: Path of the image file.
         read: Function that maps the image height and width to ids (H, W) int32 and segments as in
-            `train.data.schema`. It raises a ValueError or OSError that names the file.
+            `train.data.schema`. It raises a ValueError or OSError that names the file. None with `problem`.
         split: `train`, `val`, `test`, or None if the dataset does not define splits.
         captions: Captions of the image.
         video_id: Video of a frame, or "" for a still image.
@@ -54,8 +54,8 @@ class Picture:
     """
 
     image_id: str
-    image: Path
-    read: Callable[[tuple[int, int]], Segmentation]
+    path: Path
+    read: Callable[[tuple[int, int]], Segmentation] | None
     split: str | None = None
     captions: Sequence[str] = ()
     video_id: str = ""
@@ -70,20 +70,20 @@ class Source:
 
     Attributes:
         vocabulary: Classes of the dataset.
-        pictures: Annotated images.
+        images: Annotated images.
         problems: Unusable images and annotations that are known before reading, each with the name of its file.
         layout: Description of the detected annotation format.
         notes: Remarks on the dataset that do not exclude an image.
     """
 
     vocabulary: Vocabulary
-    pictures: list[Picture]
+    images: list[AnnotatedImage]
     problems: list[str] = field(default_factory=list)
     layout: str = ""
     notes: list[str] = field(default_factory=list)
 
 
-def read_annotated(picture: Picture) -> tuple[bytes, np.ndarray, list[dict[str, Any]]]:
+def read_annotated(image: AnnotatedImage) -> tuple[bytes, np.ndarray, list[dict[str, Any]]]:
     """Read and check an image and its annotation.
 
     Returns:
@@ -93,33 +93,31 @@ def read_annotated(picture: Picture) -> tuple[bytes, np.ndarray, list[dict[str, 
         ValueError: If the image or its annotation is invalid.
         OSError: If a file cannot be read.
     """
-    if picture.problem:
-        raise ValueError(picture.problem)
+    if image.problem:
+        raise ValueError(image.problem)
     try:
-        content = picture.image.read_bytes()
+        content = image.path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{picture.image}: the file is missing") from None
+        raise FileNotFoundError(f"{image.path}: The file is missing") from None
     from modeling_gkc.image_processing_gkc import read_image  # imports torch, which --help must not need
 
-    shape = read_image(content, name=str(picture.image)).size[::-1]
-    picture.notes.clear()
-    ids, segments = picture.read(shape)
+    shape = read_image(content, name=str(image.path)).size[::-1]
+    image.notes.clear()
+    ids, segments = image.read(shape)
     if ids.shape != shape:
-        raise ValueError(f"{picture.image}: the annotation is {ids.shape} (height, width), the image {shape}")
+        raise ValueError(f"{image.path}: The annotation is {ids.shape} (height, width), the image {shape}")
     listed = [segment["id"] for segment in segments]
     unlisted = sorted(set(ids_within(ids).tolist()) - {VOID, *listed})
     if unlisted or len(set(listed)) < len(listed) or VOID in listed:
-        raise ValueError(
-            f"{picture.image}: the ids {unlisted or listed} of its annotation are not listed exactly once"
-        )
+        raise ValueError(f"{image.path}: The ids {unlisted or listed} of its annotation are not listed exactly once")
     return content, ids, segments
 
 
-def check_classes(picture: Picture, segments: Sequence[dict[str, Any]], num_classes: int) -> None:
+def check_classes(image: AnnotatedImage, segments: Sequence[dict[str, Any]], num_classes: int) -> None:
     """Raise if a segment of an image has a class that is not in the vocabulary.
 
     Args:
-        picture: Image of the segments, named in the error.
+        image: Image of the segments, named in the error.
         segments: Segments of the image.
         num_classes: Number of classes in the vocabulary.
 
@@ -128,7 +126,7 @@ def check_classes(picture: Picture, segments: Sequence[dict[str, Any]], num_clas
     """
     classes = {segment["category_id"] for segment in segments}
     if unknown := sorted(classes - {NO_CLASS, *range(num_classes)}):
-        raise ValueError(f"{picture.image}: the classes {unknown} are not in the vocabulary of {num_classes}")
+        raise ValueError(f"{image.path}: The classes {unknown} are not in the vocabulary of {num_classes}")
 
 
 def image_files(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
@@ -237,7 +235,7 @@ def declared_shape(height: Any, width: Any, place: str) -> tuple[int, int] | Non
     for side in (height, width):
         is_number = isinstance(side, int | float) and not isinstance(side, bool)
         if not is_number or not 0 < side < 2**31 or side != int(side):
-            raise ValueError(f"{place}: height and width must be positive integers, got {str(side)[:60]!r}")
+            raise ValueError(f"{place}: Height and width must be positive integers, got {str(side)[:60]!r}")
     return int(height), int(width)
 
 
@@ -256,8 +254,8 @@ def annotated_shape(declared: tuple[int, int], shape: tuple[int, int], image: Pa
     if declared == shape or (declared == shape[::-1] and _orientation(image) in _SIDEWAYS):
         return declared
     raise ValueError(
-        f"{place}: it is {declared} (height, width), its image {shape}: the image was resized or rotated after it "
-        "was annotated"
+        f"{place}: The annotation is {declared} (height, width), its image {shape}: the image was resized or "
+        "rotated after it was annotated"
     )
 
 
@@ -276,5 +274,5 @@ def upright(ids: np.ndarray, shape: tuple[int, int], image: Path) -> np.ndarray:
 
 
 def _orientation(image: Path) -> int:
-    with Image.open(image) as picture:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    with Image.open(image) as opened:
+        return opened.getexif().get(ExifTags.Base.Orientation, 1)

@@ -92,7 +92,11 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         self._process, self._processes, self._workers = process, processes, max(1, workers)
         self._rows_per_stream = None
         if batch_size is not None:
-            self._rows_per_stream = self._least_rows() // batch_size * batch_size
+            # The shards' lengths differ by at most one row.
+            shards = self._num_shards()
+            divides = shards % self._streams == 0
+            least = self.num_rows // shards * (shards // self._streams) if divides else self.num_rows // self._streams
+            self._rows_per_stream = least // batch_size * batch_size
             if self._rows_per_stream == 0:
                 raise ValueError(
                     f"The dataset has {self.num_rows} images, too few for a batch of {batch_size} in each of "
@@ -143,7 +147,9 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                 self.broken.add(row["image_id"], error)
 
     def _stored_rows(self, stream: int, epoch: int) -> Iterator[Mapping[str, Any]]:
-        dataset = self._source()
+        dataset = self._dataset
+        if not isinstance(dataset, IterableDataset):
+            dataset = dataset.to_iterable_dataset(num_shards=self._num_shards())
         if self.buffer_rows:
             order = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
             dataset = dataset.shuffle(seed=order, buffer_size=self.buffer_rows)
@@ -152,24 +158,12 @@ class StreamingDataset(torch.utils.data.IterableDataset):
             for values in zip(*rows.values(), strict=True):
                 yield dict(zip(rows, values, strict=True))
 
-    def _source(self) -> IterableDataset:
-        if isinstance(self._dataset, IterableDataset):
-            return self._dataset
-        return self._dataset.to_iterable_dataset(num_shards=self._num_shards())
-
     def _num_shards(self) -> int:
         if isinstance(self._dataset, IterableDataset):
             return self._dataset.num_shards
         # More shards shuffle better, but each shard with a surplus row costs a row in training.
         rows = len(self._dataset) // self._streams
         return self._streams * max(1, min(_MOST_SHARDS_PER_STREAM, rows // _LEAST_ROWS_PER_SHARD))
-
-    def _least_rows(self) -> int:
-        """Return the minimum number of rows per stream, for shards whose lengths differ by at most one row."""
-        shards = self._num_shards()
-        if shards % self._streams:
-            return self.num_rows // self._streams
-        return self.num_rows // shards * (shards // self._streams)
 
 
 def _number_of_rows(dataset: Dataset | IterableDataset) -> int:

@@ -76,8 +76,8 @@ def resize_window(
     # Pillow raises if the box exceeds the image by a rounding error.
     bottom, right = min((top + height) * down, ids.shape[0]), min((left + width) * across, ids.shape[1])
     box = (left * across, top * down, right, bottom)
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    resized = picture.resize((width, height), Image.Resampling.BILINEAR, box)
+    image = Image.fromarray(np.ascontiguousarray(image))
+    resized = image.resize((width, height), Image.Resampling.BILINEAR, box)
     return np.asarray(resized), ids[rows][:, columns]
 
 

@@ -91,9 +91,10 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive, default=1, metavar="N", help="images per forward pass (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="data type of the computation (default: %(default)s)")
     add("--compile", action="store_true", help="use torch.compile, which pays off if images have few sizes")
-    short = "shorter side of the resized image in pixels (default: from the protocol)"
+    default = "(default: from the protocol, or from the checkpoint for custom data)"
+    short = f"shorter side of the resized image in pixels {default}"
     add("--short-side", type=positive, metavar="PIXELS", help=short)
-    long = "maximum longer side in pixels (default: from the protocol)"
+    long = f"maximum longer side in pixels {default}"
     add("--long-side", type=positive, metavar="PIXELS", help=long)
     chunk = "images between two saves of the partial results (default: %(default)s)"
     add("--images-per-chunk", type=positive, default=IMAGES_PER_CHUNK, metavar="N", help=chunk)
@@ -210,6 +211,8 @@ def format_result(result: Mapping[str, Any], per_class: bool = False) -> str:
     lines = [f"{result['model']['name']} on {result['benchmark']}, {images['evaluated']} images of {result['split']}"]
     if images["published"] not in (None, images["evaluated"]):
         lines.append(f"the published split has {images['published']} images: these scores are not comparable")
+    if "image_size" in result["model"]["notes"]:
+        lines.append(f"  image size: {result['model']['notes']['image_size']}")
     for task, scores in result["per_cent"].items():
         known = all_scores().get(task)
         hidden = known.details if known else ()

@@ -60,11 +60,11 @@ class PredictionWriter:
         ]
         return [{"image_id": sample.image_id, "file_name": path.name, "segments_info": segments}]
 
-    def _save(self, picture: Image.Image, kind: str, image_id: str) -> Path:
+    def _save(self, image: Image.Image, kind: str, image_id: str) -> Path:
         path = self.folder / kind / f"{_relative_path(image_id)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            picture.save(temporary, "PNG")
+            image.save(temporary, "PNG")
         return path
 
     def finish(self, written: Sequence[dict[str, Any]]) -> None:

@@ -143,6 +143,7 @@ class GKCSegmenter:
         if len(outputs) == 1:
             labels = self._result(outputs[0], index, size, PredictionOptions("semantic")).segmentation
         else:
+            # The predictor resizes and decides each image alone; views are summed before the arg-max, tile by tile.
             labels = _best_of_views([_image_logits(output, index) for output in outputs], self.views, size)
         return labels.cpu().numpy().astype(np.int32)
 
@@ -154,6 +155,8 @@ class GKCSegmenter:
 
     def instances(self, outputs: list[Any], index: int, size: Size) -> list[dict[str, Any]]:
         """Predict instances, see `Segmenter.instances`."""
+        # The instance results of the predictor hold 100 full masks of an image; COCO's metric reads run lengths, which
+        # `detections` computes one mask at a time.
         return detections(*_image_logits(outputs[0], index), size)
 
     def _result(self, output: Any, index: int, size: Size, options: PredictionOptions) -> SegmentationResult:

@@ -24,8 +24,9 @@ from .adapters import CLIPSegSegmenter, LabeledSegmenter, model_type
 from .segmenter import GKCSegmenter, Segmenter, View, tta_views
 from .vocabulary import BenchmarkVocabulary
 
-# Checkpoint files that determine the predictions.
+EDGES = ("shortest_edge", "longest_edge")  # names of the sides in the size of an image processor
 DEFAULT_SIDES = (800, 1333)  # for a checkpoint whose processor resizes to a fixed height and width
+# Checkpoint files that determine the predictions.
 _MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*.json", "vocab.json", "merges.txt")
 
 
@@ -149,13 +150,24 @@ def _load_segmenter(
     if kind in ("gkc", "gkc_zero_shot"):
         model, processor = load_checkpoint(request.model)
         size = processor.image_processor.size  # without `shortest_edge` it is a fixed height and width
-        short = request.short_side or protocol.short_side or size.get("shortest_edge", DEFAULT_SIDES[0])
-        long = request.long_side or protocol.long_side or size.get("longest_edge", DEFAULT_SIDES[1])
+        sides, origins = [], []
+        for name, edge, default in zip(("short_side", "long_side"), EDGES, DEFAULT_SIDES, strict=True):
+            candidates = {
+                "command line": getattr(request, name),
+                "protocol": getattr(protocol, name),
+                "image processor of the model": size.get(edge),
+                "default": default,
+            }
+            origin, side = next((origin, side) for origin, side in candidates.items() if side)
+            sides.append(side)
+            origins.append(f"{name.replace('_', ' ')} {side} from the {origin}")
         sha256 = model_sha256(request.model, model)
         views = tta_views() if request.tta else (View(),)
         model.to(state.device)
         options = {"dtype": request.dtype, "compile": request.compile}
-        return GKCSegmenter(model, processor, prompt_vocabulary, short, long, panoptic, views, **options), sha256
+        segmenter = GKCSegmenter(model, processor, prompt_vocabulary, *sides, panoptic, views, **options)
+        segmenter.notes["image_size"] = ", ".join(origins)
+        return segmenter, sha256
     if request.tta or request.compile or request.short_side or request.long_side:
         raise ValueError("--tta, --compile, --short-side and --long-side apply to GKC checkpoints only; remove them.")
     with without_progress_bars():

@@ -80,11 +80,11 @@ class CaptionedBatches:
         """Return a batch of randomly flipped and transposed images (B, size, size, 3) uint8 and their B captions."""
         picked = torch.cat([self._pick(self.shapes, self.shape_count), self._pick(self.stuffs, self.stuff_count)])
         captions = [self.lexicon.caption(self.crops.attributes[index], self.random) for index in picked.tolist()]
-        pictures = self.crops.crops[picked]
+        images = self.crops.crops[picked]
         if self.other_count:
-            other_pictures, other_captions = self._draw_other_world()
-            pictures, captions = torch.cat([pictures, other_pictures]), captions + other_captions
-        return self._augment(pictures), captions
+            other_images, other_captions = self._draw_other_world()
+            images, captions = torch.cat([images, other_images]), captions + other_captions
+        return self._augment(images), captions
 
     def state_dict(self) -> dict:
         """Return the state of both random generators."""
@@ -105,9 +105,9 @@ class CaptionedBatches:
         captions = [self.lexicon.second_sense(kind, self.random) for kind in kinds.tolist()]
         return self.other_world[kinds, numbers], captions
 
-    def _augment(self, pictures: Tensor) -> Tensor:
+    def _augment(self, images: Tensor) -> Tensor:
         """Randomly flip and transpose every image; axes 1 and 2 are rows and columns."""
         for turn in (lambda part: part.flip(1), lambda part: part.flip(2), lambda part: part.transpose(1, 2)):
-            chosen = torch.rand(len(pictures), generator=self.generator) < 0.5
-            pictures = torch.where(chosen[:, None, None, None], turn(pictures), pictures)
-        return pictures
+            chosen = torch.rand(len(images), generator=self.generator) < 0.5
+            images = torch.where(chosen[:, None, None, None], turn(images), images)
+        return images

@@ -31,7 +31,7 @@ from ..data.prepared import VOCABULARY_NAME, is_damaged, is_prepared, read_manif
 from ..data.prepared_shards import PROGRESS_FOLDER, ShardReport, Work, plan_shards, write_shards
 from ..data.samples import stable_number
 from ..data.schema import VOID
-from ..data.sources import Picture, Segmentation
+from ..data.sources import AnnotatedImage, Segmentation
 from ..storage.checksums import file_xxh3
 from ..storage.fingerprints import settings_fingerprint
 from ..storage.locks import lock_output
@@ -332,12 +332,12 @@ def _label_split(
         return found.ids, [{"id": number, "category_id": label, "iscrowd": False} for number, label in numbered]
 
     vocabulary = predictor.vocabulary.vocabulary
-    pictures = [Picture(name, path, partial(read, name)) for name, path in images.items()]
-    plans = plan_shards(split, len(pictures), manifest["options"]["images_per_shard"])
+    annotated = [AnnotatedImage(name, path, partial(read, name)) for name, path in images.items()]
+    plans = plan_shards(split, len(annotated), manifest["options"]["images_per_shard"])
     rules = _Labeling(
-        name=LABELED, vocabulary="", layout="", find=lambda source, split: pictures, splits={split: None}
+        name=LABELED, vocabulary="", layout="", find=lambda source, split: annotated, splits={split: None}
     )
-    work = Work(rules, split, pictures, len(vocabulary), folder, plans)
+    work = Work(rules, split, annotated, len(vocabulary), folder, plans)
     stores = _stores(folder, split, manifest)
     work.shards.remove_leftovers()
     for store in stores.values():
@@ -350,7 +350,7 @@ def _label_split(
             continue
         labels.clear()
         [reports[plan.number]] = write_shards(work, [plan], 1, advance)
-        names = [picture.image_id for picture in pictures[plan.start : plan.stop]]
+        names = [image.image_id for image in annotated[plan.start : plan.stop]]
         counts = [len(labels[name].classes) if name in labels else 0 for name in names]
         segment_ids = np.concatenate([np.arange(1, count + 1) for count in counts])
         for field, store in stores.items():
@@ -361,7 +361,7 @@ def _label_split(
     if not any(report.images for report in ordered):
         first = [problem for report in ordered for problem in report.problems][:1]
         raise ValueError(
-            f"None of the {len(pictures)} images of the split {split!r} can be used: "
+            f"None of the {len(annotated)} images of the split {split!r} can be used: "
             f"{first[0] if first else f'no pixel has a confidence of {confidence}'}. Give more images, other --words "
             "or a lower --confidence."
         )
@@ -370,7 +370,7 @@ def _label_split(
     return {
         "complete": True,
         "images": sum(report.images for report in ordered),
-        "found": len(pictures),
+        "found": len(annotated),
         "expected": None,
         "left_out": sum(report.left_out for report in ordered),
         "problems": [problem for report in ordered for problem in report.problems],

@@ -31,7 +31,7 @@ def benchmark_named(name: str) -> Benchmark:
     """
     benchmarks = all_benchmarks()
     if name not in benchmarks:
-        raise ValueError(f"There is no benchmark {name!r}; choose from {', '.join(benchmarks)}.")
+        raise ValueError(f"Unknown benchmark {name!r}; choose from {', '.join(benchmarks)}.")
     return benchmarks[name]
 
 

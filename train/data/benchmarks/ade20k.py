@@ -9,7 +9,7 @@ import numpy as np
 from modeling_gkc.vocabulary_files import packaged_facts
 
 from ..schema import VOID, ids_within
-from ..sources import Picture, Segmentation
+from ..sources import AnnotatedImage, Segmentation
 from .base import (
     Benchmark,
     look_up,
@@ -65,18 +65,18 @@ These maps are newer than those of ade20k_150, so that scores are not comparable
 FULL_COUNTS = {"train": 25_574, "val": 2_000}
 
 
-def find_scene_parsing(source: Path, split: str) -> list[Picture]:
+def find_scene_parsing(source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of an ADEChallengeData2016 split with semantic maps."""
     return _scene_parsing(source, split, _read_semantic)
 
 
-def find_scene_parsing_panoptic(source: Path, split: str) -> list[Picture]:
+def find_scene_parsing_panoptic(source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of an ADEChallengeData2016 split with stuff and objects."""
     instances = require(source / "annotations_instance" / FOLDERS[split], "the objects")
     return _scene_parsing(source, split, partial(_read_panoptic, instances))
 
 
-def _scene_parsing(source: Path, split: str, read) -> list[Picture]:
+def _scene_parsing(source: Path, split: str, read) -> list[AnnotatedImage]:
     images = require(source / "images" / FOLDERS[split], "the folder of the images")
     return paired(images, require(source / "annotations" / FOLDERS[split]), read, split)
 
@@ -121,10 +121,10 @@ def _read_panoptic(instances: Path, path: Path, shape: tuple[int, int]) -> Segme
 def _check_objects_have_one_class(file: Path, objects: list[int]) -> None:
     mixed = sorted({number for number in objects if objects.count(number) > 1})
     if mixed:
-        raise ValueError(f"{file}: the objects {mixed[:10]} have pixels of several classes")
+        raise ValueError(f"{file}: The objects {mixed[:10]} have pixels of several classes")
 
 
-def find_full(classes: str, source: Path, split: str) -> list[Picture]:
+def find_full(classes: str, source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of an ADE20K_2021_17_01 split by name, with the classes of one of the two vocabularies."""
     folder = require(source / "images" / "ADE")
     stems = {
@@ -138,7 +138,7 @@ def find_full(classes: str, source: Path, split: str) -> list[Picture]:
             f"{folder} has no files ADE_{FULL_FOLDERS[split][0]}_*: the folder is not laid out as published."
         )
     return [
-        Picture(
+        AnnotatedImage(
             stem.name,
             stem.with_name(f"{stem.name}.jpg"),
             partial(_read_full, classes, stem.with_name(f"{stem.name}_seg.png")),

@@ -13,7 +13,7 @@ from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import packaged_facts
 
 from ..schema import NO_CLASS, VOID, decode_ids, ids_within
-from ..sources import Picture, Segmentation
+from ..sources import AnnotatedImage, Segmentation
 from ..splits import vocabulary_subset
 from .protocol import Protocol, ReportColumn
 
@@ -30,7 +30,7 @@ class Benchmark:
         vocabulary: Name of the packaged vocabulary that defines the train ids. It is unused with `make_vocabulary`.
         layout: Layout of the published folder for `--help`: one summary line, then the files.
         find: Function that maps the source folder and a split to the images in order. It raises a ValueError that
-            names a missing folder or list. Missing files of single images are reported by `Picture.read`.
+            names a missing folder or list. Missing files of single images are reported by `AnnotatedImage.read`.
         splits: Published number of images of each split, or None if it is not published.
         discrepancy: Known reasons for a different number of images.
         other_counts: Further valid numbers of images, by split.
@@ -45,7 +45,7 @@ class Benchmark:
     name: str
     vocabulary: str
     layout: str
-    find: Callable[[Path, str], list[Picture]]
+    find: Callable[[Path, str], list[AnnotatedImage]]
     splits: Mapping[str, int | None]
     discrepancy: str = ""
     other_counts: Mapping[str, Collection[int]] = field(default_factory=dict)
@@ -114,12 +114,12 @@ def look_up(raw: np.ndarray, table: Mapping[int, int], void: Collection[int], pa
         ValueError: If a value is in neither `table` nor `void`.
     """
     if not np.issubdtype(raw.dtype, np.integer):
-        raise ValueError(f"{path}: its values are {raw.dtype}, expected integers")
+        raise ValueError(f"{path}: The values are {raw.dtype}, expected integers")
     present = ids_within(raw)
     unknown = [value for value in present.tolist() if value not in table and value not in void]
     if unknown:
         listed = ", ".join(f"{value} ({int((raw == value).sum())} pixels)" for value in unknown[:_NAMED_VALUES])
-        raise ValueError(f"{path}: unexpected values {listed}{', ...' if len(unknown) > _NAMED_VALUES else ''}")
+        raise ValueError(f"{path}: Unexpected values {listed}{', ...' if len(unknown) > _NAMED_VALUES else ''}")
     if not present.size:
         return np.zeros(raw.shape, dtype=np.int32)
     # The lookup array covers the range of the present values only, which is small in most files.
@@ -170,14 +170,14 @@ def read_color_ids(path: Path, shape: tuple[int, int] | None = None) -> np.ndarr
 
 def _read(path: Path, shape: tuple[int, int] | None, modes: Collection[str]) -> np.ndarray:
     try:
-        with Image.open(path) as picture:
-            mode, pixels = picture.mode, np.asarray(picture)
+        with Image.open(path) as image:
+            mode, pixels = image.mode, np.asarray(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: the file is missing") from None
+        raise FileNotFoundError(f"{path}: The file is missing") from None
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if mode not in modes:
-        raise ValueError(f"{path}: the image has mode {mode}, expected {' or '.join(modes)}")
+        raise ValueError(f"{path}: The image has mode {mode}, expected {' or '.join(modes)}")
     if shape is not None:
         check_size(path, pixels.shape[:2], shape)
     return pixels
@@ -190,7 +190,7 @@ def check_size(path: Path | str, found: tuple[int, ...], shape: tuple[int, int])
         ValueError: If the sizes differ.
     """
     if tuple(found) != tuple(shape):
-        raise ValueError(f"{path}: it is {tuple(found)} (height, width), its image {tuple(shape)}")
+        raise ValueError(f"{path}: The annotation is {tuple(found)} (height, width), its image {tuple(shape)}")
 
 
 def require(path: Path, what: str = "") -> Path:

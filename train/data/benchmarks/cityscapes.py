@@ -10,7 +10,7 @@ from pathlib import Path
 from modeling_gkc.vocabulary_files import packaged_facts
 
 from ..schema import NO_CLASS
-from ..sources import Picture, Segmentation
+from ..sources import AnnotatedImage, Segmentation
 from .base import Benchmark, look_up, raw_ids, read_numbers, require, semantic_segments
 from .protocol import GKC_R50, GKC_R50_OPENTRANS, GKC_R101, Protocol, ReportColumn
 from .raw_segments import BITS_16, segments_of_values
@@ -31,7 +31,7 @@ _FIRST_INSTANCE = 1000
 _IMAGES = {"train": 2975, "val": 500}
 
 
-def find_semantic(folder: Path, split: str) -> list[Picture]:
+def find_semantic(folder: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a split with one segment per class.
 
     Raises:
@@ -40,7 +40,7 @@ def find_semantic(folder: Path, split: str) -> list[Picture]:
     return _find(folder, split, "labelIds", partial(_read_semantic, raw_ids(VOCABULARY)))
 
 
-def find_panoptic(folder: Path, split: str) -> list[Picture]:
+def find_panoptic(folder: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a split with one segment per object for classes with instances, with the published ids.
 
     Raises:
@@ -50,7 +50,7 @@ def find_panoptic(folder: Path, split: str) -> list[Picture]:
     return _find(folder, split, "instanceIds", partial(_read_panoptic, raw_ids(VOCABULARY), things))
 
 
-def _find(folder: Path, split: str, kind: str, read: partial) -> list[Picture]:
+def _find(folder: Path, split: str, kind: str, read: partial) -> list[AnnotatedImage]:
     image_folder = require(folder / IMAGES / split, "the images")
     label_folder = require(folder / LABELS / split, "the annotations (gtFine, not gtCoarse)")
     image_end, label_end = f"_{IMAGES}.png", f"_{LABELS}_{kind}.png"
@@ -59,7 +59,7 @@ def _find(folder: Path, split: str, kind: str, read: partial) -> list[Picture]:
         raise ValueError(f"{label_folder} has no file CITY/*{label_end}.")
     # Images with a missing file are included, so that the file is reported when it is read.
     return [
-        Picture(
+        AnnotatedImage(
             name, image_folder / city / (name + image_end), partial(read, label_folder / city / (name + label_end))
         )
         for city, name in sorted(_files(image_folder, image_end) | labels)

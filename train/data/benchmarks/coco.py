@@ -10,7 +10,7 @@ import numpy as np
 
 from ...storage.checksums import Perhaps, read_json
 from ..schema import NO_CLASS, VOID, ids_within
-from ..sources import Picture, Segmentation
+from ..sources import AnnotatedImage, Segmentation
 from ..splits import novel_positions
 from .base import (
     KEPT_WITH_ANY,
@@ -74,7 +74,7 @@ COCO-Stuff with the 133 classes of COCO panoptic: merged labels, 12 of them void
 STUFF_COUNTS = "Images whose map is entirely void are kept; some projects omit them, which does not change scores."
 
 
-def find_panoptic(source: Path, split: str) -> list[Picture]:
+def find_panoptic(source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of `panoptic_{split}2017.json`, in its order."""
     path = require(source / "annotations" / f"panoptic_{split}2017.json")
     images = require(source / f"{split}2017", "the folder of the images")
@@ -88,7 +88,7 @@ def find_panoptic(source: Path, split: str) -> list[Picture]:
     names = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
     names |= {number: Path(entry["file_name"]).stem for number, entry in annotations.items() if number not in names}
     return [
-        Picture(
+        AnnotatedImage(
             stem,
             images / f"{stem}.jpg",
             partial(_read_panoptic, path, masks, *_compact(annotations.get(number))),
@@ -115,7 +115,7 @@ def _compact(annotation: dict[str, Any] | None) -> tuple[str | None, np.ndarray]
     try:
         return annotation["file_name"], _packed(annotation["segments_info"])
     except OverflowError as error:
-        raise ValueError(f"{annotation['file_name']}: an id of its segments_info is too large: {error}") from error
+        raise ValueError(f"{annotation['file_name']}: An id of its segments_info is too large: {error}") from error
 
 
 def _packed(infos: list[dict[str, Any]]) -> np.ndarray:
@@ -129,19 +129,19 @@ def _read_panoptic(path: Path, masks: Path, name: str | None, infos: np.ndarray,
     ids = read_color_ids(masks / name, shape)
     listed = infos[:, 0].tolist()
     if unknown := sorted(set(ids_within(ids).tolist()) - {VOID, *listed}):
-        raise ValueError(f"{masks / name}: the ids {unknown[:10]} are not in the segments_info of {path.name}")
+        raise ValueError(f"{masks / name}: The ids {unknown[:10]} are not in the segments_info of {path.name}")
     if len(set(listed)) < len(listed) or not all(VOID < number < 2**24 for number in listed):
-        raise ValueError(f"{path}, {name}: ids of segments repeat or are not from 1 to 2**24 - 1: {listed}")
+        raise ValueError(f"{path}, {name}: Ids of segments repeat or are not from 1 to 2**24 - 1: {listed}")
     table = raw_ids(PANOPTIC)
     if wrong := sorted(set(infos[:, 1].tolist()) - table.keys()):
-        raise ValueError(f"{path}, {name}: there are no categories {wrong[:10]} in COCO panoptic")
+        raise ValueError(f"{path}, {name}: COCO panoptic does not contain the categories {wrong[:10]}")
     return ids, [
         {"id": number, "category_id": table[category], "iscrowd": bool(crowd)}
         for number, category, crowd in infos.tolist()
     ]
 
 
-def find_stuff(vocabulary: str, source: Path, split: str) -> list[Picture]:
+def find_stuff(vocabulary: str, source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a COCO-Stuff split by name, with its classes or those of COCO panoptic."""
     images = require(source / f"{split}2017", "the folder of the images")
     folders = [source / "stuffthingmaps_trainval2017", source / "stuffthingmaps"]

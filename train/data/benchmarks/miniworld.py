@@ -27,7 +27,7 @@ from ..drawn_world.dataset import test_vocabulary, training_vocabulary
 from ..drawn_world.words import COARSE, CONCEPTS, KEPT, NEVER_SEEN, SUB, VOID, coarse_label
 from ..drawn_world.world import TRAINING_SHAPES, TRAINING_STUFFS, draw_scene
 from ..schema import NO_CLASS, encode_ids
-from ..sources import Picture, Segmentation
+from ..sources import AnnotatedImage, Segmentation
 from .base import Benchmark, read_color_ids, require
 from .protocol import Protocol
 
@@ -65,7 +65,7 @@ def draw_world(out: Path, split: str, scenes: int, seed: int = 0, size: int = 96
     atomic_write_json(out / f"{split}.json", concepts, indent=0)
 
 
-def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
+def find(classes: Mapping[str, int], folder: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a split with their annotations.
 
     Args:
@@ -78,9 +78,9 @@ def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
     """
     listed = require(folder / f"{split}.json", "which `python -m train.data.benchmarks.miniworld` writes")
     concepts = read_json(listed, shape=Each([str]))
-    pictures = require(folder / split)
+    images = require(folder / split)
     return [
-        Picture(name, pictures / f"{name}.png", partial(_read, pictures / f"{name}.ids.png", names, classes), split)
+        AnnotatedImage(name, images / f"{name}.png", partial(_read, images / f"{name}.ids.png", names, classes), split)
         for name, names in concepts.items()
     ]
 
@@ -88,7 +88,7 @@ def find(classes: Mapping[str, int], folder: Path, split: str) -> list[Picture]:
 def _read(path: Path, concepts: Sequence[str], classes: Mapping[str, int], shape: tuple[int, int]) -> Segmentation:
     ids = read_color_ids(path, shape)
     if ids.max() > len(concepts):
-        raise ValueError(f"{path}: contains segment id {ids.max()}, but the scene has {len(concepts)} segments")
+        raise ValueError(f"{path}: Contains segment id {ids.max()}, but the scene has {len(concepts)} segments")
     segments: list[dict[str, Any]] = [
         {"id": number, "category_id": classes.get(concept, NO_CLASS), "iscrowd": False}
         for number, concept in enumerate(concepts, start=1)

@@ -10,7 +10,7 @@ from modeling_gkc.vocabulary import Vocabulary
 
 from ..from_folder import LAYOUTS, find_source, shares
 from ..readers import list_file, mask_folder
-from ..sources import Picture, Segmentation, Source
+from ..sources import AnnotatedImage, Source
 from .base import Benchmark
 
 _VAL_SHARE = 0.1
@@ -31,31 +31,25 @@ Custom images and masks in a list file (Parquet, CSV or JSON lines).
 {mask_folder.__doc__.strip().split("splits.", 1)[1].strip()}"""
 
 
-def _find(read: Callable[[Path], Source], source: Path, split: str) -> list[Picture]:
+def _find(read: Callable[[Path], Source], source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a split; problems of the dataset are added to `train` as unusable images."""
     found = read(source)
     for line in (f"read as {found.layout}", *found.notes):
         tqdm.write(f"{source}, {split}: {line}", file=sys.stderr)
-    pictures = dict(shares(found, _VAL_SHARE))[split]
+    images = list(dict(shares(found, _VAL_SHARE))[split])
     if split == "train":
-        pictures = [*pictures, *(_unusable(number, problem) for number, problem in enumerate(found.problems))]
-    return pictures
+        for number, problem in enumerate(found.problems):
+            path = Path(problem.split(": ")[0])
+            images.append(AnnotatedImage(f"problem-{number}", path, None, "train", problem=problem))
+    return images
 
 
-def _unusable(number: int, problem: str) -> Picture:
-    return Picture(f"problem-{number}", Path(problem.split(": ")[0]), _never_read, "train", problem=problem)
-
-
-def _never_read(shape: tuple[int, int]) -> Segmentation:
-    raise ValueError("the image cannot be used")
-
-
-def find_folder(source: Path, split: str) -> list[Picture]:
+def find_folder(source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a split of a folder in a layout of `train.data.from_folder`."""
     return _find(find_source, source, split)
 
 
-def find_list(source: Path, split: str) -> list[Picture]:
+def find_list(source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a split of a list file."""
     return _find(list_file.read_list, source, split)
 

@@ -4,20 +4,20 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from ..sources import Picture, Segmentation
+from ..sources import AnnotatedImage, Segmentation
 
 Read = Callable[[Path, tuple[int, int]], Segmentation]
 
 
 def paired(
     images: Path, annotations: Path, read: Read, split: str, suffixes: tuple[str, str] = (".jpg", ".png")
-) -> list[Picture]:
+) -> list[AnnotatedImage]:
     """Pair the images and annotations of two folders by name; a missing file is reported when it is read.
 
     Args:
         images: Folder of the images.
         annotations: Folder of the annotations.
-        read: Function that maps an annotation file and the image height and width to the result of `Picture.read`.
+        read: Function that maps an annotation file and the image height and width to ids and segments.
         split: Split of the images.
         suffixes: Suffixes of images and annotations.
     """
@@ -33,10 +33,12 @@ def listed(
     read: Read,
     split: str,
     suffixes: tuple[str, str] = (".jpg", ".png"),
-) -> list[Picture]:
+) -> list[AnnotatedImage]:
     """Pair the images and annotations of the listed names; the other arguments are those of `paired`."""
     return [
-        Picture(name, images / f"{name}{suffixes[0]}", partial(read, annotations / f"{name}{suffixes[1]}"), split)
+        AnnotatedImage(
+            name, images / f"{name}{suffixes[0]}", partial(read, annotations / f"{name}{suffixes[1]}"), split
+        )
         for name in names
     ]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...storage.checksums import read_json
 from ..readers.coco_masks import run_length_mask
-from ..sources import Picture, Segmentation
+from ..sources import AnnotatedImage, Segmentation
 from .base import Benchmark, check_size, look_up, raw_ids, read_numbers, require, semantic_segments
 from .pairs import listed, names_in
 from .protocol import FC_CLIP_R50, GKC_R50, GKC_R50_OPENTRANS, GKC_R101, Protocol, ReportColumn
@@ -52,7 +52,7 @@ CONTEXT_COUNTS = {"train": 4_998, "val": 5_105}
 CONTEXT_NOTE = "Some projects use a list of 5,104 validation images, one fewer, for unknown reasons."
 
 
-def find_voc(void: tuple[int, ...], source: Path, split: str) -> list[Picture]:
+def find_voc(void: tuple[int, ...], source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a VOC 2012 split in the order of its list."""
     folder = _year(source, "VOC2012")
     names = names_in(folder / "ImageSets" / "Segmentation" / f"{split}.txt")
@@ -71,7 +71,7 @@ def _read_voc(void: tuple[int, ...], path: Path, shape: tuple[int, int]) -> Segm
     return semantic_segments(look_up(read_numbers(path, shape, ("P", "L")), table, void, path))
 
 
-def find_context(vocabulary: str, source: Path, split: str) -> list[Picture]:
+def find_context(vocabulary: str, source: Path, split: str) -> list[AnnotatedImage]:
     """Return the images of a PASCAL-Context split, annotated by the .mat files or the merged JSON."""
     folder = _year(source, "VOC2010")
     images = require(folder / "JPEGImages", "the images of VOC 2010")
@@ -101,13 +101,13 @@ def _names(folder: Path, merged: Path | None, split: str) -> list[str]:
     return [name.split()[0] for name in names_in(next((path for path in lists if path.is_file()), lists[-1]))]
 
 
-def _find_merged(vocabulary: str, images: Path, path: Path, split: str) -> list[Picture]:
+def _find_merged(vocabulary: str, images: Path, path: Path, split: str) -> list[AnnotatedImage]:
     content = read_json(path, shape=_MERGED_JSON)
     masks = defaultdict(list)
     for annotation in content["annos_segmentation"]:
         masks[annotation["image_id"]].append((annotation["category_id"], annotation["segmentation"]))
     return [
-        Picture(
+        AnnotatedImage(
             Path(image["file_name"]).stem,
             images / image["file_name"],
             partial(_read_merged, vocabulary, path, image["file_name"], masks[image["image_id"]]),
@@ -130,11 +130,11 @@ def _read_mat(vocabulary: str, path: Path, shape: tuple[int, int]) -> Segmentati
     except ImportError as error:
         raise RuntimeError("The .mat files of PASCAL-Context are read by scipy: pip install scipy") from error
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: the file is missing")
+        raise FileNotFoundError(f"{path}: The file is missing")
     try:
         labels = loadmat(path)["LabelMap"]
     except Exception as error:  # scipy raises errors of many types
-        raise ValueError(f"{path}: its LabelMap cannot be read: {error}") from error
+        raise ValueError(f"{path}: The LabelMap cannot be read: {error}") from error
     check_size(path, labels.shape, shape)
     return _segmentation(vocabulary, labels, path)
 
@@ -153,7 +153,7 @@ def _read_merged(
             raise ValueError(f"{place}: {error}") from error
         taken = labels[mask]
         if wrong := sorted(set(taken.tolist()) - {0, category}):
-            raise ValueError(f"{place}: the masks of the classes {wrong} and {category} overlap")
+            raise ValueError(f"{place}: The masks of the classes {wrong} and {category} overlap")
         labels[mask] = category
     return _segmentation(vocabulary, labels, place)
 

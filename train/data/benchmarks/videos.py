@@ -16,7 +16,7 @@ from modeling_gkc.vocabulary_files import packaged_facts
 
 from ...storage.checksums import read_json
 from ..schema import VOID, ids_within
-from ..sources import IMAGE_SUFFIXES, Picture, Segmentation
+from ..sources import IMAGE_SUFFIXES, AnnotatedImage, Segmentation
 from ..splits import novel_positions
 from .base import Benchmark, look_up, raw_ids, read_color_ids, read_numbers, require, semantic_segments
 from .protocol import Protocol, ReportColumn
@@ -49,7 +49,7 @@ _SMALL = "VIPSeg_720P"
 _LAST_STUFF, _INSTANCES_OF_A_CLASS = 124, 100
 
 
-def find_vspw(folder: Path, split: str) -> list[Picture]:
+def find_vspw(folder: Path, split: str) -> list[AnnotatedImage]:
     """Return the frames of a VSPW split with one segment per class.
 
     Raises:
@@ -60,19 +60,19 @@ def find_vspw(folder: Path, split: str) -> list[Picture]:
     """
     root = folder / "VSPW_480p" if (folder / "VSPW_480p").is_dir() else folder
     data, read = require(root / "data", "the videos"), partial(_read_vspw, raw_ids(VSPW))
-    pictures = []
+    frames = []
     for video in _video_names(root / f"{split}.txt", split):
-        pictures += _frames(video, data / video / "origin", data / video / "mask", lambda _, mask: partial(read, mask))
+        frames += _frames(video, data / video / "origin", data / video / "mask", lambda _, mask: partial(read, mask))
     advice = "this seems to be the full-size release, on which no numbers are published: use VSPW_480p"
-    _warn_of_heights(pictures, _VSPW_HEIGHT, advice)
-    return pictures
+    _warn_of_heights(frames, _VSPW_HEIGHT, advice)
+    return frames
 
 
 def _read_vspw(table: Mapping[int, int], mask: Path, shape: tuple[int, int]) -> Segmentation:
     return semantic_segments(look_up(read_numbers(mask, shape), table, VSPW_VOID, mask))
 
 
-def find_vipseg(folder: Path, split: str) -> list[Picture]:
+def find_vipseg(folder: Path, split: str) -> list[AnnotatedImage]:
     """Return the frames of a VIPSeg split with one segment per object or stuff class.
 
     Raises:
@@ -87,54 +87,59 @@ def find_vipseg(folder: Path, split: str) -> list[Picture]:
     found = [small / f"panoptic_gt_VIPSeg{end}.json" for end in (f"_{split}", "")]
     annotations = next((path for path in found if path.is_file()), None)
     if annotations is not None and (small / "panomasksRGB").is_dir():
-        pictures = _find_vipseg_json(small, annotations, names / f"{split}.txt", split)
+        frames = _find_vipseg_json(small, annotations, names / f"{split}.txt", split)
     else:
         root = small if (small / "panomasks").is_dir() else folder
-        pictures = _find_vipseg_raw(root, names / f"{split}.txt", split)
+        frames = _find_vipseg_raw(root, names / f"{split}.txt", split)
     advice = "published results are at that height, which the authors' scripts resize to; see --help"
-    _warn_of_heights(pictures, _VIPSEG_HEIGHT, advice)
-    return pictures
+    _warn_of_heights(frames, _VIPSEG_HEIGHT, advice)
+    return frames
 
 
-def _find_vipseg_raw(folder: Path, names: Path, split: str) -> list[Picture]:
+def _find_vipseg_raw(folder: Path, names: Path, split: str) -> list[AnnotatedImage]:
     images = next((folder / name for name in ("imgs", "images") if (folder / name).is_dir()), folder / "imgs")
     require(images, "the images")
     masks = require(folder / "panomasks", "the masks")
     things = [bool(entry["is_thing"]) for entry in packaged_facts(VIPSEG)["classes"]]
     read = partial(_read_vipseg_raw, things)
-    pictures = []
+    frames = []
     for video in _video_names(names, split):
-        pictures += _frames(video, images / video, masks / video, lambda _, mask: partial(read, mask))
-    return pictures
+        frames += _frames(video, images / video, masks / video, lambda _, mask: partial(read, mask))
+    return frames
 
 
 def _read_vipseg_raw(things: Sequence[bool], mask: Path, shape: tuple[int, int]) -> Segmentation:
-    return segments_of_values(read_numbers(mask, shape, BITS_16), partial(_vipseg_meaning, things), mask)
+    def meaning(value: int) -> tuple[int, bool] | None:
+        """Return the class of a raw value; raw values number classes from 1, and objects without a number are one."""
+        if value <= _LAST_STUFF:
+            return value - 1, False  # 0 becomes -1, void
+        category = value // _INSTANCES_OF_A_CLASS - 1
+        return (category, False) if category < len(things) and things[category] else None
+
+    return segments_of_values(read_numbers(mask, shape, BITS_16), meaning, mask)
 
 
-def _vipseg_meaning(things: Sequence[bool], value: int) -> tuple[int, bool] | None:
-    """Return the class of a raw mask value, which numbers classes from 1; objects without a number are one segment."""
-    if value <= _LAST_STUFF:
-        return value - 1, False  # 0 becomes -1, void
-    category = value // _INSTANCES_OF_A_CLASS - 1
-    return (category, False) if category < len(things) and things[category] else None
-
-
-def _find_vipseg_json(root: Path, path: Path, names: Path, split: str) -> list[Picture]:
+def _find_vipseg_json(root: Path, path: Path, names: Path, split: str) -> list[AnnotatedImage]:
     content = read_json(path, "create it again with the authors' script.", _VIPSEG_JSON)
     _check_categories(content["categories"], path)
-    annotated = {video["video_id"]: _by_frame(video["annotations"]) for video in content["annotations"]}
+    annotated = {  # category of each segment id, by video and frame
+        video["video_id"]: {
+            Path(frame["file_name"]).stem: {info["id"]: info["category_id"] for info in frame["segments_info"]}
+            for frame in video["annotations"]
+        }
+        for video in content["annotations"]
+    }
     # The JSON of all splits requires the list; that of one split is checked against the list, if it exists.
     needs_list = names.is_file() or not path.stem.endswith(f"_{split}")
     videos = _video_names(names, split) if needs_list else sorted(annotated)
     if not needs_list:
         _warn_of_number(videos, split, path)
-    pictures = []
+    frames = []
     for video in videos:
-        frames = annotated.get(video, {})
-        read = partial(_vipseg_json_reader, path, frames)
-        pictures += _frames(video, root / "images" / video, root / "panomasksRGB" / video, read, frames)
-    return pictures
+        of_video = annotated.get(video, {})
+        read = partial(partial, _read_vipseg_json, path, of_video)
+        frames += _frames(video, root / "images" / video, root / "panomasksRGB" / video, read, of_video)
+    return frames
 
 
 _VIPSEG_JSON = {
@@ -156,21 +161,9 @@ def _check_categories(categories: Sequence[Mapping[str, Any]], path: Path) -> No
     if found != expected:
         number = min(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         raise ValueError(
-            f"{path}: its category {number} is {found.get(number)!r}, but in VIPSeg {expected.get(number)!r}; use the "
+            f"{path}: Category {number} is {found.get(number)!r}, but in VIPSeg {expected.get(number)!r}; use the "
             "authors' panoVIPSeg_categories.json, which numbers 124 classes from 0."
         )
-
-
-def _by_frame(annotations: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, int]]:
-    """Return the category of each segment id, by frame."""
-    return {
-        Path(frame["file_name"]).stem: {info["id"]: info["category_id"] for info in frame["segments_info"]}
-        for frame in annotations
-    }
-
-
-def _vipseg_json_reader(path: Path, frames: Mapping[str, Mapping[int, int]], frame: str, mask: Path) -> partial:
-    return partial(_read_vipseg_json, path, frames, frame, mask)
 
 
 def _read_vipseg_json(
@@ -182,24 +175,19 @@ def _read_vipseg_json(
     present = set(ids_within(ids).tolist()) - {VOID}
     if present != listed.keys():
         raise ValueError(
-            f"{mask}: ids only in the image {sorted(present - listed.keys())}, only in {path} "
+            f"{mask}: Ids only in the image {sorted(present - listed.keys())}, only in {path} "
             f"{sorted(listed.keys() - present)}"
         )
     num_classes = len(raw_ids(VIPSEG))
     unknown = sorted(set(listed.values()) - set(range(num_classes)))
     if unknown:
         raise ValueError(f"{mask}: {path} gives it the categories {unknown}, expected 0 to {num_classes - 1}")
-    changed = _changed_ids(frames, listed)
-    if changed:
-        raise ValueError(f"{mask}: the segments {changed} have another category in other frames of the video")
-    return ids, [{"id": key, "category_id": listed[key], "iscrowd": False} for key in sorted(listed)]
-
-
-def _changed_ids(frames: Mapping[str, Mapping[int, int]], listed: Mapping[int, int]) -> list[int]:
-    """Return the ids of a frame that have another category elsewhere in the video."""
-    return sorted(
+    changed = sorted(
         key for key in listed if any(other.get(key, listed[key]) != listed[key] for other in frames.values())
     )
+    if changed:
+        raise ValueError(f"{mask}: The segments {changed} have another category in other frames of the video")
+    return ids, [{"id": key, "category_id": listed[key], "iscrowd": False} for key in sorted(listed)]
 
 
 def _video_names(path: Path, split: str) -> list[str]:
@@ -224,22 +212,22 @@ def _warn_of_number(videos: Sequence[str], split: str, path: Path) -> None:
 
 def _frames(
     video: str, images: Path, masks: Path, reader: Callable[[str, Path], partial], listed: Collection[str] = ()
-) -> list[Picture]:
+) -> list[AnnotatedImage]:
     """Return the frames of a video in order: those with an image, with a mask or listed, to report missing files.
 
     Args:
         video: Name of the video.
         images: Folder of its images.
         masks: Folder of its masks.
-        reader: Function that maps the name and mask file of a frame to its `Picture.read`.
+        reader: Function that maps the name and mask file of a frame to its `AnnotatedImage.read`.
         listed: Names of further required frames.
     """
     image_files, mask_files = _files(images), _files(masks)
-    names = sorted({*image_files, *mask_files, *listed}, key=_frame_order)
+    names = sorted({*image_files, *mask_files, *listed}, key=lambda name: (int(name) if name.isdecimal() else 0, name))
     if not names:  # reports a missing video, which would be skipped otherwise
-        return [Picture(video, images / "(no frames)", reader("", masks), video_id=video)]
+        return [AnnotatedImage(video, images / "(no frames)", reader("", masks), video_id=video)]
     return [
-        Picture(
+        AnnotatedImage(
             f"{video}/{name}",
             image_files.get(name, images / f"{name}.jpg"),
             reader(name, mask_files.get(name, masks / f"{name}.png")),
@@ -256,13 +244,9 @@ def _files(folder: Path) -> dict[str, Path]:
     return {p.stem: p for p in found if p.suffix.casefold() in IMAGE_SUFFIXES and not p.name.startswith(".")}
 
 
-def _frame_order(name: str) -> tuple[int, str]:
-    return (int(name), name) if name.isdecimal() else (0, name)
-
-
-def _warn_of_heights(pictures: Sequence[Picture], expected: int, advice: str) -> None:
+def _warn_of_heights(frames: Sequence[AnnotatedImage], expected: int, advice: str) -> None:
     """Warn about videos of another height, by reading the header of one frame of each."""
-    first = {picture.video_id: picture.image for picture in reversed(pictures)}
+    first = {frame.video_id: frame.path for frame in reversed(frames)}
     heights = {video: _height(path) for video, path in first.items()}
     other = [video for video, height in heights.items() if height not in (expected, None)]
     if other:
@@ -276,8 +260,8 @@ def _warn_of_heights(pictures: Sequence[Picture], expected: int, advice: str) ->
 
 def _height(path: Path) -> int | None:
     try:
-        with Image.open(path) as picture:
-            return picture.height
+        with Image.open(path) as image:
+            return image.height
     except Exception:  # Pillow raises errors of many types; the file is reported when it is read
         return None
 

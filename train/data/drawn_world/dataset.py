@@ -102,8 +102,8 @@ def _row(scene: Scene, labels: Sequence[str | None], classes: Sequence[str]) -> 
     }
 
 
-def _png(picture: np.ndarray) -> dict:
+def _png(image: np.ndarray) -> dict:
     """Encode an image (H, W, 3) uint8 as `datasets.Image` stores it."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}

@@ -45,14 +45,14 @@ def draw_scene(
     seeds = [seed] if isinstance(seed, int) else list(seed)
     generator = np.random.default_rng([*seeds, index])
     grid = Grid.from_size(size)
-    picture, region_index, regions = _background(generator, grid, stuffs)
+    image, region_index, regions = _background(generator, grid, stuffs)
     placed: list[tuple[float, float, float]] = []
     for shape in generator.choice(shapes, generator.integers(2, 6)):
         mask, paint, attributes = _object(generator, grid, str(shape), placed)
-        picture = np.where(mask[..., None], paint, picture)
+        image = np.where(mask[..., None], paint, image)
         region_index[mask] = len(regions)
         regions.append(attributes)
-    return Scene(_expose(generator, grid, picture), *_drop_occluded(region_index, regions, size))
+    return Scene(_expose(generator, grid, image), *_drop_occluded(region_index, regions, size))
 
 
 def _background(generator: np.random.Generator, grid: Grid, stuffs: Sequence[str]):
@@ -61,17 +61,17 @@ def _background(generator: np.random.Generator, grid: Grid, stuffs: Sequence[str
     region_index = np.zeros((grid.size, grid.size), dtype=np.int64)
     if len(chosen) > 1:
         region_index[_beyond_border(generator, grid)] = 1
-    picture, regions = np.zeros((grid.size, grid.size, 3)), []
+    image, regions = np.zeros((grid.size, grid.size, 3)), []
     for number, stuff in enumerate(map(str, chosen)):
         latents = _latents(generator)
         surface = stuff_texture(stuff, latents, grid, generator)
-        picture = np.where((region_index == number)[..., None], surface, picture)
+        image = np.where((region_index == number)[..., None], surface, image)
         regions.append(
             Attributes(
                 kind="stuff", concept=stuff, colour=None, fill=None, radius=None, aspect=None, latents=latents.tolist()
             )
         )
-    return picture, region_index, regions
+    return image, region_index, regions
 
 
 def _beyond_border(generator: np.random.Generator, grid: Grid) -> np.ndarray:
@@ -125,13 +125,13 @@ def _latents(generator: np.random.Generator) -> np.ndarray:
     return np.clip(generator.standard_normal(3), -1.8, 1.8)
 
 
-def _expose(generator: np.random.Generator, grid: Grid, picture: np.ndarray) -> np.ndarray:
+def _expose(generator: np.random.Generator, grid: Grid, image: np.ndarray) -> np.ndarray:
     """Apply a light gradient, exposure and sensor noise: float 0..1 to uint8, both (size, size, 3)."""
     slope = generator.uniform(-0.12, 0.12, 2)
     half = WORLD_SIDE / 2
     light = 1 + slope[0] * (grid.x - half) / half + slope[1] * (grid.y - half) / half
-    exposed = picture * light[..., None] * generator.uniform(0.92, 1.06)
-    noisy = exposed + 0.04 * generator.standard_normal(picture.shape, dtype=np.float32)
+    exposed = image * light[..., None] * generator.uniform(0.92, 1.06)
+    noisy = exposed + 0.04 * generator.standard_normal(image.shape, dtype=np.float32)
     return (np.clip(noisy, 0, 1) * 255).astype(np.uint8)
 
 

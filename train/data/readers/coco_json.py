@@ -11,7 +11,7 @@ instances cover larger ones; pixels without an instance are void. Classes are so
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -26,7 +26,7 @@ from modeling_gkc.vocabulary import Vocabulary
 from ...storage.checksums import read_json
 from ..schema import VOID, decode_ids, ids_within
 from ..sources import (
-    Picture,
+    AnnotatedImage,
     Segmentation,
     Source,
     annotated_shape,
@@ -59,7 +59,7 @@ def find_coco_files(folder: Path) -> tuple[list[Path], list[str]]:
             is_panoptic = any(isinstance(entry, dict) and "segments_info" in entry for entry in annotations)
             kinds[path] = "panoptic" if is_panoptic else "instances"
         elif isinstance(content, dict):
-            notes.append(f"{path} is not read: it has no {', '.join(lacking)}")
+            notes.append(f"{path} is not read: it lacks {', '.join(lacking)}")
         else:
             notes.append(f"{path} is not read: it must be an object of {', '.join(_PARTS)}, got {_shown(content)}")
     chosen = "panoptic" if "panoptic" in kinds.values() else "instances"
@@ -85,8 +85,15 @@ def read_coco(folder: Path, files: list[Path]) -> Source:
     )
     new_ids = {category["id"]: index for index, category in enumerate(categories)}
     for path, content in contents.items():
-        _add_pictures(source, folder, path, content, new_ids)
-    _name_apart(source.pictures, files)
+        _add_images(source, folder, path, content, new_ids)
+    # Equal image ids of different splits receive the split as a prefix, as in mask folders.
+    numbers = Counter(image.image_id for image in source.images)
+    for image in source.images:
+        if numbers[image.image_id] > 1 and image.split:
+            image.image_id = f"{image.split}/{image.image_id}"
+    repeated = [name for name, number in Counter(image.image_id for image in source.images).items() if number > 1]
+    if repeated:
+        raise ValueError(f"Images of the same name in {[str(path) for path in files]}: {repeated[:5]}.")
     return source
 
 
@@ -99,13 +106,13 @@ def _checked_content(path: Path) -> dict[str, list[dict[str, Any]]]:
             raise ValueError(f"{path}: `{part}` must be a list, got {_shown(entries)}.")
         for number, entry in enumerate(entries, start=1):
             if not isinstance(entry, dict):
-                raise ValueError(f"{path}, {part}: entry {number} must be an object, got {_shown(entry)}.")
+                raise ValueError(f"{path}, {part}: Entry {number} must be an object, got {_shown(entry)}.")
     for part in ("images", "categories"):
         for number, entry in enumerate(content[part], start=1):
             entry["id"] = _identity(entry.get("id"), f"{path}, {part}: entry {number}, id")
         repeated = [key for key, count in Counter(entry["id"] for entry in content[part]).items() if count > 1]
         if repeated:
-            raise ValueError(f"{path}, {part}: the ids {repeated[:_SHOWN]} are given twice.")
+            raise ValueError(f"{path}, {part}: The ids {repeated[:_SHOWN]} are given twice.")
     return content
 
 
@@ -156,9 +163,9 @@ def _categories_of(path: Path, content: dict) -> list[dict[str, Any]]:
         place = f"{path}, category {entry['id']}"
         name, synonyms = entry.get("name"), entry.get("synonyms", [])
         if not isinstance(name, str):
-            raise ValueError(f"{place}: its name must be text, got {_shown(name)}.")
+            raise ValueError(f"{place}: The name must be text, got {_shown(name)}.")
         if not isinstance(synonyms, list) or not all(isinstance(synonym, str) for synonym in synonyms):
-            raise ValueError(f"{place}: its synonyms must be a list of texts, got {_shown(synonyms)}.")
+            raise ValueError(f"{place}: The synonyms must be a list of texts, got {_shown(synonyms)}.")
         # Roboflow lists the project itself as category 0, the parent of all others.
         if entry.get("supercategory") == "none" and name in parents and entry["id"] not in used:
             continue
@@ -181,37 +188,32 @@ def _vocabulary(path: Path, categories: list[dict[str, Any]]) -> Vocabulary:
         raise ValueError(f"{path}, categories: {error}") from error
 
 
-def _add_pictures(source: Source, folder: Path, path: Path, content: dict, new_ids: Mapping[str, int]) -> None:
+def _add_images(source: Source, folder: Path, path: Path, content: dict, new_ids: Mapping[str, int]) -> None:
     split = split_named(path.stem) or split_of_folders(path.relative_to(folder).as_posix())
     annotations = _by_image(source, path, content)
     places = _Places.from_folder(folder, path, split)
     without_size = 0
-    for image in content["images"]:
-        place = f"{path}, image {image['id']}"
+    for entry in content["images"]:
+        place = f"{path}, image {entry['id']}"
         try:
-            file_name = image.get("file_name")
+            file_name = entry.get("file_name")
             if not isinstance(file_name, str) or not file_name or "\0" in file_name:
-                raise ValueError(f"{place}: its file_name must be text, got {_shown(file_name)}")
-            declared = declared_shape(image.get("height"), image.get("width"), place)
+                raise ValueError(f"{place}: The file_name must be text, got {_shown(file_name)}")
+            declared = declared_shape(entry.get("height"), entry.get("width"), place)
             file, relative = places.find(file_name, place)
         except (OSError, ValueError) as error:
             source.problems.append(str(error))
             continue
         without_size += declared is None
         own = split or split_of_folders(file.relative_to(folder).as_posix())
-        picture = Picture(relative.with_suffix("").as_posix(), file, _never, own)
-        of_image = annotations.get(image["id"], [])
-        picture.read = partial(_read_annotations, path, of_image, new_ids, file, declared, picture.notes)
-        source.pictures.append(picture)
+        of_image, notes = annotations.get(entry["id"], []), []
+        read = partial(_read_annotations, path, of_image, new_ids, file, declared, notes)
+        source.images.append(AnnotatedImage(relative.with_suffix("").as_posix(), file, read, own, notes=notes))
     if without_size:
         source.notes.append(
             f"{path}: {without_size} images have no width and height, so that the size of their files cannot be "
             "checked"
         )
-
-
-def _never(shape: tuple[int, int]) -> Segmentation:
-    raise NotImplementedError
 
 
 def _by_image(source: Source, path: Path, content: dict) -> dict[str, list[dict[str, Any]]]:
@@ -272,25 +274,10 @@ class _Places:
                 found = {file.resolve(): file for folder in tier if (file := folder / name).is_file()}
                 if len(found) > 1:
                     listed = " and ".join(map(str, list(found.values())[:3]))
-                    raise ValueError(f"{place}: its picture {file_name} is ambiguous: {listed}; remove or rename one")
+                    raise ValueError(f"{place}: The image {file_name} is ambiguous: {listed}; remove or rename one")
                 if found:
                     return next(iter(found.values())), name
-        raise ValueError(f"{place}: there is no file {file_name} in {self.folder}")
-
-
-def _name_apart(pictures: Sequence[Picture], files: Sequence[Path]) -> None:
-    """Prefix equal image ids of different splits with the split, as in mask folders.
-
-    Raises:
-        ValueError: If two images of a split have the same id.
-    """
-    numbers = Counter(picture.image_id for picture in pictures)
-    for picture in pictures:
-        if numbers[picture.image_id] > 1 and picture.split:
-            picture.image_id = f"{picture.split}/{picture.image_id}"
-    repeated = [name for name, number in Counter(picture.image_id for picture in pictures).items() if number > 1]
-    if repeated:
-        raise ValueError(f"Images of the same name in {[str(path) for path in files]}: {repeated[:5]}.")
+        raise ValueError(f"{place}: The file {file_name} does not exist in {self.folder}")
 
 
 def _read_annotations(
@@ -317,29 +304,29 @@ def _panoptic(
 ) -> Segmentation:
     place, name, infos = f"{path}, annotation {annotation['id']}", annotation.get("file_name"), _infos(annotation)
     if not isinstance(name, str) or not isinstance(annotation["segments_info"], list):
-        raise ValueError(f"{place}: it needs a file_name and a list segments_info")
+        raise ValueError(f"{place}: The annotation needs a file_name and a list segments_info")
     if len(infos) < len(annotation["segments_info"]):
-        raise ValueError(f"{place}: each of its segments_info must be an object")
+        raise ValueError(f"{place}: Each of its segments_info must be an object")
     file = path.with_suffix("") / name
-    with Image.open(file) as picture:
-        if picture.mode not in ("RGB", "RGBA"):
-            raise ValueError(f"{file}: it is a picture of mode {picture.mode}; ids of COCO panoptic are RGB colors")
-        ids = decode_ids(np.asarray(picture.convert("RGB")))
+    with Image.open(file) as image:
+        if image.mode not in ("RGB", "RGBA"):
+            raise ValueError(f"{file}: The image has mode {image.mode}; store COCO panoptic ids as RGB colors")
+        ids = decode_ids(np.asarray(image.convert("RGB")))
     if ids.shape != shape:
-        raise ValueError(f"{file}: it is {ids.shape} (height, width), its image {shape}")
+        raise ValueError(f"{file}: The annotation is {ids.shape} (height, width), its image {shape}")
     segments = []
     for info in infos:
         number = info.get("id")
         if isinstance(number, bool) or not isinstance(number, int) or not VOID < number < 2**24:
-            raise ValueError(f"{place}: ids of segments are whole numbers from 1 to 2**24 - 1, got {_shown(number)}")
+            raise ValueError(f"{place}: Ids of segments are whole numbers from 1 to 2**24 - 1, got {_shown(number)}")
         segments.append(_segment(place, info, number, new_ids))
     listed = [segment["id"] for segment in segments]
     if len(set(listed)) < len(listed):
-        raise ValueError(f"{place}: the ids of its segments repeat: {listed[:_SHOWN]}")
+        raise ValueError(f"{place}: The ids of its segments repeat: {listed[:_SHOWN]}")
     present = set(ids_within(ids).tolist())
     if unknown := sorted(present - {VOID, *listed}):
-        raise ValueError(f"{file}: the ids {unknown[:_SHOWN]} are not in the segments_info of {path}")
-    notes += [f"{place}: segment {number} has no pixel, left out" for number in listed if number not in present]
+        raise ValueError(f"{file}: The ids {unknown[:_SHOWN]} are not in the segments_info of {path}")
+    notes += [f"{place}: Segment {number} has no pixel, left out" for number in listed if number not in present]
     return ids, [segment for segment in segments if segment["id"] in present]
 
 
@@ -360,13 +347,13 @@ def _instances(
             objects.append(PaintedObject(mask, segment["category_id"], segment["iscrowd"], place))
         notes += [f"{place}: {note}" for note in of_object]
     if annotations and not objects:
-        raise ValueError(f"{path}: none of the annotations of this image can be used: {'; '.join(notes[:3])}")
+        raise ValueError(f"{path}: None of the annotations of this image can be used: {'; '.join(notes[:3])}")
     return paint_objects(objects, shape, notes)
 
 
 def _segment(place: str, annotation: dict[str, Any], segment_id: int, new_ids: Mapping[str, int]) -> dict[str, Any]:
     category = _identity(annotation.get("category_id"), f"{place}: category_id")
     if category not in new_ids:
-        raise ValueError(f"{place}: there is no category {category}")
+        raise ValueError(f"{place}: Unknown category {category}")
     is_crowd = _flag(annotation.get("iscrowd", 0), f"{place}: iscrowd")
     return {"id": segment_id, "category_id": new_ids[category], "iscrowd": is_crowd}

@@ -56,14 +56,14 @@ def paint_objects(objects: Sequence[PaintedObject], shape: tuple[int, int], note
     for index in sorted(range(len(objects)), key=lambda index: -areas[index]):
         painted = objects[index]
         if not areas[index]:
-            notes.append(f"{painted.place}: it covers no pixel of the picture, left out")
+            notes.append(f"{painted.place}: Left out, because it covers no pixel of the image")
             continue
         segments.append({"id": len(segments) + 1, "category_id": painted.category_id, "iscrowd": painted.iscrowd})
         places.append(painted.place)
         ids[painted.mask] = len(segments)
     present = set(ids_within(ids).tolist())
     hidden = [place for place, segment in zip(places, segments, strict=True) if segment["id"] not in present]
-    notes += [f"{place}: smaller objects cover it wholly, left out" for place in hidden]
+    notes += [f"{place}: Smaller objects cover it wholly, left out" for place in hidden]
     return ids, [segment for segment in segments if segment["id"] in present]
 
 
@@ -83,12 +83,12 @@ def segmentation_mask(segmentation: Any, shape: tuple[int, int], notes: list[str
         ValueError: If a coordinate is not finite or far outside the image, or run lengths have another size.
     """
     if segmentation is None or segmentation == [] or segmentation == {}:
-        raise UnusableObjectError("it has no segmentation (a box alone?)")
+        raise UnusableObjectError("The annotation has no segmentation (a box alone?)")
     if isinstance(segmentation, Mapping):
         return run_length_mask(segmentation, shape)
     if not isinstance(segmentation, list):
         raise ValueError(
-            f"its segmentation cannot be read: neither polygons nor run lengths, {str(segmentation)[:60]}"
+            f"The segmentation cannot be read: neither polygons nor run lengths, {str(segmentation)[:60]}"
         )
     rings = [segmentation] if all(isinstance(number, int | float) for number in segmentation) else segmentation
     return polygon_mask(rings, shape, notes)
@@ -104,7 +104,7 @@ def run_length_mask(code: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarr
         checked_runs(code, shape)
         return decode_rle(code)
     except ValueError as error:
-        raise ValueError(f"its segmentation cannot be read: {error}") from error
+        raise ValueError(f"The segmentation cannot be read: {error}") from error
 
 
 def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str]) -> np.ndarray:
@@ -137,10 +137,10 @@ def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str])
     if not kept:
         is_paired = len(rings) > 2 and all(len(ring) == 2 for ring in rings)
         advice = "; write a polygon as one list [x1, y1, x2, y2, ...]" if is_paired else ""
-        raise UnusableObjectError(f"none of its polygons has three points{advice}")
+        raise UnusableObjectError(f"None of its polygons has three points{advice}")
     if max(shape) > 1 and all(0 <= value <= 1 for ring in kept for value in ring):
         raise UnusableObjectError(
-            "all its coordinates lie in 0..1: they must be pixels, not shares of the picture's width and height"
+            "All its coordinates lie in 0..1: they must be pixels, not shares of the image's width and height"
         )
     notes += short
     try:
@@ -152,14 +152,16 @@ def polygon_mask(rings: Sequence[Any], shape: tuple[int, int], notes: list[str])
 
 def _check_numbers(ring: Any, name: str, shape: tuple[int, int]) -> None:
     if not isinstance(ring, list | tuple):
-        raise ValueError(f"its segmentation cannot be read: {name} is no list of numbers but {str(ring)[:60]}")
+        raise ValueError(f"The segmentation cannot be read: {name} must be a list of numbers, got {str(ring)[:60]}")
     longest = max(shape)
     for value in ring:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"its segmentation cannot be read: {name} holds {str(value)[:60]!r}, which is no number")
+            raise ValueError(
+                f"The segmentation cannot be read: {name} contains {str(value)[:60]!r}, which is not a number"
+            )
         # JSON integers may be too large for a float.
         if (isinstance(value, float) and not math.isfinite(value)) or not -longest <= value <= 2 * longest:
             raise ValueError(
-                f"its segmentation cannot be read: {name} holds the coordinate {str(value)[:60]}, far outside of the "
-                f"picture of {shape} (height, width)"
+                f"The segmentation cannot be read: {name} holds the coordinate {str(value)[:60]}, far outside of the "
+                f"image of {shape} (height, width)"
             )

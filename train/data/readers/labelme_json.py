@@ -24,7 +24,7 @@ from ...storage.checksums import read_json
 from ..schema import NO_CLASS
 from ..sources import (
     IMAGE_SUFFIXES,
-    Picture,
+    AnnotatedImage,
     Segmentation,
     Source,
     annotated_shape,
@@ -77,7 +77,7 @@ def read_labelme(folder: Path, contents: Mapping[Path, dict[str, Any]]) -> Sourc
         {shape["label"].strip() for content in usable.values() for shape in content["shapes"]} - {*VOID_LABELS}
     )
     if not labels:
-        raise ValueError("\n  ".join([f"{folder}: no JSON file of labelme has an object.", *problems[:10]]))
+        raise ValueError("\n  ".join([f"{folder}: No labelme JSON file contains an object.", *problems[:10]]))
     try:
         vocabulary = Vocabulary([[label] for label in labels], is_thing=[True] * len(labels))
     except ValueError as error:
@@ -86,9 +86,9 @@ def read_labelme(folder: Path, contents: Mapping[Path, dict[str, Any]]) -> Sourc
     classes = {label: index for index, label in enumerate(labels)} | dict.fromkeys(VOID_LABELS, NO_CLASS)
     for path, content in usable.items():
         name = path.relative_to(folder).with_suffix("").as_posix()
-        picture = Picture(name, content["image"], _read_shapes, split_of_folders(name))
-        picture.read = partial(_read_shapes, path, content, classes, picture.notes)
-        source.pictures.append(picture)
+        notes = []
+        read = partial(_read_shapes, path, content, classes, notes)
+        source.images.append(AnnotatedImage(name, content["image"], read, split_of_folders(name), notes=notes))
     return source
 
 
@@ -96,15 +96,15 @@ def _checked(folder: Path, path: Path, content: dict[str, Any]) -> dict[str, Any
     """Return the checked shapes, the declared size and the image file of a labelme file."""
     shapes, name = content.get("shapes"), content.get("imagePath")
     if not isinstance(shapes, list) or not isinstance(name, str):
-        raise ValueError(f"{path}: it is no file of labelme, whose `shapes` is a list and `imagePath` text")
+        raise ValueError(f"{path}: Not a labelme file: `shapes` must be a list and `imagePath` text")
     for number, shape in enumerate(shapes, start=1):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or not shape["label"].strip():
-            raise ValueError(f"{path}: shape {number} needs a label")
+            raise ValueError(f"{path}: Shape {number} needs a label")
     places = (path.parent, folder, folder / "images")
     files = [place / relative for relative in relative_names(name) for place in places]
     image = next((file for file in files if file.is_file()), None)
     if image is None:
-        raise ValueError(f"{path}: there is no file {name}")
+        raise ValueError(f"{path}: The image {name} does not exist")
     declared = declared_shape(content.get("imageHeight"), content.get("imageWidth"), str(path))
     return {"shapes": shapes, "declared": declared, "image": image}
 
@@ -130,7 +130,7 @@ def _read_shapes(
             objects[key] = PaintedObject(mask, classes[label], False, place)
         notes += [f"{place}: {note}" for note in of_shape]
     if content["shapes"] and not objects:
-        raise ValueError(f"{path}: none of its shapes can be used: {'; '.join(notes[:3])}")
+        raise ValueError(f"{path}: None of its shapes can be used: {'; '.join(notes[:3])}")
     ids, segments = paint_objects(list(objects.values()), frame, notes)
     return upright(ids, shape, image), segments
 
@@ -144,47 +144,41 @@ def _shape_mask(drawn: Mapping[str, Any], shape: tuple[int, int], notes: list[st
     """
     kind, points = drawn.get("shape_type", "polygon"), drawn.get("points")
     if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
-        raise ValueError("its points must be a list of [x, y]")
+        raise ValueError("The points must be a list of [x, y]")
     flat = [value for point in points for value in point]
     if kind == "polygon" or (kind == "rectangle" and len(points) == 4):
         return polygon_mask([flat], shape, notes)
     if kind in ("rectangle", "circle", "mask"):
-        if len(points) != 2 or not all(_is_number(value) for value in flat):
-            raise ValueError(f"a {kind} has two points, got {str(points)[:60]}")
+        # abs(value) < 2**31 is False for NaN.
+        if len(points) != 2 or not all(
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31 for value in flat
+        ):
+            raise ValueError(f"A {kind} needs two points, got {str(points)[:60]}")
         if kind == "mask":
             return _pasted_mask(drawn.get("mask"), flat, shape)
-        outline = _circle(*flat) if kind == "circle" else _rectangle(*flat)
+        x1, y1, x2, y2 = flat
+        outline = [x1, y1, x2, y1, x2, y2, x1, y2]
+        if kind == "circle":  # a center and a point on the edge
+            radius = math.hypot(x2 - x1, y2 - y1)
+            angles = [2 * math.pi * step / _CIRCLE_POINTS for step in range(_CIRCLE_POINTS)]
+            outline = [value for a in angles for value in (x1 + radius * math.cos(a), y1 + radius * math.sin(a))]
         return polygon_mask([outline], shape, notes)
-    raise UnusableObjectError(f"it is a {str(kind)[:30]}, which outlines no area")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31  # False for NaN
-
-
-def _rectangle(x1: float, y1: float, x2: float, y2: float) -> list[float]:
-    return [x1, y1, x2, y1, x2, y2, x1, y2]
-
-
-def _circle(x: float, y: float, edge_x: float, edge_y: float) -> list[float]:
-    radius = math.hypot(edge_x - x, edge_y - y)
-    angles = [2 * math.pi * step / _CIRCLE_POINTS for step in range(_CIRCLE_POINTS)]
-    return [value for angle in angles for value in (x + radius * math.cos(angle), y + radius * math.sin(angle))]
+    raise UnusableObjectError(f"The shape {str(kind)[:30]!r} encloses no area")
 
 
 def _pasted_mask(encoded: Any, corners: list[float], shape: tuple[int, int]) -> np.ndarray:
     """Decode a base64 PNG mask and paste it between its upper left and lower right corners."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as picture:
-            inside = np.asarray(picture.convert("L")) > 0
+        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as image:
+            inside = np.asarray(image.convert("L")) > 0
     except Exception as error:  # Pillow's decoders raise errors of many types
-        raise ValueError(f"its mask cannot be read: {error}") from error
+        raise ValueError(f"The mask cannot be read: {error}") from error
     left, top = round(corners[0]), round(corners[1])
     bottom, right = top + inside.shape[0], left + inside.shape[1]
     if (right - 1, bottom - 1) != (round(corners[2]), round(corners[3])):
-        raise ValueError(f"its mask is {inside.shape} (height, width), its points {corners} say another size")
+        raise ValueError(f"The mask is {inside.shape} (height, width), but its points {corners} span another size")
     if left < 0 or top < 0 or bottom > shape[0] or right > shape[1]:
-        raise ValueError(f"its mask reaches outside of the picture of {shape} (height, width): {corners}")
+        raise ValueError(f"The mask reaches outside of the image of {shape} (height, width): {corners}")
     mask = np.zeros(shape, dtype=bool)
     mask[top:bottom, left:right] = inside
     return mask

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..sources import SPLIT_NAMES, Picture, Source
+from ..sources import SPLIT_NAMES, AnnotatedImage, Source
 from .mask_folder import NAMES_FILE, read_mask, read_names
 
 LIST_FILES = ("list.parquet", "list.csv", "list.jsonl")
@@ -31,13 +31,13 @@ def read_list(folder: Path) -> Source:
     if path is None or not (folder / NAMES_FILE).is_file():
         raise ValueError(f"{folder} lacks {' or '.join(LIST_FILES) if path is None else NAMES_FILE}.")
     names, vocabulary = read_names(folder / NAMES_FILE)
-    pictures = []
+    images = []
     for number, row in enumerate(_rows(path), start=1):
         place = f"{path}, row {number}"
         _check_row(row, place)
         image, mask = folder / row["image"], folder / row["mask"]
-        pictures.append(
-            Picture(
+        images.append(
+            AnnotatedImage(
                 str(row.get("image_id") or Path(row["image"]).with_suffix("").as_posix()),
                 image,
                 partial(read_mask, mask, names, (), image),
@@ -47,9 +47,9 @@ def read_list(folder: Path) -> Source:
                 int(row.get("frame") or 0),
             )
         )
-    if not pictures:
+    if not images:
         raise ValueError(f"{path} has no row.")
-    return Source(vocabulary, pictures, layout=f"a list of images and masks, {path.name}")
+    return Source(vocabulary, images, layout=f"a list of images and masks, {path.name}")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -70,24 +70,24 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _check_row(row: Any, place: str) -> None:
     """Check that a row has known columns with values of the right type."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: it must be an object, got {str(row)[:60]}.")
+        raise ValueError(f"{place}: The row must be an object, got {str(row)[:60]}.")
     if unknown := sorted(str(column) for column in row.keys() - _COLUMNS):
-        raise ValueError(f"{place}: unknown columns {unknown}; there are {', '.join(sorted(_COLUMNS))}.")
+        raise ValueError(f"{place}: Unknown columns {unknown}; there are {', '.join(sorted(_COLUMNS))}.")
     if not row.get("image") or not row.get("mask"):
-        raise ValueError(f"{place}: it has no image or no mask.")
+        raise ValueError(f"{place}: The row needs an image and a mask.")
     for column in ("image", "mask", "split", "caption"):
         if row.get(column) is not None and not isinstance(row[column], str):
             raise ValueError(f"{place}: {column} must be text, got {str(row[column])[:60]!r}.")
     captions, frame = row.get("captions") or [], row.get("frame") or 0
     if not isinstance(captions, str | list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{place}: captions must be a list of texts, got {str(captions)[:60]!r}.")
+        raise ValueError(f"{place}: The captions must be a list of texts, got {str(captions)[:60]!r}.")
     if not str(frame).isdecimal() or int(frame) >= 2**31:
-        raise ValueError(f"{place}: frame must be a whole number from 0, got {str(frame)[:60]!r}.")
+        raise ValueError(f"{place}: The frame must be a whole number from 0, got {str(frame)[:60]!r}.")
 
 
 def _split(name: str | None, place: str) -> str | None:
     if name and name not in SPLIT_NAMES:
-        raise ValueError(f"{place}: the split must be train, val or test, got {name!r}.")
+        raise ValueError(f"{place}: The split must be train, val or test, got {name!r}.")
     return SPLIT_NAMES[name] if name else None
 
 

@@ -30,7 +30,7 @@ from modeling_gkc.vocabulary import Vocabulary
 from ...storage.checksums import read_json
 from ..schema import VOID, decode_ids, ids_within
 from ..sources import (
-    Picture,
+    AnnotatedImage,
     Segmentation,
     Source,
     annotated_shape,
@@ -114,15 +114,15 @@ def read_mask_folder(found: MaskFolder, instances: Collection[str] = ()) -> Sour
             mask_paths[bare] = mask_paths.pop(name)
     folders = ", ".join(f"{images} and {found.masks[name]}" for name, images in found.images.items())
     alone = sorted(image_paths.keys() - mask_paths.keys()), sorted(mask_paths.keys() - image_paths.keys())
-    problems = [f"{image_paths[name]}: there is no mask of this name" for name in alone[0]]
-    problems += [f"{mask_paths[name]}: there is no image of this name" for name in alone[1]]
-    pictures = [
-        Picture(name, path, partial(read_mask, mask_paths[name], names, things, path), split_of_folders(name))
+    problems = [f"{image_paths[name]}: No mask has this name" for name in alone[0]]
+    problems += [f"{mask_paths[name]}: No image has this name" for name in alone[1]]
+    images = [
+        AnnotatedImage(name, path, partial(read_mask, mask_paths[name], names, things, path), split_of_folders(name))
         for name, path in image_paths.items()
         if name in mask_paths
     ]
     kind = "colors" if names.by_color else "numbers"
-    return Source(vocabulary, pictures, problems, f"images and masks whose {kind} {found.names.name} names: {folders}")
+    return Source(vocabulary, images, problems, f"images and masks whose {kind} {found.names.name} names: {folders}")
 
 
 def read_names(path: Path) -> tuple[MaskNames, Vocabulary]:
@@ -134,14 +134,14 @@ def read_names(path: Path) -> tuple[MaskNames, Vocabulary]:
     entries = _entries(path)
     colors = [isinstance(key, str) and not key.strip().lstrip("-").isdigit() for key in entries]
     if len(set(colors)) > 1:
-        raise ValueError(f"{path}: the keys must be all numbers or all colors, got {list(entries)[:6]}.")
+        raise ValueError(f"{path}: The keys must be all numbers or all colors, got {list(entries)[:6]}.")
     by_color = bool(colors and colors[0])
     named: dict[int, int] = {}
     names: list[list[str]] = []
     for key, entry in entries.items():
         value = _value(key, path)
         if value in named:
-            raise ValueError(f'{path}, key "{key}": another key stands for the same pixels.')
+            raise ValueError(f'{path}, key "{key}": Another key names the same pixels.')
         if entry is None:
             named[value] = -1
             continue
@@ -176,7 +176,9 @@ def _value(key: int | str, path: Path) -> int:
     parts = [part.strip(" ()[]") for part in text.split(",")]
     if len(parts) == 3 and all(part.isdigit() and int(part) < 256 for part in parts):
         return int(decode_ids(np.array([int(part) for part in parts], dtype=np.uint8)))
-    raise ValueError(f'{path}, key "{key}": it must be a number 0..65535, or a color as #rrggbb or red,green,blue.')
+    raise ValueError(
+        f'{path}, key "{key}": The key must be a number 0..65535, or a color as #rrggbb or red,green,blue.'
+    )
 
 
 def read_mask(
@@ -202,7 +204,7 @@ def read_mask(
     unknown = [value for value in present.tolist() if value not in names.classes]
     if unknown:
         raise ValueError(
-            f"{path}: the values [{names.shown(unknown[:10])}] have no name in {names.file} (null there makes them "
+            f"{path}: The values [{names.shown(unknown[:10])}] have no name in {names.file} (null there makes them "
             "void)"
         )
     values = np.array([names.classes[value] for value in present.tolist()])
@@ -221,22 +223,22 @@ def mask_values(path: Path, names: MaskNames) -> np.ndarray:
     Raises:
         ValueError: If the image format of the mask does not fit the names.
     """
-    with Image.open(path) as picture:
-        if picture.format in ("JPEG", "MPO"):
-            raise ValueError(f"{path}: a mask is stored as JPEG, which changes its values: save masks as PNG")
-        mode, picture = picture.mode, ImageOps.exif_transpose(picture)
+    with Image.open(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise ValueError(f"{path}: A mask is stored as JPEG, which changes its values: save masks as PNG")
+        mode, image = image.mode, ImageOps.exif_transpose(image)
         if names.by_color:
             if mode not in ("1", "L", "P", "RGB", "RGBA"):
-                raise ValueError(f"{path}: {names.file} names colors, but the mask is a picture of mode {mode}")
-            return decode_ids(np.asarray(picture.convert("RGB")))
+                raise ValueError(f"{path}: {names.file} names colors, but the mask is an image of mode {mode}")
+            return decode_ids(np.asarray(image.convert("RGB")))
         if mode in ("RGB", "RGBA"):
             raise ValueError(
-                f"{path}: {names.file} names numbers, but the mask is a color picture: save it in gray or with a "
+                f"{path}: {names.file} names numbers, but the mask is a color image: save it in gray or with a "
                 'palette, or write the keys as colors, such as "#ff0000"'
             )
         if mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-            raise ValueError(f"{path}: a mask is a gray, palette, 16-bit or RGB picture, not of mode {mode}")
-        return np.asarray(picture).astype(np.int32)
+            raise ValueError(f"{path}: A mask is a gray, palette, 16-bit or RGB image, not of mode {mode}")
+        return np.asarray(image).astype(np.int32)
 
 
 def _regions(mask: np.ndarray, split: bool) -> list[np.ndarray]:

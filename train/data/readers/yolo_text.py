@@ -17,7 +17,7 @@ import yaml
 
 from modeling_gkc.vocabulary import Vocabulary
 
-from ..sources import Picture, Segmentation, Source, files_of_splits, folder_pairs, split_of_folders
+from ..sources import AnnotatedImage, Segmentation, Source, files_of_splits, folder_pairs, split_of_folders
 from .coco_masks import PaintedObject, UnusableObjectError, paint_objects, polygon_mask
 
 _IMAGES, _LABELS = ("images",), ("labels",)
@@ -61,13 +61,11 @@ def read_yolo(folder: Path, names: Path) -> Source:
     labels = files_of_splits({split: pair[1] for split, pair in pairs.items()}, (".txt",))
     labels = {name: path for name, path in labels.items() if path.name != _CLASSES_FILE}
     source = Source(vocabulary, [], [], f"YOLO segmentation, {len(labels)} text files, names in {names.name}")
-    source.problems += [
-        f"{labels[name]}: there is no image of this name" for name in sorted(labels.keys() - images.keys())
-    ]
-    for name, image in images.items():
-        picture = Picture(name, image, _read_lines, split_of_folders(name))
-        picture.read = partial(_read_lines, labels.get(name), classes, picture.notes)
-        source.pictures.append(picture)
+    source.problems += [f"{labels[name]}: No image has this name" for name in sorted(labels.keys() - images.keys())]
+    for name, path in images.items():
+        notes = []
+        read = partial(_read_lines, labels.get(name), classes, notes)
+        source.images.append(AnnotatedImage(name, path, read, split_of_folders(name), notes=notes))
     if without := sorted(images.keys() - labels.keys()):
         source.notes.append(
             f"{len(without)} images have no text file and count as images without objects, such as "
@@ -84,7 +82,7 @@ def _classes(path: Path) -> tuple[dict[int, int], Vocabulary]:
         raise ValueError(f"{path}: `names` must be a list of names, or numbers with names.")
     for number, name in names.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 0 or not isinstance(name, str):
-            raise ValueError(f"{path}, names: {number!r}: {name!r} is no number with a name; quote names as text.")
+            raise ValueError(f"{path}, names: {number!r}: {name!r} must be a number with a name; quote names as text.")
     try:
         vocabulary = Vocabulary([[name] for name in names.values()], is_thing=[True] * len(names))
     except ValueError as error:
@@ -98,7 +96,7 @@ def _read_lines(
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines() if path else []
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is not UTF-8 ({error})") from error
+        raise ValueError(f"{path}: The file is not UTF-8 ({error})") from error
     objects, used = [], 0
     for number, line in enumerate(lines, start=1):
         place, of_line = f"{path}, line {number}", []
@@ -108,7 +106,7 @@ def _read_lines(
         category, corners = _numbers(line, place, classes)
         try:
             if len(corners) == _NUMBERS_OF_A_BOX:
-                raise UnusableObjectError("it is a box alone")
+                raise UnusableObjectError("The line has a box only")
             sides = (shape[1], shape[0]) * (len(corners) // 2 + 1)
             ring = [corner * side for corner, side in zip(corners, sides, strict=False)]
             objects.append(PaintedObject(polygon_mask([ring], shape, of_line), category, False, place))
@@ -116,7 +114,7 @@ def _read_lines(
             of_line.append(f"{error}, left out")
         notes += [f"{place}: {note}" for note in of_line]
     if used and not objects:
-        raise ValueError(f"{path}: none of its lines can be used: {'; '.join(notes[:3])}")
+        raise ValueError(f"{path}: None of its lines can be used: {'; '.join(notes[:3])}")
     return paint_objects(objects, shape, notes)
 
 
@@ -128,14 +126,14 @@ def _numbers(line: str, place: str, classes: Mapping[int, int]) -> tuple[int, li
     """
     first, *rest = line.split()
     if not (first.isascii() and first.isdigit() and len(first) < 10 and int(first) in classes):
-        raise ValueError(f"{place}: there is no class {first[:60]!r}")
+        raise ValueError(f"{place}: Unknown class {first[:60]!r}")
     try:
         corners = [float(text) for text in rest]
     except ValueError as error:
-        raise ValueError(f"{place}: corners must be numbers: {error}") from error
+        raise ValueError(f"{place}: Corners must be numbers: {error}") from error
     wrong = [text for text, corner in zip(rest, corners, strict=True) if not -_SLACK <= corner <= 1 + _SLACK]
     if wrong:
         raise ValueError(
-            f"{place}: corners are shares of the image's width and height, from 0 to 1, got {wrong[0][:60]}"
+            f"{place}: Corners are shares of the image's width and height, from 0 to 1, got {wrong[0][:60]}"
         )
     return classes[int(first)], corners

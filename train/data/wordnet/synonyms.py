@@ -357,7 +357,7 @@ def read_corrections(path: str | Path, labels: Iterable[str]) -> dict[str, Corre
 def _correction(value: Any, place: str) -> Correction:
     fields = ("synset", "words", "add", "drop")
     if not isinstance(value, dict) or set(value) - set(fields):
-        raise ValueError(f"{place}: a correction must be an object with any of {', '.join(fields)}, got {value!r}.")
+        raise ValueError(f"{place}: A correction must be an object with any of {', '.join(fields)}, got {value!r}.")
     lists = {name: value[name] for name in fields[1:] if name in value}
     for name, words in lists.items():
         if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
