@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModel, AutoModelForUniversalSegmentation, AutoProcessor, pipeline
 
+from benchmarks import zero_shot as zero_shot_benchmark
 from modeling_gkc import (
     GKCForZeroShotSegmentation,
     GKCImageProcessor,
@@ -308,3 +309,12 @@ def test_copies_and_pickles_give_equal_results(parts):
     expected = model(**inputs).class_queries_logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(**inputs).class_queries_logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_benchmark_of_the_regions_runs(capsys):
+    threads = torch.get_num_threads()
+    assert zero_shot_benchmark.main(["--preset", "toy", "--rounds", "2", "--classes", "5", "--threads", "1"]) == 0
+    torch.set_num_threads(threads)
+    *_, cells = capsys.readouterr().out.strip().splitlines()
+    alone, both, ratio = (float(cell) for cell in cells.strip("| ").split("|"))
+    assert alone > 0 and both > 0 and ratio > 0
