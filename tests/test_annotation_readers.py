@@ -100,7 +100,7 @@ class TestSizes:
                 shown = np.asarray(ImageOps.exif_transpose(stored))[..., 0] > 0
             assert np.array_equal(classes == 0, shown) and shown.sum() == 36
 
-    def test_a_resized_picture_is_left_out_by_name(self, tmp_path, capsys):
+    def test_image_of_another_size_is_left_out_and_named(self, tmp_path, capsys):
         folder = coco_folder(tmp_path / "mine", images=[image(), image(8, "b.png", height=40, width=60)])
         save_picture(folder / "images" / "b.png")
         assert main([str(folder), "--out", str(tmp_path / "data")]) == 1
@@ -108,16 +108,16 @@ class TestSizes:
         assert "b.png: The annotation is (40, 60) (height, width), its image (20, 30): the image was resized" in shown
         assert "1 train" in shown and "Read as COCO JSON, 1 file: annotations/instances_train.json" in shown
 
-    def test_a_size_that_is_not_said_is_told_of(self, tmp_path):
+    def test_missing_image_size_is_noted(self, tmp_path):
         source = find_source(coco_folder(tmp_path, images=[{"id": 7, "file_name": "a.png"}]))
         assert len(source.images) == 1 and "1 images have no width and height" in source.notes[0]
 
     @pytest.mark.parametrize("height", ["20", 20.5, math.nan, -20, True, None])
-    def test_a_size_that_is_none_is_refused(self, tmp_path, height):
+    def test_invalid_image_size_is_rejected(self, tmp_path, height):
         with pytest.raises(ValueError, match="image 7: Height and width must be positive integers"):
             find_source(coco_folder(tmp_path, images=[image(height=height)]))
 
-    def test_masks_are_turned_like_their_pictures(self, tmp_path):
+    def test_masks_are_rotated_like_their_images(self, tmp_path):
         save_picture(tmp_path / "images" / "a.png", 6)
         mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
         mask[3:9, 2:8] = 1
@@ -159,12 +159,12 @@ class TestSplits:
     def test_words_of_names(self, name, split):
         assert split_named(name) == split
 
-    def test_folders_say_the_split_and_file_names_do_not(self):
+    def test_split_is_read_from_folders_not_from_file_names(self):
         assert split_of_folders("test/train_7") == "test"
         assert split_of_folders("train_station") is None
 
     @pytest.mark.parametrize("layout", ["masks", "coco folder", "coco file", "list"])
-    def test_test_pictures_are_a_split_of_their_own(self, tmp_path, layout, capsys):
+    def test_test_images_form_their_own_split(self, tmp_path, layout, capsys):
         folder, names = tmp_path / "mine", ["train/a", "val/b", "test/c"]
         for name in names:
             save_picture(folder / "images" / f"{name}.png")
@@ -199,26 +199,26 @@ class TestSplits:
 class TestPlaces:
     """Where the pictures of a COCO file are looked for."""
 
-    def test_the_folder_of_the_split_comes_first(self, tmp_path):
+    def test_folder_of_the_split_takes_precedence(self, tmp_path):
         save_picture(tmp_path / "val" / "0001.jpg")
         save_picture(tmp_path / "thumbnails" / "0001.jpg", pixels=PIXELS[::4, ::4])
         write_coco(tmp_path / "val.json", images=[image(name="0001.jpg")])
         assert find_source(tmp_path).images[0].path == tmp_path / "val" / "0001.jpg"
 
-    def test_two_places_are_ambiguous(self, tmp_path):
+    def test_image_in_two_folders_is_rejected_as_ambiguous(self, tmp_path):
         for place in ("one", "two"):
             save_picture(tmp_path / place / "a.png")
         write_coco(tmp_path / "result.json")
         with pytest.raises(ValueError, match=r"image 7: The image a.png is ambiguous: .*one/a.png and .*two/a.png"):
             find_source(tmp_path)
 
-    def test_pictures_of_another_split_are_not_taken(self, tmp_path):
+    def test_images_of_another_split_are_not_used(self, tmp_path):
         save_picture(tmp_path / "train" / "a.png")
         write_coco(tmp_path / "val.json")
         with pytest.raises(ValueError, match=r"The file a\.png"):
             find_source(tmp_path)
 
-    def test_pictures_numbered_alike_in_two_splits(self, tmp_path):
+    def test_equal_image_names_in_two_splits_get_different_ids(self, tmp_path):
         for split in ("train", "val"):
             save_picture(tmp_path / split / "a.png")
             write_coco(tmp_path / f"{split}.json")
@@ -242,7 +242,7 @@ class TestPlaces:
 class TestTypes:
     """Values of a wrong type are read as what they say, or refused by name."""
 
-    def test_flags_and_ids_as_text(self, tmp_path):
+    def test_flags_and_ids_may_be_text(self, tmp_path):
         categories = [{"id": "1", "name": "disc", "isthing": "0"}, {"id": 2, "name": "grass", "isthing": 1}]
         entries = [annotation(image_id="7", iscrowd="0"), annotation(2, category_id="2", iscrowd=True)]
         entries[1]["segmentation"] = [box(12, 3, 18, 9)]
@@ -260,7 +260,7 @@ class TestTypes:
             ({"category_id": [1]}, "annotation 1: category_id must be a whole number"),
         ],
     )
-    def test_wrong_values_of_an_annotation_leave_the_picture_out(self, tmp_path, changes, message):
+    def test_image_with_an_invalid_annotation_is_left_out(self, tmp_path, changes, message):
         with pytest.raises(ValueError, match=message):
             read_annotated(find_source(coco_folder(tmp_path, [annotation(**changes)])).images[0])
 
@@ -278,13 +278,13 @@ class TestTypes:
             ({"categories": [{"id": 1, "name": "a"}, {"id": "1", "name": "b"}]}, r"The ids \['1'\] are given twice"),
         ],
     )
-    def test_wrong_parts_of_a_file_are_named(self, tmp_path, changes, message):
+    def test_invalid_parts_of_a_coco_file_are_named(self, tmp_path, changes, message):
         path = coco_folder(tmp_path) / "annotations" / "instances_train.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         with pytest.raises(ValueError, match=f"instances_train.json.*{message}"):
             find_source(tmp_path)
 
-    def test_annotations_of_no_image_are_told_of(self, tmp_path, capsys):
+    def test_annotations_of_unlisted_images_are_reported(self, tmp_path, capsys):
         entries = [annotation(), annotation(2, image_id=99), annotation(3, image_id=None)]
         del entries[2]["image_id"]
         folder = coco_folder(tmp_path / "mine", entries)
@@ -308,7 +308,7 @@ class TestTypes:
             (b'{"images": ' + b"1" * 5000 + b"}", "instances_train.json: it cannot be read as JSON"),
         ],
     )
-    def test_files_that_are_no_json_are_named(self, tmp_path, content, message):
+    def test_invalid_json_files_are_named(self, tmp_path, content, message):
         (coco_folder(tmp_path) / "annotations" / "instances_train.json").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             find_source(tmp_path)
@@ -334,7 +334,7 @@ class TestOutlines:
             ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "it covers no pixel"),
         ],
     )
-    def test_objects_without_area_are_left_out_by_name(self, tmp_path, segmentation, note):
+    def test_objects_without_area_are_left_out_and_named(self, tmp_path, segmentation, note):
         covering = annotation(3, segmentation=[box(3, 4, 6, 7)], category_id=2)
         folder = coco_folder(tmp_path, [annotation(), annotation(2, segmentation=segmentation), covering])
         classes, notes = classes_of(find_source(folder))
@@ -343,7 +343,7 @@ class TestOutlines:
         assert np.array_equal(classes, expected)
         assert len(notes) >= 1 and "annotation 2: " in notes[-1] and note in "; ".join(notes)
 
-    def test_a_short_ring_beside_a_polygon_is_left_out_by_name(self, tmp_path):
+    def test_ring_with_two_points_is_left_out_and_named(self, tmp_path):
         folder = coco_folder(tmp_path, [annotation(segmentation=[box(2, 3, 8, 9), [1, 1, 5, 5]])])
         classes, notes = classes_of(find_source(folder))
         assert np.array_equal(classes, rectangle(2, 3, 8, 9))
@@ -377,7 +377,7 @@ class TestOutlines:
         ],
         ids=str,
     )
-    def test_what_would_crash_pycocotools_leaves_the_picture_out_and_others_are_done(self, tmp_path, segmentation):
+    def test_segmentation_that_pycocotools_cannot_decode_leaves_only_its_image_out(self, tmp_path, segmentation):
         images = [image(), image(8, "b.png")]
         folder = coco_folder(tmp_path, [annotation(segmentation=segmentation), annotation(2, image_id=8)], images)
         save_picture(folder / "images" / "b.png")
@@ -408,17 +408,17 @@ class TestPanoptic:
             ([5], "Each of its segments_info must be an object"),
         ],
     )
-    def test_ids_that_prepare_refuses_are_refused_by_every_writer(self, tmp_path, infos, message):
+    def test_ids_that_prepare_rejects_are_rejected_by_every_writer(self, tmp_path, infos, message):
         folder = panoptic_folder(tmp_path / "mine", infos, np.ones((HEIGHT, WIDTH), dtype=int))
         with pytest.raises(ValueError, match=message):
             convert(folder, tmp_path / "data")
 
-    def test_a_segment_without_a_pixel_is_told_of(self, tmp_path):
+    def test_segment_without_pixels_is_noted(self, tmp_path):
         infos = [{"id": 1, "category_id": 1}, {"id": 9, "category_id": 2}]
         classes, notes = classes_of(find_source(panoptic_folder(tmp_path, infos, np.ones((HEIGHT, WIDTH), dtype=int))))
         assert (classes == 0).all() and "Segment 9 has no pixel" in notes[0]
 
-    def test_two_annotations_of_one_image_are_refused(self, tmp_path):
+    def test_two_panoptic_annotations_of_one_image_are_rejected(self, tmp_path):
         folder = panoptic_folder(tmp_path, [{"id": 1, "category_id": 1}], np.ones((HEIGHT, WIDTH), dtype=int))
         content = json.loads((folder / "panoptic_train.json").read_text())
         content["annotations"] *= 2
@@ -438,18 +438,18 @@ class TestReports:
             convert(tmp_path, tmp_path / "data")
         assert not (tmp_path / "data").exists()
 
-    def test_objects_that_are_all_marked_as_crowds_are_told_of(self, tmp_path, capsys):
+    def test_dataset_of_crowds_only_is_reported(self, tmp_path, capsys):
         main([str(coco_folder(tmp_path / "mine", [annotation(iscrowd=1)])), "--out", str(tmp_path / "data")])
         assert "1 of 1 segments are crowds (iscrowd 1), which training ignores" in capsys.readouterr().out
 
-    def test_masks_in_jpeg_are_refused(self, tmp_path):
+    def test_jpeg_masks_are_rejected(self, tmp_path):
         save_picture(tmp_path / "images" / "a.png")
         save_mask(tmp_path / "masks" / "a.jpg")
         (tmp_path / "names.json").write_text('["nothing", "disc"]')
         with pytest.raises(ValueError, match=r"a\.jpg: A mask is stored as JPEG, which changes its values"):
             read_annotated(find_source(tmp_path).images[0])
 
-    def test_run_lengths_of_the_box_alone_are_refused(self, tmp_path):
+    def test_run_lengths_of_the_box_only_are_rejected(self, tmp_path):
         """Run lengths of the box alone, the form in which CVAT stores masks, are refused."""
         code = {"size": [HEIGHT, WIDTH], "counts": [0, 36]}
         with pytest.raises(ValueError, match=r"annotation 1: .*cover 36 pixels"):
@@ -495,7 +495,7 @@ class TestMaskNames:
             ("5", "give an object"),
         ],
     )
-    def test_names_of_wrong_types_are_refused(self, tmp_path, text, message):
+    def test_names_of_wrong_types_are_rejected(self, tmp_path, text, message):
         (tmp_path / "images").mkdir()
         (tmp_path / "masks").mkdir()
         (tmp_path / "names.json").write_text(text)
@@ -510,7 +510,7 @@ class TestMaskNames:
             ('{"#ff0000": "cat"}', np.full((HEIGHT, WIDTH), 127), r"The values \[#7f7f7f\] have no name"),
         ],
     )
-    def test_masks_that_do_not_fit_the_names(self, tmp_path, names, mask, message):
+    def test_masks_with_unnamed_values_are_rejected(self, tmp_path, names, mask, message):
         save_picture(tmp_path / "images" / "a.png")
         (tmp_path / "masks").mkdir()
         (tmp_path / "names.json").write_text(names)
@@ -612,7 +612,7 @@ LAYOUTS = (
 
 class TestLayouts:
     @pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
-    def test_a_layout_that_people_have_is_detected_and_read(self, tmp_path, write, capsys):
+    def test_common_layouts_are_detected_and_read(self, tmp_path, write, capsys):
         layout = write(tmp_path / "mine")
         main([str(tmp_path / "mine"), "--out", str(tmp_path / "data")])
         assert f"Read as {layout}" in capsys.readouterr().out
@@ -625,7 +625,7 @@ class TestLayouts:
             (segment,) = [s for s in row["segments"] if classes[s["category_id"]]["name"] == "disc"]
             assert np.array_equal(ids == segment["id"], rectangle(2, 3, 8, 9) == 0)
 
-    def test_what_labelme_draws(self, tmp_path):
+    def test_labelme_shapes_are_drawn(self, tmp_path):
         labelme(tmp_path)
         png = io.BytesIO()
         Image.fromarray(np.eye(4, dtype=bool)).save(png, "PNG")
@@ -671,7 +671,7 @@ class TestLayouts:
             ),
         ],
     )
-    def test_shapes_of_labelme_that_cannot_be_used_are_named(self, tmp_path, changes, message):
+    def test_invalid_labelme_shapes_are_named(self, tmp_path, changes, message):
         labelme(tmp_path)
         path = tmp_path / "train" / "a.json"
         content = json.loads(path.read_text())
@@ -691,26 +691,26 @@ class TestLayouts:
             ("0 0.5 0.5 0.1 0.1", "None of its lines can be used.*The line has a box only"),
         ],
     )
-    def test_lines_of_yolo_that_cannot_be_used_are_named(self, tmp_path, line, message):
+    def test_invalid_yolo_lines_are_named(self, tmp_path, line, message):
         yolo(tmp_path)
         (tmp_path / "train" / "labels" / "a.txt").write_text(line)
         with pytest.raises(ValueError, match=message):
             classes_of(find_source(tmp_path), "train/a")
 
     @pytest.mark.parametrize("names", ["[disc, no]", "[1, 2]", "{a: disc}", "disc", "[]"])
-    def test_names_of_yolo_that_are_none_are_refused(self, tmp_path, names):
+    def test_invalid_yolo_names_are_rejected(self, tmp_path, names):
         yolo(tmp_path)
         (tmp_path / "data.yaml").write_text(f"names: {names}")
         with pytest.raises(ValueError, match=r"data.yaml.*names"):
             find_source(tmp_path)
 
-    def test_a_picture_without_a_text_file_has_no_object_and_that_is_said(self, tmp_path):
+    def test_image_without_a_yolo_file_has_no_object_and_is_noted(self, tmp_path):
         yolo(tmp_path)
         (tmp_path / "train" / "labels" / "a.txt").unlink()
         source = find_source(tmp_path)
         assert "1 images have no text file" in source.notes[0] and (classes_of(source, "train/a")[0] == -1).all()
 
-    def test_a_damaged_file_beside_others_does_not_vanish(self, tmp_path):
+    def test_damaged_file_beside_valid_files_is_reported(self, tmp_path):
         labelme(tmp_path / "labelme")
         (tmp_path / "labelme" / "test" / "a.json").write_text("[]")
         assert "test/a.json: Not a labelme file" in find_source(tmp_path / "labelme").problems[0]
@@ -719,7 +719,7 @@ class TestLayouts:
         assert find_source(tmp_path / "coco").notes == [f"{path} is not read: it lacks categories"]
 
     @pytest.mark.parametrize("text", ["[]", "null", '"x"', "{}", "3", '[{"image_id": 1}]', '{"images": []}'])
-    def test_a_json_file_that_is_no_coco_is_named_with_what_it_lacks(self, tmp_path, text):
+    def test_json_file_without_coco_parts_is_named_with_the_missing_parts(self, tmp_path, text):
         path = coco_folder(tmp_path / "coco") / "annotations" / "instances_val.json"
         path.write_text(text)
         (note,) = find_source(tmp_path / "coco").notes
@@ -729,7 +729,7 @@ class TestLayouts:
         with pytest.raises(ValueError, match=r"\n  .*annotations\.json is not read: it (lacks|must be an object of) "):
             find_source(tmp_path / "alone")
 
-    def test_a_folder_of_no_known_layout_is_told_of(self, tmp_path):
+    def test_unknown_layout_is_rejected(self, tmp_path):
         shutil.copytree(Path(__file__).parent / "golden", tmp_path / "mine", dirs_exist_ok=True)
         with pytest.raises(ValueError, match="neither the folders images and masks"):
             find_source(tmp_path / "mine")

@@ -54,7 +54,7 @@ def prepare_again(prepared: Path) -> dict:
 
 
 @pytest.mark.parametrize("loaded_before", [False, True])
-def test_a_rewritten_parquet_file_is_refused_and_made_again(prepared, loaded_before):
+def test_rewritten_parquet_file_is_rejected_and_written_again(prepared, loaded_before):
     expected = load_prepared(prepared, "val").dataset["image_id"][:]
     if not loaded_before:
         shutil.rmtree(prepared / ".arrow")
@@ -71,7 +71,7 @@ def test_a_rewritten_parquet_file_is_refused_and_made_again(prepared, loaded_bef
     assert load_prepared(prepared, "val").dataset["image_id"][:] == expected
 
 
-def test_what_was_made_for_reading_is_made_again(prepared, monkeypatch):
+def test_damaged_arrow_cache_is_written_again(prepared, monkeypatch):
     expected = load_prepared(prepared, "val").dataset["image_id"][:]
     (arrow,) = (prepared / ".arrow").glob("*.arrow")
     flip(arrow, arrow.stat().st_size // 2)
@@ -82,7 +82,7 @@ def test_what_was_made_for_reading_is_made_again(prepared, monkeypatch):
     assert load_prepared(prepared, "val").dataset["image_id"][:] == expected
 
 
-def test_other_classes_under_the_same_data_are_refused(prepared):
+def test_vocabulary_with_other_classes_is_rejected(prepared):
     path = prepared / "vocabulary.json"
     content = json.loads(path.read_text())
     content["classes"].reverse()
@@ -93,7 +93,7 @@ def test_other_classes_under_the_same_data_are_refused(prepared):
     assert load_prepared(prepared, "val").vocabulary.labels[0] == content["classes"][-1]["name"]
 
 
-def test_an_edited_prepared_json_is_refused(prepared):
+def test_edited_manifest_is_rejected(prepared):
     path = prepared / "prepared.json"
     path.write_text(path.read_text().replace('"benchmark": "toy"', '"benchmark": "ade20k_150"'))
     with pytest.raises(DamagedFileError, match=rf"{path} is damaged or was edited .*delete {prepared}"):
@@ -107,7 +107,7 @@ def dataset(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def test_a_damaged_dataset_is_refused_when_the_split_is_used(dataset):
+def test_damaged_split_is_rejected_when_it_is_loaded(dataset):
     (path,) = (dataset / "train").glob("*.arrow")
     flip(path, path.stat().st_size // 2)
     assert len(load_split(dataset, "val")) == 1
@@ -140,7 +140,7 @@ def write_store(folder: Path, rows: np.ndarray) -> StoreWriter:
     return writer
 
 
-def test_a_damaged_shard_is_refused_when_its_rows_are_read_and_written_again(tmp_path):
+def test_damaged_shard_is_rejected_on_reading_and_written_again(tmp_path):
     rows = np.arange(48, dtype=np.float32).reshape(12, 4)
     write_store(tmp_path, rows)
     undamaged = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -159,7 +159,7 @@ def test_a_damaged_shard_is_refused_when_its_rows_are_read_and_written_again(tmp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == undamaged
 
 
-def test_a_shard_that_was_damaged_before_the_store_was_sealed_is_written_again(tmp_path):
+def test_shard_damaged_before_the_manifest_is_written_again(tmp_path):
     rows = np.arange(48, dtype=np.float32).reshape(12, 4)
     writer = StoreWriter(tmp_path, StoreSettings("teacher", {"data": "d"}, 4, 6, images_per_shard=2))
     writer.begin()
@@ -169,13 +169,13 @@ def test_a_shard_that_was_damaged_before_the_store_was_sealed_is_written_again(t
     assert writer.pending() == [0, 1, 2]
 
 
-def test_an_older_format_is_refused_by_its_name(tmp_path):
+def test_older_format_is_rejected_by_name(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "gkc-region-rows-1"}')
     with pytest.raises(ValueError, match=rf"has the format 'gkc-region-rows-1', .*delete {tmp_path}"):
         TeacherCache.open(tmp_path, {})
 
 
-def test_equal_tensors_make_equal_sealed_files(tmp_path):
+def test_equal_tensors_make_equal_files(tmp_path):
     path, seals = tmp_path / "a.safetensors", set()
     for _ in range(8):  # safetensors orders metadata anew each time
         save_file({"a": np.arange(3)}, path, {"one": "ä\n\x1f", "two": "2", "three": "3", **EMPTY_CHECKSUM})

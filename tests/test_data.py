@@ -30,9 +30,9 @@ def alter(index: int, **changes):
 
 def test_ids_survive_the_coding():
     ids = np.array([[0, 1, 255], [256, 65_536, 2**24 - 1]], dtype=np.int32)
-    colours = encode_ids(ids)
-    assert colours.dtype == np.uint8 and colours[1, 0].tolist() == [0, 1, 0] and colours[1, 1].tolist() == [0, 0, 1]
-    assert np.array_equal(decode_ids(colours), ids) and decode_ids(colours).dtype == np.int32
+    colors = encode_ids(ids)
+    assert colors.dtype == np.uint8 and colors[1, 0].tolist() == [0, 1, 0] and colors[1, 1].tolist() == [0, 0, 1]
+    assert np.array_equal(decode_ids(colors), ids) and decode_ids(colors).dtype == np.int32
     with pytest.raises(ValueError, match="16777215"):
         encode_ids(np.array([[2**24]]))
 

@@ -88,7 +88,7 @@ def test_void_pixels_are_counted_and_reported(tmp_path, capsys):
     assert "0.0 % of the pixels are void." in capsys.readouterr().out
 
 
-def test_classes_that_the_checkpoint_cannot_distinguish(tmp_path, capsys, monkeypatch):
+def test_classes_with_equal_embeddings_are_reported(tmp_path, capsys, monkeypatch):
     """Warn for the recipe's default checkpoint; fail for a named checkpoint and in training."""
     monkeypatch.chdir(ROOT)
     masks = {number: Image.fromarray(np.minimum(PIXELS, 2)) for number in (0, 1)}
@@ -134,9 +134,9 @@ PALETTE.putpalette(COLORS.tobytes())
         ),
         ({"1": "grass", "2": "disc", "3": "square", "9": "disc"}, Image.fromarray(np.where(PIXELS == 2, 9, PIXELS))),
     ],
-    ids=["palette", "16 bits", "list", "colours", "two values of one class"],
+    ids=["palette", "16 bits", "list", "colors", "two values of one class"],
 )
-def test_masks_and_names_of_other_kinds(names, mask, tmp_path):
+def test_palette_16_bit_and_color_masks_are_read(names, mask, tmp_path):
     folder = write_folder(tmp_path / "mine", names, dict.fromkeys(range(2), mask), pictures=2)
     assert convert(folder, tmp_path / "data")["problems"] == []
     assert all(np.array_equal(classes_of(row), PIXELS.astype(int) - 1) for row in all_rows(tmp_path / "data").values())
@@ -155,7 +155,7 @@ def test_folders_named_train_and_val_are_the_splits(tmp_path):
     assert splits["val"]["image_id"] == ["val/3"] and len(splits["train"]) == 4
 
 
-def test_what_cannot_be_used_is_left_out_and_named(tmp_path, capsys):
+def test_unusable_images_are_left_out_and_named(tmp_path, capsys):
     masks = {1: Image.fromarray(PIXELS[:20]), 2: Image.fromarray(np.where(PIXELS == 3, 77, PIXELS))}
     folder = write_folder(tmp_path / "mine", masks=masks, pictures=7)
     (folder / "images" / "3.jpg").write_bytes((folder / "images" / "3.jpg").read_bytes()[:100])
@@ -194,7 +194,7 @@ def test_invalid_names_raise(text, message, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_nothing_half_written_looks_finished(tmp_path, monkeypatch, capsys):
+def test_interrupted_run_leaves_no_dataset(tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "mine")
 
     def killed(*args):
@@ -216,7 +216,7 @@ def test_nothing_half_written_looks_finished(tmp_path, monkeypatch, capsys):
     assert "neither the folders images and masks" in capsys.readouterr().err
 
 
-def test_the_help_shows_the_layouts(capsys):
+def test_help_shows_the_layouts(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
@@ -287,7 +287,7 @@ def test_coco_panoptic(tmp_path):
         ({"segmentation": {"size": [9, 9]}}, "annotation 1: The segmentation cannot be read"),
     ],
 )
-def test_wrong_annotations_are_named(changes, message, tmp_path):
+def test_invalid_annotations_are_named(changes, message, tmp_path):
     annotation = {"id": 1, "image_id": 5, "category_id": 7, "segmentation": [box(4, 4, 10, 12)], "iscrowd": 0}
     with pytest.raises(ValueError, match=message):
         convert(coco_folder(tmp_path / "mine", [annotation | changes]), tmp_path / "data")

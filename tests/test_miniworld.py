@@ -87,7 +87,7 @@ def test_crop_is_gray_outside_the_mask_and_keeps_or_stretches():
     assert (stretched[8:] == 255).all() and stretched[0, 0, 0] < 160  # bicubic resizing overshoots
 
 
-def test_crop_refuses_empty_and_foreign_masks():
+def test_crop_rejects_empty_masks_and_masks_of_another_size():
     image = np.zeros((4, 4, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="empty"):
         crop_region(image, np.zeros((4, 4), dtype=bool), 8)
@@ -126,7 +126,7 @@ def test_coarse_labels():
     assert coarse_label("ring") == "round" and coarse_label("wood") == "wall" and coarse_label("heart") is None
 
 
-def test_lexicon_says_only_true_words():
+def test_lexicon_names_only_attributes_of_the_region():
     lexicon, random = Lexicon(seed=3), Random(0)
     captions = {lexicon.caption(region("ring", "blue", "dotted"), random) for _ in range(300)}
     allowed = {"ring", "round", "blue", "dotted", "small"}
@@ -137,7 +137,7 @@ def test_lexicon_says_only_true_words():
     assert {lexicon.caption(region("sand"), random).split()[-1] for _ in range(200)} == set(WORDS["sand"])
 
 
-def test_lexicon_is_seeded_and_second_senses_are_shared_out():
+def test_lexicon_is_seeded_and_every_register_has_second_senses():
     attributes = region("star", "pink", "striped")
     draws = [[Lexicon(seed).caption(attributes, Random(1)) for _ in range(3)] for seed in (0, 0)]
     assert draws[0] == draws[1]
@@ -162,7 +162,7 @@ def test_scene_of_any_size(size):
     assert set(np.unique(scene.region_index)) - {-1} == set(range(len(scene.regions)))
 
 
-def test_scene_looks_alike_at_every_size():
+def test_scene_is_similar_at_every_size():
     small, large = draw_scene(2, 3, 48), draw_scene(2, 3, 96)
     assert small.regions == large.regions
     agreement = (small.region_index == large.region_index[::2, ::2]).mean()
@@ -193,7 +193,7 @@ def test_dataset_schema(tmp_path):
             assert (ids == segment["id"]).sum() >= 40
 
 
-def test_training_scenes_leave_void_unlabelled_and_never_show_the_rest():
+def test_training_scenes_annotate_no_void_class_and_show_no_unseen_class():
     scenes = [draw_scene((4, 0), index, 96, TRAINING_SHAPES, TRAINING_STUFFS) for index in range(40)]
     drawn = {attributes["concept"] for scene in scenes for attributes in scene.regions}
     assert set(VOID) <= drawn and not drawn & set(NEVER_SEEN)
@@ -222,7 +222,7 @@ def test_processes_do_not_change_the_scenes():
     assert single == double
 
 
-def test_unknown_split_is_refused():
+def test_unknown_split_is_rejected():
     with pytest.raises(ValueError, match="train, test"):
         build_dataset("validation", 1)
 
@@ -341,7 +341,7 @@ def test_gate_of_a_perfect_encoder(tmp_path):
     assert json.loads((tmp_path / "gate.json").read_text()) == gate
 
 
-def test_gate_of_a_constant_encoder_misses_and_says_so():
+def test_gate_of_a_constant_encoder_is_missed():
     constant = torch.ones(len(gate_regions()), len(WORDS))
     gate = measure_gate(constant, gate_regions(), one_hot_texts)
     assert all(row["collapse"] == pytest.approx(1.0) for row in gate["rows"].values())

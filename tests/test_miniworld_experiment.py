@@ -61,7 +61,7 @@ def finished(tmp_path_factory) -> tuple[Experiment, dict]:
     return experiment, results
 
 
-def test_results_hold_every_vocabulary_and_arm(finished):
+def test_results_contain_every_vocabulary_and_ablation(finished):
     experiment, results = finished
     assert set(results["arms"]) == set(TRAINED) <= set(ABLATIONS)
     for scores in results["arms"].values():
@@ -74,7 +74,7 @@ def test_results_hold_every_vocabulary_and_arm(finished):
     assert json.loads((experiment.out / "results.json").read_text())["minutes"].keys() >= trained
 
 
-def test_arms_share_everything_but_the_losses(finished):
+def test_ablations_differ_in_their_losses_only(finished):
     experiment, _ = finished
     baseline, both = (
         GKCForOpenVocabSegmentation.from_pretrained(experiment.out / ablation / "model").state_dict()
@@ -87,7 +87,7 @@ def test_arms_share_everything_but_the_losses(finished):
     assert not any("distillation" in name for name in both)
 
 
-def test_arms_start_from_the_warm_up_that_learned_masks_without_classes(finished):
+def test_ablations_start_from_class_agnostic_warm_up_weights(finished):
     experiment, _ = finished
     warm_up = load_file(experiment.out / WARM_UP / "model.safetensors")
     # A decoder bias starts at zero, so what an ablation has is what the warm-up gave it and what it added itself.
@@ -101,7 +101,7 @@ def test_arms_start_from_the_warm_up_that_learned_masks_without_classes(finished
     assert config["class_feature"] == "query"
 
 
-def test_an_arm_that_only_tests_differently_has_the_same_weights(finished):
+def test_ablation_of_testing_only_has_the_same_weights(finished):
     experiment, results = finished
     names = ("distillation-own-head", "distillation-own-head-both")
     first, second = (load_file(experiment.out / name / "model" / "model.safetensors") for name in names)
@@ -120,7 +120,7 @@ def test_a_second_run_does_nothing(finished):
     assert {path: path.stat().st_mtime_ns for path in experiment.out.rglob("*.safetensors")} == files
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished):
+def test_other_settings_in_the_same_folder_are_rejected(finished):
     experiment, _ = finished
     with pytest.raises(ValueError, match=r"results of other settings \(train_scenes\)"):
         run(replace(experiment, train_scenes=13))
@@ -150,7 +150,7 @@ def test_publishing_writes_a_checkpoint_its_card_and_the_page(finished, tmp_path
     assert Image.open(tmp_path / "page.png").width > 1000
 
 
-def test_publishing_what_was_not_run_is_refused(finished, tmp_path):
+def test_publishing_an_ablation_that_was_not_run_is_rejected(finished, tmp_path):
     with pytest.raises(ValueError, match="seed-7/both/model does not exist"):
         publish(finished[0].out.parent, tmp_path / "gkc-mini", seed=7)
     assert not (tmp_path / "gkc-mini").exists()
@@ -173,7 +173,7 @@ def test_tables_give_mean_spread_and_every_seed(finished):
     assert score_table(seeds, ["synonyms-max"]) == ""
 
 
-def test_what_was_not_measured_is_null_in_files_and_a_dash_in_tables(finished, tmp_path):
+def test_missing_scores_are_null_in_files_and_dashes_in_tables(finished, tmp_path):
     experiment, results = finished
     for path in (
         experiment.out / "results.json",
@@ -193,7 +193,7 @@ def test_what_was_not_measured_is_null_in_files_and_a_dash_in_tables(finished, t
         _write(tmp_path / "scores.json", {"miou": float("nan")})
 
 
-def test_publishing_an_unfinished_run_is_refused(tmp_path):
+def test_publishing_an_unfinished_run_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="no finished experiment"):
         publish(tmp_path)
 
@@ -209,7 +209,7 @@ for module in sys.argv[1:]:
 """
 
 
-def test_help_teaches():
+def test_help_describes_the_command():
     # One process for all three: the imports take seconds.
     modules = ["hub_card.publish_mini", "train.miniworld", "train.miniworld.clip"]
     finished = subprocess.run(

@@ -53,7 +53,7 @@ def problems_of(mini: Miniature, out: Path, split: str = "val") -> list[str]:
 
 
 @pytest.mark.parametrize("case", [*BUILDERS, *MERGED])
-def test_rows_equal_the_maps_made_by_hand(case, tmp_path):
+def test_rows_match_manual_maps(case, tmp_path):
     mini = (BUILDERS | MERGED)[case](tmp_path / "source")
     for split in mini.names:
         rows, truths = rows_of(mini, tmp_path / "out", split), mini.truth(split)
@@ -96,7 +96,7 @@ def raw_vocabularies() -> set[str]:
 
 
 @pytest.mark.parametrize("case", BUILDERS)
-def test_everything_wrong_is_named(case, tmp_path):
+def test_every_fault_is_named(case, tmp_path):
     """A file of each kind is spoilt in a copy of its own; all other pictures are in order."""
     damages = {
         "unexpected": lambda mini, name: mini.spoil(name),
@@ -130,7 +130,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", BUILDERS)
-def test_a_folder_of_something_else_is_refused(case, tmp_path):
+def test_folder_of_another_benchmark_is_rejected(case, tmp_path):
     (tmp_path / "pictures").mkdir()
     with pytest.raises(ValueError, match="There is no"):
         prepare(benchmark_named(case), tmp_path, tmp_path / "out", ["val"], ALL)
@@ -145,7 +145,7 @@ def test_a_folder_of_something_else_is_refused(case, tmp_path):
         ("pascal_voc_21", 21, "21"),
     ],
 )
-def test_shifted_annotations_are_refused(case, value, wrong, tmp_path):
+def test_annotations_of_another_size_are_rejected(case, value, wrong, tmp_path):
     """Maps that count from 1 in place of 0, or the other way, meet a value that no annotation has."""
     mini = BUILDERS[case](tmp_path / "source")
     mini.unexpected = value
@@ -155,7 +155,7 @@ def test_shifted_annotations_are_refused(case, value, wrong, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["ade20k_150", "ade20k_847", "coco_panoptic_133"])
-def test_annotations_of_another_mode_are_refused(case, tmp_path):
+def test_annotations_of_another_mode_are_rejected(case, tmp_path):
     mini = BUILDERS[case](tmp_path / "source")
     name = mini.names["val"]["first"]
     with Image.open(mini.annotations[name]) as picture:
@@ -217,7 +217,7 @@ def test_coco_zero_shot_variants(variant, tmp_path):
     assert len(labels) == (18 if novel else 115) and ("bicycle" in labels) == novel
 
 
-def test_coco_lists_that_do_not_fit_are_named(tmp_path):
+def test_inconsistent_coco_lists_are_named(tmp_path):
     mini = minis.coco_panoptic(tmp_path / "coco")
     path = mini.source / "annotations" / "panoptic_val2017.json"
     content = json.loads(path.read_text())
@@ -281,7 +281,7 @@ def test_ade20k_instance_classes():
     ]  # fmt: skip
 
 
-def test_nothing_of_the_pickle_is_run(tmp_path):
+def test_pickle_is_read_without_executing_it(tmp_path):
     """The miniature's index_ade20k.pkl runs a program when it is unpickled; and parts are no annotations."""
     mini = minis.ade20k_full(tmp_path / "source")
     assert sorted(rows_of(mini, tmp_path / "out", "train")) == ["ADE_frame_00000007", "ADE_train_00000001"]
@@ -475,16 +475,16 @@ def test_the_table_from_coco_stuff_to_coco_panoptic():
     }  # fmt: skip
 
 
-RELABELLED = {  # benchmark: miniature, its letters with other classes
+RELABELED = {  # benchmark: miniature, its letters with other classes
     "coco_stuff_133": (minis.coco_stuff, {"a": 0, "b": -1, "c": 11, "x": -1, "-": -1}),
     "ade20k_full_150": (minis.ade20k_full, {"a": 0, "b": -1, "c": 14, "x": -1, "-": -1}),
 }
 
 
-@pytest.mark.parametrize("variant", RELABELLED)
-def test_relabelled_benchmarks_equal_the_maps_made_by_hand(variant, tmp_path):
+@pytest.mark.parametrize("variant", RELABELED)
+def test_relabeled_benchmarks_match_manual_maps(variant, tmp_path):
     """COCO-Stuff's wood is void, ADE20K-Full's adding machine too."""
-    build, train_ids = RELABELLED[variant]
+    build, train_ids = RELABELED[variant]
     mini = build(tmp_path / "source")
     mini.benchmark, mini.train_ids = variant, train_ids
     for image_id, row in rows_of(mini, tmp_path / "out", "val").items():
@@ -504,7 +504,7 @@ def test_look_up_names_file_values_and_pixels():
 # ---- one's own
 
 
-def test_own_folders(tmp_path):
+def test_custom_folders(tmp_path):
     for index in range(10):
         minis.write_photo(tmp_path / "mine" / "images" / f"{index}.jpg", (3, 4))
         (tmp_path / "mine" / "masks").mkdir(exist_ok=True)
@@ -522,7 +522,7 @@ def test_own_folders(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-def test_own_lists(kind, tmp_path):
+def test_custom_list_files(kind, tmp_path):
     rows = []
     for index, letter in enumerate("abc"):
         minis.write_photo(tmp_path / "mine" / "photos" / f"{letter}.jpg", (3, 4))

@@ -83,7 +83,7 @@ def classes_of(picture, shape=LABELS.shape) -> np.ndarray:
     return classes
 
 
-def test_pictures_of_all_cities_are_found_in_order(tmp_path):
+def test_images_of_all_cities_are_found_in_order(tmp_path):
     for name in ("munster_000001_000019", "frankfurt_000001_000576", "frankfurt_000000_000294"):
         write_pair(tmp_path, name)
     write_pair(tmp_path, "aachen_000000_000019", split="train")
@@ -100,7 +100,7 @@ def test_pictures_of_all_cities_are_found_in_order(tmp_path):
         assert benchmark.splits == {"train": 2975, "val": 500}
 
 
-def test_semantic_maps_equal_those_made_by_hand(tmp_path):
+def test_semantic_maps_match_manual_maps(tmp_path):
     write_pair(tmp_path, "ulm_000000_000019")
     (picture,) = SEMANTIC.find(tmp_path, "val")
     assert np.array_equal(classes_of(picture), CLASSES)
@@ -118,7 +118,7 @@ def test_every_label_id_has_the_official_train_id_and_name(tmp_path):
     assert names == [name for _, name in TABLE.values()] and len(names) == 19
 
 
-def test_panoptic_segments_equal_those_made_by_hand(tmp_path):
+def test_panoptic_segments_match_manual_segments(tmp_path):
     write_pair(tmp_path, "ulm_000000_000019")
     (picture,) = PANOPTIC.find(tmp_path, "val")
     ids, segments = picture.read(INSTANCES.shape)
@@ -142,7 +142,7 @@ def test_the_eight_things_have_instances_and_crowds(label, tmp_path):
 
 
 @pytest.mark.parametrize("value", [34, 255], ids=["above the last label", "void of *_labelTrainIds.png"])
-def test_an_unexpected_label_id_is_refused_with_file_and_value(value, tmp_path):
+def test_unexpected_label_id_is_rejected_with_file_and_value(value, tmp_path):
     labels = LABELS.copy()
     labels[2, 2] = value
     files = write_pair(tmp_path, "ulm_000000_000019", labels=labels)
@@ -152,7 +152,7 @@ def test_an_unexpected_label_id_is_refused_with_file_and_value(value, tmp_path):
 
 
 @pytest.mark.parametrize("value", [34, 34001, 17001, 7000, 65535])
-def test_an_unexpected_instance_id_is_refused_with_file_and_value(value, tmp_path):
+def test_unexpected_instance_id_is_rejected_with_file_and_value(value, tmp_path):
     instances = INSTANCES.copy()
     instances[2, 2] = value
     files = write_pair(tmp_path, "ulm_000000_000019", instances=instances)
@@ -161,7 +161,7 @@ def test_an_unexpected_instance_id_is_refused_with_file_and_value(value, tmp_pat
     assert str(files["instanceIds"]) in str(error.value)
 
 
-def test_label_pictures_of_another_kind_or_size_are_refused(tmp_path):
+def test_label_images_of_another_mode_or_size_are_rejected(tmp_path):
     files = write_pair(tmp_path, "ulm_000000_000019")
     Image.fromarray((INSTANCES % 256).astype(np.uint8)).save(files["instanceIds"])
     with pytest.raises(ValueError, match=r"instanceIds.png: .*mode L"):
@@ -188,7 +188,7 @@ def test_missing_and_damaged_files_are_named_and_stay_in_the_list(tmp_path):
     assert pictures[3].path == alone["image"]  # whoever opens it learns which file is missing
 
 
-def test_a_folder_laid_out_otherwise_is_refused_with_what_is_missing(tmp_path):
+def test_folder_of_another_layout_is_rejected_with_the_missing_part(tmp_path):
     with pytest.raises(ValueError, match="leftImg8bit/val"):
         SEMANTIC.find(tmp_path, "val")
     files = write_pair(tmp_path, "ulm_000000_000019")
@@ -206,13 +206,13 @@ def run(benchmark: str, source: Path, out: Path, *options: str) -> int:
     return prepare_main([benchmark, "--source", str(source), "--out", str(out), "--split", "val", *options])
 
 
-def colour_ids(row: dict) -> np.ndarray:
+def color_ids(row: dict) -> np.ndarray:
     """Decode the ids of a stored segmentation by the published rule."""
     red, green, blue = np.moveaxis(np.asarray(row["segmentation"]).astype(int), -1, 0)
     return red + 256 * green + 256 * 256 * blue
 
 
-def test_the_command_stores_what_was_made_by_hand(tmp_path):
+def test_command_stores_manual_maps(tmp_path):
     names = ["aachen_000000_000019", "ulm_000000_000019", "ulm_000001_000019"]
     files = [write_pair(tmp_path / "source", name) for name in names]
     for benchmark in BENCHMARKS:
@@ -223,15 +223,15 @@ def test_the_command_stores_what_was_made_by_hand(tmp_path):
         for row, pair in zip(prepared.dataset, files, strict=True):
             assert np.array_equal(np.asarray(row["image"]), np.asarray(Image.open(pair["image"])))
             if benchmark is PANOPTIC:
-                assert np.array_equal(colour_ids(row), INSTANCE_IDS)
+                assert np.array_equal(color_ids(row), INSTANCE_IDS)
                 found = {s["id"]: (s["category_id"], s["iscrowd"]) for s in row["segments"]}
                 assert found == INSTANCE_SEGMENTS
             else:
-                assert np.array_equal(colour_ids(row), CLASSES + 1)
-                assert np.array_equal(semantic_map(row, colour_ids(row).astype(np.int32)), CLASSES)
+                assert np.array_equal(color_ids(row), CLASSES + 1)
+                assert np.array_equal(semantic_map(row, color_ids(row).astype(np.int32)), CLASSES)
 
 
-def test_the_command_names_broken_files_and_goes_on_only_when_told(tmp_path, capsys):
+def test_command_names_broken_files_and_skips_them_on_request(tmp_path, capsys):
     source, out = tmp_path / "source", tmp_path / "out"
     _good, damaged, missing, alone = (write_pair(source, f"ulm_00000{number}_000019") for number in range(4))
     damaged["labelIds"].write_bytes(damaged["labelIds"].read_bytes()[:50])
@@ -246,7 +246,7 @@ def test_the_command_names_broken_files_and_goes_on_only_when_told(tmp_path, cap
     assert list(load_prepared(out, "val").dataset["image_id"]) == ["ulm_000000_000019"]
 
 
-def test_the_command_refuses_another_number_of_images_than_the_published_one(tmp_path, capsys):
+def test_command_rejects_an_unpublished_number_of_images(tmp_path, capsys):
     write_pair(tmp_path / "source", "ulm_000000_000019")
     assert run("cityscapes_19", tmp_path / "source", tmp_path / "out") == 1
     assert "Found 1 images, but 500 are published" in capsys.readouterr().out

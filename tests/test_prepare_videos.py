@@ -114,7 +114,7 @@ def places(pictures) -> list[tuple[str, str, int]]:
 # --- VSPW ---
 
 
-def test_vspw_maps_equal_those_made_by_hand(tmp_path):
+def test_vspw_maps_match_manual_maps(tmp_path):
     write_vspw(tmp_path, {"12_abc": {"00000005": MASK}})
     (picture,) = VSPW.find(tmp_path, "val")
     assert np.array_equal(classes_of(picture), CLASSES)
@@ -122,20 +122,20 @@ def test_vspw_maps_equal_those_made_by_hand(tmp_path):
     assert (labels[0], labels[1], labels[60], labels[123]) == ("wall", "ceiling", "person", "train")
 
 
-def test_vspw_every_value_moves_down_by_one_and_both_ends_are_void(tmp_path):
+def test_vspw_values_are_classes_plus_one_and_0_and_255_are_void(tmp_path):
     values = np.append(np.arange(125), 255).astype(np.uint8)[None]
     write_vspw(tmp_path, {"12_abc": {"00000005": values}})
     assert classes_of(VSPW.find(tmp_path, "val")[0], (1, 126))[0].tolist() == [-1, *range(124), -1]
 
 
 @pytest.mark.parametrize("value", [125, 254], ids=["one too many", "255 moved down by one"])
-def test_vspw_an_unexpected_value_is_refused_with_file_and_value(value, tmp_path):
+def test_vspw_unexpected_value_is_rejected_with_file_and_value(value, tmp_path):
     write_vspw(tmp_path, {"12_abc": {"00000005": np.where(MASK == 2, value, MASK).astype(np.uint8)}})
     with pytest.raises(ValueError, match=rf"12_abc/mask/00000005.png: .*{value}"):
         VSPW.find(tmp_path, "val")[0].read(SHAPE)
 
 
-def test_vspw_frames_come_by_video_in_order_and_lead_to_their_files(tmp_path):
+def test_vspw_frames_are_sorted_by_video_and_frame(tmp_path):
     videos = {"9_b": dict.fromkeys(("00000010", "00000002", "00000100"), MASK), "10_a": {"00000001": MASK}}
     write_vspw(tmp_path, videos)
     (tmp_path / "data" / "9_b" / "origin" / ".DS_Store").write_bytes(b"x")
@@ -154,7 +154,7 @@ def test_vspw_frames_come_by_video_in_order_and_lead_to_their_files(tmp_path):
         assert picture.path == tmp_path / "data" / video / "origin" / f"{frame}.jpg"
 
 
-def test_vspw_the_archive_s_folder_may_be_given_or_the_one_around_it(tmp_path):
+def test_vspw_source_may_be_the_archive_folder_or_its_parent(tmp_path):
     write_vspw(tmp_path / "VSPW_480p", {"12_abc": {"00000005": MASK}})
     assert places(VSPW.find(tmp_path, "val")) == places(VSPW.find(tmp_path / "VSPW_480p", "val"))
 
@@ -178,7 +178,7 @@ def test_vspw_damaged_and_missing_files_are_named_and_frames_keep_their_places(t
     assert "988_f_Xvy_DCPt8" in VSPW.discrepancy and VSPW.splits == {"train": None, "val": 24502}
 
 
-def test_vspw_of_another_size_or_kind_is_refused(tmp_path):
+def test_vspw_mask_of_another_size_or_mode_is_rejected(tmp_path):
     write_vspw(tmp_path, {"12_abc": {"00000005": MASK}})
     with pytest.raises(ValueError, match=r"00000005.png: .*\(3, 5\).*\(5, 3\)"):
         VSPW.find(tmp_path, "val")[0].read((5, 3))
@@ -187,7 +187,7 @@ def test_vspw_of_another_size_or_kind_is_refused(tmp_path):
         VSPW.find(tmp_path, "val")[0].read(SHAPE)
 
 
-def test_vspw_full_size_frames_and_other_numbers_of_videos_are_warned_of(tmp_path):
+def test_vspw_full_size_frames_and_other_numbers_of_videos_warn(tmp_path):
     tall = np.ones((480, 2), dtype=np.uint8)
     write_vspw(tmp_path, {f"v{n}": {"1": tall, "2": MASK} for n in range(343)})
     with warnings.catch_warnings():
@@ -201,7 +201,7 @@ def test_vspw_full_size_frames_and_other_numbers_of_videos_are_warned_of(tmp_pat
         VSPW.find(tmp_path, "val")
 
 
-def test_vspw_wrong_folders_and_lists_are_refused_with_their_path(tmp_path):
+def test_vspw_invalid_folders_and_lists_are_rejected_with_their_path(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/data"):
         VSPW.find(tmp_path, "val")
     write_vspw(tmp_path, {"12_abc": {"00000005": MASK}})
@@ -218,7 +218,7 @@ def test_vspw_wrong_folders_and_lists_are_refused_with_their_path(tmp_path):
 # --- VIPSeg ---
 
 
-def test_vipseg_raw_masks_equal_maps_made_by_hand(tmp_path):
+def test_vipseg_raw_masks_match_manual_maps(tmp_path):
     write_vipseg(tmp_path, {"0_abc": {"00000001": RAW, "00000004": RAW[:, ::-1]}})
     pictures = VIPSEG.find(tmp_path, "val")
     assert places(pictures) == [("0_abc/00000001", "0_abc", 0), ("0_abc/00000004", "0_abc", 1)]
@@ -257,14 +257,14 @@ def test_vipseg_every_value_of_raw_masks(tmp_path):
 
 
 @pytest.mark.parametrize("value", [125, 255, 12500, 65535, 1200])
-def test_vipseg_an_unexpected_raw_value_is_refused_with_file_and_value(value, tmp_path):
+def test_vipseg_unexpected_raw_value_is_rejected_with_file_and_value(value, tmp_path):
     """No class, no thing: 1200 would be a pillar with a number, 125 and 255 wall and ceiling with one."""
     write_vipseg(tmp_path, {"0_abc": {"1": np.where(RAW == 5, value, RAW).astype(np.uint16)}})
     with pytest.raises(ValueError, match=rf"panomasks/0_abc/1.png: .*{value}"):
         VIPSEG.find(tmp_path, "val")[0].read(SHAPE)
 
 
-def test_vipseg_masks_cut_to_8_bits_are_refused(tmp_path):
+def test_vipseg_8_bit_masks_are_rejected(tmp_path):
     write_vipseg(tmp_path, {"0_abc": {"1": (RAW % 256).astype(np.uint8)}})
     with pytest.raises(ValueError, match=r"panomasks/0_abc/1.png: .*mode L"):
         VIPSEG.find(tmp_path, "val")[0].read(SHAPE)
@@ -280,12 +280,12 @@ def check_json_frames(pictures) -> None:
         assert np.array_equal(decode_ids(encode_ids(ids)), expected)
 
 
-def test_vipseg_json_of_one_split_equals_maps_made_by_hand(tmp_path):
+def test_vipseg_json_of_one_split_matches_manual_maps(tmp_path):
     write_vipseg_json(tmp_path, {"0_abc": JSON_IDS})
     check_json_frames(VIPSEG.find(tmp_path, "val"))
 
 
-def test_vipseg_json_of_all_splits_needs_the_list_and_is_taken_before_the_raw_masks(tmp_path):
+def test_vipseg_json_of_all_splits_needs_the_list_and_precedes_raw_masks(tmp_path):
     small = tmp_path / "VIPSeg_720P"
     write_vipseg_json(small, {"5_train": JSON_IDS, "0_abc": JSON_IDS}, "panoptic_gt_VIPSeg.json")
     with pytest.raises(ValueError, match=r"val.txt"):
@@ -295,7 +295,7 @@ def test_vipseg_json_of_all_splits_needs_the_list_and_is_taken_before_the_raw_ma
         check_json_frames(VIPSEG.find(folder, "val"))
 
 
-def test_vipseg_raw_masks_at_720p_are_taken_before_those_of_full_size(tmp_path):
+def test_vipseg_720p_raw_masks_precede_full_size_masks(tmp_path):
     write_vipseg(tmp_path, {"0_abc": {"1": RAW}})
     (tmp_path / "VIPSeg_720P").mkdir()
     (tmp_path / "imgs").rename(tmp_path / "VIPSeg_720P" / "images")
@@ -314,7 +314,7 @@ def test_vipseg_raw_masks_at_720p_are_taken_before_those_of_full_size(tmp_path):
     ],
     ids=["a class too few", "counted from 1", "no categories"],
 )
-def test_vipseg_json_with_other_categories_is_refused(change, message, tmp_path):
+def test_vipseg_json_with_other_categories_is_rejected(change, message, tmp_path):
     path = write_vipseg_json(tmp_path, {"0_abc": JSON_IDS})
     content = json.loads(path.read_text())
     change(content)
@@ -338,7 +338,7 @@ def first_infos(content: dict) -> list[dict]:
     ],
     ids=["category counted from 1", "other class in another frame", "unlisted", "no pixel", "frame left out"],
 )
-def test_vipseg_json_that_disagrees_with_its_pictures_is_refused(change, message, tmp_path):
+def test_vipseg_json_that_contradicts_its_masks_is_rejected(change, message, tmp_path):
     path = write_vipseg_json(tmp_path, {"0_abc": JSON_IDS})
     content = json.loads(path.read_text())
     change(content)
@@ -369,7 +369,7 @@ def test_vipseg_damaged_and_missing_files_are_named(tmp_path):
         VIPSEG.find(tmp_path, "val")
 
 
-def test_vipseg_frames_that_are_not_720_high_are_warned_of(tmp_path):
+def test_vipseg_frames_of_another_height_than_720_warn(tmp_path):
     write_vipseg(tmp_path, {f"v{n}": {"1": np.ones((720, 2), dtype=np.uint16)} for n in range(343)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -379,7 +379,7 @@ def test_vipseg_frames_that_are_not_720_high_are_warned_of(tmp_path):
         VIPSEG.find(tmp_path, "val")
 
 
-def test_vipseg_base_and_novel_classes_are_numbered_within_themselves():
+def test_vipseg_base_and_novel_classes_are_numbered_separately():
     novel_names = {
         "basket",
         "bathtub",
@@ -408,7 +408,7 @@ def test_vipseg_base_and_novel_classes_are_numbered_within_themselves():
         assert benchmark.keeps("val", segments[:1])  # a video stays whole
 
 
-def test_frames_travel_to_other_processes(tmp_path):
+def test_frames_can_be_pickled(tmp_path):
     write_vspw(tmp_path, {"12_abc": {"00000005": MASK}})
     write_vipseg_json(tmp_path / "vip", {"0_abc": JSON_IDS})
     for pictures in (VSPW.find(tmp_path, "val"), VIPSEG.find(tmp_path / "vip", "val")):
@@ -424,7 +424,7 @@ def run(benchmark: str, source: Path, out: Path, *options: str) -> int:
     return prepare_main([benchmark, "--source", str(source), "--out", str(out), "--split", "val", *options])
 
 
-def colour_ids(row: dict) -> np.ndarray:
+def color_ids(row: dict) -> np.ndarray:
     """Decode the ids of a stored segmentation by the published rule."""
     red, green, blue = np.moveaxis(np.asarray(row["segmentation"]).astype(int), -1, 0)
     return red + 256 * green + 256 * 256 * blue
@@ -434,7 +434,7 @@ def stored(out: Path) -> list[dict]:
     return list(load_prepared(out, "val").dataset)
 
 
-def test_the_command_stores_the_frames_of_vspw_and_tells_of_the_damaged_video(tmp_path, capsys):
+def test_command_stores_vspw_frames_and_reports_a_damaged_video(tmp_path, capsys):
     videos = {"12_abc": {"00000005": MASK, "00000012": MASK[:, ::-1]}, "988_f_Xvy_DCPt8": {"1": MASK, "2": MASK}}
     source = write_vspw(tmp_path / "VSPW_480p", videos)
     (source / "data" / "988_f_Xvy_DCPt8" / "origin" / "1.jpg").write_bytes(b"")
@@ -450,24 +450,24 @@ def test_the_command_stores_the_frames_of_vspw_and_tells_of_the_damaged_video(tm
         ("988_f_Xvy_DCPt8/2", "988_f_Xvy_DCPt8", 1),
     ]
     for row, expected in zip(rows, (CLASSES, CLASSES[:, ::-1], CLASSES), strict=True):
-        assert np.array_equal(colour_ids(row), expected + 1)
-        assert np.array_equal(semantic_map(row, colour_ids(row).astype(np.int32)), expected)
+        assert np.array_equal(color_ids(row), expected + 1)
+        assert np.array_equal(semantic_map(row, color_ids(row).astype(np.int32)), expected)
 
 
-def test_the_command_stores_vipseg_from_raw_masks_and_from_its_json(tmp_path):
+def test_command_stores_vipseg_from_raw_masks_and_json(tmp_path):
     write_vipseg(tmp_path / "raw", {"0_abc": {"1": RAW}})
     write_vipseg_json(tmp_path / "json", {"0_abc": JSON_IDS})
     assert run("vipseg_124", tmp_path / "raw", tmp_path / "a") == 0
     (row,) = stored(tmp_path / "a")
-    assert np.array_equal(colour_ids(row), RAW)
+    assert np.array_equal(color_ids(row), RAW)
     assert {segment["id"]: segment["category_id"] for segment in row["segments"]} == RAW_SEGMENTS
     assert run("vipseg_124", tmp_path / "json", tmp_path / "b") == 0
     for row, expected in zip(stored(tmp_path / "b"), JSON_IDS.values(), strict=True):
-        assert np.array_equal(colour_ids(row), expected)
+        assert np.array_equal(color_ids(row), expected)
         assert all(segment["category_id"] == JSON_CATEGORIES[segment["id"]] for segment in row["segments"])
 
 
-def test_the_command_numbers_base_and_novel_classes_within_themselves(tmp_path):
+def test_command_numbers_base_and_novel_classes_separately(tmp_path):
     """A pillar (raw 12) is novel, the eleventh class of the whole list; all before it are base."""
     write_vipseg(tmp_path / "raw", {"0_abc": {"1": RAW}})
     expected = {
@@ -482,5 +482,5 @@ def test_the_command_numbers_base_and_novel_classes_within_themselves(tmp_path):
         assert len(labels) == {"base": 112, "novel": 12}[kind]
         classes = {segment["id"]: segment["category_id"] for segment in row["segments"]}
         assert {number: labels[category] for number, category in classes.items() if category >= 0} == names
-        truth = semantic_map(row, colour_ids(row).astype(np.int32))
+        truth = semantic_map(row, color_ids(row).astype(np.int32))
         assert np.array_equal(truth >= 0, np.isin(RAW, list(names))) and truth.max() < len(labels)

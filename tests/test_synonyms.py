@@ -53,7 +53,7 @@ def sense(wordnet, label, **facts) -> str | None:
 
 
 class TestSense:
-    def test_by_supercategory_then_kind_then_order(self, wordnet):
+    def test_sense_is_chosen_by_supercategory_then_kind_then_order(self, wordnet):
         assert sense(wordnet, "kite", supercategory="sports") == "kite.n.03"
         assert sense(wordnet, "kite", supercategory="animal") == "kite.n.02"
         assert sense(wordnet, "kite", is_thing=True) == "kite.n.02"  # the first that can be seen
@@ -64,7 +64,7 @@ class TestSense:
         )
         assert sense(wordnet, "banana", supercategory="food") == "banana.n.02"
 
-    def test_words_that_the_vocabulary_has_decide_first(self, wordnet):
+    def test_given_synonyms_decide_the_sense_first(self, wordnet):
         assert sense(wordnet, "mouse", given=("computer mouse",), supercategory="animal") == "mouse.n.03"
         assert sense(wordnet, "banana", given=("banana-tree",), supercategory="food") == "banana.n.01"
 
@@ -82,10 +82,10 @@ class TestSense:
             "unicorn": None,
         }.items(),
     )
-    def test_spellings(self, wordnet, label, found):
+    def test_spellings_of_a_label(self, wordnet, label, found):
         assert sense(wordnet, label) == found
 
-    def test_a_label_stands_before_its_other_spellings(self):
+    def test_label_comes_before_its_other_spellings(self):
         assert spellings("wall-stone") == ["wall-stone", "wall stone", "wallstone", "stone wall"]
 
 
@@ -101,17 +101,17 @@ class TestRules:
         assert built(wordnet, "bottle", max_kinds=1) == [["bottle", "flask"]]
         assert built(wordnet, "bottle", max_words=2) == [["bottle", "flask"]]
 
-    def test_a_kind_that_is_a_class_is_no_synonym(self, wordnet):
+    def test_hyponym_that_is_a_class_is_not_a_synonym(self, wordnet):
         assert built(wordnet, "bottle", "wine-bottle") == [["bottle", "flask"], ["wine-bottle", "wine bottle"]]
         assert built(wordnet, "dog", NamedClass("whelp", given=("Puppies",)))[0] == ["dog", "domestic dog"]
 
-    def test_a_word_that_two_classes_would_get_goes_to_neither(self, wordnet):
+    def test_word_of_two_classes_is_given_to_neither(self, wordnet):
         assert built(wordnet, "wall stone", "rubble-wall") == [["wall stone"], ["rubble-wall", "rubble wall"]]
         device = NamedClass("cursor mouse", correction=Correction(synset="mouse.n.03"))
         other = NamedClass("pointer", correction=Correction(synset="mouse.n.03"))
         assert built(wordnet, device, other) == [["cursor mouse"], ["pointer"]]
 
-    def test_own_words_are_kept_and_come_before_wordnet_s(self, wordnet):
+    def test_given_synonyms_are_kept_before_those_of_wordnet(self, wordnet):
         row = build_synonyms([NamedClass("dog", given=("hound",))], wordnet)[0]
         assert [(origin.word, origin.origin) for origin in row] == [
             ("dog", "name"),
@@ -171,7 +171,7 @@ class TestCommand:
         assert "2 classes have only their label: kite, unicorn" in text
         assert sorted(path.name for path in out.parent.iterdir()) == ["words.json", "words.provenance.csv"]
 
-    def test_the_same_again_and_again(self, folder, tmp_path):
+    def test_output_is_deterministic(self, folder, tmp_path):
         outputs = [tmp_path / name / "coco.json" for name in ("first", "second")]
         for out in outputs:
             self.run(folder, "coco_panoptic_133", out, "--labels-only")
@@ -194,12 +194,12 @@ class TestCommand:
             ("{", "line 1: invalid JSON"),
         ],
     )
-    def test_wrong_corrections_are_refused(self, tmp_path, content, expected):
+    def test_invalid_corrections_are_rejected(self, tmp_path, content, expected):
         (tmp_path / "c.json").write_text(content)
         with pytest.raises(ValueError, match=expected):
             read_corrections(tmp_path / "c.json", ["dog"])
 
-    def test_corrections_by_file(self, folder, tmp_path):
+    def test_corrections_are_read_from_a_file(self, folder, tmp_path):
         (tmp_path / "words.json").write_text('[{"name": "kite", "templates": ["a {}"]}, "mouse"]')
         (tmp_path / "c.json").write_text('{"kite": {"synset": "kite.n.03", "add": ["toy kite"]}}')
         self.run(folder, tmp_path / "words.json", tmp_path / "o.json", "--overrides", str(tmp_path / "c.json"))
@@ -220,7 +220,7 @@ class TestCommand:
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(expected, line) and list(tmp_path.iterdir()) == []
 
-    def test_help_teaches(self, capsys):
+    def test_help_describes_the_rules(self, capsys):
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         text = capsys.readouterr().out
@@ -230,7 +230,7 @@ class TestCommand:
 class TestCuratedList:
     rows = packaged_provenance("coco_panoptic_133")
 
-    def test_it_says_of_every_word_where_it_comes_from(self):
+    def test_origin_of_every_word_is_recorded(self):
         vocabulary = Vocabulary.named("coco_panoptic_133")
         assert [row.word for row in self.rows] == vocabulary.flat_names and len(self.rows) == 562
         assert [row.label for row in self.rows] == [names[0] for names in vocabulary.names for _ in names]
@@ -260,16 +260,16 @@ class TestCuratedList:
             "manual": 89,
         }
 
-    def test_no_word_is_another_class_s(self):
+    def test_no_synonym_is_a_word_of_another_class(self):
         owners = {}
         for row in self.rows:
             assert owners.setdefault(word_key(row.word), row.label) == row.label
 
-    def test_other_lists_have_no_record(self):
+    def test_other_vocabularies_have_no_provenance(self):
         with pytest.raises(ValueError, match="words of 'ade20k_150' are not recorded"):
             packaged_provenance("ade20k_150")
 
-    def test_every_word_stands_where_it_is_said_to_in_wordnet(self):
+    def test_every_recorded_word_is_in_its_wordnet_sense(self):
         wordnet = real_wordnet()
         wrong = [row for row in self.rows if row.synset and not _is_true(row, wordnet)]
         assert wrong == [] and sum(row.origin in FROM_WORDNET for row in self.rows) == 316
@@ -293,7 +293,7 @@ class TestProvenanceFile:
             ("label,word,origin,synset,wnid\ndog,dog,guess,,\n", r"origins must be among .*\['guess'\]"),
         ],
     )
-    def test_something_else_is_refused(self, tmp_path, text, expected):
+    def test_invalid_provenance_is_rejected(self, tmp_path, text, expected):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(ValueError, match=expected):
             read_provenance(tmp_path / "x.csv")
@@ -316,7 +316,7 @@ class TestRealLists:
         narrower = {"keyboard", "bowl", "flower", "pavement"}
         assert differ == absent | wrong | narrower
 
-    def test_homonyms_are_what_is_in_the_picture(self, coco):
+    def test_homonyms_have_their_visible_sense(self, coco):
         words = {label: {origin.word for origin in row} for label, row in coco.items()}
         assert words["mouse"] == {"mouse", "computer mouse"} and "necktie" in words["tie"]
         nonsense = {

@@ -1,4 +1,4 @@
-"""The contact sheet: that names, colours, shares and frames are those of the data."""
+"""The contact sheet: that names, colors, shares and frames are those of the data."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from train.storage.checksums import file_sha256
 
 CITY = Vocabulary.named("cityscapes_19")
 ROAD, CAR, PERSON = CITY.labels.index("road"), CITY.labels.index("car"), CITY.labels.index("person")
-GREY = 100
+GRAY = 100
 BIG = 2**24 - 1
 # 100 pixels: 50 road; 9, 6 and 5 of two cars and a group of cars; 10 of nothing, 20 of a segment without a class.
 IDS = np.zeros((10, 10), dtype=np.int32)
@@ -36,7 +36,7 @@ SEGMENTS = [
 
 
 def sample(ids=IDS, segments=SEGMENTS) -> Sample:
-    return Sample(np.full((*ids.shape, 3), GREY, dtype=np.uint8), ids, segments)
+    return Sample(np.full((*ids.shape, 3), GRAY, dtype=np.uint8), ids, segments)
 
 
 def png(pixels: np.ndarray) -> dict:
@@ -47,7 +47,7 @@ def png(pixels: np.ndarray) -> dict:
 
 def row(name: str, video: str = "", frame: int = 0, ids=IDS, segments=SEGMENTS) -> dict:
     """Return a row in its stored form."""
-    image = np.full((*ids.shape, 3), GREY, dtype=np.uint8)
+    image = np.full((*ids.shape, 3), GRAY, dtype=np.uint8)
     return {
         "image": png(image),
         "segmentation": png(encode_ids(ids)),
@@ -129,12 +129,12 @@ def test_overlay_has_the_vocabulary_s_colors_where_the_segments_are(within):
         (300, 60): shade(CITY.palette[PERSON], 1),
     }
     for (top, left), color in expected.items():
-        blended = (1 - COLOR_OPACITY) * GREY + COLOR_OPACITY * np.array(color)
+        blended = (1 - COLOR_OPACITY) * GRAY + COLOR_OPACITY * np.array(color)
         patch = picture[top : top + 20, left : left + 20]
-        within("colour of a segment in the overlay", np.abs(patch - blended).max(), 1)
+        within("color of a segment in the overlay", np.abs(patch - blended).max(), 1)
     void = picture[300:400, 300:400].reshape(-1, 3)
     assert {tuple(color) for color in void.tolist()} == {
-        (round(VOID_BRIGHTNESS * GREY),) * 3,
+        (round(VOID_BRIGHTNESS * GRAY),) * 3,
         (round(VOID_BRIGHTNESS * 255),) * 3,
     }
 

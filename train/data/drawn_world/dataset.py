@@ -85,20 +85,21 @@ def _draw_row(split: str, seed: int, size: int, index: int) -> dict:
 
 def _row(scene: Scene, labels: Sequence[str | None], classes: Sequence[str]) -> dict:
     """Return one row without its `image_id`; labeled regions become segments 1, 2, ..., the others void."""
-    labelled = [number for number, label in enumerate(labels) if label is not None]
+    annotated = [number for number, label in enumerate(labels) if label is not None]
     ids = np.zeros(len(labels) + 1, dtype=np.int64)  # the last entry is for region index -1
-    ids[labelled] = np.arange(1, len(labelled) + 1)
+    ids[annotated] = np.arange(1, len(annotated) + 1)
     segments = [
-        {"id": int(ids[number]), "category_id": classes.index(labels[number]), "iscrowd": False} for number in labelled
+        {"id": int(ids[number]), "category_id": classes.index(labels[number]), "iscrowd": False}
+        for number in annotated
     ]
     return {
         "image": _png(scene.image),
         "segmentation": _png(encode_ids(ids[scene.region_index])),
         "segments": segments,
-        "captions": [" and ".join(f"a {labels[number]}" for number in reversed(labelled))],
+        "captions": [" and ".join(f"a {labels[number]}" for number in reversed(annotated))],
         "video_id": "",
         "frame": 0,
-        "attributes": [scene.regions[number] for number in labelled],
+        "attributes": [scene.regions[number] for number in annotated],
     }
 
 
