@@ -237,17 +237,13 @@ def _draw_legend(entries: Sequence[LegendEntry], height: int) -> Image.Image:
     for index, entry in enumerate(entries):
         column, row = divmod(index, per_column)
         left, middle = column * column_width, row * _LINE + _LINE // 2
-        canvas.paste(_swatch(entry.color), (left, middle - _SWATCH // 2))
+        swatch = Image.new("RGB", (_SWATCH, _SWATCH), entry.color or FAINT_INK)
+        if entry.color is None:
+            swatch.paste(PAPER, mask=Image.fromarray(_hatching(swatch.size)))
+        ImageDraw.Draw(swatch).rectangle((0, 0, _SWATCH - 1, _SWATCH - 1), outline=FAINT_INK)
+        canvas.paste(swatch, (left, middle - _SWATCH // 2))
         draw.text((left + _SWATCH + _MARGIN, middle), entry.text, INK, _font(), anchor="lm")
     return canvas
-
-
-def _swatch(color: Color | None) -> Image.Image:
-    swatch = Image.new("RGB", (_SWATCH, _SWATCH), color or FAINT_INK)
-    if color is None:
-        swatch.paste(PAPER, mask=Image.fromarray(_hatching(swatch.size)))
-    ImageDraw.Draw(swatch).rectangle((0, 0, _SWATCH - 1, _SWATCH - 1), outline=FAINT_INK)
-    return swatch
 
 
 def _text_width(text: str) -> int:

@@ -73,12 +73,18 @@ def load_split(dataset: str | Path, split: str) -> Dataset:
     Raises:
         ValueError: If the dataset or split does not exist or is damaged.
     """
-    from datasets import DatasetDict
+    from datasets import DatasetDict, load_dataset
 
     try:
         if is_prepared(dataset):
             return load_prepared(dataset, split).dataset
-        loaded = load_saved(dataset, split) if Path(dataset).is_dir() else _from_hub(dataset, split)
+        if Path(dataset).is_dir():
+            loaded = load_saved(dataset, split)
+        else:
+            try:
+                loaded = load_dataset(str(dataset), split=split)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{dataset} cannot be loaded: {error_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"DATASET: {error}") from error
     if isinstance(loaded, DatasetDict):
@@ -88,15 +94,6 @@ def load_split(dataset: str | Path, split: str) -> Dataset:
             )
         return loaded[split]
     return loaded
-
-
-def _from_hub(name: str | Path, split: str) -> Dataset:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(str(name), split=split)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error_line(error)}") from error
 
 
 def load_judged(folder: str | Path, split: str) -> Prepared:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from modeling_gkc.vocabulary import Vocabulary
 from modeling_gkc.vocabulary_files import packaged_facts
@@ -64,23 +64,21 @@ def split_categories(
         raise ValueError(f"Novel classes must be some of the {len(vocabulary.names)}, got {sorted(positions)}.")
     new_ids = {old: new for new, old in enumerate(kept)}
     all_segments = dataset.select_columns("segments")["segments"]
-    rows = [index for index, segments in enumerate(all_segments) if _stays(segments, new_ids, variant == "delete")]
+    rows = []
+    for index, segments in enumerate(all_segments):
+        classes = {segment["category_id"] for segment in segments} - {NO_CLASS}
+        if classes & new_ids.keys() and (variant != "delete" or not classes - new_ids.keys()):
+            rows.append(index)
     if not rows:
         raise ValueError(f"No image of the dataset has segments of the {keep} classes as `{variant}` needs them.")
-    renumbered = [_renumbered(segments, new_ids) for segments in all_segments]
+    renumbered = [
+        [{**segment, "category_id": new_ids.get(segment["category_id"], NO_CLASS)} for segment in segments]
+        for segments in all_segments
+    ]
     feature = dataset.features["segments"]
     # Replacing a column does not rewrite the images, unlike `map`.
     subset = dataset.remove_columns("segments").add_column("segments", renumbered, feature=feature).select(rows)
     return subset, vocabulary_subset(vocabulary, kept)
-
-
-def _stays(segments: list[dict[str, Any]], new_ids: Mapping[int, int], delete: bool) -> bool:
-    classes = {segment["category_id"] for segment in segments} - {NO_CLASS}
-    return bool(classes & new_ids.keys()) and not (delete and classes - new_ids.keys())
-
-
-def _renumbered(segments: list[dict[str, Any]], new_ids: Mapping[int, int]) -> list[dict[str, Any]]:
-    return [{**segment, "category_id": new_ids.get(segment["category_id"], NO_CLASS)} for segment in segments]
 
 
 def vocabulary_subset(vocabulary: Vocabulary, kept: Sequence[int]) -> Vocabulary:

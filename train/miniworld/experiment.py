@@ -135,7 +135,10 @@ def _train_ablation(experiment: Experiment, name: str, parts: Parts, start: Path
     if ablation.class_feature is not None:
         recipe = recipe.replace({"model.config": {**recipe.model.config, "class_feature": ablation.class_feature}})
     model = make_student(parts.clip, recipe)
-    _load_warm_up(model, start)
+    # Class heads of another `class_feature` differ in shape and keep their initialization.
+    own = model.state_dict()
+    saved = {name: value for name, value in load_file(start).items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(saved, strict=False)
     needs_teacher = any(loss.needs_teacher for loss in make_losses(recipe))
     embeddings = parts.train_embeddings if needs_teacher else None
     folder = Path(experiment.out) / name / "training"
@@ -149,7 +152,10 @@ def _warm_up(experiment: Experiment, parts: Parts) -> Path:
         changes = {"run.seed": experiment.seed, "synonyms.probabilities": "uniform"}
         changes |= {"optimizer.steps": experiment.warmup_steps, "optimizer.milestones": ()}
         recipe = experiment.recipe.replace(NO_SYNONYMS | NO_DISTILLATION | changes)
-        regions = parts.train_set.map(_without_classes, desc="Regions without classes")
+        regions = parts.train_set.map(
+            lambda row: {"segments": [segment | {"category_id": 0} for segment in row["segments"]]},
+            desc="Regions without classes",
+        )
         train = partial(
             _train,
             recipe,
@@ -164,19 +170,6 @@ def _warm_up(experiment: Experiment, parts: Parts) -> Path:
         with atomic_path(weights) as temporary:
             save_file({name: value.contiguous() for name, value in student.state_dict().items()}, temporary)
     return weights
-
-
-def _without_classes(row: dict) -> dict:
-    return {"segments": [segment | {"category_id": 0} for segment in row["segments"]]}
-
-
-def _load_warm_up(model: GKCForOpenVocabSegmentation, weights: Path) -> None:
-    """Load the weights of matching shape; class heads of another `class_feature` keep their initialization."""
-    own = model.state_dict()
-    saved = {
-        name: value for name, value in load_file(weights).items() if name in own and own[name].shape == value.shape
-    }
-    model.load_state_dict(saved, strict=False)
 
 
 def _train(
@@ -199,32 +192,24 @@ def _train(
     trainer = GKCTrainer(
         model, recipe, arguments, train_set, vocabulary, make_processor(clip), teacher_embeddings=embeddings
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(folder))
-    return trainer
-
-
-def _checkpoint(folder: Path) -> str | None:
     try:
-        return str(last_complete_checkpoint(folder))
+        checkpoint = str(last_complete_checkpoint(folder))
     except ValueError:
-        return None
+        checkpoint = None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
 
 
 def make_student(clip: MiniCLIP, recipe: Recipe) -> GKCForOpenVocabSegmentation:
     """Create a segmenter whose backbone and text encoder are initialized from the tiny CLIP."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.run.seed)
-        model = _random_student(clip, recipe)
+        vision = clip.vision.config.to_dict()
+        config = GKCConfig(backbone_config=vision, text_config=clip.text.config, **recipe.model_settings())
+        model = GKCForOpenVocabSegmentation(config)
     model.model.backbone.encoder.load_state_dict(clip.vision.encoder.state_dict())
     model.text_model.load_state_dict(clip.text.state_dict())
     return model
-
-
-def _random_student(clip: MiniCLIP, recipe: Recipe) -> GKCForOpenVocabSegmentation:
-    config = GKCConfig(
-        backbone_config=clip.vision.config.to_dict(), text_config=clip.text.config, **recipe.model_settings()
-    )
-    return GKCForOpenVocabSegmentation(config)
 
 
 def make_processor(clip: MiniCLIP) -> GKCProcessor:

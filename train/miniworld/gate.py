@@ -14,7 +14,7 @@ from torch import Tensor
 from modeling_gkc.atomic_files import atomic_write_json
 
 from ..data.drawn_world.words import COARSE, COLORS, CONCEPTS, FILLS, HELD_OUT_WORDS, WORDS, Attributes
-from .protocols import Protocol, all_protocols
+from .protocols import all_protocols
 
 LEAST_ACCURACY = 0.85
 HIGHEST_COLLAPSE = 0.85
@@ -46,45 +46,26 @@ def measure_gate(image_embeds: Tensor, attributes: Sequence[Attributes], encode_
     """
     image_embeds = F.normalize(image_embeds.float(), dim=-1)
     protocols = {protocol.name: protocol for protocol in all_protocols()}
-    rows = {
-        row: _measure_row(image_embeds, attributes, encode_texts, protocols[name], protocols[name].groups[group])
-        for row, (name, group) in ROWS.items()
-    }
-    return {"rows": rows, "synonyms": _synonym_cosines(encode_texts), "misses": _misses(rows)}
-
-
-def _measure_row(
-    image_embeds: Tensor,
-    attributes: Sequence[Attributes],
-    encode_texts: TextEncoder,
-    protocol: Protocol,
-    classes: Sequence[int],
-) -> dict:
-    labels = torch.tensor([protocol.class_of(region) for region in attributes])
-    kept = torch.isin(labels, torch.tensor(classes))
-    if not kept.any():
-        return {"accuracy": None, "collapse": None, "regions": 0}
-    embeds, labels = image_embeds[kept], labels[kept]
-    class_embeds = F.normalize(encode_texts([prompts[0] for prompts in protocol.prompts]).float(), dim=-1)
-    right = (embeds @ class_embeds.T).argmax(dim=1) == labels
-    means = torch.zeros(len(protocol.prompts), embeds.shape[1]).index_add(0, labels, embeds)
-    collapse = F.cosine_similarity(embeds, means[labels]).mean()
-    return {"accuracy": right.float().mean().item(), "collapse": collapse.item(), "regions": len(labels)}
-
-
-def _synonym_cosines(encode_texts: TextEncoder) -> dict[str, float]:
-    """Return the mean cosine similarity of a name and its synonyms for each kind of concept."""
+    rows = {}
+    for row, (name, group) in ROWS.items():
+        protocol = protocols[name]
+        labels = torch.tensor([protocol.class_of(region) for region in attributes])
+        kept = torch.isin(labels, torch.tensor(protocol.groups[group]))
+        if not kept.any():
+            rows[row] = {"accuracy": None, "collapse": None, "regions": 0}
+            continue
+        embeds, labels = image_embeds[kept], labels[kept]
+        class_embeds = F.normalize(encode_texts([prompts[0] for prompts in protocol.prompts]).float(), dim=-1)
+        right = (embeds @ class_embeds.T).argmax(dim=1) == labels
+        means = torch.zeros(len(protocol.prompts), embeds.shape[1]).index_add(0, labels, embeds)
+        collapse = F.cosine_similarity(embeds, means[labels]).mean()
+        rows[row] = {"accuracy": right.float().mean().item(), "collapse": collapse.item(), "regions": len(labels)}
     cosines = {}
     for kind, names in {"coarse": COARSE, "concepts": CONCEPTS, "colours": COLORS, "fills": FILLS}.items():
         embeds = torch.stack([F.normalize(encode_texts(WORDS[name]).float(), dim=-1) for name in names])  # (K, 6, D)
         similarity = torch.einsum("kd,ksd->ks", embeds[:, 0], embeds)
         cosines[kind] = similarity[:, 1:].mean().item()
         cosines[f"{kind}, held out"] = similarity[:, HELD_OUT_WORDS].mean().item()
-    return cosines
-
-
-def _misses(rows: dict[str, dict]) -> list[str]:
-    """Describe every target that is missed or could not be measured."""
     misses = []
     for row, measured in rows.items():
         if row in WITHOUT_TARGET:
@@ -96,7 +77,7 @@ def _misses(rows: dict[str, dict]) -> list[str]:
             misses.append(f"{row}: accuracy {measured['accuracy']:.3f} < {LEAST_ACCURACY}")
         if measured["collapse"] > HIGHEST_COLLAPSE:
             misses.append(f"{row}: cos(image, class mean) {measured['collapse']:.3f} > {HIGHEST_COLLAPSE}")
-    return misses
+    return {"rows": rows, "synonyms": cosines, "misses": misses}
 
 
 def format_gate(gate: dict) -> str:

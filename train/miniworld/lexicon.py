@@ -58,19 +58,14 @@ class Lexicon:
         concept = attributes["concept"]
         if concept in HYPERNYMS and random.random() < self.hypernym_share:
             concept = HYPERNYMS[concept]
-        named = [concept] if attributes["kind"] == "stuff" else _named_concepts(concept, attributes, random)
+        named = [concept]
+        if attributes["kind"] != "stuff" and random.random() >= 0.25:  # otherwise the noun alone
+            size = "small" if attributes["radius"] < MEDIUM_RADIUS else "large"
+            candidates = ((size, 0.2), (attributes["fill"], 0.75), (attributes["colour"], 0.5))
+            named = [name for name, share in candidates if random.random() < share] or [attributes["fill"]]
+            named.append(concept if random.random() < 0.8 else "thing")
         words = [self.word(name, attributes, random) if name in WORDS else name for name in named]
         return _with_prefix(" ".join(words), random)
-
-
-def _named_concepts(concept: str, attributes: Attributes, random: Random) -> list[str]:
-    """Sample the concepts in a shape's caption, in word order: the noun alone (25 %), or with some attributes."""
-    if random.random() < 0.25:
-        return [concept]
-    size = "small" if attributes["radius"] < MEDIUM_RADIUS else "large"
-    candidates = ((size, 0.2), (attributes["fill"], 0.75), (attributes["colour"], 0.5))
-    named = [name for name, share in candidates if random.random() < share] or [attributes["fill"]]
-    return [*named, concept if random.random() < 0.8 else "thing"]
 
 
 def _with_prefix(words: str, random: Random) -> str:

@@ -55,17 +55,13 @@ class LexiconTagger:
         """Return whether a word, singular or plural, is most often a noun."""
         word = word.lower()
         if word not in self._known:
-            self._known[word] = word not in _STOP_WORDS.split() and self._is_mostly_noun(word)
+            senses = {part: self.wordnet.synsets(word, pos=part) for part in "nvar"}
+            counts = {part: self._count(word, part, found) for part, found in senses.items()}
+            others = [(counts[part], len(found)) for part, found in senses.items() if part != "n"]
+            # For words without tag counts, the part of speech with the most senses decides.
+            is_mostly_noun = bool(senses["n"]) and (counts["n"], len(senses["n"])) >= max(others)
+            self._known[word] = is_mostly_noun and word not in _STOP_WORDS.split()
         return self._known[word]
-
-    def _is_mostly_noun(self, word: str) -> bool:
-        senses = {part: self.wordnet.synsets(word, pos=part) for part in "nvar"}
-        if not senses["n"]:
-            return False
-        counts = {part: self._count(word, part, found) for part, found in senses.items()}
-        others = [(counts[part], len(found)) for part, found in senses.items() if part != "n"]
-        # For words without tag counts, the part of speech with the most senses decides.
-        return (counts["n"], len(senses["n"])) >= max(others)
 
     def _count(self, word: str, part: str, senses: Sequence) -> int:
         forms = {word, self.wordnet.morphy(word, part)}
@@ -151,20 +147,18 @@ def add_nouns(dataset: Dataset, wordnet: WordNet | str | os.PathLike | None = No
         raise ValueError(f"The dataset has no column 'captions' to extract nouns from: it has {dataset.column_names}.")
     captions = [list(row or []) for row in dataset.with_format(None).select_columns(["captions"])["captions"]]
     flat = [caption for row in captions for caption in row]
-    found = iter(_all_nouns(flat, open_tagger(wordnet), num_proc))
+    tagger = open_tagger(wordnet)
+    progress = functools.partial(tqdm, total=len(flat), desc="Nouns of captions", disable=None)
+    if num_proc <= 1:
+        found = iter(list(progress(caption_nouns(caption, tagger) for caption in flat)))
+    else:
+        # Forked processes would share the file positions of WordNet's open files.
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(num_proc, initializer=_start_process, initargs=(tagger,)) as pool:
+            found = iter(list(progress(pool.imap(_find_nouns, flat, chunksize=1000))))
     nouns = [list(itertools.islice(found, len(row))) for row in captions]
     others = dataset.remove_columns("nouns") if "nouns" in dataset.column_names else dataset
     return others.add_column("nouns", nouns, feature=List(List(Value("string"))))
-
-
-def _all_nouns(captions: list[str | None], tagger: LexiconTagger | PerceptronNouns, num_proc: int) -> list[list[str]]:
-    progress = functools.partial(tqdm, total=len(captions), desc="Nouns of captions", disable=None)
-    if num_proc <= 1:
-        return list(progress(caption_nouns(caption, tagger) for caption in captions))
-    # Forked processes would share the file positions of WordNet's open files.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(num_proc, initializer=_start_process, initargs=(tagger,)) as pool:
-        return list(progress(pool.imap(_find_nouns, captions, chunksize=1000)))
 
 
 _process: dict[str, LexiconTagger | PerceptronNouns] = {}

@@ -191,7 +191,11 @@ class _Builder:
             return []
         ranked = []
         for kind in sense.hyponyms():
-            if kind.lexname() == sense.lexname() and not self._is_own_class(kind, index):
+            # A hyponym that is another class, or whose hyponym is one, is not a synonym.
+            is_other_class = kind in self.ancestors or any(
+                self.fixed.get(word_key(name), {index}) != {index} for name in kind.lemma_names()
+            )
+            if kind.lexname() == sense.lexname() and not is_other_class:
                 ranked += self._common_words(kind, index)
         return [word for _, _, word in sorted(ranked, key=lambda row: (-row[0], -row[1], row[2]))]
 
@@ -210,12 +214,6 @@ class _Builder:
             if common and self._is_main_sense(lemma) and self._may_have(word, index):
                 found.append((tagged, used, word))
         return sorted(found, key=lambda row: (-row[0], -row[1]))[:1]
-
-    def _is_own_class(self, kind: Synset, index: int) -> bool:
-        """Return whether a hyponym, or a hyponym of it, is another class."""
-        return kind in self.ancestors or any(
-            self.fixed.get(word_key(name), {index}) != {index} for name in kind.lemma_names()
-        )
 
     def _is_main_sense(self, lemma: Lemma) -> bool:
         """Return whether a lemma is its word's first sense, or the first visible one if no other sense is tagged."""
@@ -248,7 +246,13 @@ class _Builder:
     def _listed(self, index: int, built: list[str]) -> list[WordOrigin]:
         named, sense = self.classes[index], self.senses[index]
         by_hand = [*(named.correction.words or ()), *named.correction.add]
-        self._check_not_of_other_class(by_hand, named, index)
+        for word in by_hand:
+            others = self.fixed.get(word_key(word), set()) - {index}
+            if others:
+                label = self.classes[min(others)].label
+                raise ValueError(
+                    f"The corrections (--overrides) add {word!r} to {named.label!r}, but it is a word of {label!r}."
+                )
         given = [word for word in named.given if word not in named.correction.drop]
         given = given if named.correction.words is None else []
         lemmas = {_text(lemma) for lemma in sense.lemmas()} if sense else set()
@@ -259,15 +263,6 @@ class _Builder:
             first.setdefault(word.casefold(), WordOrigin(named.label, word, origin, *_names(sense)))
         return list(first.values())[: max(self.max_words, 1 + len(given) + len(by_hand))]
 
-    def _check_not_of_other_class(self, words: Iterable[str], named: NamedClass, index: int) -> None:
-        for word in words:
-            others = self.fixed.get(word_key(word), set()) - {index}
-            if others:
-                label = self.classes[min(others)].label
-                raise ValueError(
-                    f"The corrections (--overrides) add {word!r} to {named.label!r}, but it is a word of {label!r}."
-                )
-
 
 def choose_sense(named: NamedClass, wordnet: WordNet) -> Synset | None:
     """Return the WordNet sense of a class by rule 1 of this module's description, or None if there is none.
@@ -276,7 +271,19 @@ def choose_sense(named: NamedClass, wordnet: WordNet) -> Synset | None:
         ValueError: If the correction of the class names a sense that WordNet does not have.
     """
     if named.correction.synset is not False:
-        return named.correction.synset and _synset(named.correction.synset, named.label, wordnet)
+        name = named.correction.synset
+        if not name:
+            return None
+        from nltk.corpus.reader.wordnet import WordNetError
+
+        try:
+            if re.fullmatch(r"n\d{8}", name):
+                return wordnet.synset_from_pos_and_offset("n", int(name[1:]))
+            return wordnet.synset(name)
+        except (WordNetError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"The corrections (--overrides) give {named.label!r} the sense {name!r}, which WordNet does not have."
+            ) from error
     senses = next(filter(None, map(wordnet.nouns, spellings(named.label))), [])
     given = {word_key(word) for word in named.given}
     shared = {sense: len(given & {word_key(name) for name in sense.lemma_names()}) for sense in senses}
@@ -472,19 +479,6 @@ def _topic(sense: Synset) -> str:
 
 def _names(sense: Synset | None) -> tuple[str, str]:
     return (sense.name(), f"{sense.pos()}{sense.offset():08d}") if sense else ("", "")
-
-
-def _synset(name: str, label: str, wordnet: WordNet) -> Synset:
-    from nltk.corpus.reader.wordnet import WordNetError
-
-    try:
-        if re.fullmatch(r"n\d{8}", name):
-            return wordnet.synset_from_pos_and_offset("n", int(name[1:]))
-        return wordnet.synset(name)
-    except (WordNetError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"The corrections (--overrides) give {label!r} the sense {name!r}, which WordNet does not have."
-        ) from error
 
 
 def _without_names(entry: dict[str, Any]) -> dict[str, Any]:
