@@ -46,8 +46,9 @@ class GKCZeroShotConfig(CodeSavingMixin, VocabularyConfigMixin, PreTrainedConfig
         source_vocabulary: Names of the segmenter's classes, one list of names (label, then synonyms) per class.
         class_scores: Source of the class scores: `segmenter`, the segmenter's probabilities distributed over the
             requested classes (see `ConvexClassifier`); `regions`, similarities of region embeddings and prompts; or
-            `both`, the average of their logarithms.
-        region_weight: Weight of the regions in that average, between 0 and 1.
+            `both`, the weighted average of their logarithms.
+        region_weight: Weight of the regions in that average, between 0 and 1. The default was the best of 0.3, 0.5 and
+            0.7 on the drawn world (`python -m train.miniworld.zero_shot`).
         tower_image_size: Length in pixels to which the shorter side of an image is resized for the image-text model;
             default: its own image size.
         segmenter_image_size: Side in pixels of the square that a segmenter with a fixed input size takes; None if the
@@ -72,7 +73,7 @@ class GKCZeroShotConfig(CodeSavingMixin, VocabularyConfigMixin, PreTrainedConfig
     text_config: dict | PreTrainedConfig | None = None
     source_vocabulary: list[list[str]] | None = None
     class_scores: str = "both"
-    region_weight: float | int = 0.5
+    region_weight: float | int = 0.3
     tower_image_size: int | None = None
     segmenter_image_size: int | None = None
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)

@@ -76,6 +76,7 @@ PARSED = {
     "accelerate launch": "starts processes on GPUs; several are run in tests/test_distributed.py",
     "torchrun": "starts processes; several are run in tests/test_cache.py",
     "python -m train.cache": "needs COCO and CLIP; run on toys in tests/test_cache.py",
+    "python -m train.miniworld.zero_shot": "needs the command before it; run in tests/test_miniworld_experiment.py",
     "python -m train.miniworld": "half an hour to hours; run on toys in tests/test_miniworld_experiment.py",
     "python -m hub_card.publish_all --only": "needs published weights; run on toys in tests/test_publish_all.py",
     "python -m hub_card.publish_all --data": "needs published weights; run on toys in tests/test_publish_all.py",

@@ -168,7 +168,7 @@ def test_other_class_scores_can_be_chosen_while_loading(parts, tmp_path):
     for part in parts:
         part.save_pretrained(tmp_path)
     loaded = GKCForZeroShotSegmentation.from_pretrained(tmp_path, class_scores="segmenter")
-    assert loaded.classifier.region_weight == 0 and parts[0].classifier.region_weight == 0.5
+    assert loaded.classifier.region_weight == 0 and parts[0].classifier.region_weight == 0.3
     with pytest.raises(ValueError, match="`class_scores` must be one of segmenter, regions, both, got 'head'"):
         GKCForZeroShotSegmentation.from_pretrained(tmp_path, class_scores="head")
 
