@@ -1,7 +1,7 @@
 """Convert public checkpoints for photographs, evaluate them and publish them on the Hub.
 
     python -m hub_card.publish_all --list
-    python -m hub_card.publish_all --only fc-clip-r50 --source fcclip_cocopan_r50.pth=fcclip_cocopan_r50.pth --dry-run
+    python -m hub_card.publish_all --only fc-clip-r50 --source fcclip_cocopan_r50.pth=downloads/r50.pth --dry-run
     python -m hub_card.publish_all --data data --to USER
 
 Each model of the table gets a folder OUT/NAME with `checkpoint` (the converted checkpoint), `results` (one file for

@@ -101,27 +101,28 @@ class GKCZeroShotConfig(CodeSavingMixin, VocabularyConfigMixin, PreTrainedConfig
         super().__post_init__(**kwargs)
         self._check()
 
-    def check_class_scores(self) -> None:
-        """Check the settings of the class scores, which `from_pretrained` can change.
+    def check_settings(self) -> None:
+        """Check the settings that `from_pretrained` can change.
 
         Raises:
-            ValueError: `class_scores` is unknown, or `region_weight` does not lie between 0 and 1.
+            ValueError: `class_scores` is unknown, `region_weight` does not lie between 0 and 1, or an image size is
+                not positive.
         """
         require(
             self.class_scores in CLASS_SCORES,
             f"`class_scores` must be one of {', '.join(CLASS_SCORES)}, got {shown(self.class_scores)}.",
         )
         check_number("region_weight", self.region_weight, 0, 1)
+        for name in ("tower_image_size", "segmenter_image_size"):
+            if getattr(self, name) is not None:
+                check_whole_number(name, getattr(self, name), 1)
 
     def _check(self):
-        self.check_class_scores()
+        self.check_settings()
         require(
             self.text_config is not None,
             f"A {self.tower_config.model_type!r} has no text encoder of its own: give `text_config`.",
         )
-        for name in ("tower_image_size", "segmenter_image_size"):
-            if getattr(self, name) is not None:
-                check_whole_number(name, getattr(self, name), 1)
         for name in ("image_mean", "image_std", "tower_mean", "tower_std"):
             values = getattr(self, name)
             require(len(values) == 3, f"`{name}` must have three values, got {shown(values)}.")

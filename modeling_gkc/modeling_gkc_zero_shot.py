@@ -89,7 +89,7 @@ class RegionClassifier(ConvexClassifier):
 
     def __init__(self, config: GKCZeroShotConfig):
         super().__init__(config)
-        config.check_class_scores()
+        config.check_settings()
         self.region_weight = {"segmenter": 0.0, "both": config.region_weight, "regions": 1.0}[config.class_scores]
         self.register_buffer("region_scale", torch.tensor(100.0))
 

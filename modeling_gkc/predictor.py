@@ -370,11 +370,16 @@ class GKCPredictor:
         Args:
             path: Checkpoint folder, or Hub repository `owner/name`.
             device: Device of the model; the CPU by default.
-            dtype: Data type of the model, such as `torch.bfloat16`; by default the type of the stored weights.
+            dtype: Data type of the model, such as `torch.bfloat16` or "bfloat16"; by default the type of the stored
+                weights.
 
         Raises:
-            ValueError: The checkpoint is damaged or of another library.
+            ValueError: The checkpoint is damaged or of another library, or `dtype` is not a data type.
         """
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
+        if not isinstance(dtype, torch.dtype | None):
+            raise ValueError(f"`dtype` must be a type such as torch.bfloat16 or its name, got {shown(dtype)}.")
         model, processor = load_checkpoint_parts(path)
         return cls(model.to(device=device, dtype=dtype), processor)
 

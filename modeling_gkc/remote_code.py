@@ -67,8 +67,7 @@ tags:
 
 # An open-vocabulary segmentation model of GKC
 
-Segments images with a text vocabulary given at inference (Han, Liu et al., *Global Knowledge Calibration for Fast
-Open-Vocabulary Segmentation*, ICCV 2023, [arXiv 2303.09181](https://arxiv.org/abs/2303.09181)).
+<<method>>
 
 ```python
 from transformers import pipeline
@@ -88,6 +87,14 @@ SEGMENTATION_AUTO_CLASSES = (
     "AutoModelForUniversalSegmentation",
 )
 SEGMENTATION_MODEL_TYPES = ("gkc", "gkc_zero_shot")
+CARD_METHODS = {
+    "gkc": """\
+Segments images with a text vocabulary given at inference (Han, Liu et al., *Global Knowledge Calibration for Fast
+Open-Vocabulary Segmentation*, ICCV 2023, [arXiv 2303.09181](https://arxiv.org/abs/2303.09181)).""",
+    "gkc_zero_shot": """\
+Segments images with a text vocabulary given at inference: the masks are those of a <<segmenter>> with fixed classes,
+and a <<tower>> compares each region with the words, without training. The licenses of both models apply.""",
+}
 AUTO_CLASSES = {
     "gkc": {
         "AutoConfig": "GKCConfig",
@@ -204,9 +211,12 @@ def write_card(folder: str | Path) -> None:
     values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if path.exists() or values.get("model_type") not in SEGMENTATION_MODEL_TYPES:
         return
+    method = CARD_METHODS[values["model_type"]]
+    for part in ("segmenter", "tower"):
+        method = method.replace(f"<<{part}>>", str(values.get(f"{part}_config", {}).get("model_type")))
     stored = [names[0] for names in values.get("vocabulary") or []]
     words = f"Without `labels` it uses its {len(stored)} stored classes: {', '.join(stored)}.\n" if stored else ""
-    atomic_write(path, CARD.replace("<<words>>", words))
+    atomic_write(path, CARD.replace("<<method>>", method).replace("<<words>>", words))
 
 
 def code_files() -> list[Path]:

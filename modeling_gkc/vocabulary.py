@@ -39,8 +39,7 @@ from .vocabulary_files import (
 
 # Ends messages about words that the text encoder of a checkpoint does not know.
 UNKNOWN_WORDS_HINT = (
-    "Use a checkpoint whose text encoder knows them: see `gkc convert mask2former --help` to create one for "
-    "photographs."
+    "Use a checkpoint whose text encoder knows them: see `gkc open --help` to create one for photographs."
 )
 
 

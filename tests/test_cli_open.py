@@ -80,6 +80,8 @@ def test_errors_are_one_line_and_write_nothing(folders, tmp_path, capsys):
         (("absent/absent/absent", "clip"), "SEGMENTER: .* is not a directory"),
         (("mask2former", "clip", "--class-names", "a; b"), "--class-names: `class_names` has 2 classes, but the sour"),
         (("mask2former", "clip_resnet", "--text-model", str(tmp_path)), "--text-model: cannot load"),
+        (("mask2former", "clip", "--text-model", str(tmp_path)), "--text-model: a clip has a text encoder of its own"),
+        (("mask2former/config.json", "clip"), "SEGMENTER: .*config.json is a file: give the folder of the checkpoint"),
         (("mask2former", "clip", "--tokenizer", str(tmp_path)), "--tokenizer: .* has no tokenizer"),
     ]
     for (segmenter, tower, *more), message in cases:

@@ -236,6 +236,13 @@ class TestPredict:
         GKCPredictor(model, processor)
         assert not model.training
 
+    def test_dtype_by_name(self, model, processor, tmp_path):
+        for part in (model, processor):
+            part.save_pretrained(tmp_path)
+        assert GKCPredictor.from_pretrained(tmp_path, dtype="bfloat16").model.dtype == torch.bfloat16
+        with pytest.raises(ValueError, match=r"`dtype` must be a type such as torch\.bfloat16 or its name, got 'bf'"):
+            GKCPredictor.from_pretrained(tmp_path, dtype="bf")
+
 
 class TestVocabulary:
     def test_stored_vocabulary_is_the_default(self, processor):

@@ -318,3 +318,27 @@ def test_benchmark_of_the_regions_runs(capsys):
     *_, cells = capsys.readouterr().out.strip().splitlines()
     alone, both, ratio = (float(cell) for cell in cells.strip("| ").split("|"))
     assert alone > 0 and both > 0 and ratio > 0
+
+
+def test_segmenters_of_a_fixed_size_get_images_of_that_size():
+    """A source that splits images into squares names only the shorter side; longer images would be too large."""
+    tower, _ = make_tower("clip")
+    settings = {"size": {"shortest_edge": 96, "longest_edge": None}, "do_split_image": True, "do_pad": False}
+    model, processor = open_segmenter(make_segmenter("eomt"), tower, word_tokenizer(), settings)
+    for image in (photo(48, 64), photo(1, 500), photo(200, 30)):
+        outputs = model(**processor(images=image, text=WORDS, return_tensors="pt"))
+        assert outputs.class_queries_logits.isfinite().all()
+
+
+def test_settings_are_checked_while_loading(parts, tmp_path):
+    parts[0].save_pretrained(tmp_path)
+    for settings in ({"tower_image_size": 0}, {"tower_image_size": -5}, {"region_weight": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            GKCForZeroShotSegmentation.from_pretrained(tmp_path, **settings)
+
+
+def test_model_card_names_both_models(parts, tmp_path):
+    GKCSegmentationPipeline(model=parts[0], processor=parts[1]).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "the masks are those of a mask2former" in card and "a clip compares each region" in card
+    assert "ICCV 2023" not in card and "<<" not in card

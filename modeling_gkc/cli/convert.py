@@ -114,6 +114,8 @@ def load_model(
 
 def check_folder(path: str, option: str) -> None:
     """Check that a path is a directory, unless it can be the name of a repository."""
+    if Path(path).is_file():
+        raise UserError(f"{option}: {path} is a file: give the folder of the checkpoint")
     is_repository = path.count("/") <= 1 and not path.endswith("/") and not path.startswith((".", "/", "~"))
     if not is_repository and not Path(path).is_dir():
         raise UserError(f"{option}: {path} is not a directory")

@@ -52,6 +52,8 @@ def open_command(arguments: argparse.Namespace) -> int:
             settings = _image_settings(arguments.segmenter, "SEGMENTER")
         tower = load_model(AutoModel, arguments.tower, "--with", tuple(REGION_POOLING), arguments)
         text_model = None
+        if hasattr(tower.config, "text_config") and arguments.text_model:
+            raise UserError(f"--text-model: a {tower_type} has a text encoder of its own: leave the option away")
         if not hasattr(tower.config, "text_config"):
             path = arguments.text_model or str(Path(arguments.tower) / TEXT_FOLDER)
             text_model = load_model(

@@ -85,7 +85,8 @@ examples:
   gkc convert fc-clip fcclip_cocopan.pth --clip open_clip_model.safetensors --out fc-clip-l
   gkc convert clip-resnet RN50.pt --text --out clip-rn50
 
-See also `gkc convert mask2former --help`, `gkc convert fc-clip --help` and `gkc convert clip-resnet --help`.
+See also `gkc convert mask2former --help`, `gkc convert fc-clip --help` and `gkc convert clip-resnet --help`, and
+`gkc open --help` for a segmenter whose regions are named by an image-text model.
 """
 MASK2FORMER_EXAMPLES = """\
 The masks are those of the source model. The class probabilities of each segment are distributed over your words by

@@ -96,6 +96,9 @@ def open_segmenter(
         )
     vocabulary = segmenter_vocabulary(segmenter, class_names)
     image_processor = image_processor_from_mask2former(segmenter_settings)
+    if kind in FIXED_SIZE_SEGMENTERS:  # also where the source splits images into squares
+        side = segmenter.config.image_size
+        image_processor.size = {"shortest_edge": side, "longest_edge": side}
     tower_values = tower_settings or DEFAULT_TOWER_SETTINGS.get(tower_kind, {})
     optional = {
         "tower_mean": tower_values.get("image_mean"),
