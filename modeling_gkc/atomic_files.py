@@ -165,10 +165,15 @@ def replaced_files(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix, suffix = _affixes(folder / "files")
-    with tempfile.TemporaryDirectory(suffix, prefix, folder) as unfinished:
-        yield Path(unfinished)
-        for path in sorted(Path(unfinished).iterdir()):
+    unfinished = Path(tempfile.mkdtemp(suffix, prefix, folder))
+    try:
+        yield unfinished
+        for path in sorted(unfinished.iterdir()):
             os.replace(path, folder / path.name)
+        unfinished.rmdir()
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def remove_leftovers(folder: str | Path, target: str | Path | None = None) -> None:

@@ -169,6 +169,7 @@ def opened(tmp_path_factory) -> dict[str, Path]:
         model, processor = open_segmenter(
             make_segmenter("mask2former"), tower, word_tokenizer(), SETTINGS, text_model=text_model
         )
+        model.config.region_weight = 0.5  # with less, the random segmenter finds no object
         folders[kind] = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folders[kind])
         processor.save_pretrained(folders[kind])

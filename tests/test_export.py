@@ -370,7 +370,7 @@ def test_embeddings_per_class_are_ordered_by_class_id():
         ({"opset": 17}, ValueError, "at least 18, got 17"),
         ({"fixed": True}, ValueError, "A fixed graph needs a vocabulary"),
         (
-            {"vocabulary": EncodedVocabulary(Vocabulary([["dog"]]), torch.ones(1, 8), torch.zeros(1).long())},
+            {"vocabulary": EncodedVocabulary(Vocabulary([["dog"]]), torch.eye(1, 8), torch.zeros(1).long())},
             ValueError,
             r"\(1, 8\), but this model's text embedding space has the width 16",
         ),

@@ -220,7 +220,7 @@ REFUSED = {
         "create them with `python -m train.cache synonyms .*/data --clip .*/clip --split train "
         "--vocabulary .*/data/vocabulary.json`",
     ),
-    "another vocabulary": (["vocabulary=disc"], "category ids .* are not in the vocabulary of 1 classes"),
+    "another vocabulary": (["vocabulary=disc"], "Category ids .* are not in the vocabulary of 1 classes"),
     "batches": (["batch_size=3", "accumulation=2"], "`data.batch_size` = 3 cannot be divided among 2"),
     "no checkpoint": (
         ["init_from=nowhere/at/all"],
