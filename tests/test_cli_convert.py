@@ -356,7 +356,7 @@ class TestFCCLIP:
             self.convert(files, "fcclip.pth", "--clip", files["fcclip.pth"], *out)
         with pytest.raises(UserError, match=r"^CHECKPOINT: .*clip\.safetensors: These are not the weights of FC-CLIP"):
             self.convert(files, "clip.safetensors", "--clip", files["clip.safetensors"], *out)
-        with pytest.raises(UserError, match=r"^--tokenizer: .*clip\.safetensors is not a directory"):
+        with pytest.raises(UserError, match=r"^--tokenizer: .*clip\.safetensors is a file: give the folder"):
             self.convert(files, "whole.pth", "--tokenizer", files["clip.safetensors"], *out)
         torch.save({"model": {"a": Path("/")}}, files["whole.pth"])
         with pytest.raises(UserError, match=r"^CHECKPOINT: .*whole\.pth: contains more than weights"):
