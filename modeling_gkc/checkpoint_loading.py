@@ -60,7 +60,7 @@ def load_checkpoint_parts(
         stored = _stored_config(path)
         model_type = stored.get("model_type") if isinstance(stored, dict) else None
         if model_type not in MODEL_CLASSES:
-            raise ValueError(f"its model_type is {shown(model_type)}, not 'gkc' or 'gkc_zero_shot'.")
+            raise ValueError(f"its model_type is {shown(model_type)}, not {' or '.join(map(repr, MODEL_CLASSES))}.")
         unknown = sorted(set(settings) - set(MODEL_CLASSES[model_type].config_class.__dataclass_fields__))
         if unknown:
             raise ValueError(

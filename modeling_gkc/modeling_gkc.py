@@ -24,21 +24,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoBackbone,
-    AutoModel,
-    AutoModelForImageSegmentation,
-    AutoModelForInstanceSegmentation,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
-    CLIPTextModelWithProjection,
-)
+from transformers import AutoBackbone, CLIPTextModelWithProjection
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_BACKBONE_MAPPING,
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .argument_checks import check_whole_number
@@ -62,6 +51,7 @@ from .padding import (
 )
 from .pixel_decoder import GKCPixelDecoder
 from .pretrained_model import GKCPreTrainedModel
+from .remote_code import register_segmentation_model
 from .weight_renaming import CHECKPOINT_RENAMINGS
 
 
@@ -480,16 +470,7 @@ class GKCForOpenVocabSegmentation(OpenVocabularyMixin, GKCPreTrainedModel):
         return self.criterion.total(losses), losses, matches
 
 
-for _auto_class in (
-    AutoModel,
-    AutoModelForImageSegmentation,
-    AutoModelForInstanceSegmentation,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
-):
-    _auto_class.register(GKCConfig, GKCForOpenVocabSegmentation, exist_ok=True)
-# The image-segmentation pipeline accepts a class only by its name in this table.
-MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[GKCConfig.model_type] = GKCForOpenVocabSegmentation.__name__
+register_segmentation_model(GKCConfig, GKCForOpenVocabSegmentation)
 
 __all__ = [
     "GKCClassEmbeddings",

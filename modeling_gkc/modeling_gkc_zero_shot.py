@@ -25,22 +25,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForImageSegmentation,
-    AutoModelForInstanceSegmentation,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
-    CLIPTextModelWithProjection,
-)
+from transformers import AutoModel, AutoModelForUniversalSegmentation, CLIPTextModelWithProjection
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
-    MODEL_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING, MODEL_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .class_embeddings import TextEmbeddingCache
@@ -50,11 +39,9 @@ from .configuration_gkc_zero_shot import GKCZeroShotConfig
 from .modeling_clip_resnet import GKCModelMixin
 from .modeling_outputs import GKCForOpenVocabSegmentationOutput, GKCModelOutput
 from .open_vocabulary import OpenVocabularyMixin
-from .padding import check_pixel_values, content_sizes_of, extend_masks, full_content_sizes, pad_to_stride, round_up
+from .padding import check_pixel_values, content_sizes_of, full_content_sizes, pad_to_stride, round_up, run_by_size
 from .region_tokens import embed_regions, patch_size
-
-# Fields of a segmenter's output that this model reads.
-OUTPUT_FIELDS = ("class_queries_logits", "masks_queries_logits")
+from .remote_code import register_segmentation_model
 
 
 class CLIPTowers(nn.Module):
@@ -176,8 +163,6 @@ class GKCForZeroShotSegmentation(OpenVocabularyMixin, GKCModelMixin, PreTrainedM
         stored = config.vocabulary_num_prompts
         self.register_buffer("vocabulary_embeds", torch.zeros(stored, config.projection_dim) if stored else None)
         self.register_buffer("vocabulary_class_ids", torch.zeros(stored, dtype=torch.long) if stored else None)
-        statistics = [config.image_mean, config.image_std, config.tower_mean, config.tower_std]
-        self.register_buffer("normalization", torch.tensor(statistics)[..., None, None], persistent=False)
         self.text_cache = TextEmbeddingCache()
         self.post_init()
         self.eval().requires_grad_(False)
@@ -191,7 +176,7 @@ class GKCForZeroShotSegmentation(OpenVocabularyMixin, GKCModelMixin, PreTrainedM
 
     @property
     def text_model(self) -> nn.Module:
-        """Text encoder."""
+        """Return the text encoder of the image-text model."""
         return self.tower.text_model
 
     def train(self, mode: bool = True) -> "GKCForZeroShotSegmentation":
@@ -199,13 +184,6 @@ class GKCForZeroShotSegmentation(OpenVocabularyMixin, GKCModelMixin, PreTrainedM
         if mode:
             raise ValueError("A zero-shot model is not trained: train a student by `python -m train distil`.")
         return super().train(False)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self:
-            config = self.config
-            statistics = [config.image_mean, config.image_std, config.tower_mean, config.tower_std]
-            self.normalization.copy_(torch.tensor(statistics)[..., None, None])
 
     @can_return_tuple
     def get_text_features(
@@ -280,32 +258,17 @@ class GKCForZeroShotSegmentation(OpenVocabularyMixin, GKCModelMixin, PreTrainedM
         image_size = pixel_values.shape[-2:]
         pixel_values, pixel_mask, _ = pad_to_stride(pixel_values.to(self.dtype), pixel_mask)
         if pixel_mask is None:
-            content_sizes, sizes = (
-                full_content_sizes(pixel_values, image_size),
-                [tuple(image_size)] * len(pixel_values),
-            )
+            content_sizes = full_content_sizes(pixel_values, image_size)
+            sizes = [tuple(image_size)] * len(pixel_values)
         else:
             content_sizes = content_sizes_of(pixel_mask)
-            sizes = [tuple(size) for size in content_sizes.tolist()]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, size in enumerate(sizes):
-            if 0 in size:
-                raise ValueError(f"`pixel_mask` of image {index} is empty: every image must have at least one pixel.")
-            groups.setdefault(size, []).append(index)
-        grid = tuple(side // BACKBONE_STRIDES[0] for side in pixel_values.shape[-2:])
-        logits, masks, embeds = [], [], []
-        for (height, width), indices in groups.items():
-            segments = self.segment(pixel_values[indices, :, :height, :width])
-            group_logits, group_embeds = self.classifier(segments, prompts)
-            logits.append(group_logits)
-            embeds.append(group_embeds)
-            masks.append(extend_masks(segments.masks_queries_logits, grid))
-        order = torch.tensor([index for indices in groups.values() for index in indices]).argsort()
-        order = order.to(pixel_values.device)
+            sizes = list(map(tuple, content_sizes.tolist()))
+        segments = run_by_size(self.segment, pixel_values, sizes)
+        logits, query_embeds = self.classifier(segments, prompts)
         return GKCForOpenVocabSegmentationOutput(
-            class_queries_logits=torch.cat(logits)[order],
-            masks_queries_logits=torch.cat(masks)[order],
-            query_embeds=torch.cat(embeds)[order],
+            class_queries_logits=logits,
+            masks_queries_logits=segments.masks_queries_logits,
+            query_embeds=query_embeds,
             content_sizes=content_sizes,
         )
 
@@ -351,26 +314,19 @@ class GKCForZeroShotSegmentation(OpenVocabularyMixin, GKCModelMixin, PreTrainedM
 
         The shorter side becomes `config.tower_image_size`, both sides multiples of the patch size.
         """
-        image_mean, image_std, tower_mean, tower_std = self.normalization.to(pixel_values)
+        config = self.config
+        statistics = torch.tensor([config.image_mean, config.image_std, config.tower_mean, config.tower_std])
+        image_mean, image_std, tower_mean, tower_std = statistics[..., None, None].to(pixel_values)
         images = (pixel_values * image_std + image_mean - tower_mean) / tower_std
-        patch = patch_size(self.config.tower_config)
-        vision = getattr(self.config.tower_config, "vision_config", self.config.tower_config)
-        scale = (self.config.tower_image_size or vision.image_size) / min(images.shape[-2:])
+        patch = patch_size(config.tower_config)
+        vision = getattr(config.tower_config, "vision_config", config.tower_config)
+        scale = (config.tower_image_size or vision.image_size) / min(images.shape[-2:])
         size = tuple(max(1, round(side * scale / patch)) * patch for side in images.shape[-2:])
         if size == tuple(images.shape[-2:]):
             return images
         return F.interpolate(images.float(), size=size, mode="bicubic", antialias=True).to(images)
 
 
-for _auto_class in (
-    AutoModel,
-    AutoModelForImageSegmentation,
-    AutoModelForInstanceSegmentation,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
-):
-    _auto_class.register(GKCZeroShotConfig, GKCForZeroShotSegmentation, exist_ok=True)
-# The image-segmentation pipeline accepts a class only by its name in this table.
-MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[GKCZeroShotConfig.model_type] = GKCForZeroShotSegmentation.__name__
+register_segmentation_model(GKCZeroShotConfig, GKCForZeroShotSegmentation)
 
 __all__ = ["GKCForZeroShotSegmentation", "RegionClassifier"]

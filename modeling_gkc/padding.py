@@ -156,11 +156,28 @@ def run_by_padded_size(run: Callable[[Tensor], Output], pixel_values: Tensor, co
     """
     if is_tracing(pixel_values):
         return run(only_of_one_size(pixel_values, content_sizes))
+    return run_by_size(run, pixel_values, [tuple(map(round_up, size)) for size in content_sizes.tolist()])
+
+
+def run_by_size(run: Callable[[Tensor], Output], pixel_values: Tensor, sizes: Sequence[tuple[int, int]]) -> Output:
+    """Run a model once for each size of images, on the upper left corner of the input that has this size.
+
+    Args:
+        run: As in `run_by_padded_size`, for images (b, 3, h, w) of one of the sizes.
+        pixel_values: As in `run_by_padded_size`.
+        sizes: (height, width) of each of the B images in pixels.
+
+    Returns:
+        As `run_by_padded_size`.
+
+    Raises:
+        ValueError: As in `run_by_padded_size`.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
-    for index, (height, width) in enumerate(content_sizes.tolist()):
-        if not (height and width):
+    for index, size in enumerate(sizes):
+        if 0 in size:
             raise ValueError(f"`pixel_mask` of image {index} is empty: every image must have at least one pixel.")
-        groups.setdefault((round_up(height), round_up(width)), []).append(index)
+        groups.setdefault(size, []).append(index)
     if list(groups) == [tuple(pixel_values.shape[-2:])]:
         return run(pixel_values)
     parts = [run(pixel_values[indices, :, :height, :width]) for (height, width), indices in groups.items()]
@@ -238,4 +255,5 @@ __all__ = [
     "rectangles",
     "round_up",
     "run_by_padded_size",
+    "run_by_size",
 ]

@@ -51,7 +51,8 @@ def embed_regions(tower: nn.Module, pixel_values: Tensor, masks: Tensor) -> tupl
     Raises:
         ValueError: The type of the model is not supported.
     """
-    pool, num_heads = prepare_pooling(tower, pixel_values)
+    check_tower(tower.config)
+    pool, num_heads = REGION_POOLING[tower.config.model_type](tower, pixel_values)
     grid = tuple(side // patch_size(tower.config) for side in pixel_values.shape[-2:])
     coverage = F.interpolate(masks.to(pixel_values), size=grid, mode="area").flatten(2)  # (B, R, N)
     is_empty = coverage.amax(dim=-1) == 0
@@ -59,19 +60,13 @@ def embed_regions(tower: nn.Module, pixel_values: Tensor, masks: Tensor) -> tupl
     return torch.cat([pool(part) for part in coverage.split(rows, dim=1)], dim=1), is_empty
 
 
-def prepare_pooling(tower: nn.Module, pixel_values: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Compute the features of images and return their pooling.
-
-    Returns:
-        A function from the coverage (B, R, N) of the patches by regions, between 0 and 1, to the embeddings (B, R, D);
-        and the number of attention heads of the pooling.
-    """
-    model_type = tower.config.model_type
-    if model_type not in REGION_POOLING:
+def check_tower(config: Any) -> None:
+    """Raise a ValueError if models of a configuration cannot embed regions."""
+    if config.model_type not in REGION_POOLING:
         raise ValueError(
-            f"A {model_type!r} cannot embed regions: use an image-text model of the types {', '.join(REGION_POOLING)}."
+            f"A {config.model_type!r} cannot embed regions: use an image-text model of the types "
+            f"{', '.join(REGION_POOLING)}."
         )
-    return REGION_POOLING[model_type](tower, pixel_values)
 
 
 def patch_size(config: Any) -> int:
@@ -154,6 +149,8 @@ def mean_pooling(tower: nn.Module, pixel_values: Tensor) -> tuple[Callable[[Tens
     return pool, 1
 
 
+# By model type the functions that compute the features of images (B, 3, H, W) once. They return a function from the
+# coverage (B, R, N) of the patches by regions to the embeddings (B, R, D), and the number of attention heads.
 REGION_POOLING = {
     "clip": class_token_pooling,
     "metaclip_2": class_token_pooling,
@@ -162,4 +159,4 @@ REGION_POOLING = {
     "clip_convnext": mean_pooling,
 }
 
-__all__ = ["REGION_POOLING", "embed_regions", "patch_size"]
+__all__ = ["REGION_POOLING", "check_tower", "embed_regions", "patch_size"]

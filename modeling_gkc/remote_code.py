@@ -38,7 +38,7 @@ If this library has been imported, its own classes are used, and models and proc
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ SEGMENTATION_AUTO_CLASSES = (
     "AutoModelForSemanticSegmentation",
     "AutoModelForUniversalSegmentation",
 )
-SEGMENTATION_MODEL_TYPES = ("gkc", "gkc_zero_shot")
+# The paragraph of a model card by the model type of a segmentation model.
 CARD_METHODS = {
     "gkc": """\
 Segments images with a text vocabulary given at inference (Han, Liu et al., *Global Knowledge Calibration for Fast
@@ -172,7 +172,8 @@ def add_code(folder: str | Path) -> None:
         ValueError: If it has none of these files, one was written by another library, or no Auto class loads the
             model.
     """
-    _mark_saved(Path(folder))
+    for path, values in _marked_files(Path(folder)).items():
+        _write_values(path, values)
     _copy_code(Path(folder))
 
 
@@ -191,12 +192,9 @@ def add_library_entry(folder: str | Path) -> None:
         ValueError: As in `add_code`.
     """
     folder = Path(folder)
-    _mark_saved(folder)
-    config = folder / "config.json"
-    if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
+    for path, values in _marked_files(folder).items():
         values.pop("custom_pipelines", None)
-        atomic_write(config, json.dumps(values, indent=2) + "\n")
+        _write_values(path, values)
     atomic_write(folder / f"{ENTRY_MODULE}.py", LIBRARY_ENTRY)
 
 
@@ -209,7 +207,7 @@ def write_card(folder: str | Path) -> None:
     folder = Path(folder)
     path, config = folder / CARD_NAME, folder / "config.json"
     values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if path.exists() or values.get("model_type") not in SEGMENTATION_MODEL_TYPES:
+    if path.exists() or values.get("model_type") not in CARD_METHODS:
         return
     method = CARD_METHODS[values["model_type"]]
     for part in ("segmenter", "tower"):
@@ -230,15 +228,16 @@ def _copy_code(folder: Path) -> None:
         atomic_write(folder / path.name, path.read_bytes())
 
 
-def _mark_saved(folder: Path) -> None:
+def _marked_files(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the contents of the JSON files of a saved checkpoint, with references to the code."""
     paths = [folder / name for name in _MARKS if (folder / name).is_file()]
     if not paths:
         raise ValueError(f"{folder} is not a saved checkpoint: it has none of the files {', '.join(_MARKS)}.")
-    for path in paths:
-        _mark(path)
+    return {path: _marked(path) for path in paths}
 
 
-def _mark(path: Path) -> None:
+def _marked(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of a saved checkpoint, with references to the code."""
     values = json.loads(path.read_text(encoding="utf-8"))
     unpublished = _unpublished(values.get("architectures"))
     try:
@@ -248,7 +247,11 @@ def _mark(path: Path) -> None:
     if unpublished:
         raise ValueError(f"{path} belongs to a {unpublished[0]}, which no Auto class loads from this library's code.")
     # Only the top-level keys are sorted, because the keys of `id2label` are in the order of the classes.
-    atomic_write(path, json.dumps(dict(sorted(values.items())), indent=2) + "\n")
+    return dict(sorted(values.items()))
+
+
+def _write_values(path: Path, values: Mapping[str, Any]) -> None:
+    atomic_write(path, json.dumps(values, indent=2) + "\n")
 
 
 def _unpublished(architectures: list[str] | None) -> list[str]:
@@ -262,7 +265,7 @@ def _auto_map(model_type: str, *auto_classes: str) -> dict[str, str]:
 
 def _mark_config(values: dict[str, Any]) -> None:
     values["auto_map"] = _auto_map(values["model_type"])
-    if values["model_type"] in SEGMENTATION_MODEL_TYPES:
+    if values["model_type"] in CARD_METHODS:
         values["custom_pipelines"] = PIPELINES
 
 
@@ -280,6 +283,17 @@ _MARKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "preprocessor_config.json": _mark_image_processor,
     "processor_config.json": _mark_processor,
 }
+
+
+def register_segmentation_model(config_class: type, model_class: type) -> None:
+    """Register a segmentation model with transformers' Auto classes and its image-segmentation pipeline."""
+    from transformers.models.auto import modeling_auto  # of which configurations and processors need nothing
+
+    for name in SEGMENTATION_AUTO_CLASSES:
+        getattr(modeling_auto, name).register(config_class, model_class, exist_ok=True)
+    # The pipeline accepts a class only by its name in this table.
+    names = modeling_auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+    names[config_class.model_type] = model_class.__name__
 
 
 class CodeRegistrationMixin:
@@ -343,7 +357,7 @@ class CodeSavingMixin(CodeRegistrationMixin):
         path = Path(json_file_path)
         published = self.has_code() and not _unpublished(getattr(self, "architectures", None))
         if self._saves_code and published and path.name in _MARKS:
-            _mark(path)
+            _write_values(path, _marked(path))
             _copy_code(path.parent)
 
 
@@ -354,5 +368,6 @@ __all__ = [
     "add_code",
     "add_library_entry",
     "code_files",
+    "register_segmentation_model",
     "save_with_code",
 ]

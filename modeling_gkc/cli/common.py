@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..processing_gkc import GKCProcessor
+    from ..vocabulary import Vocabulary
 
 MODEL_VARIABLE = "GKC_MODEL"
 SHIPPED_MODEL = "gkc-mini"
@@ -202,6 +203,16 @@ def user_errors(option: str) -> Iterator[None]:
         raise UserError(f"{option}: {error_line(error)}") from error
 
 
+def parse_vocabulary(option: str, text: str | None) -> "Vocabulary | None":
+    """Parse the vocabulary of an option, if it is given; warnings and errors name the option."""
+    from ..vocabulary import Vocabulary
+
+    if text is None:
+        return None
+    with user_errors(option), warnings_as_lines():
+        return Vocabulary.parse(text)
+
+
 @contextmanager
 def warnings_as_lines(program: str = "gkc") -> Iterator[None]:
     """Collect user warnings within the block, and print each as one line to the error stream after it."""
@@ -224,6 +235,7 @@ __all__ = [
     "load_checkpoint",
     "non_negative",
     "output_folder",
+    "parse_vocabulary",
     "pick_device",
     "positive",
     "user_errors",

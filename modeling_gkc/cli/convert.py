@@ -50,7 +50,7 @@ from ..image_processing_gkc import GKCImageProcessor
 from ..label_text import error_line
 from ..processing_gkc import GKCProcessor
 from ..vocabulary import Vocabulary
-from .common import UserError, user_errors, warnings_as_lines, without_progress_bars
+from .common import UserError, parse_vocabulary, user_errors, warnings_as_lines, without_progress_bars
 from .parsers import CLIP_TOKENIZER, TEXT_FOLDER
 
 MAX_LISTED_NAMES = 6
@@ -58,10 +58,7 @@ MAX_LISTED_NAMES = 6
 
 def convert_mask2former(arguments: argparse.Namespace) -> int:
     """Run `gkc convert mask2former` and return the exit code."""
-    class_names = None
-    if arguments.class_names is not None:
-        with user_errors("--class-names"), warnings_as_lines():
-            class_names = Vocabulary.parse(arguments.class_names)
+    class_names = parse_vocabulary("--class-names", arguments.class_names)
     folder = Path(arguments.out)
     with quiet_transformers():
         source = load_model(
@@ -71,7 +68,7 @@ def convert_mask2former(arguments: argparse.Namespace) -> int:
             CLIPTextModelWithProjection, arguments.text_model, "--text-model", ("clip", "clip_text_model"), arguments
         )
         image_processor = _load_image_processor(arguments.source)
-        tokenizer = load_tokenizer(arguments, "--text-model", arguments.text_model)
+        tokenizer = load_tokenizer(arguments.tokenizer, "--text-model", arguments.text_model)
     with user_errors("--class-names"), warnings_as_lines():
         vocabulary = source_vocabulary(source, class_names)
     with user_errors("MASK2FORMER"), warnings_as_lines():
@@ -128,15 +125,15 @@ def _load_image_processor(path: str) -> GKCImageProcessor:
         return image_processor_from_mask2former(settings)
 
 
-def load_tokenizer(arguments: argparse.Namespace, option: str = "--tokenizer", path: str | None = None) -> Any:
-    """Load the tokenizer given by --tokenizer, or that of another option's checkpoint."""
-    if arguments.tokenizer:
-        option, path = "--tokenizer", arguments.tokenizer
+def load_tokenizer(given: str | None, option: str = "--tokenizer", path: str | None = None) -> Any:
+    """Load the tokenizer that --tokenizer gives, or else that of another option's checkpoint."""
+    if given:
+        option, path = "--tokenizer", given
     check_folder(path, option)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file can make transformers raise errors of any type
-        hint = "" if arguments.tokenizer else f"; name one with --tokenizer, such as {CLIP_TOKENIZER}"
+        hint = "" if given else f"; name one with --tokenizer, such as {CLIP_TOKENIZER}"
         raise UserError(f"{option}: {path} has no tokenizer{hint}: {error_line(error)}") from error
 
 
@@ -199,7 +196,7 @@ def convert_fc_clip(arguments: argparse.Namespace) -> int:
     if "logit_scale" in clip:
         weights[f"{CLIP_PREFIX}logit_scale"] = clip["logit_scale"]
     with quiet_transformers():
-        tokenizer = load_tokenizer(arguments)
+        tokenizer = load_tokenizer(arguments.tokenizer)
     with user_errors("CHECKPOINT" if arguments.clip is None else f"--clip: {arguments.clip}"):
         towers = clip_towers(clip)
     with user_errors(f"CHECKPOINT: {arguments.checkpoint}"), warnings_as_lines():

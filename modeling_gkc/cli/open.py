@@ -26,18 +26,14 @@ from ..conversion.zero_shot import SEGMENTERS, open_segmenter
 from ..image_processing_gkc import GKCImageProcessor
 from ..label_text import error_line
 from ..region_tokens import REGION_POOLING
-from ..vocabulary import Vocabulary
-from .common import UserError, user_errors, warnings_as_lines
+from .common import UserError, parse_vocabulary, user_errors, warnings_as_lines
 from .convert import check_folder, listed, load_model, load_tokenizer, quiet_transformers
 from .parsers import TEXT_FOLDER
 
 
 def open_command(arguments: argparse.Namespace) -> int:
     """Run `gkc open` and return the exit code."""
-    class_names = None
-    if arguments.class_names is not None:
-        with user_errors("--class-names"), warnings_as_lines():
-            class_names = Vocabulary.parse(arguments.class_names)
+    class_names = parse_vocabulary("--class-names", arguments.class_names)
     with quiet_transformers():
         segmenter_type = _model_type(arguments.segmenter, "SEGMENTER", SEGMENTERS)
         tower_type = _model_type(arguments.tower, "--with", tuple(REGION_POOLING))
@@ -59,10 +55,10 @@ def open_command(arguments: argparse.Namespace) -> int:
             text_model = load_model(
                 CLIPTextModelWithProjection, path, "--text-model", ("clip", "clip_text_model"), arguments
             )
-        tokenizer = load_tokenizer(arguments, "--with", arguments.tower)
+        tokenizer = load_tokenizer(arguments.tokenizer, "--with", arguments.tower)
         task_tokenizer = None
         if segmenter_type == "oneformer":
-            task_tokenizer = load_tokenizer(argparse.Namespace(tokenizer=None), "SEGMENTER", arguments.segmenter)
+            task_tokenizer = load_tokenizer(None, "SEGMENTER", arguments.segmenter)
         tower_settings = _image_settings(arguments.tower, "--with", required=False)
     with user_errors("--class-names" if class_names else "SEGMENTER"), warnings_as_lines():
         model, processor = open_segmenter(

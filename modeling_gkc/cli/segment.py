@@ -36,6 +36,7 @@ from .common import (
     UserError,
     default_model_path,
     load_checkpoint,
+    parse_vocabulary,
     pick_device,
     user_errors,
     warnings_as_lines,
@@ -90,8 +91,8 @@ def segment(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> GKCPredictor:
     """Load the checkpoint, and return its predictor with the vocabulary of the arguments."""
     # Arguments are checked before the model is loaded, so that a typing error is reported at once.
-    labels = _parse_vocabulary("--labels", arguments.labels)
-    void_labels = _parse_vocabulary("--void-labels", arguments.void_labels)
+    labels = parse_vocabulary("--labels", arguments.labels)
+    void_labels = parse_vocabulary("--void-labels", arguments.void_labels)
     templates = None
     if arguments.templates:
         with user_errors("--templates"):
@@ -109,14 +110,6 @@ def _load(arguments: argparse.Namespace) -> GKCPredictor:
         with user_errors("--void-labels"), warnings_as_lines():
             predictor.set_vocabulary(predictor.vocabulary, void_labels=void_labels, prompt_templates=templates)
     return predictor
-
-
-def _parse_vocabulary(option: str, text: str | None) -> Vocabulary | None:
-    """Parse the vocabulary of an option; warnings and errors name the option."""
-    if text is None:
-        return None
-    with user_errors(option), warnings_as_lines():
-        return Vocabulary.parse(text)
 
 
 def _write_result(result: Result, predictor: GKCPredictor, path: Path, target: Path) -> Path:

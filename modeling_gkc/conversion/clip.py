@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedConfig
 
 from ..configuration_gkc import CLIPConvNextConfig, CLIPResNetConfig
 from ..modeling_clip_convnext import CLIPConvNextVisionModel
@@ -226,11 +226,11 @@ def _text_config(weights: Mapping[str, Tensor], hidden_act: str, num_attention_h
     )
 
 
-def check_tokenizer(tokenizer: Any, text_model: CLIPTextModelWithProjection) -> None:
+def check_tokenizer(tokenizer: Any, text_config: PreTrainedConfig) -> None:
     """Raise a ValueError if a tokenizer has more tokens than a text encoder has embeddings."""
-    if len(tokenizer) > text_model.config.vocab_size:
+    if len(tokenizer) > text_config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the text encoder has {text_model.config.vocab_size}: use "
+            f"The tokenizer has {len(tokenizer)} tokens, but the text encoder has {text_config.vocab_size}: use "
             "the tokenizer of the text encoder."
         )
 

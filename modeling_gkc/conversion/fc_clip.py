@@ -125,7 +125,7 @@ def from_fc_clip(
     vocabulary = None
     if tokenizer is not None:
         vocabulary = Vocabulary.parse(training_names)
-        check_tokenizer(tokenizer, text_model)
+        check_tokenizer(tokenizer, text_model.config)
     settings = {"ensemble": ensemble, "source_vocabulary": vocabulary and vocabulary.names}
     model = GKCForOpenVocabSegmentation(_gkc_config(weights, image_tower, text_model, **settings))
     # A checkpoint may lack CLIP's temperature, 100 in all published models, and holds no embeddings of seen names.

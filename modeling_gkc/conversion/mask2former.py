@@ -116,7 +116,7 @@ def from_mask2former(
         _load_weights(model, mask2former_model, text_model)
         return model.train(mask2former_model.training)
     vocabulary = source_vocabulary(mask2former_model, class_names)
-    check_tokenizer(tokenizer, text_model)
+    check_tokenizer(tokenizer, text_model.config)
     model = GKCForOpenVocabSegmentation(
         _gkc_config(
             config,

@@ -27,8 +27,9 @@ from transformers import CLIPTextModelWithProjection, PreTrainedModel, PreTraine
 from ..configuration_gkc_zero_shot import GKCZeroShotConfig
 from ..modeling_gkc_zero_shot import GKCForZeroShotSegmentation
 from ..processing_gkc import GKCProcessor
-from ..region_tokens import REGION_POOLING
+from ..region_tokens import check_tower
 from ..vocabulary import Vocabulary, VocabularyLike
+from .clip import check_tokenizer
 from .mask2former import CONVERSION_TEMPLATES, image_processor_from_mask2former, named_vocabulary
 
 # Classes that predict class logits and mask logits of queries, by model type.
@@ -53,7 +54,7 @@ def open_segmenter(
 ) -> tuple[GKCForZeroShotSegmentation, GKCProcessor]:
     """Make an open-vocabulary segmenter of a closed-vocabulary segmenter and an image-text model.
 
-    Nothing is trained. The weights are shared with the given models.
+    Nothing is trained. The weights are copied from the given models.
 
     Args:
         segmenter: A model of one of the types in `SEGMENTERS`.
@@ -81,23 +82,16 @@ def open_segmenter(
             f"A {kind!r} does not predict class logits and mask logits of queries: use a segmenter of the types "
             f"{', '.join(SEGMENTERS)}."
         )
-    if tower_kind not in REGION_POOLING:
-        raise ValueError(
-            f"A {tower_kind!r} cannot embed regions: use an image-text model of the types {', '.join(REGION_POOLING)}."
-        )
+    check_tower(tower.config)
     own_text = getattr(tower.config, "text_config", None)
     if own_text is None and text_model is None:
         raise ValueError(f"A {tower_kind!r} has no text encoder of its own: give `text_model`.")
     text_config = text_model.config if own_text is None else own_text
-    if len(tokenizer) > text_config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the text encoder has {text_config.vocab_size}: use the "
-            "tokenizer of the image-text model."
-        )
+    check_tokenizer(tokenizer, text_config)
     vocabulary = segmenter_vocabulary(segmenter, class_names)
     image_processor = image_processor_from_mask2former(segmenter_settings)
-    if kind in FIXED_SIZE_SEGMENTERS:  # also where the source splits images into squares
-        side = segmenter.config.image_size
+    side = segmenter.config.image_size if kind in FIXED_SIZE_SEGMENTERS else None
+    if side is not None:  # also where the source splits images into squares
         image_processor.size = {"shortest_edge": side, "longest_edge": side}
     tower_values = tower_settings or DEFAULT_TOWER_SETTINGS.get(tower_kind, {})
     optional = {
@@ -105,7 +99,7 @@ def open_segmenter(
         "tower_std": tower_values.get("image_std"),
         "text_config": text_config if own_text is None else None,
         "class_scores": class_scores,
-        "segmenter_image_size": segmenter.config.image_size if kind in FIXED_SIZE_SEGMENTERS else None,
+        "segmenter_image_size": side,
     }
     if kind == "oneformer":
         if task_tokenizer is None:
@@ -154,9 +148,9 @@ def segmenter_vocabulary(segmenter: PreTrainedModel, class_names: VocabularyLike
     if config.model_type == "gkc":
         if segmenter.vocabulary is None:
             raise ValueError("The GKC checkpoint stores no vocabulary: store one by `model.set_vocabulary(...)`.")
-        return (
-            segmenter.vocabulary if class_names is None else named_vocabulary(class_names, len(segmenter.vocabulary))
-        )
+        if class_names is None:
+            return segmenter.vocabulary
+        return named_vocabulary(class_names, len(segmenter.vocabulary))
     return named_vocabulary(class_names, config.num_labels, config.id2label)
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 import modeling_gkc
+from modeling_gkc.checkpoint_loading import MODEL_CLASSES
 from modeling_gkc.cli.common import load_checkpoint, without_progress_bars
 from modeling_gkc.vocabulary import Vocabulary
 
@@ -147,7 +148,7 @@ def _load_segmenter(
         "overlap_mask_area_threshold": protocol.panoptic_overlap,
     }
     kind = model_type(request.model)
-    if kind in ("gkc", "gkc_zero_shot"):
+    if kind in MODEL_CLASSES:
         model, processor = load_checkpoint(request.model)
         size = processor.image_processor.size  # without `shortest_edge` it is a fixed height and width
         sides, origins = [], []
