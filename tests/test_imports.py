@@ -11,6 +11,9 @@ from transformers.dynamic_module_utils import get_imports
 from benchmarks import __main__ as benchmarks_command
 from benchmarks.harness import DTYPES
 from benchmarks.models import PRESETS
+from modeling_gkc.cli import parsers
+from modeling_gkc.configuration_gkc import ENSEMBLES
+from modeling_gkc.configuration_gkc_zero_shot import CLASS_SCORES
 from modeling_gkc.remote_code import code_files
 from train.evaluate import command as evaluation_command
 from train.evaluate import segmenter
@@ -303,6 +306,7 @@ def test_parser_choices_match_modules_that_need_torch():
     assert set(benchmarks_command.PRESET_NAMES) == set(PRESETS)
     assert tuple(DTYPES) == benchmarks_command.DTYPE_NAMES
     assert set(evaluation_command.DTYPES) == set(segmenter.DTYPES)
+    assert parsers.CLASS_SCORES == CLASS_SCORES and parsers.ENSEMBLES == ENSEMBLES
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -9,22 +9,16 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from transformers import (
-    AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    ResNetConfig,
-)
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from hub_card import publish_all
 from hub_card.publish_all import MODELS, PublicModel, main, model_table
 from modeling_gkc.cli import parsers
 from modeling_gkc.image_processing_gkc import GKCImageProcessor
-from modeling_gkc.vocabulary import Vocabulary
 from train.data import prepare
 from train.data.benchmarks import miniworld
+
+from .zero_shot_toys import SETTINGS, TEXT, make_segmenter
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "hub_card" / "gkc-mini"
@@ -34,42 +28,15 @@ WORDS = "round; square; triangle; grass; sky"
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> dict[str, Path]:
     """Write a small Mask2Former and the CLIP text encoder of its five words."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("stand-ins")
-    backbone = ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[16, 24, 32, 40],
-        depths=[1, 1, 1, 1],
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        **sizes,
-        dim_feedforward=32,
-        encoder_layers=1,
-        decoder_layers=3,
-        num_attention_heads=4,
-        num_queries=8,
-        id2label=dict(enumerate(Vocabulary.parse(WORDS).labels)),
-    )
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "segmenter")
-    size = {"shortest_edge": 64, "longest_edge": 96}
-    values = GKCImageProcessor(size=size).to_dict() | {"image_processor_type": "Mask2FormerImageProcessor"}
+    make_segmenter("mask2former").save_pretrained(folder / "segmenter")
+    values = GKCImageProcessor(**SETTINGS).to_dict() | {"image_processor_type": "Mask2FormerImageProcessor"}
     (folder / "segmenter" / "preprocessor_config.json").write_text(json.dumps(values))
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    lengths = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    torch.manual_seed(0)
+    text = CLIPTextConfig(**TEXT | tokens | lengths)
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
     return {"owner/segmenter": folder / "segmenter", "owner/text": folder / "text"}

@@ -488,6 +488,9 @@ def test_output_below_a_file_is_an_error(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["custom", "dataset=data", "--out", str(out)])
         assert f"argument --out: {tmp_path / 'file'} is not a directory" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):
+            main(["distil", "photos", "--teacher", "teacher", "--words", "dog", "--out", str(out)])
+        assert f"argument --out: {tmp_path / 'file'} is not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

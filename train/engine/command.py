@@ -86,6 +86,17 @@ class Command:
     show: bool
     report_to: str
 
+    def prepare(self) -> None:
+        """Make what the training needs besides the recipe, in a locked output folder."""
+
+    def summarize(self) -> str | None:
+        """Return what is to be printed after the training, before the place of the model."""
+
+
+def report_target(given: str | None) -> str:
+    """Return where metrics are logged: as given, or else to TensorBoard if it is installed."""
+    return given or ("tensorboard" if importlib.util.find_spec("tensorboard") else "none")
+
 
 def parse(argv: Sequence[str] | None) -> Command:
     """Parse a command line.
@@ -107,7 +118,7 @@ def parse(argv: Sequence[str] | None) -> Command:
         out=options.out or Path("runs") / name,
         resume=options.resume,
         show=options.show,
-        report_to=options.report_to or ("tensorboard" if importlib.util.find_spec("tensorboard") else "none"),
+        report_to=report_target(options.report_to),
     )
 
 

@@ -4,7 +4,6 @@ Stages: labels, training, report. Each continues where an interrupted command le
 """
 
 import argparse
-import importlib.util
 import os
 import shlex
 import sys
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from configuration import load_recipe
 from modeling_gkc.atomic_files import atomic_write_json
-from modeling_gkc.cli.common import pick_device
+from modeling_gkc.cli.common import output_folder, pick_device
 from modeling_gkc.vocabulary import Vocabulary
 
 from ..data.prepared import Prepared
-from .command import Command, is_main_process, parse_changes, print_rank0
+from .command import Command, is_main_process, parse_changes, print_rank0, report_target
 
 if TYPE_CHECKING:
     from modeling_gkc.predictor import GKCPredictor
@@ -77,6 +76,15 @@ class DistillationCommand(Command):
     device: str
     typed: str
 
+    def prepare(self) -> None:
+        """Check all inputs, and label the images that are not labeled yet."""
+        check_inputs(self)
+        label_photos(self)
+
+    def summarize(self) -> str:
+        """Compare student and teacher."""
+        return report(self)
+
 
 def parse_distillation(argv: Sequence[str]) -> DistillationCommand:
     """Parse a command line, and identify the labels that it needs without loading the teacher.
@@ -104,8 +112,8 @@ def parse_distillation(argv: Sequence[str]) -> DistillationCommand:
         help='classes and synonyms, as "dog; sofa, couch; lamp", or a vocabulary file or name',
     )
     add("--init", metavar="DIR", help="GKC checkpoint with the teacher's text encoder that the student starts from")
-    add("--out", type=Path, metavar="DIR", help=f"output folder (default: runs/{NAME})")
-    add("--cache", type=Path, metavar="DIR", help="folder of the labels (default: OUT-labels)")
+    add("--out", type=output_folder, metavar="DIR", help=f"output folder (default: runs/{NAME})")
+    add("--cache", type=output_folder, metavar="DIR", help="folder of the labels (default: OUT-labels)")
     confidence_help = "least class score times mask probability of a labeled pixel (default: %(default)s)"
     add("--confidence", type=float, default=0.5, metavar="SHARE", help=confidence_help)
     share_help = "fraction of the images that are held out to compare student and teacher (default: %(default)s)"
@@ -153,7 +161,7 @@ def parse_distillation(argv: Sequence[str]) -> DistillationCommand:
         out=out,
         resume=options.resume,
         show=options.show,
-        report_to=options.report_to or ("tensorboard" if importlib.util.find_spec("tensorboard") else "none"),
+        report_to=report_target(options.report_to),
         photos=options.photos,
         images=images,
         teacher=teacher,

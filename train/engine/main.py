@@ -62,9 +62,7 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
     from .run import build_trainer, check_folder, train
 
     checkpoint = check_folder(command.out, command.recipe, command.resume)
-    if isinstance(command, distil.DistillationCommand):
-        distil.check_inputs(command)
-        distil.label_photos(command)
+    command.prepare()
     trainer = build_trainer(command.recipe, command.out, report_to=command.report_to)
     try:
         train(trainer, checkpoint)
@@ -84,8 +82,8 @@ def _train_locked(command: Command, argv: Sequence[str]) -> int:
             f"{resume_hint(command, argv)}",
             FAILED,
         )
-    if isinstance(command, distil.DistillationCommand):
-        print_rank0(distil.report(command))
+    if summary := command.summarize():
+        print_rank0(summary)
     print_rank0(f"The model is in {command.out}:\n  gkc segment photo.jpg --model {shlex.quote(str(command.out))}")
     return 0
 

@@ -34,6 +34,19 @@ class SegmentedImage:
     segment_ids: Tensor  # (N,)
     attributes: list[dict]  # of the N regions
 
+    @classmethod
+    def from_row(
+        cls, row: Mapping, query_embeds: Tensor, mask_logits: Tensor, content_size: Sequence[int] | None
+    ) -> "SegmentedImage":
+        """Combine a row of the dataset with the query embeddings (Q, D) and mask logits (Q, h, w) of a model.
+
+        `content_size` is the height and width of the image inside its padded input, None without padding.
+        """
+        region_index = _region_index(row)
+        masks = resize_masks(mask_logits, content_size, tuple(region_index.shape)).sigmoid()
+        segment_ids = torch.tensor([segment["id"] for segment in row["segments"]])
+        return cls(row["image_id"], query_embeds, masks, region_index, segment_ids, row["attributes"])
+
 
 class ProtocolScore:
     """Metric of one vocabulary: mIoU, and the fraction of regions whose best query has the correct class."""
@@ -153,11 +166,8 @@ def _segmented(
         embeds = _embeds(outputs, distillation_head).float().cpu()
         sizes = [None] * len(rows) if outputs.content_sizes is None else outputs.content_sizes.tolist()
         for number, row in enumerate(rows):
-            region_index = region_index_of(row)
             masks = outputs.masks_queries_logits[number].cpu()
-            masks = resize_masks(masks, sizes[number], tuple(region_index.shape)).sigmoid()
-            segment_ids = torch.tensor([segment["id"] for segment in row["segments"]])
-            yield SegmentedImage(row["image_id"], embeds[number], masks, region_index, segment_ids, row["attributes"])
+            yield SegmentedImage.from_row(row, embeds[number], masks, sizes[number])
 
 
 def _embeds(outputs, distillation_head: DistillationHead | None) -> Tensor:
@@ -167,7 +177,7 @@ def _embeds(outputs, distillation_head: DistillationHead | None) -> Tensor:
     return F.normalize(outputs.query_embeds + distillation_head(outputs.stages)[-1], dim=-1)
 
 
-def region_index_of(row: Mapping) -> Tensor:
+def _region_index(row: Mapping) -> Tensor:
     """Return the index (H, W) of every pixel's segment in `row["segments"]`, or -1 for none."""
     _, ids = read_row(row)
     present, inverse = np.unique(ids, return_inverse=True)

@@ -24,12 +24,11 @@ from modeling_gkc.cli.common import interruptible, without_progress_bars
 from modeling_gkc.conversion.zero_shot import open_segmenter
 from modeling_gkc.label_text import error_line
 from modeling_gkc.modeling_gkc import GKCForOpenVocabSegmentation
-from modeling_gkc.post_processing import resize_masks
 from modeling_gkc.processing_gkc import GKCProcessor
 
 from ..data.drawn_world.words import COARSE
 from .clip import load_clip
-from .evaluate import ProtocolScore, SegmentedImage, best_queries_of, region_index_of, score_protocol
+from .evaluate import ProtocolScore, SegmentedImage, best_queries_of, score_protocol
 from .protocols import all_protocols
 from .summary import ROW_TITLES, markdown, mean_and_spread
 
@@ -71,23 +70,22 @@ def score_opened(model, processor, dataset: Dataset, show_progress: bool = True)
     Returns:
         mIoU in 0..1 of each group of classes, for each name of `REGION_WEIGHTS`.
     """
-    scores: dict[str, list[ProtocolScore]] = {
-        name: [score_protocol(model, processor, protocol) for protocol in all_protocols()] for name in REGION_WEIGHTS
+    encoded = [score_protocol(model, processor, protocol) for protocol in all_protocols()]
+    prompts = [model.resolve_vocabulary(class_embeds=each.class_embeds, class_ids=each.class_ids) for each in encoded]
+    scores = {
+        name: [ProtocolScore(each.protocol, each.class_embeds, each.class_ids) for each in encoded]
+        for name in REGION_WEIGHTS
     }
     for row in tqdm(dataset, "opened", unit="image", disable=not show_progress):
         pixel_values = processor(images=row["image"], return_tensors="pt")["pixel_values"]
         model.classifier.region_weight = 1.0
         segments = model.segment(pixel_values)
-        region_index = region_index_of(row)
-        masks = resize_masks(segments.masks_queries_logits[0], None, tuple(region_index.shape)).sigmoid()
-        ids = torch.tensor([segment["id"] for segment in row["segments"]])
-        image = SegmentedImage(row["image_id"], segments.region_embeds[0], masks, region_index, ids, row["attributes"])
+        image = SegmentedImage.from_row(row, segments.region_embeds[0], segments.masks_queries_logits[0], None)
         best_queries = best_queries_of(image)
         for name, weight in REGION_WEIGHTS.items():
             model.classifier.region_weight = weight
-            for score in scores[name]:
-                prompts = model.resolve_vocabulary(class_embeds=score.class_embeds, class_ids=score.class_ids)
-                logits, _ = model.classifier(segments, prompts)
+            for score, words in zip(scores[name], prompts, strict=True):
+                logits, _ = model.classifier(segments, words)
                 score.update(image, logits[0].softmax(dim=-1)[:, :-1], best_queries)
     return {
         name: {group: values["miou"] for each in found for group, values in each.result().items()}
